@@ -1,0 +1,82 @@
+# Everything a person or a machine does with this repository. `make` alone lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+UV_VERSION := 0.13.9
+
+# No tool reports home.
+export DO_NOT_TRACK := 1
+export DAGSTER_DISABLE_TELEMETRY := yes
+export GX_ANALYTICS_ENABLED := False
+export DBT_SEND_ANONYMOUS_USAGE_STATS := False
+# An environment that happens to be active is not this project's.
+unexport VIRTUAL_ENV
+
+# The uv of the machine, or one of our own in .uv-bootstrap.
+UV := $(shell if uv --version >/dev/null 2>&1; then echo uv; else echo .uv-bootstrap/bin/uv; fi)
+RUN := $(UV) run --frozen --no-sync
+STAMP := .venv/.synced-$(shell cat uv.lock pyproject.toml | (sha256sum 2>/dev/null || shasum -a 256) | cut -c1-16)
+PYTEST_ARGS ?=
+
+.PHONY: help
+help: ## List the targets
+	@echo "adtally: exactly-once ad-event accounting on a lakehouse. Two commands to start with: make demo, make test."
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: setup ## Set up, run the main job on the samples and simulated traffic, compare with the known truth
+	@$(RUN) adtally demo
+
+.PHONY: test
+test: setup lint ## Set up, lint, and run the tests (without the full crash matrix)
+	@$(RUN) pytest -m "not crash and not services" $(PYTEST_ARGS)
+
+.PHONY: test-crash
+test-crash: setup ## Set up and kill a real process at every durable step of a batch
+	@$(RUN) pytest -m crash $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: setup ## ruff, mypy, sqlfluff, dbt parse, dagster definitions
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+	@$(RUN) mypy
+	@$(RUN) python scripts/lint_project.py
+
+.PHONY: format
+format: setup ## Format Python and SQL, and apply the safe fixes
+	@$(RUN) ruff check --fix-only --exit-zero .
+	@$(RUN) ruff format .
+	@$(RUN) sqlfluff fix --quiet dbt_project/models dbt_project/tests || true
+
+.PHONY: bench
+bench: setup ## Measure the ingest against its contestants (see benchmarks/README.md)
+	@$(RUN) adtally bench ingest
+
+.PHONY: audit
+audit: setup ## Look for known vulnerabilities in the locked packages (needs a network)
+	@$(UV) export --frozen --all-groups --no-emit-project --no-hashes --quiet | $(RUN) pip-audit --no-deps --disable-pip -r /dev/stdin
+
+.PHONY: setup
+setup: $(filter-out uv,$(UV)) $(STAMP) ## Environment, Java, jars, DuckDB extension: what the other targets do by themselves
+	@$(RUN) python scripts/setup_machine.py
+
+# The stamp's name holds the hash of the lock: another lock, another stamp, so nothing is done twice.
+$(STAMP): | $(filter-out uv,$(UV))
+	@echo "adtally: making the locked environment in .venv"
+	@$(UV) sync --frozen --quiet
+	@rm -f .venv/.synced-* && touch $@
+
+.uv-bootstrap/bin/uv:
+	@echo "adtally: uv is not installed; putting uv $(UV_VERSION) into .uv-bootstrap"
+	@python3 -m venv .uv-bootstrap || { echo "adtally: error: python3 cannot make a virtual environment (install it: sudo apt-get install -y python3-venv)" >&2; exit 2; }
+	@.uv-bootstrap/bin/pip install --quiet --disable-pip-version-check "uv==$(UV_VERSION)"
+
+.PHONY: clean
+clean: ## Delete what was built and the demo's folder (never .adtally, never the environment)
+	@if [ -f .adtally-demo/.adtally-demo-home ]; then rm -rf .adtally-demo; fi
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis dbt_project/target dbt_project/logs dist logs \
+		spark-warehouse metastore_db derby.log benchmarks/.work
+	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,192 @@
+"""Run a command from outside: wall time, CPU time and peak memory of its whole process tree, and its JSON lines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+SAMPLE_SECONDS = 0.5
+
+
+class BenchmarkError(RuntimeError):
+    """A contestant failed or gave wrong numbers; the message says which and where its log is."""
+
+
+@dataclass
+class Sample:
+    """Memory of the tree at one moment, bytes. PSS counts a page that k processes share as 1/k in each."""
+
+    seconds: float
+    pss: int
+    rss: int
+
+
+@dataclass
+class Measured:
+    """One run. ``batches`` are the JSON lines the command printed, each with ``at``: seconds from the start."""
+
+    wall_seconds: float
+    cpu_seconds: float
+    peak_pss_bytes: int
+    peak_rss_bytes: int
+    batches: list[dict[str, Any]]
+    samples: list[Sample] = field(default_factory=list)
+
+
+class TreeSampler(threading.Thread):
+    """Samples a process and all its descendants every half second until stopped."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.root = psutil.Process(pid)
+        self.samples: list[Sample] = []
+        self._cpu: dict[tuple[int, float], float] = {}
+        self._ended = threading.Event()
+        self._from = time.perf_counter()
+
+    def run(self) -> None:
+        while not self._ended.is_set():
+            self._sample()
+            self._ended.wait(SAMPLE_SECONDS)
+
+    def stop(self) -> None:
+        self._ended.set()
+        self.join()
+
+    @property
+    def cpu_seconds(self) -> float:
+        """User and system time up to the last sample of each process."""
+        return sum(self._cpu.values())
+
+    def _sample(self) -> None:
+        pss = rss = 0
+        try:
+            tree = [self.root, *self.root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return
+        for process in tree:
+            try:
+                cpu = process.cpu_times()
+                self._cpu[(process.pid, process.create_time())] = cpu.user + cpu.system
+                pss += _pss(process.pid)
+                rss += process.memory_info().rss
+            except (psutil.Error, OSError):
+                continue  # it ended between the listing and the look
+        self.samples.append(Sample(round(time.perf_counter() - self._from, 2), pss, rss))
+
+
+def _pss(pid: int) -> int:
+    """Proportional set size from the kernel's own sum over the mappings: far cheaper than walking each mapping."""
+    with Path(f"/proc/{pid}/smaps_rollup").open("rb") as rollup:
+        for line in rollup:
+            if line.startswith(b"Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def run_measured(command: Sequence[str], env: Mapping[str, str], log: Path, timeout: float = 7200.0) -> Measured:
+    """Run to the end. Lines of stdout that are JSON objects are kept; the rest and stderr go to ``log``.
+
+    Raises BenchmarkError on a non-zero exit status or after ``timeout`` seconds.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    batches: list[dict[str, Any]] = []
+    with log.open("w") as sink:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            list(command), env=dict(env), stdout=subprocess.PIPE, stderr=sink, text=True, start_new_session=True
+        )
+        sampler = TreeSampler(process.pid)
+        alarm = threading.Timer(timeout, end_tree, [process])
+        sampler.start()
+        alarm.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                record = json_object(line)
+                if record is None:
+                    sink.write(line)
+                else:
+                    batches.append(record | {"at": round(time.perf_counter() - started, 3)})
+            status = process.wait()
+            wall = time.perf_counter() - started
+        finally:
+            alarm.cancel()
+            sampler.stop()
+            end_tree(process)
+    if status:
+        raise BenchmarkError(f"{' '.join(command[:4])} … ended with status {status}; its log: {log}\n{tail(log)}")
+    return Measured(
+        wall_seconds=wall,
+        cpu_seconds=sampler.cpu_seconds,
+        peak_pss_bytes=max((s.pss for s in sampler.samples), default=0),
+        peak_rss_bytes=max((s.rss for s in sampler.samples), default=0),
+        batches=batches,
+        samples=sampler.samples,
+    )
+
+
+def end_tree(process: subprocess.Popen[str]) -> None:
+    """Kill what is left of the process group that ``run_measured`` started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def json_object(line: str) -> dict[str, Any] | None:
+    """The object a line holds, or None if the line is something else."""
+    if not line.startswith("{"):
+        return None
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def tail(path: Path, lines: int = 15) -> str:
+    """The last lines of a log."""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    model = next(
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "load_average_at_start": round(os.getloadavg()[0], 2),
+        "revision": revision.stdout.strip() or None,
+        "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def note(text: str) -> None:
+    """Progress for the person who waits, on stderr."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,423 @@
+"""Run the benchmarks and say what came out.
+
+    python -m benchmarks.run ingest                          throughput: the contestants, interleaved, three rounds
+    python -m benchmarks.run ingest --only a,c --rounds 1    some of them
+    python -m benchmarks.run ingest --scenario history       a batch after 2 M and after 40 M accepted events
+    python -m benchmarks.run ingest --scenario batch10       one batch of 1 M against one of 10 M
+    python -m benchmarks.run ingest --scenario memory        peak memory at 4 M and at 40 M
+    python -m benchmarks.run ingest --scenario freshness     continuous mode at 2,000 events/s
+    python -m benchmarks.run report                          the results as Markdown
+
+Results go to benchmarks/results/<name>.json. Exit status 1: a contestant failed or gave wrong numbers, or, with
+--check, a target was missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.contestants import CONTESTANTS, Job, event_batches
+from benchmarks.freshness import run_freshness
+from benchmarks.make_input import RESENT_SHARE, InputSpec, make_input, prefix_view
+from benchmarks.measure import BenchmarkError, Measured, machine, note, run_measured
+
+HERE = Path(__file__).parent
+GIB = 2**30
+SCENARIOS = ("throughput", "history", "batch10", "memory", "freshness")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure and the limit it is held to: at most, or below if ``strict``."""
+
+    name: str
+    value: float
+    limit: float
+    strict: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.value < self.limit if self.strict else self.value <= self.limit
+
+
+@dataclass
+class Bench:
+    """The options of one call and what they lead to: input, runs, results."""
+
+    args: argparse.Namespace
+    spec: InputSpec
+
+    @property
+    def work(self) -> Path:
+        return Path(self.args.work).absolute()
+
+    def landing(self, batches: int) -> tuple[Path, dict[str, int]]:
+        """A landing folder with so many batches of 1 M (or of ``--batch``), and the counts expected of it."""
+        spec = self.spec
+        source = self.work / f"input-{spec.batch}-{spec.files_per_batch}-{spec.seed}"
+        note(f"input: {batches} batches of {spec.batch} events")
+        expected = make_input(source, batches * spec.batch, spec)
+        view = self.work / f"landing-{spec.batch}-{spec.seed}-{batches}"
+        shutil.rmtree(view, ignore_errors=True)
+        prefix_view(source, view, batches, spec)
+        if sum(expected["bytes"][:batches]) < psutil.virtual_memory().available / 2:
+            for file in sorted(view.glob("events/*/*")):  # every contestant finds it in the page cache
+                file.read_bytes()
+        return view, expected["after_batch"][batches - 1]
+
+    def run(self, key: str, batches: int, per_batch: int = 1, *, tag: str = "") -> tuple[Measured, dict[str, Any]]:
+        """One contestant once, on ``batches`` batches taken ``per_batch`` at a time; its figures, checked."""
+        landing, expected = self.landing(batches)
+        contestant = CONTESTANTS[key]
+        home = self.work / "runs" / key
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir(parents=True)
+        job = Job(landing, home, self.work, self.spec.files_per_batch * per_batch, self.args.adtally_env)
+        command, env = contestant.start(job)
+        note(f"{key} ({contestant.label}){tag}: {batches * self.spec.batch} events")
+        measured = run_measured(command, env, self.work / "logs" / f"{key}.log", self.args.timeout)
+        problems = contestant.check(job, measured, expected)
+        seconds = [round(float(b["seconds"]), 3) for b in event_batches(measured.batches)]
+        steady = statistics.median(seconds[1:]) if len(seconds) > 1 else None
+        result = {
+            "contestant": key,
+            "events": batches * self.spec.batch,
+            "wall_seconds": round(measured.wall_seconds, 2),
+            "cpu_seconds": round(measured.cpu_seconds, 2),
+            "peak_pss_bytes": measured.peak_pss_bytes,
+            "peak_rss_bytes": measured.peak_rss_bytes,
+            "batch_seconds": seconds,
+            "steady_batch_seconds": steady,
+            "wrong": problems,
+        }
+        note(
+            f"    {result['wall_seconds']} s, steady batch {steady} s, {measured.peak_pss_bytes / GIB:.2f} GiB"
+            + (f", WRONG: {'; '.join(problems)}" if problems else "")
+        )
+        if not self.args.keep:
+            shutil.rmtree(home, ignore_errors=True)
+        return measured, result
+
+
+Outcome = tuple[list[dict[str, Any]], dict[str, Any], list[Target]]
+
+
+def throughput(bench: Bench) -> Outcome:
+    """The contestants in turn, each round starting with another one; medians over the rounds."""
+    keys = chosen(bench.args.only)
+    batches = whole_batches(bench.args.events, bench.spec)
+    runs: list[dict[str, Any]] = []
+    for number in range(bench.args.rounds):
+        shift = number % len(keys)
+        for key in keys[shift:] + keys[:shift]:
+            runs.append(bench.run(key, batches, tag=f", round {number + 1}")[1] | {"round": number + 1})
+    figures = ("wall_seconds", "cpu_seconds", "peak_pss_bytes", "peak_rss_bytes", "steady_batch_seconds")
+    medians: dict[str, dict[str, float | None]] = {}
+    for key in keys:
+        mine = [r for r in runs if r["contestant"] == key]
+        medians[key] = {f: median_or_none([r[f] for r in mine]) for f in figures}
+    ratios = throughput_ratios(medians)
+    targets = []
+    if "c/a steady batch" in ratios:
+        targets.append(Target("c/a steady batch", ratios["c/a steady batch"], 1.5))
+    if "c/b wall" in ratios:
+        targets.append(Target("c/b wall", ratios["c/b wall"], 1.0, strict=True))
+    if "c/better d wall" in ratios:
+        targets.append(Target("c/better d wall", ratios["c/better d wall"], 0.5))
+    if "c" in medians:
+        targets.append(Target("c peak memory, GiB", (medians["c"]["peak_pss_bytes"] or 0) / GIB, 4.0))
+    return runs, {"medians": medians, "ratios": ratios}, targets
+
+
+def throughput_ratios(medians: dict[str, dict[str, float | None]]) -> dict[str, float]:
+    """What (c) costs in terms of the others: of wall time, and of a steady batch where both have batches."""
+    ratios: dict[str, float] = {}
+    own = medians.get("c", {})
+
+    def put(name: str, above: float | None, below: float | None) -> None:
+        if above and below:
+            ratios[name] = round(above / below, 3)
+
+    for key, other in medians.items():
+        if key != "c":
+            put(f"c/{key} wall", own.get("wall_seconds"), other["wall_seconds"])
+            put(f"c/{key} steady batch", own.get("steady_batch_seconds"), other["steady_batch_seconds"])
+    flink = [m["wall_seconds"] for k, m in medians.items() if k.startswith("d-") and m["wall_seconds"]]
+    if flink:
+        put("c/better d wall", own.get("wall_seconds"), min(flink))
+    return ratios
+
+
+def history(bench: Bench) -> Outcome:
+    """One process over the whole history: three batches after ``--low`` accepted events, three after ``--high``."""
+    per_batch = bench.spec.batch - int(bench.spec.batch * RESENT_SHARE)
+    low, high = (math.ceil(limit / per_batch) for limit in (bench.args.low, bench.args.high))
+    if low + 3 > high:
+        raise BenchmarkError(f"--low {bench.args.low} and --high {bench.args.high} are less than three batches apart")
+    measured, run = bench.run("c", high + 3)
+    seconds = run["batch_seconds"]
+    if len(seconds) != high + 3:
+        raise BenchmarkError(f"{len(seconds)} batches were reported, {high + 3} were expected")
+    after_low, after_high = (statistics.median(seconds[k : k + 3]) for k in (low, high))
+    summary = {
+        "after_low_seconds": after_low,
+        "after_high_seconds": after_high,
+        "accepted_before": {"low": low * per_batch, "high": high * per_batch},
+        "ratio": round(after_high / after_low, 3),
+        "peak_pss_bytes": run["peak_pss_bytes"],
+        # The highest sample of each minute: does memory grow with history?
+        "pss_gib_by_minute": pss_by_minute(measured),
+    }
+    return [run], summary, [Target("batch after high / after low", after_high / after_low, 1.2)]
+
+
+def pss_by_minute(measured: Measured) -> list[float]:
+    """Highest sample of every minute, GiB."""
+    minutes: dict[int, int] = {}
+    for sample in measured.samples:
+        minutes[int(sample.seconds // 60)] = max(minutes.get(int(sample.seconds // 60), 0), sample.pss)
+    return [round(minutes[m] / GIB, 3) for m in sorted(minutes)]
+
+
+def batch10(bench: Bench) -> Outcome:
+    """A steady batch of 1 M against one batch of 10 M that is the first of its process (so with its warm-up)."""
+    _, small = bench.run("c", 4)
+    _, large = bench.run("c", 10, 10)
+    if len(large["batch_seconds"]) != 1 or len(small["batch_seconds"]) != 4:
+        raise BenchmarkError(f"unexpected batches: {small['batch_seconds']}, {large['batch_seconds']}")
+    first, steady, big = small["batch_seconds"][0], small["steady_batch_seconds"], large["batch_seconds"][0]
+    summary = {
+        "steady_seconds": steady,
+        "first_seconds": first,
+        "tenfold_seconds": big,
+        "tenfold/steady": round(big / steady, 3),
+        "tenfold/first": round(big / first, 3),
+        "tenfold_peak_pss_bytes": large["peak_pss_bytes"],
+    }
+    return [small, large], summary, [Target("tenfold batch / batch", big / steady, 10.0)]
+
+
+def memory(bench: Bench) -> Outcome:
+    """Peak of the process tree at ``--events`` and at ten times as many, batches of the same size."""
+    batches = whole_batches(bench.args.events, bench.spec)
+    small, large = bench.run("c", batches)[1], bench.run("c", batches * 10)[1]
+    summary = {"peak_pss_bytes": {str(r["events"]): r["peak_pss_bytes"] for r in (small, large)}}
+    summary["peak_rss_bytes"] = {str(r["events"]): r["peak_rss_bytes"] for r in (small, large)}
+    targets = [Target(f"peak at {r['events']}, GiB", r["peak_pss_bytes"] / GIB, 4.0) for r in (small, large)]
+    return [small, large], summary, targets
+
+
+def freshness(bench: Bench) -> Outcome:
+    """Continuous mode under a steady rate; see freshness.py."""
+    args = bench.args
+    root = bench.work / "runs" / "freshness"
+    shutil.rmtree(root, ignore_errors=True)
+    job = Job(root / "landing", root / "home", bench.work, 2_000, args.adtally_env)
+    run = run_freshness(
+        job,
+        seconds=args.seconds,
+        warm_up=args.warm_up,
+        rate=args.rate,
+        lines=args.lines,
+        seed=args.seed,
+        trigger=args.trigger,
+    )
+    run["wrong"] = [f"{run['unread_files']} files never became readable"] if run["unread_files"] else []
+    if run["exit_status"] != 0:
+        run["wrong"].append(f"SIGTERM led to exit status {run['exit_status']}")
+    if not args.keep:
+        shutil.rmtree(root, ignore_errors=True)
+    targets = [
+        Target("freshness p50, s", run["p50_seconds"], 5.0),
+        Target("freshness p95, s", run["p95_seconds"], 10.0),
+    ]
+    return [run], {k: v for k, v in run.items() if k != "wrong"}, targets
+
+
+RUNNERS: dict[str, Callable[[Bench], Outcome]] = {
+    "throughput": throughput,
+    "history": history,
+    "batch10": batch10,
+    "memory": memory,
+    "freshness": freshness,
+}
+
+
+def chosen(only: str | None) -> list[str]:
+    """Keys of the contestants that ``--only`` names; `d` stands for both of Flink's."""
+    if not only:
+        return list(CONTESTANTS)
+    wanted = [part.strip() for part in only.split(",") if part.strip()]
+    unknown = [w for w in wanted if not any(k == w or k.startswith(f"{w}-") for k in CONTESTANTS)]
+    if unknown or not wanted:
+        raise BenchmarkError(f"no such contestant: {', '.join(unknown) or only}; there are {', '.join(CONTESTANTS)}")
+    return [k for k in CONTESTANTS if any(k == w or k.startswith(f"{w}-") for w in wanted)]
+
+
+def whole_batches(events: int, spec: InputSpec) -> int:
+    """The number of batches; raises BenchmarkError unless it is whole."""
+    if events <= 0 or events % spec.batch:
+        raise BenchmarkError(f"{events} events are not a whole number of batches of {spec.batch}; set --batch")
+    return events // spec.batch
+
+
+def median_or_none(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return statistics.median(known) if known else None
+
+
+def show(document: dict[str, Any], console: Console) -> None:
+    """The figures of one result as tables."""
+    medians = document["summary"].get("medians")
+    if medians:
+        columns = ("", "contestant", "wall s", "steady batch s", "CPU s", "peak GiB (PSS)")
+        table = Table(*columns, title="medians of the rounds")
+        for key, m in medians.items():
+            steady = m["steady_batch_seconds"]
+            table.add_row(
+                key,
+                CONTESTANTS[key].label,
+                f"{m['wall_seconds']:.1f}",
+                "-" if steady is None else f"{steady:.2f}",
+                f"{m['cpu_seconds']:.1f}",
+                f"{m['peak_pss_bytes'] / GIB:.2f}",
+            )
+        console.print(table)
+    for name, value in document["summary"].get("ratios", {}).items():
+        console.print(f"{name}: {value}")
+    if not medians:
+        for name, value in document["summary"].items():
+            shown = f"{value / GIB:.2f} GiB" if name.endswith("_bytes") and isinstance(value, int) else value
+            console.print(f"{name}: {shown}")
+    if document["targets"]:
+        table = Table("target", "value", "limit", "met")
+        for t in document["targets"]:
+            limit = f"{'<' if t['strict'] else '≤'} {t['limit']}"
+            table.add_row(t["name"], f"{t['value']:.3f}", limit, "yes" if t["met"] else "NO")
+        console.print(table)
+
+
+def report(results: Path) -> str:
+    """All the results as Markdown, for the README."""
+    parts = []
+    for path in sorted(results.glob("*.json")):
+        document = json.loads(path.read_text())
+        host, summary = document["machine"], document["summary"]
+        lines = [f"### {path.stem}", ""]
+        lines.append(
+            f"{host['started_at'][:10]}, revision {host['revision']}, {host['cpu']}, {host['cores']} cores, "
+            f"{host['memory_gib']} GiB; load average at the start {host['load_average_at_start']}."
+        )
+        lines.append("")
+        if "medians" in summary:
+            lines += ["| | contestant | wall s | steady batch s | CPU s | peak GiB |", "|---|---|---|---|---|---|"]
+            for key, m in summary["medians"].items():
+                steady = "-" if m["steady_batch_seconds"] is None else f"{m['steady_batch_seconds']:.2f}"
+                lines.append(
+                    f"| {key} | {CONTESTANTS[key].label} | {m['wall_seconds']:.1f} | {steady} | {m['cpu_seconds']:.1f} "
+                    f"| {m['peak_pss_bytes'] / GIB:.2f} |"
+                )
+            lines += ["", "; ".join(f"{name} {value}" for name, value in summary["ratios"].items()), ""]
+        lines += ["| target | value | limit | met |", "|---|---|---|---|"]
+        for t in document["targets"]:
+            lines.append(f"| {t['name']} | {t['value']:.3f} | {t['limit']} | {'yes' if t['met'] else 'no'} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) if parts else "No results yet."
+
+
+def key_value(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign or not name.startswith("ADTALLY_"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not ADTALLY_NAME=VALUE")
+    return name, value
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    top = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="command", required=True)
+    ingest = commands.add_parser("ingest", help="ingestion: throughput and the other scenarios")
+    ingest.add_argument("--scenario", choices=SCENARIOS, default="throughput")
+    ingest.add_argument("--events", type=int, default=4_000_000, help="throughput, memory: events of the input")
+    ingest.add_argument("--batch", type=int, default=1_000_000, help="events of a micro-batch")
+    ingest.add_argument("--files-per-batch", type=int, default=8)
+    ingest.add_argument("--seed", type=int, default=7)
+    ingest.add_argument("--rounds", type=int, default=3, help="throughput: rounds over all the contestants")
+    ingest.add_argument("--only", help="throughput: contestants by letter, as a,c,d")
+    ingest.add_argument("--low", type=int, default=2_000_000, help="history: accepted events before the first batches")
+    ingest.add_argument("--high", type=int, default=40_000_000, help="history: accepted events before the last batches")
+    ingest.add_argument("--seconds", type=float, default=180.0, help="freshness: measured time")
+    ingest.add_argument("--warm-up", type=float, default=60.0, help="freshness: time before it that is not counted")
+    ingest.add_argument("--rate", type=float, default=2_000.0, help="freshness: events a second")
+    ingest.add_argument("--lines", type=int, default=1_000, help="freshness: events of a landing file")
+    ingest.add_argument("--trigger", help="freshness: seconds between two batches, passed on")
+    ingest.add_argument("--adtally-env", type=key_value, action="append", default=[], metavar="ADTALLY_NAME=VALUE")
+    ingest.add_argument("--timeout", type=float, default=7200.0, help="seconds after which a run is given up")
+    ingest.add_argument("--name", help="name of the result; default: scenario and size")
+    ingest.add_argument("--work", default=str(HERE / ".work"), help="inputs, environments, logs; may be deleted")
+    ingest.add_argument("--results", default=str(HERE / "results"))
+    ingest.add_argument("--keep", action="store_true", help="keep what the last run of each contestant wrote")
+    ingest.add_argument("--check", action="store_true", help="exit status 1 if a target is missed")
+    rep = commands.add_parser("report", help="print the results as Markdown")
+    rep.add_argument("--results", default=str(HERE / "results"))
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point, also of `adtally bench`."""
+    args = parser().parse_args(argv)
+    console = Console()
+    if args.command == "report":
+        print(report(Path(args.results)))
+        return 0
+    args.adtally_env = dict(args.adtally_env)
+    try:
+        bench = Bench(args, InputSpec(args.batch, args.files_per_batch, args.seed))
+        bench.work.mkdir(parents=True, exist_ok=True)
+        host = machine()
+        # Two at once would disturb each other's figures and delete each other's tables.
+        with FileLock(bench.work / "lock", timeout=0):
+            runs, summary, targets = RUNNERS[args.scenario](bench)
+    except Timeout:
+        print(f"benchmark: another one is running in {bench.work}", file=sys.stderr)
+        return 1
+    except (BenchmarkError, ValueError) as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 1
+    document = {
+        "scenario": args.scenario,
+        "machine": host,
+        "parameters": {k: v for k, v in vars(args).items() if k not in ("work", "results", "keep", "name", "command")},
+        "summary": summary,
+        "targets": [asdict(t) | {"met": t.met} for t in targets],
+        "runs": runs,
+    }
+    size = {"throughput": args.events, "memory": args.events, "history": args.high, "batch10": args.batch * 10}
+    name = args.name or f"ingest-{args.scenario}-{size.get(args.scenario, int(args.rate))}"
+    path = Path(args.results) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    show(document, console)
+    console.print(f"written: {path}")
+    wrong = [f"{r.get('contestant', args.scenario)}: {problem}" for r in runs for problem in r["wrong"]]
+    for problem in wrong:
+        print(f"wrong numbers: {problem}", file=sys.stderr)
+    return 1 if wrong or (args.check and not all(t.met for t in targets)) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

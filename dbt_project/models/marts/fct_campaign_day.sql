@@ -1,0 +1,43 @@
+with
+
+increments as (
+
+    select * from {{ ref('int_increments__completed') }}
+
+),
+
+summed as (
+
+    select
+        cast(event_minute as date) as event_date,
+        campaign_id,
+        store_id,
+        currency,
+        {{ sum_bigint('impressions') }} as impressions,
+        {{ sum_bigint('clicks') }} as clicks,
+        {{ sum_bigint('invalid_impressions') }} as invalid_impressions,
+        {{ sum_bigint('invalid_clicks') }} as invalid_clicks,
+        {{ sum_bigint('spend_nanos') }} as spend_nanos
+    from increments
+    group by cast(event_minute as date), campaign_id, store_id, currency
+
+),
+
+final as (
+
+    select
+        event_date,
+        campaign_id,
+        store_id,
+        currency,
+        impressions,
+        clicks,
+        invalid_impressions,
+        invalid_clicks,
+        spend_nanos,
+        {{ nanos_to_micros('spend_nanos') }} as spend_micros
+    from summed
+
+)
+
+select * from final

@@ -1,0 +1,32 @@
+with
+
+source as (
+
+    select * from {{ source('lakehouse', 'minute_metrics') }}
+
+),
+
+renamed as (
+
+    select
+        record_uuid,
+        _query_id as query_id,
+        _batch_id as batch_id,
+        {{ utc_timestamp('event_minute') }} as event_minute,
+        event_date,
+        region,
+        campaign_id,
+        ad_id,
+        store_id,
+        placement,
+        currency,
+        impressions,
+        clicks,
+        invalid_impressions,
+        invalid_clicks,
+        spend_nanos
+    from source
+
+)
+
+select * from renamed

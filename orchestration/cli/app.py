@@ -1,0 +1,405 @@
+"""The command ``adtally``: a person's way in. Heavy packages are imported by the command that needs them.
+
+Exit status: 0 done, 1 the data or a check failed, 2 wrong use or a machine that lacks something, 130 interrupted.
+Errors are one line on standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestration.cli.options import examples, moment, seconds
+from spark_jobs.errors import AdtallyError, UsageError
+
+if TYPE_CHECKING:
+    from spark_jobs.config import Settings
+    from spark_jobs.jobs.ingest import BatchReport
+    from spark_jobs.jobs.status import Status
+
+_ERROR_LENGTH = 500
+# typer brings a click of its own since 0.2x; its public exceptions lead to the base class in every version.
+_ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="adtally",
+    help="Exactly-once ad-event accounting on a lakehouse: impressions and clicks in, exact marts out.",
+    epilog=examples(
+        "adtally demo                                  the whole way, on samples and simulated traffic",
+        "adtally simulate --out traffic --events 100000 --seed 1",
+        "adtally ingest && adtally marts build && adtally status",
+        "adtally query 'select * from fct_campaign_day limit 5'",
+        "",
+        "Everything lies under ADTALLY_HOME (default: .adtally in the working folder).",
+    ),
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+marts_app = typer.Typer(
+    help="The marts: DuckDB tables built from the lakehouse.",
+    no_args_is_help=True,
+    epilog=examples("adtally marts build"),
+)
+bench_app = typer.Typer(
+    help="Measurements against other ways to do the same.",
+    no_args_is_help=True,
+    epilog=examples("adtally bench ingest"),
+)
+app.add_typer(marts_app, name="marts")
+app.add_typer(bench_app, name="bench")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+
+
+class Format(StrEnum):
+    """How a query's result is printed."""
+
+    table = "table"
+    csv = "csv"
+    json = "json"
+
+
+class _State:
+    debug = False
+    home: Path | None = None
+
+
+@app.callback()
+def _global(
+    debug: Annotated[bool, typer.Option("--debug", help="Show stack traces of errors.")] = False,
+    home: Annotated[
+        Path | None,
+        typer.Option("--home", help="Folder of the installation, in place of ADTALLY_HOME.", file_okay=False),
+    ] = None,
+) -> None:
+    _State.debug = debug
+    _State.home = home
+
+
+def _settings() -> Settings:
+    from spark_jobs.config import load_settings
+
+    return load_settings(home=_State.home)
+
+
+@app.command(
+    epilog=examples(
+        "adtally demo",
+        "adtally demo --events 20000                   quicker",
+        "adtally --home /tmp/tally demo                in another folder, which must be new or a demo's",
+    )
+)
+def demo(
+    events: Annotated[int, typer.Option(min=1, help="Simulated event lines, beside the samples.")] = 200_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the simulated traffic.")] = 7,
+) -> None:
+    """Run the main job end to end in a folder of its own and compare it with the known truth.
+
+    Lands the samples and simulated traffic, ingests them in several micro-batches, builds the marts, and prints the
+    conservation law, the differences from the truth (all 0, or exit status 1) and the top campaigns. A second run
+    starts clean.
+    """
+    from orchestration.cli.output import console
+    from orchestration.demo import run_demo
+
+    if not run_demo(_State.home, events=events, seed=seed, console=console()):
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog=examples(
+        "adtally simulate --out traffic --events 1000000 --seed 7",
+        "adtally simulate --out .adtally/landing --events 50000 --seed 1 --days 1",
+        "adtally simulate --out traffic --events 60000 --seed 1 --rate 2000 --json",
+    )
+)
+def simulate(
+    out: Annotated[Path, typer.Option(help="Folder to write, new or empty. The landing folder will do.", file_okay=False)],
+    events: Annotated[int, typer.Option(min=1, help="Event lines, of every kind.")],
+    seed: Annotated[int, typer.Option(min=0, help="The same seed and options give the same bytes.")] = 0,
+    start: Annotated[str | None, typer.Option(help="When the traffic begins: 2025-06-02 or an RFC 3339 time.")] = None,
+    days: Annotated[float | None, typer.Option(help="How many days it lasts. Default: 3.")] = None,
+    rate: Annotated[float | None, typer.Option(help="In place of --days: event lines a second.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write seeded traffic as landing files, and truth.json: what an exact system must report for it.
+
+    With duplicates, conflicts, late events, clocks in the future, broken lines, bots, two regions and orders.
+    """
+    from rich.progress import Progress
+
+    from orchestration.cli.output import console, print_json
+    from services.simulator.errors import SimulationError
+    from services.simulator.simulate import simulate as run
+
+    options: dict[str, Any] = {"days": days, "rate": rate}
+    if start is not None:
+        options["start"] = moment(start, "--start")
+    try:
+        with Progress(console=console(stderr=True), transient=True) as bar:
+            task = bar.add_task("simulating", total=events)
+            truth = run(out, events, seed, progress=lambda done, _total: bar.update(task, completed=done), **options)
+    except SimulationError as error:
+        raise UsageError(str(error)) from None
+    totals = truth.totals
+    if as_json:
+        print_json({"out": str(out), "truth": str(out / "truth.json"), "seed": seed, "totals": totals})
+        return
+    counts = ", ".join(f"{totals[name]:,} {name}" for name in ("accepted", "duplicate", "conflict", "rejected", "late"))
+    console().print(f"{totals['offered']:,} event lines in {out}: {counts}", soft_wrap=True)
+    console().print(f"what an exact system must report: {out / 'truth.json'}", soft_wrap=True)
+
+
+@app.command(
+    epilog=examples(
+        "adtally ingest                                all that is there, then end",
+        "adtally ingest --continuous --trigger 5s      until SIGTERM or Ctrl-C, which end after the current batch",
+        "adtally ingest --json | jq .accepted",
+    )
+)
+def ingest(
+    continuous: Annotated[bool, typer.Option("--continuous", help="Go on with new files until stopped.")] = False,
+    trigger: Annotated[str, typer.Option(help="With --continuous: time between batches, as 500ms, 5s, 2m.")] = "5s",
+    as_json: Json = False,
+) -> None:
+    """Take events and orders from the landing folder into the Delta tables, each exactly once.
+
+    With --json one object at the end; with --continuous --json also a line for each batch.
+    """
+    from orchestration.cli.output import console, print_json
+
+    every = seconds(trigger, "--trigger")
+    settings = _settings()
+    from spark_jobs.jobs.ingest import run_ingest
+
+    shown = console(stderr=True)
+
+    def on_batch(batch: BatchReport) -> None:
+        if as_json and continuous:
+            print_json({"type": "batch", **_fields(batch)}, lines=True)
+        else:
+            shown.print(batch_line(batch), soft_wrap=True)
+
+    report = run_ingest(settings, continuous=continuous, trigger_seconds=every, progress=on_batch)
+    if as_json:
+        print_json({"type": "end", **_fields(report)} if continuous else _fields(report), lines=continuous)
+        return
+    if report.batches == 0:
+        console().print("nothing new in the landing folder", soft_wrap=True)
+        return
+    console().print(
+        f"{report.batches} batches: {report.offered:,} offered = {report.accepted:,} accepted + "
+        f"{report.duplicate:,} duplicate + {report.conflict:,} conflict + {report.rejected:,} rejected; "
+        f"{report.late:,} of the accepted late",
+        soft_wrap=True,
+    )
+
+
+def batch_line(batch: BatchReport) -> str:
+    """A batch on one line."""
+    return (
+        f"{batch.stream} batch {batch.batch_id}: {batch.offered:,} offered, {batch.accepted:,} accepted, "
+        f"{batch.duplicate:,} duplicate, {batch.conflict:,} conflict, {batch.rejected:,} rejected, "
+        f"{batch.late:,} late, {batch.seconds:.1f} s"
+    )
+
+
+def _fields(report: Any) -> dict[str, Any]:
+    import dataclasses
+
+    return dataclasses.asdict(report)
+
+
+@marts_app.command("build", epilog=examples("adtally marts build", "adtally marts build --json"))
+def marts_build(as_json: Json = False) -> None:
+    """Build the marts from pinned Delta versions beside the published ones, test them, and swap them in.
+
+    A failed model or test leaves the published marts as they are; readers of the old file are not disturbed.
+    """
+    from orchestration.cli.output import console, print_json
+    from orchestration.marts import build_marts
+
+    shown = console(stderr=True)
+    with shown.status("building the marts") as status:
+        built = build_marts(_settings(), progress=lambda line: status.update(line[: shown.width - 4].replace("[", "\\[")))
+    if as_json:
+        print_json(built)
+        return
+    console().print(
+        f"build {built.build_id}: {len(built.rows)} tables, {sum(built.rows.values()):,} rows, "
+        f"{built.nodes_passed} models and tests passed in {built.seconds:.1f} s",
+        soft_wrap=True,
+    )
+    console().print(str(built.path), soft_wrap=True)
+
+
+@app.command(
+    epilog=examples(
+        "adtally query 'select * from fct_campaign_day order by spend_micros desc limit 5'",
+        "adtally query 'from fct_event_accounting' --format csv > accounting.csv",
+        "echo 'show tables' | adtally query -",
+    )
+)
+def query(
+    sql: Annotated[
+        str,
+        typer.Argument(metavar="SQL", help="One reading statement in DuckDB's SQL; - reads it from standard input."),
+    ],
+    form: Annotated[Format, typer.Option("--format", help="How the result is printed.")] = Format.table,
+) -> None:
+    """Ask the published marts. The statement sees one whole build; it can only read."""
+    from orchestration.marts import query_marts, render
+
+    text = sys.stdin.read() if sql == "-" else sql
+    columns, rows = query_marts(_settings(), text)
+    print(render(columns, rows, form.value))
+
+
+@app.command(
+    epilog=examples(
+        "adtally status",
+        "adtally status --json | jq .conservation_holds",
+        "adtally status > /dev/null || echo 'the books do not balance'",
+    )
+)
+def status(as_json: Json = False) -> None:
+    """Show what each source offered and what became of it, the lag, the tables, and whether the conservation law holds.
+
+    Exit status 1 where it does not hold. Reads the tables without starting Spark.
+    """
+    from orchestration.cli.output import console, print_json
+    from orchestration.cli.status import status_tables
+    from spark_jobs.jobs.status import read_status
+
+    found: Status = read_status(_settings())
+    if as_json:
+        print_json(found)
+    else:
+        out = console()
+        for part in status_tables(found):
+            out.print(part)
+    if not found.conservation_holds:
+        raise typer.Exit(1)
+
+
+@app.command(epilog=examples("adtally doctor", "adtally doctor --fix", "adtally doctor --json"))
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="Get what can be got: the jars, DuckDB's extension.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check the machine: settings, Java, jars, DuckDB's extension, a writable home, disk space. Exit status 2 if one fails."""
+    from orchestration.cli.doctor import examine
+    from orchestration.cli.output import console, print_json
+
+    checks = examine(_State.home, fix=fix)
+    if as_json:
+        print_json({"ok": all(check.ok for check in checks), "checks": [_fields(check) for check in checks]})
+    else:
+        out = console()
+        for check in checks:
+            mark = "[green]ok[/]     " if check.ok else "[red]missing[/]"
+            out.print(f"{mark} {check.name}: ", end="", soft_wrap=True)
+            out.print(check.detail, markup=False, soft_wrap=True)
+    if not all(check.ok for check in checks):
+        raise typer.Exit(2)
+
+
+@bench_app.command(
+    "ingest",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog=examples("adtally bench ingest", "adtally bench ingest -- --help            what the benchmark can be told"),
+)
+def bench_ingest(context: typer.Context) -> None:
+    """Measure the ingest against its contestants, interleaved on this machine. Needs a checkout of the repository."""
+    import subprocess
+    from importlib.util import find_spec
+
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "benchmarks").is_dir() or find_spec("benchmarks") is None:
+        raise UsageError("the benchmarks are not part of the installed package", hint="run it in a checkout")
+    done = subprocess.run([sys.executable, "-m", "benchmarks.ingest", *context.args], cwd=root, check=False)
+    raise typer.Exit(done.returncode if done.returncode in (0, 1, 2) else 1)
+
+
+@app.command(epilog=examples("adtally version", "adtally version --json"))
+def version(as_json: Json = False) -> None:
+    """Show the versions of adtally and of what it stands on."""
+    from importlib.metadata import version as installed
+
+    from orchestration.cli.output import print_json
+
+    names = ("adtally", "pyspark", "delta-spark", "duckdb", "dbt-core", "dbt-duckdb", "dagster", "great-expectations")
+    found = {name: installed(name) for name in names} | {"python": sys.version.split()[0]}
+    if as_json:
+        print_json(found)
+        return
+    for name, number in found.items():
+        print(f"{name} {number}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry of the command. Ends the process with the exit status."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command and return the exit status; every error is one line on standard error."""
+    _State.debug, _State.home = False, None
+    try:
+        status = app(args=arguments, standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except AdtallyError as error:
+        return _fail(str(error), error.exit_code)
+    except typer.Abort:
+        return _fail("interrupted", 130)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader, as `head`, has seen enough. Nothing more can be written, not even by the interpreter at its end.
+        sys.stdout = None
+        return 0
+    except _ClickException as error:
+        return _fail(_usage(error), 2)
+    except Exception as error:
+        return _fail(_unexpected(error), 1)
+
+
+def _usage(error: Any) -> str:
+    """What click found wrong, with the command whose help says more. Without a message it has shown the help itself."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return ""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "adtally"
+    return f"{message} (see `{path} --help`)"
+
+
+def _unexpected(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else "no message"
+    hint = "" if _State.debug else " (run again as `adtally --debug ...` for the stack trace)"
+    return f"{type(error).__name__}: {text}{hint}"
+
+
+def _fail(message: str, status: int) -> int:
+    if _State.debug:
+        traceback.print_exc()
+    line = " ".join(message.split())
+    if line:
+        print(
+            f"adtally: error: {line if len(line) <= _ERROR_LENGTH else line[: _ERROR_LENGTH - 3] + '...'}",
+            file=sys.stderr,
+        )
+    return status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import UTC, datetime
+
+from spark_jobs.errors import UsageError
+
+_DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h)?\s*$")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
+
+
+def examples(*lines: str) -> str:
+    """Epilog of a command's help: each example on a line of its own."""
+    return "\n\n".join(["Examples:", *(line.replace("[", "\\[") for line in lines)])
+
+
+def seconds(text: str, option: str) -> float:
+    """Seconds of ``500ms``, ``5s``, ``2m``, ``1h`` or a bare number. Raises UsageError that names the option."""
+    match = _DURATION.match(text)
+    value = float(match.group(1)) * _SECONDS[match.group(2)] if match else math.nan
+    if not 0 < value <= 86_400:
+        raise UsageError(f"{option} {text!r} is not a time above 0", hint="as in 500ms, 5s or 2m, up to 24h")
+    return value
+
+
+def moment(text: str, option: str) -> datetime:
+    """A time in UTC of RFC 3339 text; a date alone is its midnight in UTC. Raises UsageError that names the option."""
+    try:
+        value = datetime.fromisoformat(text)
+    except ValueError:
+        raise UsageError(f"{option} {text!r} is not a time", hint="as in 2025-06-02 or 2025-06-02T08:00:00Z") from None
+    if value.tzinfo is None:
+        if len(text) > len("2025-06-02"):
+            raise UsageError(f"{option} {text!r} has no zone", hint="as in 2025-06-02T08:00:00Z")
+        return value.replace(tzinfo=UTC)
+    return value.astimezone(UTC)

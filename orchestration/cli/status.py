@@ -1,0 +1,77 @@
+"""The report of ``adtally status`` as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from spark_jobs.jobs.status import Status
+
+OUTCOMES = ("offered", "accepted", "duplicate", "conflict", "rejected", "late")
+
+
+def table(title: str, *columns: str, left: int = 1) -> Table:
+    """An empty table; the first ``left`` columns are text, the others numbers."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index < left else "right", no_wrap=index >= left)
+    return made
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a person reads them, to two units."""
+    if seconds is None:
+        return "-"
+    whole = int(max(seconds, 0))
+    for size, big, small, part in ((86_400, "d", "h", 3600), (3600, "h", "min", 60), (60, "min", "s", 1)):
+        if whole >= size:
+            return f"{whole // size} {big} {whole % size // part} {small}"
+    return f"{seconds:.1f} s"
+
+
+def size(count: float) -> str:
+    """Bytes as a person reads them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def status_tables(status: Status) -> Iterator[RenderableType]:
+    """Sources, tables, quarantined files, and the verdict."""
+    if status.sources:
+        sources = table("Sources", "stream", "region", *OUTCOMES, "lag", "batch", "last ingested", left=2)
+        for row in status.sources:
+            sources.add_row(
+                row.stream,
+                row.region,
+                *(f"{getattr(row, name):,}" for name in OUTCOMES),
+                duration(row.lag_seconds),
+                str(row.last_batch_id),
+                f"{row.last_ingested_at:%Y-%m-%d %H:%M:%S}" if row.last_ingested_at else "-",
+            )
+        yield sources
+    if status.tables:
+        tables = table("Tables", "table", "version", "rows", "files", "size")
+        for entry in status.tables:
+            tables.add_row(entry.name, str(entry.version), f"{entry.rows:,}", f"{entry.files:,}", size(entry.bytes))
+        yield tables
+    if status.quarantined_files:
+        files = table("Files that could not be read", "file", "reasons", "ingested", left=3)
+        for file in status.quarantined_files:
+            files.add_row(escape(file.source_file), ", ".join(file.reason_codes), f"{file.ingested_at:%Y-%m-%d %H:%M:%S}")
+        yield files
+    for problem in status.problems:
+        yield Text(problem, style="red")
+    if status.conservation_holds:
+        yield Text("offered = accepted + duplicate + conflict + rejected: holds", style="green")
+    else:
+        yield Text("offered = accepted + duplicate + conflict + rejected: DOES NOT HOLD", style="bold red")

@@ -1,0 +1,179 @@
+"""The main job end to end on the samples and simulated traffic, held to the known truth."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from orchestration.cli.status import table
+from orchestration.marts import build_marts, query_marts
+from samples.land import land
+from services.simulator import simulate
+from spark_jobs.config import Settings, load_settings
+from spark_jobs.errors import UsageError
+from spark_jobs.jobs.ingest import BatchReport, run_ingest
+
+DEFAULT_HOME = Path(".adtally-demo")
+MARKER = ".adtally-demo-home"
+BATCH_BYTES = 16 * 1024 * 1024
+
+ACCOUNTING = ("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced")
+MEASURES = ("impressions", "clicks", "spend_nanos")
+
+Cells = dict[tuple[Any, ...], Counter[str]]
+
+
+def clean_home(home: Path) -> None:
+    """An empty demo home. Raises UsageError for a folder that is not a demo's: nothing of it is deleted."""
+    if home.exists() and any(home.iterdir()):
+        if not (home / MARKER).exists():
+            raise UsageError(f"{home} is not empty and not the home of a demo", hint="name another folder with --home")
+        shutil.rmtree(home)
+    home.mkdir(parents=True, exist_ok=True)
+    (home / MARKER).touch()
+
+
+def run_demo(home: Path | None, *, events: int, seed: int, console: Console) -> bool:
+    """Run the demo in ``home`` (default .adtally-demo); True if every figure equals the truth."""
+    folder = (home or DEFAULT_HOME).absolute()
+    clean_home(folder)
+    settings = load_settings(home=folder, max_bytes_per_batch=BATCH_BYTES)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        truths = _land(settings, events, seed, progress)
+        offered = sum(int(truth["totals"]["offered"]) for truth in truths)
+        _ingest(settings, offered, progress)
+        task = progress.add_task("3/3 build the marts", total=None, note="")
+        build_marts(settings, progress=lambda line: progress.update(task, note=line[:60]))
+        progress.update(task, total=1, completed=1, note="published")
+    _print_conservation(settings, console)
+    equal = _print_differences(settings, truths, console)
+    _print_campaigns(settings, console)
+    _print_places(settings, console)
+    return equal
+
+
+def _land(settings: Settings, events: int, seed: int, progress: Progress) -> list[dict[str, Any]]:
+    task = progress.add_task("1/3 land samples and traffic", total=events, note="")
+    simulated = settings.home_path / "simulated"
+    truth = simulate(simulated, events, seed, progress=lambda done, total: progress.update(task, completed=done, total=total))
+    # names of their own: a file that lands under a name already taken would replace the other
+    for source in sorted(path for path in simulated.rglob("*") if path.is_file() and path.name != "truth.json"):
+        target = settings.landing_path / source.relative_to(simulated).with_name(f"simulated-{source.name}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(target)
+    shutil.rmtree(simulated)
+    sample_truth = land(settings.landing_path)
+    progress.update(task, completed=events, total=events, note=f"{events:,} simulated lines, 60,287 real events")
+    return [json.loads(truth.as_json()), json.loads(sample_truth.read_text("utf-8"))]
+
+
+def _ingest(settings: Settings, offered: int, progress: Progress) -> None:
+    task = progress.add_task("2/3 ingest", total=offered, note="starting Spark")
+
+    def on_batch(batch: BatchReport) -> None:
+        note = f"{batch.stream} batch {batch.batch_id}: {batch.accepted:,} accepted in {batch.seconds:.1f} s"
+        progress.update(task, advance=batch.offered if batch.stream == "events" else 0, note=note)
+
+    run_ingest(settings, progress=on_batch)
+
+
+def _print_conservation(settings: Settings, console: Console) -> None:
+    _, rows = query_marts(
+        settings,
+        "select region, sum(offered)::bigint, sum(accepted)::bigint, sum(duplicate)::bigint, sum(conflict)::bigint, "
+        "sum(rejected)::bigint, sum(late)::bigint from fct_event_accounting group by region order by region",
+    )
+    shown = table("Every record ends in exactly one place", "region", *ACCOUNTING[:6], "offered - all four")
+    for region, *counts in rows:
+        rest = counts[0] - sum(counts[1:5])
+        shown.add_row(region, *(f"{count:,}" for count in counts), str(rest))
+    console.print(shown)
+
+
+def difference(expected: Cells, got: Cells, names: Iterable[str]) -> dict[str, tuple[int, int, int]]:
+    """Per measure: the truth's total, the marts' total, and the number of cells in which they differ."""
+    keys = expected.keys() | got.keys()
+    empty: Counter[str] = Counter()
+    return {
+        name: (
+            sum(cell[name] for cell in expected.values()),
+            sum(cell[name] for cell in got.values()),
+            sum(1 for key in keys if expected.get(key, empty)[name] != got.get(key, empty)[name]),
+        )
+        for name in names
+    }
+
+
+def _print_differences(settings: Settings, truths: list[dict[str, Any]], console: Console) -> bool:
+    found = {
+        **difference(_truth_cells(truths, "accounting", ("region", "event_hour"), ACCOUNTING), _accounting(settings), ACCOUNTING),
+        **difference(
+            _truth_cells(truths, "campaign_hours", ("campaign_id", "region", "event_hour", "currency"), MEASURES),
+            _campaign_hours(settings),
+            MEASURES,
+        ),
+    }
+    shown = table(
+        "Against the known truth, per hour and region, and per campaign", "measure", "truth", "marts", "cells that differ"
+    )
+    for name, (truth, marts, cells) in found.items():
+        style = "red" if cells else ""
+        shown.add_row(name, f"{truth:,}", f"{marts:,}", str(cells), style=style)
+    console.print(shown)
+    return not any(cells for *_, cells in found.values())
+
+
+def _truth_cells(truths: list[dict[str, Any]], part: str, key: tuple[str, ...], names: tuple[str, ...]) -> Cells:
+    cells: Cells = {}
+    for truth in truths:
+        for row in truth[part]:
+            cells.setdefault(tuple(row[name] for name in key), Counter()).update({name: row[name] for name in names})
+    return cells
+
+
+def _cells(rows: Iterable[tuple[Any, ...]], width: int, names: tuple[str, ...]) -> Cells:
+    return {row[:width]: Counter(dict(zip(names, map(int, row[width:]), strict=True))) for row in rows}
+
+
+def _accounting(settings: Settings) -> Cells:
+    sums = ", ".join(f"sum({name})" for name in ACCOUNTING)
+    sql = f"select region, strftime(event_hour, '%Y-%m-%dT%H:%M:%SZ'), {sums} from fct_event_accounting group by all"
+    return _cells(query_marts(settings, sql)[1], 2, ACCOUNTING)
+
+
+def _campaign_hours(settings: Settings) -> Cells:
+    sql = (
+        "select campaign_id, region, strftime(date_trunc('hour', event_minute), '%Y-%m-%dT%H:%M:%SZ'), currency, "
+        f"{', '.join(f'sum({name})' for name in MEASURES)} from fct_campaign_minute group by all"
+    )
+    return _cells(query_marts(settings, sql)[1], 4, MEASURES)
+
+
+def _print_campaigns(settings: Settings, console: Console) -> None:
+    _, rows = query_marts(
+        settings,
+        "select campaign_id, currency, sum(impressions)::bigint, sum(clicks)::bigint, sum(spend_micros)::bigint "
+        "from fct_campaign_day group by all order by sum(spend_micros) desc, 1 limit 5",
+    )
+    shown = table("Top campaigns by spend", "campaign", "currency", "impressions", "clicks", "spend", left=2)
+    for campaign, currency, impressions, clicks, micros in rows:
+        shown.add_row(campaign, currency, f"{impressions:,}", f"{clicks:,}", f"{micros // 10**6:,}.{micros % 10**6:06d}")
+    console.print(shown)
+
+
+def _print_places(settings: Settings, console: Console) -> None:
+    home = settings.home_path
+    console.print(f"landing files  {settings.landing_path}", soft_wrap=True)
+    console.print(f"Delta tables   {settings.lakehouse_uri}", soft_wrap=True)
+    console.print(f"marts          {settings.marts_path}", soft_wrap=True)
+    console.print("\nNext, in the environment (or with `uv run` before each):")
+    for command in ("status", 'query "select * from fct_campaign_day limit 10"', "ingest --continuous"):
+        console.print(f"  ADTALLY_HOME={home} adtally {command}", soft_wrap=True)

@@ -1,0 +1,27 @@
+"""What a checkout needs beside its Python packages: Java, the jars, DuckDB's delta extension. Quick when all is there."""
+
+from __future__ import annotations
+
+import sys
+
+from orchestration.marts.dbt_runner import install_delta_extension
+from spark_jobs.config import load_settings
+from spark_jobs.errors import AdtallyError
+from spark_jobs.jars import ensure_jars
+from spark_jobs.java import require_java
+
+
+def main() -> int:
+    """Set up; the exit status of the process."""
+    try:
+        require_java()
+        ensure_jars(load_settings(), progress=lambda line: print(f"adtally: {line}", flush=True))
+        install_delta_extension()
+    except AdtallyError as error:
+        print(f"adtally: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

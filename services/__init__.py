@@ -1,0 +1,1 @@
+"""What stands around the pipeline: sources of traffic. Nothing here imports the pipeline."""

@@ -1,0 +1,328 @@
+"""What an exact accounting of generated records must come to, by code that shares nothing with the pipeline.
+
+The rules, in the words of the input contract: records are taken in order of (file mtime, path, line number); an invalid
+record never claims an id; the first valid record of an id is accepted; a later one is a duplicate if every field but
+``received_at`` and ``region`` is the same, and a conflict otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+Row = dict[str, Any]
+
+VERSION = 1
+HOUR_US = 3_600_000_000
+NO_TIME = int(np.iinfo(np.int64).min)
+"""Stands in ``event_us`` for a record without a readable time."""
+
+ACCEPTED, DUPLICATE, CONFLICT, REJECTED = range(4)
+OUTCOMES = ("accepted", "duplicate", "conflict", "rejected")
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def to_us(moment: datetime) -> int:
+    """Microseconds since 1970-01-01T00:00:00Z of a time with a zone."""
+    return (moment - _EPOCH) // timedelta(microseconds=1)
+
+
+def rfc3339(us: int) -> str:
+    """Microseconds since the epoch as RFC 3339 in UTC; no fraction when it is zero."""
+    moment = _EPOCH + timedelta(microseconds=us)
+    return moment.replace(tzinfo=None).isoformat() + "Z"
+
+
+@dataclass(frozen=True)
+class CampaignRow:
+    """One line of the campaigns CSV, valid from ``valid_from_us`` to before ``valid_to_us`` (None = open)."""
+
+    campaign_id: str
+    store_id: str
+    billing_model: str
+    daily_budget_micros: int
+    currency: str
+    valid_from_us: int
+    valid_to_us: int | None
+
+
+@dataclass(frozen=True)
+class EventLines:
+    """Event lines in the order in which they count, as columns of one length.
+
+    ``region``, ``campaign`` and ``currency`` are codes into the names handed to `account_events`. ``event_us`` is
+    NO_TIME if no time can be read. ``identity`` stands for the event_id and ``payload`` for everything that a resend
+    must repeat: two lines with the same identity are the same record iff their payloads are equal. ``well_formed`` is
+    False for a line that breaks the contract in itself; the rule about clocks in the future is applied here. What is
+    not well formed needs only a region and a time.
+    """
+
+    region: npt.NDArray[np.integer[Any]]
+    event_us: Ints
+    received_us: Ints
+    well_formed: Bools
+    identity: npt.NDArray[np.integer[Any]]
+    payload: npt.NDArray[np.integer[Any]]
+    campaign: npt.NDArray[np.integer[Any]]
+    currency: npt.NDArray[np.integer[Any]]
+    is_click: Bools
+    is_bot: Bools
+    price_micros: Ints
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The settings that the truth depends on."""
+
+    future_skew: timedelta = timedelta(minutes=5)
+    hour_grace: timedelta = timedelta(minutes=15)
+
+
+@dataclass(frozen=True)
+class EventTruth:
+    """Rows per region and hour, rows per campaign, region, hour and currency, and their sums."""
+
+    accounting: list[Row]
+    campaign_hours: list[Row]
+    totals: Row
+
+
+def classify(lines: EventLines, future_skew: timedelta) -> npt.NDArray[np.uint8]:
+    """The outcome of each line: ACCEPTED, DUPLICATE, CONFLICT or REJECTED."""
+    skew_us = future_skew // timedelta(microseconds=1)
+    valid = np.flatnonzero(lines.well_formed & (lines.event_us <= lines.received_us + skew_us))
+    outcome = np.full(len(lines.region), REJECTED, np.uint8)
+    if len(valid) == 0:
+        return outcome
+    by_identity = valid[np.argsort(lines.identity[valid], kind="stable")]
+    identity, payload = lines.identity[by_identity], lines.payload[by_identity]
+    is_first = np.ones(len(by_identity), np.bool_)
+    is_first[1:] = identity[1:] != identity[:-1]
+    first_of_group = np.maximum.accumulate(np.where(is_first, np.arange(len(by_identity)), 0))
+    same = payload == payload[first_of_group]
+    outcome[by_identity] = np.where(is_first, ACCEPTED, np.where(same, DUPLICATE, CONFLICT))
+    return outcome
+
+
+def _billing(lines: EventLines, at: Ints, campaigns: Sequence[str], rows: Sequence[CampaignRow]) -> tuple[Bools, Bools]:
+    """For the lines at these positions: does a cpc row cover them, does a cpm row (neither: unpriced)."""
+    ranges: dict[str, list[CampaignRow]] = {}
+    for row in sorted(rows, key=lambda r: (r.campaign_id, r.valid_from_us)):
+        ranges.setdefault(row.campaign_id, []).append(row)
+    campaign, event_us = lines.campaign[at], lines.event_us[at]
+    covered = {model: np.zeros(len(at), np.bool_) for model in ("cpc", "cpm")}
+    for level in range(max((len(found) for found in ranges.values()), default=0)):
+        begin = np.zeros(len(campaigns), np.int64)
+        end = np.zeros(len(campaigns), np.int64)
+        is_cpc = np.zeros(len(campaigns), np.bool_)
+        for code, name in enumerate(campaigns):
+            if level < len(ranges.get(name, [])):
+                row = ranges[name][level]
+                begin[code], is_cpc[code] = row.valid_from_us, row.billing_model == "cpc"
+                end[code] = np.iinfo(np.int64).max if row.valid_to_us is None else row.valid_to_us
+        inside = (begin[campaign] <= event_us) & (event_us < end[campaign])
+        covered["cpc"] |= inside & is_cpc[campaign]
+        covered["cpm"] |= inside & ~is_cpc[campaign]
+    return covered["cpc"], covered["cpm"]
+
+
+def _sums(group: npt.NDArray[np.intp], values: Ints, groups: int) -> list[int]:
+    """Exact integer sums of values by group number."""
+    result = np.zeros(groups, np.int64)
+    np.add.at(result, group, values)
+    return [int(value) for value in result]
+
+
+def _counts(group: npt.NDArray[np.intp], mask: Bools, groups: int) -> list[int]:
+    return [int(value) for value in np.bincount(group[mask], minlength=groups)]
+
+
+def account_events(
+    lines: EventLines,
+    *,
+    regions: Sequence[str],
+    campaigns: Sequence[str],
+    currencies: Sequence[str],
+    campaign_rows: Sequence[CampaignRow],
+    limits: Limits,
+) -> EventTruth:
+    """The accounting of event lines: counts per outcome, late, unpriced, and what each campaign owes in nanos.
+
+    A cpc click costs price_micros x 1000 nanos, a cpm impression price_micros nanos, anything else nothing.
+    """
+    outcome = classify(lines, limits.future_skew)
+    hour = np.where(lines.event_us == NO_TIME, -1, lines.event_us // HOUR_US)
+    taken = np.flatnonzero(outcome == ACCEPTED)
+    is_cpc, is_cpm = _billing(lines, taken, campaigns, campaign_rows)
+    is_click, price = lines.is_click[taken], lines.price_micros[taken]
+    spend = np.where(is_click & is_cpc, price * 1000, np.where(~is_click & is_cpm, price, 0))
+    grace_us = limits.hour_grace // timedelta(microseconds=1)
+    late = lines.received_us[taken] >= (hour[taken] + 1) * HOUR_US + grace_us
+    unpriced = ~(is_cpc | is_cpm)
+
+    span = int(hour.max(initial=0)) + 2
+    keys, group = np.unique(lines.region * np.int64(span) + hour + 1, return_inverse=True)
+    by_outcome = [_counts(group, outcome == code, len(keys)) for code in range(len(OUTCOMES))]
+    late_of = _counts(group[taken], late, len(keys))
+    unpriced_of = _counts(group[taken], unpriced, len(keys))
+    accounting: list[Row] = []
+    for index, key in enumerate(keys):
+        region_code, hour_number = divmod(int(key), span)
+        counts = {name: by_outcome[code][index] for code, name in enumerate(OUTCOMES)}
+        accounting.append(
+            {
+                "region": regions[region_code],
+                "event_hour": None if hour_number == 0 else rfc3339((hour_number - 1) * HOUR_US),
+                "offered": sum(counts.values()),
+                **counts,
+                "late": late_of[index],
+                "unpriced": unpriced_of[index],
+            }
+        )
+
+    combined = (lines.campaign[taken].astype(np.int64) * len(regions) + lines.region[taken]) * span + hour[taken]
+    keys, group = np.unique(combined * len(currencies) + lines.currency[taken], return_inverse=True)
+    impressions = _counts(group, ~is_click, len(keys))
+    clicks = _counts(group, is_click, len(keys))
+    spends = _sums(group, spend, len(keys))
+    campaign_hours: list[Row] = []
+    for index, key in enumerate(keys):
+        rest, currency_code = divmod(int(key), len(currencies))
+        rest, hour_number = divmod(rest, span)
+        campaign_code, region_code = divmod(rest, len(regions))
+        campaign_hours.append(
+            {
+                "campaign_id": campaigns[campaign_code],
+                "region": regions[region_code],
+                "event_hour": rfc3339(hour_number * HOUR_US),
+                "currency": currencies[currency_code],
+                "impressions": impressions[index],
+                "clicks": clicks[index],
+                "spend_nanos": spends[index],
+            }
+        )
+
+    accounting.sort(key=lambda r: (r["region"], r["event_hour"] or ""))
+    campaign_hours.sort(key=lambda r: (r["campaign_id"], r["region"], r["event_hour"], r["currency"]))
+    spend_by_currency: Counter[str] = Counter()
+    for row in campaign_hours:
+        spend_by_currency[row["currency"]] += row["spend_nanos"]
+    is_bot = lines.is_bot[taken]
+    totals: Row = {name: sum(row[name] for row in accounting) for name in ("offered", *OUTCOMES, "late", "unpriced")}
+    totals |= {
+        "impressions": int((~is_click).sum()),
+        "clicks": int(is_click.sum()),
+        "bot_impressions": int((is_bot & ~is_click).sum()),
+        "bot_clicks": int((is_bot & is_click).sum()),
+        "spend_nanos_by_currency": dict(sorted(spend_by_currency.items())),
+    }
+    return EventTruth(accounting, campaign_hours, totals)
+
+
+class OrderTruth:
+    """Counts order records as they are added, in the order in which they count."""
+
+    def __init__(self) -> None:
+        self._accounting: dict[str, Counter[str]] = {}
+        self._facts: dict[str, tuple[object, ...]] = {}
+        self._money: dict[str, tuple[str, int]] = {}
+        self._statuses: dict[str, set[str]] = {}
+
+    def add(self, region: str, record: Mapping[str, Any] | None) -> str:
+        """Count one record of a region's folder (None: a record that breaks the contract); returns its outcome.
+
+        An (order_id, status) not seen before is accepted if the order's other facts are those known of it.
+        """
+        outcome = self._outcome(record)
+        counts = self._accounting.setdefault(region, Counter())
+        counts["offered"] += 1
+        counts[outcome] += 1
+        return outcome
+
+    def _outcome(self, record: Mapping[str, Any] | None) -> str:
+        if record is None:
+            return "rejected"
+        order_id, status = record["order_id"], record["status"]
+        facts = tuple(record[name] for name in ("order_time", "user_id", "store_id", "total_micros", "currency"))
+        if self._facts.setdefault(order_id, facts) != facts:
+            return "conflict"
+        statuses = self._statuses.setdefault(order_id, set())
+        if status in statuses:
+            return "duplicate"
+        statuses.add(status)
+        self._money[order_id] = (record["currency"], record["total_micros"])
+        return "accepted"
+
+    def as_dict(self) -> Row:
+        """Accounting per region, orders by final status (cancelled is final) and their totals in micros."""
+        final: Counter[str] = Counter()
+        totals: dict[str, Counter[str]] = {}
+        for order_id, statuses in self._statuses.items():
+            status = "cancelled" if "cancelled" in statuses else "placed"
+            currency, micros = self._money[order_id]
+            final[status] += 1
+            totals.setdefault(currency, Counter())[status] += micros
+        return {
+            "accounting": [
+                {"region": region, "offered": counts["offered"], **{name: counts[name] for name in OUTCOMES}}
+                for region, counts in sorted(self._accounting.items())
+            ],
+            "placed": final["placed"],
+            "cancelled": final["cancelled"],
+            "total_micros_by_currency_and_status": {
+                currency: {status: sums[status] for status in ("placed", "cancelled")} for currency, sums in sorted(totals.items())
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a folder of generated records must come to.
+
+    ``accounting``: region, event_hour (RFC 3339, None: no readable time), offered, accepted, duplicate, conflict,
+    rejected, late, unpriced. ``campaign_hours``: campaign_id, region, event_hour, currency, impressions, clicks,
+    spend_nanos. ``totals``: the sums of both and the bots among the accepted. ``orders``: see `OrderTruth.as_dict`.
+    """
+
+    seed: int | None
+    args: Row
+    accounting: list[Row]
+    campaign_hours: list[Row]
+    totals: Row
+    orders: Row
+
+    def as_json(self) -> str:
+        """The text of truth.json: one line a row, the same for the same truth."""
+
+        def rows(items: Sequence[Row]) -> str:
+            return "[\n" + ",\n".join("  " + json.dumps(item) for item in items) + "\n ]"
+
+        parts = {
+            "version": str(VERSION),
+            "seed": json.dumps(self.seed),
+            "args": json.dumps(self.args),
+            "totals": json.dumps(self.totals),
+            "orders": json.dumps(self.orders),
+            "accounting": rows(self.accounting),
+            "campaign_hours": rows(self.campaign_hours),
+        }
+        return "{\n" + ",\n".join(f' "{name}": {text}' for name, text in parts.items()) + "\n}\n"
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a truth.json; raises ValueError if it is of another version."""
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("version") != VERSION:
+            raise ValueError(f"{path} is not a truth file of version {VERSION}")
+        return cls(**content)

@@ -1,0 +1,1 @@
+"""Spark and Delta jobs of adtally: no orchestrator in here."""

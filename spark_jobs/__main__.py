@@ -1,0 +1,38 @@
+"""What a cluster runs: ``python -m spark_jobs ingest`` (or spark-submit with this file). Configuration: ADTALLY_* variables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from spark_jobs.config import load_settings
+from spark_jobs.errors import AdtallyError
+from spark_jobs.jobs.ingest import BatchReport, run_ingest
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and run; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m spark_jobs", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    ingest = commands.add_parser("ingest", help="events and orders from the landing folder into the lakehouse")
+    ingest.add_argument("--continuous", action="store_true", help="until SIGTERM instead of all that is there")
+    ingest.add_argument("--trigger", type=float, default=5.0, metavar="SECONDS", help="time between two batches")
+    ingest.add_argument("--json", action="store_true", help="one JSON line a batch on standard output")
+    options = parser.parse_args(arguments)
+
+    def progress(batch: BatchReport) -> None:
+        line = json.dumps(asdict(batch)) if options.json else f"{batch.stream} batch {batch.batch_id}: {batch.accepted} accepted"
+        print(line, flush=True)
+
+    try:
+        run_ingest(load_settings(), continuous=options.continuous, trigger_seconds=options.trigger, progress=progress)
+    except AdtallyError as error:
+        print(f"adtally: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""From the lines of a split to columns: the fast validator first, the exact one for all that it leaves."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from spark_jobs.contract.exact import Verdict, validate_line
+from spark_jobs.contract.spec import MAX_LINE_BYTES, MAX_RAW_BYTES, Contract, Kind, Limits
+from spark_jobs.contract.vectorised import accept_plain, flat_lines
+from spark_jobs.sources.lines import FileFault, Lines, LongLine
+
+FILE_LEVEL_LINE = 0
+
+
+@dataclass
+class Reject:
+    """A line that is not accepted. ``number`` counts from 0 within the split, -1 for the file as a whole."""
+
+    number: int
+    reasons: list[str]
+    raw: str
+    raw_encoding: str
+    raw_size_bytes: int
+    record_id: str | None = None
+    time_us: int | None = None
+
+
+@dataclass
+class Parsed:
+    """A chunk of a split: ``valid`` has n (line number within the split, int64) and the contract's fields, by n."""
+
+    offered: int
+    valid: pa.Table
+    rejects: list[Reject] = field(default_factory=list)
+
+
+def field_type(kind: Kind) -> pa.DataType:
+    """Arrow type of a parsed field: times and integers are int64, all else is text."""
+    return pa.int64() if kind in (Kind.INTEGER, Kind.TIME) else pa.string()
+
+
+def parsed_schema(contract: Contract) -> pa.Schema:
+    """Schema of ``Parsed.valid``."""
+    return pa.schema([("n", pa.int64()), *((spec.name, field_type(spec.kind)) for spec in contract.fields)])
+
+
+def encode_raw(raw: bytes) -> tuple[str, str]:
+    """Text that keeps ``raw`` and its encoding: utf-8, or base64 for what is not text (or holds a NUL)."""
+    kept = raw[:MAX_RAW_BYTES]
+    if b"\0" not in kept:
+        try:
+            return kept.decode("utf-8"), "utf-8"
+        except UnicodeDecodeError:
+            pass
+    return base64.b64encode(kept).decode("ascii"), "base64"
+
+
+def decode_raw(raw: str, encoding: str) -> bytes:
+    """The bytes that ``encode_raw`` was given (up to the size it keeps)."""
+    return binascii.a2b_base64(raw) if encoding == "base64" else raw.encode("utf-8")
+
+
+def _reject(number: int, reasons: list[str], raw: bytes, size: int | None = None, verdict: Verdict | None = None) -> Reject:
+    text, encoding = encode_raw(raw)
+    return Reject(
+        number=number,
+        reasons=reasons,
+        raw=text,
+        raw_encoding=encoding,
+        raw_size_bytes=len(raw) if size is None else size,
+        record_id=verdict.record_id if verdict else None,
+        time_us=verdict.time_us if verdict else None,
+    )
+
+
+def parse_chunk(chunk: Lines | LongLine | FileFault, contract: Contract, folder_region: str, limits: Limits) -> Parsed:
+    """Judge every line of a chunk. offered = valid rows + rejects."""
+    if isinstance(chunk, LongLine):
+        reject = _reject(chunk.number, ["line_too_long"], chunk.head, chunk.size)
+        return Parsed(1, parsed_schema(contract).empty_table(), [reject])
+    if isinstance(chunk, FileFault):
+        reject = _reject(-1 if chunk.nothing_read else chunk.number, [chunk.reason], chunk.rest)
+        return Parsed(1, parsed_schema(contract).empty_table(), [reject])
+    return _parse_lines(chunk, contract, folder_region, limits)
+
+
+def _parse_lines(chunk: Lines, contract: Contract, folder_region: str, limits: Limits) -> Parsed:
+    count = len(chunk.ends)
+    offsets = np.zeros(count + 1, dtype=np.int32)
+    offsets[1:] = chunk.ends
+    sizes = np.diff(offsets)
+    flat, quotes = flat_lines(chunk.data, chunk.ends)
+    plain = flat & (sizes <= MAX_LINE_BYTES + 1)
+    if not chunk.terminated:
+        plain[-1] = False
+    if not chunk.data.isascii():
+        plain &= _valid_utf8(chunk)
+    column = pa.Array.from_buffers(pa.string(), count, [None, pa.py_buffer(offsets), pa.py_buffer(chunk.data)])
+    numbers = np.arange(count, dtype=np.int64)
+    lines = pa.table({"n": numbers, "line": column, "quotes": quotes})
+    if not plain.all():
+        lines = lines.filter(pa.array(plain))
+    accepted = accept_plain(lines, contract, folder_region, limits).cast(parsed_schema(contract))
+    taken = np.zeros(count, dtype=bool)
+    taken[accepted["n"].to_numpy()] = True
+
+    rejects: list[Reject] = []
+    kept: dict[str, list[Any]] = {name: [] for name in parsed_schema(contract).names}
+    for index in np.flatnonzero(~taken).tolist():
+        raw = chunk.raw(index)
+        terminated = chunk.terminated or index < count - 1
+        verdict = validate_line(raw, contract, folder_region, limits, terminated=terminated)
+        if verdict.values is None:
+            rejects.append(_reject(chunk.first + index, verdict.reasons, raw, verdict=verdict))
+            continue
+        kept["n"].append(index)
+        for name, value in verdict.values.items():
+            kept[name].append(value)
+    if kept["n"]:
+        extra = pa.table(kept, schema=parsed_schema(contract))
+        accepted = pa.concat_tables([accepted, extra]).sort_by("n")
+    if chunk.first:
+        accepted = accepted.set_column(0, "n", pc.add(accepted["n"], chunk.first))
+    return Parsed(count, accepted, rejects)
+
+
+def _valid_utf8(chunk: Lines) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    valid = np.ones(len(chunk.ends), dtype=bool)
+    try:
+        chunk.data.decode("utf-8")
+    except UnicodeDecodeError:
+        for index in range(len(valid)):
+            try:
+                chunk.raw(index).decode("utf-8")
+            except UnicodeDecodeError:
+                valid[index] = False
+    return valid
+
+
+def parse_all(
+    chunks: Iterator[Lines | LongLine | FileFault], contract: Contract, folder_region: str, limits: Limits
+) -> Iterator[Parsed]:
+    """``parse_chunk`` over a split."""
+    for chunk in chunks:
+        yield parse_chunk(chunk, contract, folder_region, limits)

@@ -1,0 +1,1 @@
+"""Finding duplicates and conflicts: narrow keys only."""

@@ -1,0 +1,27 @@
+"""DuckDB with its ``delta`` extension, which comes as an installed package: no network is needed."""
+
+from __future__ import annotations
+
+import duckdb
+
+from spark_jobs.errors import MachineError
+
+
+def connect_delta(config: dict[str, str | bool | int | float | list[str]] | None = None) -> duckdb.DuckDBPyConnection:
+    """A connection of its own, in memory, that can ``delta_scan``.
+
+    Raises MachineError when the package of the extension is missing or does not fit this DuckDB.
+    """
+    connection = duckdb.connect(":memory:", config=config or {})
+    try:
+        from duckdb_extensions import import_extension
+
+        import_extension("delta", con=connection)
+        connection.execute("load delta")
+    except (ImportError, OSError, RuntimeError, duckdb.Error) as error:
+        connection.close()
+        raise MachineError(
+            f"DuckDB's delta extension cannot be loaded: {' '.join(str(error).split())[:300]}",
+            hint="install duckdb-extension-delta in the version of duckdb",
+        ) from error
+    return connection

@@ -1,0 +1,54 @@
+"""The errors of this package. Each says whether trying again can help (``retryable``) and what to do (``hint``)."""
+
+from __future__ import annotations
+
+
+class AdtallyError(Exception):
+    """Base of all errors that reach a user as one line.
+
+    ``exit_code`` is the process's exit status: 1 the data or a check failed, 2 wrong use.
+    ``hint`` is what the reader can do about it; it is printed after the message.
+    """
+
+    exit_code = 1
+    retryable = False
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{message} ({self.hint})" if self.hint else message
+
+
+class UsageError(AdtallyError):
+    """Wrong use: an option, a setting or a path that cannot be right."""
+
+    exit_code = 2
+
+
+class ConfigurationError(UsageError):
+    """A setting was refused at the start."""
+
+
+class MachineError(UsageError):
+    """Something the machine must have is missing: Java, the jars, an extension."""
+
+
+class BusyError(AdtallyError):
+    """Another process holds the lock that this one needs."""
+
+    retryable = True
+
+
+class ConservationError(AdtallyError):
+    """offered = accepted + duplicate + conflict + rejected does not hold. The batch is not committed."""
+
+
+class CampaignFileError(AdtallyError):
+    """A campaigns CSV breaks the contract; the message names the file, the line and the rule."""
+
+
+class TableCorruptionError(AdtallyError):
+    """A Delta table is not what the registry says, or contradicts what was derived from it."""

@@ -1,0 +1,298 @@
+"""The jars that Spark needs beside its own: Delta Lake and the Kafka connector.
+
+They are resolved once by Spark's Ivy into a cache folder, and every file is held to the name, the size and the SHA-256
+that ``jars.lock.json`` says. Later starts read the cache alone and use no network. What Spark ships itself is left
+out, so that no class is on the class path twice.
+
+    python -m spark_jobs.jars             resolve what is missing, print the paths
+    python -m spark_jobs.jars --update    resolve anew and rewrite jars.lock.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from spark_jobs.config import Settings, load_settings
+from spark_jobs.errors import AdtallyError, BusyError, MachineError
+from spark_jobs.java import require_java
+
+COORDINATES = ("io.delta:delta-spark_4.2_2.13:4.4.0", "org.apache.spark:spark-sql-kafka-0-10_2.13:4.2.0")
+LOCK_FILE = Path(__file__).with_name("jars.lock.json")
+RESOLVE_TIMEOUT_SECONDS = 900
+
+# Spark resolves `spark.jars.packages` while its session starts; this starts one and ends it.
+_RESOLVE = """
+import sys
+from pyspark.sql import SparkSession
+packages, excludes, ivy, warehouse = sys.argv[1:5]
+builder = (SparkSession.builder.master("local[1]").appName("adtally-jars")
+    .config("spark.ui.enabled", "false").config("spark.sql.warehouse.dir", warehouse)
+    .config("spark.driver.host", "127.0.0.1").config("spark.driver.bindAddress", "127.0.0.1")
+    .config("spark.jars.packages", packages).config("spark.jars.ivy", ivy))
+if excludes:
+    builder = builder.config("spark.jars.excludes", excludes)
+builder.getOrCreate().stop()
+"""
+
+
+@dataclass(frozen=True)
+class LockedJar:
+    """A jar of the lock: the file name that Ivy gives it, its size in bytes and its SHA-256 in hexadecimal."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class JarLock:
+    """What ``jars.lock.json`` pins.
+
+    ``jars`` go on the class path. ``excluded`` maps ``group:artifact`` of what was resolved too to the jar of Spark
+    that has its classes.
+    """
+
+    spark_version: str
+    coordinates: tuple[str, ...]
+    jars: tuple[LockedJar, ...]
+    excluded: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Names the cache folder: another lock, another folder."""
+        text = json.dumps([self.coordinates, [asdict(jar) for jar in self.jars]], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=4)
+def read_lock(path: Path = LOCK_FILE) -> JarLock:
+    """The lock as it is in the project. Raises MachineError if it is missing, broken, or of another Spark."""
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        lock = JarLock(
+            spark_version=data["spark_version"],
+            coordinates=tuple(data["coordinates"]),
+            jars=tuple(LockedJar(**jar) for jar in data["jars"]),
+            excluded=dict(data["excluded"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MachineError(f"{path} cannot be read: {error}", hint="restore it from the repository") from None
+    installed = version("pyspark")
+    if lock.spark_version != installed:
+        raise MachineError(
+            f"{path.name} was made for Spark {lock.spark_version}, but pyspark {installed} is installed",
+            hint="run `uv sync --frozen`, or `python -m spark_jobs.jars --update` after an upgrade",
+        )
+    return lock
+
+
+def ensure_jars(settings: Settings, progress: Callable[[str], None] | None = None, *, lock: JarLock | None = None) -> list[Path]:
+    """Paths of the jars for ``spark.jars``, resolved first if the cache lacks them.
+
+    Every call checks all of them against the lock (about 25 MB, hashed in some hundredths of a second), so a file that
+    was changed or cut short is never loaded. Safe to be called by several processes at once: one resolves, the
+    others wait. ``progress`` receives a line whenever something takes long.
+
+    Raises MachineError if a jar differs from the lock or cannot be resolved, BusyError if another process takes
+    longer than ten minutes.
+    """
+    lock = lock or read_lock()
+    folder = settings.jar_cache_path / lock.digest
+    if not _missing(folder, lock):
+        return _verified(folder, lock)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f"{lock.digest}.lock", timeout=RESOLVE_TIMEOUT_SECONDS):
+            if _missing(folder, lock):
+                _fill(folder, lock, progress or (lambda _line: None))
+    except Timeout:
+        raise BusyError(f"another process has been resolving the jars in {folder.parent} for too long") from None
+    except OSError as error:
+        raise MachineError(f"the jar cache {folder.parent} cannot be written: {error}", hint="set ADTALLY_CACHE_DIR") from None
+    return _verified(folder, lock)
+
+
+def jars_are_cached(settings: Settings, lock: JarLock | None = None) -> bool:
+    """Whether every jar is in the cache, so that nothing would be resolved."""
+    lock = lock or read_lock()
+    return not _missing(settings.jar_cache_path / lock.digest, lock)
+
+
+def _missing(folder: Path, lock: JarLock) -> bool:
+    return not all((folder / jar.name).is_file() for jar in lock.jars)
+
+
+def _verified(folder: Path, lock: JarLock) -> list[Path]:
+    for jar in lock.jars:
+        _check(folder / jar.name, jar, hint=f"delete {folder} and run again")
+    return [folder / jar.name for jar in lock.jars]
+
+
+def _check(path: Path, jar: LockedJar, *, hint: str) -> None:
+    size = path.stat().st_size
+    if size != jar.size:
+        raise MachineError(f"{path} has {size} bytes, {LOCK_FILE.name} says {jar.size}; no jar was used", hint=hint)
+    found = sha256_of(path)
+    if found != jar.sha256:
+        raise MachineError(f"{path} has SHA-256 {found}, {LOCK_FILE.name} says {jar.sha256}; no jar was used", hint=hint)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fill(folder: Path, lock: JarLock, progress: Callable[[str], None]) -> None:
+    megabytes = sum(jar.size for jar in lock.jars) / 1e6
+    progress(f"resolving {len(lock.jars)} jars, {megabytes:.0f} MB, once (about half a minute) into {folder}")
+    with tempfile.TemporaryDirectory(prefix="resolve-", dir=folder.parent) as work:
+        resolved = {path.name: path for path in _resolve(lock.coordinates, tuple(lock.excluded), Path(work))}
+        staged = Path(work) / "jars-checked"
+        staged.mkdir()
+        for jar in lock.jars:
+            if jar.name not in resolved:
+                raise MachineError(
+                    f"{jar.name} of {LOCK_FILE.name} was not among the {len(resolved)} jars resolved",
+                    hint="`python -m spark_jobs.jars --update` rewrites the lock after an upgrade",
+                )
+            _check(resolved[jar.name], jar, hint="the repository that answered does not hold the jar this project pins")
+            shutil.copyfile(resolved[jar.name], staged / jar.name)
+        if folder.exists():  # an incomplete folder: files were deleted from it
+            shutil.rmtree(folder)
+        staged.rename(folder)
+    progress(f"resolved and checked {len(lock.jars)} jars")
+
+
+def _resolve(coordinates: tuple[str, ...], excludes: tuple[str, ...], work: Path) -> list[Path]:
+    require_java()
+    ivy = work / "ivy"
+    ivy.mkdir(parents=True)
+    # A SPARK_HOME of another Spark would resolve for that one.
+    environment = {name: value for name, value in os.environ.items() if name not in ("SPARK_HOME", "PYSPARK_SUBMIT_ARGS")}
+    command = [
+        sys.executable,
+        "-c",
+        _RESOLVE,
+        ",".join(coordinates),
+        ",".join(excludes),
+        str(ivy),
+        str(work / "warehouse"),
+    ]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=work,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=RESOLVE_TIMEOUT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise MachineError(
+            f"the jars could not be resolved within {RESOLVE_TIMEOUT_SECONDS} seconds",
+            hint="check the network and run again",
+        ) from None
+    if done.returncode != 0:
+        raise MachineError(
+            f"the jars could not be resolved: {_reason(done.stderr)}",
+            hint="check that Maven Central can be reached and run again; later starts need no network",
+        )
+    return sorted((ivy / "jars").glob("*.jar"))
+
+
+def _reason(stderr: str) -> str:
+    for sign in ("unresolved dependency", "UNRESOLVED", "download failed", "FAILED DOWNLOADS", "Exception"):
+        for line in stderr.splitlines():
+            if sign in line and "WARN" not in line:
+                return line.strip(" :\t")
+    return (stderr.strip().splitlines() or ["Spark said nothing"])[-1].strip()
+
+
+def update_lock(path: Path = LOCK_FILE, progress: Callable[[str], None] = print) -> JarLock:
+    """Resolve the coordinates of this module in full and write the lock.
+
+    A resolved jar is left out if most of its classes are in a jar that pyspark ships.
+    """
+    shipped = _classes_of_spark()
+    with tempfile.TemporaryDirectory(prefix="adtally-jars-") as work:
+        progress("resolving " + ", ".join(COORDINATES))
+        everything = _resolve(COORDINATES, (), Path(work))
+        owners = {_group_and_artifact(jar.name): owner for jar in everything if (owner := _owner(jar, shipped))}
+        # Again without those: what only they needed goes too.
+        wanted = _resolve(COORDINATES, tuple(sorted(owners)), Path(work) / "again")
+        jars = [LockedJar(jar.name, jar.stat().st_size, sha256_of(jar)) for jar in wanted]
+        excluded = dict(sorted(owners.items()))
+    lock = JarLock(version("pyspark"), COORDINATES, tuple(jars), excluded)
+    path.write_text(json.dumps(asdict(lock), indent=2) + "\n", encoding="utf-8")
+    progress(f"{path}: {len(jars)} jars pinned, {len(excluded)} left to Spark")
+    return lock
+
+
+def _classes(jar: Path) -> list[str]:
+    with zipfile.ZipFile(jar) as archive:
+        return [
+            name
+            for name in archive.namelist()
+            if name.endswith(".class") and not name.startswith("META-INF/") and not name.endswith("module-info.class")
+        ]
+
+
+def _classes_of_spark() -> dict[str, str]:
+    spec = find_spec("pyspark")
+    assert spec is not None and spec.origin is not None
+    jars = sorted((Path(spec.origin).parent / "jars").glob("*.jar"))
+    return {name: jar.name for jar in jars for name in _classes(jar)}
+
+
+def _owner(jar: Path, shipped: dict[str, str]) -> str | None:
+    names = _classes(jar)
+    owners = [shipped[name] for name in names if name in shipped]
+    return max(set(owners), key=owners.count) if len(owners) * 2 > len(names) else None
+
+
+def _group_and_artifact(file_name: str) -> str:
+    """``org.apache.kafka:kafka-clients`` of ``org.apache.kafka_kafka-clients-3.9.2.jar``."""
+    group, _, rest = file_name.partition("_")
+    artifact = rest.removesuffix(".jar").rsplit("-", 1)[0]
+    return f"{group}:{artifact}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry of ``python -m spark_jobs.jars``."""
+    parser = argparse.ArgumentParser(prog="python -m spark_jobs.jars", description="The jars that Spark needs.")
+    parser.add_argument("--update", action="store_true", help="resolve anew and rewrite jars.lock.json")
+    options = parser.parse_args(arguments)
+    try:
+        if options.update:
+            update_lock()
+        for path in ensure_jars(load_settings(), progress=lambda line: print(line, file=sys.stderr)):
+            print(path)
+    except AdtallyError as error:
+        print(f"adtally: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""Campaigns from the CSV files of the landing folder into table `campaigns`."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from dataclasses import astuple, dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyspark.sql import SparkSession
+
+from spark_jobs.config import Settings
+from spark_jobs.contract.exact import parse_time
+from spark_jobs.contract.spec import CURRENCIES
+from spark_jobs.delta_log import DeltaLog
+from spark_jobs.errors import CampaignFileError
+from spark_jobs.sinks.delta import replace_all, table_schema
+from spark_jobs.steps import Step
+from spark_jobs.tables import CAMPAIGNS
+from spark_jobs.transforms.events import CAMPAIGN_SCHEMA
+
+COLUMNS = ("campaign_id", "store_id", "billing_model", "daily_budget_micros", "currency", "valid_from", "valid_to")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, order=True)
+class Campaign:
+    """A campaign in one range of validity: times in microseconds since the epoch, valid_to exclusive, None = open."""
+
+    campaign_id: str
+    valid_from_us: int
+    store_id: str
+    billing_model: str
+    daily_budget_micros: int
+    currency: str
+    valid_to_us: int | None
+    source_file: str
+
+
+def _time(text: str, where: str, column: str) -> int:
+    micros, problem = parse_time(text if "T" in text else f"{text}T00:00:00Z")
+    if problem or micros is None:
+        raise CampaignFileError(f"{where}: {column} is not an RFC 3339 time with a zone or a date: {text!r}")
+    return micros
+
+
+def _campaign(row: dict[str, str | None], where: str, name: str) -> Campaign:
+    def text(column: str) -> str:
+        value = (row.get(column) or "").strip()
+        if not 1 <= len(value) <= 128:
+            raise CampaignFileError(f"{where}: {column} must have 1 to 128 characters")
+        return value
+
+    budget = text("daily_budget_micros")
+    if not (budget.isascii() and budget.isdigit()) or int(budget) > 10**18:
+        raise CampaignFileError(f"{where}: daily_budget_micros is not a whole number of 0 to 10^18: {budget!r}")
+    if text("billing_model") not in ("cpc", "cpm"):
+        raise CampaignFileError(f"{where}: billing_model must be cpc or cpm, not {text('billing_model')!r}")
+    if text("currency") not in CURRENCIES:
+        raise CampaignFileError(f"{where}: currency is not an ISO 4217 code: {text('currency')!r}")
+    end = (row.get("valid_to") or "").strip()
+    campaign = Campaign(
+        campaign_id=text("campaign_id"),
+        valid_from_us=_time(text("valid_from"), where, "valid_from"),
+        store_id=text("store_id"),
+        billing_model=text("billing_model"),
+        daily_budget_micros=int(budget),
+        currency=text("currency"),
+        valid_to_us=_time(end, where, "valid_to") if end else None,
+        source_file=name,
+    )
+    if campaign.valid_to_us is not None and campaign.valid_to_us <= campaign.valid_from_us:
+        raise CampaignFileError(f"{where}: valid_to is not after valid_from")
+    return campaign
+
+
+def read_campaigns(landing: Path) -> list[Campaign]:
+    """The campaigns of ``<landing>/campaigns/*.csv``, sorted. The same row in two files counts once.
+
+    Raises CampaignFileError with the file, the line and the rule; ranges of one campaign must not overlap.
+    """
+    found: dict[tuple[Any, ...], Campaign] = {}
+    for path in sorted((landing / "campaigns").glob("*.csv")):
+        if path.name.startswith((".", "_")):
+            continue
+        name = path.relative_to(landing).as_posix()
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as handle:
+                reader = csv.DictReader(handle)
+                missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+                if missing:
+                    raise CampaignFileError(f"{name}: columns missing: {', '.join(missing)}")
+                for row in reader:
+                    campaign = _campaign(row, f"{name}, line {reader.line_num}", name)
+                    found.setdefault(astuple(campaign)[:-1], campaign)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise CampaignFileError(f"{name}: cannot be read as CSV in UTF-8: {error}") from None
+    campaigns = sorted(found.values(), key=lambda c: (c.campaign_id, c.valid_from_us))
+    for earlier, later in pairwise(campaigns):
+        if earlier.campaign_id == later.campaign_id and (earlier.valid_to_us is None or earlier.valid_to_us > later.valid_from_us):
+            raise CampaignFileError(
+                f"{later.source_file}: the ranges of campaign {later.campaign_id} overlap at "
+                f"{_moment(later.valid_from_us).isoformat()}",
+                hint="end the earlier range (valid_to is exclusive) before the next begins",
+            )
+    return campaigns
+
+
+def _moment(micros: int) -> datetime:
+    return _EPOCH + timedelta(microseconds=micros)
+
+
+def load_campaigns(spark: SparkSession, settings: Settings) -> int | None:
+    """Bring table `campaigns` up to the CSV files. Returns its version.
+
+    Nothing is written when the files say what the table holds. Without a CSV file the table stays as it is.
+    """
+    log = DeltaLog(settings.table_uri(CAMPAIGNS.name), spark)
+    campaigns = read_campaigns(settings.landing_path)
+    digest = hashlib.sha256(json.dumps([astuple(c) for c in campaigns]).encode()).hexdigest()
+    held = next((c.user_metadata for c in log.commits_backwards() if c.user_metadata), None)
+    if campaigns and (held is None or json.loads(held).get("campaigns_sha256") != digest):
+        rows = [
+            (
+                *(c.campaign_id, c.store_id, c.billing_model, c.daily_budget_micros, c.currency),
+                _moment(c.valid_from_us),
+                None if c.valid_to_us is None else _moment(c.valid_to_us),
+                c.source_file,
+            )
+            for c in campaigns
+        ]
+        frame = spark.createDataFrame(rows, table_schema(CAMPAIGNS)).coalesce(1)
+        replace_all(frame, CAMPAIGNS, settings, Step.CAMPAIGNS, {"campaigns_sha256": digest})
+    return log.latest_version()
+
+
+def campaigns_at(spark: SparkSession, settings: Settings, version: int) -> pa.Table:
+    """Price lines (CAMPAIGN_SCHEMA) of one version of table `campaigns`."""
+    frame = spark.read.format("delta").option("versionAsOf", version).load(settings.table_uri(CAMPAIGNS.name))
+    return (
+        frame.selectExpr(
+            "campaign_id as priced_campaign_id",
+            "billing_model",
+            "unix_micros(valid_from) as valid_from_us",
+            "unix_micros(valid_to) as valid_to_us",
+        )
+        .toArrow()
+        .cast(CAMPAIGN_SCHEMA)
+    )

@@ -1,0 +1,1 @@
+"""Writing Delta tables: created as the registry says, appended to once per transaction."""

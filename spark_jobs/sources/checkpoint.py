@@ -1,0 +1,83 @@
+"""The files of a batch, as Spark's file source wrote them down before the batch began.
+
+The checkpoint's own log is read, not the batch's frame: the frame leaves out empty files, and a file's time of modification may
+change between a kill and the restart, while the log says the same for as long as the batch can run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spark_jobs.errors import TableCorruptionError
+from spark_jobs.sources.landing import LandingFile, local_path
+
+_VERSION = "v1"
+
+
+@dataclass(frozen=True)
+class BatchFiles:
+    """What a batch was planned with: its files, in the order of their records, and the time of planning in microseconds."""
+
+    planned_us: int
+    files: list[LandingFile]
+
+
+def read_batch_files(checkpoint: Path, batch_id: int) -> BatchFiles:
+    """The files of batch ``batch_id`` of the query with this checkpoint. A file that is gone by now has size 0.
+
+    Raises TableCorruptionError where the checkpoint does not have the form that this Spark version writes.
+    """
+    planned_ms, end = _offset(checkpoint, batch_id)
+    start = _offset(checkpoint, batch_id - 1)[1] if batch_id else -1
+    files = [
+        LandingFile(int(entry["timestamp"]), local_path(entry["path"]), _size(local_path(entry["path"])))
+        for log_id in range(start + 1, end + 1)
+        for entry in _entries(checkpoint, log_id)
+    ]
+    return BatchFiles(planned_ms * 1000, sorted(files, key=lambda file: file.order))
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def _offset(checkpoint: Path, batch_id: int) -> tuple[int, int]:
+    path = checkpoint / "offsets" / str(batch_id)
+    try:
+        version, metadata, offset = path.read_text("utf-8").splitlines()[:3]
+        if version != _VERSION:
+            raise ValueError(version)
+        return int(json.loads(metadata)["batchTimestampMs"]), int(json.loads(offset)["logOffset"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TableCorruptionError(
+            f"{path} is not a file source's offset: {error}",
+            hint="docs/runbooks/lost-checkpoint.md says how to start with a new checkpoint without counting twice",
+        ) from None
+
+
+def _entries(checkpoint: Path, log_id: int) -> Iterator[dict[str, Any]]:
+    """The entries of one id of the source's log, from its own file or from the compacted file that took it in."""
+    folder = checkpoint / "sources" / "0"
+    own = folder / str(log_id)
+    if own.exists():
+        source = own
+    else:
+        compacted = sorted(int(path.stem) for path in folder.glob("*.compact") if int(path.stem) >= log_id)
+        if not compacted:
+            return
+        source = folder / f"{compacted[0]}.compact"
+    version, *lines = source.read_text("utf-8").splitlines()
+    if version != _VERSION:
+        raise TableCorruptionError(f"{source} is of an unknown version: {version}", hint="use the Spark version of the lock")
+    for line in lines:
+        entry = json.loads(line)
+        if entry["batchId"] == log_id:
+            yield entry

@@ -1,0 +1,205 @@
+"""Lines of a landing file, read by byte range, plain or gzip, whatever is in them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from spark_jobs.contract.spec import MAX_RAW_BYTES
+
+BLOCK_BYTES = 16 * 1024 * 1024
+_GZIP_READ_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Consecutive lines: ``ends[i]`` is the offset in ``data`` just behind line i, its line feed included.
+
+    ``first`` is the number (from 0) of the first line within the split. Only the last line may lack its line feed.
+    """
+
+    data: bytes
+    ends: npt.NDArray[np.int64]
+    first: int
+
+    @property
+    def terminated(self) -> bool:
+        """Whether the last line has its line feed."""
+        return self.data.endswith(b"\n")
+
+    def raw(self, index: int) -> bytes:
+        """Line ``index`` of this chunk without its line feed."""
+        start = int(self.ends[index - 1]) if index else 0
+        line = self.data[start : int(self.ends[index])]
+        return line[:-1] if line.endswith(b"\n") else line
+
+
+@dataclass(frozen=True)
+class LongLine:
+    """A line too long to keep in memory: its first bytes and its size in bytes."""
+
+    head: bytes
+    size: int
+    number: int
+
+
+@dataclass(frozen=True)
+class FileFault:
+    """The file ends wrongly or cannot be read. ``rest`` is what stood behind the last whole line, on line ``number``.
+
+    ``nothing_read`` says that not one line came before: the whole file is unreadable.
+    """
+
+    reason: str
+    rest: bytes
+    number: int
+    nothing_read: bool
+
+
+class _Fault(Exception):
+    pass
+
+
+def _until_wrong(state: zlib._Decompress, chunk: bytes) -> bytes:
+    """What can be made of ``chunk`` before the byte at which it is wrong."""
+    made = []
+    try:
+        for at in range(len(chunk)):
+            made.append(state.decompress(chunk[at : at + 1]))
+    except zlib.error:
+        pass
+    return b"".join(made)
+
+
+def _gzip_reader(handle: BinaryIO) -> Callable[[], bytes]:
+    """A function that returns the next decompressed bytes, b"" at a proper end; raises _Fault(reason) at a wrong one."""
+    state = zlib.decompressobj(31)
+    pending = b""
+    started = corrupt = False
+
+    def read() -> bytes:
+        nonlocal state, pending, started, corrupt
+        while not corrupt:
+            if state.eof:
+                pending = (state.unused_data + pending).lstrip(b"\0")
+                while not pending:
+                    block = handle.read(_GZIP_READ_BYTES)
+                    if not block:
+                        return b""
+                    pending = block.lstrip(b"\0")
+                state = zlib.decompressobj(31)
+            chunk = pending or handle.read(_GZIP_READ_BYTES)
+            started = started or bool(chunk)
+            before = state.copy()
+            try:
+                data = state.decompress(chunk, BLOCK_BYTES)  # of no chunk: what an earlier call had no room for
+            except zlib.error:
+                data, corrupt = _until_wrong(before, chunk), True
+            pending = state.unconsumed_tail
+            if data:
+                return data
+            if not chunk:
+                raise _Fault("truncated_gzip" if started else "empty_gzip")
+        raise _Fault("corrupt_gzip")
+
+    return read
+
+
+def _line_ends(data: bytes) -> npt.NDArray[np.int64]:
+    ends = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == 10).astype(np.int64) + 1
+    if not data.endswith(b"\n"):
+        ends = np.append(ends, len(data))
+    return ends
+
+
+def read_lines(path: str | Path, start: int = 0, end: int | None = None) -> Iterator[Lines | LongLine | FileFault]:
+    """The lines that begin in bytes [start, end) of a plain file, or all lines of a gzip file (name ends in .gz).
+
+    Memory is bounded by BLOCK_BYTES plus MAX_RAW_BYTES whatever the file holds.
+    """
+    try:
+        with Path(path).open("rb") as handle:
+            if str(path).endswith(".gz"):
+                yield from _chunks(_gzip_reader(handle), 0, None)
+                return
+            position = start
+            if start:
+                handle.seek(start - 1)
+                position = start - 1
+                while True:
+                    block = handle.read(MAX_RAW_BYTES)
+                    found = block.find(b"\n")
+                    if found >= 0:
+                        position += found + 1
+                        break
+                    position += len(block)
+                    if not block or (end is not None and position >= end):
+                        return
+                handle.seek(position)
+            if end is None or position < end:
+                yield from _chunks(lambda: handle.read(BLOCK_BYTES), position, end)
+    except OSError:
+        yield FileFault("unreadable_file", b"", 0, nothing_read=True)
+
+
+def _chunks(read: Callable[[], bytes], position: int, end: int | None) -> Iterator[Lines | LongLine | FileFault]:
+    number = 0
+    rest = b""
+    long_head = b""
+    long_size = 0  # > 0: within a line that is too long to keep
+    while True:
+        try:
+            block = read()
+        except (_Fault, OSError) as fault:
+            reason = str(fault) if isinstance(fault, _Fault) else "unreadable_file"
+            left = long_head or rest
+            yield FileFault(reason, left, number, nothing_read=number == 0 and not left)
+            return
+        if long_size:
+            found = block.find(b"\n")
+            long_size += found if found >= 0 else len(block)
+            if found < 0 and block:
+                position += len(block)
+                continue
+            yield LongLine(long_head, long_size, number)
+            number += 1
+            long_head, long_size = b"", 0
+            position += found + 1
+            block = block[found + 1 :] if found >= 0 else b""
+            if end is not None and position >= end:
+                return
+            if not block and found < 0:
+                return
+            if not block:
+                continue
+        data = rest + block
+        if not block:
+            if rest:
+                yield Lines(rest, _line_ends(rest), number)
+            return
+        cut = len(data)
+        last = False
+        if end is not None and position + len(data) >= end:
+            found = data.find(b"\n", max(0, end - 1 - position))
+            if found >= 0:
+                cut, last = found + 1, True
+        if not last:
+            cut = data.rfind(b"\n") + 1
+        if cut:
+            whole = data[:cut]
+            ends = _line_ends(whole)
+            yield Lines(whole, ends, number)
+            number += len(ends)
+            position += cut
+        if last:
+            return
+        rest = data[cut:]
+        if len(rest) > MAX_RAW_BYTES:
+            long_head, long_size, rest = rest[:MAX_RAW_BYTES], len(rest), b""
+            position += long_size

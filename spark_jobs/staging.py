@@ -1,0 +1,181 @@
+"""What the tasks of a batch do: parse a split once, keep its columns in a scratch file, give them out again as often as needed.
+
+Scratch files are a cache: a task that does not find one (another worker, a lost disk) parses the split again. Everything here
+runs in Spark's Python workers and must stay importable without a session.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from spark_jobs.contract.parse import Reject, encode_raw, parse_all, parsed_schema
+from spark_jobs.contract.spec import CONTRACTS, Limits
+from spark_jobs.dedupe.keys import Keys
+from spark_jobs.sources.landing import Split
+from spark_jobs.sources.lines import FileFault, Lines, read_lines
+from spark_jobs.transforms.events import HOUR_US, enrich
+
+REJECT_SCHEMA = pa.schema(
+    [
+        ("n", pa.int64()),
+        ("reason_codes", pa.list_(pa.string())),
+        ("raw", pa.string()),
+        ("raw_encoding", pa.string()),
+        ("raw_size_bytes", pa.int64()),
+        ("record_id", pa.string()),
+        ("time_us", pa.int64()),
+    ]
+)
+NO_HOUR = np.iinfo(np.int32).min
+_FLUSH_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class StageTask:
+    """One split of a batch and all that its parsing depends on."""
+
+    stream: str
+    split: Split
+    limits: Limits
+    scratch: str
+
+    def path(self, part: str) -> Path:
+        """The scratch file of ``part``: "rows" or "rejects"."""
+        return Path(self.scratch) / f"{self.split.number:06d}.{part}.arrow"
+
+
+@dataclass(frozen=True)
+class StagedSplit:
+    """What the driver learns of a split. ``keys`` (Keys.to_bytes), ``hours`` (int32 hours since the epoch), ``late``, ``unpriced``
+    (bool), ``spend`` (int64 nanos) and ``received`` (int64 micros) are of the valid rows in order; ``reject_hours`` of the rejects,
+    NO_HOUR where the record had no readable time."""
+
+    number: int
+    offered: int
+    keys: bytes
+    hours: bytes
+    late: bytes
+    unpriced: bytes
+    spend: bytes
+    received: bytes
+    reject_hours: bytes
+
+
+def _reject_table(rejects: list[Reject]) -> pa.Table:
+    return pa.table(
+        {
+            "n": [r.number for r in rejects],
+            "reason_codes": [r.reasons for r in rejects],
+            "raw": [r.raw for r in rejects],
+            "raw_encoding": [r.raw_encoding for r in rejects],
+            "raw_size_bytes": [r.raw_size_bytes for r in rejects],
+            "record_id": [r.record_id for r in rejects],
+            "time_us": [r.time_us for r in rejects],
+        },
+        schema=REJECT_SCHEMA,
+    )
+
+
+class _Writer:
+    """An Arrow file that appears whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._sink: pa.ipc.RecordBatchFileWriter | None = None
+
+    def write(self, table: pa.Table) -> None:
+        if self._sink is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._sink = pa.ipc.new_file(str(self._temporary), table.schema)
+        self._sink.write_table(table)
+
+    def close(self) -> None:
+        if self._sink is not None:
+            self._sink.close()
+            os.replace(self._temporary, self._path)
+
+
+def stage_split(task: StageTask, campaigns: pa.Table) -> StagedSplit:
+    """Parse a split into its two scratch files (valid rows, rejects)."""
+    contract = CONTRACTS[task.stream]
+    rows, rejected = _Writer(task.path("rows")), _Writer(task.path("rejects"))
+    offered = 0
+    keys: list[Keys] = []
+    columns: dict[str, list[npt.NDArray[np.generic]]] = {n: [] for n in ("hours", "late", "unpriced", "spend", "received")}
+    reject_hours: list[int] = []
+    chunks = read_lines(task.split.path, task.split.start, task.split.end)
+    wrote_rows = wrote_rejects = False
+    for parsed in parse_all(chunks, contract, task.split.region, task.limits):
+        offered += parsed.offered
+        if parsed.valid.num_rows or not wrote_rows:
+            table = enrich(parsed.valid, contract, task.limits, campaigns)
+            rows.write(table)
+            wrote_rows = True
+            keys.append(Keys(*(table[n].to_numpy() for n in ("key_low", "key_high", "fingerprint"))))
+            columns["hours"].append((table["hour_us"].to_numpy() // HOUR_US).astype(np.int32))
+            columns["late"].append(table["is_late"].to_numpy())
+            columns["received"].append(table["received_at"].to_numpy())
+            if "billing_model" in table.column_names:
+                columns["unpriced"].append(table["billing_model"].is_null().to_numpy())
+                columns["spend"].append(table["spend_nanos"].to_numpy())
+            else:
+                columns["unpriced"].append(np.zeros(table.num_rows, dtype=bool))
+                columns["spend"].append(np.zeros(table.num_rows, dtype=np.int64))
+        if parsed.rejects or not wrote_rejects:
+            rejected.write(_reject_table(parsed.rejects))
+            wrote_rejects = True
+            reject_hours += [NO_HOUR if r.time_us is None else r.time_us // HOUR_US for r in parsed.rejects]
+    rows.close()
+    rejected.close()
+
+    def joined(name: str, kind: type[np.generic]) -> bytes:
+        parts = columns[name]
+        return b"" if not parts else np.concatenate(parts).astype(kind).tobytes()
+
+    return StagedSplit(
+        number=task.split.number,
+        offered=offered,
+        keys=Keys.concatenate(keys).to_bytes(),
+        hours=joined("hours", np.int32),
+        late=joined("late", np.bool_),
+        unpriced=joined("unpriced", np.bool_),
+        spend=joined("spend", np.int64),
+        received=joined("received", np.int64),
+        reject_hours=np.array(reject_hours, dtype=np.int32).tobytes(),
+    )
+
+
+def staged(task: StageTask, part: str, campaigns: pa.Table) -> pa.Table:
+    """The scratch file of a split, "rows" or "rejects", memory-mapped; made again where it is missing.
+
+    An empty table (of whatever columns the split would have) if the split has no line at all.
+    """
+    path = task.path(part)
+    if not path.exists():
+        stage_split(task, campaigns)
+    if not path.exists():
+        contract = CONTRACTS[task.stream]
+        if part == "rejects":
+            return REJECT_SCHEMA.empty_table()
+        return enrich(parsed_schema(contract).empty_table(), contract, task.limits, campaigns)
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).read_all()
+
+
+def raw_lines(split: Split, wanted: npt.NDArray[np.int64]) -> Iterator[tuple[int, str, str, int]]:
+    """(n, raw, encoding, size in bytes) of the lines ``wanted`` (ascending numbers within the split), read again from the file."""
+    for chunk in read_lines(split.path, split.start, split.end):
+        if isinstance(chunk, FileFault):
+            return
+        if isinstance(chunk, Lines):
+            for number in wanted[(wanted >= chunk.first) & (wanted < chunk.first + len(chunk.ends))].tolist():
+                raw = chunk.raw(number - chunk.first)
+                yield number, *encode_raw(raw), len(raw)

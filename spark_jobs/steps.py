@@ -1,0 +1,73 @@
+"""The durable steps of the jobs, each named once. Every durable write stands in a ``with durable(...)`` block.
+
+The crash tests take the steps from here: a process that was given ``ADTALLY_CRASH_AT=before:events:2`` kills itself with
+SIGKILL right before the events of batch 2 are committed. Nothing else reads that variable.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+
+CRASH_VARIABLE = "ADTALLY_CRASH_AT"
+
+
+class Step(StrEnum):
+    """A durable step. The order is that of a batch."""
+
+    CAMPAIGNS = "campaigns"
+    OFFSETS = "offsets"  # Spark's: the batch is planned (checkpoint offsets/N)
+    EVENTS = "events"
+    KEY_INDEX = "key_index"
+    REJECTED_EVENTS = "rejected_events"
+    MINUTE_METRICS = "minute_metrics"
+    EVENTS_LEDGER = "events_ledger"
+    ORDERS = "orders"
+    REJECTED_ORDERS = "rejected_orders"
+    ORDERS_LEDGER = "orders_ledger"
+    COMMITS = "commits"  # Spark's: the batch is done (checkpoint commits/N)
+
+
+# Every point at which a kill is tried: before and after each step that this package makes, and around the two of Spark's
+# ("before offsets" is "after commits" of the batch before).
+CRASH_POINTS: tuple[tuple[str, Step], ...] = (
+    ("after", Step.OFFSETS),
+    *((moment, step) for step in Step if step not in (Step.OFFSETS, Step.COMMITS) for moment in ("before", "after")),
+    ("before", Step.COMMITS),
+    ("after", Step.COMMITS),
+)
+
+
+def crash_point(moment: str, step: Step, batch_id: int) -> None:
+    """Kill this process if a crash was ordered for exactly this point."""
+    if os.environ.get(CRASH_VARIABLE) == f"{moment}:{step}:{batch_id}":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def durable(step: Step, batch_id: int = 0) -> Iterator[None]:
+    """Marks one durable write."""
+    crash_point("before", step, batch_id)
+    yield
+    crash_point("after", step, batch_id)
+
+
+def watch_checkpoint(checkpoint: Path) -> None:
+    """For the steps that Spark itself makes: kill this process as soon as the ordered checkpoint file is there."""
+    ordered = os.environ.get(CRASH_VARIABLE, "").split(":")
+    if len(ordered) != 3 or ordered[0] != "after" or ordered[1] != Step.COMMITS:
+        return
+    target = checkpoint / "commits" / ordered[2]
+
+    def watch() -> None:
+        while not target.exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="crash-watch").start()

@@ -1,0 +1,124 @@
+"""The registry of the Delta tables: path, schema, partitioning, keys and meaning of each. Nothing else names them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Table:
+    """A Delta table under the lakehouse root.
+
+    ``columns`` is a DDL list in column order; ``key`` identifies a row; ``stats_columns`` are those for which
+    Delta keeps minimum and maximum per file (wide text columns cost time and prune nothing).
+    """
+
+    name: str
+    grain: str
+    columns: str
+    key: tuple[str, ...]
+    partition_by: tuple[str, ...]
+    stats_columns: tuple[str, ...]
+
+
+EVENTS = Table(
+    name="events",
+    grain="one row an accepted event; an event_id occurs once, in the whole table",
+    columns="""
+        event_id STRING, event_type STRING, event_time TIMESTAMP, received_at TIMESTAMP, region STRING,
+        campaign_id STRING, ad_id STRING, store_id STRING, user_id STRING, impression_id STRING, placement STRING,
+        price_micros BIGINT, currency STRING, user_agent STRING,
+        billing_model STRING, spend_nanos BIGINT, is_late BOOLEAN, invalid_traffic_rule STRING,
+        fingerprint BIGINT, source_file STRING, source_line BIGINT, ingested_at TIMESTAMP,
+        event_date DATE, event_hour INT, _query_id STRING, _batch_id BIGINT
+    """,
+    key=("event_id",),
+    partition_by=("event_date", "event_hour"),
+    stats_columns=("event_time", "received_at", "_batch_id"),
+)
+
+REJECTED_COLUMNS = """
+    outcome STRING, reason_codes ARRAY<STRING>, source STRING, region STRING,
+    source_file STRING, source_line BIGINT, source_topic STRING, source_partition INT, source_offset BIGINT,
+    raw STRING, raw_encoding STRING, raw_size_bytes BIGINT,
+    record_id STRING, record_time TIMESTAMP, fingerprint STRING, accepted_fingerprint STRING,
+    ingested_at TIMESTAMP, ingested_date DATE, _query_id STRING, _batch_id BIGINT
+"""
+
+REJECTED_EVENTS = Table(
+    name="rejected_events",
+    grain="one row a record that was not accepted and is not a duplicate: outcome 'rejected' (with its reason codes) or "
+    "'conflict' (same id, other payload: both fingerprints as 16 hex digits). A file that cannot be read has one row with line 0",
+    columns=REJECTED_COLUMNS,
+    key=("source_file", "source_line"),
+    partition_by=("ingested_date",),
+    stats_columns=("ingested_at", "_batch_id"),
+)
+
+REJECTED_ORDERS = Table(
+    name="rejected_orders",
+    grain="as rejected_events, for orders",
+    columns=REJECTED_COLUMNS,
+    key=("source_file", "source_line"),
+    partition_by=("ingested_date",),
+    stats_columns=("ingested_at", "_batch_id"),
+)
+
+MINUTE_METRICS = Table(
+    name="minute_metrics",
+    grain="increments, append-only: one row a batch, minute and dimension key; a minute's value is the sum of its rows",
+    columns="""
+        record_uuid STRING, event_minute TIMESTAMP, region STRING, campaign_id STRING, ad_id STRING, store_id STRING,
+        placement STRING, currency STRING, impressions BIGINT, clicks BIGINT, invalid_impressions BIGINT,
+        invalid_clicks BIGINT, spend_nanos BIGINT, event_date DATE, _query_id STRING, _batch_id BIGINT
+    """,
+    key=("record_uuid",),
+    partition_by=("event_date",),
+    stats_columns=("event_minute", "_batch_id"),
+)
+
+BATCH_LEDGER = Table(
+    name="batch_ledger",
+    grain="one row a query, batch, source, region and event hour (null: the record had no readable time). Written last: "
+    "a batch is complete when it stands here. offered = accepted + duplicate + conflict + rejected; late, invalid_traffic "
+    "and unpriced are parts of accepted",
+    columns="""
+        stream STRING, source STRING, region STRING, event_hour TIMESTAMP,
+        offered BIGINT, accepted BIGINT, duplicate BIGINT, conflict BIGINT, rejected BIGINT,
+        late BIGINT, invalid_traffic BIGINT, unpriced BIGINT, spend_nanos BIGINT,
+        max_received_at TIMESTAMP, ingested_at TIMESTAMP, _query_id STRING, _batch_id BIGINT
+    """,
+    key=("_query_id", "_batch_id", "source", "region", "event_hour"),
+    partition_by=(),
+    stats_columns=("event_hour", "_batch_id"),
+)
+
+ORDERS = Table(
+    name="orders",
+    grain="one row an order with its latest status; cancelled is final, whichever record came first",
+    columns="""
+        order_id STRING, order_time TIMESTAMP, received_at TIMESTAMP, region STRING, user_id STRING, store_id STRING,
+        total_micros BIGINT, currency STRING, status STRING, cancelled_at TIMESTAMP, has_placed BOOLEAN, is_late BOOLEAN,
+        fingerprint BIGINT,
+        source_file STRING, source_line BIGINT, ingested_at TIMESTAMP, _query_id STRING, _batch_id BIGINT
+    """,
+    key=("order_id",),
+    partition_by=(),
+    stats_columns=("order_id", "order_time", "_batch_id"),
+)
+
+CAMPAIGNS = Table(
+    name="campaigns",
+    grain="one row a campaign and validity range, as the CSV files of the landing folder say; replaced when they change",
+    columns="""
+        campaign_id STRING, store_id STRING, billing_model STRING, daily_budget_micros BIGINT, currency STRING,
+        valid_from TIMESTAMP, valid_to TIMESTAMP, source_file STRING
+    """,
+    key=("campaign_id", "valid_from"),
+    partition_by=(),
+    stats_columns=("campaign_id",),
+)
+
+TABLES: dict[str, Table] = {
+    table.name: table for table in (EVENTS, REJECTED_EVENTS, MINUTE_METRICS, BATCH_LEDGER, ORDERS, REJECTED_ORDERS, CAMPAIGNS)
+}

@@ -1,0 +1,46 @@
+"""One Spark session for a whole test run, and homes to work in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from spark_jobs.config import Settings, load_settings
+from spark_jobs.session import build_session
+from spark_jobs.sinks.delta import ensure_tables
+
+
+@pytest.fixture(scope="session")
+def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
+    """The session of the run, with the project's own settings."""
+    home = tmp_path_factory.mktemp("session")
+    session = build_session(load_settings(home=home), "adtally-tests")
+    yield session
+    session.stop()
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("ADTALLY_") and name != "ADTALLY_CACHE_DIR"]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def empty_lakehouse(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tables of the registry, made once and copied by the tests: making them takes seconds."""
+    home = load_settings(home=tmp_path_factory.mktemp("empty"))
+    ensure_tables(spark, home)
+    return Path(home.lakehouse_uri)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, empty_lakehouse: Path) -> Settings:
+    """Settings of a home whose tables are empty, one landing file a batch."""
+    made = load_settings(home=tmp_path / "home", max_files_per_batch=1)
+    shutil.copytree(empty_lakehouse, made.lakehouse_uri)
+    return made

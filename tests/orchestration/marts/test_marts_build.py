@@ -1,0 +1,252 @@
+"""Building and publishing the marts, on small Delta tables."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+from filelock import FileLock
+
+from orchestration.marts import build, build_marts, query_marts
+from orchestration.marts.pins import SOURCES, latest_version, pin_versions
+from spark_jobs.config import Settings, load_settings
+from spark_jobs.errors import AdtallyError, BusyError, TableCorruptionError, UsageError
+from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, MINUTE_METRICS
+from tests.orchestration.marts.delta_files import commit, utc
+from tests.orchestration.marts.lakes import first_batch, increment, late_batch, ledger_row
+
+NOW = datetime(2026, 3, 12, 8, 0, tzinfo=UTC)
+DAYS = "select event_date, campaign_id, impressions, clicks, invalid_clicks, spend_nanos, spend_micros from fct_campaign_day"
+FIRST_DAYS = [
+    (date(2026, 3, 10), "c1", 3, 2, 0, 2500, 3),
+    (date(2026, 3, 10), "c9", 1, 0, 0, 0, 0),
+    (date(2026, 3, 11), "c1", 0, 0, 1, 0, 0),
+]
+LATE_DAYS = [(date(2026, 3, 10), "c1", 3, 3, 0, 3000, 3), *FIRST_DAYS[1:]]
+
+
+def settings_in(home: Path) -> Settings:
+    return load_settings(home=home, lakehouse=None)
+
+
+def lake_of(settings: Settings) -> Path:
+    return Path(settings.lakehouse_uri)
+
+
+def days(settings: Settings) -> list[tuple[Any, ...]]:
+    return query_marts(settings, f"{DAYS} order by all")[1]
+
+
+def litter(settings: Settings) -> list[str]:
+    """What a build must not leave beside the published file."""
+    known = {"marts.duckdb", "dbt", ".build.lock"}
+    return [path.name for path in settings.marts_path.parent.iterdir() if path.name not in known]
+
+
+# A quote and braces in the path: they pass through SQL, YAML and a format string on their way.
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, build.MartBuild, list[str]]:
+    """A build of the first batch in a folder with an awkward name; read only."""
+    settings = settings_in(tmp_path_factory.mktemp("marts") / "a {b} o'clock")
+    first_batch(lake_of(settings), int96=True)
+    lines: list[str] = []
+    return settings, build_marts(settings, progress=lines.append, now=NOW), lines
+
+
+def test_contents(published: tuple[Settings, build.MartBuild, list[str]]) -> None:
+    settings, _, _ = published
+    assert days(settings) == FIRST_DAYS
+    assert query_marts(settings, "select * from fct_campaign_minute order by all")[1] == [
+        (datetime(2026, 3, 10, 10, 5), date(2026, 3, 10), "eu", "c1", "a1", "s1", "EUR", 3, 2, 0, 0, 2500, 3),
+        (datetime(2026, 3, 10, 23, 59), date(2026, 3, 10), "us", "c9", "a9", "s9", "EUR", 1, 0, 0, 0, 0, 0),
+        (datetime(2026, 3, 11, 0, 0), date(2026, 3, 11), "eu", "c1", "a1", "s1", "EUR", 0, 0, 0, 1, 0, 0),
+    ]
+    assert query_marts(settings, "select * from fct_event_accounting order by event_hour nulls last")[1] == [
+        (datetime(2026, 3, 10, 10, 0), "eu", 8, 5, 2, 0, 1, 0, 0, 0),
+        (datetime(2026, 3, 10, 23, 0), "us", 1, 1, 0, 0, 0, 0, 0, 1),
+        (datetime(2026, 3, 11, 0, 0), "eu", 1, 1, 0, 0, 0, 0, 1, 0),
+        (None, "eu", 2, 0, 0, 0, 2, 0, 0, 0),
+    ]
+    assert query_marts(settings, "select campaign_id, store_id, is_priced, is_current from dim_campaign order by 1")[1] == [
+        ("c1", "s1", True, True),
+        ("c9", "s9", False, False),
+    ]
+    assert query_marts(settings, "select ad_id, campaign_id, campaigns_seen from dim_ad order by 1")[1] == [
+        ("a1", "c1", 1),
+        ("a9", "c9", 1),
+    ]
+    assert query_marts(settings, "select store_id, campaigns from dim_store order by 1")[1] == [("s1", 1), ("s9", 1)]
+
+
+def test_build_describes_itself(published: tuple[Settings, build.MartBuild, list[str]]) -> None:
+    settings, result, lines = published
+    assert result.versions == {"batch_ledger": 0, "minute_metrics": 0, "campaigns": 0}
+    rows = query_marts(settings, "select build_id, built_at, git_revision, table_name, delta_version from mart_build")[1]
+    assert sorted(rows) == sorted(
+        (result.build_id, NOW.replace(tzinfo=None), result.git_revision, name, 0) for name in result.versions
+    )
+    assert result.rows["fct_campaign_minute"] == 3
+    assert result.path == settings.marts_path
+    assert lines[0].startswith("pinned batch_ledger at version 0")
+    assert any("unit test" in line.lower() or "unit_test" in line for line in lines)
+    assert lines[-1].startswith("published build")
+
+
+def test_published_file_stands_alone(published: tuple[Settings, build.MartBuild, list[str]]) -> None:
+    """Tables only: no view that reaches into the lakehouse, no staging, no write-ahead log, nothing floating."""
+    settings, _, _ = published
+    objects = query_marts(
+        settings,
+        "select table_schema, table_name, table_type from information_schema.tables where table_catalog = 'marts'",
+    )[1]
+    assert {(schema, kind) for schema, _, kind in objects} == {("main", "BASE TABLE")}
+    assert not [name for _, name, _ in objects if name.startswith(("stg_", "int_"))]
+    types = query_marts(settings, "select distinct data_type from information_schema.columns")[1]
+    assert not {kind for (kind,) in types} & {"DOUBLE", "FLOAT", "HUGEINT", "TIMESTAMP WITH TIME ZONE"}
+    assert litter(settings) == []
+
+
+def test_second_build_adds_late_events_and_readers_keep_theirs(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    first_batch(lake_of(settings))
+    first = build_marts(settings, now=NOW)
+    with duckdb.connect(str(settings.marts_path), read_only=True) as reader:
+        assert reader.execute(f"{DAYS} order by all").fetchall() == FIRST_DAYS
+        late_batch(lake_of(settings))
+        second = build_marts(settings, now=NOW)
+        assert reader.execute(f"{DAYS} order by all").fetchall() == FIRST_DAYS
+        assert days(settings) == LATE_DAYS
+    assert second.build_id != first.build_id
+    assert second.versions == {"batch_ledger": 1, "minute_metrics": 1, "campaigns": 0}
+    assert litter(settings) == []
+
+
+def test_half_written_batch_is_not_shown(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    first_batch(lake_of(settings))
+    late_batch(lake_of(settings), with_ledger=False)
+    assert build_marts(settings, now=NOW).versions["minute_metrics"] == 1
+    assert days(settings) == FIRST_DAYS
+
+
+def test_pinned_versions_are_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is committed after the pins, a whole batch with its ledger rows, stays out."""
+    settings = settings_in(tmp_path)
+    first_batch(lake_of(settings))
+
+    def pin_then_write(given: Settings) -> dict[str, int]:
+        pins = pin_versions(given)
+        late_batch(lake_of(settings))
+        return pins
+
+    monkeypatch.setattr(build, "pin_versions", pin_then_write)
+    assert set(build_marts(settings, now=NOW).versions.values()) == {0}
+    assert days(settings) == FIRST_DAYS
+
+
+def test_ledger_is_pinned_before_the_others() -> None:
+    assert SOURCES[0] is BATCH_LEDGER
+
+
+def test_failed_conservation_leaves_the_published_marts(tmp_path: Path) -> None:
+    """The ledger says two clicks, the increments one: the build names the test and publishes nothing."""
+    settings = settings_in(tmp_path)
+    first_batch(lake_of(settings))
+    build_marts(settings, now=NOW)
+    before = settings.marts_path.read_bytes()
+    commit(lake_of(settings), MINUTE_METRICS, [increment("u5", 1, "2026-03-10T10:05", clicks=1, spend_nanos=500)])
+    commit(lake_of(settings), BATCH_LEDGER, [ledger_row(1, "2026-03-10T10:00", accepted=2, spend_nanos=500)])
+    with pytest.raises(AdtallyError) as caught:
+        build_marts(settings, now=NOW)
+    message = str(caught.value)
+    assert "test assert_increments_match_ledger (2 rows)" in message
+    assert "\n" not in message
+    assert caught.value.exit_code == 1
+    assert settings.marts_path.read_bytes() == before
+    assert litter(settings) == []
+    results = json.loads((settings.marts_path.parent / "dbt" / "target" / "run_results.json").read_text())["results"]
+    assert any(result["status"] == "fail" for result in results)
+
+
+def test_first_build_that_fails_publishes_nothing(tmp_path: Path) -> None:
+    """A null where the contract forbids it."""
+    settings = settings_in(tmp_path)
+    first_batch(lake_of(settings))
+    commit(lake_of(settings), MINUTE_METRICS, [increment("u5", 0, "2026-03-10T10:05", currency=None)])
+    with pytest.raises(AdtallyError, match=r"model fct_campaign_(day|minute).*NOT NULL"):
+        build_marts(settings, now=NOW)
+    assert not settings.marts_path.exists()
+    with pytest.raises(AdtallyError, match="adtally marts build"):
+        query_marts(settings, "select 1")
+
+
+def test_empty_tables_make_empty_marts(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    for table in (CAMPAIGNS, MINUTE_METRICS, BATCH_LEDGER):
+        commit(lake_of(settings), table, [])
+    result = build_marts(settings, now=NOW)
+    assert {name: count for name, count in result.rows.items() if count} == {"mart_build": 3}
+
+
+def test_missing_tables_are_named(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    commit(lake_of(settings), CAMPAIGNS, [])
+    with pytest.raises(AdtallyError, match=r"batch_ledger, minute_metrics .*run `adtally ingest` first"):
+        build_marts(settings)
+    assert litter(settings) == []
+
+
+def test_remote_lakehouse_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="local path"):
+        pin_versions(load_settings(home=tmp_path, lakehouse="s3a://bucket/lake"))
+
+
+def test_concurrent_build_is_refused_and_leftovers_are_not_touched(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    folder = settings.marts_path.parent
+    (folder / ".build-running").mkdir(parents=True)
+    with FileLock(folder / ".build.lock"), pytest.raises(BusyError) as caught:
+        build_marts(settings)
+    assert caught.value.retryable
+    assert (folder / ".build-running").exists()
+
+
+def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    folder = settings.marts_path.parent
+    (folder / ".build-dead").mkdir(parents=True)
+    (folder / ".build-dead" / "marts.duckdb.wal").write_bytes(b"half")
+    (folder / ".build-dead.duckdb").write_bytes(b"half")
+    with pytest.raises(AdtallyError, match="adtally ingest"):
+        build_marts(settings)
+    assert litter(settings) == []
+
+
+def test_latest_version_reads_the_names_of_the_log(tmp_path: Path) -> None:
+    assert latest_version(tmp_path) is None
+    log = tmp_path / "_delta_log"
+    log.mkdir()
+    with pytest.raises(TableCorruptionError):
+        latest_version(tmp_path)
+    for version in (9, 10):
+        (log / f"{version:020d}.json").touch()
+    # Neither a checksum, nor a temporary file, nor a log compaction is a commit.
+    for name in (f".{12:020d}.json.crc", f".{13:020d}.json.0000.tmp", f"{0:020d}.{14:020d}.compacted.json"):
+        (log / name).touch()
+    assert latest_version(tmp_path) == 10
+    (log / f"{11:020d}.checkpoint.parquet").touch()
+    assert latest_version(tmp_path) == 11
+    (log / f"{15:020d}.checkpoint.0000000001.0000000002.parquet").touch()
+    assert latest_version(tmp_path) == 15
+
+
+def test_times_do_not_depend_on_the_local_zone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "America/New_York")
+    settings = settings_in(tmp_path)
+    first_batch(lake_of(settings), int96=True)
+    build_marts(settings, now=utc("2026-03-12T08:00"))
+    assert days(settings) == FIRST_DAYS

@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import ast
+import gzip
+import json
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import services
+from services.simulator import SimulationError, SimulationShares, Truth, simulate
+from tests.services.simulator.recount import offered_lines, read_object, recount_events, recount_orders
+
+EVENTS = 12_000
+OUTCOMES = ("accepted", "duplicate", "conflict", "rejected")
+
+
+@pytest.fixture(scope="module")
+def landing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("simulated") / "landing"
+
+
+@pytest.fixture(scope="module")
+def truth(landing: Path) -> Truth:
+    return simulate(landing, EVENTS, 20250602, conversion=0.6, campaigns=40, ads=300)
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes of every file, and mtimes of all but the truth."""
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), 0 if path.name == "truth.json" else path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_same_seed_gives_the_same_bytes_and_mtimes(tmp_path: Path) -> None:
+    first = simulate(tmp_path / "first", 3_000, 5)
+    second = simulate(tmp_path / "second", 3_000, 5)
+    other = simulate(tmp_path / "other", 3_000, 6)
+    assert first == second != other
+    assert contents(tmp_path / "first") == contents(tmp_path / "second")
+    assert contents(tmp_path / "first") != contents(tmp_path / "other")
+
+
+@pytest.mark.parametrize("events", [1, 2, 7, 100, 999])
+def test_offers_exactly_so_many_lines_and_a_true_truth_of_them(tmp_path: Path, events: int) -> None:
+    told: list[tuple[int, int]] = []
+    found = simulate(tmp_path / "out", events, 1, progress=lambda done, total: told.append((done, total)))
+    assert len(offered_lines(tmp_path / "out", "events")) == events == found.totals["offered"]
+    assert told[-1] == (events, events)
+    assert recount_events(tmp_path / "out") == (found.accounting, found.campaign_hours)
+
+
+def test_truth_equals_a_recount_of_the_files(landing: Path, truth: Truth) -> None:
+    accounting, campaign_hours = recount_events(landing)
+    assert truth.accounting == accounting
+    assert truth.campaign_hours == campaign_hours
+    assert truth.orders == recount_orders(landing)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_truth_equals_a_recount_whatever_the_cut_and_the_shares(tmp_path: Path, seed: int) -> None:
+    shares = SimulationShares(0.03, 0.03, 0.03, 0.03, 0.06, 0.05, 0.04, 0.02, 0.06, 0.05)
+    found = simulate(
+        tmp_path / "out",
+        2_500,
+        seed,
+        shares=shares,
+        days=[0.1, 1.0, 2.0, 8.0][seed],
+        lines_per_file=[7, 100, 900, 10_000][seed],
+        campaigns=[1, 4, 9, 30][seed],
+        ads=30,
+        users=2,
+        click_rate=0.5,
+        conversion=0.9,
+    )
+    assert recount_events(tmp_path / "out") == (found.accounting, found.campaign_hours)
+    assert recount_orders(tmp_path / "out") == found.orders
+
+
+def test_every_record_ends_in_one_outcome(truth: Truth) -> None:
+    for row in [*truth.accounting, truth.totals, *truth.orders["accounting"]]:
+        assert row["offered"] == sum(row[name] for name in OUTCOMES)
+    for row in truth.accounting:
+        assert row["late"] <= row["accepted"] >= row["unpriced"]
+    for name in ("impressions", "clicks"):
+        assert truth.totals[name] == sum(row[name] for row in truth.campaign_hours)
+    assert truth.totals["impressions"] + truth.totals["clicks"] == truth.totals["accepted"]
+    assert sum(truth.totals["lines_by_intent"].values()) == EVENTS
+
+
+def test_truth_file_is_the_truth(landing: Path, truth: Truth) -> None:
+    assert Truth.load(landing / "truth.json") == truth
+    content = json.loads((landing / "truth.json").read_text())
+    content["version"] = 99
+    (landing.parent / "other.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="version"):
+        Truth.load(landing.parent / "other.json")
+
+
+def test_shares_are_about_as_asked(landing: Path, truth: Truth) -> None:
+    shares = SimulationShares()
+    resent = shares.resend_same_file + shares.resend_later_file + shares.resend_days_later + shares.resend_other_region
+    expected = {
+        "duplicate": resent * EVENTS,
+        "conflict": shares.conflict * EVENTS,
+        "rejected": (shares.broken + shares.future) * EVENTS,
+        "late": shares.late * EVENTS,
+        "bot_impressions": shares.bots * EVENTS,
+    }
+    for name, number in expected.items():
+        assert truth.totals[name] == pytest.approx(number, rel=0.25, abs=10), name
+    assert truth.totals["unpriced"] > 0
+    assert truth.totals["bot_clicks"] > 0
+    assert set(truth.totals["spend_nanos_by_currency"]) == {"EUR", "USD", "GBP"}
+    records = [read_object(line) for _folder, line in offered_lines(landing, "events")]
+    present = Counter(name for record in records if record for name in record)
+    for name in ("region", "placement", "price_micros", "user_agent"):
+        assert 0.5 * EVENTS < present[name] < EVENTS, name
+    assert present["sdk"] and present["debug"] and present["note"]
+    times = [str(record["event_time"]) for record in records if record and "event_time" in record]
+    fractions = Counter(len(time[19:].rstrip("Z").split("+")[0].lstrip(".")) for time in times)
+    assert set(fractions) == set(range(7))
+    assert 0.01 * EVENTS < sum(time.endswith("+02:00") for time in times) < 0.1 * EVENTS
+
+
+def test_clicks_follow_impressions_and_orders_follow_clicks(landing: Path) -> None:
+    shown: dict[str, dict[str, Any]] = {}
+    clicked: list[dict[str, Any]] = []
+    for _folder, line in offered_lines(landing, "events"):
+        record = read_object(line)
+        if record and record.get("event_type") == "impression":
+            shown.setdefault(str(record.get("event_id")), record)
+        elif record and record.get("event_type") == "click":
+            clicked.append(record)
+    same = ("ad_id", "campaign_id", "store_id", "user_id", "currency")
+    followed = [
+        all(click.get(name) == shown[click["impression_id"]].get(name) for name in same)
+        for click in clicked
+        if click["impression_id"] in shown
+    ]
+    assert len(followed) > 0.98 * len(clicked) > 200
+    assert sum(followed) > 0.97 * len(followed)
+    journeys = {(click.get("user_id"), click.get("store_id")) for click in clicked}
+    orders = [record for _folder, line in offered_lines(landing, "orders") if (record := read_object(line))]
+    assert sum((order.get("user_id"), order.get("store_id")) in journeys for order in orders) > 0.95 * len(orders) > 100
+
+
+def test_orders_have_every_outcome(truth: Truth) -> None:
+    for name in OUTCOMES:
+        assert sum(row[name] for row in truth.orders["accounting"]) > 0, name
+    assert truth.orders["placed"] > truth.orders["cancelled"] > 0
+
+
+def test_files_follow_the_landing_protocol(landing: Path, truth: Truth) -> None:
+    paths = [path for path in landing.rglob("*") if path.is_file()]
+    assert not [path for path in paths if path.name.startswith((".", "_"))]
+    assert {path.suffix for path in landing.glob("events/*/*")} == {".jsonl", ".gz"}
+    assert {path.suffix for path in landing.glob("orders/*/*")} == {".jsonl"}
+    assert {path.parent.name for path in landing.glob("events/*/*")} == {"eu-west", "us-east"}
+    data = sorted(landing.glob("[eo]*/*/*"), key=lambda path: path.stat().st_mtime_ns)
+    stamps = [path.stat().st_mtime_ns for path in data]
+    assert len(set(stamps)) == len(stamps) == sum(truth.totals["files"].values())
+    assert all(stamp % 1_000_000 == 0 for stamp in stamps)
+    ends = []
+    for path in data:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        received = [
+            datetime.fromisoformat(record["received_at"])
+            for line in content.splitlines()
+            if (record := read_object(line)) and str(record.get("received_at", "")).endswith("Z")
+        ]
+        assert received == sorted(received)
+        ends.append(received[-1])
+        stamp = datetime.fromtimestamp(path.stat().st_mtime_ns / 1e9, UTC)
+        assert (stamp - received[-1]).total_seconds() > -0.001
+    assert len(ends) > 24
+
+
+def test_boundaries_are_hit(landing: Path) -> None:
+    """An event exactly on a billing change, exactly at the end of the grace, exactly at the allowed skew."""
+    changes = set()
+    for row in (landing / "campaigns" / "campaigns.csv").read_text().splitlines()[1:]:
+        campaign, *_rest, valid_from, _valid_to = row.split(",")
+        changes.add((campaign, datetime.fromisoformat(valid_from)))
+    hits: Counter[str] = Counter()
+    for _folder, line in offered_lines(landing, "events"):
+        record = read_object(line)
+        try:
+            assert record is not None
+            time, received = (datetime.fromisoformat(record[name]) for name in ("event_time", "received_at"))
+            lag = (received - time).total_seconds()
+        except (AssertionError, KeyError, TypeError, ValueError):
+            continue
+        hour = time.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+        hits["billing change"] += (record.get("campaign_id"), time) in changes
+        hits["end of grace"] += (received - hour).total_seconds() == 75 * 60
+        hits["just before"] += (received - hour).total_seconds() == 75 * 60 - 0.001
+        hits["allowed skew"] += lag == -300
+        hits["more"] += lag < -300
+    wanted = ("billing change", "end of grace", "just before", "allowed skew", "more")
+    assert all(hits[name] > 0 for name in wanted), hits
+
+
+def test_refuses_a_folder_that_is_not_empty(tmp_path: Path) -> None:
+    (tmp_path / "left.jsonl").write_text("{}\n")
+    with pytest.raises(SimulationError, match="not an empty folder"):
+        simulate(tmp_path, 10, 1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"events": 0},
+        {"start": datetime(2025, 6, 2)},
+        {"days": 1.0, "rate": 2.0},
+        {"days": 0.0},
+        {"rate": -1.0},
+        {"campaigns": 0},
+        {"ads": 3},
+        {"users": 1},
+        {"click_rate": 1.5},
+        {"gz_share": -0.1},
+        {"lines_per_file": 0},
+    ],
+    ids=str,
+)
+def test_refuses_wrong_arguments(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(SimulationError):
+        simulate(tmp_path / "out", **({"events": 10, "seed": 1} | wrong))
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_wrong_shares() -> None:
+    with pytest.raises(SimulationError, match="late"):
+        SimulationShares(late=-0.1)
+    with pytest.raises(SimulationError, match=r"0\.5"):
+        SimulationShares(broken=0.3, conflict=0.3)
+
+
+def test_rate_sets_the_duration(tmp_path: Path) -> None:
+    found = simulate(tmp_path / "out", 3_600, 1, rate=1.0)
+    assert found.args["days"] == pytest.approx(1 / 24)
+
+
+def test_imports_nothing_of_the_pipeline() -> None:
+    """The truth is worth something only if it shares no code with what it judges."""
+    modules = set()
+    for path in Path(str(services.__file__)).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {name.name.split(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                modules.add(str(node.module).split(".")[0])
+    assert not modules & {"spark_jobs", "orchestration", "expectations", "pyspark", "dagster"}

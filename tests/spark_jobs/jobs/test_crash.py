@@ -1,0 +1,128 @@
+"""A real process, killed with SIGKILL before and after every durable step, restarted, and held to a run never killed.
+
+The steps come from the code (`spark_jobs.steps`). Each run is killed at one point of a batch that no earlier run has begun; the
+next run first has to bring that batch to its end. So one chain of runs visits every point, each in a batch of its own.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lake
+import pytest
+from pyspark.sql import SparkSession
+
+from services.simulator import simulate
+from spark_jobs.config import Settings, load_settings
+from spark_jobs.jobs.ingest import run_ingest
+from spark_jobs.steps import CRASH_POINTS, CRASH_VARIABLE, Step
+
+ROOT = Path(__file__).resolve().parents[3]
+ORDER_STEPS = {Step.ORDERS, Step.REJECTED_ORDERS, Step.ORDERS_LEDGER}
+QUICK = [("after", Step.EVENTS), ("before", Step.EVENTS_LEDGER)]
+
+
+def _run(settings: Settings, crash_at: str = "", files_per_batch: int = 1) -> int:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "ADTALLY_HOME": str(settings.home_path),
+        "ADTALLY_MAX_FILES_PER_BATCH": str(files_per_batch),
+        CRASH_VARIABLE: crash_at,
+    }
+    log = settings.home_path / "run.log"
+    with log.open("ab") as output:
+        return subprocess.run(
+            [sys.executable, "-m", "spark_jobs", "ingest"], env=environment, cwd=ROOT, stdout=output, stderr=output, timeout=300
+        ).returncode
+
+
+def _land(settings: Settings, files: int) -> None:
+    """About ``files`` files of events with every kind of record, and of orders with each kind too."""
+    simulate(settings.landing_path, 200 * files, seed=23, lines_per_file=200, conversion=0.5)
+    for number in range(files // 2):
+        day = f"2025-07-{number + 1:02d}T00:00:00Z"
+        lake.land(
+            settings,
+            f"orders/eu-west/more-{number:02d}.jsonl",
+            [
+                lake.order(f"m{number}", order_time=day, received_at=day),
+                lake.order(f"m{number}", order_time=day, received_at=day),
+                lake.order(f"m{number - 1}", total_micros=number + 1),
+                lake.order(f"m{number - 1}", order_time=f"2025-07-{max(number, 1):02d}T00:00:00Z", status="cancelled"),
+                lake.order("bad", currency="none"),
+            ],
+        )
+
+
+def _next_batch(settings: Settings, stream: str) -> int:
+    commits = settings.checkpoints_path / stream / "commits"
+    done = [int(path.name) for path in commits.glob("[0-9]*")] if commits.exists() else []
+    return max(done, default=-1) + 1
+
+
+def _chain(tmp_path: Path, spark: SparkSession, points: list[tuple[str, Step]]) -> None:
+    # the run that is never killed takes large batches: what comes out does not depend on how the files are cut
+    calm, killed = load_settings(home=tmp_path / "calm", max_files_per_batch=1000), load_settings(home=tmp_path / "killed")
+    _land(calm, files=len(points) + 6)
+    shutil.copytree(calm.landing_path, killed.landing_path, copy_function=shutil.copy2)
+    run_ingest(calm, spark=spark)
+    for moment, step in points:
+        stream = "orders" if step in ORDER_STEPS else "events"
+        # a batch that was begun and not ended is run to its end first; the kill comes in the batch behind it
+        begun = settings_offsets(killed, stream)
+        batch = 0 if step is Step.CAMPAIGNS else max(begun, _next_batch(killed, stream))
+        if step is Step.CAMPAIGNS:
+            prices = killed.landing_path / "campaigns" / "campaigns.csv"
+            prices.write_text(prices.read_text() + f"c-{moment}-{batch},s,cpc,1,EUR,2030-01-01T00:00:00Z,\n")
+        status = _run(killed, f"{moment}:{step}:{batch}")
+        assert status == -signal.SIGKILL, f"{moment} {step} of batch {batch} was never reached"
+    assert _run(killed, files_per_batch=1000) == 0, (killed.home_path / "run.log").read_text()[-3000:]
+    expected, got = lake.everything(spark, calm), lake.everything(spark, killed)
+    for table in expected:
+        assert got[table] == expected[table], table
+
+
+def settings_offsets(settings: Settings, stream: str) -> int:
+    """The number of batches that the stream has planned."""
+    offsets = settings.checkpoints_path / stream / "offsets"
+    return max((int(path.name) for path in offsets.glob("[0-9]*")), default=-1) + 1 if offsets.exists() else 0
+
+
+def test_a_killed_batch_is_finished_exactly(tmp_path: Path, spark: SparkSession) -> None:
+    _chain(tmp_path, spark, QUICK)
+
+
+@pytest.mark.crash
+@pytest.mark.timeout(2400)
+def test_killed_at_every_durable_step(tmp_path: Path, spark: SparkSession) -> None:
+    _chain(tmp_path, spark, list(CRASH_POINTS))
+
+
+def test_every_durable_write_is_a_named_step() -> None:
+    """Every call that writes a table or renames a file stands in a ``with durable(Step...)``, and every step is used."""
+    writes = {"save", "saveAsTable", "toTable", "insertInto"}
+    used: set[str] = set()
+    found = 0
+    for path in [*(ROOT / "spark_jobs" / "sinks").glob("*.py"), *(ROOT / "spark_jobs" / "jobs").glob("*.py")]:
+        tree = ast.parse(path.read_text("utf-8"))
+        guarded: set[ast.AST] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "Step":
+                used.add(node.attr)
+            if isinstance(node, ast.With) and any("durable(" in ast.unparse(item) for item in node.items):
+                guarded.update(ast.walk(node))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                merges = node.func.attr == "execute" and "DeltaTable" in ast.unparse(node.func)
+                if node.func.attr in writes or merges:
+                    found += 1
+                    assert node in guarded, f"{path.name}:{node.lineno} writes outside of a durable step"
+    assert found >= 3
+    assert used >= {step.name for step in Step}

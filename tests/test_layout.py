@@ -1,0 +1,45 @@
+"""The import directions, held by reading the sources."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FORBIDDEN = {
+    "spark_jobs": {"dagster", "dagster_dbt", "dbt", "expectations", "orchestration", "services", "samples"},
+    "expectations": {"dagster", "dagster_dbt", "dbt", "spark_jobs", "orchestration", "services", "samples"},
+    "services": {"dagster", "spark_jobs", "orchestration", "expectations", "samples"},
+    "samples": {"dagster", "spark_jobs", "orchestration", "expectations"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", sorted(FORBIDDEN))
+def test_imports_point_one_way(package: str) -> None:
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    wrong = {str(path.relative_to(ROOT)): imported(path) & FORBIDDEN[package] for path in files}
+    assert not {path: names for path, names in wrong.items() if names}
+
+
+def test_one_module_builds_the_session() -> None:
+    builders = [
+        path.relative_to(ROOT).as_posix()
+        for package in ("spark_jobs", "orchestration", "expectations")
+        for path in (ROOT / package).rglob("*.py")
+        if "SparkSession.builder" in path.read_text("utf-8")
+    ]
+    assert sorted(builders) == ["spark_jobs/jars.py", "spark_jobs/session.py"]
