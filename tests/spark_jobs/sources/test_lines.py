@@ -100,6 +100,20 @@ def test_gzip_gives_each_line_once(tmp_path: Path, content: bytes, members: int,
     assert_lines(got, split_lines(content), longest)
 
 
+def test_a_member_may_end_within_a_read_after_the_output_was_cut(tmp_path: Path) -> None:
+    """zlib leaves stale bytes in unconsumed_tail at the end of a member that needed several calls."""
+    path = tmp_path / "file.jsonl.gz"
+    members = [gzip.compress(b"xxxxx", mtime=0), gzip.compress(b"xxxx\n", mtime=0)]
+    path.write_bytes(b"".join(members))
+    for read in range(1, sum(map(len, members)) + 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "BLOCK_BYTES", 1)
+            patch.setattr(module, "_GZIP_READ_BYTES", read)
+            got, faults = collect(read_lines(path))
+        assert not faults, read
+        assert got == [b"x" * 9], read
+
+
 def whole_lines(data: bytes) -> tuple[list[bytes], bytes]:
     """The lines and the rest of what a plain decompressor makes of the start of a gzip file."""
     state = zlib.decompressobj(31)
