@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -17,11 +18,12 @@ from orchestration.marts import build_marts, query_marts
 from samples.land import land
 from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.errors import UsageError
+from spark_jobs.errors import BusyError, UsageError
 from spark_jobs.jobs.ingest import BatchReport, run_ingest
 
 DEFAULT_HOME = Path(".adtally-demo")
 MARKER = ".adtally-demo-home"
+INGEST_LOCK = ".ingest.lock"  # of spark_jobs.jobs.ingest
 BATCH_BYTES = 16 * 1024 * 1024
 
 ACCOUNTING = ("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced")
@@ -31,20 +33,51 @@ Cells = dict[tuple[Any, ...], Counter[str]]
 
 
 def clean_home(home: Path) -> None:
-    """An empty demo home. Raises UsageError for a folder that is not a demo's: nothing of it is deleted."""
-    if home.exists() and any(home.iterdir()):
-        if not (home / MARKER).exists():
+    """An empty demo home. The marker stays while the rest is deleted: what is interrupted can be run again.
+
+    Raises UsageError for a folder that is not a demo's, of which nothing is deleted, or that cannot be made; BusyError
+    where an ingest runs on it.
+    """
+    marker = home / MARKER
+    try:
+        if home.exists() and any(home.iterdir()) and not marker.exists():
             raise UsageError(f"{home} is not empty and not the home of a demo", hint="name another folder with --home")
-        shutil.rmtree(home)
-    home.mkdir(parents=True, exist_ok=True)
-    (home / MARKER).touch()
+        home.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    except OSError as error:
+        raise UsageError(f"{home} cannot be made: {error.strerror}", hint="name another folder with --home") from None
+    lock = home / INGEST_LOCK
+    try:
+        with FileLock(lock, timeout=0):
+            for path in home.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path not in (marker, lock):
+                    path.unlink()
+    except Timeout:
+        raise BusyError(f"an ingest runs on {home}", hint="stop it, or name another folder with --home") from None
+
+
+def demo_settings(home: Path) -> Settings:
+    """Settings of a demo: everything lies in ``home``, and the limits are those that the truths suppose.
+
+    What the environment says of these is meant for another installation, whose tables a demo must not touch.
+    """
+    limits = {name: Settings.model_fields[name].default for name in ("future_skew", "hour_grace", "earliest_event_time")}
+    return load_settings(
+        home=home,
+        lakehouse=str(home / "lakehouse"),
+        landing=home / "landing",
+        max_bytes_per_batch=BATCH_BYTES,
+        **limits,
+    )
 
 
 def run_demo(home: Path | None, *, events: int, seed: int, console: Console) -> bool:
     """Run the demo in ``home`` (default .adtally-demo); True if every figure equals the truth."""
     folder = (home or DEFAULT_HOME).absolute()
+    settings = demo_settings(folder)  # first: a setting that is refused deletes nothing
     clean_home(folder)
-    settings = load_settings(home=folder, max_bytes_per_batch=BATCH_BYTES)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         truths = _land(settings, events, seed, progress)

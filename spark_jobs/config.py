@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +14,17 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from spark_jobs.errors import ConfigurationError
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_LONGEST = timedelta(days=36_500)
+
 
 class Settings(BaseSettings):
     """Where everything lies and by which limits events are judged.
 
-    Durations take ISO 8601 (``PT15M``) or seconds. Times are RFC 3339 with a zone.
+    Durations take ISO 8601 (``PT15M``) or seconds. Times are RFC 3339 with a zone. An empty variable counts as not set.
     """
 
-    model_config = SettingsConfigDict(env_prefix="ADTALLY_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="ADTALLY_", env_ignore_empty=True, frozen=True, extra="ignore")
 
     home: Annotated[Path, Field(description="Folder that holds everything of one installation.")] = Path(".adtally")
     lakehouse: Annotated[
@@ -44,23 +48,43 @@ class Settings(BaseSettings):
     split_bytes: Annotated[int, Field(ge=4096, description="Bytes of a plain file that one task parses at a time.")] = (
         16 * 1024 * 1024
     )
-    future_skew: Annotated[timedelta, Field(ge=timedelta(0), description="How far event_time may lie after received_at.")] = (
-        timedelta(minutes=5)
-    )
+    future_skew: Annotated[
+        timedelta, Field(ge=timedelta(0), le=_LONGEST, description="How far event_time may lie after received_at.")
+    ] = timedelta(minutes=5)
     hour_grace: Annotated[
         timedelta,
-        Field(ge=timedelta(0), description="An event received this long after the end of its hour, or later, is late."),
+        Field(
+            ge=timedelta(0), le=_LONGEST, description="An event received this long after the end of its hour, or later, is late."
+        ),
     ] = timedelta(minutes=15)
     earliest_event_time: Annotated[
-        datetime, Field(description="Events and orders before this time are rejected as out of range.")
+        datetime, Field(description="Events and orders before this time are rejected as out of range. Not before 1970.")
     ] = datetime(2000, 1, 1, tzinfo=UTC)
+
+    @field_validator("future_skew", "hour_grace", mode="before")
+    @classmethod
+    def _seconds(cls, value: object) -> object:
+        return float(value) if isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?", value) else value
+
+    @field_validator("earliest_event_time", mode="before")
+    @classmethod
+    def _no_number(cls, value: object) -> object:
+        if isinstance(value, str) and "-" not in value:  # a year alone would be taken for seconds since 1970
+            raise ValueError("is not an RFC 3339 time, as in 2000-01-01T00:00:00Z")
+        return value
 
     @field_validator("earliest_event_time")
     @classmethod
     def _zone_required(cls, value: datetime) -> datetime:
         if value.tzinfo is None:
             raise ValueError("needs a zone, as in 2000-01-01T00:00:00Z")
-        return value.astimezone(UTC)
+        try:
+            value = value.astimezone(UTC)
+        except OverflowError:
+            raise ValueError("is not within the years 1 to 9999 in UTC") from None
+        if value < _EPOCH:  # minutes, hours and dates are counted from there
+            raise ValueError("must not be before 1970-01-01T00:00:00Z")
+        return value
 
     @cached_property
     def home_path(self) -> Path:
@@ -72,7 +96,7 @@ class Settings(BaseSettings):
         """Root of the Delta tables, absolute when it is a path."""
         if self.lakehouse is None:
             return str(self.home_path / "lakehouse")
-        return self.lakehouse if "://" in self.lakehouse else str(Path(self.lakehouse).expanduser().absolute())
+        return self.lakehouse.rstrip("/") if "://" in self.lakehouse else str(Path(self.lakehouse).expanduser().absolute())
 
     @cached_property
     def landing_path(self) -> Path:

@@ -48,7 +48,7 @@ def parse_commit(version: int, text: str) -> Commit:
     table_id: str | None = None
     added: list[dict[str, Any]] = []
     removed: list[dict[str, Any]] = []
-    for line in text.splitlines():
+    for line in text.rstrip("\n").split("\n"):  # not splitlines: strings in it may hold U+2028 and the like as they are
         action = json.loads(line)
         if "txn" in action:
             txn = (action["txn"]["appId"], int(action["txn"]["version"]))

@@ -106,9 +106,9 @@ def read_lock(path: Path = LOCK_FILE) -> JarLock:
 def ensure_jars(settings: Settings, progress: Callable[[str], None] | None = None, *, lock: JarLock | None = None) -> list[Path]:
     """Paths of the jars for ``spark.jars``, resolved first if the cache lacks them.
 
-    Every call checks all of them against the lock (about 25 MB, hashed in some hundredths of a second), so a file that
-    was changed or cut short is never loaded. Safe to be called by several processes at once: one resolves, the
-    others wait. ``progress`` receives a line whenever something takes long.
+    Every call checks all of them against the lock (about 25 MB, hashed in some hundredths of a second): a file that was
+    cut short is resolved again, one that was changed is never loaded. Safe to be called by several processes at once:
+    one resolves, the others wait. ``progress`` receives a line whenever something takes long.
 
     Raises MachineError if a jar differs from the lock or cannot be resolved, BusyError if another process takes
     longer than ten minutes.
@@ -136,7 +136,8 @@ def jars_are_cached(settings: Settings, lock: JarLock | None = None) -> bool:
 
 
 def _missing(folder: Path, lock: JarLock) -> bool:
-    return not all((folder / jar.name).is_file() for jar in lock.jars)
+    """Whether a jar is not there, or of another size: a crash of the machine may leave files that are cut short."""
+    return not all((path := folder / jar.name).is_file() and path.stat().st_size == jar.size for jar in lock.jars)
 
 
 def _verified(folder: Path, lock: JarLock) -> list[Path]:
@@ -163,7 +164,10 @@ def sha256_of(path: Path) -> str:
 def _fill(folder: Path, lock: JarLock, progress: Callable[[str], None]) -> None:
     megabytes = sum(jar.size for jar in lock.jars) / 1e6
     progress(f"resolving {len(lock.jars)} jars, {megabytes:.0f} MB, once (about half a minute) into {folder}")
-    with tempfile.TemporaryDirectory(prefix="resolve-", dir=folder.parent) as work:
+    prefix = f"resolve-{folder.name}-"
+    for left in folder.parent.glob(f"{prefix}*"):  # by a process that was killed; the lock is held, so nobody uses it
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent) as work:
         resolved = {path.name: path for path in _resolve(lock.coordinates, tuple(lock.excluded), Path(work))}
         staged = Path(work) / "jars-checked"
         staged.mkdir()
@@ -175,7 +179,7 @@ def _fill(folder: Path, lock: JarLock, progress: Callable[[str], None]) -> None:
                 )
             _check(resolved[jar.name], jar, hint="the repository that answered does not hold the jar this project pins")
             shutil.copyfile(resolved[jar.name], staged / jar.name)
-        if folder.exists():  # an incomplete folder: files were deleted from it
+        if folder.exists():  # an incomplete folder: files were deleted from it, or cut short
             shutil.rmtree(folder)
         staged.rename(folder)
     progress(f"resolved and checked {len(lock.jars)} jars")

@@ -52,7 +52,7 @@ def require_java() -> Java:
 def _major_version(executable: Path) -> int | None:
     try:
         # Java prints its version on stderr.
-        done = subprocess.run([executable, "-version"], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run([executable, "-version"], capture_output=True, text=True, errors="replace", timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     match = _VERSION.search(done.stderr + done.stdout)

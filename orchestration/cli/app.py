@@ -6,6 +6,7 @@ Errors are one line on standard error.
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from enum import StrEnum
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from spark_jobs.jobs.status import Status
 
 _ERROR_LENGTH = 500
+_LONGEST_DAYS = 36_500
+_HIGHEST_RATE = 1_000_000_000
 # typer brings a click of its own since 0.2x; its public exceptions lead to the base class in every version.
 _ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
@@ -83,9 +86,14 @@ def _global(
 
 
 def _settings() -> Settings:
+    from orchestration.cli.doctor import nearest
     from spark_jobs.config import load_settings
 
-    return load_settings(home=_State.home)
+    settings = load_settings(home=_State.home)
+    place = nearest(settings.home_path)
+    if not place.is_dir():
+        raise UsageError(f"{place} is not a folder", hint="set ADTALLY_HOME or --home to one, which may be new")
+    return settings
 
 
 @app.command(
@@ -140,13 +148,25 @@ def simulate(
 
     options: dict[str, Any] = {"days": days, "rate": rate}
     if start is not None:
-        options["start"] = moment(start, "--start")
+        options["start"] = begin = moment(start, "--start")
+        if not 1970 <= begin.year < 2200:
+            raise UsageError(f"--start {start!r} is out of range", hint="files have times from 1970 on; up to 2199")
+    if rate is not None and rate > 0 and days is None and events / rate > _LONGEST_DAYS * 86_400:
+        raise UsageError(f"--rate {rate:g} would take more than {_LONGEST_DAYS:,} days", hint="raise it")
+    if rate is not None and rate > _HIGHEST_RATE:
+        raise UsageError(f"--rate {rate:g} is out of range", hint=f"up to {_HIGHEST_RATE:,}")
+    if days is not None and days > _LONGEST_DAYS:
+        raise UsageError(f"--days {days:g} is out of range", hint=f"up to {_LONGEST_DAYS:,}")
+    shown = console(stderr=True)
     try:
-        with Progress(console=console(stderr=True), transient=True) as bar:
+        # without a terminal a bar is nothing but an empty line
+        with Progress(console=shown, transient=True, disable=not shown.is_terminal) as bar:
             task = bar.add_task("simulating", total=events)
             truth = run(out, events, seed, progress=lambda done, _total: bar.update(task, completed=done), **options)
     except SimulationError as error:
         raise UsageError(str(error)) from None
+    except OSError as error:
+        raise UsageError(f"{error.filename or out} cannot be written: {error.strerror}", hint="name another with --out") from error
     totals = truth.totals
     if as_json:
         print_json({"out": str(out), "truth": str(out / "truth.json"), "seed": seed, "totals": totals})
@@ -323,7 +343,7 @@ def bench_ingest(context: typer.Context) -> None:
     root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks").is_dir() or find_spec("benchmarks") is None:
         raise UsageError("the benchmarks are not part of the installed package", hint="run it in a checkout")
-    done = subprocess.run([sys.executable, "-m", "benchmarks.ingest", *context.args], cwd=root, check=False)
+    done = subprocess.run([sys.executable, "-m", "benchmarks.run", "ingest", *context.args], cwd=root, check=False)
     raise typer.Exit(done.returncode if done.returncode in (0, 1, 2) else 1)
 
 
@@ -352,7 +372,9 @@ def run(arguments: list[str] | None = None) -> int:
     """Run the command and return the exit status; every error is one line on standard error."""
     _State.debug, _State.home = False, None
     try:
-        status = app(args=arguments, standalone_mode=False)
+        status = app(args=arguments, prog_name="adtally", standalone_mode=False)
+        if status == 130:  # what typer makes of a KeyboardInterrupt
+            return _fail("interrupted", 130)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except AdtallyError as error:
@@ -362,13 +384,22 @@ def run(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:
-        # The reader, as `head`, has seen enough. Nothing more can be written, not even by the interpreter at its end.
-        sys.stdout = None
-        return 0
+        return _nobody_reads()
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # typer ends the process itself
+            return _nobody_reads()
+        raise
     except _ClickException as error:
         return _fail(_usage(error), 2)
     except Exception as error:
         return _fail(_unexpected(error), 1)
+
+
+def _nobody_reads() -> int:
+    """The reader, as `head`, has seen enough. Nothing more can be written, not even by the interpreter at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    return 0
 
 
 def _usage(error: Any) -> str:
@@ -390,7 +421,7 @@ def _unexpected(error: Exception) -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    if _State.debug:
+    if _State.debug and sys.exc_info()[0] is not None:
         traceback.print_exc()
     line = " ".join(message.split())
     if line:

@@ -76,14 +76,14 @@ def _extension() -> str:
 
 
 def _writable(home: Path) -> str:
-    nearest = _nearest(home)
-    if not nearest.is_dir():
-        raise MachineError(f"{nearest} is not a folder", hint="set ADTALLY_HOME to another place")
+    place = nearest(home)
+    if not place.is_dir():
+        raise MachineError(f"{place} is not a folder", hint="set ADTALLY_HOME to another place")
     try:
-        with tempfile.TemporaryFile(dir=nearest):
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise MachineError(f"{nearest} cannot be written: {error.strerror}", hint="set ADTALLY_HOME to another place") from None
+        raise MachineError(f"{place} cannot be written: {error.strerror}", hint="set ADTALLY_HOME to another place") from None
     return f"{home} can be written" if home.exists() else f"{home} will be made"
 
 
@@ -97,12 +97,12 @@ def _landing(settings: Settings) -> str:
 
 
 def _disk(home: Path) -> str:
-    free = shutil.disk_usage(_nearest(home)).free
+    free = shutil.disk_usage(nearest(home)).free
     if free < MIN_FREE_BYTES:
         raise MachineError(f"{free / 1e9:.1f} GB free", hint=f"at least {MIN_FREE_BYTES / 1e9:.1f} GB are wanted")
     return f"{free / 1e9:.1f} GB free"
 
 
-def _nearest(path: Path) -> Path:
+def nearest(path: Path) -> Path:
     """The path itself, or the nearest folder above it that exists."""
     return next(candidate for candidate in (path, *path.parents) if candidate.exists())

@@ -36,4 +36,7 @@ def moment(text: str, option: str) -> datetime:
         if len(text) > len("2025-06-02"):
             raise UsageError(f"{option} {text!r} has no zone", hint="as in 2025-06-02T08:00:00Z")
         return value.replace(tzinfo=UTC)
-    return value.astimezone(UTC)
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise UsageError(f"{option} {text!r} is out of range") from None

@@ -13,6 +13,7 @@ import shutil
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -67,10 +68,13 @@ class KeyIndex:
         self._save()
 
     def append(self, keys: Keys, version: int) -> None:
-        """Cover ``version``, which added ``keys`` (any order). Earlier runs are merged first, the newest never."""
+        """Cover ``version``; it and those since the last one covered added ``keys`` (any order).
+
+        Earlier runs are merged first, the newest never.
+        """
         self._merge()
         if len(keys):
-            self.runs.append(self._write([keys], version, version))
+            self.runs.append(self._write([keys], min(self.version + 1, version), version))
         self.version = version
         self._save()
 
@@ -114,9 +118,12 @@ class KeyIndex:
         return Run(name, len(keys), first, last)
 
     def _merge(self) -> None:
-        """Merge neighbouring runs of like size, FANOUT at a time: few runs, and each key is rewritten a few times at most."""
+        """Merge neighbouring runs of like size, FANOUT at a time: few runs, and each key is rewritten a few times at most.
+
+        A run counts as large as any behind it: a small one between large ones would keep its neighbours apart for good.
+        """
         while True:
-            sizes = [_tier(run.rows) for run in self.runs]
+            sizes = list(accumulate((_tier(run.rows) for run in reversed(self.runs)), max))[::-1]
             for start in range(len(self.runs) - FANOUT, -1, -1):
                 group = self.runs[start : start + FANOUT]
                 if len(set(sizes[start : start + FANOUT])) == 1 and sum(run.rows for run in group) <= MAX_RUN_ROWS:
@@ -142,6 +149,8 @@ class KeyIndex:
             if stale.name not in kept:
                 stale.unlink(missing_ok=True)
                 self._arrays.pop(stale.name, None)
+        for unfinished in self._folder.glob(".run-*.tmp"):
+            unfinished.unlink(missing_ok=True)
 
     def _load(self) -> None:
         try:
@@ -152,7 +161,7 @@ class KeyIndex:
             if any(self._open(run).shape != (3, run.rows) for run in runs):
                 return
             self.table_id, self.version, self.runs = manifest["table_id"], manifest["version"], runs
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, EOFError, ValueError, KeyError, TypeError):
             self._arrays = {}  # unreadable: as if it were not there, it is rebuilt from the table
 
 

@@ -79,12 +79,12 @@ def id_hash_sql(column: str) -> str:
 
 def keys_of_ids(ids: pa.Table, id_column: str, fingerprint_column: str) -> Keys:
     """Keys from ids and stored fingerprints (int64, the same 64 bits): how the index is rebuilt from a table."""
-    database = connection()
+    database = connection().cursor()  # one of its own: on the driver two streams may be here at once
     database.register("ids", ids.select([id_column]))
     try:
         hashed = database.execute(f"select {id_hash_sql(id_column)} from ids").to_arrow_table()
     finally:
-        database.unregister("ids")
+        database.close()
     fingerprint = ids[fingerprint_column].to_numpy().astype(np.int64).view(np.uint64)
     return Keys(hashed["key_low"].to_numpy(), hashed["key_high"].to_numpy(), fingerprint)
 

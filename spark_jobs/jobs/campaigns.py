@@ -43,7 +43,7 @@ class Campaign:
 
 
 def _time(text: str, where: str, column: str) -> int:
-    micros, problem = parse_time(text if "T" in text else f"{text}T00:00:00Z")
+    micros, problem = parse_time(text if "T" in text.upper() else f"{text}T00:00:00Z")
     if problem or micros is None:
         raise CampaignFileError(f"{where}: {column} is not an RFC 3339 time with a zone or a date: {text!r}")
     return micros
@@ -84,7 +84,7 @@ def read_campaigns(landing: Path) -> list[Campaign]:
 
     Raises CampaignFileError with the file, the line and the rule; ranges of one campaign must not overlap.
     """
-    found: dict[tuple[Any, ...], Campaign] = {}
+    found: dict[tuple[Any, ...], tuple[Campaign, str]] = {}
     for path in sorted((landing / "campaigns").glob("*.csv")):
         if path.name.startswith((".", "_")):
             continue
@@ -96,19 +96,22 @@ def read_campaigns(landing: Path) -> list[Campaign]:
                 if missing:
                     raise CampaignFileError(f"{name}: columns missing: {', '.join(missing)}")
                 for row in reader:
-                    campaign = _campaign(row, f"{name}, line {reader.line_num}", name)
-                    found.setdefault(astuple(campaign)[:-1], campaign)
-        except (UnicodeDecodeError, csv.Error) as error:
+                    where = f"{name}, line {reader.line_num}"
+                    if reader.restkey in row:
+                        raise CampaignFileError(f"{where}: more values than columns")
+                    campaign = _campaign(row, where, name)
+                    found.setdefault(astuple(campaign)[:-1], (campaign, where))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise CampaignFileError(f"{name}: cannot be read as CSV in UTF-8: {error}") from None
-    campaigns = sorted(found.values(), key=lambda c: (c.campaign_id, c.valid_from_us))
-    for earlier, later in pairwise(campaigns):
+    placed = sorted(found.values(), key=lambda p: (p[0].campaign_id, p[0].valid_from_us))
+    for (earlier, there), (later, here) in pairwise(placed):
         if earlier.campaign_id == later.campaign_id and (earlier.valid_to_us is None or earlier.valid_to_us > later.valid_from_us):
             raise CampaignFileError(
-                f"{later.source_file}: the ranges of campaign {later.campaign_id} overlap at "
+                f"{here}: the range of campaign {later.campaign_id} overlaps that of {there} at "
                 f"{_moment(later.valid_from_us).isoformat()}",
                 hint="end the earlier range (valid_to is exclusive) before the next begins",
             )
-    return campaigns
+    return [campaign for campaign, _ in placed]
 
 
 def _moment(micros: int) -> datetime:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from spark_jobs.errors import TableCorruptionError
 from spark_jobs.sources.landing import LandingFile, local_path
 
 _VERSION = "v1"
+_HINT = "docs/runbooks/lost-checkpoint.md says how to start with a new checkpoint without counting twice"
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,7 @@ def read_batch_files(checkpoint: Path, batch_id: int) -> BatchFiles:
     """
     planned_ms, end = _offset(checkpoint, batch_id)
     start = _offset(checkpoint, batch_id - 1)[1] if batch_id else -1
-    files = [
-        LandingFile(int(entry["timestamp"]), local_path(entry["path"]), _size(local_path(entry["path"])))
-        for log_id in range(start + 1, end + 1)
-        for entry in _entries(checkpoint, log_id)
-    ]
+    files = [file for log_id in range(start + 1, end + 1) for file in _files(checkpoint, log_id)]
     return BatchFiles(planned_ms * 1000, sorted(files, key=lambda file: file.order))
 
 
@@ -57,27 +52,26 @@ def _offset(checkpoint: Path, batch_id: int) -> tuple[int, int]:
             raise ValueError(version)
         return int(json.loads(metadata)["batchTimestampMs"]), int(json.loads(offset)["logOffset"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TableCorruptionError(
-            f"{path} is not a file source's offset: {error}",
-            hint="docs/runbooks/lost-checkpoint.md says how to start with a new checkpoint without counting twice",
-        ) from None
+        raise TableCorruptionError(f"{path} is not a file source's offset: {error}", hint=_HINT) from None
 
 
-def _entries(checkpoint: Path, log_id: int) -> Iterator[dict[str, Any]]:
-    """The entries of one id of the source's log, from its own file or from the compacted file that took it in."""
+def _files(checkpoint: Path, log_id: int) -> list[LandingFile]:
+    """The files of one id of the source's log, from its own list or from the compacted one that took it in."""
     folder = checkpoint / "sources" / "0"
     own = folder / str(log_id)
     if own.exists():
         source = own
     else:
-        compacted = sorted(int(path.stem) for path in folder.glob("*.compact") if int(path.stem) >= log_id)
-        if not compacted:
-            return
-        source = folder / f"{compacted[0]}.compact"
-    version, *lines = source.read_text("utf-8").splitlines()
-    if version != _VERSION:
-        raise TableCorruptionError(f"{source} is of an unknown version: {version}", hint="use the Spark version of the lock")
-    for line in lines:
-        entry = json.loads(line)
-        if entry["batchId"] == log_id:
-            yield entry
+        compacted = [int(path.stem) for path in folder.glob("*.compact") if path.stem.isdecimal()]
+        source = folder / f"{min((number for number in compacted if number >= log_id), default=log_id)}.compact"
+    try:
+        version, *lines = source.read_text("utf-8").splitlines()
+        if version != _VERSION:
+            raise ValueError(f"version {version}")
+        entries = [entry for entry in map(json.loads, lines) if entry["batchId"] == log_id]
+        files = [(int(entry["timestamp"]), local_path(entry["path"])) for entry in entries]
+        if not files:  # the source only writes an id down when it has found files
+            raise ValueError(f"no file of {log_id}")
+    except (OSError, AttributeError, ValueError, KeyError, TypeError) as error:
+        raise TableCorruptionError(f"{own} is not the list of a file source: {error}", hint=_HINT) from None
+    return [LandingFile(modified_ms, path, _size(path)) for modified_ms, path in files]

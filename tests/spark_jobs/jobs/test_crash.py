@@ -7,6 +7,7 @@ next run first has to bring that batch to its end. So one chain of runs visits e
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.jobs.ingest import run_ingest
 from spark_jobs.steps import CRASH_POINTS, CRASH_VARIABLE, Step
+from tests.spark_jobs.jobs.held import Held, check_increments
 
 ROOT = Path(__file__).resolve().parents[3]
 ORDER_STEPS = {Step.ORDERS, Step.REJECTED_ORDERS, Step.ORDERS_LEDGER}
@@ -73,6 +75,7 @@ def _chain(tmp_path: Path, spark: SparkSession, points: list[tuple[str, Step]]) 
     _land(calm, files=len(points) + 6)
     shutil.copytree(calm.landing_path, killed.landing_path, copy_function=shutil.copy2)
     run_ingest(calm, spark=spark)
+    written: set[str] = set()  # the increments that were there after a kill
     for moment, step in points:
         stream = "orders" if step in ORDER_STEPS else "events"
         # a batch that was begun and not ended is run to its end first; the kill comes in the batch behind it
@@ -83,10 +86,26 @@ def _chain(tmp_path: Path, spark: SparkSession, points: list[tuple[str, Step]]) 
             prices.write_text(prices.read_text() + f"c-{moment}-{batch},s,cpc,1,EUR,2030-01-01T00:00:00Z,\n")
         status = _run(killed, f"{moment}:{step}:{batch}")
         assert status == -signal.SIGKILL, f"{moment} {step} of batch {batch} was never reached"
+        written |= _increments(killed)
     assert _run(killed, files_per_batch=1000) == 0, (killed.home_path / "run.log").read_text()[-3000:]
     expected, got = lake.everything(spark, calm), lake.everything(spark, killed)
     for table in expected:
         assert got[table] == expected[table], table
+    # a batch that ran twice gave its increments the names that it would have given them the first time, and each name once
+    assert written <= _increments(killed)
+    with Held(killed) as held:
+        check_increments(held)
+        names = held.rows("minute_metrics", "distinct _query_id, _batch_id")
+    query_id = json.loads((killed.checkpoints_path / "events" / "metadata").read_text("utf-8"))["id"]
+    assert set(names) <= {(query_id, batch) for batch in range(settings_offsets(killed, "events"))}
+
+
+def _increments(settings: Settings) -> set[str]:
+    """The record_uuids that minute_metrics holds; none before the table is there."""
+    if not (Path(settings.table_uri("minute_metrics")) / "_delta_log" / f"{0:020d}.json").exists():
+        return set()
+    with Held(settings) as held:
+        return {uuid for (uuid,) in held.rows("minute_metrics", "record_uuid")}
 
 
 def settings_offsets(settings: Settings, stream: str) -> int:

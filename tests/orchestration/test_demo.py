@@ -1,0 +1,299 @@
+"""The demo: what it may delete, what it compares, and one run of all of it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections import Counter
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+import terminal
+from filelock import FileLock
+from rich.console import Console
+from terminal import environment
+
+from orchestration import demo
+from orchestration.cli import app
+from orchestration.demo import ACCOUNTING, MARKER, MEASURES, clean_home, demo_settings, difference, run_demo
+from spark_jobs.config import Settings
+from spark_jobs.errors import BusyError, ConfigurationError, UsageError
+
+# A home of its own
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.name != demo.INGEST_LOCK}
+
+
+def test_a_new_home_is_marked(tmp_path: Path) -> None:
+    clean_home(tmp_path / "new" / "home")
+    assert names(tmp_path / "new" / "home") == {MARKER}
+    (tmp_path / "empty").mkdir()
+    clean_home(tmp_path / "empty")
+    assert names(tmp_path / "empty") == {MARKER}
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "lakehouse").mkdir()
+    (tmp_path / "lakehouse" / "table").write_text("mine")
+    with pytest.raises(UsageError, match=r"is not empty and not the home of a demo .*--home") as caught:
+        clean_home(tmp_path)
+    assert caught.value.exit_code == 2
+    assert names(tmp_path) == {"lakehouse"}
+    assert (tmp_path / "lakehouse" / "table").read_text() == "mine"
+
+
+def test_a_second_run_starts_clean(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    clean_home(home)
+    (home / "lakehouse" / "events").mkdir(parents=True)
+    (home / "lakehouse" / "events" / "old.parquet").touch()
+    (home / "stray").touch()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").touch()
+    (home / "landing").symlink_to(outside)
+    clean_home(home)
+    assert names(home) == {MARKER}
+    assert names(outside) == {"kept"}  # a link is removed, not what it leads to
+
+
+def test_a_clean_up_that_was_interrupted_can_be_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean_home(tmp_path)
+    (tmp_path / "lakehouse").mkdir()
+
+    def interrupted(_path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(demo.shutil, "rmtree", interrupted)  # type: ignore[attr-defined]
+        with pytest.raises(KeyboardInterrupt):
+            clean_home(tmp_path)
+    clean_home(tmp_path)
+    assert names(tmp_path) == {MARKER}
+
+
+def test_a_home_on_which_an_ingest_runs_is_left_alone(tmp_path: Path) -> None:
+    clean_home(tmp_path)
+    (tmp_path / "lakehouse").mkdir()
+    with FileLock(tmp_path / ".ingest.lock"), pytest.raises(BusyError, match="an ingest runs on"):
+        clean_home(tmp_path)
+    assert names(tmp_path) == {MARKER, "lakehouse"}
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_home_that_cannot_be_made(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=f"{place} cannot be made: "):
+        clean_home(tmp_path / place)
+
+
+def test_the_demo_touches_no_other_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables and landing folders of the environment, and limits other than those that the truths suppose, are not the demo's."""
+    for name in ("HOME", "LAKEHOUSE", "LANDING"):
+        monkeypatch.setenv(f"ADTALLY_{name}", str(tmp_path / "production"))
+    monkeypatch.setenv("ADTALLY_HOUR_GRACE", "0")
+    monkeypatch.setenv("ADTALLY_FUTURE_SKEW", "86400")
+    monkeypatch.setenv("ADTALLY_EARLIEST_EVENT_TIME", "2026-01-01T00:00:00Z")
+    monkeypatch.setenv("ADTALLY_DRIVER_MEMORY", "3g")
+    settings = demo_settings(tmp_path / "home")
+    assert settings.home_path == tmp_path / "home"
+    assert settings.lakehouse_uri == str(tmp_path / "home" / "lakehouse")
+    assert settings.landing_path == tmp_path / "home" / "landing"
+    assert (settings.hour_grace, settings.future_skew) == (timedelta(minutes=15), timedelta(minutes=5))
+    assert settings.earliest_event_time.year == 2000
+    assert settings.driver_memory == "3g"  # of this machine, whatever the installation
+
+
+def test_a_setting_that_is_refused_deletes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean_home(tmp_path)
+    (tmp_path / "lakehouse").mkdir()
+    monkeypatch.setenv("ADTALLY_SHUFFLE_PARTITIONS", "0")
+    with pytest.raises(ConfigurationError):
+        run_demo(tmp_path, events=1, seed=1, console=Console(file=io.StringIO()))
+    assert names(tmp_path) == {MARKER, "lakehouse"}
+
+
+# The comparison
+
+
+def test_difference_counts_cells_not_only_totals() -> None:
+    expected: demo.Cells = {("eu", "10"): Counter(a=3, b=1), ("eu", "11"): Counter(a=2)}
+    assert difference(expected, copy.deepcopy(expected), ("a", "b")) == {"a": (5, 5, 0), "b": (1, 1, 0)}
+    moved = {("eu", "10"): Counter(a=2, b=1), ("eu", "11"): Counter(a=3)}
+    assert difference(expected, moved, ("a", "b")) == {"a": (5, 5, 2), "b": (1, 1, 0)}
+    lost = {("eu", "10"): Counter(a=3, b=1)}
+    assert difference(expected, lost, ("a", "b")) == {"a": (5, 3, 1), "b": (1, 1, 0)}
+    strange = {**expected, (None, "12"): Counter(a=0, b=7)}
+    assert difference(expected, strange, ("a", "b")) == {"a": (5, 5, 0), "b": (1, 8, 1)}
+    assert difference({}, {}, ("a",)) == {"a": (0, 0, 0)}
+
+
+HOUR = "2026-03-10T10:00:00Z"
+LATER = "2026-03-10T11:00:00Z"
+
+
+def accounting(region: str | None, hour: str | None, **counts: int) -> dict[str, Any]:
+    return {"region": region, "event_hour": hour, **dict.fromkeys(ACCOUNTING, 0), **counts}
+
+
+def campaign(name: str, hour: str, **counts: int) -> dict[str, Any]:
+    return {"campaign_id": name, "region": "eu", "event_hour": hour, "currency": "EUR", **dict.fromkeys(MEASURES, 0), **counts}
+
+
+# Two truths, as the demo has: of the simulated traffic and of the samples. They share an hour.
+TRUTHS: list[dict[str, Any]] = [
+    {
+        "totals": {"offered": 8},
+        "accounting": [
+            accounting("eu", HOUR, offered=6, accepted=4, duplicate=1, conflict=1, late=2),
+            accounting("eu", None, offered=2, rejected=2),
+        ],
+        "campaign_hours": [campaign("c1", HOUR, impressions=3, clicks=1, spend_nanos=1250)],
+    },
+    {
+        "totals": {"offered": 3},
+        "accounting": [accounting("eu", HOUR, offered=1, accepted=1, unpriced=1), accounting("us", LATER, offered=2, accepted=2)],
+        "campaign_hours": [
+            campaign("c1", HOUR, impressions=1),
+            campaign("c2", LATER, clicks=2, spend_nanos=9_007_199_254_740_993),
+        ],
+    },
+]
+
+
+def write_marts(settings: Settings) -> None:
+    """The two marts that the demo compares, with what the truths come to, and one for its last table."""
+    settings.marts_path.parent.mkdir(parents=True)
+    with duckdb.connect(str(settings.marts_path)) as connection:
+        columns = ", ".join(f"{name} bigint" for name in ACCOUNTING)
+        connection.execute(f"create table fct_event_accounting (event_hour timestamp, region varchar, {columns})")
+        connection.execute(
+            "insert into fct_event_accounting values ('2026-03-10 10:00', 'eu', 7, 5, 1, 1, 0, 2, 1), "
+            "(null, 'eu', 2, 0, 0, 0, 2, 0, 0), ('2026-03-10 11:00', 'us', 2, 2, 0, 0, 0, 0, 0)"
+        )
+        connection.execute(
+            "create table fct_campaign_minute (event_minute timestamp, region varchar, campaign_id varchar, currency varchar, "
+            "impressions bigint, clicks bigint, spend_nanos bigint)"
+        )
+        connection.execute(
+            "insert into fct_campaign_minute values ('2026-03-10 10:05', 'eu', 'c1', 'EUR', 3, 0, 0), "
+            "('2026-03-10 10:59', 'eu', 'c1', 'EUR', 1, 1, 1250), "
+            "('2026-03-10 11:00', 'eu', 'c2', 'EUR', 0, 2, 9007199254740993)"
+        )
+        connection.execute(
+            "create table fct_campaign_day as select 'c1' as campaign_id, 'EUR' as currency, 4 as impressions, 1 as clicks, "
+            "1234567 as spend_micros"
+        )
+
+
+@pytest.fixture
+def staged(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[dict[str, Any]]], None]:
+    """Let the demo find the given truths and the marts of ``write_marts``, without Spark or dbt."""
+
+    def stage(truths: list[dict[str, Any]]) -> None:
+        monkeypatch.setattr(demo, "_land", lambda *_: truths)
+        monkeypatch.setattr(demo, "_ingest", lambda *_: None)
+        monkeypatch.setattr(demo, "build_marts", lambda settings, **_: write_marts(settings))
+
+    return stage
+
+
+def show(home: Path) -> tuple[bool, dict[str, list[str]]]:
+    """Whether the demo is content, and its table of differences: measure -> truth, marts, cells that differ."""
+    output = io.StringIO()
+    content = run_demo(home, events=1, seed=1, console=Console(file=output, width=140))
+    lines = [line.split() for line in output.getvalue().splitlines()]
+    return content, {line[0]: line[1:] for line in lines if line and line[0] in (*ACCOUNTING, *MEASURES) and len(line) == 4}
+
+
+def test_equal_figures_content_it(tmp_path: Path, staged: Callable[..., None]) -> None:
+    staged(TRUTHS)
+    content, shown = show(tmp_path)
+    assert content
+    assert set(shown) == {*ACCOUNTING, *MEASURES}
+    assert {cells for *_, cells in shown.values()} == {"0"}
+    assert shown["offered"] == ["11", "11", "0"]
+    assert shown["spend_nanos"] == ["9,007,199,254,742,243", "9,007,199,254,742,243", "0"]
+
+
+@pytest.mark.parametrize(
+    ("part", "measure"), [*(("accounting", name) for name in ACCOUNTING), *(("campaign_hours", name) for name in MEASURES)]
+)
+@pytest.mark.parametrize("by", [-1, 1])
+def test_one_too_many_or_too_few_is_seen(tmp_path: Path, staged: Callable[..., None], part: str, measure: str, by: int) -> None:
+    altered = copy.deepcopy(TRUTHS)
+    altered[1][part][-1][measure] += by
+    staged(altered)
+    content, shown = show(tmp_path)
+    assert not content
+    assert {name: row[2] for name, row in shown.items() if row[2] != "0"} == {measure: "1"}
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("accounting", "region", "us"),
+        ("accounting", "event_hour", None),
+        ("campaign_hours", "campaign_id", "c9"),
+        ("campaign_hours", "region", "us"),
+        ("campaign_hours", "event_hour", LATER),
+        ("campaign_hours", "currency", "USD"),
+    ],
+)
+def test_right_totals_in_the_wrong_place_are_seen(
+    tmp_path: Path, staged: Callable[..., None], part: str, key: str, value: str | None
+) -> None:
+    altered = copy.deepcopy(TRUTHS)
+    altered[0][part][0][key] = value
+    staged(altered)
+    content, shown = show(tmp_path)
+    assert not content
+    assert all(truth == marts for truth, marts, _ in shown.values())
+    assert sum(int(cells) for *_, cells in shown.values()) > 0
+
+
+def test_a_difference_is_exit_status_1(tmp_path: Path, staged: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    staged(TRUTHS)
+    assert app.run(["--home", str(tmp_path / "home"), "demo"]) == 0
+    altered = copy.deepcopy(TRUTHS)
+    altered[0]["accounting"][0]["duplicate"] += 1
+    staged(altered)
+    assert app.run(["--home", str(tmp_path / "home"), "demo"]) == 1
+    out, err = capsys.readouterr()
+    assert "1.234567" in out and err == ""
+
+
+# All of it
+
+
+def test_the_demo_end_to_end(tmp_path: Path) -> None:
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    (home / MARKER).touch()
+    stray = home / "landing" / "events" / "eu-west" / "stray.jsonl"  # of a run before: would be counted
+    stray.parent.mkdir(parents=True)
+    stray.write_text('{"event_id": "stray"}\n')
+    env = environment(ADTALLY_LAKEHOUSE=str(elsewhere), ADTALLY_LANDING=str(elsewhere))
+    done = terminal.run("--home", "home", "demo", "--events", "3000", cwd=tmp_path, env=env, timeout=500)
+    assert done.status == 0, done.err
+    assert not stray.exists() and not elsewhere.exists()
+    lines = [line.split() for line in done.out.splitlines()]
+    compared = {line[0]: line[1:] for line in lines if line and line[0] in (*ACCOUNTING, *MEASURES) and len(line) == 4}
+    assert set(compared) == {*ACCOUNTING, *MEASURES}
+    assert all(truth == marts and cells == "0" for truth, marts, cells in compared.values())
+    samples = json.loads((terminal.ROOT / "samples" / "truth.json").read_text("utf-8"))
+    assert int(compared["offered"][0].replace(",", "")) == 3000 + samples["totals"]["offered"]
+    # what it says to do next works
+    status = terminal.run("status", "--json", cwd=tmp_path, env=environment(ADTALLY_HOME=str(home)))
+    assert status.status == 0
+    found = json.loads(status.out)
+    assert found["conservation_holds"] and found["problems"] == []
+    offered = sum(source["offered"] for source in found["sources"] if source["stream"] == "events")
+    assert offered == 3000 + samples["totals"]["offered"]
