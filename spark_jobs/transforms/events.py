@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spark_jobs.contract.spec import Contract, Limits
-from spark_jobs.contract.vectorised import connection
 from spark_jobs.dedupe.keys import fingerprint_sql, id_hash_sql
+from spark_jobs.duck import query_arrow
 
 HOUR_US = 3_600_000_000
 
@@ -50,7 +50,7 @@ def enrich(valid: pa.Table, contract: Contract, limits: Limits, campaigns: pa.Ta
 
 
 def _keys(valid: pa.Table, contract: Contract) -> pa.Table:
-    return _query(
+    return query_arrow(
         f"select {id_hash_sql(contract.id_field)}, md5_number_lower({fingerprint_sql(contract)}) as fingerprint from input", valid
     )
 
@@ -90,7 +90,7 @@ def price(events: pa.Table, campaigns: pa.Table) -> tuple[pa.Array, pa.Array]:
 
 def increments(events: pa.Table) -> pa.Table:
     """Sums of accepted events (staged columns) per METRIC_KEYS: METRIC_MEASURES as int64."""
-    return _query(
+    return query_arrow(
         f"""
         select event_time - event_time % 60000000 as event_minute_us, {", ".join(METRIC_KEYS[1:])},
             count(*) filter (event_type = 'impression') as impressions,
@@ -108,7 +108,7 @@ def sum_increments(parts: list[pa.Table]) -> pa.Table:
     if not parts:
         return INCREMENT_SCHEMA.empty_table()
     sums = ", ".join(f"sum({name})::bigint as {name}" for name in METRIC_MEASURES)
-    return _query(f"select {', '.join(METRIC_KEYS)}, {sums} from input group by all", pa.concat_tables(parts)).cast(
+    return query_arrow(f"select {', '.join(METRIC_KEYS)}, {sums} from input group by all", pa.concat_tables(parts)).cast(
         INCREMENT_SCHEMA
     )
 
@@ -121,7 +121,7 @@ def increment_columns(sums: pa.Table, query_id: str, batch_id: int) -> pa.Table:
     """
     texts = ", ".join(f"coalesce(length({name})::varchar || ':' || {name}, '-')" for name in METRIC_KEYS[1:])
     pieces = ", ".join(f"substr(digest, {start}, {length})" for start, length in ((1, 8), (9, 4), (13, 4), (17, 4), (21, 12)))
-    made = _query(
+    made = query_arrow(
         f"""
         select concat_ws('-', {pieces}) as record_uuid, * exclude (digest) from (
             select md5(concat_ws(chr(31), '{query_id}', '{batch_id}', event_minute_us::varchar, {texts})) as digest, * from input
@@ -131,15 +131,6 @@ def increment_columns(sums: pa.Table, query_id: str, batch_id: int) -> pa.Table:
     )
     minute = made["event_minute_us"]
     return made.append_column("event_minute", as_timestamp(minute)).append_column("event_date", _day(minute))
-
-
-def _query(sql: str, table: pa.Table) -> pa.Table:
-    database = connection()
-    database.register("input", table)
-    try:
-        return database.execute(sql).to_arrow_table()
-    finally:
-        database.unregister("input")
 
 
 def as_timestamp(column: pa.ChunkedArray) -> pa.ChunkedArray:
