@@ -19,7 +19,8 @@ from samples.land import land
 from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import BusyError, UsageError
-from spark_jobs.jobs.ingest import BatchReport, run_ingest
+from spark_jobs.jobs.batch import BatchReport
+from spark_jobs.jobs.ingest import run_ingest
 
 DEFAULT_HOME = Path(".adtally-demo")
 MARKER = ".adtally-demo-home"

@@ -9,7 +9,8 @@ from dataclasses import asdict
 
 from spark_jobs.config import load_settings
 from spark_jobs.errors import AdtallyError
-from spark_jobs.jobs.ingest import BatchReport, run_ingest
+from spark_jobs.jobs.batch import BatchReport
+from spark_jobs.jobs.ingest import run_ingest
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,10 +6,11 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from pyspark.sql import SparkSession
+from pyarrow import fs
+
+from spark_jobs.storage import open_root
 
 _COMMIT = re.compile(r"(\d{20})\.json")
 
@@ -48,7 +49,7 @@ def parse_commit(version: int, text: str) -> Commit:
     table_id: str | None = None
     added: list[dict[str, Any]] = []
     removed: list[dict[str, Any]] = []
-    for line in text.rstrip("\n").split("\n"):  # not splitlines: strings in it may hold U+2028 and the like as they are
+    for line in filter(None, text.split("\n")):  # not splitlines: strings in it may hold U+2028 and the like as they are
         action = json.loads(line)
         if "txn" in action:
             txn = (action["txn"]["appId"], int(action["txn"]["version"]))
@@ -64,12 +65,12 @@ def parse_commit(version: int, text: str) -> Commit:
 
 
 class DeltaLog:
-    """The log of one table. Local paths are read with the file system, others (s3a://...) through Spark's."""
+    """The log of one table."""
 
-    def __init__(self, uri: str, spark: SparkSession | None = None) -> None:
+    def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._spark = spark
-        self._local = None if "://" in uri else Path(uri) / "_delta_log"
+        self._files, root = open_root(uri)
+        self._folder = f"{root}/_delta_log"
 
     def exists(self) -> bool:
         """Whether the table has been created."""
@@ -77,25 +78,17 @@ class DeltaLog:
 
     def latest_version(self) -> int | None:
         """The newest version, None if there is no table."""
-        if self._local is not None:
-            try:
-                names = (_COMMIT.fullmatch(entry.name) for entry in self._local.iterdir())
-                return max((int(match[1]) for match in names if match), default=None)
-            except FileNotFoundError:
-                return None
-        statuses = self._hadoop_list()
-        return max((int(match[1]) for match in map(_COMMIT.fullmatch, statuses) if match), default=None)
+        entries = self._files.get_file_info(fs.FileSelector(self._folder, allow_not_found=True))
+        names = (_COMMIT.fullmatch(entry.base_name) for entry in entries)
+        return max((int(match[1]) for match in names if match), default=None)
 
     def commit(self, version: int) -> Commit | None:
         """A version's commit, None if the log no longer has it."""
-        name = f"{version:020d}.json"
-        if self._local is not None:
-            try:
-                return parse_commit(version, (self._local / name).read_text("utf-8"))
-            except FileNotFoundError:
-                return None
-        text = self._hadoop_read(name)
-        return None if text is None else parse_commit(version, text)
+        try:
+            with self._files.open_input_stream(f"{self._folder}/{version:020d}.json") as stream:
+                return parse_commit(version, stream.read().decode("utf-8"))
+        except FileNotFoundError:
+            return None
 
     def commits_backwards(self, start: int | None = None) -> Iterator[Commit]:
         """Commits from ``start`` (default: the newest) back to the oldest that the log still has."""
@@ -116,28 +109,3 @@ class DeltaLog:
                 if commit.txn[1] < txn_version:
                     return None
         return None
-
-    def _hadoop_path(self, name: str = "") -> tuple[Any, Any]:
-        if self._spark is None:
-            raise ValueError(f"{self.uri} needs a Spark session to be read")
-        jvm: Any = self._spark._jvm
-        path = jvm.org.apache.hadoop.fs.Path(f"{self.uri}/_delta_log/{name}".rstrip("/"))
-        return path.getFileSystem(self._spark._jsc.hadoopConfiguration()), path
-
-    def _hadoop_list(self) -> list[str]:
-        filesystem, path = self._hadoop_path()
-        if not filesystem.exists(path):
-            return []
-        return [status.getPath().getName() for status in filesystem.listStatus(path)]
-
-    def _hadoop_read(self, name: str) -> str | None:
-        filesystem, path = self._hadoop_path(name)
-        if not filesystem.exists(path):
-            return None
-        assert self._spark is not None
-        jvm: Any = self._spark._jvm
-        stream = filesystem.open(path)
-        try:
-            return str(jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8"))
-        finally:
-            stream.close()

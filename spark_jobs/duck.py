@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import duckdb
+import pyarrow as pa
 
 from spark_jobs.errors import MachineError
 
@@ -25,3 +28,20 @@ def connect_delta(config: dict[str, str | bool | int | float | list[str]] | None
             hint="install duckdb-extension-delta in the version of duckdb",
         ) from error
     return connection
+
+
+@cache
+def task_connection() -> duckdb.DuckDBPyConnection:
+    """This process's DuckDB for Arrow tables: one thread (Spark owns the parallelism), bounded memory, no extension fetched."""
+    made = duckdb.connect()
+    made.execute("set threads = 1")
+    made.execute("set memory_limit = '1GB'")
+    made.execute("set autoinstall_known_extensions = false")
+    return made
+
+
+def query_arrow(sql: str, table: pa.Table) -> pa.Table:
+    """The result of ``sql`` over ``table``, which is called ``input`` in it."""
+    with task_connection().cursor() as own:  # on the driver two streams may be here at once
+        own.register("input", table)
+        return own.execute(sql).to_arrow_table()

@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+
+import pyarrow as pa
+
+_TYPES = {
+    "STRING": pa.string(),
+    "BIGINT": pa.int64(),
+    "INT": pa.int32(),
+    "BOOLEAN": pa.bool_(),
+    "DATE": pa.date32(),
+    "TIMESTAMP": pa.timestamp("us", "UTC"),
+    "ARRAY<STRING>": pa.list_(pa.string()),
+}
 
 
 @dataclass(frozen=True)
@@ -19,6 +32,12 @@ class Table:
     key: tuple[str, ...]
     partition_by: tuple[str, ...]
     stats_columns: tuple[str, ...]
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The columns as an Arrow schema."""
+        pairs = (column.split() for column in self.columns.split(","))
+        return pa.schema([(name, _TYPES[kind]) for name, kind in pairs])
 
 
 EVENTS = Table(

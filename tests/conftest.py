@@ -31,10 +31,10 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def empty_lakehouse(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tables of the registry, made once and copied by the tests: making them takes seconds."""
+def empty_lakehouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tables of the registry, made once and copied by the tests."""
     home = load_settings(home=tmp_path_factory.mktemp("empty"))
-    ensure_tables(spark, home)
+    ensure_tables(home)
     return Path(home.lakehouse_uri)
 
 

@@ -20,7 +20,7 @@ from spark_jobs.errors import AdtallyError, UsageError
 
 if TYPE_CHECKING:
     from spark_jobs.config import Settings
-    from spark_jobs.jobs.ingest import BatchReport
+    from spark_jobs.jobs.batch import BatchReport
     from spark_jobs.jobs.status import Status
 
 _ERROR_LENGTH = 500

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spark_jobs.contract.exact import Verdict, validate_line
-from spark_jobs.contract.spec import MAX_LINE_BYTES, MAX_RAW_BYTES, Contract, Kind, Limits
-from spark_jobs.contract.vectorised import accept_plain, flat_lines
+from spark_jobs.contract.spec import MAX_LINE_BYTES, MAX_RAW_BYTES, Contract, Limits
+from spark_jobs.contract.vectorised import accept_plain, flat_lines, parsed_schema
 from spark_jobs.sources.lines import FileFault, Lines, LongLine
 
 FILE_LEVEL_LINE = 0
@@ -40,16 +40,6 @@ class Parsed:
     offered: int
     valid: pa.Table
     rejects: list[Reject] = field(default_factory=list)
-
-
-def field_type(kind: Kind) -> pa.DataType:
-    """Arrow type of a parsed field: times and integers are int64, all else is text."""
-    return pa.int64() if kind in (Kind.INTEGER, Kind.TIME) else pa.string()
-
-
-def parsed_schema(contract: Contract) -> pa.Schema:
-    """Schema of ``Parsed.valid``."""
-    return pa.schema([("n", pa.int64()), *((spec.name, field_type(spec.kind)) for spec in contract.fields)])
 
 
 def encode_raw(raw: bytes) -> tuple[str, str]:
@@ -97,7 +87,7 @@ def _parse_lines(chunk: Lines, contract: Contract, folder_region: str, limits: L
     offsets = np.zeros(count + 1, dtype=np.int32)
     offsets[1:] = chunk.ends
     sizes = np.diff(offsets)
-    flat, quotes = flat_lines(chunk.data, chunk.ends)
+    flat = flat_lines(chunk.data, chunk.ends)
     plain = flat & (sizes <= MAX_LINE_BYTES + 1)
     if not chunk.terminated:
         plain[-1] = False
@@ -105,10 +95,10 @@ def _parse_lines(chunk: Lines, contract: Contract, folder_region: str, limits: L
         plain &= _valid_utf8(chunk)
     column = pa.Array.from_buffers(pa.string(), count, [None, pa.py_buffer(offsets), pa.py_buffer(chunk.data)])
     numbers = np.arange(count, dtype=np.int64)
-    lines = pa.table({"n": numbers, "line": column, "quotes": quotes})
+    lines = pa.table({"n": numbers, "line": column})
     if not plain.all():
         lines = lines.filter(pa.array(plain))
-    accepted = accept_plain(lines, contract, folder_region, limits).cast(parsed_schema(contract))
+    accepted = accept_plain(lines, contract, folder_region, limits)
     taken = np.zeros(count, dtype=bool)
     taken[accepted["n"].to_numpy()] = True
 

@@ -1,133 +1,152 @@
-"""The fast validator: DuckDB's JSON reader over a whole chunk of lines.
+"""The fast validator: Arrow's JSON reader over a whole block of lines, then checks by column.
 
-It only says yes. A line that it does not take (a null, an unknown field, an escape, an odd number, anything wrong) goes to the
-exact validator, so the meaning of the contract has one home. DuckDB's reader is laxer than JSON (trailing commas, NaN, repeated
-keys) and turns any value into text. What closes these gaps, for a line without backslash and nested value: the keys are as many
-as the contract's fields that have a value (nothing unknown, repeated or null); the integers are digits; the double quotes are as
-many as if all other values were strings; and the line ends in ``"}`` or a digit and ``}``.
+It only says yes. A line that it does not take goes to the exact validator, so the meaning of the contract has one home. Arrow's
+reader is strict (a key twice, a wrong type, a number that is no integer: an error) but for two things: it reads objects, not
+lines, which ``flat_lines`` makes the same, and it takes NaN. One line that it refuses spoils its
+block, so a spoilt block is cut into smaller ones, down to SMALLEST_BLOCK lines, which are left to the exact validator.
 """
 
 from __future__ import annotations
 
-import json
-from functools import cache
+from collections.abc import Iterator
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.json as pj
 
-from spark_jobs.contract.spec import CURRENCIES, LATEST_US, Contract, Field, Kind, Limits
+from spark_jobs.contract.spec import CURRENCIES, EARLIEST_US, LATEST_US, Contract, Field, Kind, Limits
 
-_TIME_PATTERN = r"\d{4}-\d\d-\d\dT([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"
-
-
-@cache
-def connection() -> duckdb.DuckDBPyConnection:
-    """This process's DuckDB: one thread (Spark owns the parallelism), times in UTC, no extension fetched."""
-    made = duckdb.connect()
-    made.execute("set threads = 1")
-    made.execute("set memory_limit = '1GB'")
-    made.execute("set autoinstall_known_extensions = false")
-    return made
+SMALLEST_BLOCK = 32
+_CUT_INTO = 16
+_CURRENCIES = pa.array(sorted(CURRENCIES))
+_TIME_PATTERN = r"^\d{4}-\d\d-\d\dT([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)$"
+_ODD = (b"\\", b"[", b"\r", b"\0")
 
 
-def _accepts(spec: Field) -> str:
-    """SQL that is true where the field, a string unless it is an integer, is certainly valid."""
-    name = spec.name
-    match spec.kind:
-        case Kind.ID:
-            check = f"length({name}) between 1 and 128"
-        case Kind.ENUM:
-            check = f"{name} in ({', '.join(repr(value) for value in spec.values)})"
-        case Kind.REGION:
-            check = f"{name} = $region"
-        case Kind.TIME:
-            check = f"regexp_full_match({name}, '{_TIME_PATTERN}') and try_cast({name} as timestamptz) is not null"
-        case Kind.INTEGER:
-            check = f"regexp_full_match({name}, '0|[1-9][0-9]{{0,15}}') and try_cast({name} as bigint) <= {spec.high}"
-        case Kind.TEXT | Kind.CURRENCY:
-            check = "true"
-    return f"({name} is not null and {check})" if spec.required else f"({name} is null or ({check}))"
+def field_type(kind: Kind) -> pa.DataType:
+    """Arrow type of a parsed field: times (microseconds since the epoch) and integers are int64, all else is text."""
+    return pa.int64() if kind in (Kind.INTEGER, Kind.TIME) else pa.string()
 
 
-def _value(spec: Field) -> str:
-    match spec.kind:
-        case Kind.INTEGER:
-            number = f"try_cast({spec.name} as bigint)"
-            return number if spec.default is None else f"coalesce({number}, {spec.default})"
-        case Kind.TIME:
-            return f"epoch_us(try_cast({spec.name} as timestamptz))"
-        case Kind.REGION:
-            return "$region"
-        case _:
-            return spec.name
+def parsed_schema(contract: Contract) -> pa.Schema:
+    """Schema of parsed records: n (the line's number) and the contract's fields."""
+    return pa.schema([("n", pa.int64()), *((spec.name, field_type(spec.kind)) for spec in contract.fields)])
 
 
-@cache
-def _queries(contract: Contract) -> tuple[str, str]:
-    structure = json.dumps({s.name: "JSON" if s.kind is Kind.INTEGER else "VARCHAR" for s in contract.fields})
-    present = " + ".join(f"({s.name} is not null)::int" for s in contract.fields)
-    integers = " + ".join(f"({s.name} is not null)::int" for s in contract.fields if s.kind is Kind.INTEGER)
-    values = ", ".join(f"{_value(s)} as {s.name}" for s in contract.fields)
-    checks = " and ".join(_accepts(s) for s in contract.fields)
-    # two statements: in one, the optimiser repeats json_transform for every field that a filter names
-    parse = f"""
-        create or replace temp table parsed as
-        select n, quotes, len(json_keys(line)) as key_count, unnest(json_transform(line, '{structure}'))
-        from lines
-        where json_valid(line) and (ends_with(line, '"}}' || chr(10)) or regexp_matches(right(line, 3), '[0-9]}}\n$'))
+def flat_lines(data: bytes, ends: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Per line of ``data`` (line i ends before ``ends[i]``): does it begin with its only brace, and have no backslash, bracket,
+    carriage return or NUL. So an object neither nests another, nor begins or ends in another line.
     """
-    accept = f"""
-        with plain as (
-            select n, {values} from parsed
-            where key_count = {present} and quotes = 4 * key_count - 2 * ({integers}) and {checks}
-        )
-        select * from plain
-        where {contract.time_field} >= $earliest
-            and {contract.time_field} <= least(coalesce(received_at, $ingested) + $skew, {LATEST_US})
-            and (received_at is null or received_at <= {LATEST_US})
-    """
-    return parse, accept
-
-
-def flat_lines(data: bytes, ends: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int32]]:
-    """Per line of ``data`` (line i ends before ``ends[i]``): is it free of backslashes and nested values; its double quotes."""
     octets = np.frombuffer(data, dtype=np.uint8)
     starts = np.concatenate(([0], ends[:-1]))
-    quotes = np.add.reduceat(octets == ord('"'), starts, dtype=np.int32)
-    flat = np.ones(len(ends), dtype=bool)
-    # one brace a line and each at the start of its line: none nested. The total alone could hide one behind a line without any
-    braces = data.count(b"{") == len(ends) and bool(np.all(octets[starts] == ord("{")))
-    if not braces or b"\\" in data or b"[" in data:
-        odd = (octets == ord("\\")) | (octets == ord("["))
-        flat &= np.add.reduceat(odd, starts, dtype=np.int32) == 0
+    flat: npt.NDArray[np.bool_] = octets[starts] == ord("{")
+    if data.count(b"{") != len(ends) or not flat.all():
         flat &= np.add.reduceat(octets == ord("{"), starts, dtype=np.int32) == 1
-    return flat, quotes
+    for odd in _ODD:
+        if odd in data:
+            flat &= np.add.reduceat(octets == ord(odd), starts, dtype=np.int32) == 0
+    return flat
 
 
 def accept_plain(lines: pa.Table, contract: Contract, folder_region: str, limits: Limits) -> pa.Table:
-    """The certainly valid ones of ``lines`` (n int64; line string with its line feed, flat, valid UTF-8, within the size limit;
-    quotes int32).
+    """The certainly valid ones of ``lines`` (n int64; line string with its line feed, flat, valid UTF-8, within the size limit).
 
-    Returns n and the contract's fields in its order: strings, int64, times as int64 microseconds, received_at null when absent.
+    Returns ``parsed_schema``: times as microseconds, received_at null when absent.
     """
-    parse, accept = _queries(contract)
-    database = connection()
-    database.register("lines", lines)
+    lines = lines.combine_chunks()
+    numbers = lines["n"].to_numpy()
+    accepted = []
+    for start, parsed in _parsed(lines["line"].combine_chunks(), contract):
+        n = pa.array(numbers[start : start + parsed.num_rows])
+        accepted.append(_checked(parsed, contract, folder_region, limits, n))
+    return pa.concat_tables(accepted) if accepted else parsed_schema(contract).empty_table()
+
+
+def _parsed(lines: pa.StringArray, contract: Contract, start: int = 0) -> Iterator[tuple[int, pa.Table]]:
+    """Blocks that parse: the number of the block's first line, and its fields with times as int64."""
+    count = len(lines)
+    if not count:
+        return
     try:
-        database.execute(parse)
-    finally:
-        database.unregister("lines")
-    accepted = database.execute(
-        accept,
-        {
-            "region": folder_region,
-            "earliest": limits.earliest_us,
-            "ingested": limits.ingested_us,
-            "skew": limits.future_skew_us,
-        },
-    ).to_arrow_table()
-    known = pc.is_in(accepted["currency"], value_set=pa.array(sorted(CURRENCIES)))
-    return accepted if pc.all(known).as_py() in (True, None) else accepted.filter(known)
+        parsed = _times(_read(lines, contract), contract)
+    except pa.ArrowInvalid:
+        if count > SMALLEST_BLOCK:
+            size = max(SMALLEST_BLOCK, -(-count // _CUT_INTO))
+            for at in range(0, count, size):
+                yield from _parsed(lines.slice(at, size), contract, start + at)
+        return
+    yield start, parsed
+
+
+def _read(lines: pa.StringArray, contract: Contract) -> pa.Table:
+    _, offsets, data = lines.buffers()
+    ends = np.frombuffer(offsets, dtype=np.int32)[lines.offset : lines.offset + len(lines) + 1]
+    text = data.slice(int(ends[0]), int(ends[-1] - ends[0]))
+    schema = pa.schema([(spec.name, pa.int64() if spec.kind is Kind.INTEGER else pa.string()) for spec in contract.fields])
+    made = pj.read_json(
+        pa.BufferReader(text),
+        read_options=pj.ReadOptions(use_threads=False, block_size=text.size + 1),
+        parse_options=pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="infer"),
+    )
+    if made.num_rows != len(lines):
+        raise pa.ArrowInvalid("objects and lines do not agree")
+    for name in made.column_names[len(schema) :]:  # unknown fields: read too, for JSON has no NaN and knows no key twice
+        if pa.types.is_floating(made[name].type) and not pc.all(pc.is_finite(made[name])).as_py():
+            raise pa.ArrowInvalid("a number that JSON does not have")
+    return made.select(schema.names)
+
+
+def _times(parsed: pa.Table, contract: Contract) -> pa.Table:
+    """Times as microseconds. Raises ArrowInvalid where a text is none."""
+    for index, spec in enumerate(parsed.schema.names):
+        if contract.fields[index].kind is not Kind.TIME:
+            continue
+        text = parsed[spec]
+        fits = pc.match_substring_regex(text, _TIME_PATTERN)
+        if pc.any(pc.invert(fits)).as_py():
+            raise pa.ArrowInvalid("a time of another form")
+        times = text.cast(pa.timestamp("us", "UTC")).cast(pa.int64())
+        parsed = parsed.set_column(index, spec, times)
+    return parsed
+
+
+def _valid(spec: Field, values: pa.ChunkedArray, folder_region: str) -> pa.ChunkedArray:
+    match spec.kind:
+        case Kind.ID:
+            size = pc.utf8_length(values)
+            check = pc.and_(pc.greater_equal(size, 1), pc.less_equal(size, 128))
+        case Kind.ENUM:
+            check = pc.is_in(values, value_set=pa.array(spec.values))
+        case Kind.CURRENCY:
+            check = pc.is_in(values, value_set=_CURRENCIES)
+        case Kind.REGION:
+            check = pc.equal(values, folder_region)
+        case Kind.TIME:
+            check = pc.and_(pc.greater_equal(values, EARLIEST_US), pc.less_equal(values, LATEST_US))
+        case Kind.INTEGER:
+            check = pc.and_(pc.greater_equal(values, 0), pc.less_equal(values, spec.high))
+        case Kind.TEXT:
+            return pa.chunked_array([pa.array(np.ones(len(values), dtype=bool))])
+    return pc.fill_null(check, not spec.required)
+
+
+def _checked(parsed: pa.Table, contract: Contract, folder_region: str, limits: Limits, numbers: pa.Array) -> pa.Table:
+    """The rows of a parsed block that keep every rule of the contract."""
+    good = np.ones(parsed.num_rows, dtype=bool)
+    for spec in contract.fields:
+        good &= _valid(spec, parsed[spec.name], folder_region).to_numpy()
+    times = parsed[contract.time_field].fill_null(0).to_numpy()
+    received = pc.fill_null(parsed["received_at"], limits.ingested_us).to_numpy()
+    good &= (times >= limits.earliest_us) & (times - limits.future_skew_us <= received)
+    columns = [numbers]
+    for spec in contract.fields:
+        values = parsed[spec.name]
+        if spec.kind is Kind.REGION:
+            values = pa.repeat(pa.scalar(folder_region), parsed.num_rows)
+        elif spec.default is not None:
+            values = pc.fill_null(values, spec.default)
+        columns.append(values)
+    made = pa.Table.from_arrays(columns, schema=parsed_schema(contract))
+    return made if good.all() else made.filter(pa.array(good))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from spark_jobs.contract.spec import Contract, Kind
-from spark_jobs.contract.vectorised import connection
+from spark_jobs.duck import query_arrow
 
 Words = npt.NDArray[np.uint64]
 
@@ -79,12 +79,7 @@ def id_hash_sql(column: str) -> str:
 
 def keys_of_ids(ids: pa.Table, id_column: str, fingerprint_column: str) -> Keys:
     """Keys from ids and stored fingerprints (int64, the same 64 bits): how the index is rebuilt from a table."""
-    database = connection().cursor()  # one of its own: on the driver two streams may be here at once
-    database.register("ids", ids.select([id_column]))
-    try:
-        hashed = database.execute(f"select {id_hash_sql(id_column)} from ids").to_arrow_table()
-    finally:
-        database.close()
+    hashed = query_arrow(f"select {id_hash_sql(id_column)} from input", ids.select([id_column]))
     fingerprint = ids[fingerprint_column].to_numpy().astype(np.int64).view(np.uint64)
     return Keys(hashed["key_low"].to_numpy(), hashed["key_high"].to_numpy(), fingerprint)
 

@@ -5,22 +5,21 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from pyspark.sql import SparkSession
 
 from spark_jobs.config import Settings
 from spark_jobs.contract.exact import parse_time
 from spark_jobs.contract.spec import CURRENCIES
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import CampaignFileError
-from spark_jobs.sinks.delta import replace_all, table_schema
-from spark_jobs.steps import Step
+from spark_jobs.sinks.delta import replace_campaigns
+from spark_jobs.sources.delta import file_paths, read_files
 from spark_jobs.tables import CAMPAIGNS
 from spark_jobs.transforms.events import CAMPAIGN_SCHEMA
 
@@ -118,40 +117,38 @@ def _moment(micros: int) -> datetime:
     return _EPOCH + timedelta(microseconds=micros)
 
 
-def load_campaigns(spark: SparkSession, settings: Settings) -> int | None:
+def load_campaigns(settings: Settings) -> int | None:
     """Bring table `campaigns` up to the CSV files. Returns its version.
 
     Nothing is written when the files say what the table holds. Without a CSV file the table stays as it is.
     """
-    log = DeltaLog(settings.table_uri(CAMPAIGNS.name), spark)
+    log = DeltaLog(settings.table_uri(CAMPAIGNS.name))
     campaigns = read_campaigns(settings.landing_path)
     digest = hashlib.sha256(json.dumps([astuple(c) for c in campaigns]).encode()).hexdigest()
     held = next((c.user_metadata for c in log.commits_backwards() if c.user_metadata), None)
     if campaigns and (held is None or json.loads(held).get("campaigns_sha256") != digest):
         rows = [
-            (
-                *(c.campaign_id, c.store_id, c.billing_model, c.daily_budget_micros, c.currency),
-                _moment(c.valid_from_us),
-                None if c.valid_to_us is None else _moment(c.valid_to_us),
-                c.source_file,
-            )
+            {
+                **asdict(c),
+                "valid_from": _moment(c.valid_from_us),
+                "valid_to": None if c.valid_to_us is None else _moment(c.valid_to_us),
+            }
             for c in campaigns
         ]
-        frame = spark.createDataFrame(rows, table_schema(CAMPAIGNS)).coalesce(1)
-        replace_all(frame, CAMPAIGNS, settings, Step.CAMPAIGNS, {"campaigns_sha256": digest})
+        table = pa.Table.from_pylist([{name: row[name] for name in CAMPAIGNS.schema.names} for row in rows], CAMPAIGNS.schema)
+        replace_campaigns(table, settings, {"campaigns_sha256": digest})
     return log.latest_version()
 
 
-def campaigns_at(spark: SparkSession, settings: Settings, version: int) -> pa.Table:
+def campaigns_at(settings: Settings, version: int) -> pa.Table:
     """Price lines (CAMPAIGN_SCHEMA) of one version of table `campaigns`."""
-    frame = spark.read.format("delta").option("versionAsOf", version).load(settings.table_uri(CAMPAIGNS.name))
-    return (
-        frame.selectExpr(
-            "campaign_id as priced_campaign_id",
-            "billing_model",
-            "unix_micros(valid_from) as valid_from_us",
-            "unix_micros(valid_to) as valid_to_us",
-        )
-        .toArrow()
-        .cast(CAMPAIGN_SCHEMA)
-    )
+    uri = settings.table_uri(CAMPAIGNS.name)
+    held = read_files(uri, file_paths(uri, version), CAMPAIGNS.schema)
+    return pa.table(
+        {
+            "priced_campaign_id": held["campaign_id"],
+            "billing_model": held["billing_model"],
+            "valid_from_us": held["valid_from"].cast(pa.int64()),
+            "valid_to_us": held["valid_to"].cast(pa.int64()),
+        }
+    ).cast(CAMPAIGN_SCHEMA)

@@ -87,7 +87,7 @@ def _gzip_reader(handle: BinaryIO) -> Callable[[], bytes]:
         nonlocal state, pending, started, corrupt
         while not corrupt:
             if state.eof:
-                pending = state.unused_data.lstrip(b"\0")  # at the end of a member unconsumed_tail holds the same bytes, or stale ones
+                pending = state.unused_data.lstrip(b"\0")  # unconsumed_tail holds stale bytes here
                 while not pending:
                     block = handle.read(_GZIP_READ_BYTES)
                     if not block:

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spark_jobs.contract.spec import Contract, Limits
-from spark_jobs.contract.vectorised import connection
 from spark_jobs.dedupe.keys import fingerprint_sql, id_hash_sql
+from spark_jobs.duck import query_arrow
 
 HOUR_US = 3_600_000_000
 
@@ -23,6 +23,9 @@ CAMPAIGN_SCHEMA = pa.schema(
 
 METRIC_KEYS = ("event_minute_us", "region", "campaign_id", "ad_id", "store_id", "placement", "currency")
 METRIC_MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos")
+INCREMENT_SCHEMA = pa.schema(
+    [("event_minute_us", pa.int64()), *((n, pa.string()) for n in METRIC_KEYS[1:]), *((n, pa.int64()) for n in METRIC_MEASURES)]
+)
 
 
 def enrich(valid: pa.Table, contract: Contract, limits: Limits, campaigns: pa.Table) -> pa.Table:
@@ -47,14 +50,9 @@ def enrich(valid: pa.Table, contract: Contract, limits: Limits, campaigns: pa.Ta
 
 
 def _keys(valid: pa.Table, contract: Contract) -> pa.Table:
-    database = connection()
-    database.register("valid", valid)
-    try:
-        return database.execute(
-            f"select {id_hash_sql(contract.id_field)}, md5_number_lower({fingerprint_sql(contract)}) as fingerprint from valid"
-        ).to_arrow_table()
-    finally:
-        database.unregister("valid")
+    return query_arrow(
+        f"select {id_hash_sql(contract.id_field)}, md5_number_lower({fingerprint_sql(contract)}) as fingerprint from input", valid
+    )
 
 
 def price(events: pa.Table, campaigns: pa.Table) -> tuple[pa.Array, pa.Array]:
@@ -92,22 +90,47 @@ def price(events: pa.Table, campaigns: pa.Table) -> tuple[pa.Array, pa.Array]:
 
 def increments(events: pa.Table) -> pa.Table:
     """Sums of accepted events (staged columns) per METRIC_KEYS: METRIC_MEASURES as int64."""
-    database = connection()
-    database.register("accepted", events)
-    try:
-        return database.execute(
-            """
-            select event_time - event_time % 60000000 as event_minute_us, region, campaign_id, ad_id, store_id, placement,
-                currency,
-                count(*) filter (event_type = 'impression') as impressions,
-                count(*) filter (event_type = 'click') as clicks,
-                0::bigint as invalid_impressions, 0::bigint as invalid_clicks,
-                sum(spend_nanos)::bigint as spend_nanos
-            from accepted group by all
-            """
-        ).to_arrow_table()
-    finally:
-        database.unregister("accepted")
+    return query_arrow(
+        f"""
+        select event_time - event_time % 60000000 as event_minute_us, {", ".join(METRIC_KEYS[1:])},
+            count(*) filter (event_type = 'impression') as impressions,
+            count(*) filter (event_type = 'click') as clicks,
+            0::bigint as invalid_impressions, 0::bigint as invalid_clicks,
+            sum(spend_nanos)::bigint as spend_nanos
+        from input group by all
+        """,
+        events,
+    )
+
+
+def sum_increments(parts: list[pa.Table]) -> pa.Table:
+    """One table of increments from several: the sums per METRIC_KEYS."""
+    if not parts:
+        return INCREMENT_SCHEMA.empty_table()
+    sums = ", ".join(f"sum({name})::bigint as {name}" for name in METRIC_MEASURES)
+    return query_arrow(f"select {', '.join(METRIC_KEYS)}, {sums} from input group by all", pa.concat_tables(parts)).cast(
+        INCREMENT_SCHEMA
+    )
+
+
+def increment_columns(sums: pa.Table, query_id: str, batch_id: int) -> pa.Table:
+    """The columns of table `minute_metrics` (but for the batch's own) of increments.
+
+    record_uuid is the MD5 of the batch's identity and the row's key, written as a UUID: the parts (query id, batch id, minute in
+    microseconds, then each text with its length in characters before it and a colon, or "-" for null) joined by 0x1F.
+    """
+    texts = ", ".join(f"coalesce(length({name})::varchar || ':' || {name}, '-')" for name in METRIC_KEYS[1:])
+    pieces = ", ".join(f"substr(digest, {start}, {length})" for start, length in ((1, 8), (9, 4), (13, 4), (17, 4), (21, 12)))
+    made = query_arrow(
+        f"""
+        select concat_ws('-', {pieces}) as record_uuid, * exclude (digest) from (
+            select md5(concat_ws(chr(31), '{query_id}', '{batch_id}', event_minute_us::varchar, {texts})) as digest, * from input
+        )
+        """,
+        sums,
+    )
+    minute = made["event_minute_us"]
+    return made.append_column("event_minute", as_timestamp(minute)).append_column("event_date", _day(minute))
 
 
 def as_timestamp(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -115,34 +138,27 @@ def as_timestamp(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(pa.int64()).cast(pa.timestamp("us", "UTC"))
 
 
-def event_columns(staged: pa.Table, source_file: str, first_line: int, ingested_us: int) -> pa.Table:
+def event_columns(staged: pa.Table, source_file: str, first_line: int) -> pa.Table:
     """The columns of table `events` (but for the batch's own) of accepted staged rows; ``first_line`` is line n = 0's number."""
-    rows = staged.num_rows
-    event_time = as_timestamp(staged["event_time"])
-    hour_of_day = pc.divide(pc.subtract(staged["hour_us"], pc.multiply(_day(staged), 24 * HOUR_US)), HOUR_US)
+    hours = pc.divide(staged["hour_us"], HOUR_US)
+    same = (
+        *("event_id", "event_type", "region", "campaign_id", "ad_id", "store_id", "user_id", "impression_id", "placement"),
+        *("price_micros", "currency", "user_agent", "billing_model", "spend_nanos", "is_late"),
+    )
     return pa.table(
         {
-            "event_id": staged["event_id"],
-            "event_type": staged["event_type"],
-            "event_time": event_time,
+            **{name: staged[name] for name in same},
+            "event_time": as_timestamp(staged["event_time"]),
             "received_at": as_timestamp(staged["received_at"]),
-            **{
-                name: staged[name]
-                for name in (
-                    *("region", "campaign_id", "ad_id", "store_id", "user_id", "impression_id", "placement"),
-                    *("price_micros", "currency", "user_agent", "billing_model", "spend_nanos", "is_late"),
-                )
-            },
-            "invalid_traffic_rule": pa.nulls(rows, pa.string()),
             "fingerprint": pa.chunked_array([chunk.view(pa.int64()) for chunk in staged["fingerprint"].chunks], pa.int64()),
-            "source_file": pa.repeat(pa.scalar(source_file), rows),
+            "source_file": pa.repeat(pa.scalar(source_file), staged.num_rows),
             "source_line": pc.add(staged["n"], first_line),
-            "ingested_at": pa.repeat(pa.scalar(ingested_us, pa.int64()), rows).cast(pa.timestamp("us", "UTC")),
-            "event_date": _day(staged).cast(pa.int32()).cast(pa.date32()),
-            "event_hour": hour_of_day.cast(pa.int32()),
+            "event_date": _day(staged["hour_us"]),
+            "event_hour": pc.subtract(hours, pc.multiply(pc.divide(hours, 24), 24)).cast(pa.int32()),
         }
     )
 
 
-def _day(staged: pa.Table) -> pa.ChunkedArray:
-    return pc.divide(staged["hour_us"], 24 * HOUR_US)
+def _day(micros: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The UTC date of microseconds since the epoch (never negative)."""
+    return pc.divide(micros, 24 * HOUR_US).cast(pa.int32()).cast(pa.date32())

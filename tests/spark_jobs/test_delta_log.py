@@ -46,7 +46,9 @@ def test_all_that_a_commit_says() -> None:
     assert commit == Commit(3, ("query", 7), '{"files":[]}', (ADD, {**ADD, "path": "b"}), (REMOVE,), "table-1")
 
 
-@pytest.mark.parametrize("text", ["", "\n", text_of({"commitInfo": {"operation": "OPTIMIZE"}}), text_of({"commitInfo": {}}).rstrip()])
+@pytest.mark.parametrize(
+    "text", ["", "\n", text_of({"commitInfo": {"operation": "OPTIMIZE"}}), text_of({"commitInfo": {}}).rstrip()]
+)
 def test_a_commit_that_says_nothing(text: str) -> None:
     commit = parse_commit(0, text)
     assert commit == Commit(0)
@@ -59,7 +61,9 @@ def test_a_commit_that_says_nothing(text: str) -> None:
         pytest.param([{"add": ADD}], True, 1, 0, id="append"),
         pytest.param([{"remove": REMOVE}], True, 0, 1, id="delete"),
         pytest.param([{"add": ADD}, {"remove": REMOVE}], True, 1, 1, id="rewrite"),
-        pytest.param([{"add": {**ADD, "dataChange": False}}, {"remove": {**REMOVE, "dataChange": False}}], False, 0, 0, id="compaction"),
+        pytest.param(
+            [{"add": {**ADD, "dataChange": False}}, {"remove": {**REMOVE, "dataChange": False}}], False, 0, 0, id="compaction"
+        ),
         pytest.param([{"add": {**ADD, "dataChange": False}}, {"add": ADD}], True, 1, 0, id="both"),
         pytest.param([{"add": FILE}], True, 1, 0, id="a change unless it says that it is none"),
         pytest.param([txn("q", 0)], False, 0, 0, id="an empty append"),
@@ -159,7 +163,7 @@ def test_the_search_ends_at_an_earlier_transaction_of_the_query(tmp_path: Path) 
     assert log.find_transaction("q", 3) is None
     assert getattr(log.find_transaction("q", 2), "version", None) == 2
     with pytest.raises(ValueError, match="Expecting value"):
-        log.find_transaction("other", 1)
+        log.find_transaction("another", 1)
 
 
 @pytest.mark.parametrize("uri", ["s3a://bucket/events", "file:///tmp/events"])

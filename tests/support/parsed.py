@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from spark_jobs.contract.parse import parsed_schema
+from spark_jobs.contract.vectorised import parsed_schema
 from spark_jobs.contract.spec import CONTRACTS
 
 BASE: dict[str, dict[str, Any]] = {

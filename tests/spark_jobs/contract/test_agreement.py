@@ -11,10 +11,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from spark_jobs.contract import vectorised
 from spark_jobs.contract.exact import Verdict, validate_line
-from spark_jobs.contract.parse import Reject, decode_raw, encode_raw, parse_chunk, parsed_schema
+from spark_jobs.contract.parse import Reject, decode_raw, encode_raw, parse_chunk
 from spark_jobs.contract.spec import CONTRACTS, MAX_LINE_BYTES, MAX_RAW_BYTES, Contract
-from spark_jobs.contract.vectorised import accept_plain, flat_lines
+from spark_jobs.contract.vectorised import accept_plain, flat_lines, parsed_schema
 from spark_jobs.sources.lines import FileFault, Lines, LongLine
 from tests.spark_jobs.contract.cases import LIMITS, base, load
 
@@ -172,21 +173,22 @@ def assert_agreement(stream: str, chunk: Lines) -> None:
     assert parsed.offered == len(chunk.ends) == len(valid) + len(rejects)
 
 
-def fast_alone(stream: str, raws: list[bytes]) -> dict[int, dict[str, Any]]:
+def fast_alone(stream: str, raws: list[bytes], smallest: int = 1) -> dict[int, dict[str, Any]]:
     """What the fast validator alone takes, by line number, from lines that meet its preconditions."""
     chunk = chunk_of(raws)
-    flat, quotes = flat_lines(chunk.data, chunk.ends)
+    flat = flat_lines(chunk.data, chunk.ends)
     texts: list[str | None] = []
     for index, raw in enumerate(raws):
         try:
             texts.append(raw.decode() + "\n" if len(raw) <= MAX_LINE_BYTES and flat[index] else None)
         except UnicodeDecodeError:
             texts.append(None)
-    table = pa.table(
-        {"n": pa.array(range(len(raws)), pa.int64()), "line": pa.array(texts, pa.string()), "quotes": pa.array(quotes, pa.int32())}
-    )
+    table = pa.table({"n": pa.array(range(len(raws)), pa.int64()), "line": pa.array(texts, pa.string())})
     contract = CONTRACTS[stream]
-    accepted = accept_plain(table.filter(table["line"].is_valid()), contract, REGION, LIMITS).cast(parsed_schema(contract))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vectorised, "SMALLEST_BLOCK", smallest)
+        accepted = accept_plain(table.filter(table["line"].is_valid()), contract, REGION, LIMITS)
+    assert accepted.schema == parsed_schema(contract)
     rows = accepted.to_pylist()
     return {row.pop("n"): row for row in rows}
 

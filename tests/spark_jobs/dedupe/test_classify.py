@@ -111,7 +111,9 @@ def test_a_replay_accepts_nothing(batches: list[list[Record]]) -> None:
     ("batches", "outcomes", "holders"),
     [
         pytest.param([[(1, 1, 7), (1, 1, 7)]], [0, 1], [7, 7], id="resent within the batch"),
-        pytest.param([[(1, 1, 7), (1, 1, 8), (1, 1, 7), (1, 1, 9)]], [0, 2, 1, 2], [7] * 4, id="the first of the batch holds the id"),
+        pytest.param(
+            [[(1, 1, 7), (1, 1, 8), (1, 1, 7), (1, 1, 9)]], [0, 2, 1, 2], [7] * 4, id="the first of the batch holds the id"
+        ),
         pytest.param([[(1, 1, 7)], [(1, 1, 8), (1, 1, 8)], [(1, 1, 8)]], [0, 2, 2, 2], [7] * 4, id="a conflict never takes the id"),
         pytest.param([[(1, 1, 7)], [(1, 1, 7)], [(1, 1, 7)]], [0, 1, 1], [7] * 3, id="resent in later batches"),
         pytest.param([[(1, 1, 7), (1, 2, 7), (2, 1, 7)]], [0, 0, 0], [7] * 3, id="half of an id is no id"),

@@ -101,7 +101,7 @@ def test_gzip_gives_each_line_once(tmp_path: Path, content: bytes, members: int,
 
 
 def test_a_member_may_end_within_a_read_after_the_output_was_cut(tmp_path: Path) -> None:
-    """zlib leaves stale bytes in unconsumed_tail at the end of a member that needed several calls."""
+    """Zlib leaves stale bytes in unconsumed_tail at the end of a member that needed several calls."""
     path = tmp_path / "file.jsonl.gz"
     members = [gzip.compress(b"xxxxx", mtime=0), gzip.compress(b"xxxx\n", mtime=0)]
     path.write_bytes(b"".join(members))

@@ -1,7 +1,6 @@
-"""What the tasks of a batch do: parse a split once, keep its columns in a scratch file, give them out again as often as needed.
+"""The first pass: parse a split once, keep its columns in a scratch file, give them out again as often as needed.
 
-Scratch files are a cache: a task that does not find one (another worker, a lost disk) parses the split again. Everything here
-runs in Spark's Python workers and must stay importable without a session.
+Scratch files are a cache: a task that does not find one (another worker, a lost disk) parses the split again.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from spark_jobs.contract.parse import Reject, encode_raw, parse_all, parsed_schema
+from spark_jobs.contract.parse import Reject, encode_raw, parse_all
 from spark_jobs.contract.spec import CONTRACTS, Limits
 from spark_jobs.dedupe.keys import Keys
 from spark_jobs.sources.landing import Split
@@ -34,7 +33,6 @@ REJECT_SCHEMA = pa.schema(
     ]
 )
 NO_HOUR = np.iinfo(np.int32).min
-_FLUSH_ROWS = 65_536
 
 
 @dataclass(frozen=True)
@@ -153,21 +151,20 @@ def stage_split(task: StageTask, campaigns: pa.Table) -> StagedSplit:
     )
 
 
-def staged(task: StageTask, part: str, campaigns: pa.Table) -> pa.Table:
-    """The scratch file of a split, "rows" or "rejects", memory-mapped; made again where it is missing.
+def staged(task: StageTask, part: str, campaigns: pa.Table) -> Iterator[pa.Table]:
+    """The scratch file of a split, "rows" or "rejects", memory-mapped, a chunk of lines at a time; made again where it is missing.
 
-    An empty table (of whatever columns the split would have) if the split has no line at all.
+    Nothing if the split has no line at all.
     """
     path = task.path(part)
     if not path.exists():
         stage_split(task, campaigns)
     if not path.exists():
-        contract = CONTRACTS[task.stream]
-        if part == "rejects":
-            return REJECT_SCHEMA.empty_table()
-        return enrich(parsed_schema(contract).empty_table(), contract, task.limits, campaigns)
+        return
     with pa.memory_map(str(path)) as source:
-        return pa.ipc.open_file(source).read_all()
+        reader = pa.ipc.open_file(source)
+        for number in range(reader.num_record_batches):
+            yield pa.Table.from_batches([reader.get_batch(number)], reader.schema)
 
 
 def raw_lines(split: Split, wanted: npt.NDArray[np.int64]) -> Iterator[tuple[int, str, str, int]]:

@@ -1,0 +1,191 @@
+"""A micro-batch on the driver: what it is decided with, what its tasks made of it, and its lines of the ledger."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from spark_jobs.contract.spec import Limits
+from spark_jobs.dedupe.classify import Classification, Outcome
+from spark_jobs.dedupe.keys import Keys
+from spark_jobs.delta_log import Commit
+from spark_jobs.sinks.delta import Transaction
+from spark_jobs.sources.landing import LandingFile
+from spark_jobs.tasks.stage import NO_HOUR, StagedSplit, StageTask
+
+COUNTS = ("offered", "accepted", "duplicate", "conflict", "rejected", "late")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """What one batch did: counts of records, and the seconds that it took."""
+
+    stream: str
+    query_id: str
+    batch_id: int
+    offered: int
+    accepted: int
+    duplicate: int
+    conflict: int
+    rejected: int
+    late: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """The sums over the batches of a run."""
+
+    batches: int = 0
+    offered: int = 0
+    accepted: int = 0
+    duplicate: int = 0
+    conflict: int = 0
+    rejected: int = 0
+    late: int = 0
+
+    def plus(self, batch: BatchReport) -> IngestReport:
+        """These sums and one more batch."""
+        counted = {name: getattr(self, name) + getattr(batch, name) for name in COUNTS}
+        return IngestReport(batches=self.batches + 1, **counted)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a batch is decided with. Stored in the commit of its first table: a batch that runs again is decided the same."""
+
+    limits: Limits
+    campaigns_version: int
+    files: list[LandingFile]
+
+    def to_metadata(self, transaction: Transaction) -> dict[str, object]:
+        """The plan as it is stored in a commit."""
+        return {
+            "query_id": transaction.query_id,
+            "batch_id": transaction.batch_id,
+            "limits": asdict(self.limits),
+            "campaigns_version": self.campaigns_version,
+            "files": [[file.modified_ms, file.path, file.size] for file in self.files],
+        }
+
+    @classmethod
+    def from_commit(cls, commit: Commit) -> Plan:
+        """The inverse of ``to_metadata``."""
+        stored = json.loads(commit.user_metadata or "{}")
+        return cls(
+            Limits(**stored["limits"]),
+            int(stored["campaigns_version"]),
+            [LandingFile(*file) for file in stored["files"]],
+        )
+
+
+@dataclass
+class Batch:
+    """A parsed batch on the driver."""
+
+    plan: Plan
+    transaction: Transaction
+    committed: Commit | None  # of the accepted records, where the batch has come so far before
+    tasks: list[StageTask]
+    splits: list[StagedSplit]
+    keys: Keys
+
+    @property
+    def row_counts(self) -> list[int]:
+        """Valid rows of each split."""
+        return [len(s.hours) // 4 for s in self.splits]
+
+    def column(self, name: str, kind: type[Any]) -> npt.NDArray[Any]:
+        """A byte column of the splits as one array."""
+        parts = [np.frombuffer(getattr(s, name), dtype=kind) for s in self.splits]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=kind)
+
+    @property
+    def first_lines(self) -> list[int]:
+        """The number (from 1) of the first line of each split within its file."""
+        lines, before = [], 0
+        for task, split in zip(self.tasks, self.splits, strict=True):
+            before = 1 if task.split.start == 0 else before
+            lines.append(before)
+            before += split.offered
+        return lines
+
+
+def _hour(value: int) -> datetime | None:
+    return None if value == NO_HOUR else _EPOCH + timedelta(hours=value)
+
+
+def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[dict[str, Any]]:
+    """The batch's ledger: one dict a region and event hour, in a fixed order (hour None last)."""
+    regions = sorted({task.split.region for task in batch.tasks})
+    number = {region: i for i, region in enumerate(regions)}
+    of_split = [number[task.split.region] for task in batch.tasks]
+    region = np.repeat(of_split, batch.row_counts).astype(np.int64)
+    hours = batch.column("hours", np.int32).astype(np.int64)
+    reject_counts = [len(split.reject_hours) // 4 for split in batch.splits]
+    reject_region = np.repeat(of_split, reject_counts).astype(np.int64)
+    reject_hours = batch.column("reject_hours", np.int32).astype(np.int64)
+
+    cells, at = np.unique(
+        np.stack((np.concatenate((region, reject_region)), np.concatenate((hours, reject_hours)))),
+        axis=1,
+        return_inverse=True,
+    )
+    at = at.reshape(-1)
+    valid_at, reject_at = at[: len(region)], at[len(region) :]
+    size = cells.shape[1]
+    outcome = classified.outcome
+    accepted = outcome == Outcome.ACCEPTED
+
+    def count(mask: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.bincount(valid_at[mask], minlength=size)
+
+    spend = np.zeros(size, dtype=np.int64)
+    np.add.at(spend, valid_at[accepted], batch.column("spend", np.int64)[accepted])
+    received = np.full(size, np.iinfo(np.int64).min)
+    np.maximum.at(received, valid_at[accepted], batch.column("received", np.int64)[accepted])
+    measures = {
+        "offered": np.bincount(at, minlength=size),
+        "accepted": count(accepted),
+        "duplicate": count(outcome == Outcome.DUPLICATE),
+        "conflict": count(outcome == Outcome.CONFLICT),
+        "rejected": np.bincount(reject_at, minlength=size),
+        "late": count(accepted & batch.column("late", np.bool_)),
+        "invalid_traffic": np.zeros(size, dtype=np.int64),
+        "unpriced": count(accepted & batch.column("unpriced", np.bool_)),
+        "spend_nanos": spend,
+    }
+    ingested = _EPOCH + timedelta(microseconds=batch.plan.limits.ingested_us)
+    rows = [
+        {
+            "stream": stream,
+            "source": "files",
+            "region": regions[int(cells[0, i])],
+            "event_hour": _hour(int(cells[1, i])),
+            **{name: int(values[i]) for name, values in measures.items()},
+            "max_received_at": None if received[i] == np.iinfo(np.int64).min else _EPOCH + timedelta(microseconds=int(received[i])),
+            "ingested_at": ingested,
+        }
+        for i in range(size)
+    ]
+    if not rows:  # files without a line: the batch still is complete only when it stands in the ledger
+        zero = dict.fromkeys(measures, 0)
+        rows = [
+            {
+                "stream": stream,
+                "source": "files",
+                "region": region,
+                "event_hour": None,
+                **zero,
+                "max_received_at": None,
+                "ingested_at": ingested,
+            }
+            for region in regions
+        ]
+    return rows

@@ -1,0 +1,66 @@
+"""The stream of orders: few, and one row an order, so they are settled row by row against the table and merged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from spark_jobs.dedupe.classify import Classification, Outcome
+from spark_jobs.jobs.batch import Batch
+from spark_jobs.jobs.stream import StreamJob, stamp_of
+from spark_jobs.sinks.delta import merge_orders
+from spark_jobs.sources.delta import file_paths, read_files
+from spark_jobs.steps import Step
+from spark_jobs.tables import ORDERS, REJECTED_ORDERS
+from spark_jobs.tasks.stage import staged
+from spark_jobs.tasks.write import Written
+from spark_jobs.transforms.events import CAMPAIGN_SCHEMA
+from spark_jobs.transforms.orders import Settled, settle_orders
+from spark_jobs.transforms.stamp import stamped
+
+
+class OrdersJob(StreamJob):
+    """Orders."""
+
+    stream = "orders"
+    accepted_table = ORDERS
+    rejected_table = REJECTED_ORDERS
+    rejected_step = Step.REJECTED_ORDERS
+    ledger_step = Step.ORDERS_LEDGER
+    _settled: Settled
+
+    def plan_prices(self) -> int:
+        """See StreamJob: orders have none."""
+        return 0
+
+    def classify(self, batch: Batch, history_version: int) -> Classification:
+        """See StreamJob."""
+        records: list[dict[str, Any]] = []
+        for task, first in zip(batch.tasks, batch.first_lines, strict=True):
+            for table in staged(task, "rows", CAMPAIGN_SCHEMA.empty_table()):
+                place = {"source_file": task.split.name}
+                records += [{**row, **place, "source_line": row["n"] + first} for row in table.to_pylist()]
+        known = self._known(sorted({r["order_id"] for r in records}), history_version)
+        self._settled = settle_orders(records, known)
+        return Classification(
+            np.array(self._settled.outcome, dtype=np.int8),
+            np.array(self._settled.accepted_fingerprint, dtype=np.uint64),
+        )
+
+    def _known(self, ids: list[str], version: int) -> dict[str, dict[str, Any]]:
+        if not ids:
+            return {}
+        uri = self.settings.table_uri(ORDERS.name)
+        found = read_files(uri, file_paths(uri, version), ORDERS.schema, ("order_id", pa.array(ids)))
+        return {row["order_id"]: row for row in found.to_pylist()}
+
+    def commit_accepted(self, batch: Batch, history_version: int, classified: Classification, written: list[Written]) -> int:
+        """See StreamJob."""
+        changed = self._settled.changed
+        own = {"ingested_at", "_query_id", "_batch_id"}
+        schema = pa.schema([field for field in ORDERS.schema if field.name not in own])
+        rows = stamped(pa.Table.from_pylist(changed, schema), ORDERS, stamp_of(batch))
+        merge_orders(rows, self.settings, batch.transaction, batch.plan.to_metadata(batch.transaction))
+        return sum(1 for outcome in self._settled.outcome if outcome == Outcome.ACCEPTED)

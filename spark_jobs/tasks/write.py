@@ -1,0 +1,163 @@
+"""The second pass: write what became of the staged rows as data files of Delta tables; the driver commits them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from spark_jobs.contract.spec import CONTRACTS
+from spark_jobs.dedupe.keys import hex_fingerprint
+from spark_jobs.sinks.data_files import DataFile, DataFileWriter
+from spark_jobs.tables import EVENTS, Table
+from spark_jobs.tasks.stage import StageTask, raw_lines, staged
+from spark_jobs.transforms.events import event_columns, increments, sum_increments
+from spark_jobs.transforms.stamp import Stamp, stamped
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """A staged split, the number of its first line, and what became of its rows."""
+
+    task: StageTask
+    first_line: int
+    dropped: npt.NDArray[np.int64]  # row numbers of duplicates and conflicts, ascending
+    conflicts: npt.NDArray[np.int64]  # row numbers of conflicts, ascending
+    accepted_fingerprints: npt.NDArray[np.uint64]  # of the conflicts
+
+
+@dataclass(frozen=True)
+class WriteJob:
+    """What the tasks of a batch write: rejects always; of a batch of events also the increments, and the events themselves to
+    ``events_uri`` (None where they stand in the table already).
+    """
+
+    of_events: bool
+    stamp: Stamp
+    campaigns: pa.Table
+    rejected_table: Table
+    rejected_uri: str
+    events_uri: str | None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a task wrote. ``increments``: the sums over its accepted events, an Arrow stream (None: not of the events' stream)."""
+
+    events: list[DataFile]
+    rejects: list[DataFile]
+    increments: bytes | None
+
+
+def write_splits(work: Iterable[SplitRows], job: WriteJob) -> Written:
+    """Write the splits of one task."""
+    sums: list[pa.Table] = []
+    with ExitStack() as stack:
+        rejects = stack.enter_context(DataFileWriter(job.rejected_uri, job.rejected_table))
+        events = stack.enter_context(DataFileWriter(job.events_uri, EVENTS)) if job.events_uri else None
+        for split in work:
+            for rows in reject_rows(split, job.campaigns):
+                rejects.write(stamped(rows, job.rejected_table, job.stamp))
+            for rows in accepted_rows(split, job.campaigns) if job.of_events else ():
+                sums.append(increments(rows))
+                if events is not None:
+                    events.write(stamped(event_columns(rows, split.task.split.name, split.first_line), EVENTS, job.stamp))
+    return Written(events.files if events else [], rejects.files, to_stream(sum_increments(sums)) if job.of_events else None)
+
+
+def to_stream(table: pa.Table) -> bytes:
+    """A table as an Arrow stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
+def from_stream(data: bytes) -> pa.Table:
+    """The inverse of ``to_stream``."""
+    return pa.ipc.open_stream(data).read_all()
+
+
+def accepted_rows(work: SplitRows, campaigns: pa.Table) -> Iterator[pa.Table]:
+    """The staged rows of a split that are neither duplicates nor conflicts, a chunk at a time."""
+    start = 0
+    for table in staged(work.task, "rows", campaigns):
+        low, high = np.searchsorted(work.dropped, (start, start + table.num_rows))
+        if low < high:
+            keep = np.ones(table.num_rows, dtype=bool)
+            keep[work.dropped[low:high] - start] = False
+            yield table.filter(pa.array(keep))
+        else:
+            yield table
+        start += table.num_rows
+
+
+def reject_rows(work: SplitRows, campaigns: pa.Table) -> Iterator[pa.Table]:
+    """Rejected, then conflicting records of a split: columns of a rejected table but for the batch's own."""
+    for table in staged(work.task, "rejects", campaigns):
+        if table.num_rows:
+            yield _table(work, [_rejected(reject, work.first_line) for reject in table.to_pylist()])
+    if len(work.conflicts):
+        yield _table(work, list(_conflicts(work, campaigns)))
+
+
+def _table(work: SplitRows, rows: list[dict[str, Any]]) -> pa.Table:
+    split = work.task.split
+    schema = pa.schema(
+        [
+            *(("outcome", pa.string()), ("reason_codes", pa.list_(pa.string())), ("source", pa.string())),
+            *(("region", pa.string()), ("source_file", pa.string()), ("source_line", pa.int64())),
+            *(("raw", pa.string()), ("raw_encoding", pa.string()), ("raw_size_bytes", pa.int64())),
+            *(("record_id", pa.string()), ("record_time", pa.timestamp("us", "UTC"))),
+            *(("fingerprint", pa.string()), ("accepted_fingerprint", pa.string())),
+        ]
+    )
+    place = {"source": "files", "region": split.region, "source_file": split.name}
+    return pa.Table.from_pylist([{**row, **place} for row in rows], schema=schema)
+
+
+def _rejected(reject: dict[str, Any], first_line: int) -> dict[str, Any]:
+    return {
+        "outcome": "rejected",
+        "reason_codes": reject["reason_codes"],
+        "source_line": 0 if reject["n"] < 0 else reject["n"] + first_line,
+        "raw": reject["raw"],
+        "raw_encoding": reject["raw_encoding"],
+        "raw_size_bytes": reject["raw_size_bytes"],
+        "record_id": reject["record_id"],
+        "record_time": reject["time_us"],
+    }
+
+
+def _conflicts(work: SplitRows, campaigns: pa.Table) -> Iterator[dict[str, Any]]:
+    contract = CONTRACTS[work.task.stream]
+    id_field, time_field = contract.id_field, contract.time_field
+    records: list[dict[str, Any]] = []
+    start = 0
+    for table in staged(work.task, "rows", campaigns):
+        low, high = np.searchsorted(work.conflicts, (start, start + table.num_rows))
+        if low < high:
+            chosen = table.select(["n", id_field, time_field, "fingerprint"]).take(pa.array(work.conflicts[low:high] - start))
+            records += chosen.to_pylist()
+        start += table.num_rows
+    numbers = np.array([record["n"] for record in records], dtype=np.int64)
+    raws = {number: rest for number, *rest in raw_lines(work.task.split, numbers)}
+    for record, accepted in zip(records, work.accepted_fingerprints.tolist(), strict=True):
+        raw, encoding, size = raws[record["n"]]
+        yield {
+            "outcome": "conflict",
+            "reason_codes": ["conflict"],
+            "source_line": record["n"] + work.first_line,
+            "raw": raw,
+            "raw_encoding": encoding,
+            "raw_size_bytes": size,
+            "record_id": record[id_field],
+            "record_time": record[time_field],
+            "fingerprint": hex_fingerprint(record["fingerprint"]),
+            "accepted_fingerprint": hex_fingerprint(accepted),
+        }
