@@ -20,6 +20,7 @@ from spark_jobs.tasks.stage import NO_HOUR, StagedSplit, StageTask
 
 COUNTS = ("offered", "accepted", "duplicate", "conflict", "rejected", "late")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_HOURS = 2**32  # more than there are hours
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _hour(value: int) -> datetime | None:
 
 
 def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[dict[str, Any]]:
-    """The batch's ledger: one dict a region and event hour, in a fixed order (hour None last)."""
+    """The batch's ledger: one dict a region and event hour, in a fixed order (of a region hour None first)."""
     regions = sorted({task.split.region for task in batch.tasks})
     number = {region: i for i, region in enumerate(regions)}
     of_split = [number[task.split.region] for task in batch.tasks]
@@ -132,14 +133,11 @@ def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[d
     reject_region = np.repeat(of_split, reject_counts).astype(np.int64)
     reject_hours = batch.column("reject_hours", np.int32).astype(np.int64)
 
-    cells, at = np.unique(
-        np.stack((np.concatenate((region, reject_region)), np.concatenate((hours, reject_hours)))),
-        axis=1,
-        return_inverse=True,
-    )
-    at = at.reshape(-1)
+    # a cell is a region and an hour, as one number: NO_HOUR comes first of its region
+    code = np.concatenate((region, reject_region)) * _HOURS + (np.concatenate((hours, reject_hours)) - NO_HOUR)
+    cells, at = np.unique(code, return_inverse=True)
     valid_at, reject_at = at[: len(region)], at[len(region) :]
-    size = cells.shape[1]
+    size = len(cells)
     outcome = classified.outcome
     accepted = outcome == Outcome.ACCEPTED
 
@@ -166,8 +164,8 @@ def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[d
         {
             "stream": stream,
             "source": "files",
-            "region": regions[int(cells[0, i])],
-            "event_hour": _hour(int(cells[1, i])),
+            "region": regions[int(cells[i]) // _HOURS],
+            "event_hour": _hour(int(cells[i]) % _HOURS + NO_HOUR),
             **{name: int(values[i]) for name, values in measures.items()},
             "max_received_at": None if received[i] == np.iinfo(np.int64).min else _EPOCH + timedelta(microseconds=int(received[i])),
             "ingested_at": ingested,

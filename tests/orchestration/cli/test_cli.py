@@ -24,7 +24,7 @@ from orchestration.cli import app, doctor
 from spark_jobs import jars, java
 from spark_jobs.errors import BusyError, ConservationError, MachineError
 from spark_jobs.jars import LOCK_FILE
-from spark_jobs.jobs.ingest import BatchReport, IngestReport
+from spark_jobs.jobs.batch import BatchReport, IngestReport
 from spark_jobs.jobs.status import NOTHING_INGESTED
 from tests.orchestration.marts.lakes import first_batch
 
