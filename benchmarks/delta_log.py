@@ -18,7 +18,7 @@ def version_file(table: Path, version: int) -> Path:
 
 def actions(entry: Path) -> Iterator[dict[str, dict[str, object]]]:
     """The actions of one log entry. Raises ValueError if it is not whole."""
-    for line in entry.read_text().splitlines():
+    for line in filter(None, entry.read_text("utf-8").split("\n")):
         yield json.loads(line)
 
 

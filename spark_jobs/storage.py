@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from pyarrow import fs
 
+from spark_jobs.errors import ConfigurationError
 
+
+@cache
 def open_root(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system of ``uri`` and the path in it. s3a:// is Hadoop's name for s3://.
 
-    Credentials come from where the store's own tools look for them (environment, profile, instance).
+    Credentials come from where the store's own tools look for them (environment, profile, instance). Raises ConfigurationError
+    where the store does not answer.
     """
     if "://" not in uri:
         return fs.LocalFileSystem(), uri
-    filesystem, path = fs.FileSystem.from_uri(uri.replace("s3a://", "s3://", 1))
+    try:
+        filesystem, path = fs.FileSystem.from_uri(uri.replace("s3a://", "s3://", 1))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{uri} cannot be opened: {' '.join(str(error).split())[:300]}") from error
     return filesystem, path

@@ -179,7 +179,7 @@ def simulate(
 @app.command(
     epilog=examples(
         "adtally ingest                                all that is there, then end",
-        "adtally ingest --continuous --trigger 5s      until SIGTERM or Ctrl-C, which end after the current batch",
+        "adtally ingest --continuous --trigger 5s      until SIGTERM, which ends after the current batch",
         "adtally ingest --json | jq .accepted",
     )
 )

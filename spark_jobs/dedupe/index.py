@@ -57,6 +57,13 @@ class KeyIndex:
         shutil.rmtree(self._folder, ignore_errors=True)
         self.table_id, self.version, self.runs, self._arrays = table_id, -1, [], {}
 
+    def rebuild(self, table_id: str, parts: Iterable[Keys], version: int) -> None:
+        """Start again with the keys that ``version`` of ``table_id`` holds. Until all are written the index covers nothing."""
+        self.reset(table_id)
+        self.runs = [self._write([keys], 0, version) for keys in parts if len(keys)]
+        self.version = version
+        self._save()
+
     def can_cut(self, version: int) -> bool:
         """Whether the keys of later versions can be left out (no run holds keys from both sides)."""
         return all(run.last <= version or run.first > version for run in self.runs)

@@ -15,9 +15,6 @@ from spark_jobs.duck import query_arrow
 
 Words = npt.NDArray[np.uint64]
 
-_NULL = "chr(1)"
-_SEPARATOR = "chr(31)"
-
 
 @dataclass(frozen=True)
 class Keys:
@@ -60,26 +57,48 @@ class Keys:
         return order
 
 
-def fingerprint_sql(contract: Contract) -> str:
-    """SQL text of the canonical payload: every field but id, received_at and region, separated, null told from empty."""
+def hash_keys(records: pa.Table, contract: Contract) -> pa.Table:
+    """key_low and key_high (the halves of the id's MD5) and fingerprint (half of the payload's MD5) of parsed records, uint64."""
+    payload = _fingerprint_sql(contract, escaped=_has_control_characters(records, contract))
+    return query_arrow(
+        f"select {_ID_HALVES}, md5_number_lower(payload) as fingerprint from ({_hashed(contract.id_field, payload)})", records
+    )
+
+
+def _fingerprint_sql(contract: Contract, *, escaped: bool) -> str:
+    """SQL text of the canonical payload: every field but id, received_at and region, separated by 0x1F, null as 0x01.
+
+    In a text 0x01 is written as 0x01 and e, 0x1F as 0x01 and s, so no two payloads have one text. Where no text has either of
+    them, which is nearly always, ``escaped`` makes no difference but to the time it takes.
+    """
     parts = []
     for spec in contract.payload:
-        if spec.kind in (Kind.ID, Kind.TEXT):  # free text may hold the separator: its length goes before it
-            text = f"strlen({spec.name})::varchar || ':' || {spec.name}"
-        else:
-            text = f"{spec.name}::varchar" if spec.kind in (Kind.INTEGER, Kind.TIME) else spec.name
-        parts.append(text if spec.required or spec.kind is Kind.INTEGER else f"coalesce({text}, {_NULL})")
-    return f" || {_SEPARATOR} || ".join(parts)
+        text = spec.name
+        if spec.kind in (Kind.INTEGER, Kind.TIME):
+            text = f"{spec.name}::varchar"
+        elif escaped and spec.kind in (Kind.ID, Kind.TEXT):
+            text = f"replace(replace({spec.name}, chr(1), chr(1) || 'e'), chr(31), chr(1) || 's')"
+        parts.append(text if spec.required or spec.kind is Kind.INTEGER else f"coalesce({text}, chr(1))")
+    return f"concat_ws(chr(31), {', '.join(parts)})"
 
 
-def id_hash_sql(column: str) -> str:
-    """SQL of the two halves of the id's MD5."""
-    return f"md5_number_lower({column}) as key_low, md5_number_upper({column}) as key_high"
+def _has_control_characters(records: pa.Table, contract: Contract) -> bool:
+    names = [spec.name for spec in contract.payload if spec.kind in (Kind.ID, Kind.TEXT)]
+    buffers = [chunk.buffers()[2] for name in names for chunk in records[name].chunks if len(chunk)]
+    return any(buffer and np.frombuffer(buffer, dtype=np.uint8).min() < 32 for buffer in buffers)
+
+
+# the digest is made once: md5_number_lower and md5_number_upper would each make it
+_ID_HALVES = "(digest & 18446744073709551615)::ubigint as key_low, (digest >> 64)::ubigint as key_high"
+
+
+def _hashed(id_column: str, payload: str = "''") -> str:
+    return f"select md5_number({id_column}) as digest, {payload} as payload from input"
 
 
 def keys_of_ids(ids: pa.Table, id_column: str, fingerprint_column: str) -> Keys:
     """Keys from ids and stored fingerprints (int64, the same 64 bits): how the index is rebuilt from a table."""
-    hashed = query_arrow(f"select {id_hash_sql(id_column)} from input", ids.select([id_column]))
+    hashed = query_arrow(f"select {_ID_HALVES} from ({_hashed(id_column)})", ids.select([id_column]))
     fingerprint = ids[fingerprint_column].to_numpy().astype(np.int64).view(np.uint64)
     return Keys(hashed["key_low"].to_numpy(), hashed["key_high"].to_numpy(), fingerprint)
 

@@ -123,7 +123,6 @@ _REBUILD_FILES = 64
 
 
 def _rebuild(uri: str, index: KeyIndex, table_id: str, version: int) -> None:
-    index.reset(table_id)
     files = file_paths(uri, version)
-    for start in range(0, max(len(files), 1), _REBUILD_FILES):
-        index.append(_keys_of(uri, files[start : start + _REBUILD_FILES]), version)
+    groups = (files[start : start + _REBUILD_FILES] for start in range(0, len(files), _REBUILD_FILES))
+    index.rebuild(table_id, (_keys_of(uri, group) for group in groups), version)

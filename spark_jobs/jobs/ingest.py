@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
@@ -22,6 +23,7 @@ from spark_jobs.jobs.orders import OrdersJob
 from spark_jobs.jobs.stream import StreamJob
 from spark_jobs.session import build_session
 from spark_jobs.sinks.delta import ensure_tables
+from spark_jobs.tasks.write import load_task_code
 
 
 class _StopRequest:
@@ -80,6 +82,7 @@ def run_ingest(
         with _StopRequest() as stop:
             session = spark or build_session(settings, "adtally-ingest")
             try:
+                threading.Thread(target=_warm_up, args=(session,), daemon=True, name="warm-up").start()
                 ensure_tables(settings)
                 load_campaigns(settings)
                 _run_queries(
@@ -95,6 +98,13 @@ def run_ingest(
         return total
     finally:
         lock.release()
+
+
+def _warm_up(spark: SparkSession) -> None:
+    """Start the Python workers while the queries start: the first batch need not wait for their imports."""
+    tasks = spark.sparkContext.defaultParallelism
+    with contextlib.suppress(Exception):  # whatever is wrong is said by the first batch
+        spark.sparkContext.parallelize(range(tasks), tasks).foreachPartition(load_task_code)
 
 
 def _run_queries(

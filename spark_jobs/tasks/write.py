@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from spark_jobs.contract.spec import CONTRACTS
 from spark_jobs.dedupe.keys import hex_fingerprint
+from spark_jobs.duck import task_connection
 from spark_jobs.sinks.data_files import DataFile, DataFileWriter
 from spark_jobs.tables import EVENTS, Table
 from spark_jobs.tasks.stage import StageTask, raw_lines, staged
@@ -52,6 +53,11 @@ class Written:
     events: list[DataFile]
     rejects: list[DataFile]
     increments: bytes | None
+
+
+def load_task_code(_: Iterable[object]) -> None:
+    """Nothing but what importing this module does, and the process's DuckDB."""
+    task_connection()
 
 
 def write_splits(work: Iterable[SplitRows], job: WriteJob) -> Written:

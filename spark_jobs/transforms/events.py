@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spark_jobs.contract.spec import Contract, Limits
-from spark_jobs.dedupe.keys import fingerprint_sql, id_hash_sql
+from spark_jobs.dedupe.keys import hash_keys
 from spark_jobs.duck import query_arrow
 
 HOUR_US = 3_600_000_000
@@ -40,19 +40,13 @@ def enrich(valid: pa.Table, contract: Contract, limits: Limits, campaigns: pa.Ta
     made = valid.set_column(valid.schema.get_field_index("received_at"), "received_at", received)
     for name, column in (("hour_us", pa.array(hours)), ("is_late", pa.array(late))):
         made = made.append_column(name, column)
-    keys = _keys(valid, contract)
+    keys = hash_keys(valid, contract)
     for name in keys.column_names:
         made = made.append_column(name, keys[name])
     if contract.stream == "events":
         billing_model, spend = price(valid, campaigns)
         made = made.append_column("billing_model", billing_model).append_column("spend_nanos", spend)
     return made.combine_chunks()
-
-
-def _keys(valid: pa.Table, contract: Contract) -> pa.Table:
-    return query_arrow(
-        f"select {id_hash_sql(contract.id_field)}, md5_number_lower({fingerprint_sql(contract)}) as fingerprint from input", valid
-    )
 
 
 def price(events: pa.Table, campaigns: pa.Table) -> tuple[pa.Array, pa.Array]:

@@ -166,7 +166,7 @@ def test_the_search_ends_at_an_earlier_transaction_of_the_query(tmp_path: Path) 
         log.find_transaction("another", 1)
 
 
-@pytest.mark.parametrize("uri", ["s3a://bucket/events", "file:///tmp/events"])
-def test_a_uri_needs_a_session(uri: str) -> None:
-    with pytest.raises(ValueError, match=f"{uri} needs a Spark session"):
-        DeltaLog(uri).latest_version()
+def test_a_table_by_its_uri(tmp_path: Path) -> None:
+    write(tmp_path / "a table", 0, txn("q", 1))
+    log = DeltaLog(f"file://{tmp_path}/a%20table")
+    assert (log.latest_version(), log.commit(0), log.commit(1)) == (0, Commit(0, ("q", 1)), None)

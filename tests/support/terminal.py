@@ -30,9 +30,12 @@ class Done:
 
 
 def environment(**changes: str | None) -> dict[str, str]:
-    """That of this process, with the project importable and no settings; a change to None removes a variable."""
+    """That of this process, with the project importable and no settings; a change to None removes a variable.
+
+    Output is buffered as it is for a person, whatever this process does: a closed pipe then shows at the end only.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ADTALLY_") or name == "ADTALLY_CACHE_DIR"}
-    changed: dict[str, str | None] = {**kept, "PYTHONPATH": str(ROOT), **changes}
+    changed: dict[str, str | None] = {**kept, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": None, **changes}
     return {name: value for name, value in changed.items() if value is not None}
 
 

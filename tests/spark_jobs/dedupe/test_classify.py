@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from spark_jobs.dedupe.classify import Classification, Outcome, classify
 from spark_jobs.dedupe.keys import Keys, Words
 
-PROPERTY = settings(max_examples=300, deadline=None)
+PROPERTY = settings(max_examples=200, deadline=None)
 
 # (low, high) of an id and the fingerprint: few, so that ids meet again, halves agree and the ends of 64 bits occur
 Record = tuple[int, int, int]
@@ -68,7 +68,8 @@ def as_pairs(made: Classification) -> list[tuple[Any, Any]]:
 @PROPERTY
 @given(BATCHES)
 def test_batches_in_sequence_give_what_a_dict_gives(batches: list[list[Record]]) -> None:
-    history, held = History(), {}
+    history = History()
+    held: dict[tuple[int, int], int] = {}
     for batch in batches:
         made = classify(keys_of(batch), history)
         assert made.outcome.dtype == np.int8

@@ -25,7 +25,7 @@ from tests.spark_jobs.jobs.held import Held, check_accepted, check_increments, c
 from tests.spark_jobs.jobs.oracle import Landed
 from tests.spark_jobs.jobs.traffic import CAMPAIGNS, Shape, Traffic
 
-EXAMPLES = int(os.environ.get("ADTALLY_PROPERTY_EXAMPLES", "6"))
+EXAMPLES = int(os.environ.get("ADTALLY_PROPERTY_EXAMPLES", "12"))
 
 # the first of each is what the first example has, so it is none of the trivial ones
 shapes = st.builds(

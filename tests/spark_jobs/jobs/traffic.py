@@ -66,10 +66,15 @@ Change = Callable[[dict[str, Any]], None]
 
 @dataclass
 class File:
-    """A landing file in the making."""
+    """A landing file in the making.
+
+    A tidy one has valid lines, and lines of the right form with a wrong value: what a reader of whole blocks can take. One bad
+    line in a block may send all of it another way.
+    """
 
     name: str
     run: int
+    tidy: bool
     lines: list[bytes] = field(default_factory=list)
 
     @property
@@ -113,7 +118,7 @@ class Traffic:
         rng = self.rng
         region = "EU_West" if rng.random() < 0.06 else rng.choice(REGIONS[: 2 + self.shape.seed % 2])
         name = rng.choice(NAMES[:2] if rng.random() < 0.6 else NAMES).format(number)
-        return File(f"{stream}/{region}/{name}", rng.randrange(self.shape.runs))
+        return File(f"{stream}/{region}/{name}", rng.randrange(self.shape.runs), rng.random() < 0.5)
 
     def _stored(self, file: File) -> bytes:
         rng = self.rng
@@ -143,9 +148,9 @@ class Traffic:
         fate = rng.random()
         shown = self._shown(record, file)
         if fate < 0.12:
-            self._spoil(file.stream, shown)
+            (self._misjudge if file.tidy else self._spoil)(file.stream, shown)
         line = self._json(shown)
-        return self._break(line) if 0.12 <= fate < 0.19 else line
+        return self._break(line) if 0.12 <= fate < 0.19 and not file.tidy else line
 
     def _moment(self) -> datetime:
         rng = self.rng
@@ -250,40 +255,66 @@ class Traffic:
 
     # --- how a record is written
 
-    def _time(self, moment: datetime) -> str:
+    def _time(self, moment: datetime, tidy: bool) -> str:
         """One instant, in one of the ways to write it."""
         rng = self.rng
+        if tidy and rng.random() < 0.8:
+            return moment.isoformat().replace("+00:00", "Z")
         minutes = rng.choice((0, 0, 0, 120, -330, 1439))
         text = moment.astimezone(timezone(timedelta(minutes=minutes))).isoformat()
         if "." in text:
             head, tail = text[:26], text[26:]
-            text = head.rstrip("0") + tail if rng.random() < 0.3 else head + rng.choice(("", "", "00")) + tail
+            text = head.rstrip("0") + tail if rng.random() < 0.3 else head + rng.choice(("", "" if tidy else "00")) + tail
         elif rng.random() < 0.2:
-            text = text[:19] + rng.choice((".0", ".000000", ".0000000")) + text[19:]
+            text = text[:19] + rng.choice((".0", ".000000", ".0" if tidy else ".0000000")) + text[19:]
         if text.endswith("+00:00") and rng.random() < 0.9:
             text = text[:-6] + "Z"
-        return text.lower() if rng.random() < 0.05 else text
+        return text.lower() if rng.random() < 0.05 and not tidy else text
 
     def _shown(self, record: dict[str, Any], file: File) -> dict[str, Any]:
         rng = self.rng
         shown = {
-            n: self._time(v) if isinstance(v, datetime) else v for n, v in record.items() if v is not None or rng.random() < 0.3
+            n: self._time(v, file.tidy) if isinstance(v, datetime) else v
+            for n, v in record.items()
+            if v is not None or rng.random() < 0.3
         }
         match rng.randrange(25):
             case 0:
-                shown["region"] = rng.choice((*REGIONS, "EU", "", 5))
+                shown["region"] = rng.choice((*REGIONS, "EU", "", "" if file.tidy else 5))
             case 1 | 2 | 3:
                 shown["region"] = file.region
             case 4:
                 shown["region"] = None
             case 5:
-                shown |= {"unknown": rng.choice(OTHER_TYPES), "Event_ID": "x"}
+                shown |= {"unknown": "x" if file.tidy else rng.choice(OTHER_TYPES), "Event_ID": "x"}
             case 6 if rng.random() < 0.2:
                 # a line of exactly the longest size, or of a byte more; json.dumps below may make it longer still
                 shown["pad"] = "x" * (LINE_BYTES - len(json.dumps({**shown, "pad": ""}).encode()) + rng.randrange(2))
             case _:
                 pass
         return shown
+
+    def _misjudge(self, stream: str, shown: dict[str, Any]) -> None:
+        """One field of the right type with a wrong value, or none."""
+        rng = self.rng
+        time_field, amount, most, kind = (
+            ("event_time", "price_micros", 10**12, "event_type")
+            if stream == "events"
+            else ("order_time", "total_micros", 10**15, "status")
+        )
+        name, wrong = rng.choice(
+            (
+                (rng.choice(REQUIRED[stream]), (None,)),
+                (rng.choice([name for name in REQUIRED[stream] if name.endswith("_id")]), ("", "é" * 129)),
+                (amount, (-1, most + 1, 2**63 - 1)),
+                (time_field, ("1970-01-01T00:00:00Z", "1999-12-31T23:59:59.999999Z")),
+                (kind, ("view", "Click", "")),
+                ("currency", ("eur", "EURO", "ABC", "XXX", "")),
+            )
+        )
+        shown[name] = rng.choice(wrong)
+        if shown[name] is None and rng.random() < 0.5:
+            del shown[name]
 
     def _spoil(self, stream: str, shown: dict[str, Any]) -> None:
         """One wrong field."""
@@ -318,7 +349,7 @@ class Traffic:
         if rng.random() < 0.2:
             rng.shuffle(names)
         separators = rng.choice(((", ", ": "), (",", ":"), (",", ":"), (" ,\t", " : ")))
-        text = json.dumps({name: shown[name] for name in names}, ensure_ascii=rng.random() < 0.5, separators=separators)
+        text = json.dumps({name: shown[name] for name in names}, ensure_ascii=rng.random() < 0.2, separators=separators)
         try:
             return text.encode()
         except UnicodeEncodeError:  # half a surrogate pair can only be written as an escape
