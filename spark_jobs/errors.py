@@ -42,6 +42,12 @@ class BusyError(AdtallyError):
     retryable = True
 
 
+class InterruptedIngestError(AdtallyError):
+    """The ingest was told to stop before it had taken all that is there. What it took is whole."""
+
+    retryable = True
+
+
 class ConservationError(AdtallyError):
     """offered = accepted + duplicate + conflict + rejected does not hold. The batch is not committed."""
 

@@ -15,7 +15,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
 from spark_jobs.config import Settings
-from spark_jobs.errors import AdtallyError, BusyError, ConservationError
+from spark_jobs.errors import AdtallyError, BusyError, InterruptedIngestError
 from spark_jobs.jobs.batch import BatchReport, IngestReport
 from spark_jobs.jobs.campaigns import load_campaigns
 from spark_jobs.jobs.events import EventsJob
@@ -57,8 +57,9 @@ def run_ingest(
 ) -> IngestReport:
     """Ingest events and orders: all that is there, or, with ``continuous``, until SIGTERM (which ends after the current batch).
 
-    ``progress`` is called after each batch. ``spark`` is for callers with a session of their own; it is not stopped.
-    Raises BusyError where another ingest runs on the same home, AdtallyError where a batch failed.
+    SIGTERM and SIGINT end it after the current batch. ``progress`` is called after each batch. ``spark`` is for callers with a
+    session of their own; it is not stopped. Raises BusyError where another ingest runs on the same home, AdtallyError where a
+    batch failed, InterruptedIngestError where it was stopped before all that is there was ingested.
     """
     settings.home_path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(settings.home_path / ".ingest.lock", timeout=0)
@@ -79,22 +80,19 @@ def run_ingest(
                 progress(batch)
 
     try:
-        with _StopRequest() as stop:
-            session = spark or build_session(settings, "adtally-ingest")
-            try:
+        session = spark or build_session(settings, "adtally-ingest")
+        try:
+            with _StopRequest() as stop:  # now: a new session takes SIGINT for itself
                 threading.Thread(target=_warm_up, args=(session,), daemon=True, name="warm-up").start()
                 ensure_tables(settings)
                 load_campaigns(settings)
-                _run_queries(
-                    session,
-                    [EventsJob(settings, report), OrdersJob(settings, report)],
-                    stop.event,
-                    continuous,
-                    trigger_seconds,
-                )
-            finally:
-                if spark is None:
-                    session.stop()
+                jobs = [EventsJob(settings, report), OrdersJob(settings, report)]
+                ended = _run_queries(session, jobs, stop.event, continuous, trigger_seconds)
+        finally:
+            if spark is None:
+                session.stop()
+        if not (ended or continuous):
+            raise InterruptedIngestError("stopped before all was ingested", hint="adtally ingest goes on where it stopped")
         return total
     finally:
         lock.release()
@@ -109,21 +107,22 @@ def _warm_up(spark: SparkSession) -> None:
 
 def _run_queries(
     spark: SparkSession, jobs: list[StreamJob], stop: threading.Event, continuous: bool, trigger_seconds: float
-) -> None:
-    queries = [job.start(spark, continuous=continuous, trigger_seconds=trigger_seconds) for job in jobs]
+) -> bool:
+    """Run the queries to their end, or until ``stop`` is set (then False)."""
+    running = [(job, job.start(spark, continuous=continuous, trigger_seconds=trigger_seconds)) for job in jobs]
     try:
-        while any(query.isActive for query in queries):
-            if stop.is_set():
-                for query in queries:
-                    _stop_after_batch(query)
-                break
-            for query in queries:
-                _raise_failure(query)
+        while any(query.isActive for _, query in running) and not stop.is_set():
+            for job, query in running:
+                _raise_failure(job, query)
             stop.wait(0.2)
-        for query in queries:
-            _raise_failure(query)
+        ended = not any(query.isActive for _, query in running)
+        for _, query in running:
+            _stop_after_batch(query)
+        for job, query in running:
+            _raise_failure(job, query)
+        return ended
     finally:
-        for query in queries:
+        for _, query in running:
             if query.isActive:
                 query.stop()
 
@@ -135,18 +134,13 @@ def _stop_after_batch(query: StreamingQuery) -> None:
     query.stop()
 
 
-def _raise_failure(query: StreamingQuery) -> None:
+def _raise_failure(job: StreamJob, query: StreamingQuery) -> None:
     error = query.exception()
     if error is None:
         return
-    text = str(error)
-    for known in (ConservationError,):
-        if known.__name__ in text:
-            raise known(_last_line(text)) from error
-    raise AdtallyError(f"the {query.name} stream failed: {_last_line(text)}", hint="run with --debug for all of it") from error
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    named = [line for line in lines if "Error" in line or "Exception" in line]
-    return (named or lines or ["unknown"])[0][:500]
+    if isinstance(job.failure, AdtallyError):
+        raise job.failure
+    cause = f"{type(job.failure).__name__}: {job.failure}" if job.failure else str(error)
+    raise AdtallyError(
+        f"the {query.name} stream failed: {' '.join(cause.split())[:500]}", hint="run with --debug for all of it"
+    ) from job.failure or error

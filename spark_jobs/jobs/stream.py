@@ -58,6 +58,7 @@ class StreamJob(ABC):
         self.checkpoint = settings.checkpoints_path / self.stream
         self._lock = FileLock(settings.home_path / f".{self.stream}.write.lock")
         self._first = True
+        self.failure: Exception | None = None
         self._rejected = DeltaSink(self.rejected_table, settings)
         self._ledger = DeltaSink(BATCH_LEDGER, settings)
 
@@ -109,6 +110,13 @@ class StreamJob(ABC):
         return
 
     def _run(self, frame: DataFrame, batch_id: int) -> None:
+        try:
+            self._run_batch(frame, batch_id)
+        except Exception as error:
+            self.failure = error  # Spark passes on its text only
+            raise
+
+    def _run_batch(self, frame: DataFrame, batch_id: int) -> None:
         spark = frame.sparkSession
         started = time.monotonic()
         crash_point("after", Step.OFFSETS, batch_id)  # Spark wrote them just before
@@ -157,7 +165,7 @@ class StreamJob(ABC):
         tasks = [StageTask(self.stream, split, plan.limits, str(scratch)) for split in splits]
         prices = self.prices(plan)
         context = spark.sparkContext
-        slices = max(1, min(len(tasks), context.defaultParallelism * 16))
+        slices = max(1, min(len(tasks), context.defaultParallelism * 4))
         results = context.parallelize(tasks, slices).map(lambda task: stage_split(task, prices)).collect()
         keys = Keys.concatenate([Keys.from_bytes(s.keys) for s in results])
         return Batch(plan, transaction, done, tasks, results, keys)
