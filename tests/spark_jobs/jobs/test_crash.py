@@ -124,7 +124,7 @@ def test_killed_at_every_durable_step(tmp_path: Path, spark: SparkSession) -> No
     _chain(tmp_path, spark, list(CRASH_POINTS))
 
 
-COMMITS = {
+COMMITS = {"create_write_transaction", "write_deltalake", "execute", "delete", "update", "restore", "save", "toTable"}
     "create_write_transaction",
     "write_deltalake",
     "execute",
