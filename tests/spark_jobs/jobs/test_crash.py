@@ -125,16 +125,6 @@ def test_killed_at_every_durable_step(tmp_path: Path, spark: SparkSession) -> No
 
 
 COMMITS = {"create_write_transaction", "write_deltalake", "execute", "delete", "update", "restore", "save", "toTable"}
-    "create_write_transaction",
-    "write_deltalake",
-    "execute",
-    "delete",
-    "update",
-    "restore",
-    "save",
-    "saveAsTable",
-    "toTable",
-}
 
 
 def test_every_durable_write_is_a_named_step() -> None:
