@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from spark_jobs.contract.spec import CURRENCIES, EARLIEST_US, LATEST_US, MAX_LINE_BYTES, Contract, Field, Kind, Limits
+from spark_jobs.contract.spec import CURRENCIES, EARLIEST_US, LATEST_US, MAX_LINE_BYTES, REGION_FORM, Contract, Field, Kind, Limits
 
 _TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)[Tt](\d\d):(\d\d):(\d\d)(?:\.(\d+))?([Zz]|([+-])(\d\d):(\d\d))", flags=re.ASCII)
-_REGION = re.compile(r"[a-z0-9-]{1,32}", flags=re.ASCII)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _BOM = b"\xef\xbb\xbf"
 
@@ -88,7 +87,7 @@ def _check(spec: Field, value: Any, reasons: list[str]) -> Any:
         reasons.append(f"{name}_length")
     elif (spec.kind is Kind.ENUM and value not in spec.values) or (spec.kind is Kind.CURRENCY and value not in CURRENCIES):
         reasons.append(f"{name}_unknown")
-    elif spec.kind is Kind.REGION and _REGION.fullmatch(value) is None:
+    elif spec.kind is Kind.REGION and REGION_FORM.fullmatch(value) is None:
         reasons.append("region_format")
     elif spec.kind is Kind.TIME:
         micros, problem = parse_time(value)
@@ -156,7 +155,7 @@ def validate_line(raw: bytes, contract: Contract, folder_region: str, limits: Li
 
     if values["region"] is not None and values["region"] != folder_region:
         reasons.append("region_mismatch")
-    if _REGION.fullmatch(folder_region) is None:
+    if REGION_FORM.fullmatch(folder_region) is None:
         reasons.append("folder_region_format")
     values["region"] = folder_region
     if time_us is not None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
-from spark_jobs.contract.spec import CURRENCIES, EARLIEST_US, LATEST_US, Contract, Field, Kind, Limits
+from spark_jobs.contract.spec import CURRENCIES, EARLIEST_US, LATEST_US, REGION_FORM, Contract, Field, Kind, Limits
 
 SMALLEST_BLOCK = 32
 _CUT_INTO = 16
@@ -55,6 +55,8 @@ def accept_plain(lines: pa.Table, contract: Contract, folder_region: str, limits
 
     Returns ``parsed_schema``: times as microseconds, received_at null when absent.
     """
+    if REGION_FORM.fullmatch(folder_region) is None:
+        return parsed_schema(contract).empty_table()
     lines = lines.combine_chunks()
     numbers = lines["n"].to_numpy()
     accepted = []

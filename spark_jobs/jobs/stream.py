@@ -31,7 +31,7 @@ from spark_jobs.errors import ConservationError
 from spark_jobs.jobs.batch import COUNTS, Batch, BatchReport, Plan, ledger_rows
 from spark_jobs.sinks.delta import DeltaSink, Transaction
 from spark_jobs.sources.checkpoint import read_batch_files
-from spark_jobs.sources.landing import plan_splits
+from spark_jobs.sources.landing import follows_protocol, plan_splits
 from spark_jobs.steps import Step, crash_point, watch_checkpoint
 from spark_jobs.tables import BATCH_LEDGER, Table
 from spark_jobs.tasks.stage import StageTask, stage_split
@@ -69,14 +69,15 @@ class StreamJob(ABC):
         reader = (
             spark.readStream.format("binaryFile")
             .schema(_FILE_SCHEMA)
-            .option("pathGlobFilter", "*.jsonl*")
+            .option("pathGlobFilter", "*.{jsonl,jsonl.gz}")
+            .option("recursiveFileLookup", "true")  # or folders such as day=1 would be taken for partitions
             .option("maxFileAge", "36500d")
         )
         if self.settings.max_files_per_batch:
             reader = reader.option("maxFilesPerTrigger", self.settings.max_files_per_batch)
         else:
             reader = reader.option("maxBytesPerTrigger", self.settings.max_bytes_per_batch)
-        files = reader.load(f"{_escape_glob(str(folder))}/*").select("path")
+        files = reader.load(_escape_glob(str(folder))).select("path")
         writer = files.writeStream.queryName(self.stream).foreachBatch(self._run).option("checkpointLocation", str(self.checkpoint))
         if continuous:
             writer = writer.trigger(processingTime=f"{int(trigger_seconds * 1000)} milliseconds")
@@ -132,6 +133,9 @@ class StreamJob(ABC):
         log = DeltaLog(self.settings.table_uri(self.accepted_table.name))
         done = log.find_transaction(transaction.query_id, transaction.batch_id) if self._first else None
         plan = Plan.from_commit(done) if done else self._plan(transaction)
+        if not plan.files:
+            zero = dict.fromkeys(COUNTS, 0)
+            return BatchReport(self.stream, transaction.query_id, transaction.batch_id, seconds=time.monotonic() - started, **zero)
         # the classification of a batch never sees the batch's own rows
         history_version = done.version - 1 if done else log.latest_version() or 0
         scratch = self.settings.scratch_path / f"{self.stream}-{transaction.query_id}-{transaction.batch_id}"
@@ -158,7 +162,9 @@ class StreamJob(ABC):
             future_skew_us=settings.future_skew // timedelta(microseconds=1),
             hour_grace_us=settings.hour_grace // timedelta(microseconds=1),
         )
-        return Plan(limits, self.plan_prices(), planned.files)
+        folder = settings.landing_path / self.stream
+        files = [file for file in planned.files if follows_protocol(file.path, folder)]
+        return Plan(limits, self.plan_prices(), files)
 
     def _stage(self, spark: SparkSession, plan: Plan, transaction: Transaction, done: Commit | None, scratch: Path) -> Batch:
         splits = plan_splits(plan.files, self.settings.landing_path, self.settings.split_bytes)

@@ -52,6 +52,15 @@ def relative_name(path: str, landing: Path) -> str:
         return path
 
 
+def follows_protocol(path: str, stream_folder: Path) -> bool:
+    """Whether a file lies at ``<region>/<name>.jsonl[.gz]`` of its stream's folder, under no hidden name. Others are left alone."""
+    try:
+        parts = Path(path).relative_to(stream_folder).parts
+    except ValueError:
+        return False
+    return len(parts) == 2 and parts[1].endswith((".jsonl", ".jsonl.gz")) and not any(part.startswith((".", "_")) for part in parts)
+
+
 def plan_splits(files: Iterable[LandingFile], landing: Path, split_bytes: int) -> list[Split]:
     """The splits of a batch in the order of its records. A gzip file is one split."""
     return list(_plan(sorted(files, key=lambda file: file.order), landing, split_bytes))

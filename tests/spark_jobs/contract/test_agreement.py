@@ -291,3 +291,11 @@ def test_raw_bytes_are_kept_up_to_a_size() -> None:
     raw = b"x" + "é".encode() * MAX_RAW_BYTES  # the cut goes through a character
     text, encoding = encode_raw(raw)
     assert decode_raw(text, encoding) == raw[:MAX_RAW_BYTES]
+
+
+@pytest.mark.parametrize("folder", ["EU", "", "x" * 33, "e u", "eu.bak"])
+def test_a_folder_that_is_no_region_accepts_nothing(folder: str) -> None:
+    contract = CONTRACTS["events"]
+    parsed = parse_chunk(chunk_of([line("events", ',"region":"eu"', "")]), contract, folder, LIMITS)
+    assert (parsed.offered, parsed.valid.num_rows) == (1, 0)
+    assert parsed.rejects[0].reasons == ["folder_region_format"]

@@ -18,7 +18,7 @@ CAMPAIGNS = """campaign_id,store_id,billing_model,daily_budget_micros,currency,v
 c-cpm,s-1,cpm,1000000,EUR,2000-01-01T00:00:00Z,
 c-cpc,s-1,cpc,1000000,EUR,2000-01-01T00:00:00Z,
 c-both,s-2,cpc,1000000,USD,2025-06-02T09:00:00Z,2025-06-02T11:00:00Z
-c-both,s-2,cpm,1000000,USD,2025-06-02T11:00:00Z,2025-06-03T00:00:00+02:00
+c-both,s-2,cpm,1000000,USD,2025-06-02T11:00:00Z,2025-06-03T01:01:00+02:00
 """
 
 
@@ -37,6 +37,15 @@ class Shape:
 
 REGIONS = ("eu-west", "us-east", "ap-1")
 TEXTS = ("top", "", "é", "e\u0301", "\U0001f600", "\x1f", "\x01", "-", "1:x", "a\u2028b", '"', "\\", "\x00", " top ", "null")
+# impression_id and placement that are one text where a separator is not told from data, or nothing from a mark for it
+TWINS: dict[tuple[str | None, str | None], tuple[str | None, str | None]] = {
+    (None, "x"): ("\x01", "x"),
+    ("\x01", "x"): (None, "x"),
+    ("e1\x1f", ""): ("e1", "\x1f"),
+    ("e1", "\x1f"): ("e1\x1f", ""),
+}
+# when a range of campaign c-both begins or ends
+TURNS = [datetime(2025, 6, 2, hour, minute, tzinfo=UTC) for hour, minute in ((9, 0), (11, 0), (23, 1))]
 NAMES = ("part-{}.jsonl", "{}.jsonl.gz", "b {}.jsonl", "ü%20{}.jsonl.gz", "[{}].jsonl", "x+{}=y.jsonl", "{}#?.jsonl")
 BAD_TIMES = (
     "2025-06-02T10:00:00",
@@ -177,23 +186,33 @@ class Traffic:
             case _:
                 return moment + timedelta(seconds=2)
 
+    def _texts(self) -> tuple[str | None, str | None]:
+        """impression_id and placement."""
+        rng = self.rng
+        if rng.random() < 0.25:
+            return rng.choice(list(TWINS))
+        return rng.choice((None, None, "e1", "")), None if rng.random() < 0.4 else rng.choice(TEXTS)
+
     def _event(self) -> dict[str, Any]:
         rng, known = self.rng, self.known["events"]
         if not known or rng.random() < 0.4:
             moment = self._moment()
             if rng.random() < 0.04:
                 moment = moment.replace(year=2999)
+            elif rng.random() < 0.15:
+                moment = rng.choice(TURNS) - rng.choice((0, 0, 1)) * _MICROSECOND
+            impression, placement = self._texts()
             return {
                 "event_id": rng.choice(("e", "é", "E")) + str(rng.randrange(self.shape.records)),
                 "event_type": rng.choice(("impression", "click")),
                 "event_time": moment,
                 "received_at": self._received(moment),
-                "campaign_id": rng.choice(("c-cpm", "c-cpc", "c-both", "nobody")),
+                "campaign_id": rng.choice(("c-cpm", "c-cpc", "c-both", "c-both", "nobody")),
                 "ad_id": rng.choice(("a-1", "a-2", "é" * 128)) if rng.random() < 0.3 else "a-1",
                 "store_id": rng.choice(("s-1", "s-1", "s-2")),
                 "user_id": rng.choice(("u-1", "u-2")),
-                "impression_id": rng.choice((None, None, "e1", "")),
-                "placement": None if rng.random() < 0.4 else rng.choice(TEXTS),
+                "impression_id": impression,
+                "placement": placement,
                 "price_micros": rng.choice((None, 0, 1, 999, 1500, 250_000, 10**12)),
                 "currency": rng.choice(("EUR", "EUR", "USD", "JPY")),
                 "user_agent": rng.choice((None, "Mozilla/5.0", "")),
@@ -218,6 +237,8 @@ class Traffic:
                 pass  # resent as it was
             case 4 | 5 | 6:
                 record["received_at"] = self._received(moment)
+            case 7 if twin := TWINS.get((record["impression_id"], record["placement"])):
+                record["impression_id"], record["placement"] = twin
             case _:
                 rng.choice(changes)(record)
         return record
