@@ -7,6 +7,7 @@ next run first has to bring that batch to its end. So one chain of runs visits e
 from __future__ import annotations
 
 import ast
+import gzip
 import json
 import os
 import shutil
@@ -46,13 +47,18 @@ def _run(settings: Settings, crash_at: str = "", files_per_batch: int = 1) -> in
 
 
 def _land(settings: Settings, files: int) -> None:
-    """About ``files`` files of events with every kind of record, and of orders with each kind too."""
-    simulate(settings.landing_path, 200 * files, seed=23, lines_per_file=200, conversion=0.5)
-    for number in range(files // 2):
+    """At least ``files`` files of events and of orders, each with every kind of record."""
+    simulate(settings.landing_path, 200 * files, seed=23, lines_per_file=200, conversion=0.0)
+    shutil.rmtree(settings.landing_path / "orders", ignore_errors=True)
+    for path in settings.landing_path.glob("events/*/*"):  # none is without a reject
+        at, line = path.stat().st_mtime_ns, b"no event\n"
+        path.write_bytes(path.read_bytes() + (gzip.compress(line) if path.suffix == ".gz" else line))
+        os.utime(path, ns=(at, at))
+    for number in range(files):
         day = f"2025-07-{number + 1:02d}T00:00:00Z"
         lake.land(
             settings,
-            f"orders/eu-west/more-{number:02d}.jsonl",
+            f"orders/eu-west/{number:02d}.jsonl",
             [
                 lake.order(f"m{number}", order_time=day, received_at=day),
                 lake.order(f"m{number}", order_time=day, received_at=day),
@@ -61,6 +67,21 @@ def _land(settings: Settings, files: int) -> None:
                 lake.order("bad", currency="none"),
             ],
         )
+
+
+def _waiting(settings: Settings, stream: str) -> list[Path]:
+    """The files of a stream in the order in which they are read, the last first."""
+    found = (settings.landing_path / stream).glob("*/*")
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns // 10**6, str(path)), reverse=True)
+
+
+def _move(files: list[Path], source: Settings, target: Settings, count: int) -> None:
+    for _ in range(min(count, len(files))):
+        path = files.pop()
+        landed = target.landing_path / path.relative_to(source.landing_path)
+        landed.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, landed.with_name(f".{path.name}"))
+        landed.with_name(f".{path.name}").rename(landed)
 
 
 def _next_batch(settings: Settings, stream: str) -> int:
@@ -73,10 +94,14 @@ def _chain(tmp_path: Path, spark: SparkSession, points: list[tuple[str, Step]]) 
     # the run that is never killed takes large batches: what comes out does not depend on how the files are cut
     calm, killed = load_settings(home=tmp_path / "calm", max_files_per_batch=1000), load_settings(home=tmp_path / "killed")
     _land(calm, files=len(points) + 6)
-    shutil.copytree(calm.landing_path, killed.landing_path, copy_function=shutil.copy2)
+    shutil.copytree(calm.landing_path / "campaigns", killed.landing_path / "campaigns")
+    waiting = {stream: _waiting(calm, stream) for stream in ("events", "orders")}
+    assert all(len(files) > len(points) for files in waiting.values())
     run_ingest(calm, spark=spark)
     written: set[str] = set()  # the increments that were there after a kill
     for moment, step in points:
+        for files in waiting.values():  # so the batch of the kill has a file, however far the other stream came meanwhile
+            _move(files, calm, killed, 1)
         stream = "orders" if step in ORDER_STEPS else "events"
         # a batch that was begun and not ended is run to its end first; the kill comes in the batch behind it
         begun = settings_offsets(killed, stream)
@@ -87,6 +112,8 @@ def _chain(tmp_path: Path, spark: SparkSession, points: list[tuple[str, Step]]) 
         status = _run(killed, f"{moment}:{step}:{batch}")
         assert status == -signal.SIGKILL, f"{moment} {step} of batch {batch} was never reached"
         written |= _increments(killed)
+    for files in waiting.values():
+        _move(files, calm, killed, len(files))
     assert _run(killed, files_per_batch=1000) == 0, (killed.home_path / "run.log").read_text()[-3000:]
     expected, got = lake.everything(spark, calm), lake.everything(spark, killed)
     for table in expected:
