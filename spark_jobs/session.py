@@ -47,14 +47,9 @@ def build_session(settings: Settings, app_name: str = "adtally", extra: dict[str
         "spark.sql.shuffle.partitions": str(settings.shuffle_partitions),
         "spark.databricks.delta.snapshotPartitions": "2",
         "spark.sql.adaptive.enabled": "false",
-        # as many hours as a batch usually touches are written side by side, which spares sorting the wide rows
-        "spark.sql.maxConcurrentOutputFileWriters": "96",
-        "spark.sql.execution.arrow.maxRecordsPerBatch": "20000",
-        "spark.sql.parquet.compression.codec": "snappy",
         "spark.python.worker.reuse": "true",
         "spark.sql.streaming.metricsEnabled": "false",
         "spark.sql.streaming.minBatchesToRetain": "100",
-        "spark.databricks.delta.stats.collect": "true",
     }
     options.update(extra or {})
     builder = SparkSession.builder.master(settings.spark_master).appName(app_name)
