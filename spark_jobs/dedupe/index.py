@@ -8,10 +8,11 @@ binary search in a few memory-mapped runs, so its cost grows with the number of 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -23,6 +24,7 @@ from spark_jobs.dedupe.keys import Keys, Words
 
 FANOUT = 4
 MAX_RUN_ROWS = 16_000_000
+MERGE_ROWS = 1_000_000
 _FORMAT = 1
 
 
@@ -60,7 +62,7 @@ class KeyIndex:
     def rebuild(self, table_id: str, parts: Iterable[Keys], version: int) -> None:
         """Start again with the keys that ``version`` of ``table_id`` holds. Until all are written the index covers nothing."""
         self.reset(table_id)
-        self.runs = [self._write([keys], 0, version) for keys in parts if len(keys)]
+        self.runs = [self._write([keys], len(keys), 0, version) for keys in parts if len(keys)]
         self.version = version
         self._save()
 
@@ -81,7 +83,7 @@ class KeyIndex:
         """
         self._merge()
         if len(keys):
-            self.runs.append(self._write([keys], min(self.version + 1, version), version))
+            self.runs.append(self._write([keys], len(keys), min(self.version + 1, version), version))
         self.version = version
         self._save()
 
@@ -103,6 +105,7 @@ class KeyIndex:
                 pending = pending[~hit]
                 at[pending] += 1
                 pending = pending[at[pending] < run.rows]
+            self._release(run)
         return found, fingerprint
 
     def _open(self, run: Run) -> Words:
@@ -110,19 +113,41 @@ class KeyIndex:
             self._arrays[run.file] = np.load(self._folder / run.file, mmap_mode="r")
         return self._arrays[run.file]
 
-    def _write(self, parts: Iterable[Keys], first: int, last: int) -> Run:
-        keys = Keys.concatenate(list(parts))
+    def _release(self, run: Run) -> None:
+        """Give the run's pages back: they stay in the system's cache, and this process does not grow with the history."""
+        mapped = getattr(self._open(run), "_mmap", None)
+        if mapped is not None:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+    def _write(self, parts: Iterable[Keys], rows: int, first: int, last: int) -> Run:
+        """A run of ``rows`` keys in all. The parts follow one another in (low, high); within one the order is any."""
         self._folder.mkdir(parents=True, exist_ok=True)
         name = f"run-{first:012d}-{last:012d}-{uuid.uuid4().hex[:8]}.npy"
-        order = keys.order
         temporary = self._folder / f".{name}.tmp"
         with open(temporary, "wb") as handle:
-            header = {"descr": "<u8", "fortran_order": False, "shape": (3, len(keys))}
-            np.lib.format.write_array_header_1_0(handle, header)
-            for column in (keys.low, keys.high, keys.fingerprint):
-                handle.write(np.ascontiguousarray(column[order]).data)
+            np.lib.format.write_array_header_1_0(handle, {"descr": "<u8", "fortran_order": False, "shape": (3, rows)})
+            start, done = handle.tell(), 0
+            for keys in parts:
+                order = keys.order
+                for number, column in enumerate((keys.low, keys.high, keys.fingerprint)):
+                    handle.seek(start + 8 * (number * rows + done))
+                    handle.write(np.ascontiguousarray(column[order]).data)
+                done += len(keys)
+        assert done == rows, f"{done} keys for a run of {rows}"
         os.replace(temporary, self._folder / name)
-        return Run(name, len(keys), first, last)
+        return Run(name, rows, first, last)
+
+    def _parts(self, group: list[Run]) -> Iterator[Keys]:
+        """The keys of several runs, a range of low at a time: what is held at once does not grow with the runs."""
+        arrays = [self._open(run) for run in group]
+        count = -(-sum(run.rows for run in group) // MERGE_ROWS)
+        bounds = [np.uint64(number * 2**64 // count) for number in range(1, count)]
+        ends = [[0, *np.searchsorted(array[0], bounds).tolist(), run.rows] for array, run in zip(arrays, group, strict=True)]
+        for number in range(count):
+            cuts = [array[:, end[number] : end[number + 1]] for array, end in zip(arrays, ends, strict=True)]
+            yield Keys.concatenate([Keys(*np.array(cut)) for cut in cuts])
+            for run in group:
+                self._release(run)
 
     def _merge(self) -> None:
         """Merge neighbouring runs of like size, FANOUT at a time: few runs, and each key is rewritten a few times at most.
@@ -134,7 +159,8 @@ class KeyIndex:
             for start in range(len(self.runs) - FANOUT, -1, -1):
                 group = self.runs[start : start + FANOUT]
                 if len(set(sizes[start : start + FANOUT])) == 1 and sum(run.rows for run in group) <= MAX_RUN_ROWS:
-                    merged = self._write((Keys(*self._open(run)) for run in group), group[0].first, group[-1].last)
+                    rows = sum(run.rows for run in group)
+                    merged = self._write(self._parts(group), rows, group[0].first, group[-1].last)
                     self.runs[start : start + FANOUT] = [merged]
                     break
             else:

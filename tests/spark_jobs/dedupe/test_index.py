@@ -73,6 +73,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(module, "FANOUT", self.FANOUT)
         self.patch.setattr(module, "MAX_RUN_ROWS", self.MAX_RUN_ROWS)
+        self.patch.setattr(module, "MERGE_ROWS", 3)
         self.patch.setattr(module, "_tier", lambda rows: rows // 5)
         self.index = KeyIndex(self.folder / "index")
         self.table_id: str | None = None
@@ -244,6 +245,7 @@ def test_few_runs_and_few_rewrites_whatever_the_sizes_of_the_batches(
 
 def test_no_run_grows_beyond_its_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_RUN_ROWS", 300)
+    monkeypatch.setattr(module, "MERGE_ROWS", 40)
     held = filled(folder, versions=60)
     index = KeyIndex(folder)
     assert max(run.rows for run in index.runs) in range(80, 301)
