@@ -20,11 +20,10 @@ from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import BusyError, UsageError
 from spark_jobs.jobs.batch import BatchReport
-from spark_jobs.jobs.ingest import run_ingest
+from spark_jobs.jobs.ingest import INGEST_LOCK, run_ingest
 
 DEFAULT_HOME = Path(".adtally-demo")
 MARKER = ".adtally-demo-home"
-INGEST_LOCK = ".ingest.lock"  # of spark_jobs.jobs.ingest
 BATCH_BYTES = 16 * 1024 * 1024
 
 ACCOUNTING = ("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced")

@@ -57,7 +57,6 @@ def accept_plain(lines: pa.Table, contract: Contract, folder_region: str, limits
     """
     if REGION_FORM.fullmatch(folder_region) is None:
         return parsed_schema(contract).empty_table()
-    lines = lines.combine_chunks()
     numbers = lines["n"].to_numpy()
     accepted = []
     for start, parsed in _parsed(lines["line"].combine_chunks(), contract):

@@ -159,8 +159,7 @@ def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[d
         "unpriced": count(accepted & batch.column("unpriced", np.bool_)),
         "spend_nanos": spend,
     }
-    ingested = _EPOCH + timedelta(microseconds=batch.plan.limits.ingested_us)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "stream": stream,
             "source": "files",
@@ -168,22 +167,10 @@ def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[d
             "event_hour": _hour(int(cells[i]) % _HOURS + NO_HOUR),
             **{name: int(values[i]) for name, values in measures.items()},
             "max_received_at": None if received[i] == np.iinfo(np.int64).min else _EPOCH + timedelta(microseconds=int(received[i])),
-            "ingested_at": ingested,
         }
         for i in range(size)
     ]
     if not rows:  # files without a line: the batch still is complete only when it stands in the ledger
-        zero = dict.fromkeys(measures, 0)
-        rows = [
-            {
-                "stream": stream,
-                "source": "files",
-                "region": region,
-                "event_hour": None,
-                **zero,
-                "max_received_at": None,
-                "ingested_at": ingested,
-            }
-            for region in regions
-        ]
+        nothing: dict[str, Any] = {"stream": stream, "source": "files", **dict.fromkeys(measures, 0)}
+        rows = [{**nothing, "region": region} for region in regions]
     return rows

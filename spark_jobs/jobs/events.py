@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-import numpy as np
 import pyarrow as pa
 from deltalake import DeltaTable
 
@@ -70,7 +69,8 @@ class EventsJob(StreamJob):
             rows = sum(file.rows for file in files)
         else:
             rows = sum(json.loads(action["stats"])["numRecords"] for action in batch.committed.data_added)
-        self._remember(batch.keys.take(np.flatnonzero(accepted)), history_version, batch.transaction)
+        order = batch.keys.order  # made to classify: so the index gets its keys sorted
+        self._remember(batch.keys.take(order[accepted[order]]), history_version, batch.transaction)
         return rows
 
     def commit_derived(self, batch: Batch, written: list[Written]) -> None:

@@ -25,6 +25,8 @@ from spark_jobs.session import build_session
 from spark_jobs.sinks.delta import ensure_tables
 from spark_jobs.tasks.write import load_task_code
 
+INGEST_LOCK = ".ingest.lock"  # in ADTALLY_HOME, held by whoever ingests
+
 
 class _StopRequest:
     """SIGTERM or SIGINT: end after the current batch."""
@@ -62,7 +64,7 @@ def run_ingest(
     batch failed, InterruptedIngestError where it was stopped before all that is there was ingested.
     """
     settings.home_path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(settings.home_path / ".ingest.lock", timeout=0)
+    lock = FileLock(settings.home_path / INGEST_LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout:

@@ -18,7 +18,7 @@ from spark_jobs.tasks.stage import staged
 from spark_jobs.tasks.write import Written
 from spark_jobs.transforms.events import CAMPAIGN_SCHEMA
 from spark_jobs.transforms.orders import Settled, settle_orders
-from spark_jobs.transforms.stamp import stamped
+from spark_jobs.transforms.stamp import stamped_records
 
 
 class OrdersJob(StreamJob):
@@ -58,9 +58,6 @@ class OrdersJob(StreamJob):
 
     def commit_accepted(self, batch: Batch, history_version: int, classified: Classification, written: list[Written]) -> int:
         """See StreamJob."""
-        changed = self._settled.changed
-        own = {"ingested_at", "_query_id", "_batch_id"}
-        schema = pa.schema([field for field in ORDERS.schema if field.name not in own])
-        rows = stamped(pa.Table.from_pylist(changed, schema), ORDERS, stamp_of(batch))
+        rows = stamped_records(self._settled.changed, ORDERS, stamp_of(batch))
         merge_orders(rows, self.settings, batch.transaction, batch.plan.to_metadata(batch.transaction))
         return sum(1 for outcome in self._settled.outcome if outcome == Outcome.ACCEPTED)

@@ -37,7 +37,7 @@ from spark_jobs.tables import BATCH_LEDGER, Table
 from spark_jobs.tasks.stage import StageTask, stage_split
 from spark_jobs.tasks.write import SplitRows, WriteJob, Written, write_splits
 from spark_jobs.transforms.events import CAMPAIGN_SCHEMA
-from spark_jobs.transforms.stamp import Stamp, stamped
+from spark_jobs.transforms.stamp import Stamp, stamped_records
 
 _FILE_SCHEMA = "path STRING, modificationTime TIMESTAMP, length BIGINT, content BINARY"
 _ROWS_PER_WRITER = 250_000
@@ -206,9 +206,8 @@ class StreamJob(ABC):
                 f"{totals['accepted']} accepted but {accepted} written",
                 hint="nothing of it is in the ledger; docs/runbooks/conservation-broken.md",
             )
-        names = [name for name in BATCH_LEDGER.schema.names if name in rows[0]]
-        table = pa.Table.from_pylist(rows, pa.schema([BATCH_LEDGER.schema.field(name) for name in names]))
-        self._ledger.append_rows(stamped(table, BATCH_LEDGER, stamp_of(batch)), self.ledger_step, batch.transaction)
+        table = stamped_records(rows, BATCH_LEDGER, stamp_of(batch))
+        self._ledger.append_rows(table, self.ledger_step, batch.transaction)
         return BatchReport(
             stream=self.stream,
             query_id=batch.transaction.query_id,

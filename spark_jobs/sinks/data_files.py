@@ -94,7 +94,6 @@ class _OpenFile:
         folders = [f"{name}={_NO_PARTITION if value is None else quote(value)}" for name, value in self._partition.items()]
         self._path = "/".join([*folders, f"part-{uuid.uuid4()}.snappy.parquet"])
         self._stats_columns = table.stats_columns
-        self._filesystem = filesystem
         target = f"{root}/{self._path}"
         filesystem.create_dir(target.rsplit("/", 1)[0], recursive=True)
         self._sink = filesystem.open_output_stream(target)

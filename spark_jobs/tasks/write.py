@@ -18,7 +18,7 @@ from spark_jobs.sinks.data_files import DataFile, DataFileWriter
 from spark_jobs.tables import EVENTS, Table
 from spark_jobs.tasks.stage import StageTask, raw_lines, staged
 from spark_jobs.transforms.events import event_columns, increments, sum_increments
-from spark_jobs.transforms.stamp import Stamp, stamped
+from spark_jobs.transforms.stamp import Stamp, stamped, stamped_records
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def write_splits(work: Iterable[SplitRows], job: WriteJob) -> Written:
         rejects = stack.enter_context(DataFileWriter(job.rejected_uri, job.rejected_table))
         events = stack.enter_context(DataFileWriter(job.events_uri, EVENTS)) if job.events_uri else None
         for split in work:
-            for rows in reject_rows(split, job.campaigns):
-                rejects.write(stamped(rows, job.rejected_table, job.stamp))
+            for rows in reject_rows(split, job):
+                rejects.write(rows)
             for rows in accepted_rows(split, job.campaigns) if job.of_events else ():
                 sums.append(increments(rows))
                 if events is not None:
@@ -103,28 +103,19 @@ def accepted_rows(work: SplitRows, campaigns: pa.Table) -> Iterator[pa.Table]:
         start += table.num_rows
 
 
-def reject_rows(work: SplitRows, campaigns: pa.Table) -> Iterator[pa.Table]:
-    """Rejected, then conflicting records of a split: columns of a rejected table but for the batch's own."""
-    for table in staged(work.task, "rejects", campaigns):
-        if table.num_rows:
-            yield _table(work, [_rejected(reject, work.first_line) for reject in table.to_pylist()])
-    if len(work.conflicts):
-        yield _table(work, list(_conflicts(work, campaigns)))
-
-
-def _table(work: SplitRows, rows: list[dict[str, Any]]) -> pa.Table:
+def reject_rows(work: SplitRows, job: WriteJob) -> Iterator[pa.Table]:
+    """Rejected, then conflicting records of a split, as rows of the rejected table."""
     split = work.task.split
-    schema = pa.schema(
-        [
-            *(("outcome", pa.string()), ("reason_codes", pa.list_(pa.string())), ("source", pa.string())),
-            *(("region", pa.string()), ("source_file", pa.string()), ("source_line", pa.int64())),
-            *(("raw", pa.string()), ("raw_encoding", pa.string()), ("raw_size_bytes", pa.int64())),
-            *(("record_id", pa.string()), ("record_time", pa.timestamp("us", "UTC"))),
-            *(("fingerprint", pa.string()), ("accepted_fingerprint", pa.string())),
-        ]
-    )
     place = {"source": "files", "region": split.region, "source_file": split.name}
-    return pa.Table.from_pylist([{**row, **place} for row in rows], schema=schema)
+
+    def rows(records: Iterable[dict[str, Any]]) -> pa.Table:
+        return stamped_records([{**record, **place} for record in records], job.rejected_table, job.stamp)
+
+    for table in staged(work.task, "rejects", job.campaigns):
+        if table.num_rows:
+            yield rows(_rejected(reject, work.first_line) for reject in table.to_pylist())
+    if len(work.conflicts):
+        yield rows(_conflicts(work, job.campaigns))
 
 
 def _rejected(reject: dict[str, Any], first_line: int) -> dict[str, Any]:

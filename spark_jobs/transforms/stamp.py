@@ -21,12 +21,7 @@ class Stamp:
 
 def stamped(rows: pa.Table, table: Table, stamp: Stamp) -> pa.Table:
     """``rows`` as rows of ``table``: its columns in its order and types, the batch's filled in, all others that lack null."""
-    values: dict[str, Any] = {
-        "_query_id": stamp.query_id,
-        "_batch_id": stamp.batch_id,
-        "ingested_at": stamp.ingested_us,
-        "ingested_date": stamp.ingested_us // 86_400_000_000,
-    }
+    values = _values(stamp)
     columns = []
     for field in table.schema:
         if field.name in rows.column_names:
@@ -34,6 +29,20 @@ def stamped(rows: pa.Table, table: Table, stamp: Stamp) -> pa.Table:
         else:
             columns.append(constant(values.get(field.name), rows.num_rows, field.type))
     return pa.Table.from_arrays(columns, schema=table.schema)
+
+
+def stamped_records(records: list[dict[str, Any]], table: Table, stamp: Stamp) -> pa.Table:
+    """``records`` as rows of ``table``: the batch's columns set, fields it lacks left out, missing ones null."""
+    return pa.Table.from_pylist([{**record, **_values(stamp)} for record in records], table.schema)
+
+
+def _values(stamp: Stamp) -> dict[str, Any]:
+    return {
+        "_query_id": stamp.query_id,
+        "_batch_id": stamp.batch_id,
+        "ingested_at": stamp.ingested_us,
+        "ingested_date": stamp.ingested_us // 86_400_000_000,
+    }
 
 
 def constant(value: Any, rows: int, kind: pa.DataType) -> pa.Array:

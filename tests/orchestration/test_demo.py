@@ -23,12 +23,13 @@ from orchestration.cli import app
 from orchestration.demo import ACCOUNTING, MARKER, MEASURES, clean_home, demo_settings, difference, run_demo
 from spark_jobs.config import Settings
 from spark_jobs.errors import BusyError, ConfigurationError, UsageError
+from spark_jobs.jobs.ingest import INGEST_LOCK
 
 # A home of its own
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.name != demo.INGEST_LOCK}
+    return {path.name for path in folder.iterdir() if path.name != INGEST_LOCK}
 
 
 def test_a_new_home_is_marked(tmp_path: Path) -> None:
