@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from datetime import UTC, datetime, timedelta
@@ -9,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from spark_jobs.errors import ConfigurationError
 
@@ -57,25 +58,81 @@ class Settings(BaseSettings):
             ge=timedelta(0), le=_LONGEST, description="An event received this long after the end of its hour, or later, is late."
         ),
     ] = timedelta(minutes=15)
+    silent_after: Annotated[
+        timedelta,
+        Field(gt=timedelta(0), le=_LONGEST, description="A source this far behind the most advanced one is called silent."),
+    ] = timedelta(hours=1)
+    retired_sources: Annotated[
+        tuple[str, ...],
+        NoDecode,
+        Field(description="Sources that closing an hour no longer waits for, as events/eu-west,orders/eu-west."),
+    ] = ()
+    vacuum_retention: Annotated[
+        timedelta,
+        Field(ge=timedelta(0), le=_LONGEST, description="Data files that no version of this age or younger needs may be vacuumed."),
+    ] = timedelta(days=7)
+    compacted_file_bytes: Annotated[
+        int, Field(ge=1024 * 1024, description="Size that compaction aims at for a data file, in bytes.")
+    ] = 128 * 1024 * 1024
+    start_date: Annotated[
+        datetime | None,
+        Field(description="First hourly partition in Dagster. Default: the day of the first accepted event, else today."),
+    ] = None
+    webserver_port: Annotated[
+        int, Field(ge=0, le=65535, description="Port of the Dagster UI on 127.0.0.1; 0 takes a free one.")
+    ] = 3000
+    alert_webhook: Annotated[SecretStr | None, Field(description="URL that alerts are posted to as JSON, beside the log.")] = None
+    max_stream_lag: Annotated[
+        timedelta, Field(gt=timedelta(0), le=_LONGEST, description="Alert: landing files older than this wait to be ingested.")
+    ] = timedelta(minutes=2)
+    max_mart_age: Annotated[
+        timedelta, Field(gt=timedelta(0), le=_LONGEST, description="Alert: the published marts lag the ledger by more than this.")
+    ] = timedelta(minutes=15)
+    max_rejected_share: Annotated[
+        float, Field(gt=0, le=1, description="Alert: rejected share of what was offered in the last hour of ingestion.")
+    ] = 0.05
+    max_duplicate_share: Annotated[
+        float, Field(gt=0, le=1, description="Alert: duplicate share of what was offered in the last hour of ingestion.")
+    ] = 0.25
+    min_free_bytes: Annotated[int, Field(ge=0, description="Alert: less free disk space than this under ADTALLY_HOME.")] = (
+        2 * 1024**3
+    )
     earliest_event_time: Annotated[
         datetime, Field(description="Events and orders before this time are rejected as out of range. Not before 1970.")
     ] = datetime(2000, 1, 1, tzinfo=UTC)
 
-    @field_validator("future_skew", "hour_grace", mode="before")
+    @field_validator(
+        *("future_skew", "hour_grace", "silent_after", "vacuum_retention", "max_stream_lag", "max_mart_age"), mode="before"
+    )
     @classmethod
     def _seconds(cls, value: object) -> object:
         return float(value) if isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?", value) else value
 
-    @field_validator("earliest_event_time", mode="before")
+    @field_validator("retired_sources", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        return tuple(part for part in (p.strip() for p in value.split(",")) if part) if isinstance(value, str) else value
+
+    @field_validator("retired_sources")
+    @classmethod
+    def _source_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not re.fullmatch(r"(events|orders)/[a-z0-9-]{1,32}", name):
+                raise ValueError(f"{name!r} is not a source, as in events/eu-west")
+        return value
+
+    @field_validator("earliest_event_time", "start_date", mode="before")
     @classmethod
     def _no_number(cls, value: object) -> object:
         if isinstance(value, str) and "-" not in value:  # a year alone would be taken for seconds since 1970
             raise ValueError("is not an RFC 3339 time, as in 2000-01-01T00:00:00Z")
         return value
 
-    @field_validator("earliest_event_time")
+    @field_validator("earliest_event_time", "start_date")
     @classmethod
-    def _zone_required(cls, value: datetime) -> datetime:
+    def _zone_required(cls, value: datetime | None) -> datetime | None:
+        if value is None:
+            return None
         if value.tzinfo is None:
             raise ValueError("needs a zone, as in 2000-01-01T00:00:00Z")
         try:
@@ -119,6 +176,26 @@ class Settings(BaseSettings):
         return self.home_path / "scratch"
 
     @cached_property
+    def recount_path(self) -> Path:
+        """What the recount has parsed: derived from the landing files, made again when missing."""
+        return self.home_path / "recount"
+
+    @cached_property
+    def corrections_path(self) -> Path:
+        """Corrections decided and not yet carried out to the end."""
+        return self.home_path / "corrections"
+
+    @cached_property
+    def quality_path(self) -> Path:
+        """Data docs and profiles of the checks."""
+        return self.home_path / "quality"
+
+    @cached_property
+    def dagster_path(self) -> Path:
+        """DAGSTER_HOME of this installation."""
+        return self.home_path / "dagster"
+
+    @cached_property
     def key_index_path(self) -> Path:
         """The key index of `events`: derived from the table, rebuilt from it when missing."""
         return self.home_path / "key_index"
@@ -134,11 +211,25 @@ class Settings(BaseSettings):
         return f"{self.lakehouse_uri}/{name}"
 
 
+# variables that other parts read: the crash tests, dbt's profile
+_NO_SETTINGS = ("ADTALLY_CRASH_AT", "ADTALLY_DBT_MARTS_PATH", "ADTALLY_DBT_WORK_PATH")
+
+
+def _refuse_unknown() -> None:
+    known = [f"ADTALLY_{name.upper()}" for name in Settings.model_fields]
+    for name in sorted(os.environ):
+        if name.upper().startswith("ADTALLY_") and name.upper() not in (*known, *_NO_SETTINGS) and os.environ[name]:
+            near = difflib.get_close_matches(name.upper(), known, 1)
+            meant = f"do you mean {near[0]}?" if near else "unset it"
+            raise ConfigurationError(f"wrong settings: there is no setting {name}", hint=meant)
+
+
 def load_settings(**overrides: object) -> Settings:
     """Settings from the environment, with overrides.
 
-    Raises ConfigurationError that names each wrong setting on one line.
+    Raises ConfigurationError that names each wrong setting on one line, a variable that no setting has among them.
     """
+    _refuse_unknown()
     try:
         return Settings(**{k: v for k, v in overrides.items() if v is not None})  # type: ignore[arg-type]
     except ValidationError as error:

@@ -1,4 +1,8 @@
-"""The registry of the Delta tables: path, schema, partitioning, keys and meaning of each. Nothing else names them."""
+"""The registry of the Delta tables: path, schema, partitioning, keys and meaning of each. Nothing else names them.
+
+``_query_id`` and ``_batch_id`` name the batch to which a row belongs; ``_run_id`` the correction run (a repair or a backfill) that
+wrote it, null where the batch itself did.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +53,7 @@ EVENTS = Table(
         price_micros BIGINT, currency STRING, user_agent STRING,
         billing_model STRING, spend_nanos BIGINT, is_late BOOLEAN, invalid_traffic_rule STRING,
         fingerprint BIGINT, source_file STRING, source_line BIGINT, ingested_at TIMESTAMP,
-        event_date DATE, event_hour INT, _query_id STRING, _batch_id BIGINT
+        event_date DATE, event_hour INT, _query_id STRING, _batch_id BIGINT, _run_id STRING
     """,
     key=("event_id",),
     partition_by=("event_date", "event_hour"),
@@ -61,7 +65,7 @@ REJECTED_COLUMNS = """
     source_file STRING, source_line BIGINT, source_topic STRING, source_partition INT, source_offset BIGINT,
     raw STRING, raw_encoding STRING, raw_size_bytes BIGINT,
     record_id STRING, record_time TIMESTAMP, fingerprint STRING, accepted_fingerprint STRING,
-    ingested_at TIMESTAMP, ingested_date DATE, _query_id STRING, _batch_id BIGINT
+    ingested_at TIMESTAMP, ingested_date DATE, _query_id STRING, _batch_id BIGINT, _run_id STRING
 """
 
 REJECTED_EVENTS = Table(
@@ -89,7 +93,7 @@ MINUTE_METRICS = Table(
     columns="""
         record_uuid STRING, event_minute TIMESTAMP, region STRING, campaign_id STRING, ad_id STRING, store_id STRING,
         placement STRING, currency STRING, impressions BIGINT, clicks BIGINT, invalid_impressions BIGINT,
-        invalid_clicks BIGINT, spend_nanos BIGINT, event_date DATE, _query_id STRING, _batch_id BIGINT
+        invalid_clicks BIGINT, spend_nanos BIGINT, event_date DATE, _query_id STRING, _batch_id BIGINT, _run_id STRING
     """,
     key=("record_uuid",),
     partition_by=("event_date",),
@@ -100,14 +104,14 @@ BATCH_LEDGER = Table(
     name="batch_ledger",
     grain="one row a query, batch, source, region and event hour (null: the record had no readable time). Written last: "
     "a batch is complete when it stands here. offered = accepted + duplicate + conflict + rejected; late, invalid_traffic "
-    "and unpriced are parts of accepted",
+    "and unpriced are parts of accepted. A correction run adds rows of its own (_run_id), whose counts are differences",
     columns="""
         stream STRING, source STRING, region STRING, event_hour TIMESTAMP,
         offered BIGINT, accepted BIGINT, duplicate BIGINT, conflict BIGINT, rejected BIGINT,
         late BIGINT, invalid_traffic BIGINT, unpriced BIGINT, spend_nanos BIGINT,
-        max_received_at TIMESTAMP, ingested_at TIMESTAMP, _query_id STRING, _batch_id BIGINT
+        max_received_at TIMESTAMP, ingested_at TIMESTAMP, _query_id STRING, _batch_id BIGINT, _run_id STRING
     """,
-    key=("_query_id", "_batch_id", "source", "region", "event_hour"),
+    key=("_query_id", "_batch_id", "_run_id", "source", "region", "event_hour"),
     partition_by=(),
     stats_columns=("event_hour", "_batch_id"),
 )
@@ -119,7 +123,7 @@ ORDERS = Table(
         order_id STRING, order_time TIMESTAMP, received_at TIMESTAMP, region STRING, user_id STRING, store_id STRING,
         total_micros BIGINT, currency STRING, status STRING, cancelled_at TIMESTAMP, has_placed BOOLEAN, is_late BOOLEAN,
         fingerprint BIGINT,
-        source_file STRING, source_line BIGINT, ingested_at TIMESTAMP, _query_id STRING, _batch_id BIGINT
+        source_file STRING, source_line BIGINT, ingested_at TIMESTAMP, _query_id STRING, _batch_id BIGINT, _run_id STRING
     """,
     key=("order_id",),
     partition_by=(),
@@ -138,6 +142,61 @@ CAMPAIGNS = Table(
     stats_columns=("campaign_id",),
 )
 
+RECONCILIATIONS = Table(
+    name="reconciliations",
+    grain="one row a run, hour and finding: layer (events, rejected_events, minute_metrics, batch_ledger or marts), cause and "
+    "campaign, with what the recount expects and what was found. An hour without a difference has one row with cause 'none'. "
+    "event_hour null: records without a readable time",
+    columns="""
+        run_id STRING, event_hour TIMESTAMP, layer STRING, cause STRING, campaign_id STRING,
+        rows_different BIGINT, rows_expected BIGINT, rows_found BIGINT, nanos_expected BIGINT, nanos_found BIGINT,
+        is_repaired BOOLEAN, detail STRING, delta_versions STRING, run_at TIMESTAMP
+    """,
+    key=("run_id", "event_hour", "layer", "cause", "campaign_id"),
+    partition_by=(),
+    stats_columns=("event_hour", "run_at"),
+)
+
+RESTATEMENTS = Table(
+    name="restatements",
+    grain="what a correction changed, as differences (after - before): one row a run, hour, region, campaign, currency and "
+    "cause; kind is 'repair' or 'backfill'. rule_set is the hash of the rules that the hour was judged by from then on",
+    columns="""
+        run_id STRING, kind STRING, reason STRING, cause STRING, event_hour TIMESTAMP, region STRING, campaign_id STRING,
+        currency STRING, impressions BIGINT, clicks BIGINT, invalid_impressions BIGINT, invalid_clicks BIGINT,
+        spend_nanos BIGINT, rule_set STRING, restated_at TIMESTAMP
+    """,
+    key=("run_id", "event_hour", "region", "campaign_id", "currency", "cause"),
+    partition_by=(),
+    stats_columns=("event_hour", "restated_at"),
+)
+
+HOUR_RULES = Table(
+    name="hour_rules",
+    grain="one row a backfill run and hour: the rules by which the hour's records have been judged since, in place of those of "
+    "their batches. Of several rows of an hour the latest set_at holds",
+    columns="""
+        run_id STRING, event_hour TIMESTAMP, campaigns_version BIGINT, earliest_us BIGINT, future_skew_us BIGINT,
+        hour_grace_us BIGINT, rule_set STRING, set_at TIMESTAMP
+    """,
+    key=("run_id", "event_hour"),
+    partition_by=(),
+    stats_columns=("event_hour", "set_at"),
+)
+
+HOUR_CLOSINGS = Table(
+    name="hour_closings",
+    grain="one row an operator's decision to close all hours that end at or before closed_through, whatever a silent source says",
+    columns="closed_through TIMESTAMP, reason STRING, closed_by STRING, closed_at TIMESTAMP",
+    key=("closed_at",),
+    partition_by=(),
+    stats_columns=("closed_through",),
+)
+
 TABLES: dict[str, Table] = {
-    table.name: table for table in (EVENTS, REJECTED_EVENTS, MINUTE_METRICS, BATCH_LEDGER, ORDERS, REJECTED_ORDERS, CAMPAIGNS)
+    table.name: table
+    for table in (
+        *(EVENTS, REJECTED_EVENTS, MINUTE_METRICS, BATCH_LEDGER, ORDERS, REJECTED_ORDERS, CAMPAIGNS),
+        *(RECONCILIATIONS, RESTATEMENTS, HOUR_RULES, HOUR_CLOSINGS),
+    )
 }

@@ -201,7 +201,7 @@ class _Reader:
                 f"""
                 select {_PLACE}, count(*) as rows
                 from batch_ledger join batches using (stream, _query_id, _batch_id)
-                group by stream, _query_id, _batch_id, source, region, event_hour, query having rows > 1
+                group by stream, _query_id, _batch_id, _run_id, source, region, event_hour, query having rows > 1
                 order by {_PLACE_ORDER}
                 """
             )

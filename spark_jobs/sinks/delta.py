@@ -36,10 +36,11 @@ class Transaction:
 
 
 def ensure_tables(settings: Settings) -> None:
-    """Create the tables that do not exist yet. Safe to run again and again."""
+    """Create the tables that do not exist yet and add the columns that an older adtally did not know. Safe to run again."""
     for table in TABLES.values():
         uri = settings.table_uri(table.name)
         if DeltaLog(uri).exists():
+            _add_columns(uri, table)
             continue
         DeltaTable.create(
             uri,
@@ -49,6 +50,14 @@ def ensure_tables(settings: Settings) -> None:
             description=table.grain,
             configuration={"delta.dataSkippingStatsColumns": ",".join(table.stats_columns)},
         )
+
+
+def _add_columns(uri: str, table: Table) -> None:
+    held = DeltaTable(uri)
+    known = {field.name for field in held.schema().fields}
+    missing = [field for field in Schema.from_arrow(table.schema).fields if field.name not in known]
+    if missing:
+        held.alter.add_columns(missing)
 
 
 class DeltaSink:

@@ -11,6 +11,7 @@ renamed as (
     select
         _query_id as query_id,
         _batch_id as batch_id,
+        _run_id as run_id,
         stream,
         source as record_source,
         region,

@@ -12,6 +12,7 @@ renamed as (
         record_uuid,
         _query_id as query_id,
         _batch_id as batch_id,
+        _run_id as run_id,
         {{ utc_timestamp('event_minute') }} as event_minute,
         event_date,
         region,
