@@ -7,9 +7,9 @@ from pathlib import Path
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, TableCorruptionError, UsageError
-from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, MINUTE_METRICS, Table
+from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, MINUTE_METRICS, RECONCILIATIONS, Table
 
-SOURCES: tuple[Table, ...] = (BATCH_LEDGER, MINUTE_METRICS, CAMPAIGNS)
+SOURCES: tuple[Table, ...] = (BATCH_LEDGER, MINUTE_METRICS, CAMPAIGNS, RECONCILIATIONS)
 """Tables that the dbt project declares as sources, in the order in which they are pinned: the ledger first. A batch's
 ledger rows are written last, so a batch in the pinned ledger is complete in every version pinned after it."""
 

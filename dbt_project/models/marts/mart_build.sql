@@ -1,3 +1,13 @@
+-- Every build replaces the rows of the groups of marts that it built; those of the others stay.
+{{
+    config(
+        materialized='incremental',
+        incremental_strategy='delete+insert',
+        unique_key='mart_group',
+        on_schema_change='fail'
+    )
+}}
+
 with
 
 pins as (
@@ -9,17 +19,25 @@ pins as (
 
 ),
 
+groups as (
+
+    select unnest({{ var("mart_groups") }}) as mart_group
+
+),
+
 final as (
 
     select
+        groups.mart_group,
         '{{ var("build_id") }}' as build_id,
         cast('{{ var("built_at") }}' as timestamp) as built_at,
         nullif('{{ var("git_revision") }}', '') as git_revision,
-        table_name,
-        delta_version,
+        pins.table_name,
+        pins.delta_version,
         '{{ dbt_version }}' as dbt_version,
         version() as duckdb_version
-    from pins
+    from groups
+    cross join pins
 
 )
 

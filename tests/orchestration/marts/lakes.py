@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, MINUTE_METRICS
+from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, MINUTE_METRICS, RECONCILIATIONS
 from tests.orchestration.marts.delta_files import commit, utc
 
 
@@ -97,6 +97,7 @@ def first_batch(lake: Path, *, int96: bool = False) -> None:
         ],
         int96=int96,
     )
+    commit(lake, RECONCILIATIONS, [], int96=int96)
 
 
 def late_batch(lake: Path, *, with_ledger: bool = True) -> None:

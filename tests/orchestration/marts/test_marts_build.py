@@ -15,7 +15,7 @@ from orchestration.marts import build, build_marts, query_marts
 from orchestration.marts.pins import SOURCES, latest_version, pin_versions
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, BusyError, TableCorruptionError, UsageError
-from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, MINUTE_METRICS
+from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, MINUTE_METRICS, RECONCILIATIONS
 from tests.orchestration.marts.delta_files import commit, utc
 from tests.orchestration.marts.lakes import first_batch, increment, late_batch, ledger_row
 
@@ -84,10 +84,14 @@ def test_contents(published: tuple[Settings, build.MartBuild, list[str]]) -> Non
 
 def test_build_describes_itself(published: tuple[Settings, build.MartBuild, list[str]]) -> None:
     settings, result, lines = published
-    assert result.versions == {"batch_ledger": 0, "minute_metrics": 0, "campaigns": 0}
-    rows = query_marts(settings, "select build_id, built_at, git_revision, table_name, delta_version from mart_build")[1]
+    assert result.versions == {"batch_ledger": 0, "minute_metrics": 0, "campaigns": 0, "reconciliations": 0}
+    rows = query_marts(settings, "select mart_group, build_id, built_at, git_revision, table_name, delta_version from mart_build")[
+        1
+    ]
     assert sorted(rows) == sorted(
-        (result.build_id, NOW.replace(tzinfo=None), result.git_revision, name, 0) for name in result.versions
+        (group, result.build_id, NOW.replace(tzinfo=None), result.git_revision, name, 0)
+        for name in result.versions
+        for group in ("near_real_time", "hourly")
     )
     assert result.rows["fct_campaign_minute"] == 3
     assert result.path == settings.marts_path
@@ -121,7 +125,7 @@ def test_second_build_adds_late_events_and_readers_keep_theirs(tmp_path: Path) -
         assert reader.execute(f"{DAYS} order by all").fetchall() == FIRST_DAYS
         assert days(settings) == LATE_DAYS
     assert second.build_id != first.build_id
-    assert second.versions == {"batch_ledger": 1, "minute_metrics": 1, "campaigns": 0}
+    assert second.versions == {"batch_ledger": 1, "minute_metrics": 1, "campaigns": 0, "reconciliations": 0}
     assert litter(settings) == []
 
 
@@ -186,16 +190,16 @@ def test_first_build_that_fails_publishes_nothing(tmp_path: Path) -> None:
 
 def test_empty_tables_make_empty_marts(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
-    for table in (CAMPAIGNS, MINUTE_METRICS, BATCH_LEDGER):
+    for table in (CAMPAIGNS, MINUTE_METRICS, BATCH_LEDGER, RECONCILIATIONS):
         commit(lake_of(settings), table, [])
     result = build_marts(settings, now=NOW)
-    assert {name: count for name, count in result.rows.items() if count} == {"mart_build": 3}
+    assert {name: count for name, count in result.rows.items() if count} == {"mart_build": 8}
 
 
 def test_missing_tables_are_named(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
     commit(lake_of(settings), CAMPAIGNS, [])
-    with pytest.raises(AdtallyError, match=r"batch_ledger, minute_metrics .*run `adtally ingest` first"):
+    with pytest.raises(AdtallyError, match=r"batch_ledger, minute_metrics, reconciliations .*run `adtally ingest` first"):
         build_marts(settings)
     assert litter(settings) == []
 
