@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orchestration.cli.maintenance import add_commands
 from orchestration.cli.options import examples, moment, seconds
 from spark_jobs.errors import AdtallyError, UsageError
 
@@ -306,6 +307,9 @@ def status(as_json: Json = False) -> None:
             out.print(part)
     if not found.conservation_holds:
         raise typer.Exit(1)
+
+
+add_commands(app, _settings)
 
 
 @app.command(epilog=examples("adtally doctor", "adtally doctor --fix", "adtally doctor --json"))

@@ -7,6 +7,7 @@ import re
 from datetime import UTC, datetime
 
 from spark_jobs.errors import UsageError
+from spark_jobs.hours import HourRange
 
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h)?\s*$")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
@@ -17,12 +18,12 @@ def examples(*lines: str) -> str:
     return "\n\n".join(["Examples:", *(line.replace("[", "\\[") for line in lines)])
 
 
-def seconds(text: str, option: str) -> float:
+def seconds(text: str, option: str, *, longest: float = 86_400) -> float:
     """Seconds of ``500ms``, ``5s``, ``2m``, ``1h`` or a bare number. Raises UsageError that names the option."""
     match = _DURATION.match(text)
     value = float(match.group(1)) * _SECONDS[match.group(2)] if match else math.nan
-    if not 0 < value <= 86_400:
-        raise UsageError(f"{option} {text!r} is not a time above 0", hint="as in 500ms, 5s or 2m, up to 24h")
+    if not 0 < value <= longest:
+        raise UsageError(f"{option} {text!r} is not a time above 0", hint=f"as in 500ms, 5s or 2m, up to {longest / 3600:.0f}h")
     return value
 
 
@@ -40,3 +41,12 @@ def moment(text: str, option: str) -> datetime:
         return value.astimezone(UTC)
     except OverflowError:
         raise UsageError(f"{option} {text!r} is out of range") from None
+
+
+def hour_range(start: str | None, end: str | None) -> HourRange | None:
+    """The range of --from and --to, None without both. Raises UsageError where one is missing, or they are no whole hours."""
+    if start is None and end is None:
+        return None
+    if start is None or end is None:
+        raise UsageError("--from and --to go together", hint="the range ends before --to")
+    return HourRange(moment(start, "--from"), moment(end, "--to"))

@@ -1,0 +1,39 @@
+"""A reconciliation with the marts in it: what a repair leaves wrong there is put right by a new build."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from orchestration.marts import build_marts
+from spark_jobs.config import Settings
+from spark_jobs.hours import HourRange
+from spark_jobs.jobs.closing import require_closed
+from spark_jobs.jobs.reconcile import ReconcileReport, check_marts, reconcile
+
+
+def run_reconciliation(
+    settings: Settings,
+    hours: HourRange | None,
+    *,
+    repair: bool = False,
+    run_id: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> ReconcileReport:
+    """Recount ``hours`` (None: all that the ledger holds), compare, and with ``repair`` put right what differs.
+
+    Marts that contradict the tables they were built from are built anew by a repair and compared again. Raises UsageError for a
+    range with an hour that is not closed.
+    """
+    if hours is not None:
+        require_closed(settings, hours)
+    report = reconcile(settings, hours, repair=repair, run_id=run_id, progress=progress)
+    if not repair or not any(found.layer == "marts" for found in report.differences):
+        return report
+    build_marts(settings, progress=progress)
+    still = {(found.event_hour, found.campaign_id) for found in check_marts(settings, hours)}
+    differences = [
+        replace(found, is_repaired=True) if found.layer == "marts" and (found.event_hour, found.campaign_id) not in still else found
+        for found in report.differences
+    ]
+    return replace(report, differences=differences)
