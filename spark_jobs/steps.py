@@ -19,7 +19,7 @@ CRASH_VARIABLE = "ADTALLY_CRASH_AT"
 
 
 class Step(StrEnum):
-    """A durable step. The order is that of a batch."""
+    """A durable step. The order is that of a batch; those of maintenance follow."""
 
     CAMPAIGNS = "campaigns"
     OFFSETS = "offsets"  # Spark's: the batch is planned (checkpoint offsets/N)
@@ -32,13 +32,20 @@ class Step(StrEnum):
     REJECTED_ORDERS = "rejected_orders"
     ORDERS_LEDGER = "orders_ledger"
     COMMITS = "commits"  # Spark's: the batch is done (checkpoint commits/N)
+    HOUR_CLOSINGS = "hour_closings"
+    COMPACTION = "compaction"
+    RESTORE = "restore"  # what a compaction did is taken back
+    VACUUM = "vacuum"
 
 
-# Every point at which a kill is tried: before and after each step that this package makes, and around the two of Spark's
+# Steps that are no part of a batch: no ingest comes by them.
+MAINTENANCE: tuple[Step, ...] = (Step.HOUR_CLOSINGS, Step.COMPACTION, Step.RESTORE, Step.VACUUM)
+
+# Every point of a batch at which a kill is tried: before and after each step that this package makes, and around the two of Spark's
 # ("before offsets" is "after commits" of the batch before).
 CRASH_POINTS: tuple[tuple[str, Step], ...] = (
     ("after", Step.OFFSETS),
-    *((moment, step) for step in Step if step not in (Step.OFFSETS, Step.COMMITS) for moment in ("before", "after")),
+    *((moment, step) for step in Step if step not in (Step.OFFSETS, Step.COMMITS, *MAINTENANCE) for moment in ("before", "after")),
     ("before", Step.COMMITS),
     ("after", Step.COMMITS),
 )

@@ -20,7 +20,7 @@ from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.sinks.data_files import DataFile, DataFileWriter
 from spark_jobs.steps import Step, durable
-from spark_jobs.tables import CAMPAIGNS, ORDERS, TABLES, Table
+from spark_jobs.tables import CAMPAIGNS, HOUR_CLOSINGS, ORDERS, TABLES, Table
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,12 @@ def replace_campaigns(rows: pa.Table, settings: Settings, metadata: Mapping[str,
             mode="overwrite",
             commit_properties=_properties(metadata),
         )
+
+
+def append_closing(rows: pa.Table, settings: Settings) -> None:
+    """Add an operator's decision to `hour_closings`."""
+    with durable(Step.HOUR_CLOSINGS):
+        write_deltalake(settings.table_uri(HOUR_CLOSINGS.name), rows, mode="append")
 
 
 def _seen(held: DeltaTable, transaction: Transaction) -> bool:

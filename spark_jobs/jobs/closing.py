@@ -1,0 +1,159 @@
+"""Which hours are closed: told by the progress of the sources, or decided by an operator. Read without Spark.
+
+Hour H is closed when every source has come past H + 1 h + ADTALLY_HOUR_GRACE. A source is a stream and a region of the ledger; its
+progress is what it has received, never beyond when that was ingested, so a sender whose clock runs ahead closes nothing. The wall
+clock closes nothing either: a source that falls silent holds the hours open until it speaks again, is retired
+(ADTALLY_RETIRED_SOURCES), or an operator closes them by hand (table `hour_closings`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from spark_jobs.config import Settings
+from spark_jobs.delta_log import DeltaLog
+from spark_jobs.errors import UsageError
+from spark_jobs.hours import HOUR, HourRange, floor_hour
+from spark_jobs.sinks.delta import append_closing, ensure_tables
+from spark_jobs.sources.delta import file_paths, read_files
+from spark_jobs.tables import BATCH_LEDGER, HOUR_CLOSINGS, Table
+
+_SOURCE = ("stream", "source", "region")
+_LEDGER_COLUMNS = (*_SOURCE, "event_hour", "accepted", "max_received_at", "ingested_at", "_run_id")
+
+
+@dataclass(frozen=True)
+class SourceProgress:
+    """How far one source has come. ``progress_at`` None: nothing of it was accepted yet, so nothing waits for it."""
+
+    stream: str
+    source: str
+    region: str
+    progress_at: datetime | None
+    last_ingested_at: datetime
+    is_silent: bool
+    is_retired: bool
+
+    @property
+    def name(self) -> str:
+        """As ADTALLY_RETIRED_SOURCES names it."""
+        return f"{self.stream}/{self.region}"
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What is closed. Hours that end at or before ``closed_through`` are; None: none is.
+
+    ``by_hand_through`` is the part of it that operators decided, ``first_hour`` the earliest hour with an accepted record.
+    """
+
+    closed_through: datetime | None = None
+    by_hand_through: datetime | None = None
+    first_hour: datetime | None = None
+    sources: list[SourceProgress] = field(default_factory=list)
+
+    @property
+    def silent(self) -> list[SourceProgress]:
+        """The sources that hold hours open by having fallen silent."""
+        return [source for source in self.sources if source.is_silent]
+
+    def is_closed(self, hour: datetime) -> bool:
+        """Whether the hour that begins at ``hour`` is closed."""
+        return self.closed_through is not None and hour + HOUR <= self.closed_through
+
+
+def read_closing(settings: Settings) -> Closing:
+    """The state of closing of a home; nothing is closed where nothing was ingested."""
+    ledger = _read(settings, BATCH_LEDGER, _LEDGER_COLUMNS)
+    ledger = ledger.filter(pc.is_null(ledger["_run_id"]))  # a correction says nothing of what the source has sent
+    sources = _sources(settings, ledger)
+    # a source without progress has sent nothing that an hour could lack
+    progress = [source.progress_at for source in sources if source.progress_at is not None and not source.is_retired]
+    through = floor_hour(min(progress) - settings.hour_grace) if progress else None
+    by_hand = pc.max(_read(settings, HOUR_CLOSINGS, ("closed_through",))["closed_through"]).as_py()
+    hours = ledger.filter(pc.greater(ledger["accepted"], 0))["event_hour"]
+    return Closing(
+        closed_through=max((moment for moment in (through, by_hand) if moment is not None), default=None),
+        by_hand_through=by_hand,
+        first_hour=pc.min(hours).as_py(),
+        sources=sources,
+    )
+
+
+def close_by_hand(settings: Settings, through: datetime, *, reason: str, closed_by: str, now: datetime | None = None) -> Closing:
+    """Close all hours that end at or before ``through``, whatever the sources say; returns what is closed then.
+
+    Raises UsageError where ``through`` is no whole hour, lies in the future, or closes nothing that is open, and where no reason
+    or no name is given.
+    """
+    if through.tzinfo is None or floor_hour(through) != through:
+        raise UsageError(f"{through.isoformat()} is not a whole hour in UTC", hint="as in 2025-06-02T08:00:00Z")
+    if not reason.strip() or not closed_by.strip():
+        raise UsageError("closing hours by hand needs a reason and the name of who closes them")
+    now = now or datetime.now(UTC)
+    closing = read_closing(settings)
+    newest = max((source.progress_at for source in closing.sources if source.progress_at is not None), default=now)
+    if through > max(newest, now):
+        raise UsageError(f"{_text(through)} lies in the future", hint=f"it is {now:%Y-%m-%dT%H:%MZ}")
+    if closing.closed_through is not None and through <= closing.closed_through:
+        raise UsageError(f"the hours through {_text(through)} are closed already", hint=f"through {_text(closing.closed_through)}")
+    ensure_tables(settings)
+    row = {"closed_through": through, "reason": reason.strip(), "closed_by": closed_by.strip(), "closed_at": now}
+    append_closing(pa.Table.from_pylist([row], HOUR_CLOSINGS.schema), settings)
+    return read_closing(settings)
+
+
+def require_closed(settings: Settings, hours: HourRange) -> None:
+    """Raises UsageError that names the first open hour of ``hours`` and the sources that are silent."""
+    closing = read_closing(settings)
+    first_open = next((hour for hour in hours if not closing.is_closed(hour)), None)
+    if first_open is None:
+        return
+    closed = f"closed through {_text(closing.closed_through)}" if closing.closed_through else "no hour is closed yet"
+    silent = ", ".join(f"{source.name} (since {source.progress_at:%Y-%m-%dT%H:%MZ})" for source in closing.silent)
+    waits = f"; silent: {silent}, see docs/runbooks/silent-source.md" if silent else ""
+    raise UsageError(f"hour {_text(first_open)} is not closed", hint=f"{closed}{waits}")
+
+
+def _sources(settings: Settings, ledger: pa.Table) -> list[SourceProgress]:
+    received, ingested = ledger["max_received_at"], ledger["ingested_at"]
+    progress = pc.if_else(pc.greater(received, ingested), ingested, received)  # null where nothing was accepted
+    groups = ledger.append_column("progress_at", progress).group_by(list(_SOURCE))
+    rows = groups.aggregate([("progress_at", "max"), ("ingested_at", "max")]).sort_by([(name, "ascending") for name in _SOURCE])
+    found = rows.to_pylist()
+    retired = {f"{row['stream']}/{row['region']}" for row in found} & set(settings.retired_sources)
+    held = [row for row in found if f"{row['stream']}/{row['region']}" not in retired]
+    newest = max((row["progress_at_max"] for row in held if row["progress_at_max"] is not None), default=None)
+
+    def is_silent(row: dict[str, datetime | None]) -> bool:
+        at = row["progress_at_max"]
+        return newest is not None and at is not None and newest - at > settings.silent_after
+
+    return [
+        SourceProgress(
+            stream=row["stream"],
+            source=row["source"],
+            region=row["region"],
+            progress_at=row["progress_at_max"],
+            last_ingested_at=row["ingested_at_max"],
+            is_silent=row in held and is_silent(row),
+            is_retired=row not in held,
+        )
+        for row in found
+    ]
+
+
+def _read(settings: Settings, table: Table, names: tuple[str, ...]) -> pa.Table:
+    """Columns of a table's newest version; no row where there is no table. A column that it lacks yet is null."""
+    schema = pa.schema([table.schema.field(name) for name in names])
+    uri = settings.table_uri(table.name)
+    version = DeltaLog(uri).latest_version()
+    return schema.empty_table() if version is None else read_files(uri, file_paths(uri, version), schema)
+
+
+def _text(hour: datetime) -> str:
+    return f"{hour:%Y-%m-%dT%HZ}"
