@@ -31,12 +31,16 @@ demo: setup ## Set up, run the main job on the samples and simulated traffic, co
 	@$(RUN) adtally demo
 
 .PHONY: test
-test: setup lint ## Set up, lint, and run the tests (without the full crash matrix)
-	@$(RUN) pytest -m "not crash and not services" $(PYTEST_ARGS)
+test: setup lint ## Set up, lint, and run the tests (without the long ones below)
+	@$(RUN) pytest -m "not crash and not services and not soak and not e2e" $(PYTEST_ARGS)
 
 .PHONY: test-crash
 test-crash: setup ## Set up and kill a real process at every durable step of a batch
 	@$(RUN) pytest -m crash $(PYTEST_ARGS)
+
+.PHONY: test-soak
+test-soak: setup ## Set up and run everything at once for minutes: ingest, compaction, recounts, backfills, mart builds
+	@$(RUN) pytest -m soak $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: setup ## ruff, mypy, sqlfluff, dbt parse, dagster definitions

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from spark_jobs.jobs.ingest import INGEST_LOCK, run_ingest
 DEFAULT_HOME = Path(".adtally-demo")
 MARKER = ".adtally-demo-home"
 BATCH_BYTES = 16 * 1024 * 1024
+TRAFFIC_START = datetime(2019, 12, 1, tzinfo=UTC)  # where the samples end, so that the hours of the demo have no gap
 
 ACCOUNTING = ("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced")
 MEASURES = ("impressions", "clicks", "spend_nanos")
@@ -96,7 +98,13 @@ def run_demo(home: Path | None, *, events: int, seed: int, console: Console) -> 
 def _land(settings: Settings, events: int, seed: int, progress: Progress) -> list[dict[str, Any]]:
     task = progress.add_task("1/3 land samples and traffic", total=events, note="")
     simulated = settings.home_path / "simulated"
-    truth = simulate(simulated, events, seed, progress=lambda done, total: progress.update(task, completed=done, total=total))
+    truth = simulate(
+        simulated,
+        events,
+        seed,
+        start=TRAFFIC_START,
+        progress=lambda done, total: progress.update(task, completed=done, total=total),
+    )
     # names of their own: a file that lands under a name already taken would replace the other
     for source in sorted(path for path in simulated.rglob("*") if path.is_file() and path.name != "truth.json"):
         target = settings.landing_path / source.relative_to(simulated).with_name(f"simulated-{source.name}")
@@ -147,10 +155,12 @@ def difference(expected: Cells, got: Cells, names: Iterable[str]) -> dict[str, t
 
 def _print_differences(settings: Settings, truths: list[dict[str, Any]], console: Console) -> bool:
     found = {
-        **difference(_truth_cells(truths, "accounting", ("region", "event_hour"), ACCOUNTING), _accounting(settings), ACCOUNTING),
         **difference(
-            _truth_cells(truths, "campaign_hours", ("campaign_id", "region", "event_hour", "currency"), MEASURES),
-            _campaign_hours(settings),
+            truth_cells(truths, "accounting", ("region", "event_hour"), ACCOUNTING), accounting_cells(settings), ACCOUNTING
+        ),
+        **difference(
+            truth_cells(truths, "campaign_hours", ("campaign_id", "region", "event_hour", "currency"), MEASURES),
+            campaign_hour_cells(settings),
             MEASURES,
         ),
     }
@@ -164,7 +174,8 @@ def _print_differences(settings: Settings, truths: list[dict[str, Any]], console
     return not any(cells for *_, cells in found.values())
 
 
-def _truth_cells(truths: list[dict[str, Any]], part: str, key: tuple[str, ...], names: tuple[str, ...]) -> Cells:
+def truth_cells(truths: list[dict[str, Any]], part: str, key: tuple[str, ...], names: tuple[str, ...]) -> Cells:
+    """A part of truth.json, several truths added up: per key the named measures."""
     cells: Cells = {}
     for truth in truths:
         for row in truth[part]:
@@ -176,13 +187,15 @@ def _cells(rows: Iterable[tuple[Any, ...]], width: int, names: tuple[str, ...]) 
     return {row[:width]: Counter(dict(zip(names, map(int, row[width:]), strict=True))) for row in rows}
 
 
-def _accounting(settings: Settings) -> Cells:
+def accounting_cells(settings: Settings) -> Cells:
+    """ACCOUNTING by region and hour, as the published marts have it."""
     sums = ", ".join(f"sum({name})" for name in ACCOUNTING)
     sql = f"select region, strftime(event_hour, '%Y-%m-%dT%H:%M:%SZ'), {sums} from fct_event_accounting group by all"
     return _cells(query_marts(settings, sql)[1], 2, ACCOUNTING)
 
 
-def _campaign_hours(settings: Settings) -> Cells:
+def campaign_hour_cells(settings: Settings) -> Cells:
+    """MEASURES by campaign, region, hour and currency, as the published marts have them."""
     sql = (
         "select campaign_id, region, strftime(date_trunc('hour', event_minute), '%Y-%m-%dT%H:%M:%SZ'), currency, "
         f"{', '.join(f'sum({name})' for name in MEASURES)} from fct_campaign_minute group by all"
