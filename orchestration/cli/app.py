@@ -237,6 +237,33 @@ def _fields(report: Any) -> dict[str, Any]:
     return dataclasses.asdict(report)
 
 
+@app.command(
+    epilog=examples(
+        "adtally up                                    the UI on http://127.0.0.1:3000, until Ctrl-C",
+        "adtally up --port 0                           on a free port",
+        "adtally up --no-ingest                        Dagster alone, which then ingests on a schedule",
+    )
+)
+def up(
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Port of the UI; 0 takes a free one. Default: ADTALLY_WEBSERVER_PORT or 3000."),
+    ] = None,
+    trigger: Annotated[str, typer.Option(help="Time between two batches of the ingest, as 500ms, 5s, 2m.")] = "5s",
+    no_ingest: Annotated[bool, typer.Option("--no-ingest", help="Leave the continuous ingest out.")] = False,
+) -> None:
+    """Start Dagster (webserver, daemon, code server) and the continuous ingest on this machine, and keep them running.
+
+    All of it listens on the loopback address only. What ends is started again, later each time. Ctrl-C or SIGTERM ends all of it
+    in order, the ingest after its batch; a second Ctrl-C at once. The logs lie in ADTALLY_HOME/logs.
+    """
+    from orchestration.cli.up import run_up
+
+    every = seconds(trigger, "--trigger")
+    settings = _settings()
+    run_up(settings, port=settings.webserver_port if port is None else port, trigger_seconds=every, ingest=not no_ingest)
+
+
 @marts_app.command("build", epilog=examples("adtally marts build", "adtally marts build --json"))
 def marts_build(as_json: Json = False) -> None:
     """Build the marts from pinned Delta versions beside the published ones, test them, and swap them in.

@@ -1,0 +1,35 @@
+"""What ``adtally up`` prints: a line a change of state, and where to look once it answers."""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import datetime
+
+from orchestration.cli.output import console
+from spark_jobs.config import Settings
+
+
+def run_up(settings: Settings, *, port: int, trigger_seconds: float, ingest: bool) -> None:
+    """Run ``adtally up`` and print."""
+    from orchestration.up.up import logs_path, up
+
+    out = console()
+
+    def say(line: str) -> None:
+        with contextlib.suppress(OSError):  # whoever read the lines has gone; what runs goes on
+            out.print(line, markup=False, soft_wrap=True)
+            out.file.flush()
+
+    def tell(name: str, text: str) -> None:
+        say(f"{datetime.now():%H:%M:%S}  {name:<11}  {text}")
+
+    def ready(address: str) -> None:
+        say(f"UI         {address}")
+        say(f"GraphQL    {address}/graphql")
+        say(f"data docs  {settings.quality_path / 'index.html'}")
+        say(f"logs       {logs_path(settings)}")
+        say("Ctrl-C ends all of it.")
+
+    say(f"adtally up on {settings.home_path}")
+    up(settings, port=port, trigger_seconds=trigger_seconds, ingest=ingest, tell=tell, ready=ready)
+    say("all ended")

@@ -1,0 +1,83 @@
+"""Asks the Dagster webserver by its GraphQL, without importing Dagster."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, Request, build_opener
+
+_DIRECT = build_opener(ProxyHandler({}))  # a proxy of the environment is not asked for what is on this machine
+
+_LOCATIONS = """
+{ workspaceOrError { __typename
+    ... on PythonError { message }
+    ... on Workspace { locationEntries { name loadStatus
+        locationOrLoadError { __typename ... on PythonError { message } } } } } }
+"""
+_IN_PROGRESS = """
+{ runsOrError(filter: {statuses: [STARTING, STARTED, CANCELING]}, limit: 100) { __typename
+    ... on PythonError { message }
+    ... on Runs { results { runId jobName status tags { key value } } } } }
+"""
+_TERMINATE = """
+mutation End($ids: [String!]!) { terminateRuns(runIds: $ids, terminatePolicy: SAFE_TERMINATE) { __typename
+    ... on PythonError { message } } }
+"""
+LAUNCHER_TAG = ".dagster/grpc_info"
+"""Tag of a run that names the code server whose process it is."""
+
+
+class WebserverError(Exception):
+    """The webserver does not answer, or says that something is wrong."""
+
+
+class Webserver:
+    """The webserver at an address such as http://127.0.0.1:3000."""
+
+    def __init__(self, address: str, *, timeout: float = 15.0) -> None:
+        self.address = address
+        self._timeout = timeout
+
+    def ask(self, query: str, **variables: Any) -> dict[str, Any]:
+        """The data of a query. Raises WebserverError."""
+        body = json.dumps({"query": query, "variables": variables}).encode()
+        request = Request(f"{self.address}/graphql", body, {"Content-Type": "application/json"})
+        try:
+            with _DIRECT.open(request, timeout=self._timeout) as response:
+                answer = json.load(response)
+        except HTTPError as error:
+            raise WebserverError(f"status {error.code}: {error.read(300).decode('utf-8', 'replace')}") from None
+        except (OSError, ValueError) as error:
+            raise WebserverError(str(error)) from None
+        if answer.get("errors"):
+            raise WebserverError(str(answer["errors"][0].get("message")))
+        data: dict[str, Any] = answer["data"]
+        for value in data.values():
+            if isinstance(value, dict) and value.get("__typename") == "PythonError":
+                raise WebserverError(str(value["message"]))
+        return data
+
+    def load_error(self) -> str | None:
+        """What keeps the definitions from being loaded; None when they are. Raises WebserverError while they are loading."""
+        entries = self.ask(_LOCATIONS)["workspaceOrError"]["locationEntries"]
+        if not entries or any(entry["loadStatus"] == "LOADING" for entry in entries):
+            raise WebserverError("the definitions are loading")
+        for entry in entries:
+            found = entry["locationOrLoadError"]
+            if found is None or found["__typename"] == "PythonError":
+                return str(found["message"]) if found else "no code location"
+        return None
+
+    def runs_of(self, socket: str) -> list[str]:
+        """Ids of the runs in progress that are processes of the code server at this socket."""
+        runs = self.ask(_IN_PROGRESS)["runsOrError"]["results"]
+        return [
+            run["runId"]
+            for run in runs
+            if any(tag["key"] == LAUNCHER_TAG and json.loads(tag["value"]).get("socket") == socket for tag in run["tags"])
+        ]
+
+    def terminate(self, run_ids: list[str]) -> None:
+        """Ask runs to end: each is interrupted, cleans up and counts as cancelled."""
+        self.ask(_TERMINATE, ids=run_ids)

@@ -1,0 +1,40 @@
+"""The Dagster instance of an installation: its storage and configuration under ADTALLY_HOME/dagster."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spark_jobs.config import Settings
+
+if TYPE_CHECKING:
+    from dagster import DagsterInstance
+
+CONFIG_NAME = "dagster.yaml"
+
+
+def write_instance_config(settings: Settings) -> Path:
+    """Write ADTALLY_HOME/dagster/dagster.yaml unless it is there, by whoever made it; its path.
+
+    Its storage (SQLite) and compute logs lie beside it without being named, so that a home can be moved.
+    """
+    folder = settings.dagster_path
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / CONFIG_NAME
+    if not path.exists():
+        made = folder / f".{CONFIG_NAME}.{os.getpid()}"
+        made.write_bytes((files("orchestration.up") / CONFIG_NAME).read_bytes())
+        with contextlib.suppress(FileExistsError):  # another process was quicker
+            os.link(made, path)
+        made.unlink()
+    return path
+
+
+def home_instance(settings: Settings) -> DagsterInstance:
+    """The instance of this home, made if it is not there. To be used as a context, or disposed of."""
+    from dagster import DagsterInstance
+
+    return DagsterInstance.from_config(str(write_instance_config(settings).parent))

@@ -1,0 +1,102 @@
+"""The processes of ``adtally up``: what is started, with which environment, and where the code server listens."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import stat
+import sys
+import tempfile
+from pathlib import Path
+
+from orchestration.up.supervisor import Service
+from spark_jobs.config import Settings
+from spark_jobs.errors import MachineError, UsageError
+
+HOST = "127.0.0.1"
+CODE, WEB, DAEMON, INGEST = "code-server", "webserver", "daemon", "ingest"
+LOCATION = "adtally"
+MODULE = "orchestration.definitions"
+
+_NO_TELEMETRY = {
+    "DAGSTER_DISABLE_TELEMETRY": "yes",
+    "DO_NOT_TRACK": "1",
+    "GX_ANALYTICS_ENABLED": "False",
+    "DBT_SEND_ANONYMOUS_USAGE_STATS": "False",
+}
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """That of all processes: this one's, with the homes named whole."""
+    return {
+        **os.environ,
+        **_NO_TELEMETRY,
+        "ADTALLY_HOME": str(settings.home_path),
+        "DAGSTER_HOME": str(settings.dagster_path),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def services(settings: Settings, *, port: int, socket_path: Path, trigger_seconds: float, ingest: bool) -> dict[str, Service]:
+    """By name, what is to run. One code server loads the definitions; the webserver and the daemon ask it."""
+    python = sys.executable
+    workspace = ("-w", str(write_workspace(settings, socket_path)))
+    code = (
+        *(python, "-m", "dagster", "code-server", "start", "--module-name", MODULE, "--socket", str(socket_path)),
+        *("--location-name", LOCATION, "--use-python-environment-entry-point", "--log-level", "info"),
+    )
+    web = (python, "-m", "dagster_webserver", "--host", HOST, "--port", str(port), *workspace)
+    daemon = (python, "-m", "dagster._daemon", "run", *workspace)
+    taking_in = (python, "-m", "orchestration.cli", "ingest", "--continuous", "--trigger", f"{trigger_seconds:g}")
+    found = [
+        Service(CODE, code, stop_seconds=20, asks_all=True),
+        Service(WEB, web, stop_seconds=10),
+        Service(DAEMON, daemon, stop_seconds=20),
+        *([Service(INGEST, taking_in, stop_seconds=180)] if ingest else []),  # it ends after the current batch
+    ]
+    return {service.name: service for service in found}
+
+
+def write_workspace(settings: Settings, socket_path: Path) -> Path:
+    """The workspace file of the webserver and the daemon: one code server, at the socket."""
+    path = settings.dagster_path / "workspace.yaml"
+    made = path.with_name(f".{path.name}.{os.getpid()}")
+    made.write_text(f"load_from:\n  - grpc_server:\n      socket: {socket_path}\n      location_name: {LOCATION}\n", "utf-8")
+    made.replace(path)
+    return path
+
+
+def socket_path(settings: Settings) -> Path:
+    """Where the code server of this home listens: a socket that only this user can reach.
+
+    A path below the home may be longer than the 100 bytes that a socket's name may have. Raises MachineError where the folder
+    for temporary files has one of this name that is not this user's alone.
+    """
+    name = hashlib.sha256(str(settings.home_path).encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / f"adtally-{os.getuid()}-{name}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise MachineError(f"{folder} is not a folder of this user alone", hint="remove it")
+    return folder / "code.sock"
+
+
+def listens(path: Path) -> bool:
+    """Whether a process listens at the socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+def free_port(port: int) -> int:
+    """The port itself if it can be had on the loopback address, a free one for 0. Raises UsageError where it is taken."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+            probe.listen(1)
+        except OSError as error:
+            raise UsageError(
+                f"port {port} of {HOST} cannot be had: {error.strerror}", hint="name another with --port; 0 takes a free one"
+            ) from None
+        return int(probe.getsockname()[1])

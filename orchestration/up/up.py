@@ -1,0 +1,199 @@
+"""The way of ``adtally up``: check the machine, start everything in turn, keep it running, end it in the right order."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from filelock import FileLock, Timeout
+
+from orchestration.up.graphql import Webserver, WebserverError
+from orchestration.up.instance import write_instance_config
+from orchestration.up.services import CODE, DAEMON, HOST, INGEST, WEB, environment, free_port, listens, services, socket_path
+from orchestration.up.supervisor import NotReadyError, Supervisor, Tell, last_error
+from spark_jobs.config import Settings
+from spark_jobs.errors import BusyError
+from spark_jobs.jars import ensure_jars
+from spark_jobs.java import require_java
+
+UP_LOCK = ".up.lock"  # in ADTALLY_HOME, held by `adtally up`
+START_SECONDS = 180.0
+RUNS_END_SECONDS = 30.0
+
+_TURN_SECONDS = 0.2
+
+
+class Stop:
+    """SIGINT, SIGTERM or SIGHUP: end all of it. A second one: at once."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self._times = 0
+
+    def hurry(self) -> bool:
+        """Whether whoever asked will not wait."""
+        return self._times > 1
+
+    @contextmanager
+    def listening(self) -> Iterator[Stop]:
+        """Take the signals while in the context."""
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else nohup: it is to outlive its terminal
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._note) for number in numbers}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self._times += 1
+        self.asked.set()
+
+
+@contextmanager
+def up_lock(settings: Settings) -> Iterator[None]:
+    """Only one ``adtally up`` runs on a home. Raises BusyError."""
+    settings.home_path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(settings.home_path / UP_LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BusyError(f"adtally up runs on {settings.home_path} already", hint="stop it, or name another --home") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def up(settings: Settings, *, port: int, trigger_seconds: float, ingest: bool, tell: Tell, ready: Callable[[str], None]) -> None:
+    """Run Dagster and the continuous ingest until a signal asks for the end; leaves no process.
+
+    ``tell`` is told each change of state, ``ready`` the address of the UI once it answers. Raises UsageError for what the machine
+    lacks, BusyError where another ``adtally up`` runs on the home, NotReadyError where Dagster does not come up: nothing is left
+    running then.
+    """
+    with up_lock(settings):
+        port = free_port(port)
+        if ingest:
+            require_java()
+            ensure_jars(settings, progress=lambda line: tell(INGEST, line))
+        write_instance_config(settings)
+        with Stop().listening() as stop:
+            _Up(settings, port, trigger_seconds, ingest, tell, stop).run(ready)
+
+
+class _Up:
+    def __init__(self, settings: Settings, port: int, trigger_seconds: float, ingest: bool, tell: Tell, stop: Stop) -> None:
+        self._tell, self._stop = tell, stop
+        self._socket = socket_path(settings)
+        self._services = services(settings, port=port, socket_path=self._socket, trigger_seconds=trigger_seconds, ingest=ingest)
+        self._environment = environment(settings)
+        self._supervisor = Supervisor(settings.home_path / "logs", self._environment, tell)
+        self._webserver = Webserver(f"http://{HOST}:{port}")
+        self._has_history = (settings.dagster_path / "history").exists()
+
+    def run(self, ready: Callable[[str], None]) -> None:
+        try:
+            if self._start():
+                ready(self._webserver.address)
+                while not self._stop.asked.wait(_TURN_SECONDS):
+                    self._supervisor.check()
+        finally:
+            self._end()
+
+    def _start(self) -> bool:
+        """Start all in turn; whether it was not asked to stop meanwhile."""
+        for name in (INGEST, CODE):  # the ingest takes its lock first, so that no scheduled ingest gets in between
+            if name in self._services:
+                self._supervisor.start(self._services[name])
+        if self._has_history:
+            self._settle_lost_runs()
+        if not self._wait(CODE, lambda: listens(self._socket)):
+            return False
+        self._tell(CODE, "ready")
+        for name in (WEB, DAEMON):
+            self._supervisor.start(self._services[name])
+        if not self._wait(WEB, self._answers):
+            return False
+        self._tell(WEB, "ready")
+        error = self._webserver.load_error()
+        if error:
+            self._tell(CODE, f"the definitions cannot be loaded: {' '.join(error.split())[:300]}")
+        return True
+
+    def _wait(self, name: str, ready: Callable[[], bool]) -> bool:
+        """Wait until a process is ready; False where it is to stop. Raises NotReadyError."""
+        deadline = time.monotonic() + START_SECONDS
+        while not self._stop.asked.wait(_TURN_SECONDS):
+            if ready():
+                return True
+            self._supervisor.check()
+            if self._supervisor.gave_up(name) or time.monotonic() > deadline:
+                log = self._supervisor.log(name)
+                raise NotReadyError(f"the {name} did not become ready: {last_error(log) or 'no error'}", hint=f"its log is {log}")
+        return False
+
+    def _answers(self) -> bool:
+        try:
+            self._webserver.load_error()
+        except WebserverError:
+            return False
+        return True
+
+    def _settle_lost_runs(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "orchestration.up.lost_runs", str(self._socket)],
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            start_new_session=True,
+        )
+        if done.returncode != 0:
+            self._tell(DAEMON, f"runs of before could not be settled: {done.stderr.strip().splitlines()[-1:]}")
+        for run_id in done.stdout.split():
+            self._tell(DAEMON, f"run {run_id} was lost when adtally up was killed; it counts as failed")
+
+    def _end(self) -> None:
+        """End all of it: first what starts work, then the work, then what shows it. The ingest ends its batch meanwhile."""
+        hurry = self._stop.hurry
+        self._supervisor.ask_to_end(INGEST)
+        self._supervisor.ask_to_end(DAEMON)
+        self._supervisor.wait_ended(DAEMON, hurry)
+        self._end_runs()
+        for name in (WEB, CODE):
+            self._supervisor.ask_to_end(name)
+        for name in (WEB, CODE, INGEST):
+            self._supervisor.wait_ended(name, hurry)
+
+    def _end_runs(self) -> None:
+        """Ask the runs in progress to end and wait for it, so that they count as cancelled and not as lost."""
+        deadline = time.monotonic() + RUNS_END_SECONDS
+        asked: set[str] = set()
+        try:
+            while self._supervisor.runs(WEB) and self._supervisor.runs(CODE) and not self._stop.hurry():
+                running = self._webserver.runs_of(str(self._socket))
+                if not running or time.monotonic() > deadline:
+                    break
+                if fresh := [run for run in running if run not in asked]:
+                    self._tell(DAEMON, f"cancelling {len(fresh)} run{'' if len(fresh) == 1 else 's'} in progress")
+                    self._webserver.terminate(fresh)
+                    asked.update(fresh)
+                time.sleep(_TURN_SECONDS)
+        except WebserverError as error:
+            self._tell(DAEMON, f"runs in progress could not be cancelled: {error}")
+
+
+def logs_path(settings: Settings) -> Path:
+    """Folder of the logs of all processes."""
+    return settings.home_path / "logs"
