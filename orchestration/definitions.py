@@ -4,14 +4,62 @@ from __future__ import annotations
 
 import dagster as dg
 
-from orchestration.assets.lakehouse import LANDING, ingest
-from orchestration.assets.marts import marts
+from orchestration import schedules
+from orchestration.assets.hours import backfilled_hours, compacted_events, reconciled_hours
+from orchestration.assets.lakehouse import landing_files, landing_ingest, table_specs
+from orchestration.assets.marts import marts_asset
+from orchestration.assets.quality import expectation_checks
+from orchestration.assets.storage import compacted_tables, vacuumed_tables
+from orchestration.marts.manifest import load_manifest
+from orchestration.partitions import hourly_partitions
+from orchestration.sensors.closed_hours import closed_hours_sensor
+from orchestration.sensors.stream_progress import stream_progress_sensor
+from spark_jobs.config import Settings, load_settings
 
-defs = dg.Definitions(
-    assets=[LANDING, ingest, marts],
-    jobs=[
-        dg.define_asset_job(
-            "ingest_and_build", dg.AssetSelection.assets(*ingest.keys, *marts.keys), description="Ingest, then the marts."
-        ),
-    ],
-)
+
+def build_definitions(settings: Settings) -> dg.Definitions:
+    """The definitions of one home: its first partition depends on what it holds."""
+    hours = hourly_partitions(settings)
+    manifest = load_manifest(settings)
+    marts = marts_asset(manifest)
+    closed_hours = schedules.closed_hours_job(hours, manifest)
+    reconciliation = schedules.reconciliation_job(hours)
+    near_real_time = schedules.marts_job("near_real_time", manifest)
+    hourly = schedules.marts_job("hourly", manifest)
+    return dg.Definitions(
+        assets=[
+            landing_files(),
+            landing_ingest,
+            *table_specs(hours),
+            compacted_events(hours),
+            compacted_tables,
+            reconciled_hours(hours),
+            backfilled_hours(hours),
+            vacuumed_tables,
+            marts,
+        ],
+        asset_checks=expectation_checks(hours),
+        jobs=[
+            schedules.ingest_job,
+            closed_hours,
+            reconciliation,
+            near_real_time,
+            hourly,
+            schedules.compaction_job,
+            schedules.vacuum_job,
+        ],
+        schedules=[
+            schedules.ingest_schedule,
+            schedules.marts_schedule("near_real_time", "*/5 * * * *", near_real_time),
+            schedules.marts_schedule("hourly", "20 * * * *", hourly),
+            schedules.compaction_schedule,
+            schedules.vacuum_schedule,
+            schedules.reconciliation_schedule(hours, reconciliation),
+        ],
+        sensors=[stream_progress_sensor(hours), closed_hours_sensor(hours, closed_hours)],
+        # A step needs no process of its own: each run has one, and a second would load these definitions again.
+        executor=dg.in_process_executor,
+    )
+
+
+defs = build_definitions(load_settings())

@@ -1,29 +1,125 @@
-"""The Delta tables, as one ingest run materialises them."""
+"""The landing folder, the ingest, and the Delta tables that it writes.
+
+The tables are written by a stream, which runs whether Dagster does or not. So they have no computation of their own here: the
+sensor `stream_progress` reports what was committed, per event hour.
+"""
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 
 import dagster as dg
 
+from orchestration.assets.outcome import failing_clearly
 from spark_jobs.config import load_settings
-from spark_jobs.delta_log import DeltaLog
-from spark_jobs.jobs.ingest import run_ingest
-from spark_jobs.tables import TABLES
-
-LANDING = dg.AssetSpec("landing_files", group_name="landing", description="JSON lines and CSV files, as collectors rename them in.")
-NAMES = {"ad_events": "events"} | {name: name for name in TABLES if name != "events"}
-
-
-@dg.multi_asset(
-    name="ingest",
-    group_name="lakehouse",
-    specs=[dg.AssetSpec(asset, deps=[LANDING], description=TABLES[table].grain) for asset, table in NAMES.items()],
-    pool="spark",
+from spark_jobs.errors import BusyError
+from spark_jobs.tables import (
+    BATCH_LEDGER,
+    CAMPAIGNS,
+    EVENTS,
+    MINUTE_METRICS,
+    ORDERS,
+    REJECTED_EVENTS,
+    REJECTED_ORDERS,
+    Table,
 )
-def ingest(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
+
+OWNERS = ("team:ads-data",)
+LANDING_FILES = "landing_files"
+LANDING_INGEST = "landing_ingest"
+
+
+@dataclass(frozen=True)
+class TableAsset:
+    """A Delta table as Dagster shows it. ``is_hourly``: it has a partition an event hour."""
+
+    key: str
+    table: Table
+    runbook: str
+    is_hourly: bool = True
+
+
+TABLE_ASSETS = (
+    TableAsset("ad_events", EVENTS, "stream-lag"),
+    TableAsset("rejected_events", REJECTED_EVENTS, "rejected-share"),
+    TableAsset("minute_metrics", MINUTE_METRICS, "conservation-broken"),
+    TableAsset("batch_ledger", BATCH_LEDGER, "conservation-broken"),
+    TableAsset("orders", ORDERS, "stream-lag"),
+    TableAsset("rejected_orders", REJECTED_ORDERS, "rejected-share"),
+    TableAsset("campaigns", CAMPAIGNS, "ingest-does-not-start", is_hourly=False),
+)
+
+
+def runbook(name: str) -> str:
+    """The line of a description that says where to look when something is wrong."""
+    return f"Runbook: `docs/runbooks/{name}.md`"
+
+
+def landing_files() -> dg.AssetSpec:
+    """What collectors bring."""
+    return dg.AssetSpec(
+        LANDING_FILES,
+        group_name="landing",
+        kinds={"json", "file"},
+        owners=OWNERS,
+        description="JSON lines and CSV files, as collectors rename them into the landing folder.\n\n" + runbook("unreadable-file"),
+    )
+
+
+@dg.asset(
+    name=LANDING_INGEST,
+    group_name="landing",
+    kinds={"spark"},
+    owners=OWNERS,
+    deps=[LANDING_FILES],
+    pool="spark",
+    output_required=False,
+    description="One run of the ingest: all that is in the landing folder. It does nothing where a continuous ingest "
+    "(`adtally up`, `adtally ingest --continuous`) does the work already.\n\n" + runbook("ingest-does-not-start"),
+)
+def landing_ingest(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
     """Ingest all that is in the landing folder."""
-    settings = load_settings()
-    report = run_ingest(settings, progress=lambda batch: context.log.info("%s", asdict(batch)))
-    for asset, table in NAMES.items():
-        version = DeltaLog(settings.table_uri(table)).latest_version()
-        yield dg.MaterializeResult(asset_key=asset, metadata={"delta_version": version, **asdict(report)})
+    from spark_jobs.jobs.ingest import run_ingest  # Spark: not needed to load the definitions
+
+    with failing_clearly():
+        try:
+            report = run_ingest(load_settings(), progress=lambda batch: context.log.info("%s", asdict(batch)))
+        except BusyError as busy:
+            context.log.info("nothing done: %s", busy)
+            return
+        yield dg.MaterializeResult(metadata=asdict(report))
+
+
+def table_specs(hours: dg.HourlyPartitionsDefinition) -> list[dg.AssetSpec]:
+    """A spec a table of TABLE_ASSETS, with its columns."""
+    fresh = dg.FreshnessPolicy.time_window(fail_window=timedelta(days=1), warn_window=timedelta(hours=2))
+    return [
+        dg.AssetSpec(
+            asset.key,
+            deps=[LANDING_INGEST],
+            group_name="lakehouse",
+            kinds={"deltalake", "spark"},
+            owners=OWNERS,
+            description=f"Table `{asset.table.name}`: {asset.table.grain}.\n\n{runbook(asset.runbook)}",
+            metadata={
+                "dagster/table_name": asset.table.name,
+                "dagster/column_schema": column_schema(asset.table),
+                "key": ", ".join(asset.table.key),
+                "partitioned by": ", ".join(asset.table.partition_by) or "nothing",
+            },
+            partitions_def=hours if asset.is_hourly else None,
+            freshness_policy=fresh if asset.is_hourly else None,
+        )
+        for asset in TABLE_ASSETS
+    ]
+
+
+def column_schema(table: Table) -> dg.TableSchema:
+    """The columns of the registry as Dagster shows them."""
+    pairs = (column.split() for column in table.columns.split(","))
+    return dg.TableSchema(
+        columns=[
+            dg.TableColumn(name, kind.lower(), constraints=dg.TableColumnConstraints(unique=(name,) == table.key))
+            for name, kind in pairs
+        ]
+    )

@@ -1,69 +1,141 @@
-"""The marts, as assets with the lineage that dbt declares, built beside and published in one rename."""
+"""The marts, with what dbt says of them: lineage down to the Delta tables, columns, groups, and their tests as checks."""
 
-import json
-import tempfile
-from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
 from typing import Any
 
 import dagster as dg
+from dagster_dbt import DagsterDbtTranslator, DbtProject, dbt_assets
 
-from orchestration.assets.lakehouse import NAMES
-from orchestration.marts import build_marts
-from orchestration.marts.dbt_runner import project_dir
+from orchestration.assets.lakehouse import OWNERS, TABLE_ASSETS, runbook
+from orchestration.assets.outcome import failing_clearly
+from orchestration.marts.build import GROUPS, MartBuild, build_marts
+from orchestration.marts.dbt_runner import DbtNode
+from orchestration.marts.failures import MartsError, Rows
+from orchestration.marts.manifest import Manifest, attach_tests, is_mart
 from spark_jobs.config import load_settings
 
-_ASSET_OF_TABLE = {table: asset for asset, table in NAMES.items()}
+_ASSET_OF_TABLE = {asset.table.name: asset.key for asset in TABLE_ASSETS} | {"reconciliations": "reconciled_hours"}
+_FRESH = {
+    "near_real_time": dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=2), warn_window=timedelta(hours=1)),
+    "hourly": dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=12), warn_window=timedelta(hours=6)),
+}
 
 
-@cache
-def manifest() -> dict[str, Any]:
-    """Dbt's manifest of the project, parsed once a process."""
-    from dbt.cli.main import dbtRunner
+class MartsTranslator(DagsterDbtTranslator):
+    """dbt's models as assets: sources are the table assets, the folders are the groups."""
 
-    with tempfile.TemporaryDirectory(prefix="adtally-dbt-") as work:
-        folder = str(project_dir())
-        arguments = ["--quiet", "parse", "--project-dir", folder, "--profiles-dir", folder]
-        done = dbtRunner().invoke([*arguments, "--target-path", work, "--log-path", work])
-        if not done.success:
-            raise RuntimeError(f"dbt cannot parse the project: {done.exception}")
-        parsed: dict[str, Any] = json.loads((Path(work) / "manifest.json").read_text("utf-8"))
-        return parsed
+    def get_asset_spec(self, manifest: Mapping[str, Any], unique_id: str, project: DbtProject | None) -> dg.AssetSpec:
+        """A model's spec; a mart's says how fresh it has to be."""
+        spec = super().get_asset_spec(manifest, unique_id, project)
+        props = self.get_resource_props(manifest, unique_id)
+        if not is_mart(dict(props)) or spec.freshness_policy is not None:
+            return spec
+        return spec.replace_attributes(freshness_policy=_FRESH[groups_of(props)[0]])
 
+    def get_asset_key(self, dbt_resource_props: Mapping[str, Any]) -> dg.AssetKey:
+        """The table asset of a source, a model's name."""
+        name = dbt_resource_props["name"]
+        return dg.AssetKey(_ASSET_OF_TABLE[name] if dbt_resource_props["resource_type"] == "source" else name)
 
-def _upstream(parsed: dict[str, Any], node: str) -> set[str]:
-    """Assets directly above a mart: other marts, and Delta tables, through whatever models lie between."""
-    found: set[str] = set()
-    for parent in parsed["parent_map"].get(node, []):
-        if parent.startswith("source."):
-            found.add(_ASSET_OF_TABLE[parsed["sources"][parent]["name"]])
-        elif parent.startswith("model."):
-            model = parsed["nodes"][parent]
-            found |= {model["name"]} if _is_mart(model) else _upstream(parsed, parent)
-    return found
+    def get_group_name(self, dbt_resource_props: Mapping[str, Any]) -> str | None:
+        """Marts, or what they are made from."""
+        return "marts" if is_mart(dict(dbt_resource_props)) else "marts_staging"
 
+    def get_owners(self, dbt_resource_props: Mapping[str, Any]) -> list[str]:
+        """The owners of everything here."""
+        return list(OWNERS)
 
-def _is_mart(node: dict[str, Any]) -> bool:
-    return bool(node["resource_type"] == "model" and "marts" in node["fqn"])
-
-
-def mart_specs() -> list[dg.AssetSpec]:
-    """A spec a mart, with dbt's description and its lineage down to the Delta tables."""
-    parsed = manifest()
-    return [
-        dg.AssetSpec(
-            node["name"], deps=sorted(_upstream(parsed, unique_id)), description=node["description"], kinds={"dbt", "duckdb"}
-        )
-        for unique_id, node in sorted(parsed["nodes"].items())
-        if _is_mart(node)
-    ]
+    def get_description(self, dbt_resource_props: Mapping[str, Any]) -> str:
+        """What dbt's documentation says, without the SQL."""
+        text = str(dbt_resource_props.get("description") or "").strip()
+        return f"{text}\n\n{runbook('freshness')}" if is_mart(dict(dbt_resource_props)) else text
 
 
-@dg.multi_asset(name="marts", group_name="marts", specs=mart_specs(), pool="marts")
-def marts(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
-    """Build every mart from pinned Delta versions, test them, and publish them together."""
-    built = build_marts(load_settings(), progress=context.log.info)
-    for key in context.selected_asset_keys:
-        metadata = {"build_id": built.build_id, "rows": built.rows.get(key.path[-1]), "seconds": built.seconds}
-        yield dg.MaterializeResult(asset_key=key, metadata={k: v for k, v in metadata.items() if v is not None})
+def groups_of(props: Mapping[str, Any]) -> list[str]:
+    """The groups of GROUPS that build a mart, in their order."""
+    return [group for group in GROUPS if group in props["tags"]]
+
+
+def marts_asset(manifest: Manifest) -> dg.AssetsDefinition:
+    """All models of the project as one computation, of which a run builds the groups that it was asked for."""
+    attached = attach_tests(manifest)
+    translator = MartsTranslator()
+
+    @dbt_assets(manifest=attached, dagster_dbt_translator=translator, name="marts", pool="marts")
+    def marts(context: dg.AssetExecutionContext) -> Iterator[Any]:
+        """Build the groups of marts that were asked for from pinned Delta versions, test them, and publish them together."""
+        group = asked_for(attached, (key.path[-1] for key in context.selected_asset_keys))
+        shown = _Shown(attached, translator, context)
+        with failing_clearly():
+            try:
+                built = build_marts(load_settings(), group, progress=context.log.info)
+            except MartsError as error:  # what is published stays: no mart is new, but its checks say why
+                yield from shown.checks(error.nodes, error.rows)
+                raise
+        yield from shown.models(built)
+        yield from shown.checks(built.nodes, {})
+
+    return marts
+
+
+def asked_for(manifest: Manifest, names: Iterable[str]) -> str | None:
+    """The one group that holds all the marts among ``names``; None where it takes more than one, or no mart is among them."""
+    marts = {node["name"]: set(groups_of(node)) for node in manifest["nodes"].values() if is_mart(node)}
+    asked = [marts[name] for name in names if name in marts]
+    common = set(GROUPS).intersection(*asked) if asked else set()
+    return common.pop() if len(common) == 1 else None
+
+
+class _Shown:
+    """What became of dbt's nodes, as Dagster's events."""
+
+    def __init__(self, manifest: Manifest, translator: MartsTranslator, context: dg.AssetExecutionContext) -> None:
+        self._manifest = manifest
+        self._selected = context.selected_asset_keys
+        self._selected_checks = context.selected_asset_check_keys
+        self._context = context
+        specs = context.assets_def.check_specs_by_output_name.values()
+        self._checks = {spec.metadata["dagster_dbt/unique_id"]: spec for spec in specs}
+        self._keys = {
+            unique_id: translator.get_asset_key(node)
+            for unique_id, node in manifest["nodes"].items()
+            if node["resource_type"] == "model"
+        }
+
+    def models(self, built: MartBuild) -> Iterator[dg.MaterializeResult[None]]:
+        """A materialisation a model that was built. One that was built along and not asked for is told as well."""
+        for node in built.nodes:
+            key = self._keys.get(node.unique_id)
+            if key is None:
+                continue
+            metadata: dict[str, Any] = {
+                "build_id": built.build_id,
+                "seconds": node.seconds,
+                "delta_versions": built.versions,
+                "published": dg.MetadataValue.path(str(built.path)),
+            }
+            rows = built.rows.get(key.path[-1])
+            if rows is not None:
+                metadata["dagster/row_count"] = rows
+            if key in self._selected:
+                yield dg.MaterializeResult(asset_key=key, metadata=metadata)
+            else:
+                self._context.log_event(dg.AssetMaterialization(key, metadata=metadata))
+
+    def checks(self, nodes: Iterable[DbtNode], rows: Rows) -> Iterator[dg.AssetCheckResult]:
+        """An evaluation a test that ran, with the rows that it found."""
+        for node in nodes:
+            spec = self._checks.get(node.unique_id)
+            if spec is None or spec.key not in self._selected_checks or node.status == "skipped":
+                continue
+            warns = self._manifest["nodes"][node.unique_id]["config"]["severity"].lower() == "warn"
+            found = rows.get(node.unique_id)
+            yield dg.AssetCheckResult(
+                asset_key=spec.asset_key,
+                check_name=spec.name,
+                passed=node.status == "pass",
+                severity=dg.AssetCheckSeverity.WARN if warns else dg.AssetCheckSeverity.ERROR,
+                description=node.label if node.failed else None,
+                metadata={"failing_rows": node.failures, "seconds": node.seconds, **({"first_rows": found} if found else {})},
+            )

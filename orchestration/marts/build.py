@@ -1,4 +1,8 @@
-"""Builds the marts beside the published ones and puts them in their place by one rename."""
+"""Builds the marts beside the published ones and puts them in their place by one rename.
+
+The marts are in groups by how often they are built. A build of one group starts from a copy of the published file, so that the
+marts of the others stay as they were, and `mart_build` says for each group what it was built from.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,87 +20,94 @@ import duckdb
 from filelock import FileLock, Timeout
 
 from orchestration.marts.dbt_runner import (
+    DbtError,
     DbtFolders,
+    DbtNode,
     git_revision,
     install_delta_extension,
     one_line,
     project_dir,
     run_dbt,
 )
+from orchestration.marts.failures import MartsError, failing_rows, keep_rows
 from orchestration.marts.pins import pin_versions
 from spark_jobs.config import Settings
-from spark_jobs.errors import AdtallyError, BusyError
+from spark_jobs.errors import AdtallyError, BusyError, UsageError
+
+GROUPS = ("near_real_time", "hourly")
+"""The groups of marts, as dbt's tags name them."""
 
 _LEFTOVERS = ".build-*"
 
 
 @dataclass(frozen=True)
 class MartBuild:
-    """A published build. ``versions``: Delta table -> version read; ``rows``: mart -> number of rows."""
+    """A published build of ``groups``. ``versions``: Delta table -> version read; ``rows``: mart of the file -> number of rows."""
 
     build_id: str
     built_at: datetime
     git_revision: str | None
+    groups: tuple[str, ...]
     versions: dict[str, int]
     rows: dict[str, int]
     nodes_passed: int
+    nodes: list[DbtNode]
     seconds: float
     path: Path
 
 
-def build_marts(settings: Settings, *, progress: Callable[[str], None] | None = None, now: datetime | None = None) -> MartBuild:
+def build_marts(
+    settings: Settings,
+    group: str | None = None,
+    *,
+    progress: Callable[[str], None] | None = None,
+    now: datetime | None = None,
+) -> MartBuild:
     """Builds, checks and publishes the marts; what was published stays untouched until then, and after a failure.
 
-    The versions of the Delta tables are pinned first (the ledger before the others). dbt then builds every model and
-    runs every unit test and data test in a new file, which takes the place of ``settings.marts_path`` by a rename:
-    whoever has the old file open goes on reading the old build.
+    The versions of the Delta tables are pinned first (the ledger before the others). dbt then builds the models and runs their
+    tests in a new file, which takes the place of ``settings.marts_path`` by a rename: whoever has the old file open goes on reading
+    the old build.
 
-    ``progress`` gets a line at each step. ``now`` (with a zone) is the build's time; it decides which row of a campaign
-    is the current one.
+    ``group``: build the marts of one of GROUPS only, with the tests that need no mart of another, in a copy of what is published.
+    Where nothing is, all of them are built, and the unit tests run as well. ``progress`` gets a line at each step. ``now`` (with a
+    zone) is the build's time; it decides which row of a campaign is the current one.
 
-    Raises BusyError when another build runs, AdtallyError when a table does not exist yet or a model or test fails
-    (its name is in the message, dbt's run_results.json is kept), UsageError when the lakehouse is not a local path.
+    Raises BusyError when another build runs, AdtallyError when a table does not exist yet, MartsError when a model or test fails
+    (its name is in the message, the rows that a test found are in it and in a file), UsageError when the lakehouse is not a local
+    path or there is no such group.
     """
+    if group is not None and group not in GROUPS:
+        raise UsageError(f"there is no group of marts {group!r}", hint=f"one of {', '.join(GROUPS)}")
     say = progress or (lambda line: None)
     began = time.monotonic()
     folder = settings.marts_path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".build.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise BusyError("another build of the marts runs", hint="wait until it is done") from None
-    try:
+    with _only_build(folder):
         _remove_leftovers(folder)
         built_at = (now or datetime.now(UTC)).astimezone(UTC)
         build_id = f"{built_at:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
+        groups = (group,) if group is not None and _has_all_groups(settings.marts_path) else GROUPS
         versions = pin_versions(settings)
         say("pinned " + ", ".join(f"{name} at version {version}" for name, version in versions.items()))
         install_delta_extension()
-        project = project_dir()
-        revision = git_revision(project)
+        revision = git_revision(project_dir())
+        variables = {
+            "lakehouse": settings.lakehouse_uri,
+            "delta_versions": versions,
+            "mart_groups": list(groups),
+            "build_id": build_id,
+            "built_at": f"{built_at:%Y-%m-%d %H:%M:%S.%f}",
+            "git_revision": revision or "",
+        }
         # A folder, so that the database is called `marts` while it is built as well, and its spill files stay inside.
         workplace = folder / f".build-{build_id}"
         workplace.mkdir()
         try:
             new = workplace / settings.marts_path.name
-            passed = run_dbt(
-                "build",
-                project=project,
-                folders=_dbt_folders(folder),
-                variables={
-                    "lakehouse": settings.lakehouse_uri,
-                    "delta_versions": versions,
-                    "build_id": build_id,
-                    "built_at": f"{built_at:%Y-%m-%d %H:%M:%S.%f}",
-                    "git_revision": revision or "",
-                },
-                environment={
-                    "ADTALLY_DBT_MARTS_PATH": str(new),
-                    "ADTALLY_DBT_WORK_PATH": str(workplace / "work.duckdb"),
-                },
-                progress=progress,
-            )
+            if groups != GROUPS:
+                shutil.copyfile(settings.marts_path, new)
+            nodes = _run_dbt(folder, new, groups, variables, progress)
             rows = _seal(new)
             _publish(new, settings.marts_path)
         finally:
@@ -106,14 +118,62 @@ def build_marts(settings: Settings, *, progress: Callable[[str], None] | None = 
             build_id=build_id,
             built_at=built_at,
             git_revision=revision,
+            groups=groups,
             versions=versions,
             rows=rows,
-            nodes_passed=passed,
+            nodes_passed=sum(node.passed for node in nodes),
+            nodes=nodes,
             seconds=seconds,
             path=settings.marts_path,
         )
+
+
+@contextmanager
+def _only_build(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / ".build.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BusyError("another build of the marts runs", hint="wait until it is done") from None
+    try:
+        yield
     finally:
         lock.release()
+
+
+def _has_all_groups(published: Path) -> bool:
+    """Whether the published file holds every group of marts, and says so. One that an older adtally built may not."""
+    if not published.is_file():
+        return False
+    try:
+        with duckdb.connect(str(published), read_only=True) as connection:
+            found = connection.execute("select distinct mart_group from main.mart_build").fetchall()
+    except duckdb.Error:
+        return False
+    return {group for (group,) in found} == set(GROUPS)
+
+
+def _run_dbt(
+    folder: Path, new: Path, groups: tuple[str, ...], variables: Mapping[str, object], progress: Callable[[str], None] | None
+) -> list[DbtNode]:
+    """Builds and tests ``groups`` in ``new``. Raises MartsError with the rows that failed tests found, while they are there."""
+    work = new.with_name("work.duckdb")
+    # A test of marts of which one is not built here would compare two builds. Unit tests judge the SQL, not the data.
+    partial = ["--select", *(f"+tag:{group}" for group in groups), "--indirect-selection", "cautious"]
+    selection = [] if groups == GROUPS else [*partial, "--exclude-resource-type", "unit_test"]
+    try:
+        return run_dbt(
+            "build",
+            project=project_dir(),
+            folders=_dbt_folders(folder),
+            variables=variables,
+            environment={"ADTALLY_DBT_MARTS_PATH": str(new), "ADTALLY_DBT_WORK_PATH": str(work)},
+            selection=selection,
+            progress=progress,
+        )
+    except DbtError as error:
+        rows = failing_rows(error.nodes, new, work)
+        raise MartsError(error, rows, keep_rows(rows, folder / "dbt" / "failed_rows.json")) from error
 
 
 def _dbt_folders(folder: Path) -> DbtFolders:

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,48 @@ def one_line(text: str, limit: int = 300) -> str:
 
 
 @dataclass(frozen=True)
+class DbtNode:
+    """What became of a model or a test. ``failures``: rows that a test found; ``compiled``: its SQL, empty when not known."""
+
+    unique_id: str
+    status: str
+    seconds: float
+    failures: int
+    message: str
+    compiled: str
+
+    @property
+    def passed(self) -> bool:
+        """Built, or tested without an error. A test that only warns has passed."""
+        return self.status in ("success", "pass", "warn")
+
+    @property
+    def failed(self) -> bool:
+        """Failed by itself; what was skipped because of it has not."""
+        return self.status in ("error", "fail", "runtime error")
+
+    @property
+    def label(self) -> str:
+        """Its kind, its name and why it failed."""
+        # test.adtally.<name>.<hash> · model.adtally.<name> · unit_test.adtally.<model>.<name>
+        kind, _, *rest = self.unique_id.split(".")
+        name = rest[-1] if kind == "unit_test" else rest[0]
+        if kind == "test" and self.status == "fail":
+            return f"test {name} ({self.failures} row{'' if self.failures == 1 else 's'})"
+        if kind == "unit_test" and self.status == "fail":
+            return f"unit test {name}"
+        return f"{kind.replace('_', ' ')} {name}: {one_line(self.message, 160)}"
+
+
+class DbtError(AdtallyError):
+    """A run of dbt failed. ``nodes`` are those that ran, with what became of each."""
+
+    def __init__(self, message: str, *, nodes: Sequence[DbtNode] = (), hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.nodes = list(nodes)
+
+
+@dataclass(frozen=True)
 class DbtFolders:
     """Where dbt writes: nothing goes into the project, which may be read-only and serves several homes."""
 
@@ -77,12 +119,13 @@ def run_dbt(
     folders: DbtFolders,
     variables: Mapping[str, object],
     environment: Mapping[str, str],
+    selection: Sequence[str] = (),
     progress: Callable[[str], None] | None = None,
-) -> int:
-    """Runs ``dbt <command>``; the number of nodes (models and tests) that passed.
+) -> list[DbtNode]:
+    """Runs ``dbt <command>`` with ``selection`` as its further arguments; the nodes (models and tests) that ran.
 
     ``progress`` gets dbt's lines as they come. Warnings of tests do not fail a run, errors and failures do.
-    Raises AdtallyError with the names of what failed. The process is ended when the caller is interrupted.
+    Raises DbtError with the names of what failed. The process is ended when the caller is interrupted.
     """
     results = folders.target / "run_results.json"
     results.unlink(missing_ok=True)
@@ -90,7 +133,7 @@ def run_dbt(
         raise MachineError("dbt is not installed", hint="reinstall adtally")
     arguments = [
         *(sys.executable, "-c", _DBT, "--no-partial-parse", "--no-use-colors", "--log-format", "json"),
-        *(command, "--project-dir", str(project), "--profiles-dir", str(project)),
+        *(command, *selection, "--project-dir", str(project), "--profiles-dir", str(project)),
         *("--target-path", str(folders.target), "--log-path", str(folders.logs)),
         *("--vars", json.dumps(variables)),
     ]
@@ -130,15 +173,16 @@ def run_dbt(
     finally:
         if process.stdout is not None:
             process.stdout.close()
-    passed, failures = _read_results(results)
+    nodes = _read_results(results)
+    failures = [node.label for node in nodes if node.failed]
     if failures:
         shown = ", ".join(failures[:_NAMES_SHOWN])
         more = f" and {len(failures) - _NAMES_SHOWN} more" if len(failures) > _NAMES_SHOWN else ""
-        raise AdtallyError(f"dbt {command} failed: {shown}{more}", hint=f"details in {results}")
+        raise DbtError(f"dbt {command} failed: {shown}{more}", nodes=nodes, hint=f"details in {results}")
     if status != 0:
         reason = one_line(" ".join(last_errors)) or f"dbt ended with status {status}"
-        raise AdtallyError(f"dbt {command} failed: {reason}", hint=f"log in {folders.logs}")
-    return passed
+        raise DbtError(f"dbt {command} failed: {reason}", nodes=nodes, hint=f"log in {folders.logs}")
+    return nodes
 
 
 def _log_line(line: str) -> tuple[str, str]:
@@ -150,25 +194,20 @@ def _log_line(line: str) -> tuple[str, str]:
         return "raw", one_line(line)
 
 
-def _read_results(path: Path) -> tuple[int, list[str]]:
-    """Number of nodes that passed, and a description of each that did not; skipped ones are left out."""
+def _read_results(path: Path) -> list[DbtNode]:
+    """What became of each node that dbt came to; nothing where it came to none."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))["results"]
     except (OSError, ValueError, KeyError):
-        return 0, []
-    passed = sum(result["status"] in ("success", "pass", "warn") for result in results)
-    failures = []
-    for result in results:
-        if result["status"] not in ("error", "fail", "runtime error"):
-            continue
-        # test.adtally.<name>.<hash> · model.adtally.<name> · unit_test.adtally.<model>.<name>
-        kind, _, *rest = str(result["unique_id"]).split(".")
-        name = rest[-1] if kind == "unit_test" else rest[0]
-        if kind == "test" and result["status"] == "fail":
-            rows = result.get("failures") or 0
-            failures.append(f"test {name} ({rows} row{'' if rows == 1 else 's'})")
-        elif kind == "unit_test" and result["status"] == "fail":
-            failures.append(f"unit test {name}")
-        else:
-            failures.append(f"{kind.replace('_', ' ')} {name}: {one_line(str(result.get('message') or ''), 160)}")
-    return passed, failures
+        return []
+    return [
+        DbtNode(
+            unique_id=str(result["unique_id"]),
+            status=str(result["status"]),
+            seconds=float(result.get("execution_time") or 0),
+            failures=int(result.get("failures") or 0),
+            message=str(result.get("message") or ""),
+            compiled=str(result.get("compiled_code") or ""),
+        )
+        for result in results
+    ]

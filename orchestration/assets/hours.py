@@ -1,0 +1,231 @@
+"""What is done with hours that are closed: compaction, recount, backfill. One run takes a whole range of them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from orchestration.assets.lakehouse import LANDING_FILES, OWNERS, runbook
+from orchestration.assets.outcome import Verdict, evaluations, failing_clearly
+from orchestration.partitions import hours_of, key_of
+from spark_jobs.config import Settings, load_settings
+from spark_jobs.hours import HourRange
+
+RECOUNT_CHECK = "recount_equals_stream"
+_DIFFERENCES_SHOWN = 100
+
+
+class Reconciliation(dg.Config):
+    """What a run of the reconciliation may be told."""
+
+    repair: bool = Field(default=False, description="Write what is missing and compensate what is too much, exactly once.")
+
+
+class Backfill(dg.Config):
+    """What a run of a backfill may be told."""
+
+    dry_run: bool = Field(default=False, description="Tell what would change, per campaign and day, and write nothing.")
+    reason: str = Field(default="asked for in Dagster", description="Why; it stands in the restatements.")
+
+
+def closed_hours(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, settings: Settings) -> HourRange:
+    """The hours of this run. Raises UsageError where one of them is not closed, naming the sources that are silent."""
+    from spark_jobs.jobs.closing import require_closed
+
+    hours = hours_of(context.partition_key_range)
+    require_closed(settings, hours)
+    return hours
+
+
+def compacted_events(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinition:
+    """The asset of table `events`, compacted."""
+
+    @dg.asset(
+        name="compacted_events",
+        group_name="maintenance",
+        kinds={"deltalake"},
+        owners=OWNERS,
+        deps=["ad_events"],
+        partitions_def=hours,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        pool="compaction",
+        description="The hour's data files of `events`, merged into few. The rows are the same before and after: their number and "
+        "hash are compared, and stand here.\n\n" + runbook("compaction"),
+    )
+    def compacted_events(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
+        """Compact the hours of this run."""
+        from spark_jobs.jobs.compact import compact
+
+        settings = load_settings()
+        with failing_clearly():
+            report = compact(settings, closed_hours(context, settings), progress=context.log.info)
+        return dg.MaterializeResult(metadata=compaction_metadata(report.tables) | {"seconds": report.seconds})
+
+    return compacted_events
+
+
+def compaction_metadata(tables: list[Any]) -> dict[str, Any]:
+    """What TableCompactions say, summed up and one by one."""
+    rows = [
+        {
+            "table": found.table,
+            "partition": found.partition or "",
+            "files before": found.files_before,
+            "files after": found.files_after,
+            "rows": found.rows,
+            "content hash": found.content_hash,
+            "version": found.version_after,
+        }
+        for found in tables
+    ]
+    return {
+        "files_before": sum(found.files_before for found in tables),
+        "files_after": sum(found.files_after for found in tables),
+        "bytes_before": sum(found.bytes_before for found in tables),
+        "bytes_after": sum(found.bytes_after for found in tables),
+        "dagster/row_count": sum(found.rows for found in tables),
+        "compactions": markdown_table(rows),
+    }
+
+
+def reconciled_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinition:
+    """The asset of the recount, with its check."""
+    check = dg.AssetCheckSpec(
+        RECOUNT_CHECK,
+        asset="reconciled_hours",
+        blocking=True,
+        partitions_def=hours,
+        description="The stream's tables equal a recount of the raw input by independent code, to the row and the nano. "
+        "Differences that a repair put right do not count.\n\n" + runbook("reconciliation-difference"),
+    )
+
+    @dg.asset(
+        name="reconciled_hours",
+        group_name="maintenance",
+        kinds={"duckdb", "deltalake"},
+        owners=OWNERS,
+        deps=[LANDING_FILES, "ad_events", "rejected_events", "minute_metrics", "batch_ledger"],
+        partitions_def=hours,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        check_specs=[check],
+        pool="corrections",
+        description="The hour's raw input, recounted and compared with all that was made of it. With `repair` in the run's "
+        "configuration, differences are put right exactly once.\n\n" + runbook("reconciliation-difference"),
+    )
+    def reconciled_hours(context: dg.AssetExecutionContext, config: Reconciliation) -> Iterator[Any]:
+        """Recount the hours of this run."""
+        from orchestration.reconciliation import run_reconciliation
+
+        settings = load_settings()
+        with failing_clearly():
+            wanted = closed_hours(context, settings)
+            report = run_reconciliation(settings, wanted, repair=config.repair, run_id=context.run_id, progress=context.log.info)
+        for found in report.hours:
+            figures = {name: getattr(found, name) for name in _RECOUNTED}
+            context.add_asset_metadata(figures | {"differences": found.differences}, partition_key=key_of(found.hour))
+        yield dg.MaterializeResult(metadata={"delta_versions": report.versions, "seconds": report.seconds, "repair": config.repair})
+        yield from evaluations(check, recount_verdicts(wanted, report.remaining))
+
+    return reconciled_hours
+
+
+_RECOUNTED = ("events_expected", "events_found", "nanos_expected", "nanos_found")
+
+
+def recount_verdicts(hours: HourRange, remaining: list[Any]) -> Iterator[Verdict]:
+    """Whether stream and recount agree in each hour. Differences in records without a time count against the first hour."""
+    for hour in hours:
+        own = [found for found in remaining if (found.event_hour or hours.start) == hour]
+        rows = [
+            {
+                "layer": found.layer,
+                "cause": found.cause,
+                "campaign": found.campaign_id or "",
+                "rows": found.rows_different,
+                "nanos": found.nanos_found - found.nanos_expected,
+                "detail": found.detail,
+            }
+            for found in own[:_DIFFERENCES_SHOWN]
+        ]
+        yield Verdict(
+            hour,
+            passed=not own,
+            description=f"{len(own)} differences, the first: {own[0].cause} in {own[0].layer}" if own else None,
+            metadata={
+                "differences": len(own),
+                "rows_different": sum(found.rows_different for found in own),
+                "nanos_difference": sum(found.nanos_found - found.nanos_expected for found in own),
+                **({"found": markdown_table(rows)} if own else {}),
+            },
+        )
+
+
+def backfilled_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinition:
+    """The asset of backfills on demand."""
+
+    @dg.asset(
+        name="backfilled_hours",
+        group_name="maintenance",
+        kinds={"duckdb", "deltalake"},
+        owners=OWNERS,
+        deps=[LANDING_FILES, "campaigns"],
+        partitions_def=hours,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        pool="corrections",
+        description="Backfill on demand: choose a range of closed hours, and they are recomputed from the raw input with today's "
+        "rules. What changes is restated by compensating increments; nothing published is rewritten. `dry_run` in the run's configuration "
+        "tells what would change.\n\n" + runbook("backfill"),
+    )
+    def backfilled_hours(context: dg.AssetExecutionContext, config: Backfill) -> dg.MaterializeResult[None]:
+        """Recompute the hours of this run."""
+        from spark_jobs.jobs.backfill import backfill
+
+        settings = load_settings()
+        with failing_clearly():
+            report = backfill(
+                settings,
+                closed_hours(context, settings),
+                dry_run=config.dry_run,
+                run_id=context.run_id,
+                reason=config.reason,
+                progress=context.log.info,
+            )
+        changes = [
+            {
+                "day": str(change.event_date),
+                "campaign": change.campaign_id,
+                "currency": change.currency,
+                "rows": change.rows,
+                "impressions": change.impressions,
+                "clicks": change.clicks,
+                "nanos before": change.spend_nanos_before,
+                "nanos after": change.spend_nanos_after,
+            }
+            for change in report.changes
+        ]
+        return dg.MaterializeResult(
+            metadata={
+                "dry_run": report.dry_run,
+                "hours_changed": report.hours_changed,
+                "rows_changed": sum(change.rows for change in report.changes),
+                "nanos_changed": sum(change.spend_nanos_after - change.spend_nanos_before for change in report.changes),
+                "changes": markdown_table(changes),
+                "seconds": report.seconds,
+            }
+        )
+
+    return backfilled_hours
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> dg.MarkdownMetadataValue:
+    """``rows`` with the same columns as a table, cut after _DIFFERENCES_SHOWN of them."""
+    if not rows:
+        return dg.MetadataValue.md("nothing")
+
+    def line(cells: Any) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    shown = [line(row.values()) for row in rows[:_DIFFERENCES_SHOWN]]
+    more = [f"\nand {len(rows) - len(shown)} more"] if len(rows) > len(shown) else []
+    return dg.MetadataValue.md("\n".join([line(rows[0]), line("---" for _ in rows[0]), *shown, *more]))

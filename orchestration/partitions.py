@@ -1,0 +1,75 @@
+"""The hourly partitions that the lakehouse's assets share: one an event hour, in UTC."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+
+import dagster as dg
+
+from spark_jobs.config import Settings
+from spark_jobs.delta_log import DeltaLog
+from spark_jobs.errors import UsageError
+from spark_jobs.hours import HOUR, HourRange
+from spark_jobs.tables import BATCH_LEDGER
+
+KEY_FORMAT = "%Y-%m-%d-%H:%M"
+RANGE_START_TAG = "dagster/asset_partition_range_start"
+RANGE_END_TAG = "dagster/asset_partition_range_end"
+
+
+def hourly_partitions(settings: Settings, *, now: datetime | None = None) -> dg.HourlyPartitionsDefinition:
+    """Every hour from the day of ``settings.start_date`` on, the running one included: the stream writes into it.
+
+    Without a start date: from the day of the first accepted record, or today where nothing has been ingested. Decided once, when
+    the code location loads; load it again when older hours were ingested since.
+    """
+    start = settings.start_date or _first_hour(settings) or now or datetime.now(UTC)
+    day = start.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    return dg.HourlyPartitionsDefinition(start_date=day, timezone="UTC", fmt=KEY_FORMAT, end_offset=1)
+
+
+def _first_hour(settings: Settings) -> datetime | None:
+    if not DeltaLog(settings.table_uri(BATCH_LEDGER.name)).exists():
+        return None
+    from spark_jobs.jobs.closing import read_closing  # Arrow's data sets: not needed where nothing was ingested
+
+    return read_closing(settings).first_hour
+
+
+def key_of(hour: datetime) -> str:
+    """The partition key of the hour that begins at ``hour``."""
+    return hour.astimezone(UTC).strftime(KEY_FORMAT)
+
+
+def hour_of(key: str) -> datetime:
+    """The hour of a partition key. Raises UsageError where it is none."""
+    try:
+        return datetime.strptime(key, KEY_FORMAT).replace(tzinfo=UTC)
+    except ValueError:
+        raise UsageError(f"{key!r} is not a partition", hint=f"as in {datetime.now(UTC):%Y-%m-%d}-08:00") from None
+
+
+def hours_of(keys: dg.PartitionKeyRange) -> HourRange:
+    """The hours of a range of partition keys, both ends included."""
+    return HourRange(hour_of(keys.start), hour_of(keys.end) + HOUR)
+
+
+def range_tags(hours: HourRange) -> dict[str, str]:
+    """The tags of a run that takes all of ``hours`` at once."""
+    return {RANGE_START_TAG: key_of(hours.start), RANGE_END_TAG: key_of(hours.end - HOUR)}
+
+
+def contiguous(hours: Iterable[datetime], *, longest: int) -> Iterator[HourRange]:
+    """``hours`` (ascending) as ranges without a gap, none of more than ``longest`` hours."""
+    start = end = None
+    for hour in hours:
+        if start is None or end is None:
+            start, end = hour, hour + HOUR
+        elif hour == end and (end - start) // HOUR < longest:
+            end = hour + HOUR
+        else:
+            yield HourRange(start, end)
+            start, end = hour, hour + HOUR
+    if start is not None and end is not None:
+        yield HourRange(start, end)

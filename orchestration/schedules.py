@@ -1,0 +1,196 @@
+"""The jobs, and when they run by themselves. Each can be started by hand as well."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import dagster as dg
+from filelock import FileLock, Timeout
+
+from orchestration.assets.lakehouse import LANDING_INGEST
+from orchestration.assets.marts import groups_of
+from orchestration.assets.quality import CHECKED, EXPECTATIONS_CHECK
+from orchestration.marts.manifest import Manifest, is_mart
+from orchestration.marts.pins import pin_versions
+from orchestration.marts.query import query_marts
+from orchestration.partitions import range_tags
+from spark_jobs.config import Settings, load_settings
+from spark_jobs.errors import AdtallyError
+from spark_jobs.hours import HOUR, HourRange
+
+if TYPE_CHECKING:
+    from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
+
+_RUNNING = dg.DefaultScheduleStatus.RUNNING
+_BUILT_AGAIN_AFTER = timedelta(minutes=30)
+RECOUNTED_AGAIN = 48 * HOUR
+
+ingest_job = dg.define_asset_job(
+    "ingest", dg.AssetSelection.assets(LANDING_INGEST), description="All that is in the landing folder, once."
+)
+compaction_job = dg.define_asset_job(
+    "compaction", dg.AssetSelection.assets("compacted_tables"), description="Every table whose small files are worth merging."
+)
+vacuum_job = dg.define_asset_job(
+    "vacuum", dg.AssetSelection.assets("vacuumed_tables"), description="Data files that nothing needs any more."
+)
+
+
+def closed_hours_job(hours: dg.HourlyPartitionsDefinition, manifest: Manifest) -> UnresolvedAssetJobDefinition:
+    """All that an hour needs once it is closed: the checks first, and what they hold up after them."""
+    models = [node["name"] for node in manifest["nodes"].values() if node["resource_type"] == "model"]
+    checks = [dg.AssetCheckKey(dg.AssetKey(key), EXPECTATIONS_CHECK) for key in CHECKED]
+    selection = dg.AssetSelection.assets("compacted_events", "reconciled_hours", *models) | dg.AssetSelection.checks(*checks)
+    return dg.define_asset_job(
+        "closed_hours",
+        selection,
+        partitions_def=hours,
+        description="Closed hours: the expectations; where no error was found, compaction, the recount, and the marts after it.",
+    )
+
+
+def reconciliation_job(hours: dg.HourlyPartitionsDefinition) -> UnresolvedAssetJobDefinition:
+    """The recount of hours by itself."""
+    return dg.define_asset_job(
+        "reconciliation",
+        dg.AssetSelection.assets("reconciled_hours"),
+        partitions_def=hours,
+        description="The recount of closed hours. Late records are in it that came after the hour was recounted first.",
+    )
+
+
+def marts_job(group: str, manifest: Manifest) -> UnresolvedAssetJobDefinition:
+    """The marts of one group, the models that they are made from, and the tests that need no other mart."""
+    nodes, parents = manifest["nodes"], manifest["parent_map"]
+    models: set[str] = set()
+    waiting = [unique_id for unique_id, node in nodes.items() if is_mart(node) and group in groups_of(node)]
+    while waiting:
+        unique_id = waiting.pop()
+        if unique_id.startswith("model.") and unique_id not in models:
+            models.add(unique_id)
+            waiting += parents[unique_id]
+    tests = [
+        dg.AssetCheckKey(dg.AssetKey(nodes[attached]["name"]), node["name"])
+        for unique_id, node in nodes.items()
+        if node["resource_type"] == "test" and set(parents[unique_id]) <= models and (attached := _attached(manifest, unique_id))
+    ]
+    names = sorted(nodes[unique_id]["name"] for unique_id in models)
+    selection = dg.AssetSelection.assets(*names).without_checks() | dg.AssetSelection.checks(*tests)
+    return dg.define_asset_job(f"marts_{group}", selection, description=f"The {group.replace('_', ' ')} marts, built and tested.")
+
+
+def _attached(manifest: Manifest, test: str) -> str | None:
+    """The model at which Dagster shows a test."""
+    node = manifest["nodes"][test]
+    named = node["config"].get("meta", {}).get("dagster", {}).get("ref", {}).get("name")
+    models = [parent for parent in manifest["parent_map"][test] if parent.startswith("model.")]
+    if named is not None:
+        return next((model for model in models if manifest["nodes"][model]["name"] == named), None)
+    return node.get("attached_node") or (models[0] if len(models) == 1 else None)
+
+
+@dg.schedule(
+    job=ingest_job,
+    cron_schedule="* * * * *",
+    default_status=_RUNNING,
+    description="Ingests what has landed, where no continuous ingest does.",
+)
+def ingest_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+    """One run of the ingest, unless somebody ingests already."""
+    settings = load_settings()
+    if ingest_runs(settings):
+        return dg.SkipReason("another ingest runs on this home: nothing to do here")
+    return dg.RunRequest()
+
+
+def ingest_runs(settings: Settings) -> bool:
+    """Whether somebody holds the lock of the ingest."""
+    from spark_jobs.jobs.ingest import INGEST_LOCK
+
+    settings.home_path.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(settings.home_path / INGEST_LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def marts_schedule(group: str, cron: str, job: UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:
+    """Builds ``group`` at ``cron``, where there is something to build."""
+
+    @dg.schedule(
+        name=f"marts_{group}_schedule",
+        job=job,
+        cron_schedule=cron,
+        default_status=_RUNNING,
+        description=f"Builds the {group.replace('_', ' ')} marts when their tables have changed, and every half hour without that.",
+    )
+    def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        reason = nothing_to_build(load_settings(), group, now=datetime.now(UTC))
+        return dg.RunRequest() if reason is None else dg.SkipReason(reason)
+
+    return schedule
+
+
+def nothing_to_build(settings: Settings, group: str, *, now: datetime) -> str | None:
+    """Why the marts of ``group`` need not be built now; None where they do."""
+    try:
+        newest = pin_versions(settings)
+    except AdtallyError as error:
+        return str(error)
+    sql = f"select table_name, delta_version, built_at from mart_build where mart_group = '{group}'"
+    try:
+        built = query_marts(settings, sql)[1]
+    except AdtallyError:  # no marts yet, or of an older form
+        return None
+    age = now - max((at for *_, at in built), default=datetime.min).replace(tzinfo=UTC)
+    if {table: version for table, version, _ in built} != newest or age > _BUILT_AGAIN_AFTER:
+        return None
+    return f"nothing was committed since the build of {age.total_seconds() / 60:.0f} minutes ago"
+
+
+@dg.schedule(
+    job=compaction_job, cron_schedule="35 * * * *", default_status=_RUNNING, description="Compacts what needs it, every hour."
+)
+def compaction_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+    """One compaction, once there is something."""
+    return _unless_empty(load_settings())
+
+
+@dg.schedule(job=vacuum_job, cron_schedule="15 3 * * *", default_status=_RUNNING, description="Vacuums the tables every night.")
+def vacuum_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+    """One vacuum, once there is something."""
+    return _unless_empty(load_settings())
+
+
+def _unless_empty(settings: Settings) -> dg.RunRequest | dg.SkipReason:
+    try:
+        pin_versions(settings)
+    except AdtallyError as error:
+        return dg.SkipReason(str(error))
+    return dg.RunRequest()
+
+
+def reconciliation_schedule(hours: dg.HourlyPartitionsDefinition, job: UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:
+    """Recounts the latest closed hours again, every night."""
+
+    @dg.schedule(
+        name="reconciliation_schedule",
+        job=job,
+        cron_schedule="45 2 * * *",
+        default_status=_RUNNING,
+        description="Recounts the last two days that are closed again: what came late is in them now.",
+    )
+    def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        from spark_jobs.jobs.closing import read_closing
+
+        closing = read_closing(load_settings())
+        if closing.closed_through is None or closing.first_hour is None:
+            return dg.SkipReason("no hour is closed yet")
+        start = max(closing.closed_through - RECOUNTED_AGAIN, closing.first_hour, hours.start)
+        if start >= closing.closed_through:
+            return dg.SkipReason("the closed hours lie before the first partition: reload the code location")
+        return dg.RunRequest(tags=range_tags(HourRange(start, closing.closed_through)))
+
+    return schedule

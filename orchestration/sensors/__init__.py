@@ -1,0 +1,1 @@
+"""Dagster sensors: what the stream committed, and which hours closed."""

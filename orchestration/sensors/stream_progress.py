@@ -1,0 +1,246 @@
+"""Reports what the stream committed: materialisations of the tables' partitions, from the ledger's Delta versions.
+
+Each version of the ledger is reported once, in chunks of bounded size. When hours close, those in which nothing was sent are
+reported as well, with no rows: they are empty, not missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from typing import Any
+
+import dagster as dg
+
+from orchestration.assets.lakehouse import TABLE_ASSETS
+from orchestration.partitions import key_of
+from orchestration.sensors.ledger import Cell, Ledger, micros
+from spark_jobs.config import Settings, load_settings
+from spark_jobs.delta_log import DeltaLog
+from spark_jobs.hours import HOUR
+from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, HOUR_CLOSINGS
+
+SECONDS_BETWEEN = 15
+HOURS_A_TICK = 40
+COMMITS_A_TICK = 200
+
+STREAM_OF = {
+    "ad_events": "events",
+    "rejected_events": "events",
+    "minute_metrics": "events",
+    "orders": "orders",
+    "rejected_orders": "orders",
+}
+TABLE_OF = {asset.key: asset.table.name for asset in TABLE_ASSETS}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The sensor's cursor.
+
+    ``reported``: the version of the ledger through which all is told. ``until`` and ``after``: the versions up to ``until`` are
+    being told, hours through ``after`` are done. ``empty_through``: empty hours before it are told. ``seen``: versions of the
+    ledger and of the closings that empty hours were looked for in. ``table_id`` and ``start``: of the ledger and the partitions
+    that this holds for.
+    """
+
+    table_id: str | None = None
+    start: str | None = None
+    reported: int = -1
+    until: int | None = None
+    after: str | None = None
+    campaigns: int = -1
+    empty_through: str | None = None
+    seen: tuple[int, int] = (-1, -1)
+
+    @classmethod
+    def from_cursor(cls, cursor: str | None) -> Progress:
+        """The inverse of ``to_cursor``; the beginning where there is none, or one of another form."""
+        try:
+            held = json.loads(cursor or "{}")
+            return cls(**{**held, "seen": tuple(held.get("seen", (-1, -1)))})
+        except (TypeError, ValueError):
+            return cls()
+
+    def to_cursor(self) -> str:
+        """As Dagster keeps it."""
+        return json.dumps(asdict(self))
+
+
+def stream_progress_sensor(hours: dg.HourlyPartitionsDefinition) -> dg.SensorDefinition:
+    """The sensor, for these partitions."""
+
+    @dg.sensor(
+        name="stream_progress",
+        minimum_interval_seconds=SECONDS_BETWEEN,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Reports what the ingest committed, per table and event hour: rows, money, lag, Delta versions. Hours that "
+        "closed without a record are reported as empty.",
+    )
+    def stream_progress(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        """Report what was committed since the last tick."""
+        before = Progress.from_cursor(context.cursor)
+        progress, events, early = report_progress(load_settings(), hours, before)
+        if early:
+            context.log.warning(
+                "%d hours lie before the first partition, %s: reload the code location, or set ADTALLY_START_DATE",
+                *(early, hours.start.isoformat()),
+            )
+        reason = None if events else "nothing new was committed"
+        return dg.SensorResult(asset_events=events, skip_reason=reason, cursor=progress.to_cursor())
+
+    return stream_progress
+
+
+def report_progress(
+    settings: Settings, hours: dg.HourlyPartitionsDefinition, progress: Progress
+) -> tuple[Progress, list[dg.AssetMaterialization | dg.AssetObservation], int]:
+    """The next chunk of what is to be told: the progress after it, its events, and the number of hours without a partition."""
+    log = DeltaLog(settings.table_uri(BATCH_LEDGER.name))
+    newest = log.latest_version()
+    if newest is None:
+        return Progress(), [], 0
+    first = log.commit(0)
+    table_id = first.table_id if first is not None else progress.table_id
+    start = hours.start.isoformat()
+    rebuilt = newest < progress.reported or (progress.table_id is not None and progress.table_id != table_id)
+    if rebuilt or (progress.start is not None and start < progress.start):  # all of it anew, into what are other partitions now
+        progress = Progress()
+    progress = replace(progress, table_id=table_id, start=start)
+    with Ledger.open(settings) as ledger:
+        if progress.reported < newest or progress.until is not None:
+            return _report_commits(settings, ledger, hours, progress, newest)
+        progress, events = _report_campaigns(settings, progress)
+        progress, empty = _report_empty(settings, ledger, hours, progress, newest)
+        return progress, [*events, *empty], 0
+
+
+def _report_commits(
+    settings: Settings, ledger: Ledger, hours: dg.HourlyPartitionsDefinition, progress: Progress, newest: int
+) -> tuple[Progress, list[dg.AssetMaterialization | dg.AssetObservation], int]:
+    # the first time all at once; then a bounded number of commits
+    until = progress.until or (newest if progress.reported < 0 else min(newest, progress.reported + COMMITS_A_TICK))
+    cells = ledger.added(progress.reported, until)
+    touched = sorted({cell.hour for cell in cells if cell.hour is not None})
+    early = [hour for hour in touched if hour < hours.start]
+    after = datetime.fromisoformat(progress.after) if progress.after else None
+    left = [hour for hour in touched if hour >= hours.start and (after is None or hour > after)]
+    chunk = left[:HOURS_A_TICK]
+    versions = _versions(settings)
+    report = _Report(cells, ledger.totals(until, chunk), ledger.increments(chunk), versions)
+    events: list[dg.AssetMaterialization | dg.AssetObservation] = [event for hour in chunk for event in report.hour(hour)]
+    if after is None:
+        events += report.without_time()
+    if len(left) > len(chunk):
+        return replace(progress, until=until, after=chunk[-1].isoformat()), events, len(early)
+    return replace(progress, reported=until, until=None, after=None), events, len(early)
+
+
+def _report_campaigns(
+    settings: Settings, progress: Progress
+) -> tuple[Progress, list[dg.AssetMaterialization | dg.AssetObservation]]:
+    version = DeltaLog(settings.table_uri(CAMPAIGNS.name)).latest_version()
+    if version is None or version == progress.campaigns:
+        return progress, []
+    event = dg.AssetMaterialization("campaigns", metadata={"delta_version": version})
+    return replace(progress, campaigns=version), [event]
+
+
+def _report_empty(
+    settings: Settings, ledger: Ledger, hours: dg.HourlyPartitionsDefinition, progress: Progress, newest: int
+) -> tuple[Progress, list[dg.AssetMaterialization]]:
+    """Closed hours in which a table got nothing, a chunk of them."""
+    closings = DeltaLog(settings.table_uri(HOUR_CLOSINGS.name)).latest_version()
+    seen = (newest, -1 if closings is None else closings)
+    if seen == progress.seen:
+        return progress, []
+    from spark_jobs.jobs.closing import read_closing
+
+    closing = read_closing(settings)
+    if closing.closed_through is None or closing.first_hour is None:
+        return replace(progress, seen=seen), []
+    through = datetime.fromisoformat(progress.empty_through) if progress.empty_through else closing.first_hour
+    begin = max(through, closing.first_hour, hours.start)
+    closed = ledger.hours(newest, begin, closing.closed_through) if begin < closing.closed_through else []
+    chunk = closed[:HOURS_A_TICK]
+    held = ledger.totals(newest, chunk)
+    events = [
+        dg.AssetMaterialization(key, partition=key_of(hour), metadata={"rows_added": 0, "rows_in_hour": 0})
+        for hour in chunk
+        for key in (*STREAM_OF, "batch_ledger")
+        if not _is_held(held, key, hour)
+    ]
+    if len(closed) > len(chunk):  # the rest next time: `seen` stays as it was
+        return replace(progress, empty_through=(chunk[-1] + HOUR).isoformat()), events
+    reached = max(begin, closing.closed_through)
+    return replace(progress, empty_through=reached.isoformat(), seen=seen), events
+
+
+def _is_held(held: dict[tuple[str, datetime], Cell], key: str, hour: datetime) -> bool:
+    streams = (STREAM_OF[key],) if key in STREAM_OF else ("events", "orders")
+    return any((stream, hour) in held for stream in streams)
+
+
+def _versions(settings: Settings) -> dict[str, int | None]:
+    return {key: DeltaLog(settings.table_uri(table)).latest_version() for key, table in TABLE_OF.items()}
+
+
+class _Report:
+    """The events of one chunk."""
+
+    def __init__(
+        self,
+        added: Iterable[Cell],
+        totals: dict[tuple[str, datetime], Cell],
+        increments: dict[datetime, int],
+        versions: dict[str, int | None],
+    ) -> None:
+        self._added = {(cell.stream, cell.hour): cell for cell in added}
+        self._totals = totals
+        self._increments = increments
+        self._versions = versions
+
+    def hour(self, hour: datetime) -> list[dg.AssetMaterialization]:
+        """A materialisation a table that got something in this hour."""
+        cells = [(key, self._added.get((stream, hour))) for key, stream in STREAM_OF.items()]
+        events = [self._event(key, hour, self._of_table(key, cell, hour)) for key, cell in cells if cell is not None]
+        rows = [cell for stream in ("events", "orders") if (cell := self._added.get((stream, hour))) is not None]
+        total = [cell for stream in ("events", "orders") if (cell := self._totals.get((stream, hour))) is not None]
+        figures = {
+            "rows_added": sum(cell.rows for cell in rows),
+            "rows_in_hour": sum(cell.rows for cell in total),
+            "batches": sum(cell.batches for cell in rows),
+            "corrections": sum(cell.corrections for cell in rows),
+        }
+        return [*events, self._event("batch_ledger", hour, figures)]
+
+    def without_time(self) -> list[dg.AssetObservation]:
+        """Records whose time could not be read belong to no hour; the tables that keep them say how many came."""
+        found = []
+        for key, stream in (("rejected_events", "events"), ("rejected_orders", "orders")):
+            cell = self._added.get((stream, None))
+            if cell is not None:
+                metadata = {"rejected_without_time": cell.rejected, "delta_version": self._versions[key]}
+                found.append(dg.AssetObservation(key, metadata=metadata))
+        return found
+
+    def _of_table(self, key: str, cell: Cell, hour: datetime) -> dict[str, Any]:
+        total = self._totals.get((cell.stream, hour), cell)
+        common = {"batches": cell.batches, "lag_seconds": cell.lag_seconds}
+        if key in ("rejected_events", "rejected_orders"):
+            added, so_far = cell.conflict + cell.rejected, total.conflict + total.rejected
+            outcomes = {"rejected": cell.rejected, "conflict": cell.conflict, "duplicate": cell.duplicate}
+            return {"rows_added": added, "rows_in_hour": so_far, **outcomes, **common}
+        money = {"spend_micros": micros(cell.spend_nanos), "spend_micros_in_hour": micros(total.spend_nanos)}
+        if key == "minute_metrics":
+            rows = self._increments.get(hour, 0)
+            return {"events_added": cell.accepted, "events_in_hour": total.accepted, "rows_in_hour": rows, **money, **common}
+        outcomes = {name: getattr(cell, name) for name in ("offered", "duplicate", "conflict", "rejected", "late")}
+        counted = {"rows_added": cell.accepted, "rows_in_hour": total.accepted, **outcomes, **common}
+        return counted | money if key == "ad_events" else counted
+
+    def _event(self, key: str, hour: datetime, figures: dict[str, Any]) -> dg.AssetMaterialization:
+        known = {name: value for name, value in {**figures, "delta_version": self._versions[key]}.items() if value is not None}
+        return dg.AssetMaterialization(key, partition=key_of(hour), metadata=known)
