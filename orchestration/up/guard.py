@@ -107,7 +107,7 @@ class Guard:
         """Start the command, stand by until it and all that it left behind have ended; its exit status."""
         self._listen()
         _prctl(_SET_CHILD_SUBREAPER, 1)  # orphans become children of this process, so that it finds them
-        self._log.say(f"started: {' '.join(self._command)}")
+        self._log.say(f"started: {' '.join(' '.join(self._command).split())}")
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.DEVNULL,
