@@ -1,0 +1,1 @@
+"""The recount: the landing files read again by code that shares nothing with the ingest."""

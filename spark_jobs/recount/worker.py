@@ -1,0 +1,130 @@
+"""One landing file into one entry of the store; and the process that does so for others (``python -m spark_jobs.recount.worker``).
+
+The process reads tasks as JSON lines from its standard input and answers with JSON lines: ``{"read": bytes}`` while it reads,
+``{"done": kept}`` or ``{"error": text}`` at the end of a task. It ends with its input. It is started anew rather than forked (who
+forks while threads run copies their locks as they are), so it imports little.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from spark_jobs.recount.parser import UNREADABLE, parse_file, record_schema
+
+FORMAT = 1  # raise it when the records or their meaning change: entries of another one are made again
+METADATA_KEY = b"adtally.recount"
+ROW_GROUP_ROWS = 128 * 1024
+_PLAIN_COLUMNS = ("record_id", "impression_id", "user_id")  # too many values for a dictionary to pay
+
+
+@dataclass(frozen=True)
+class ParseTask:
+    """A landing file and where its records go. ``mtime_ms`` and ``size`` say which state of the file is meant."""
+
+    path: str
+    name: str
+    mtime_ms: int
+    size: int
+    stream: str
+    region: str
+    target: str
+
+
+def is_as_said(path: str, mtime_ms: int, size: int) -> bool:
+    """Whether a file is there in this state."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return False
+    return (found.st_mtime_ns // 1_000_000, found.st_size) == (mtime_ms, size)
+
+
+class _Facts:
+    """What is said of all records of a file."""
+
+    def __init__(self) -> None:
+        self.records = 0
+        self.min_us: int | None = None
+        self.max_us: int | None = None
+        self.has_unknown_time = self.is_unreadable = False
+
+    def add(self, table: pa.Table) -> None:
+        self.records += table.num_rows
+        times = pc.min_max(table["time_us"]).as_py()
+        self.min_us = min((t for t in (self.min_us, times["min"]) if t is not None), default=None)
+        self.max_us = max((t for t in (self.max_us, times["max"]) if t is not None), default=None)
+        self.has_unknown_time |= table["time_us"].null_count > 0
+        if table.num_rows == 1:
+            self.is_unreadable |= table["reasons"][0].as_py() == [UNREADABLE]
+
+
+def parse_into(task: ParseTask, on_read: Callable[[int], None]) -> bool:
+    """Parse a landing file into ``task.target``, which appears whole or not at all.
+
+    Returns False, and leaves nothing, where the file is not or no longer in the state that the task says.
+    """
+    if not is_as_said(task.path, task.mtime_ms, task.size):
+        return False
+    target = Path(task.target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        _write(task, temporary, on_read)
+        if not is_as_said(task.path, task.mtime_ms, task.size):
+            return False
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _write(task: ParseTask, temporary: Path, on_read: Callable[[int], None]) -> None:
+    schema, facts = record_schema(task.stream), _Facts()
+    coded = [
+        name for name, kind in zip(schema.names, schema.types, strict=True) if kind == pa.string() and name not in _PLAIN_COLUMNS
+    ]
+    waiting: list[pa.Table] = []
+    with pq.ParquetWriter(
+        temporary, schema, compression="zstd", compression_level=1, use_dictionary=coded, write_page_checksum=True
+    ) as writer:
+        for table in parse_file(Path(task.path), task.stream, task.region, on_read):
+            facts.add(table)
+            waiting.append(table)
+            if sum(part.num_rows for part in waiting) >= ROW_GROUP_ROWS:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting = []
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
+        said = {"format": FORMAT, "name": task.name, "mtime_ms": task.mtime_ms, "size": task.size, **vars(facts)}
+        writer.add_key_value_metadata({METADATA_KEY.decode(): json.dumps(said)})
+
+
+def main() -> int:
+    """Work until the standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asked, who then ends this process
+    gc.disable()  # records form no cycles
+    pa.set_cpu_count(1)  # there is a process for each core
+    for line in sys.stdin:
+        task = ParseTask(**json.loads(line))
+        try:
+            answer: dict[str, object] = {"done": parse_into(task, lambda read: print(json.dumps({"read": read}), flush=True))}
+        except Exception as error:  # whatever it is, the one who asked must be told
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
