@@ -15,6 +15,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 
 import pyarrow as pa
@@ -111,8 +112,17 @@ def _write(task: ParseTask, temporary: Path, on_read: Callable[[int], None]) -> 
         writer.add_key_value_metadata({METADATA_KEY.decode(): json.dumps(said)})
 
 
+class _NoPandas(MetaPathFinder):
+    """Arrow imports pandas with the first list that it is given, if it can: a second for something that is not used here."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "pandas":
+            raise ImportError(name)
+
+
 def main() -> int:
     """Work until the standard input ends."""
+    sys.meta_path.insert(0, _NoPandas())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asked, who then ends this process
     gc.disable()  # records form no cycles
     pa.set_cpu_count(1)  # there is a process for each core
