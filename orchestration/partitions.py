@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 import dagster as dg
 
+from orchestration.ledger import Ledger
 from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import UsageError
@@ -30,11 +31,11 @@ def hourly_partitions(settings: Settings, *, now: datetime | None = None) -> dg.
 
 
 def _first_hour(settings: Settings) -> datetime | None:
-    if not DeltaLog(settings.table_uri(BATCH_LEDGER.name)).exists():
+    version = DeltaLog(settings.table_uri(BATCH_LEDGER.name)).latest_version()
+    if version is None:
         return None
-    from spark_jobs.jobs.closing import read_closing  # Arrow's data sets: not needed where nothing was ingested
-
-    return read_closing(settings).first_hour
+    with Ledger.open(settings) as ledger:
+        return ledger.first_hour(version)
 
 
 def key_of(hour: datetime) -> str:

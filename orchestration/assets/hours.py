@@ -174,8 +174,8 @@ def backfilled_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinitio
         backfill_policy=dg.BackfillPolicy.single_run(),
         pool="corrections",
         description="Backfill on demand: choose a range of closed hours, and they are recomputed from the raw input with today's "
-        "rules. What changes is restated by compensating increments; nothing published is rewritten. `dry_run` in the run's configuration "
-        "tells what would change.\n\n" + runbook("backfill"),
+        "rules. What changes is restated by compensating increments; nothing published is rewritten. `dry_run` in the "
+        "run's configuration tells what would change.\n\n" + runbook("backfill"),
     )
     def backfilled_hours(context: dg.AssetExecutionContext, config: Backfill) -> dg.MaterializeResult[None]:
         """Recompute the hours of this run."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
+from orchestration.ledger import Ledger
 from orchestration.partitions import contiguous, key_of, range_tags
-from orchestration.sensors.ledger import Ledger
 from spark_jobs.config import load_settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.hours import HourRange

@@ -9,22 +9,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
 
 from orchestration.assets.lakehouse import TABLE_ASSETS
-from orchestration.partitions import key_of
-from orchestration.sensors.ledger import Cell, Ledger, micros
+from orchestration.ledger import Cell, Ledger, micros
+from orchestration.partitions import hourly_partitions, key_of
+from orchestration.up.instance import request_reload
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.delta_log import DeltaLog
-from spark_jobs.hours import HOUR
+from spark_jobs.hours import HOUR, floor_hour
 from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, HOUR_CLOSINGS
 
 SECONDS_BETWEEN = 15
-HOURS_A_TICK = 40
+HOURS_A_TICK = 72
 COMMITS_A_TICK = 200
+
+Event = dg.AssetMaterialization | dg.AssetObservation
 
 STREAM_OF = {
     "ad_events": "events",
@@ -82,8 +85,11 @@ def stream_progress_sensor(hours: dg.HourlyPartitionsDefinition) -> dg.SensorDef
     def stream_progress(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         """Report what was committed since the last tick."""
         before = Progress.from_cursor(context.cursor)
-        progress, events, early = report_progress(load_settings(), hours, before)
+        settings = load_settings()
+        progress, events, early = report_progress(settings, hours, before, now=datetime.now(UTC))
         if early:
+            if hourly_partitions(settings).start < hours.start:
+                request_reload(settings)
             context.log.warning(
                 "%d hours lie before the first partition, %s: reload the code location, or set ADTALLY_START_DATE",
                 *(early, hours.start.isoformat()),
@@ -95,9 +101,12 @@ def stream_progress_sensor(hours: dg.HourlyPartitionsDefinition) -> dg.SensorDef
 
 
 def report_progress(
-    settings: Settings, hours: dg.HourlyPartitionsDefinition, progress: Progress
-) -> tuple[Progress, list[dg.AssetMaterialization | dg.AssetObservation], int]:
-    """The next chunk of what is to be told: the progress after it, its events, and the number of hours without a partition."""
+    settings: Settings, hours: dg.HourlyPartitionsDefinition, progress: Progress, *, now: datetime
+) -> tuple[Progress, list[Event], int]:
+    """The next chunk of what is to be told: the progress after it, its events, and the number of hours without a partition.
+
+    Only hours with accepted records are meant; what was rejected for its time has none, and is told without an hour.
+    """
     log = DeltaLog(settings.table_uri(BATCH_LEDGER.name))
     newest = log.latest_version()
     if newest is None:
@@ -111,36 +120,39 @@ def report_progress(
     progress = replace(progress, table_id=table_id, start=start)
     with Ledger.open(settings) as ledger:
         if progress.reported < newest or progress.until is not None:
-            return _report_commits(settings, ledger, hours, progress, newest)
+            return _report_commits(settings, ledger, hours, progress, min(newest, _bound(progress, newest)), now)
         progress, events = _report_campaigns(settings, progress)
         progress, empty = _report_empty(settings, ledger, hours, progress, newest)
         return progress, [*events, *empty], 0
 
 
+def _bound(progress: Progress, newest: int) -> int:
+    """The version that is told next: what was begun, all at once the first time, then a bounded number of commits."""
+    if progress.until is not None:
+        return progress.until
+    return newest if progress.reported < 0 else progress.reported + COMMITS_A_TICK
+
+
 def _report_commits(
-    settings: Settings, ledger: Ledger, hours: dg.HourlyPartitionsDefinition, progress: Progress, newest: int
-) -> tuple[Progress, list[dg.AssetMaterialization | dg.AssetObservation], int]:
-    # the first time all at once; then a bounded number of commits
-    until = progress.until or (newest if progress.reported < 0 else min(newest, progress.reported + COMMITS_A_TICK))
+    settings: Settings, ledger: Ledger, hours: dg.HourlyPartitionsDefinition, progress: Progress, until: int, now: datetime
+) -> tuple[Progress, list[Event], int]:
     cells = ledger.added(progress.reported, until)
-    touched = sorted({cell.hour for cell in cells if cell.hour is not None})
-    early = [hour for hour in touched if hour < hours.start]
+    latest = floor_hour(now) + HOUR  # a clock may be a little ahead
+    inside = {cell.hour for cell in cells if cell.hour is not None and hours.start <= cell.hour <= latest}
+    early = {cell.hour for cell in cells if cell.accepted and cell.hour is not None and cell.hour < hours.start}
     after = datetime.fromisoformat(progress.after) if progress.after else None
-    left = [hour for hour in touched if hour >= hours.start and (after is None or hour > after)]
+    left = sorted(hour for hour in inside if after is None or hour > after)
     chunk = left[:HOURS_A_TICK]
-    versions = _versions(settings)
-    report = _Report(cells, ledger.totals(until, chunk), ledger.increments(chunk), versions)
-    events: list[dg.AssetMaterialization | dg.AssetObservation] = [event for hour in chunk for event in report.hour(hour)]
+    report = _Report(cells, ledger.totals(until, chunk), ledger.increments(chunk), _versions(settings))
+    events: list[Event] = [event for hour in chunk for event in report.hour(hour)]
     if after is None:
-        events += report.without_time()
+        events += report.without_hour(inside)
     if len(left) > len(chunk):
         return replace(progress, until=until, after=chunk[-1].isoformat()), events, len(early)
     return replace(progress, reported=until, until=None, after=None), events, len(early)
 
 
-def _report_campaigns(
-    settings: Settings, progress: Progress
-) -> tuple[Progress, list[dg.AssetMaterialization | dg.AssetObservation]]:
+def _report_campaigns(settings: Settings, progress: Progress) -> tuple[Progress, list[Event]]:
     version = DeltaLog(settings.table_uri(CAMPAIGNS.name)).latest_version()
     if version is None or version == progress.campaigns:
         return progress, []
@@ -216,13 +228,14 @@ class _Report:
         }
         return [*events, self._event("batch_ledger", hour, figures)]
 
-    def without_time(self) -> list[dg.AssetObservation]:
-        """Records whose time could not be read belong to no hour; the tables that keep them say how many came."""
+    def without_hour(self, inside: set[datetime]) -> list[dg.AssetObservation]:
+        """Records whose time cannot be read, or is none of ours, have no partition; the tables that keep them say how many came."""
         found = []
         for key, stream in (("rejected_events", "events"), ("rejected_orders", "orders")):
-            cell = self._added.get((stream, None))
-            if cell is not None:
-                metadata = {"rejected_without_time": cell.rejected, "delta_version": self._versions[key]}
+            outside = [cell for (of, hour), cell in self._added.items() if of == stream and hour not in inside]
+            rejected = sum(cell.rejected + cell.conflict for cell in outside)
+            if rejected:
+                metadata = {"rejected_without_partition": rejected, "delta_version": self._versions[key]}
                 found.append(dg.AssetObservation(key, metadata=metadata))
         return found
 

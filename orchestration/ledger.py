@@ -95,6 +95,12 @@ class Ledger:
         ).fetchall()
         return {hour.astimezone(UTC): rows for hour, rows in found}
 
+    def first_hour(self, version: int) -> datetime | None:
+        """The earliest hour with an accepted record, None where there is none."""
+        found = self._lake.execute(f"select min(event_hour) from {self._scan(version)} where accepted > 0 and _run_id is null")
+        (hour,) = found.fetchall()[0]
+        return None if hour is None else hour.astimezone(UTC)
+
     def hours(self, version: int, start: datetime, end: datetime) -> list[datetime]:
         """The hours from ``start`` until before ``end`` with rows at ``version``, and the empty ones between them.
 
