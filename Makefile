@@ -24,7 +24,7 @@ PYTEST_ARGS ?=
 help: ## List the targets
 	@echo "adtally: exactly-once ad-event accounting on a lakehouse. Two commands to start with: make demo, make test."
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: setup ## Set up, run the main job on the samples and simulated traffic, compare with the known truth
@@ -41,6 +41,10 @@ test-crash: setup ## Set up and kill a real process at every durable step of a b
 .PHONY: test-soak
 test-soak: setup ## Set up and run everything at once for minutes: ingest, compaction, recounts, backfills, mart builds
 	@$(RUN) pytest -m soak $(PYTEST_ARGS)
+
+.PHONY: test-e2e
+test-e2e: setup ## Set up and run it all as a team does: adtally up, files that land, the marts, Ctrl-C
+	@$(RUN) pytest -m e2e $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: setup ## ruff, mypy, sqlfluff, dbt parse, dagster definitions

@@ -24,6 +24,17 @@ _TERMINATE = """
 mutation End($ids: [String!]!) { terminateRuns(runIds: $ids, terminatePolicy: SAFE_TERMINATE) { __typename
     ... on PythonError { message } } }
 """
+_STATUS = """
+query Of($id: ID!) { runOrError(runId: $id) { __typename ... on PythonError { message } ... on Run { status jobName } } }
+"""
+_AGAIN = """
+mutation Again($id: String!) { launchRunReexecution(reexecutionParams: {parentRunId: $id, strategy: ALL_STEPS}) { __typename
+    ... on PythonError { message } ... on LaunchRunSuccess { run { runId } } } }
+"""
+_RELOAD = """
+mutation Reload($name: String!) { reloadRepositoryLocation(repositoryLocationName: $name) { __typename
+    ... on PythonError { message } } }
+"""
 LAUNCHER_TAG = ".dagster/grpc_info"
 """Tag of a run that names the code server whose process it is."""
 
@@ -81,3 +92,17 @@ class Webserver:
     def terminate(self, run_ids: list[str]) -> None:
         """Ask runs to end: each is interrupted, cleans up and counts as cancelled."""
         self.ask(_TERMINATE, ids=run_ids)
+
+    def run_again(self, run_id: str) -> str | None:
+        """Queue a run that was cancelled once more; the id of the new run, None where it was not cancelled."""
+        run = self.ask(_STATUS, id=run_id)["runOrError"]
+        if run.get("status") != "CANCELED":
+            return None
+        launched = self.ask(_AGAIN, id=run_id)["launchRunReexecution"]
+        if launched["__typename"] != "LaunchRunSuccess":
+            raise WebserverError(f"run {run_id} of {run['jobName']} cannot be made again: {launched['__typename']}")
+        return str(launched["run"]["runId"])
+
+    def reload(self, location: str) -> None:
+        """Load the definitions anew, in a process of their own beside the old ones. Takes as long as that takes."""
+        self.ask(_RELOAD, name=location)

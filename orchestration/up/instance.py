@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dagster import DagsterInstance
 
 CONFIG_NAME = "dagster.yaml"
+_RELOAD_NAME = ".reload"
 
 
 def write_instance_config(settings: Settings) -> Path:
@@ -38,3 +39,18 @@ def home_instance(settings: Settings) -> DagsterInstance:
     from dagster import DagsterInstance
 
     return DagsterInstance.from_config(str(write_instance_config(settings).parent))
+
+
+def request_reload(settings: Settings) -> None:
+    """Ask an ``adtally up`` on this home to load the definitions again. Without one it is done at the next start anyway."""
+    with contextlib.suppress(OSError):
+        (settings.dagster_path / _RELOAD_NAME).touch()
+
+
+def take_reload_request(settings: Settings) -> bool:
+    """Whether somebody has asked since the last time."""
+    try:
+        (settings.dagster_path / _RELOAD_NAME).unlink()
+    except FileNotFoundError:
+        return False
+    return True

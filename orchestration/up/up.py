@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -15,8 +16,20 @@ from types import FrameType
 from filelock import FileLock, Timeout
 
 from orchestration.up.graphql import Webserver, WebserverError
-from orchestration.up.instance import write_instance_config
-from orchestration.up.services import CODE, DAEMON, HOST, INGEST, WEB, environment, free_port, listens, services, socket_path
+from orchestration.up.instance import take_reload_request, write_instance_config
+from orchestration.up.services import (
+    CODE,
+    DAEMON,
+    HOST,
+    INGEST,
+    LOCATION,
+    WEB,
+    environment,
+    free_port,
+    listens,
+    services,
+    socket_path,
+)
 from orchestration.up.supervisor import NotReadyError, Supervisor, Tell, last_error
 from spark_jobs.config import Settings
 from spark_jobs.errors import BusyError
@@ -93,20 +106,24 @@ def up(settings: Settings, *, port: int, trigger_seconds: float, ingest: bool, t
 
 class _Up:
     def __init__(self, settings: Settings, port: int, trigger_seconds: float, ingest: bool, tell: Tell, stop: Stop) -> None:
-        self._tell, self._stop = tell, stop
+        self._settings, self._tell, self._stop = settings, tell, stop
         self._socket = socket_path(settings)
         self._services = services(settings, port=port, socket_path=self._socket, trigger_seconds=trigger_seconds, ingest=ingest)
         self._environment = environment(settings)
         self._supervisor = Supervisor(settings.home_path / "logs", self._environment, tell)
         self._webserver = Webserver(f"http://{HOST}:{port}")
+        self._interrupted = settings.dagster_path / "interrupted_runs.json"
+        self._reloading: threading.Thread | None = None
         self._has_history = (settings.dagster_path / "history").exists()
 
     def run(self, ready: Callable[[str], None]) -> None:
         try:
             if self._start():
                 ready(self._webserver.address)
+                self._run_again()
                 while not self._stop.asked.wait(_TURN_SECONDS):
                     self._supervisor.check()
+                    self._reload_on_request()
         finally:
             self._end()
 
@@ -164,6 +181,34 @@ class _Up:
         for run_id in done.stdout.split():
             self._tell(DAEMON, f"run {run_id} was lost when adtally up was killed; it counts as failed")
 
+    def _run_again(self) -> None:
+        """Make the runs again that the last stop has cancelled: what they had to do is not asked for a second time."""
+        try:
+            run_ids = json.loads(self._interrupted.read_text("utf-8"))
+        except (OSError, ValueError):
+            return
+        for run_id in run_ids:
+            try:
+                if again := self._webserver.run_again(run_id):
+                    self._tell(DAEMON, f"run {run_id}, cancelled by the last stop, is made again as {again}")
+            except WebserverError as error:
+                self._tell(DAEMON, str(error))
+        self._interrupted.unlink()
+
+    def _reload_on_request(self) -> None:
+        if (self._reloading is None or not self._reloading.is_alive()) and take_reload_request(self._settings):
+            self._reloading = threading.Thread(target=self._reload, daemon=True, name="reload")
+            self._reloading.start()
+
+    def _reload(self) -> None:
+        self._tell(CODE, "loading the definitions again: the lakehouse has hours before the first partition")
+        try:
+            Webserver(self._webserver.address, timeout=START_SECONDS).reload(LOCATION)
+        except WebserverError as error:
+            self._tell(CODE, f"the definitions could not be loaded again: {error}")
+        else:
+            self._tell(CODE, "the definitions are loaded again")
+
     def _end(self) -> None:
         """End all of it: first what starts work, then the work, then what shows it. The ingest ends its batch meanwhile."""
         hurry = self._stop.hurry
@@ -187,8 +232,9 @@ class _Up:
                     break
                 if fresh := [run for run in running if run not in asked]:
                     self._tell(DAEMON, f"cancelling {len(fresh)} run{'' if len(fresh) == 1 else 's'} in progress")
-                    self._webserver.terminate(fresh)
                     asked.update(fresh)
+                    self._interrupted.write_text(json.dumps(sorted(asked)), "utf-8")
+                    self._webserver.terminate(fresh)
                 time.sleep(_TURN_SECONDS)
         except WebserverError as error:
             self._tell(DAEMON, f"runs in progress could not be cancelled: {error}")
