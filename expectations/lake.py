@@ -1,0 +1,89 @@
+"""Reading Delta tables and the marts with DuckDB: what one validation sees, at fixed versions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from expectations.errors import UnreadableTableError
+
+Related = Mapping[str, tuple[str, int | None]]
+"""Table name -> (URI, version or None for the newest)."""
+
+_MEMORY = "2GB"
+_HOUR = timedelta(hours=1)
+
+
+def connect(spill: Path | None = None) -> duckdb.DuckDBPyConnection:
+    """A connection of its own, in memory, that can read Delta tables; times are UTC.
+
+    Raises UnreadableTableError where DuckDB's delta extension is missing.
+    """
+    config: dict[str, str | bool | int | float | list[str]] = {"memory_limit": _MEMORY, "autoinstall_known_extensions": False}
+    if spill is not None:
+        config["temp_directory"] = str(spill)
+    connection = duckdb.connect(":memory:", config=config)
+    try:
+        from duckdb_extensions import import_extension
+
+        import_extension("delta", con=connection)
+        connection.execute("load delta")
+        connection.execute("set timezone = 'UTC'")
+    except (ImportError, OSError, RuntimeError, duckdb.Error) as error:
+        connection.close()
+        raise UnreadableTableError(
+            f"DuckDB's delta extension cannot be loaded: {one_line(error)}",
+            hint="install duckdb-extension-delta in the version of duckdb",
+        ) from error
+    return connection
+
+
+def delta_scan(uri: str, version: int | None) -> str:
+    """The rows of a version of a Delta table, as a table expression."""
+    at = "" if version is None else f", version = {int(version)}"
+    return f"delta_scan('{quoted(uri)}'{at})"
+
+
+def hour_literals(hour: datetime | None) -> dict[str, str]:
+    """The placeholders of a suite's SQL: the hour's bounds, its date and its number, as literals. Without an hour they are null."""
+    if hour is None:
+        return dict.fromkeys(("start", "end", "utc_start", "utc_end", "date", "hour"), "null")
+    start = hour.astimezone(UTC)
+    end = start + _HOUR
+    return {
+        "start": f"timestamptz '{start:%Y-%m-%d %H:%M:%S}+00'",
+        "end": f"timestamptz '{end:%Y-%m-%d %H:%M:%S}+00'",
+        "utc_start": f"timestamp '{start:%Y-%m-%d %H:%M:%S}'",
+        "utc_end": f"timestamp '{end:%Y-%m-%d %H:%M:%S}'",
+        "date": f"date '{start:%Y-%m-%d}'",
+        "hour": str(start.hour),
+    }
+
+
+def records(connection: duckdb.DuckDBPyConnection, sql: str, limit: int) -> list[dict[str, Any]]:
+    """The first rows of a query, as plain values that JSON can hold."""
+    found = connection.execute(f"select * from ({sql}) limit {limit}")
+    names = [column[0] for column in found.description or []]
+    return [{name: _plain(value) for name, value in zip(names, row, strict=True)} for row in found.fetchall()]
+
+
+def quoted(text: str) -> str:
+    """Text for between single quotes."""
+    return text.replace("'", "''")
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text for a person."""
+    return " ".join(str(error).split())[:300]
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%dT%H:%M:%S.%fZ}"
+    return str(value)
