@@ -1,0 +1,368 @@
+"""What the tables hold against what the recount says, for some hours: the rows that differ, and why.
+
+Row by row for `events` and `rejected_events`; by sums per batch and key for `minute_metrics` and `batch_ledger`, whose corrections
+are further rows. Batches that the running query has yet to end are left out on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from spark_jobs.recount.truth import NO_HOUR, Recount, listed
+from spark_jobs.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, REJECTED_EVENTS
+
+METRIC_KEYS = ("region", "campaign_id", "ad_id", "store_id", "placement", "currency")
+METRIC_MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos")
+LEDGER_MEASURES = (
+    *("offered", "accepted", "duplicate", "conflict", "rejected", "late", "invalid_traffic", "unpriced", "spend_nanos"),
+)
+_PLAIN = (
+    *("event_type", "campaign_id", "ad_id", "store_id", "user_id", "impression_id", "placement", "price_micros", "currency"),
+    *("user_agent", "region", "billing_model", "spend_nanos", "is_late"),
+)
+_PLACE = ("record_id", "time_us", "received_us", "name", "line", "query_id", "batch_id", "ingested_us", "hour")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of difference in one hour (NO_HOUR: records without a readable time), layer and campaign.
+
+    Counts of the rows concerned, by the recount and as found, and their spend. ``detail`` has an example.
+    """
+
+    hour: int
+    layer: str
+    cause: str
+    campaign_id: str | None
+    rows_different: int
+    rows_expected: int
+    rows_found: int
+    nanos_expected: int
+    nanos_found: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class HourSums:
+    """Accepted events of an hour and their spend, by the recount and in `events`."""
+
+    hour: int
+    events_expected: int
+    events_found: int
+    nanos_expected: int
+    nanos_found: int
+
+
+class Comparison:
+    """The comparison of ``recount`` for some of its hours.
+
+    Leaves tables for who puts it right: `events_lost` (records), `events_over` (rows of the table), and so on for
+    `rejects_lost`, `rejects_over`; `metrics_over`, `ledger_over` (rows that stand twice or contradict themselves) and
+    `metrics_delta`, `ledger_delta` (what is to be added, expected less found).
+    """
+
+    def __init__(self, recount: Recount) -> None:
+        self._recount = recount
+        self._lake = recount.lake
+
+    def run(self, hours: Collection[int]) -> tuple[list[Finding], list[HourSums]]:
+        """Count ``hours`` and compare them."""
+        self._recount.count(hours)
+        self._expect()
+        sums, wrong = self._find_events(hours)
+        findings = self._events(wrong)
+        findings += self._rejects(hours)
+        findings += self._metrics(hours)
+        findings += self._ledger()
+        findings += self._gone()
+        return sorted(findings, key=lambda f: (f.hour, f.layer, f.cause, f.campaign_id or "")), sums
+
+    # --- both sides
+
+    def _expect(self) -> None:
+        self._lake.execute(
+            f"""
+            create or replace temp view expected as
+            select outcomes.*, query_id, batch_id, ingested_us, state
+            from outcomes join batches using (b) where state != 'pending';
+            create or replace temp view expected_events as
+            select *, {self._hash(*_PLACE)} as h from expected where outcome = 'accepted'
+            """
+        )
+
+    @staticmethod
+    def _hash(*names: str) -> str:
+        return f"hash({', '.join((*names, *_PLAIN))})"
+
+    def _found(self, table: str, hour: str, where: str) -> str:
+        """SQL for the rows of a table in the hours asked, but for batches that are still to end."""
+        return f"""
+            select t.*, {hour} as hour, coalesce(state, 'unknown') as state
+            from {self._recount.scan(table)} t left join batches on t._query_id = query_id and t._batch_id = batch_id
+            where {where} and {hour} in (from hours) and state is distinct from 'pending'
+        """
+
+    def _find_events(self, hours: Collection[int]) -> tuple[list[HourSums], list[int]]:
+        """The hours' sums, and the hours in which a row differs: told by an order-free sum of hashes."""
+        by_partition = "(epoch(event_date)::bigint // 3600 + event_hour)"
+        names = ("event_id", "epoch_us(event_time)", "epoch_us(received_at)", "source_file", "source_line")
+        hashed = self._hash(*names, "_query_id", "_batch_id", "epoch_us(ingested_at)", by_partition)
+        found = self._found(EVENTS.name, by_partition, self._days("event_date", hours, with_hour="event_hour"))
+        self._lake.execute(f"create or replace temp view found_events as select *, {hashed} as h from ({found})")
+        sides = [
+            {
+                hour: rest
+                for hour, *rest in self._recount.rows(
+                    f"""
+                    select hour, count(*), coalesce(sum(spend_nanos), 0)::hugeint, sum(h::hugeint), bit_xor(h)
+                    from {side} group by hour
+                    """
+                )
+            }
+            for side in ("expected_events", "found_events")
+        ]
+        nothing = [0, 0, 0, 0]
+        sums, wrong = [], []
+        for hour in sorted({*sides[0], *sides[1], *hours}):
+            expected, held = sides[0].get(hour, nothing), sides[1].get(hour, nothing)
+            sums.append(HourSums(hour, expected[0], held[0], int(expected[1]), int(held[1])))
+            if expected != held:
+                wrong.append(hour)
+        return sums, wrong
+
+    @staticmethod
+    def _days(column: str, hours: Collection[int], with_hour: str | None = None) -> str:
+        """A condition on partition columns that holds for all ``hours``."""
+        known = [hour for hour in hours if hour != NO_HOUR]
+        if not known:
+            return "false"
+        first, last = min(known) // 24, max(known) // 24
+        bounds = f"{column} >= date '1970-01-01' + {first} and {column} <= date '1970-01-01' + {last}"
+        if with_hour and len(known) == 1:
+            return f"{bounds} and {with_hour} = {known[0] % 24}"
+        return bounds
+
+    # --- layers
+
+    def _events(self, wrong: list[int]) -> list[Finding]:
+        chosen = ", ".join(map(str, wrong)) or "null"
+        self._lake.execute(
+            f"""
+            create or replace temp table held as
+            select *, row_number() over (partition by event_id, h order by _run_id nulls first) as copy
+            from found_events where hour in ({chosen});
+            create or replace temp table events_lost as
+            select * from expected_events e where hour in ({chosen}) and not exists (
+                from held where held.h = e.h and held.event_id = e.record_id);
+            create or replace temp table events_over as
+            select held.*, held.copy > 1 and held.h in (select h from expected_events where hour in ({chosen})) as is_copy
+            from held where copy > 1 or not exists (
+                from expected_events e where e.hour in ({chosen}) and e.h = held.h and e.record_id = held.event_id)
+            """
+        )
+        raw = self._recount.all_files()
+        known = (
+            f"""
+            union select record_id from read_parquet({listed(raw)})
+            where is_valid and record_id in (select event_id from events_over)
+            """
+            if raw and wrong
+            else ""
+        )
+        return self._findings(
+            EVENTS.name,
+            f"""
+            with known as (
+                select record_id from trusted where is_valid {known}
+            ), over as (
+                select *, row_number() over (partition by event_id, source_file, source_line, _query_id, _batch_id, is_copy) as n
+                from events_over
+            ), altered as (
+                select l.hour, l.campaign_id, l.spend_nanos as expected_nanos, o.spend_nanos as found_nanos, l.record_id,
+                    l.name, l.line, l.query_id, l.batch_id
+                from events_lost l join over o on o.n = 1 and not o.is_copy and o.event_id = l.record_id
+                    and o.source_file = l.name and o.source_line = l.line and o._query_id = l.query_id and o._batch_id = l.batch_id
+            )
+            select hour, 'event_altered' as cause, campaign_id, 1 as expected, 1 as found, expected_nanos, found_nanos,
+                'event ' || record_id as example
+            from altered
+            union all
+            select hour, if(state = 'missed', 'file_missed', 'event_lost'), campaign_id, 1, 0, spend_nanos, 0,
+                'event ' || record_id || ' of ' || name || ', line ' || line
+            from events_lost anti join altered using (record_id, name, line, query_id, batch_id)
+            union all
+            select hour, case when is_copy then 'event_twice' when event_id in (from known) then 'id_accepted_twice'
+                else 'event_unknown' end, campaign_id, 0, 1, 0, spend_nanos, 'event ' || event_id
+            from over where not (n = 1 and not is_copy and exists (
+                from altered a where a.record_id = event_id and a.name = source_file and a.line = source_line
+                    and a.query_id = _query_id and a.batch_id = _batch_id))
+            """,
+        )
+
+    def _rejects(self, hours: Collection[int]) -> list[Finding]:
+        moment = self._recount.within("epoch_us(record_time)", hours)
+        found = self._found(REJECTED_EVENTS.name, "hour_of(epoch_us(record_time))", moment)
+        key = """
+            k._query_id = e.query_id and k._batch_id = e.batch_id and k.source_file = e.name and k.source_line = e.line
+            and k.outcome = e.outcome and k.hour = e.hour
+        """
+        self._lake.execute(
+            f"""
+            create or replace temp table held_rejects as
+            select *, row_number() over (
+                partition by _query_id, _batch_id, source_file, source_line, outcome order by _run_id nulls first) as copy
+            from ({found});
+            create or replace temp table rejects_lost as
+            select * from expected e where outcome in ('rejected', 'conflict') and not exists (
+                from held_rejects k where {key});
+            create or replace temp table rejects_over as
+            select *, copy > 1 as is_copy from held_rejects k where copy > 1 or not exists (
+                from expected e where e.outcome in ('rejected', 'conflict') and {key})
+            """
+        )
+        return self._findings(
+            REJECTED_EVENTS.name,
+            """
+            select hour, case state when 'missed' then 'file_missed' when 'unfinished' then 'batch_unfinished_without_checkpoint'
+                else 'rejected_lost' end as cause, campaign_id, 1 as expected, 0 as found, 0 as expected_nanos, 0 as found_nanos,
+                outcome || ' record of ' || name || ', line ' || line as example
+            from rejects_lost
+            union all
+            select hour, if(is_copy, 'rejected_twice', 'rejected_unknown'), null, 0, 1, 0, 0,
+                coalesce(outcome, 'no outcome') || ' record of ' || source_file || ', line ' || source_line
+            from rejects_over
+            """,
+        )
+
+    def _metrics(self, hours: Collection[int]) -> list[Finding]:
+        found = self._found(MINUTE_METRICS.name, "hour_of(epoch_us(event_minute))", self._days("event_date", hours))
+        keys = ", ".join(("query_id", "batch_id", "minute_us", *METRIC_KEYS))
+        self._lake.execute(
+            f"""
+            create or replace temp table held_metrics as
+            select *, row_number() over (partition by record_uuid order by _run_id nulls first) as copy from ({found});
+            create or replace temp table metrics_over as select *, true as is_copy from held_metrics where copy > 1;
+            create or replace temp table metrics_delta as
+            select {keys}, any_value(hour) as hour, any_value(state) as state,
+                {", ".join(f"sum(e_{m} - f_{m})::bigint as {m}" for m in METRIC_MEASURES)},
+                sum(e_spend_nanos)::bigint as expected_nanos, sum(f_spend_nanos)::bigint as found_nanos,
+                sum(e_rows)::bigint as expected_rows, sum(f_rows)::bigint as found_rows
+            from (
+                select query_id, batch_id, time_us - time_us % 60000000 as minute_us, {", ".join(METRIC_KEYS)}, hour, state,
+                    count(*) filter (event_type = 'impression') as e_impressions,
+                    count(*) filter (event_type = 'click') as e_clicks, 0 as e_invalid_impressions, 0 as e_invalid_clicks,
+                    sum(spend_nanos) as e_spend_nanos, 1 as e_rows,
+                    {", ".join(f"0 as f_{m}" for m in METRIC_MEASURES)}, 0 as f_rows
+                from expected where outcome = 'accepted' group by all
+                union all by name
+                select _query_id as query_id, _batch_id as batch_id, epoch_us(event_minute) as minute_us, {", ".join(METRIC_KEYS)},
+                    hour, state, {", ".join(f"0 as e_{m}" for m in METRIC_MEASURES)}, 0 as e_rows,
+                    {", ".join(f"coalesce({m}, 0) as f_{m}" for m in METRIC_MEASURES)}, 1 as f_rows
+                from held_metrics where copy = 1
+            ) group by {keys} having {" or ".join(f"sum(e_{m} - f_{m}) != 0" for m in METRIC_MEASURES)}
+            """
+        )
+        return self._findings(
+            MINUTE_METRICS.name,
+            """
+            select hour, case
+                when found_rows = 0 and state = 'missed' then 'file_missed'
+                when found_rows = 0 and state = 'unfinished' then 'batch_unfinished_without_checkpoint'
+                when found_rows = 0 then 'increment_missing' when expected_rows = 0 then 'increment_unknown'
+                else 'increment_altered' end as cause, campaign_id, expected_rows as expected, found_rows as found,
+                expected_nanos, found_nanos, 'batch ' || batch_id || ', ad ' || coalesce(ad_id, 'none') as example
+            from metrics_delta
+            union all
+            select hour, 'increment_twice', campaign_id, 0, 1, 0, spend_nanos, 'record_uuid ' || record_uuid from metrics_over
+            """,
+        )
+
+    def _ledger(self) -> list[Finding]:
+        found = self._found(BATCH_LEDGER.name, "hour_of(epoch_us(event_hour))", "stream = 'events'")
+        keys = "query_id, batch_id, region, hour"
+        counts = {
+            "offered": "count(*)",
+            **{name: f"count(*) filter (outcome = '{name}')" for name in ("accepted", "duplicate", "conflict", "rejected")},
+            "late": "count(*) filter (outcome = 'accepted' and is_late)",
+            "invalid_traffic": "0",
+            "unpriced": "count(*) filter (outcome = 'accepted' and billing_model is null)",
+            "spend_nanos": "coalesce(sum(spend_nanos) filter (outcome = 'accepted'), 0)",
+        }
+        # of a batch whose files are not all there nobody can say how many duplicates it had
+        self._lake.execute(
+            f"""
+            create or replace temp table held_ledger as
+            select *, row_number() over (partition by _query_id, _batch_id, _run_id, source, region, hour) > 1 as is_copy,
+                offered is distinct from accepted + duplicate + conflict + rejected as is_broken
+            from ({found});
+            create or replace temp table ledger_over as select * from held_ledger where is_copy or is_broken;
+            create or replace temp table ledger_delta as
+            with cells as (
+                select {keys}, any_value(state) as state,
+                    {", ".join(f"sum(e_{m})::bigint as e_{m}, sum(f_{m})::bigint as f_{m}" for m in LEDGER_MEASURES)},
+                    sum(e_rows)::bigint as expected_rows, sum(f_rows)::bigint as found_rows
+                from (
+                    select {keys}, state, {", ".join(f"{sql} as e_{m}" for m, sql in counts.items())}, 1 as e_rows,
+                        {", ".join(f"0 as f_{m}" for m in LEDGER_MEASURES)}, 0 as f_rows
+                    from expected group by all
+                    union all by name
+                    select _query_id as query_id, _batch_id as batch_id, region, hour, state,
+                        {", ".join(f"0 as e_{m}" for m in LEDGER_MEASURES)}, 0 as e_rows,
+                        {", ".join(f"coalesce({m}, 0) as f_{m}" for m in LEDGER_MEASURES)}, 1 as f_rows
+                    from held_ledger where not (is_copy or is_broken)
+                ) group by {keys}
+            ), known as (
+                select cells.* replace (
+                    if(coalesce(is_partial, false), f_duplicate, e_duplicate) as e_duplicate,
+                    if(coalesce(is_partial, false), e_accepted + f_duplicate + e_conflict + e_rejected, e_offered) as e_offered
+                ) from cells left join batches using (query_id, batch_id)
+            )
+            select {keys}, state, {", ".join(f"e_{m} - f_{m} as {m}" for m in LEDGER_MEASURES)},
+                e_offered as expected_offered, f_offered as found_offered, e_spend_nanos as expected_nanos,
+                f_spend_nanos as found_nanos, expected_rows, found_rows
+            from known where {" or ".join(f"e_{m} != f_{m}" for m in LEDGER_MEASURES)}
+            """
+        )
+        return self._findings(
+            BATCH_LEDGER.name,
+            """
+            select hour, case when found_rows = 0 and state = 'missed' then 'file_missed'
+                when found_rows = 0 and state = 'unfinished' then 'batch_unfinished_without_checkpoint'
+                when found_rows = 0 then 'ledger_missing' when expected_rows = 0 then 'ledger_unknown'
+                else 'ledger_altered' end as cause, null as campaign_id, 1 as expected, found_rows as found,
+                expected_nanos, found_nanos,
+                'batch ' || batch_id || ', ' || coalesce(region, 'no region') || ': ' || found_offered || ' offered instead of '
+                || expected_offered as example
+            from ledger_delta
+            union all
+            select hour, if(is_copy, 'ledger_twice', 'ledger_altered'), null, 0, 1, 0, spend_nanos,
+                'batch ' || _batch_id || ', ' || coalesce(region, 'no region')
+                || if(is_copy, ': the row stands twice', ': the row does not add up')
+            from ledger_over
+            """,
+        )
+
+    def _gone(self) -> list[Finding]:
+        """Rows that cannot be recounted because their file is gone or has changed."""
+        if not self._recount.inputs.gone:
+            return []
+        return self._findings(
+            EVENTS.name,
+            """
+            select hour, 'raw_missing' as cause, campaign_id, 1 as expected, 1 as found, spend_nanos as expected_nanos,
+                spend_nanos as found_nanos, name || ' is gone or has changed since it was read' as example
+            from expected where is_trusted and outcome = 'accepted'
+            """,
+        )
+
+    def _findings(self, layer: str, sql: str) -> list[Finding]:
+        """Findings from rows (hour, cause, campaign_id, expected, found, expected_nanos, found_nanos, example)."""
+        found = self._recount.rows(
+            f"""
+            select hour, cause, campaign_id, count(*), sum(expected)::bigint, sum(found)::bigint,
+                coalesce(sum(expected_nanos), 0)::bigint, coalesce(sum(found_nanos), 0)::bigint, min(example)
+            from ({sql}) group by hour, cause, campaign_id
+            """
+        )
+        return [Finding(hour, layer, *rest) for hour, *rest in found]

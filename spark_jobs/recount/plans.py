@@ -1,0 +1,147 @@
+"""What every batch of events was planned with: its files in order, its limits and its prices, as the commits of `events` say.
+
+Delta cleans its logs after a while, so what was read is kept in a catalogue. It is derived: where it is missing it is read
+again from the commits that are left, and a batch whose plan is gone is planned anew from its rows (``Plans.lost``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from deltalake import DeltaTable
+
+from spark_jobs.config import Settings
+from spark_jobs.delta_log import DeltaLog
+from spark_jobs.tables import EVENTS
+
+_FORMAT = 1
+
+
+class PlannedFile(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """A landing file as it was when its batch was planned. Files of a batch are read in the order of (modified_ms, name)."""
+
+    modified_ms: int
+    name: str
+    size: int
+
+
+class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
+    """A batch of events. ``version`` is that of `events` which it made; its order among the batches.
+
+    Times are microseconds since the epoch, durations microseconds. ``files`` are in the order of their records.
+    """
+
+    query_id: str
+    batch_id: int
+    version: int
+    ingested_us: int
+    earliest_us: int
+    future_skew_us: int
+    hour_grace_us: int
+    campaigns_version: int
+    files: tuple[PlannedFile, ...]
+
+
+class _Catalogue(msgspec.Struct):
+    format: int
+    table_id: str
+    version: int
+    plans: list[BatchPlan]
+
+
+class _StoredLimits(msgspec.Struct):
+    ingested_us: int
+    earliest_us: int
+    future_skew_us: int
+    hour_grace_us: int
+
+
+class _StoredPlan(msgspec.Struct):
+    """A plan as it stands in a commit's userMetadata."""
+
+    query_id: str
+    batch_id: int
+    limits: _StoredLimits
+    campaigns_version: int
+    files: list[tuple[int, str, int]]
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The plans up to a version of `events`, in the order of their commits; a batch occurs once."""
+
+    batches: tuple[BatchPlan, ...]
+
+    def names(self) -> set[str]:
+        """The names of all planned files."""
+        return {file.name for plan in self.batches for file in plan.files}
+
+
+def read_plans(settings: Settings, version: int) -> Plans:
+    """All plans that the commits of `events` up to ``version`` hold or once held."""
+    log = DeltaLog(settings.table_uri(EVENTS.name))
+    path = settings.recount_path / "plans.json"
+    first = log.commit(0)
+    table_id = first.table_id if first and first.table_id else str(DeltaTable(log.uri).metadata().id)
+    catalogue = _load(path, table_id)
+    if catalogue.version < version:
+        found = [plan for number in range(catalogue.version + 1, version + 1) if (plan := _plan_of(log, number))]
+        catalogue = _Catalogue(_FORMAT, table_id, version, [*catalogue.plans, *found])
+        _save(path, catalogue)
+    return Plans(tuple(_once(plan for plan in catalogue.plans if plan.version <= version)))
+
+
+def _once(plans: Iterable[BatchPlan]) -> Iterable[BatchPlan]:
+    seen: set[tuple[str, int]] = set()
+    for plan in plans:
+        if (plan.query_id, plan.batch_id) not in seen:
+            seen.add((plan.query_id, plan.batch_id))
+            yield plan
+
+
+def _plan_of(log: DeltaLog, version: int) -> BatchPlan | None:
+    commit = log.commit(version)
+    if commit is None or commit.user_metadata is None:
+        return None
+    try:
+        stored = msgspec.json.decode(commit.user_metadata, type=_StoredPlan)
+    except msgspec.MsgspecError:
+        return None  # of a compaction, a correction or another tool: no batch
+    limits = stored.limits
+    return BatchPlan(
+        query_id=stored.query_id,
+        batch_id=stored.batch_id,
+        version=version,
+        ingested_us=limits.ingested_us,
+        earliest_us=limits.earliest_us,
+        future_skew_us=limits.future_skew_us,
+        hour_grace_us=limits.hour_grace_us,
+        campaigns_version=stored.campaigns_version,
+        files=tuple(sorted(PlannedFile(ms, landing_name(path), size) for ms, path, size in stored.files)),
+    )
+
+
+def landing_name(path: str) -> str:
+    """The name of a planned file under the landing folder: the folder may have moved since, the last three parts have not."""
+    return "/".join(Path(path).parts[-3:])
+
+
+def _load(path: Path, table_id: str) -> _Catalogue:
+    try:
+        held = msgspec.json.decode(path.read_bytes(), type=_Catalogue)
+        if held.format == _FORMAT and held.table_id == table_id:
+            return held
+    except (OSError, msgspec.MsgspecError):
+        pass  # missing or damaged: read from the commits again
+    return _Catalogue(_FORMAT, table_id, -1, [])
+
+
+def _save(path: Path, catalogue: _Catalogue) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(msgspec.json.encode(catalogue))
+    os.replace(temporary, path)
