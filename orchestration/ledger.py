@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import duckdb
@@ -45,8 +47,16 @@ class Cell:
     spend_nanos: int
 
 
+@cache
+def _lake() -> duckdb.DuckDBPyConnection:
+    """This process's DuckDB for the ledger: loading the extension takes longer than a tick of a sensor."""
+    connection = connect_delta({"threads": 1, "memory_limit": "512MB"})
+    connection.execute("set global timezone = 'UTC'")
+    return connection
+
+
 class Ledger:
-    """The ledger of a home. Used as a context, it has a DuckDB of its own."""
+    """The ledger of a home, read through a DuckDB that the process keeps."""
 
     def __init__(self, settings: Settings, connection: duckdb.DuckDBPyConnection) -> None:
         self._settings = settings
@@ -58,9 +68,8 @@ class Ledger:
     @contextmanager
     def open(cls, settings: Settings) -> Iterator[Ledger]:
         """The ledger of ``settings``, until the end of the context."""
-        with connect_delta({"threads": 1, "memory_limit": "512MB"}) as connection:
-            connection.execute("set timezone = 'UTC'")
-            yield cls(settings, connection)
+        with _lake().cursor() as cursor:
+            yield cls(settings, cursor)
 
     def added(self, after: int, until: int) -> list[Cell]:
         """What the versions beyond ``after`` up to ``until`` added; all of version ``until`` where their files or log are gone."""
@@ -109,9 +118,9 @@ class Ledger:
         found = self._lake.execute(
             f"select distinct event_hour from {self._scan(version)} where event_hour < timestamptz '{end.isoformat()}' order by 1"
         ).fetchall()
-        held = [hour.astimezone(UTC) for (hour,) in found]
+        held = [hour.astimezone(UTC) for (hour,) in found if hour is not None]
         filled: list[datetime] = []
-        for hour, following in zip(held, [*held[1:], end], strict=True):
+        for hour, following in pairwise([*held, end]):
             until = following if following - hour <= LONGEST_GAP else hour + HOUR
             while hour < until:
                 if hour >= start:

@@ -94,7 +94,8 @@ def stream_progress_sensor(hours: dg.HourlyPartitionsDefinition) -> dg.SensorDef
                 "%d hours lie before the first partition, %s: reload the code location, or set ADTALLY_START_DATE",
                 *(early, hours.start.isoformat()),
             )
-        reason = None if events else "nothing new was committed"
+        told = f"told {len(events)} times what was committed through version {progress.reported} of the ledger"
+        reason = told if events else "nothing new was committed"
         return dg.SensorResult(asset_events=events, skip_reason=reason, cursor=progress.to_cursor())
 
     return stream_progress
@@ -118,12 +119,11 @@ def report_progress(
     if rebuilt or (progress.start is not None and start < progress.start):  # all of it anew, into what are other partitions now
         progress = Progress()
     progress = replace(progress, table_id=table_id, start=start)
-    with Ledger.open(settings) as ledger:
-        if progress.reported < newest or progress.until is not None:
-            return _report_commits(settings, ledger, hours, progress, min(newest, _bound(progress, newest)), now)
-        progress, events = _report_campaigns(settings, progress)
-        progress, empty = _report_empty(settings, ledger, hours, progress, newest)
-        return progress, [*events, *empty], 0
+    if progress.reported < newest or progress.until is not None:
+        return _report_commits(settings, hours, progress, min(newest, _bound(progress, newest)), now)
+    progress, events = _report_campaigns(settings, progress)
+    progress, empty = _report_empty(settings, hours, progress, newest)
+    return progress, [*events, *empty], 0
 
 
 def _bound(progress: Progress, newest: int) -> int:
@@ -134,16 +134,17 @@ def _bound(progress: Progress, newest: int) -> int:
 
 
 def _report_commits(
-    settings: Settings, ledger: Ledger, hours: dg.HourlyPartitionsDefinition, progress: Progress, until: int, now: datetime
+    settings: Settings, hours: dg.HourlyPartitionsDefinition, progress: Progress, until: int, now: datetime
 ) -> tuple[Progress, list[Event], int]:
-    cells = ledger.added(progress.reported, until)
     latest = floor_hour(now) + HOUR  # a clock may be a little ahead
-    inside = {cell.hour for cell in cells if cell.hour is not None and hours.start <= cell.hour <= latest}
-    early = {cell.hour for cell in cells if cell.accepted and cell.hour is not None and cell.hour < hours.start}
     after = datetime.fromisoformat(progress.after) if progress.after else None
-    left = sorted(hour for hour in inside if after is None or hour > after)
-    chunk = left[:HOURS_A_TICK]
-    report = _Report(cells, ledger.totals(until, chunk), ledger.increments(chunk), _versions(settings))
+    with Ledger.open(settings) as ledger:
+        cells = ledger.added(progress.reported, until)
+        inside = {cell.hour for cell in cells if cell.hour is not None and hours.start <= cell.hour <= latest}
+        early = {cell.hour for cell in cells if cell.accepted and cell.hour is not None and cell.hour < hours.start}
+        left = sorted(hour for hour in inside if after is None or hour > after)
+        chunk = left[:HOURS_A_TICK]
+        report = _Report(cells, ledger.totals(until, chunk), ledger.increments(chunk), _versions(settings))
     events: list[Event] = [event for hour in chunk for event in report.hour(hour)]
     if after is None:
         events += report.without_hour(inside)
@@ -161,7 +162,7 @@ def _report_campaigns(settings: Settings, progress: Progress) -> tuple[Progress,
 
 
 def _report_empty(
-    settings: Settings, ledger: Ledger, hours: dg.HourlyPartitionsDefinition, progress: Progress, newest: int
+    settings: Settings, hours: dg.HourlyPartitionsDefinition, progress: Progress, newest: int
 ) -> tuple[Progress, list[dg.AssetMaterialization]]:
     """Closed hours in which a table got nothing, a chunk of them."""
     closings = DeltaLog(settings.table_uri(HOUR_CLOSINGS.name)).latest_version()
@@ -175,9 +176,10 @@ def _report_empty(
         return replace(progress, seen=seen), []
     through = datetime.fromisoformat(progress.empty_through) if progress.empty_through else closing.first_hour
     begin = max(through, closing.first_hour, hours.start)
-    closed = ledger.hours(newest, begin, closing.closed_through) if begin < closing.closed_through else []
-    chunk = closed[:HOURS_A_TICK]
-    held = ledger.totals(newest, chunk)
+    with Ledger.open(settings) as ledger:
+        closed = ledger.hours(newest, begin, closing.closed_through) if begin < closing.closed_through else []
+        chunk = closed[:HOURS_A_TICK]
+        held = ledger.totals(newest, chunk)
     events = [
         dg.AssetMaterialization(key, partition=key_of(hour), metadata={"rows_added": 0, "rows_in_hour": 0})
         for hour in chunk
@@ -235,8 +237,7 @@ class _Report:
             outside = [cell for (of, hour), cell in self._added.items() if of == stream and hour not in inside]
             rejected = sum(cell.rejected + cell.conflict for cell in outside)
             if rejected:
-                metadata = {"rejected_without_partition": rejected, "delta_version": self._versions[key]}
-                found.append(dg.AssetObservation(key, metadata=metadata))
+                found.append(dg.AssetObservation(key, metadata={"rejected_without_partition": rejected}))
         return found
 
     def _of_table(self, key: str, cell: Cell, hour: datetime) -> dict[str, Any]:
