@@ -43,3 +43,31 @@ def test_one_module_builds_the_session() -> None:
         if "SparkSession.builder" in path.read_text("utf-8")
     ]
     assert sorted(builders) == ["spark_jobs/jars.py", "spark_jobs/session.py"]
+
+
+# what the recount may use of spark_jobs: none of it reads, judges, compares or prices a record
+OF_THE_RECOUNT = {"config", "delta_log", "duck", "errors", "hours", "recount", "storage", "tables"}
+
+
+def modules_of_spark_jobs(path: Path) -> set[str]:
+    """The modules right under spark_jobs that a file imports, anywhere in it; "." for an import that is not absolute."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            names = ["spark_jobs.."] if isinstance(node, ast.ImportFrom) else []
+        found |= {[*name.split("."), ""][1] or "." for name in names if name.split(".")[0] == "spark_jobs"}
+    return found
+
+
+def test_the_recount_shares_nothing_with_what_it_judges() -> None:
+    files = list((ROOT / "spark_jobs" / "recount").rglob("*.py"))
+    assert files
+    wrong = {path.name: modules_of_spark_jobs(path) - OF_THE_RECOUNT for path in files}
+    assert not {name: modules for name, modules in wrong.items() if modules}
+    # nor does what it may use lead there
+    shared = [ROOT / "spark_jobs" / f"{name}.py" for name in OF_THE_RECOUNT - {"recount"}]
+    assert not {path.name: leads for path in shared if (leads := modules_of_spark_jobs(path) - OF_THE_RECOUNT)}

@@ -3,7 +3,8 @@
 Two tiers. msgspec decodes a line into a typed struct and columns are checked a block at a time; a line that is not certainly valid
 is judged by ``judge_line``, rule by rule. Of the decoder's leniencies three touch the contract: it takes the last of a key that
 occurs twice, a float where an integer may stand too, and white space around the object. The first shows in the number of quotation
-marks (two a key and two a text: more than the record accounts for is a key unknown or twice), the others are looked at directly.
+marks (two a key and two a text: more than the record accounts for are a null, a key unknown or a key twice), the others are looked
+at directly.
 
 What hangs on the limits of a batch (too early, too far ahead of its receipt) is not judged here.
 """
@@ -279,22 +280,16 @@ def judge_line(raw: bytes, stream: str, folder: str, *, is_terminated: bool = Tr
 
 
 def _struct(stream: str) -> type[msgspec.Struct]:
-    types: dict[str, Any] = {
-        "id": Annotated[str, msgspec.Meta(min_length=1, max_length=128)],
-        "text": str,
-        "time": str,
-        "region": str,
-    }
     required: list[tuple[str, Any]] = []
     optional: list[tuple[str, Any, Any]] = []
     for rule in RULES[stream]:
-        if rule.kind == "choice":
-            kind = Literal[rule.choices]
-        elif rule.kind == "amount":
-            # with int alone the decoder would take 1.0 for 1
+        kind: Any = str
+        if rule.kind == "id":
+            kind = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+        elif rule.kind == "choice":
+            kind = Literal.__getitem__(rule.choices)
+        elif rule.kind == "amount":  # of int alone the decoder would take 1.0 for 1
             kind = Annotated[int, msgspec.Meta(ge=0, le=rule.most)] | float
-        else:
-            kind = types[rule.kind]
         if rule.is_required:
             required.append((rule.name, kind))
         else:
@@ -302,6 +297,7 @@ def _struct(stream: str) -> type[msgspec.Struct]:
     return msgspec.defstruct(f"_{stream}", [*required, *optional], gc=False)
 
 
+_ANYTHING = msgspec.json.Decoder()
 _DECODERS = {stream: msgspec.json.Decoder(_struct(stream)) for stream in RULES}
 _NO_TIME = np.iinfo(np.int64).min
 Mask = npt.NDArray[np.bool_]
@@ -325,9 +321,8 @@ def read_times(texts: pa.StringArray) -> Ints:
         chosen = np.flatnonzero(sizes == size)
         if len(chosen):
             starts = offsets[chosen]
-            micros = _utc_times(octets[starts[None, :] + np.arange(size, dtype=np.int32)[:, None]])
-            made[chosen] = micros
-            left[chosen] = micros == _NO_TIME
+            made[chosen] = _utc_times(octets[starts[None, :] + np.arange(size, dtype=np.int32)[:, None]])
+            left[chosen] = made[chosen] == _NO_TIME
     for at in np.flatnonzero(left).tolist():
         micros = read_time(texts[at].as_py())
         made[at] = micros if isinstance(micros, int) else _NO_TIME
@@ -343,7 +338,7 @@ def _utc_times(text: npt.NDArray[np.uint8]) -> Ints:
         good &= digits[place] < 10 if octet == 48 else text[place] == octet
 
     def number(first: int, end: int) -> npt.NDArray[np.int32]:
-        value = digits[first].astype(np.int32)
+        value: npt.NDArray[np.int32] = digits[first].astype(np.int32)
         for place in range(first + 1, end):
             value = value * 10 + digits[place]
         return value
@@ -405,13 +400,36 @@ def _arrays(records: list[msgspec.Struct], stream: str) -> tuple[dict[str, pa.Ar
     return arrays, good
 
 
-def _all_known_once(data: bytes, places: Ints | None, ends: Callable[[], Ints], expected: Ints) -> Mask | bool:
-    """Which records account for all quotation marks of their lines. A line has never fewer, so equal sums say all do."""
-    if places is None and np.count_nonzero(np.frombuffer(data, dtype=np.uint8) == 34) == expected.sum():
+def _marks(value: Any) -> int:
+    """The quotation marks that a decoded value must have had at the least: two a key, two a text."""
+    if type(value) is dict:
+        return 2 * len(value) + sum(map(_marks, value.values()))
+    if type(value) is list:
+        return sum(map(_marks, value))
+    return 2 if type(value) is str else 0
+
+
+def _has_keys_once(line: bytes) -> bool:
+    """Whether a line that may have nulls and unknown fields surely has no key twice."""
+    try:
+        return line.count(b'"') == _marks(_ANYTHING.decode(line))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+
+
+def _keys_once(data: bytes, lines: list[bytes], places: Ints, expected: Ints) -> Mask | bool:
+    """Which records have no key twice: those that account for all quotation marks of their lines, or do so when read once more.
+
+    A line never has fewer than its record accounts for, so equal sums say that all do.
+    """
+    marks = np.frombuffer(data, dtype=np.uint8) == ord('"')
+    if len(places) == len(lines) and np.count_nonzero(marks) == expected.sum():
         return True
-    counted = np.diff(np.cumsum(np.frombuffer(data, dtype=np.uint8) == 34, dtype=np.int64)[ends() - 1], prepend=0)
-    made: Mask = (counted if places is None else counted[places]) == expected
-    return made
+    counted = np.diff(np.cumsum(marks, dtype=np.int64)[_line_ends(data) - 1], prepend=0)[places]
+    once: Mask = counted == expected
+    for at in np.flatnonzero(~once).tolist():
+        once[at] = _has_keys_once(lines[places[at]])
+    return once
 
 
 def _line_ends(data: bytes) -> Ints:
@@ -426,7 +444,7 @@ def _certainly_valid(data: bytes, lines: list[bytes], stream: str, folder: str) 
     places = np.delete(np.arange(len(lines)), odd)
     arrays, good = _arrays(records, stream)
     expected = _quotation_marks(arrays, stream, len(records))
-    good &= _all_known_once(data, places if odd else None, lambda: _line_ends(data), expected)
+    good &= _keys_once(data, lines, places, expected)
     if b"\r" in data or max(map(len, lines)) > LONGEST_LINE:
         good &= np.fromiter((len(line) <= LONGEST_LINE and not line.endswith(b"\r") for line in lines), dtype=bool)[places]
     for rule in RULES[stream]:
