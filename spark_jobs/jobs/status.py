@@ -97,12 +97,35 @@ def read_status(settings: Settings) -> Status:
         try:
             return _Reader(lake, settings, versions).status()
         except duckdb.Error as error:
-            raise TableCorruptionError(
-                f"the tables of {settings.lakehouse_uri} cannot be read: {' '.join(str(error).split())[:300]}",
-                hint="restore the files that the message names",
-            ) from error
+            raise _unreadable(settings, error) from error
         finally:
             lake.close()
+
+
+def read_recent_problems(settings: Settings, since: datetime) -> tuple[int, list[str]]:
+    """How many batches were ingested at ``since`` or later, and the contradictions among their rows, a line each.
+
+    Of what `read_status` finds only what the rows of those batches tell: data files of others are not read. Raises as it does.
+    """
+    found = {name: DeltaLog(settings.table_uri(name)).latest_version() for name in _READ}
+    versions = {name: version for name, version in found.items() if version is not None}
+    if "://" in settings.lakehouse_uri or "batch_ledger" not in versions:
+        return 0, []
+    with TemporaryDirectory(prefix="adtally-status-") as spill:
+        lake = connect_delta({"temp_directory": spill, "memory_limit": _MEMORY})
+        try:
+            return _Reader(lake, settings, versions).recent_problems(since)
+        except duckdb.Error as error:
+            raise _unreadable(settings, error) from error
+        finally:
+            lake.close()
+
+
+def _unreadable(settings: Settings, error: duckdb.Error) -> TableCorruptionError:
+    return TableCorruptionError(
+        f"the tables of {settings.lakehouse_uri} cannot be read: {' '.join(str(error).split())[:300]}",
+        hint="restore the files that the message names",
+    )
 
 
 class _Reader:
@@ -115,21 +138,13 @@ class _Reader:
 
     def status(self) -> Status:
         lake = self._lake
-        lake.execute("set timezone = 'UTC'")
-        # whole hours since the epoch; date_trunc would do it by the calendar of a time zone and take seven times as long
-        lake.execute(f"create macro hour_of(t) as (epoch_us(t) - (epoch_us(t) % {_HOUR} + {_HOUR}) % {_HOUR}) // {_HOUR}")
-        for name in self._versions:
-            if name == "batch_ledger":
-                hour = "select * replace (hour_of(event_hour) as event_hour)"
-                lake.execute(f"create temp table batch_ledger as {hour} from {self._scan(name)}")
-            else:
-                lake.execute(f"create temp view {name} as select * from {self._scan(name)}")
+        self._load_ledger("")
+        self._load_others("")
         tables = [self._table(name) for name in TABLES if name in self._versions]
-        missing = [name for name in _READ if name not in self._versions]
-        if missing:
+        lost = self._lost()
+        if lost:
             if not any(table.rows for table in tables):
                 return Status(tables=tables, problems=[NOTHING_INGESTED])
-            lost = [f"table {name} is missing, but others hold rows" for name in missing]
             return Status(tables=tables, conservation_holds=False, problems=lost)
         lake.execute(_BATCHES)
         lake.execute(_CELLS)
@@ -144,6 +159,39 @@ class _Reader:
         if not sources and not problems:
             problems.append(NOTHING_INGESTED)
         return Status(sources, tables, self._quarantined(), not broken, problems)
+
+    def recent_problems(self, since: datetime) -> tuple[int, list[str]]:
+        """See `read_recent_problems`."""
+        key = "(stream, _query_id, _batch_id)"
+        recent = f"select {key} from {self._scan('batch_ledger')} where _run_id is null and ingested_at >= timestamptz '{since}'"
+        self._load_ledger(f"where {key} in ({recent})")
+        lake = self._lake
+        lake.execute(_BATCHES)
+        batches, low, high = self._rows("select count(*), min(_batch_id), max(_batch_id) from batches")[0]
+        lost = self._lost() if batches else []
+        if lost or not batches:
+            return batches, lost
+        self._load_others(f"where _batch_id between {low} and {high}")  # by which Delta's statistics skip the files of the others
+        lake.execute(_CELLS)
+        return batches, [*self._ledger_rows(), *self._cells()]
+
+    def _load_ledger(self, where: str) -> None:
+        lake = self._lake
+        lake.execute("set timezone = 'UTC'")
+        # whole hours since the epoch; date_trunc would do it by the calendar of a time zone and take seven times as long
+        lake.execute(f"create macro hour_of(t) as (epoch_us(t) - (epoch_us(t) % {_HOUR} + {_HOUR}) % {_HOUR}) // {_HOUR}")
+        hour = "select * replace (hour_of(event_hour) as event_hour)"
+        if "batch_ledger" in self._versions:
+            lake.execute(f"create temp table batch_ledger as {hour} from {self._scan('batch_ledger')} {where}")
+
+    def _load_others(self, where: str) -> None:
+        for name in self._versions:
+            if name != "batch_ledger":
+                self._lake.execute(f"create temp view {name} as select * from {self._scan(name)} {where}")
+
+    def _lost(self) -> list[str]:
+        missing = [name for name in _READ if name not in self._versions]
+        return [f"table {name} is missing, but others hold rows" for name in missing]
 
     def _scan(self, name: str, version: int | None = None) -> str:
         path = self._settings.table_uri(name).replace("'", "''")

@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from spark_jobs.errors import TableCorruptionError
 from spark_jobs.sources.landing import LandingFile, local_path
@@ -35,6 +36,41 @@ def read_batch_files(checkpoint: Path, batch_id: int) -> BatchFiles:
     start = _offset(checkpoint, batch_id - 1)[1] if batch_id else -1
     files = [file for log_id in range(start + 1, end + 1) for file in _files(checkpoint, log_id)]
     return BatchFiles(planned_ms * 1000, sorted(files, key=lambda file: file.order))
+
+
+def read_finished_files(checkpoint: Path) -> set[str]:
+    """Paths of the files of all batches that the query with this checkpoint has finished; empty where there is none.
+
+    Raises TableCorruptionError as ``read_batch_files`` does.
+    """
+    finished = _newest(checkpoint / "commits", "")
+    if finished is None:
+        return set()
+    end = _offset(checkpoint, finished)[1]
+    log = checkpoint / "sources" / "0"
+    compacted = _newest(log, ".compact")
+    own = range(0 if compacted is None else compacted + 1, end + 1)
+    names = [*([] if compacted is None else [f"{compacted}.compact"]), *map(str, own)]
+    return {local_path(entry["path"]) for name in names for entry in _entries(log / name) if entry["batchId"] <= end}
+
+
+def _newest(folder: Path, ending: str) -> int | None:
+    """The highest number that a file of the folder has for its name, before ``ending``."""
+    try:
+        numbers = [entry.name.removesuffix(ending) for entry in os.scandir(folder) if entry.name.endswith(ending)]
+    except FileNotFoundError:
+        return None
+    return max((int(number) for number in numbers if number.isdecimal()), default=None)
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    try:
+        version, *lines = path.read_text("utf-8").splitlines()
+        if version != _VERSION:
+            raise ValueError(f"version {version}")
+        return [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise TableCorruptionError(f"{path} is not the list of a file source: {error}", hint=_HINT) from None
 
 
 def _size(path: str) -> int:

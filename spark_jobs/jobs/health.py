@@ -1,0 +1,194 @@
+"""Is all well? A few signals, each with a threshold from the settings and a runbook. Read without Spark, cheap enough for every
+half minute: nothing here reads the history, only what the last hour brought and what waits.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from spark_jobs.config import Settings
+from spark_jobs.delta_log import Commit, DeltaLog
+from spark_jobs.errors import AdtallyError
+from spark_jobs.jobs.status import read_recent_problems
+from spark_jobs.sources.checkpoint import read_finished_files
+from spark_jobs.sources.delta import read_files
+from spark_jobs.sources.landing import follows_protocol
+from spark_jobs.tables import BATCH_LEDGER
+
+RECENT = timedelta(hours=1)
+MIN_OFFERED = 1_000  # a share of fewer records says nothing
+_STREAMS = ("events", "orders")
+_PROBLEMS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A measured value against its threshold. ``value`` None: it could not be measured, and ``detail`` says why."""
+
+    name: str
+    ok: bool
+    value: float | None
+    threshold: float
+    unit: str
+    detail: str
+    runbook: str
+
+
+def read_health(settings: Settings, *, now: datetime | None = None) -> list[Signal]:
+    """All SIGNALS, in their order. Works on an empty home; a signal that cannot be read is one that is not ok."""
+    return [read_signal(settings, name, now=now) for name in SIGNALS]
+
+
+def read_signal(settings: Settings, name: str, *, now: datetime | None = None) -> Signal:
+    """One of SIGNALS. Raises KeyError for another name."""
+    measure, threshold_of, unit = _SIGNALS[name]
+    threshold, runbook = threshold_of(settings), f"docs/runbooks/{name.replace('_', '-')}.md"
+    if name == "conservation":
+        runbook = "docs/runbooks/conservation-broken.md"
+    try:
+        value, detail = measure(settings, now or datetime.now(UTC))
+    except (AdtallyError, OSError, duckdb.Error) as error:
+        return Signal(name, False, None, threshold, unit, f"cannot be measured: {' '.join(str(error).split())[:300]}", runbook)
+    ok = value >= threshold if name == "disk_space" else value <= threshold
+    return Signal(name, ok, value, threshold, unit, detail, runbook)
+
+
+def _stream_lag(settings: Settings, now: datetime) -> tuple[float, str]:
+    """Seconds since the oldest landing file arrived that no finished batch has read; 0 where none waits."""
+    waiting = {stream: list(waiting_files(settings, stream)) for stream in _STREAMS}
+    oldest = {stream: min(files) for stream, files in waiting.items() if files}
+    if not oldest:
+        return 0.0, "no landing file waits"
+    lags = {stream: max(0.0, now.timestamp() - arrived) for stream, (arrived, _) in oldest.items()}
+    parts = [
+        f"{stream}: {len(waiting[stream])} files wait, the oldest is {oldest[stream][1]}, {lags[stream]:.0f} s" for stream in lags
+    ]
+    return max(lags.values()), "; ".join(parts)
+
+
+def waiting_files(settings: Settings, stream: str) -> Iterator[tuple[float, str]]:
+    """Landing files of a stream that no finished batch has read: (when it arrived, in seconds since the epoch; its path).
+
+    A file arrives when it is renamed into place, which its time of modification does not tell: so the time of its last change of
+    status is taken. Files planned into a batch that has not ended count as waiting.
+    """
+    folder = settings.landing_path / stream
+    found = {entry.path: entry.stat().st_ctime for region in _entries(folder) if region.is_dir() for entry in _entries(region.path)}
+    if not found:
+        return
+    finished = read_finished_files(settings.checkpoints_path / stream)
+    for path, arrived in found.items():
+        if path not in finished and follows_protocol(path, folder):
+            yield arrived, path
+
+
+def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []
+
+
+def _freshness(settings: Settings, now: datetime) -> tuple[float, str]:
+    """Seconds since the first change of the ledger that the published marts do not have; 0 where they have all."""
+    log = DeltaLog(settings.table_uri(BATCH_LEDGER.name))
+    newest, pinned = log.latest_version(), _pinned_version(settings)
+    if newest is None:
+        return 0.0, "nothing ingested yet"
+    commits = (log.commit(version) for version in range(0 if pinned is None else pinned + 1, newest + 1))
+    first = next((commit for commit in commits if commit is not None and commit.changes_rows), None)
+    built = "there are no marts yet" if pinned is None else f"the marts have batch_ledger at version {pinned} of {newest}"
+    return (0.0 if first is None else max(0.0, now.timestamp() - _committed(first))), built
+
+
+def _pinned_version(settings: Settings) -> int | None:
+    """The ledger's version of the newest group of marts, None where there are none."""
+    if not settings.marts_path.is_file():
+        return None
+    with duckdb.connect(":memory:") as connection:  # an instance of its own opens the file anew, whoever has an older one open
+        path = str(settings.marts_path).replace("'", "''")
+        connection.execute(f"attach '{path}' as marts (read_only)")
+        row = connection.execute(
+            "select max(delta_version) from marts.main.mart_build where table_name = 'batch_ledger'"
+        ).fetchone()
+    return None if row is None or row[0] is None else int(row[0])
+
+
+def _rejected_share(settings: Settings, now: datetime) -> tuple[float, str]:
+    return _share(settings, now, "rejected")
+
+
+def _duplicate_share(settings: Settings, now: datetime) -> tuple[float, str]:
+    return _share(settings, now, "duplicate")
+
+
+def _share(settings: Settings, now: datetime, outcome: str) -> tuple[float, str]:
+    """The share of an outcome in what was offered in the batches of the last hour; 0 below MIN_OFFERED."""
+    counts = recent_counts(settings, now - RECENT)
+    offered, found = counts["offered"], counts[outcome]
+    detail = f"{found:,} {outcome} of {offered:,} offered in the last hour"
+    return (found / offered if offered >= MIN_OFFERED else 0.0), detail
+
+
+def recent_counts(settings: Settings, since: datetime) -> Counter[str]:
+    """Sums of the ledger (offered, rejected, duplicate) over the batches that were committed at ``since`` or later."""
+    uri = settings.table_uri(BATCH_LEDGER.name)
+    total: Counter[str] = Counter()
+    for commit in DeltaLog(uri).commits_backwards():
+        if _committed(commit) < since.timestamp():
+            break
+        for action in commit.data_added:
+            total.update(_file_counts(uri, action["path"]))
+    return total
+
+
+@lru_cache(maxsize=16_384)
+def _file_counts(uri: str, path: str) -> Counter[str]:
+    """The sums of one data file, which never changes. Rows of corrections are differences, and left out."""
+    names = ("offered", "rejected", "duplicate", "_run_id")
+    rows = read_files(uri, [path], pa.schema([BATCH_LEDGER.schema.field(name) for name in names]))
+    own = rows.filter(pc.is_null(rows["_run_id"]))
+    return Counter({name: pc.sum(own[name]).as_py() or 0 for name in names[:-1]})
+
+
+def _committed(commit: Commit) -> float:
+    """When a commit was made, in seconds since the epoch."""
+    return float(commit.info.get("timestamp", 0)) / 1000
+
+
+def _conservation(settings: Settings, now: datetime) -> tuple[float, str]:
+    """Contradictions among the tables over the batches of the last hour. The whole history is `adtally status`'s."""
+    batches, problems = read_recent_problems(settings, now - RECENT)
+    shown = "; ".join(problems[:_PROBLEMS_SHOWN])
+    more = f" and {len(problems) - _PROBLEMS_SHOWN} more" if len(problems) > _PROBLEMS_SHOWN else ""
+    return float(len(problems)), f"{shown}{more}" if problems else f"{batches} batches of the last hour add up"
+
+
+def _disk_space(settings: Settings, now: datetime) -> tuple[float, str]:
+    """Free bytes where ADTALLY_HOME lies or will lie."""
+    folder = next(path for path in (settings.home_path, *settings.home_path.parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    return float(free), f"{free / 1024**3:.1f} GiB are free"
+
+
+_SIGNALS: dict[str, tuple[Callable[[Settings, datetime], tuple[float, str]], Callable[[Settings], float], str]] = {
+    "stream_lag": (_stream_lag, lambda settings: settings.max_stream_lag.total_seconds(), "seconds"),
+    "freshness": (_freshness, lambda settings: settings.max_mart_age.total_seconds(), "seconds"),
+    "rejected_share": (_rejected_share, lambda settings: settings.max_rejected_share, "share"),
+    "duplicate_share": (_duplicate_share, lambda settings: settings.max_duplicate_share, "share"),
+    "conservation": (_conservation, lambda settings: 0.0, "contradictions"),
+    "disk_space": (_disk_space, lambda settings: float(settings.min_free_bytes), "bytes"),
+}
+SIGNALS = tuple(_SIGNALS)
