@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,23 +17,27 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from orchestration.cli.status import table
-from orchestration.marts import build_marts, query_marts
+from orchestration.listening import Listener, listening
+from orchestration.marts import query_marts
 from samples.land import land
 from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.errors import BusyError, UsageError
+from spark_jobs.errors import AdtallyError, BusyError, UsageError
 from spark_jobs.jobs.batch import BatchReport
-from spark_jobs.jobs.ingest import INGEST_LOCK, run_ingest
+from spark_jobs.jobs.ingest import INGEST_LOCK
 
 DEFAULT_HOME = Path(".adtally-demo")
 MARKER = ".adtally-demo-home"
 BATCH_BYTES = 16 * 1024 * 1024
 TRAFFIC_START = datetime(2019, 12, 1, tzinfo=UTC)  # where the samples end, so that the hours of the demo have no gap
 
+LIMITS = ("future_skew", "hour_grace", "earliest_event_time")
+
 ACCOUNTING = ("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced")
 MEASURES = ("impressions", "clicks", "spend_nanos")
 
 Cells = dict[tuple[Any, ...], Counter[str]]
+RunJob = Callable[[str, Listener], None]
 
 
 def clean_home(home: Path) -> None:
@@ -65,7 +71,7 @@ def demo_settings(home: Path) -> Settings:
 
     What the environment says of these is meant for another installation, whose tables a demo must not touch.
     """
-    limits = {name: Settings.model_fields[name].default for name in ("future_skew", "hour_grace", "earliest_event_time")}
+    limits = {name: Settings.model_fields[name].default for name in LIMITS}
     return load_settings(
         home=home,
         lakehouse=str(home / "lakehouse"),
@@ -84,10 +90,9 @@ def run_demo(home: Path | None, *, events: int, seed: int, console: Console) -> 
     with Progress(*columns, console=console) as progress:
         truths = _land(settings, events, seed, progress)
         offered = sum(int(truth["totals"]["offered"]) for truth in truths)
-        _ingest(settings, offered, progress)
-        task = progress.add_task("3/3 build the marts", total=None, note="")
-        build_marts(settings, progress=lambda line: progress.update(task, note=line[:60]))
-        progress.update(task, total=1, completed=1, note="published")
+        with _dagster(settings) as run_job:
+            _ingest(run_job, offered, progress)
+            _build(run_job, progress)
     _print_conservation(settings, console)
     equal = _print_differences(settings, truths, console)
     _print_campaigns(settings, console)
@@ -116,14 +121,65 @@ def _land(settings: Settings, events: int, seed: int, progress: Progress) -> lis
     return [json.loads(truth.as_json()), json.loads(sample_truth.read_text("utf-8"))]
 
 
-def _ingest(settings: Settings, offered: int, progress: Progress) -> None:
+@contextmanager
+def _dagster(settings: Settings) -> Iterator[RunJob]:
+    """Runs jobs of this project in this process, with ``settings``, as runs of the home's own Dagster instance."""
+    from orchestration.up.instance import home_instance
+
+    own = {"HOME": settings.home_path, "LAKEHOUSE": settings.lakehouse_uri, "LANDING": settings.landing_path}
+    own["MAX_BYTES_PER_BATCH"] = settings.max_bytes_per_batch
+    others = {f"ADTALLY_{name.upper()}" for name in LIMITS}
+    before = dict(os.environ)
+    try:
+        os.environ.update({f"ADTALLY_{name}": str(value) for name, value in own.items()})
+        for name in others & set(os.environ):
+            del os.environ[name]
+        with home_instance(settings) as instance:
+            from orchestration.definitions import build_definitions
+
+            definitions = build_definitions(settings)
+
+            def run_job(name: str, listener: Listener) -> None:
+                with listening(listener):
+                    done = definitions.resolve_job_def(name).execute_in_process(
+                        instance=instance,
+                        raise_on_error=False,
+                        run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+                    )
+                if not done.success:
+                    raise AdtallyError(_failure(done.all_events), hint=f"run {done.run_id}; adtally up shows it")
+
+            yield run_job
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _failure(events: Iterable[Any]) -> str:
+    """What the first step that failed says."""
+    for event in events:
+        if event.is_step_failure:
+            data = event.step_failure_data
+            told = data.user_failure_data.description if data.user_failure_data else None
+            return str(told or data.error_display_string.strip().splitlines()[0])
+    return "the run failed"
+
+
+def _ingest(run_job: RunJob, offered: int, progress: Progress) -> None:
     task = progress.add_task("2/3 ingest", total=offered, note="starting Spark")
 
-    def on_batch(batch: BatchReport) -> None:
-        note = f"{batch.stream} batch {batch.batch_id}: {batch.accepted:,} accepted in {batch.seconds:.1f} s"
-        progress.update(task, advance=batch.offered if batch.stream == "events" else 0, note=note)
+    def on_batch(batch: object) -> None:
+        if isinstance(batch, BatchReport):
+            note = f"{batch.stream} batch {batch.batch_id}: {batch.accepted:,} accepted in {batch.seconds:.1f} s"
+            progress.update(task, advance=batch.offered if batch.stream == "events" else 0, note=note)
 
-    run_ingest(settings, progress=on_batch)
+    run_job("ingest", on_batch)
+
+
+def _build(run_job: RunJob, progress: Progress) -> None:
+    task = progress.add_task("3/3 build the marts", total=None, note="")
+    run_job("marts_near_real_time", lambda line: progress.update(task, note=str(line)[:60]))  # the first build is of all marts
+    progress.update(task, total=1, completed=1, note="published")
 
 
 def _print_conservation(settings: Settings, console: Console) -> None:
@@ -221,5 +277,5 @@ def _print_places(settings: Settings, console: Console) -> None:
     console.print(f"Delta tables   {settings.lakehouse_uri}", soft_wrap=True)
     console.print(f"marts          {settings.marts_path}", soft_wrap=True)
     console.print("\nNext, in the environment (or with `uv run` before each):")
-    for command in ("status", 'query "select * from fct_campaign_day limit 10"', "ingest --continuous"):
+    for command in ("status", 'query "select * from fct_campaign_day limit 10"', "reconcile", "up"):
         console.print(f"  ADTALLY_HOME={home} adtally {command}", soft_wrap=True)

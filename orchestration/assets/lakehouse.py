@@ -11,6 +11,7 @@ from datetime import timedelta
 import dagster as dg
 
 from orchestration.assets.outcome import failing_clearly
+from orchestration.listening import listener
 from spark_jobs.config import load_settings
 from spark_jobs.errors import BusyError
 from spark_jobs.tables import (
@@ -79,11 +80,18 @@ def landing_files() -> dg.AssetSpec:
 )
 def landing_ingest(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
     """Ingest all that is in the landing folder."""
-    from spark_jobs.jobs.ingest import run_ingest  # Spark: not needed to load the definitions
+    from spark_jobs.jobs.batch import BatchReport  # Spark: not needed to load the definitions
+    from spark_jobs.jobs.ingest import run_ingest
+
+    told = listener()
+
+    def progress(batch: BatchReport) -> None:
+        context.log.info("%s", asdict(batch))
+        told(batch)
 
     with failing_clearly():
         try:
-            report = run_ingest(load_settings(), progress=lambda batch: context.log.info("%s", asdict(batch)))
+            report = run_ingest(load_settings(), progress=progress)
         except BusyError as busy:
             context.log.info("nothing done: %s", busy)
             return

@@ -9,6 +9,7 @@ from dagster_dbt import DagsterDbtTranslator, DbtProject, dbt_assets
 
 from orchestration.assets.lakehouse import OWNERS, TABLE_ASSETS, runbook
 from orchestration.assets.outcome import failing_clearly
+from orchestration.listening import listener
 from orchestration.marts.build import GROUPS, MartBuild, build_marts
 from orchestration.marts.dbt_runner import DbtNode
 from orchestration.marts.failures import MartsError, Rows
@@ -67,9 +68,15 @@ def marts_asset(manifest: Manifest) -> dg.AssetsDefinition:
         """Build the groups of marts that were asked for from pinned Delta versions, test them, and publish them together."""
         group = asked_for(attached, (key.path[-1] for key in context.selected_asset_keys))
         shown = _Shown(attached, translator, context)
+        told = listener()
+
+        def progress(line: str) -> None:
+            context.log.info(line)
+            told(line)
+
         with failing_clearly():
             try:
-                built = build_marts(load_settings(), group, progress=context.log.info)
+                built = build_marts(load_settings(), group, progress=progress)
             except MartsError as error:  # what is published stays: no mart is new, but its checks say why
                 yield from shown.checks(error.nodes, error.rows)
                 raise

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import duckdb
 import pytest
 import terminal
+from dagster import AssetKey, DagsterRunStatus
 from filelock import FileLock
 from rich.console import Console
 from terminal import environment
@@ -21,8 +24,9 @@ from terminal import environment
 from orchestration import demo
 from orchestration.cli import app
 from orchestration.demo import ACCOUNTING, MARKER, MEASURES, clean_home, demo_settings, difference, run_demo
+from orchestration.up.instance import home_instance
 from spark_jobs.config import Settings
-from spark_jobs.errors import BusyError, ConfigurationError, UsageError
+from spark_jobs.errors import AdtallyError, BusyError, ConfigurationError, UsageError
 from spark_jobs.jobs.ingest import INGEST_LOCK
 
 # A home of its own
@@ -200,8 +204,9 @@ def staged(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[dict[str, Any]]], 
 
     def stage(truths: list[dict[str, Any]]) -> None:
         monkeypatch.setattr(demo, "_land", lambda *_: truths)
-        monkeypatch.setattr(demo, "_ingest", lambda *_: None)
-        monkeypatch.setattr(demo, "build_marts", lambda settings, **_: write_marts(settings))
+        monkeypatch.setattr(
+            demo, "_dagster", lambda settings: nullcontext(lambda job, _: job != "ingest" and write_marts(settings))
+        )
 
     return stage
 
@@ -271,6 +276,21 @@ def test_a_difference_is_exit_status_1(tmp_path: Path, staged: Callable[..., Non
     assert "1.234567" in out and err == ""
 
 
+# Its runs
+
+
+def test_a_run_that_fails_says_why_and_leaves_the_environment_alone(tmp_path: Path) -> None:
+    settings = demo_settings(tmp_path / "home")
+    before = dict(os.environ)
+    said = r"no marts without the Delta tables .*\(run [0-9a-f-]{36}; adtally up shows it\)"
+    with pytest.raises(AdtallyError, match=said), demo._dagster(settings) as run_job:
+        assert os.environ["ADTALLY_HOME"] == str(settings.home_path)
+        run_job("marts_near_real_time", lambda _: None)
+    assert dict(os.environ) == before
+    with home_instance(settings) as instance:
+        assert [run.status for run in instance.get_runs()] == [DagsterRunStatus.FAILURE]
+
+
 # All of it
 
 
@@ -291,6 +311,11 @@ def test_the_demo_end_to_end(tmp_path: Path) -> None:
     assert all(truth == marts and cells == "0" for truth, marts, cells in compared.values())
     samples = json.loads((terminal.ROOT / "samples" / "truth.json").read_text("utf-8"))
     assert int(compared["offered"][0].replace(",", "")) == 3000 + samples["totals"]["offered"]
+    with home_instance(demo_settings(home)) as instance:  # what it did is what Dagster shows
+        runs = {run.job_name: run.status for run in instance.get_runs()}
+        assert runs == {"ingest": DagsterRunStatus.SUCCESS, "marts_near_real_time": DagsterRunStatus.SUCCESS}
+        for asset in ("landing_ingest", "fct_campaign_day", "dim_campaign"):
+            assert instance.get_latest_materialization_event(AssetKey(asset)), asset
     # what it says to do next works
     status = terminal.run("status", "--json", cwd=tmp_path, env=environment(ADTALLY_HOME=str(home)))
     assert status.status == 0
