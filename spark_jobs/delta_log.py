@@ -17,7 +17,10 @@ _COMMIT = re.compile(r"(\d{20})\.json")
 
 @dataclass(frozen=True)
 class Commit:
-    """One version: its transaction (app id, version), user metadata, and the data files it added and removed."""
+    """One version: its transaction (app id, version), user metadata, and the data files it added and removed.
+
+    ``info`` is all of its commitInfo.
+    """
 
     version: int
     txn: tuple[str, int] | None = None
@@ -25,6 +28,7 @@ class Commit:
     added: tuple[dict[str, Any], ...] = field(default=())
     removed: tuple[dict[str, Any], ...] = field(default=())
     table_id: str | None = None
+    info: dict[str, Any] = field(default_factory=dict)
 
     @property
     def changes_rows(self) -> bool:
@@ -47,6 +51,7 @@ def parse_commit(version: int, text: str) -> Commit:
     txn: tuple[str, int] | None = None
     user_metadata: str | None = None
     table_id: str | None = None
+    info: dict[str, Any] = {}
     added: list[dict[str, Any]] = []
     removed: list[dict[str, Any]] = []
     for line in filter(None, text.split("\n")):  # not splitlines: strings in it may hold U+2028 and the like as they are
@@ -54,14 +59,15 @@ def parse_commit(version: int, text: str) -> Commit:
         if "txn" in action:
             txn = (action["txn"]["appId"], int(action["txn"]["version"]))
         elif "commitInfo" in action:
-            user_metadata = action["commitInfo"].get("userMetadata")
+            info = action["commitInfo"]
+            user_metadata = info.get("userMetadata")
         elif "add" in action:
             added.append(action["add"])
         elif "remove" in action:
             removed.append(action["remove"])
         elif "metaData" in action:
             table_id = action["metaData"]["id"]
-    return Commit(version, txn, user_metadata, tuple(added), tuple(removed), table_id)
+    return Commit(version, txn, user_metadata, tuple(added), tuple(removed), table_id, info)
 
 
 class DeltaLog:

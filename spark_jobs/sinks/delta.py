@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Schema, write_deltalake
 from deltalake import Transaction as AppTransaction
+from deltalake.exceptions import CommitFailedError
 from deltalake.transaction import AddAction, RemoveAction
 
 from spark_jobs.config import Settings
@@ -21,6 +22,8 @@ from spark_jobs.delta_log import DeltaLog
 from spark_jobs.sinks.data_files import DataFile, DataFileWriter
 from spark_jobs.steps import Step, durable
 from spark_jobs.tables import CAMPAIGNS, HOUR_CLOSINGS, ORDERS, TABLES, Table
+
+_MERGE_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -89,14 +92,14 @@ class DeltaSink:
         ]
         with durable(step, transaction.batch_id):
             held = self._snapshot()
-            if _seen(held, transaction):
+            if has_seen(held, transaction):
                 return
             held.create_write_transaction(
                 actions,
                 mode="append",
                 schema=held.schema(),
                 partition_by=list(self.table.partition_by),
-                commit_properties=_properties(metadata, transaction),
+                commit_properties=commit_properties(metadata, transaction),
             )
 
     def append_rows(self, rows: pa.Table, step: Step, transaction: Transaction) -> None:
@@ -107,28 +110,37 @@ class DeltaSink:
 
 
 def merge_orders(rows: pa.Table, settings: Settings, transaction: Transaction, metadata: Mapping[str, object]) -> None:
-    """Insert new orders and replace known ones by order_id, once per transaction."""
+    """Insert new orders and replace known ones by order_id, once per transaction.
+
+    Where a compaction put files together meanwhile, the merge is made again on what it left: the same orders in other files.
+    """
     uri = settings.table_uri(ORDERS.name)
+    properties = commit_properties(metadata, transaction)
     with durable(Step.ORDERS, transaction.batch_id):
-        held = DeltaTable(uri)
-        if _seen(held, transaction):
-            return
-        properties = _properties(metadata, transaction)
-        if not rows.num_rows:  # the plan has to stand in a commit all the same
-            held.create_write_transaction([], mode="append", schema=held.schema(), commit_properties=properties)
-            return
-        (
-            held.merge(
-                rows.select(ORDERS.schema.names),
-                predicate="known.order_id = new.order_id",
-                source_alias="new",
-                target_alias="known",
-                commit_properties=properties,
+        for attempts_left in reversed(range(_MERGE_ATTEMPTS)):
+            held = DeltaTable(uri)
+            if has_seen(held, transaction):
+                return
+            if not rows.num_rows:  # the plan has to stand in a commit all the same
+                held.create_write_transaction([], mode="append", schema=held.schema(), commit_properties=properties)
+                return
+            merge = (
+                held.merge(
+                    rows.select(ORDERS.schema.names),
+                    predicate="known.order_id = new.order_id",
+                    source_alias="new",
+                    target_alias="known",
+                    commit_properties=properties,
+                )
+                .when_matched_update_all()
+                .when_not_matched_insert_all()
             )
-            .when_matched_update_all()
-            .when_not_matched_insert_all()
-            .execute()
-        )
+            try:
+                merge.execute()
+                return
+            except CommitFailedError:
+                if not attempts_left:
+                    raise
 
 
 def replace_campaigns(rows: pa.Table, settings: Settings, metadata: Mapping[str, object]) -> None:
@@ -138,7 +150,7 @@ def replace_campaigns(rows: pa.Table, settings: Settings, metadata: Mapping[str,
             settings.table_uri(CAMPAIGNS.name),
             rows.select(CAMPAIGNS.schema.names),
             mode="overwrite",
-            commit_properties=_properties(metadata),
+            commit_properties=commit_properties(metadata),
         )
 
 
@@ -148,12 +160,14 @@ def append_closing(rows: pa.Table, settings: Settings) -> None:
         write_deltalake(settings.table_uri(HOUR_CLOSINGS.name), rows, mode="append")
 
 
-def _seen(held: DeltaTable, transaction: Transaction) -> bool:
+def has_seen(held: DeltaTable, transaction: Transaction) -> bool:
+    """Whether a table has the write of a transaction."""
     last = held.transaction_version(transaction.query_id)
     return last is not None and last >= transaction.batch_id
 
 
-def _properties(metadata: Mapping[str, object] | None, transaction: Transaction | None = None) -> CommitProperties:
+def commit_properties(metadata: Mapping[str, object] | None, transaction: Transaction | None = None) -> CommitProperties:
+    """User metadata (JSON) and the transaction, as delta-rs takes them."""
     return CommitProperties(
         custom_metadata=None if metadata is None else {"userMetadata": json.dumps(metadata)},
         app_transactions=None if transaction is None else [AppTransaction(transaction.query_id, transaction.batch_id)],

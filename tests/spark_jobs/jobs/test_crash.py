@@ -151,7 +151,11 @@ def test_killed_at_every_durable_step(tmp_path: Path, spark: SparkSession) -> No
     _chain(tmp_path, spark, list(CRASH_POINTS))
 
 
-COMMITS = {"create_write_transaction", "write_deltalake", "execute", "delete", "update", "restore", "save", "toTable"}
+COMMITS = {"create_write_transaction", "write_deltalake", "execute", "delete", "update", "restore", "save", "toTable"} | {
+    "compact",
+    "z_order",
+    "vacuum",
+}
 
 
 def test_every_durable_write_is_a_named_step() -> None:
