@@ -1,0 +1,167 @@
+"""Who is told of an alert: always the log, a webhook where ADTALLY_ALERT_WEBHOOK names one, and whatever else is installed.
+
+Another notifier is a class with a name and ``send``, made by a factory that takes the settings. A package offers the factory under
+the entry point group ``adtally.notifiers``:
+
+    [project.entry-points."adtally.notifiers"]
+    pager = "our_package.pager:make_notifier"
+
+``make_notifier(settings)`` returns the notifier, or None where it is not wanted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from http.client import HTTPException, HTTPMessage
+from importlib.metadata import entry_points
+from typing import IO, Any, Protocol
+
+from spark_jobs.config import Settings
+
+ENTRY_POINTS = "adtally.notifiers"
+_log = logging.getLogger("adtally.alerts")
+
+
+class AlertSeverity(StrEnum):
+    """CRITICAL: somebody has to act. INFO: it is over."""
+
+    CRITICAL = "critical"
+    INFO = "info"
+
+
+@dataclass(frozen=True)
+class Alert:
+    """What is told. ``runbook`` is a path in the repository; ``run_id`` the Dagster run concerned, if one is."""
+
+    name: str
+    title: str
+    detail: str
+    severity: AlertSeverity
+    runbook: str
+    run_id: str | None
+    at: datetime
+
+    def to_json(self) -> dict[str, Any]:
+        """As a webhook gets it, times in RFC 3339."""
+        return {**asdict(self), "at": f"{self.at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"}
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Alert:
+        """The inverse of ``to_json``."""
+        return cls(**{**stored, "severity": AlertSeverity(stored["severity"]), "at": datetime.fromisoformat(stored["at"])})
+
+
+class Notifier(Protocol):
+    """Tells somebody. ``send`` raises where it could not; the caller goes on and tells the others."""
+
+    name: str
+
+    def send(self, alert: Alert) -> None:
+        """Tell of an alert."""
+
+
+class NotDeliveredError(Exception):
+    """An alert could not be delivered. The message names no address: an address may be a secret."""
+
+
+class LogNotifier:
+    """Writes to the log ``adtally.alerts``."""
+
+    name = "log"
+
+    def send(self, alert: Alert) -> None:
+        """See Notifier."""
+        level = logging.ERROR if alert.severity is AlertSeverity.CRITICAL else logging.INFO
+        run = f" (run {alert.run_id})" if alert.run_id else ""
+        _log.log(level, "%s: %s%s; see %s", alert.title, alert.detail, run, alert.runbook)
+
+
+class WebhookNotifier:
+    """Posts an alert as JSON. Tries again, since the other side may be starting. Follows no redirect and logs no address."""
+
+    name = "webhook"
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_seconds: float = 5.0,
+        tries: int = 3,
+        wait_seconds: float = 0.5,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._url, self._timeout, self._tries, self._wait, self._sleep = url, timeout_seconds, tries, wait_seconds, sleep
+        self._opener = urllib.request.build_opener(_NoRedirect)
+
+    def send(self, alert: Alert) -> None:
+        """See Notifier. Raises NotDeliveredError after the last try, or at once where another cannot help."""
+        body = json.dumps(alert.to_json()).encode("utf-8")
+        for attempt in range(1, self._tries + 1):
+            problem, may_pass = self._post(body)
+            if problem is None:
+                return
+            if not may_pass or attempt == self._tries:
+                raise NotDeliveredError(f"the webhook did not take the alert: {problem}")
+            self._sleep(self._wait * 2 ** (attempt - 1))
+
+    def _post(self, body: bytes) -> tuple[str | None, bool]:
+        """What went wrong, if anything, and whether another try may pass."""
+        try:
+            request = urllib.request.Request(self._url, data=body, headers={"Content-Type": "application/json"}, method="POST")
+            with self._opener.open(request, timeout=self._timeout):
+                return None, False
+        except urllib.error.HTTPError as error:
+            with error:
+                return f"status {error.code}", error.code >= 500 or error.code in (408, 429)
+        except ValueError as error:  # no address
+            return type(error).__name__, False
+        except (OSError, HTTPException) as error:  # the text of some of these holds the address
+            return type(getattr(error, "reason", None) or error).__name__, True
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> None:
+        return None
+
+
+def make_notifiers(settings: Settings) -> list[Notifier]:
+    """The notifiers of these settings. One that is installed and cannot be made is logged and left out."""
+    made: list[Notifier] = [LogNotifier()]
+    if settings.alert_webhook is not None:
+        made.append(WebhookNotifier(settings.alert_webhook.get_secret_value()))
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            notifier = point.load()(settings)
+        except Exception:
+            _log.exception("notifier %s cannot be made", point.name)
+            continue
+        if notifier is not None:
+            made.append(notifier)
+    return made
+
+
+def notify(alert: Alert, notifiers: Iterable[Notifier], *, only: Collection[str] | None = None) -> list[str]:
+    """Tell all notifiers (``only``: those of these names). Never raises; returns the names of those that could not be told."""
+    failed = []
+    for notifier in notifiers:
+        if only is not None and notifier.name not in only:
+            continue
+        try:
+            notifier.send(alert)
+        except NotDeliveredError as error:
+            _log.error("alert %s: %s", alert.name, error)
+            failed.append(notifier.name)
+        except Exception as error:  # a notifier of somebody else: its texts may hold a secret
+            _log.error("alert %s: notifier %s failed with %s", alert.name, notifier.name, type(error).__name__)
+            failed.append(notifier.name)
+    return failed

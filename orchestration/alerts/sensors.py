@@ -1,0 +1,258 @@
+"""The sensors that raise alerts: one a health signal, one for failed runs, one for failed checks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecord, AssetCheckExecutionRecordStatus
+
+from orchestration.alerts.notifier import Alert, AlertSeverity, make_notifiers, notify
+from orchestration.assets.hours import RECOUNT_CHECK
+from orchestration.assets.quality import EXPECTATIONS_CHECK
+from spark_jobs.config import Settings, load_settings
+
+if TYPE_CHECKING:
+    from spark_jobs.jobs.health import Signal
+
+PAGED_CHECKS = {RECOUNT_CHECK: "docs/runbooks/reconciliation-difference.md", EXPECTATIONS_CHECK: "docs/runbooks/expectations.md"}
+"""Checks whose failure (of severity error) is told, with their runbooks. A failed dbt test fails its run, which is told."""
+
+SECONDS_BETWEEN_OBSERVATIONS = 900
+_FAILED_RUN = "docs/runbooks/failed-run.md"
+_CHECKS_READ = 200  # failed evaluations of a check that are looked at and remembered
+_PARTITIONS_SHOWN = 5
+_NEW_SECONDS = 3600  # a failure older than this when the sensor starts for the first time is not news
+
+
+@dataclass(frozen=True)
+class SignalSensor:
+    """How a signal of `spark_jobs.jobs.health` is watched. ``bad_ticks``: how often in a row it must be bad before it is told."""
+
+    signal: str
+    asset: str
+    description: str
+    seconds: int = 60
+    bad_ticks: int = 1
+
+
+SIGNAL_SENSORS = (
+    SignalSensor("stream_lag", "ad_events", "Landing files wait longer than ADTALLY_MAX_STREAM_LAG to be ingested.", 30),
+    SignalSensor("freshness", "mart_build", "The published marts lag the ledger by more than ADTALLY_MAX_MART_AGE."),
+    SignalSensor(
+        "rejected_share", "rejected_events", "More than ADTALLY_MAX_REJECTED_SHARE of the last hour's records are rejected."
+    ),
+    SignalSensor("duplicate_share", "batch_ledger", "More than ADTALLY_MAX_DUPLICATE_SHARE of the last hour's records are resent."),
+    # twice: while a correction is being written, its rows are in one table before they are in the other
+    SignalSensor(
+        "conservation", "batch_ledger", "Tables contradict each other over the batches of the last hour.", 300, bad_ticks=2
+    ),
+    SignalSensor("disk_space", "landing_files", "Less than ADTALLY_MIN_FREE_BYTES are free under ADTALLY_HOME."),
+)
+
+
+@dataclass
+class SignalState:
+    """What a signal's sensor remembers: how often in a row it was bad, whether that was told, and what could not be told yet."""
+
+    bad_ticks: int = 0
+    is_told: bool = False
+    observed_at: float = 0.0
+    pending: dict[str, Any] | None = None
+    pending_for: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_cursor(cls, cursor: str | None) -> SignalState:
+        """The state of the last tick; a new one where there is none, or one of another form."""
+        try:
+            return cls(**json.loads(cursor)) if cursor else cls()
+        except (ValueError, TypeError):
+            return cls()
+
+    def to_cursor(self) -> str:
+        """The inverse of ``from_cursor``."""
+        return json.dumps(self.__dict__)
+
+
+def signal_sensor(watched: SignalSensor) -> dg.SensorDefinition:
+    """A sensor that tells once when a signal turns bad and once when it is well again, and observes the asset concerned."""
+    runbook = f"docs/runbooks/{'conservation-broken' if watched.signal == 'conservation' else watched.signal.replace('_', '-')}.md"
+
+    @dg.sensor(
+        name=f"alert_{watched.signal}",
+        minimum_interval_seconds=watched.seconds,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description=f"{watched.description} Told once when it begins and once when it is over.\n\nRunbook: `{runbook}`",
+    )
+    def sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        """Measure the signal and tell of a change."""
+        from spark_jobs.jobs.health import read_signal
+
+        settings = load_settings()
+        state, now = SignalState.from_cursor(context.cursor), time.time()
+        signal = read_signal(settings, watched.signal)
+        alert = change_of(signal, state, watched.bad_ticks, now)
+        if alert is not None:
+            context.log.info(f"{alert.title}: {alert.detail}")
+            state.pending, state.pending_for = alert.to_json(), []
+        _deliver(settings, state, is_new=alert is not None)
+        observed = alert is not None or now - state.observed_at >= SECONDS_BETWEEN_OBSERVATIONS
+        if observed:
+            state.observed_at = now
+        events = [_observation(watched.asset, signal)] if observed else []
+        reason = f"{signal.name} is {'well' if signal.ok else 'BAD'}: {signal.detail}"
+        return dg.SensorResult(skip_reason=reason, cursor=state.to_cursor(), asset_events=events)
+
+    return sensor
+
+
+def change_of(signal: Signal, state: SignalState, bad_ticks: int, now: float) -> Alert | None:
+    """The alert that this measurement calls for, given the state, which is brought up to date."""
+    state.bad_ticks = 0 if signal.ok else state.bad_ticks + 1
+    turned_bad = not state.is_told and state.bad_ticks >= bad_ticks
+    is_over = state.is_told and signal.ok
+    if not turned_bad and not is_over:
+        return None
+    state.is_told = turned_bad
+    title = f"{signal.name} is over its threshold" if turned_bad else f"{signal.name} is well again"
+    if turned_bad and signal.name == "disk_space":
+        title = "disk space runs out"
+    return Alert(
+        name=signal.name,
+        title=title,
+        detail=f"{signal.detail} (threshold: {signal.threshold:g} {signal.unit})",
+        severity=AlertSeverity.CRITICAL if turned_bad else AlertSeverity.INFO,
+        runbook=signal.runbook,
+        run_id=None,
+        at=datetime.fromtimestamp(now, UTC),
+    )
+
+
+def _deliver(settings: Settings, state: SignalState, *, is_new: bool) -> None:
+    """Tell of the pending alert: everybody of a new one, else those who could not be told before."""
+    if state.pending is None:
+        return
+    only = None if is_new else state.pending_for
+    state.pending_for = notify(Alert.from_json(state.pending), make_notifiers(settings), only=only)
+    if not state.pending_for:
+        state.pending = None
+
+
+def _observation(asset: str, signal: Signal) -> dg.AssetObservation:
+    measured = {} if signal.value is None else {signal.name: signal.value}
+    return dg.AssetObservation(
+        asset_key=asset,
+        description=signal.detail,
+        metadata={
+            **measured,
+            f"{signal.name}_ok": signal.ok,
+            f"{signal.name}_threshold": signal.threshold,
+            "runbook": signal.runbook,
+        },
+    )
+
+
+@dg.run_failure_sensor(
+    name="alert_failed_run",
+    minimum_interval_seconds=30,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description=f"Tells of every failed run of this code location.\n\nRunbook: `{_FAILED_RUN}`",
+)
+def failed_run_sensor(context: dg.RunFailureSensorContext) -> None:
+    """Tell of a run that failed."""
+    run = context.dagster_run
+    steps = [event.step_key for event in context.get_step_failure_events() if event.step_key]
+    message = " ".join((context.failure_event.message or "").split())[:500]
+    reasons = [_reason(event) for event in context.get_step_failure_events()]
+    alert = Alert(
+        name="failed_run",
+        title=f"run of {run.job_name} failed" + (f" in {', '.join(sorted(steps))}" if steps else ""),
+        detail="; ".join(reason for reason in reasons if reason)[:1000] or message,
+        severity=AlertSeverity.CRITICAL,
+        runbook=_FAILED_RUN,
+        run_id=run.run_id,
+        at=datetime.now(UTC),
+    )
+    context.log.info(f"{alert.title}: {alert.detail}")
+    notify(alert, make_notifiers(load_settings()))
+
+
+def _reason(event: dg.DagsterEvent) -> str:
+    """Why a step failed, in a line: the description of a dg.Failure, else the innermost error."""
+    data = event.step_failure_data
+    if data.user_failure_data is not None and data.user_failure_data.description:
+        return " ".join(data.user_failure_data.description.split())
+    error = data.error
+    while error is not None and error.cause is not None:
+        error = error.cause
+    return "" if error is None else " ".join(error.message.split())
+
+
+@dg.sensor(
+    name="alert_failed_check",
+    minimum_interval_seconds=30,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Tells once of each failed check of severity error: differences that no repair put right, expectations not met.\n\n"
+    + "\n\n".join(f"Runbook of `{name}`: `{page}`" for name, page in PAGED_CHECKS.items()),
+)
+def failed_check_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+    """Tell of the evaluations that failed since the last tick."""
+    told: dict[str, list[int]] | None = json.loads(context.cursor) if context.cursor else None
+    repository = context.repository_def
+    keys = [key for key in repository.asset_graph.asset_check_keys if key.name in PAGED_CHECKS] if repository else []
+    remembered, alerts = {}, []
+    for key in sorted(keys):
+        failed = context.instance.event_log_storage.get_asset_check_execution_history(
+            key, _CHECKS_READ, status={AssetCheckExecutionRecordStatus.FAILED}
+        )
+        name = key.to_user_string()
+        # Not by a cursor: an evaluation has the number of its planning, so a lower one may come later.
+        new = [record for record in failed if record.id not in told.get(name, ())] if told is not None else _recent(failed)
+        remembered[name] = [record.id for record in failed]
+        alert = _failed_check(key, new)
+        alerts += [] if alert is None else [alert]
+    if alerts:
+        notifiers = make_notifiers(load_settings())
+        for alert in alerts:
+            context.log.info(f"{alert.title}: {alert.detail}")
+            notify(alert, notifiers)
+    reason = "; ".join(alert.title for alert in alerts) or "no check failed since the last tick"
+    return dg.SensorResult(skip_reason=reason, cursor=json.dumps(remembered))
+
+
+def _recent(records: Sequence[AssetCheckExecutionRecord]) -> list[AssetCheckExecutionRecord]:
+    return [record for record in records if time.time() - record.create_timestamp < _NEW_SECONDS]
+
+
+def _failed_check(key: dg.AssetCheckKey, records: Sequence[AssetCheckExecutionRecord]) -> Alert | None:
+    found = [
+        (record, record.event.dagster_event.asset_check_evaluation_data)
+        for record in records
+        if record.event and record.event.dagster_event
+    ]
+    errors = [(record, data) for record, data in found if data.severity is dg.AssetCheckSeverity.ERROR]
+    if not errors:
+        return None
+    partitions = sorted({data.partition for _, data in errors if data.partition})
+    shown = ", ".join(partitions[:_PARTITIONS_SHOWN]) + (
+        f" and {len(partitions) - _PARTITIONS_SHOWN} more" if len(partitions) > _PARTITIONS_SHOWN else ""
+    )
+    record, data = errors[0]
+    return Alert(
+        name="failed_check",
+        title=f"check {key.name} of {key.asset_key.to_user_string()} failed" + (f" for {shown}" if shown else ""),
+        detail=" ".join((data.description or "see the check's metadata").split())[:1000],
+        severity=AlertSeverity.CRITICAL,
+        runbook=PAGED_CHECKS[key.name],
+        run_id=record.run_id,
+        at=datetime.now(UTC),
+    )
+
+
+ALERT_SENSORS: list[dg.SensorDefinition] = [*map(signal_sensor, SIGNAL_SENSORS), failed_run_sensor, failed_check_sensor]
+"""What the definitions list."""
