@@ -3,6 +3,7 @@
 ``validate_hour`` and ``validate_marts`` judge, each check being data (``suites/``); the data docs lie where they are told.
 """
 
+import expectations._gx  # noqa: F401 - first
 from expectations.checks import Severity
 from expectations.docs import DataDocs
 from expectations.errors import ExpectationsError

@@ -6,19 +6,16 @@ column of the table it is about stands in its name and description, and the data
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-os.environ["GX_ANALYTICS_ENABLED"] = "False"  # read at import: nothing calls home
-
-import great_expectations as gx
 import pandas as pd
 from great_expectations.core import ExpectationSuiteValidationResult
 from great_expectations.data_context.types.base import ProgressBarsConfig
 from great_expectations.expectations.core.expect_column_max_to_be_between import ExpectColumnMaxToBeBetween
 from great_expectations.expectations.metadata_types import FailureSeverity
 
+from expectations._gx import gx
 from expectations.checks import Check, Kind, Severity
 
 if TYPE_CHECKING:

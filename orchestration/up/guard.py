@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -31,6 +32,7 @@ LOG_BYTES = 8 * 1024 * 1024
 LOGS_KEPT = 2
 REST_SECONDS = 5.0  # for what the command left behind
 
+_COLOURS = re.compile(rb"\x1b\[[0-9;]*m")
 _SET_PDEATHSIG = 1
 _SET_CHILD_SUBREAPER = 36
 
@@ -202,7 +204,7 @@ class Guard:
         with contextlib.suppress(BlockingIOError):
             for _ in range(16):
                 data = os.read(self._process.stdout.fileno(), 65536)
-                self._log.write(data)
+                self._log.write(_COLOURS.sub(b"", data))
                 if not data:  # nobody writes any more
                     with contextlib.suppress(KeyError):
                         self._selector.unregister(self._process.stdout)

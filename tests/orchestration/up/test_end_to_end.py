@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import signal
 import time
 from collections import Counter
 from datetime import UTC, datetime, timedelta
@@ -17,7 +15,6 @@ import terminal
 from orchestration.marts import query_marts
 from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.errors import AdtallyError
 from tests.orchestration.up.deployment import Deployment, asset, launch, processes_of, runs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
