@@ -10,7 +10,7 @@ from orchestration import schedules
 from orchestration.assets.hours import backfilled_hours, compacted_events, reconciled_hours
 from orchestration.assets.lakehouse import landing_files, landing_ingest, table_specs
 from orchestration.assets.marts import marts_asset
-from orchestration.assets.quality import expectation_checks
+from orchestration.assets.quality import expectation_checks, marts_expectations
 from orchestration.assets.storage import compacted_tables, vacuumed_tables
 from orchestration.marts.manifest import load_manifest
 from orchestration.partitions import hourly_partitions
@@ -48,7 +48,7 @@ def _definitions(settings: Settings) -> dg.Definitions:
             vacuumed_tables,
             marts,
         ],
-        asset_checks=expectation_checks(hours),
+        asset_checks=[*expectation_checks(hours), marts_expectations()],
         jobs=[
             schedules.ingest_job,
             closed_hours,

@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from orchestration.assets.lakehouse import LANDING_INGEST
 from orchestration.assets.marts import groups_of
-from orchestration.assets.quality import CHECKED, EXPECTATIONS_CHECK
+from orchestration.assets.quality import CHECKED, EXPECTATIONS_CHECK, MARTS_CHECKED
 from orchestration.marts.manifest import Manifest, is_mart
 from orchestration.marts.pins import pin_versions
 from orchestration.marts.query import query_marts
@@ -40,7 +40,7 @@ vacuum_job = dg.define_asset_job(
 def closed_hours_job(hours: dg.HourlyPartitionsDefinition, manifest: Manifest) -> UnresolvedAssetJobDefinition:
     """All that an hour needs once it is closed: the checks first, and what they hold up after them."""
     models = [node["name"] for node in manifest["nodes"].values() if node["resource_type"] == "model"]
-    checks = [dg.AssetCheckKey(dg.AssetKey(key), EXPECTATIONS_CHECK) for key in CHECKED]
+    checks = [dg.AssetCheckKey(dg.AssetKey(key), EXPECTATIONS_CHECK) for key in (*CHECKED, *MARTS_CHECKED)]
     selection = dg.AssetSelection.assets("compacted_events", "reconciled_hours", *models) | dg.AssetSelection.checks(*checks)
     return dg.define_asset_job(
         "closed_hours",

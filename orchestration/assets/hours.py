@@ -123,7 +123,7 @@ def reconciled_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinitio
             report = run_reconciliation(settings, wanted, repair=config.repair, run_id=context.run_id, progress=context.log.info)
         for found in report.hours:
             figures = {name: getattr(found, name) for name in _RECOUNTED}
-            context.add_asset_metadata(figures | {"differences": found.differences}, partition_key=key_of(found.hour))
+            context.add_asset_metadata(figures | {"differences": len(found.differences)}, partition_key=key_of(found.hour))
         yield dg.MaterializeResult(metadata={"delta_versions": report.versions, "seconds": report.seconds, "repair": config.repair})
         yield from evaluations(check, recount_verdicts(wanted, report.remaining))
 

@@ -1,9 +1,11 @@
 """The expectations as checks of the tables, hour by hour: a failed one of severity error holds up what comes after it."""
 
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -13,8 +15,12 @@ from orchestration.assets.outcome import Verdict, evaluations, failing_clearly
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.delta_log import DeltaLog
 
+if TYPE_CHECKING:
+    from expectations import HourValidation
+
 EXPECTATIONS_CHECK = "expectations"
 CHECKED = ("ad_events", "orders", "minute_metrics", "batch_ledger")
+MARTS_CHECKED = ("fct_campaign_day", "fct_campaign_minute", "fct_event_accounting", "fct_reconciliation", "mart_build")
 # The ledger first: whatever batch it holds is complete in the versions that are read after it.
 _PINNED = ("batch_ledger", "events", "minute_metrics", "orders", "campaigns")
 
@@ -52,7 +58,7 @@ def _expectations(key: str, table: str, hours: dg.HourlyPartitionsDefinition) ->
     def expectations(context: dg.AssetCheckExecutionContext) -> Iterator[Any]:
         """Validate the hours of this run, each by itself."""
         settings = load_settings()
-        with failing_clearly():
+        with _judging():
             wanted = closed_hours(context, settings)
             pins = Pins.of(settings)
             yield from evaluations(
@@ -63,40 +69,93 @@ def _expectations(key: str, table: str, hours: dg.HourlyPartitionsDefinition) ->
 
 
 def _verdict(settings: Settings, pins: Pins, table: str, hour: datetime, run_id: str) -> Verdict:
-    from expectations import validate_hour  # Great Expectations takes seconds to import
+    from expectations import related_tables, validate_hour  # Great Expectations takes seconds to import
 
     uri, version = pins.tables[table]
-    related = {name: pin for name, pin in pins.tables.items() if name != table}
-    run_name = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{run_id[:8]}"
-    found = validate_hour(table, uri, version, hour, related=related, docs=settings.quality_path, run_name=run_name)
-    failed = [result for result in found.results if not result.success]
-    rows = [
-        {
-            "check": result.name,
-            "column": result.column or "",
-            "severity": result.severity,
-            "passed": "yes" if result.success else "NO",
-            "observed": result.observed,
-            "expected": result.expected,
-        }
-        for result in found.results
-    ]
+    related = {name: pins.tables[name] for name in related_tables(table) if pins.tables[name][1] is not None}
+    found = validate_hour(table, uri, version, hour, related=related, docs=settings.quality_path, run_name=_run_name(run_id))
     return Verdict(
         hour,
         passed=found.success,
         is_error=found.error_failed,
-        description=f"failed: {', '.join(result.name for result in failed)}" if failed else None,
-        metadata={
-            "rows": found.rows,
-            "delta_version": version,
-            "results": markdown_table(rows),
-            "seconds": found.seconds,
-            "data_docs": dg.MetadataValue.url(data_docs(settings)),
-            **{f"failing rows: {result.name}": result.failing_rows for result in failed if result.failing_rows},
-        },
+        description=_failed(found),
+        metadata={"delta_version": version} | _results(settings, found),
     )
 
 
-def data_docs(settings: Settings) -> str:
-    """Where the data docs are read."""
-    return (settings.quality_path / "index.html").as_uri()
+def marts_expectations() -> dg.AssetChecksDefinition:
+    """A check a mart of MARTS_CHECKED, of the published file. Nothing waits for it: dbt tests a mart before it is published."""
+    specs = [
+        dg.AssetCheckSpec(
+            EXPECTATIONS_CHECK,
+            asset=name,
+            description="Great Expectations over the published mart.\n\n" + runbook("expectations"),
+        )
+        for name in MARTS_CHECKED
+    ]
+
+    @dg.multi_asset_check(name=f"marts_{EXPECTATIONS_CHECK}", specs=specs, can_subset=True, pool="quality")
+    def expectations(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
+        """Validate the marts that are asked for."""
+        from expectations import validate_marts
+
+        settings = load_settings()
+        names = sorted(key.asset_key.path[-1] for key in context.selected_asset_check_keys)
+        run_name = _run_name(context.op_execution_context.run_id)
+        with _judging():
+            for found in validate_marts(settings.marts_path, marts=names, docs=settings.quality_path, run_name=run_name):
+                yield dg.AssetCheckResult(
+                    asset_key=found.table,
+                    check_name=EXPECTATIONS_CHECK,
+                    passed=found.success,
+                    severity=dg.AssetCheckSeverity.ERROR if found.error_failed else dg.AssetCheckSeverity.WARN,
+                    description=_failed(found),
+                    metadata=_results(settings, found),
+                )
+
+    return expectations
+
+
+@contextmanager
+def _judging() -> Iterator[None]:
+    from expectations import ExpectationsError
+
+    with failing_clearly():
+        try:
+            yield
+        except ExpectationsError as error:
+            raise dg.Failure(description=str(error), allow_retries=error.retryable) from error
+
+
+def _run_name(run_id: str) -> str:
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{run_id[:8]}"
+
+
+def _failed(found: "HourValidation") -> str | None:
+    return f"failed: {', '.join(result.name for result in found.failed)}" if found.failed else None
+
+
+def _results(settings: Settings, found: "HourValidation") -> dict[str, Any]:
+    """What was judged, with a few of the rows that offend."""
+    rows = [
+        {
+            "check": result.name,
+            "severity": result.severity,
+            "passed": "yes" if result.success else "NO",
+            "observed": "not judged" if result.observed is None else result.observed,
+            "expected": result.expected,
+        }
+        for result in found.results
+    ]
+    page = settings.quality_path / "index.html" if found.page is None else found.page
+    return {
+        "rows": found.rows,
+        "expectations": markdown_table(rows),
+        "seconds": found.seconds,
+        "data_docs": dg.MetadataValue.url(page.as_uri()),
+        **{f"rows of {result.name}": _as_json(result.failing_rows) for result in found.failed if result.failing_rows},
+    }
+
+
+def _as_json(rows: list[dict[str, Any]]) -> dg.JsonMetadataValue:
+    return dg.MetadataValue.json(json.loads(json.dumps(rows, default=str)))
