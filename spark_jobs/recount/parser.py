@@ -420,10 +420,10 @@ def _has_keys_once(line: bytes) -> bool:
 def _keys_once(data: bytes, lines: list[bytes], places: Ints, expected: Ints) -> Mask | bool:
     """Which records have no key twice: those that account for all quotation marks of their lines, or do so when read once more.
 
-    A line never has fewer than its record accounts for, so equal sums say that all do.
+    A line never has fewer than its record accounts for, so equal sums say that all do (and that lines without a record have none).
     """
     marks = np.frombuffer(data, dtype=np.uint8) == ord('"')
-    if len(places) == len(lines) and np.count_nonzero(marks) == expected.sum():
+    if np.count_nonzero(marks) == expected.sum():
         return True
     counted = np.diff(np.cumsum(marks, dtype=np.int64)[_line_ends(data) - 1], prepend=0)[places]
     once: Mask = counted == expected

@@ -8,7 +8,7 @@ import io
 import json
 import tracemalloc
 import zlib
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,14 @@ def test_times_are_those_of_the_standard_library(moment: datetime, digits: int, 
     assert read_times(pa.array(["", text, None, "2025-06-02T10:00:00Z"], pa.string())).tolist()[1] == micros
 
 
+def test_every_day_of_a_column() -> None:
+    first = date(1895, 1, 1)
+    days = [first + timedelta(days=number) for number in range(45_000)]  # both kinds of years that end a century
+    micros = read_times(pa.array([f"{day}T00:00:00Z" for day in days], pa.string()))
+    start = (first - date(1970, 1, 1)) // timedelta(microseconds=1)
+    assert micros.tolist() == [start + number * 86_400_000_000 for number in range(len(days))]
+
+
 @SLOW
 @given(st.text(alphabet="0123456789-:.TtZz+ é", max_size=30) | st.sampled_from(TIMES).map(lambda text: text.strip('"')))
 @example("2025-06-02T10:00:00.1234567Z")
@@ -265,6 +273,20 @@ def test_broken_files_have_the_lines_that_the_ingest_finds(tmp_path: Path, data:
         rows = parsed(path).to_pylist()
     mine = [(row["line"], row["is_valid"], next((r for r in row["reasons"] or () if r.endswith("gzip")), None)) for row in rows]
     assert mine == by_the_ingest(path, REGION)
+
+
+@pytest.mark.parametrize("read", [1, 7, 64, 1 << 20])
+def test_gzip_cut_at_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: int) -> None:
+    """What zlib still holds back when it has taken the last byte belongs to the file."""
+    whole = gzip.compress(b"one line as another\n" * 60, mtime=0)
+    path = tmp_path / "cut.jsonl.gz"
+    monkeypatch.setattr(parser, "READ_BYTES", read)
+    for size in range(1, len(whole)):
+        path.write_bytes(whole[:size])
+        lines, half = divmod(len(zlib.decompressobj(31).decompress(whole[:size])), 20)
+        rows = parsed(path).to_pylist()
+        assert [row["reasons"] for row in rows] == [["not_json"]] * lines + [["truncated_gzip"]], size
+        assert rows[-1]["line"] == (lines + 1 if lines or half else 0)
 
 
 def test_gzip_wrong_in_the_middle_of_much(tmp_path: Path) -> None:
