@@ -7,6 +7,7 @@ import warnings
 import dagster as dg
 
 from orchestration import schedules
+from orchestration.alerts.sensors import ALERT_SENSORS
 from orchestration.assets.hours import backfilled_hours, compacted_events, reconciled_hours
 from orchestration.assets.lakehouse import landing_files, landing_ingest, table_specs
 from orchestration.assets.marts import marts_asset
@@ -66,7 +67,7 @@ def _definitions(settings: Settings) -> dg.Definitions:
             schedules.vacuum_schedule,
             schedules.reconciliation_schedule(hours, reconciliation),
         ],
-        sensors=[stream_progress_sensor(hours), closed_hours_sensor(hours, closed_hours)],
+        sensors=[stream_progress_sensor(hours), closed_hours_sensor(hours, closed_hours), *ALERT_SENSORS],
         # A step needs no process of its own: each run has one, and a second would load these definitions again.
         executor=dg.in_process_executor,
     )

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _RUNNING = dg.DefaultScheduleStatus.RUNNING
 _BUILT_AGAIN_AFTER = timedelta(minutes=30)
+_MINUTES_BETWEEN_IDLE_RUNS = 30
 RECOUNTED_AGAIN = 48 * HOUR
 
 ingest_job = dg.define_asset_job(
@@ -94,13 +95,19 @@ def _attached(manifest: Manifest, test: str) -> str | None:
     job=ingest_job,
     cron_schedule="* * * * *",
     default_status=_RUNNING,
-    description="Ingests what has landed, where no continuous ingest does.",
+    description="Ingests what has landed, where no continuous ingest does. Each half hour also where nothing has: campaigns may "
+    "have changed.",
 )
 def ingest_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-    """One run of the ingest, unless somebody ingests already."""
+    """One run of the ingest, unless somebody ingests already or nothing waits."""
+    from spark_jobs.jobs.health import waiting_files
+
     settings = load_settings()
     if ingest_runs(settings):
         return dg.SkipReason("another ingest runs on this home: nothing to do here")
+    waits = any(True for stream in ("events", "orders") for _ in waiting_files(settings, stream))
+    if not waits and context.scheduled_execution_time.minute % _MINUTES_BETWEEN_IDLE_RUNS:
+        return dg.SkipReason("no landing file waits")
     return dg.RunRequest()
 
 

@@ -51,17 +51,17 @@ def vacuumed_tables(context: dg.AssetExecutionContext, config: Vacuum) -> dg.Mat
     rows = [
         {
             "table": found.table,
-            "files": len(found.files) if isinstance(found.files, list) else found.files,
+            "files": found.files,
             "bytes": found.bytes,
-            "kept versions": len(found.kept_versions),
+            "kept versions": "; ".join(f"{version}: {reason}" for version, reason in found.reasons.items()),
         }
         for found in report.tables
     ]
     return dg.MaterializeResult(
         metadata={
             "dry_run": report.dry_run,
-            "files": sum(int(row["files"]) for row in rows),
-            "bytes": sum(int(row["bytes"]) for row in rows),
+            "files": sum(found.files for found in report.tables),
+            "bytes": sum(found.bytes for found in report.tables),
             "tables": markdown_table(rows),
             "seconds": report.seconds,
         }

@@ -1,0 +1,106 @@
+"""When the jobs run by themselves, and when they need not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import dagster as dg
+import duckdb
+import pytest
+from filelock import FileLock
+
+from orchestration import schedules
+from orchestration.partitions import KEY_FORMAT, RANGE_END_TAG, RANGE_START_TAG
+from spark_jobs.config import Settings, load_settings
+from spark_jobs.jobs.ingest import INGEST_LOCK
+from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, MINUTE_METRICS, RECONCILIATIONS
+from tests.orchestration.marts.delta_files import commit, utc
+from tests.orchestration.marts.lakes import first_batch, ledger_row
+
+NOW = utc("2026-03-12T08:31")
+Tick = Callable[..., list[dg.RunRequest] | str]
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setenv("ADTALLY_HOME", str(tmp_path))
+    return load_settings()
+
+
+def tick(schedule: dg.ScheduleDefinition, minute: int = 31) -> list[dg.RunRequest] | str:
+    """The runs that are asked for, or why none is."""
+    context = dg.build_schedule_context(scheduled_execution_time=NOW.replace(minute=minute))
+    result = schedule.evaluate_tick(context)
+    return list(result.run_requests) if result.run_requests else str(result.skip_message)
+
+
+def land(settings: Settings, name: str) -> None:
+    path = settings.landing_path / "events" / "eu" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}\n")
+
+
+def test_ingest_runs_when_a_file_waits(settings: Settings) -> None:
+    assert tick(schedules.ingest_schedule) == "no landing file waits"
+    land(settings, ".hidden.jsonl")
+    assert tick(schedules.ingest_schedule) == "no landing file waits"
+    land(settings, "a.jsonl")
+    assert len(tick(schedules.ingest_schedule)) == 1
+
+
+def test_ingest_runs_each_half_hour_for_the_campaigns(settings: Settings) -> None:
+    assert [isinstance(tick(schedules.ingest_schedule, minute), list) for minute in (0, 1, 30, 59)] == [True, False, True, False]
+
+
+def test_ingest_leaves_the_work_to_a_continuous_one(settings: Settings) -> None:
+    land(settings, "a.jsonl")
+    with FileLock(settings.home_path / INGEST_LOCK):
+        assert "another ingest runs" in str(tick(schedules.ingest_schedule))
+    assert len(tick(schedules.ingest_schedule)) == 1
+
+
+def publish(settings: Settings, group: str, built_at: str, **versions: int) -> None:
+    settings.marts_path.parent.mkdir(parents=True, exist_ok=True)
+    with duckdb.connect(str(settings.marts_path)) as connection:
+        connection.execute(
+            "create table if not exists mart_build (mart_group text, table_name text, delta_version bigint, built_at timestamp)"
+        )
+        for table, version in versions.items():
+            connection.execute("insert into mart_build values (?, ?, ?, ?)", [group, table, version, built_at])
+
+
+def test_marts_are_built_when_their_tables_have_changed(settings: Settings) -> None:
+    lake = Path(settings.lakehouse_uri)
+    assert "run `adtally ingest` first" in str(schedules.nothing_to_build(settings, "hourly", now=NOW))
+    first_batch(lake)
+    assert schedules.nothing_to_build(settings, "hourly", now=NOW) is None
+    names = (BATCH_LEDGER.name, MINUTE_METRICS.name, CAMPAIGNS.name, RECONCILIATIONS.name)
+    publish(settings, "hourly", "2026-03-12 08:20:00", **dict.fromkeys(names, 0))
+    reason = "nothing was committed since the build of 11 minutes ago"
+    assert schedules.nothing_to_build(settings, "hourly", now=NOW) == reason
+    assert schedules.nothing_to_build(settings, "near_real_time", now=NOW) is None  # each group by itself
+    assert schedules.nothing_to_build(settings, "hourly", now=NOW + timedelta(minutes=30)) is None  # marts stay fresh
+    commit(lake, BATCH_LEDGER, [])
+    assert schedules.nothing_to_build(settings, "hourly", now=NOW) is None
+
+
+def test_nothing_is_compacted_or_vacuumed_before_there_is_something(settings: Settings) -> None:
+    for schedule in (schedules.compaction_schedule, schedules.vacuum_schedule):
+        assert "run `adtally ingest` first" in str(tick(schedule))
+    first_batch(Path(settings.lakehouse_uri))
+    for schedule in (schedules.compaction_schedule, schedules.vacuum_schedule):
+        assert len(tick(schedule)) == 1
+
+
+def test_the_last_two_closed_days_are_recounted_again(settings: Settings) -> None:
+    hours = dg.HourlyPartitionsDefinition(start_date=utc("2026-03-01T00:00"), timezone="UTC", fmt=KEY_FORMAT, end_offset=1)
+    schedule = schedules.reconciliation_schedule(hours, schedules.reconciliation_job(hours))
+    assert tick(schedule) == "no hour is closed yet"
+    at = utc("2026-03-10T12:20")
+    rows = [ledger_row(0, f"2026-03-0{day}T10:00", accepted=1, max_received_at=at, ingested_at=at) for day in (2, 9)]
+    commit(Path(settings.lakehouse_uri), BATCH_LEDGER, rows)
+    [request] = tick(schedule)
+    assert isinstance(request, dg.RunRequest)
+    assert (request.tags[RANGE_START_TAG], request.tags[RANGE_END_TAG]) == ("2026-03-08-12:00", "2026-03-10-11:00")
