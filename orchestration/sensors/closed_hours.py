@@ -44,17 +44,30 @@ def closed_hours_sensor(hours: dg.HourlyPartitionsDefinition, job: UnresolvedAss
         version = DeltaLog(settings.table_uri(BATCH_LEDGER.name)).latest_version()
         if closing.closed_through is None or closing.first_hour is None or version is None:
             return dg.SensorResult(skip_reason=f"no hour is closed yet{waits}", cursor=context.cursor)
-        done = datetime.fromisoformat(context.cursor) if context.cursor else closing.first_hour
-        begin = max(done, hours.start)
+        begin = max(_asked_through(context.cursor, hours) or closing.first_hour, hours.start)
         with Ledger.open(settings) as ledger:
             closed = ledger.hours(version, begin, closing.closed_through)
         ranges = list(contiguous(closed, longest=HOURS_A_RUN))[:RUNS_A_TICK]
         if not ranges:
             reason = f"closed through {closing.closed_through:%Y-%m-%dT%HZ}, all of it asked for{waits}"
             return dg.SensorResult(skip_reason=reason, cursor=context.cursor)
-        return dg.SensorResult(run_requests=[_request(found) for found in ranges], cursor=ranges[-1].end.isoformat())
+        return dg.SensorResult(run_requests=[_request(found) for found in ranges], cursor=_cursor(hours, ranges[-1].end))
 
     return closed_hours
+
+
+def _cursor(hours: dg.HourlyPartitionsDefinition, through: datetime) -> str:
+    """From the first partition through the end of what was asked for, as an interval of ISO 8601."""
+    return f"{hours.start.isoformat()}/{through.isoformat()}"
+
+
+def _asked_through(cursor: str | None, hours: dg.HourlyPartitionsDefinition) -> datetime | None:
+    """The end of what was asked for; None where nothing was, or where the partitions begin earlier now than they did then."""
+    if not cursor:
+        return None
+    start, _, through = cursor.rpartition("/")
+    earlier = bool(start) and hours.start < datetime.fromisoformat(start)
+    return None if earlier else datetime.fromisoformat(through)
 
 
 def _request(hours: HourRange) -> dg.RunRequest:

@@ -111,7 +111,17 @@ def test_hours_before_the_first_partition_wait_for_partitions(tmp_path: Path, mo
     assert ticks.tick()[0] == [("2026-03-10-10:00", "2026-03-10-10:00")]
 
 
-def test_the_cursor_is_the_end_of_what_was_asked_for(ticks: Ticks) -> None:
+def test_partitions_that_begin_earlier_than_before_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = Ticks(tmp_path, monkeypatch, start="2026-03-11T00:00")
+    ticks.book("2026-03-11T04:20", "2026-03-10T22:00", "2026-03-11T01:00")
+    assert ticks.tick()[0] == [("2026-03-11-00:00", "2026-03-11-03:00")]
+    ticks.start_at("2026-03-10T00:00")  # loaded again
+    assert ticks.tick()[0] == [("2026-03-10-22:00", "2026-03-11-03:00")]
+    assert ticks.tick()[0] == []
+
+
+def test_the_cursor_is_what_was_asked_for(ticks: Ticks) -> None:
     ticks.book("2026-03-10T11:20", "2026-03-10T10:00")
     ticks.tick()
-    assert datetime.fromisoformat(str(ticks.cursor)) == utc("2026-03-10T11:00")
+    start, through = map(datetime.fromisoformat, str(ticks.cursor).split("/"))
+    assert (start, through) == (utc("2026-03-10T00:00"), utc("2026-03-10T11:00"))
