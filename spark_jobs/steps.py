@@ -36,10 +36,23 @@ class Step(StrEnum):
     COMPACTION = "compaction"
     RESTORE = "restore"  # what a compaction did is taken back
     VACUUM = "vacuum"
+    CORRECTION_DECIDED = "correction_decided"  # a correction stands under ADTALLY_HOME, whole
+    CORRECTED_EVENTS = "corrected_events"
+    CORRECTED_REJECTS = "corrected_rejects"
+    CORRECTED_METRICS = "corrected_metrics"
+    CORRECTED_LEDGER = "corrected_ledger"
+    RESTATEMENTS = "restatements"
+    HOUR_RULES = "hour_rules"
+    RECONCILIATIONS = "reconciliations"
+    CORRECTION_DONE = "correction_done"  # and is gone again
 
 
-# Steps that are no part of a batch: no ingest comes by them.
-MAINTENANCE: tuple[Step, ...] = (Step.HOUR_CLOSINGS, Step.COMPACTION, Step.RESTORE, Step.VACUUM)
+# The steps of a correction, in their order; and all that are no part of a batch: no ingest comes by them.
+CORRECTION: tuple[Step, ...] = (
+    *(Step.CORRECTION_DECIDED, Step.CORRECTED_EVENTS, Step.CORRECTED_REJECTS, Step.CORRECTED_METRICS, Step.CORRECTED_LEDGER),
+    *(Step.RESTATEMENTS, Step.HOUR_RULES, Step.RECONCILIATIONS, Step.CORRECTION_DONE),
+)
+MAINTENANCE: tuple[Step, ...] = (Step.HOUR_CLOSINGS, Step.COMPACTION, Step.RESTORE, Step.VACUUM, *CORRECTION)
 
 # Every point of a batch at which a kill is tried: before and after each step that this package makes, and around the two of Spark's
 # ("before offsets" is "after commits" of the batch before).

@@ -12,7 +12,7 @@ from spark_jobs.config import Settings
 from spark_jobs.dedupe.classify import Classification, Outcome, classify
 from spark_jobs.dedupe.index import KeyIndex
 from spark_jobs.dedupe.keys import Keys, keys_of_ids
-from spark_jobs.delta_log import DeltaLog
+from spark_jobs.delta_log import Commit, DeltaLog
 from spark_jobs.jobs.batch import Batch, BatchReport, Plan
 from spark_jobs.jobs.campaigns import campaigns_at, load_campaigns
 from spark_jobs.jobs.stream import StreamJob, stamp_of
@@ -89,7 +89,10 @@ class EventsJob(StreamJob):
 
 
 def bring_index_to(settings: Settings, index: KeyIndex, version: int) -> None:
-    """Make the index cover exactly ``version`` of `events`: cut, catch up, or rebuild from the table."""
+    """Make the index cover exactly ``version`` of `events`: cut, catch up, or rebuild from the table.
+
+    It is rebuilt where a commit took keys away, and where the data files of a commit behind it are gone (vacuumed).
+    """
     uri = settings.table_uri(EVENTS.name)
     log = DeltaLog(uri)
     table_id = _table_id(log, uri)
@@ -100,10 +103,29 @@ def bring_index_to(settings: Settings, index: KeyIndex, version: int) -> None:
         index.cut(version)
     for number in range(index.version + 1, version + 1):
         commit = log.commit(number)
-        if commit is None or commit.data_removed:
-            _rebuild(uri, index, table_id, version)
-            return
-        index.append(_keys_of(uri, [action["path"] for action in commit.data_added]), number)
+        try:
+            added = None if commit is None else _files_with_keys(commit)
+            if added is not None:
+                index.append(_keys_of(uri, added), number)
+                continue
+        except FileNotFoundError:
+            pass
+        _rebuild(uri, index, table_id, version)
+        return
+
+
+def _files_with_keys(commit: Commit) -> list[str] | None:
+    """The data files in which the keys lie that a commit added; None where it took keys away.
+
+    A correction that rewrote files says so if every key in them is still there, and which files are new (sinks/corrections.py).
+    """
+    if not commit.data_removed:
+        return [action["path"] for action in commit.data_added]
+    try:
+        told = json.loads(commit.user_metadata or "{}")
+    except ValueError:
+        return None
+    return list(told["added_files"]) if isinstance(told, dict) and told.get("keys") == "kept" else None
 
 
 def _table_id(log: DeltaLog, uri: str) -> str:

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import duckdb
+import pyarrow as pa
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import TableCorruptionError, UsageError
 from spark_jobs.hours import HourRange
+from spark_jobs.jobs.correct import Run, correcting, decide, writing
 from spark_jobs.recount.compare import Comparison, Finding, HourSums
 from spark_jobs.recount.marts import compare_marts
 from spark_jobs.recount.truth import NO_HOUR, Inputs, Recount, Rules, read_inputs
+from spark_jobs.sinks.corrections import TableChange, append_once, carry_out, write_ahead
 from spark_jobs.sinks.delta import ensure_tables
+from spark_jobs.steps import Step
+from spark_jobs.tables import RECONCILIATIONS
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _RECORDS_AT_ONCE = 1_500_000  # what one comparison holds; more hours than that take turns
+_HOURS_AT_ONCE = 6  # put right in one go, for which an ingest waits
 
 
 @dataclass(frozen=True)
@@ -177,26 +185,137 @@ def reconcile(
     progress: Callable[[str], None] | None = None,
     now: datetime | None = None,
 ) -> ReconcileReport:
-    """Recount ``hours`` (None: everything) and compare. An ingest may go on meanwhile."""
+    """Recount ``hours`` (None: everything) and compare; with ``repair`` put right what differs, each difference once.
+
+    An ingest may go on meanwhile: it waits only while some hours are put right. Marts are not built here: theirs are reported as
+    not repaired. Raises UsageError for a lakehouse that is not a local path, TableCorruptionError where a table cannot be read.
+    """
     started = time.monotonic()
     require_local(settings)
     ensure_tables(settings)
     say = progress or (lambda _: None)
-    inputs = read_inputs(settings, progress=lambda done, total: say(f"parsing {done / 1e6:,.0f} of {total / 1e6:,.0f} MB"))
+    run_id = run_id or uuid.uuid4().hex
+    now = now or datetime.now(UTC)
+    with correcting(settings):
+        pass_ = compare_hours(settings, None if hours is None else {hour_number(hour) for hour in hours}, now, say)
+        findings, repaired = pass_.findings, []
+        wrong = sorted({found.hour for found in findings if is_correctable(found)})
+        if repair and wrong:
+            for start in range(0, len(wrong), _HOURS_AT_ONCE):
+                group = wrong[start : start + _HOURS_AT_ONCE]
+                say(f"repairing {len(wrong) - start} hours")
+                repaired += _repair(settings, group, Run(run_id, "repair", "recount differs from the tables", now))
+            again = {*wrong, *(found.hour for found in repaired)}
+            findings = [found for found in findings if found.hour not in again]
+            findings += compare_hours(settings, again, now, say).findings
+        remaining = [difference(found) for found in findings] + check_marts(settings, hours)
+        differences = [difference(found, is_repaired=True) for found in repaired] + remaining
+        results = hour_results(pass_.sums, differences)
+        rows = reconciliation_rows(run_id, remaining, pass_.versions, now)
+        rows += [_no_difference(run_id, result, pass_.versions, now) for result in results if not result.differences]
+        token = f"reconcile:{run_id}:{hours or 'all'}"
+        table = pa.Table.from_pylist(rows, RECONCILIATIONS.schema)
+        append_once(settings, RECONCILIATIONS, table, Step.RECONCILIATIONS, token)
+    return ReconcileReport(run_id, results, differences, pass_.versions, time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One comparison of some hours at pinned versions."""
+
+    findings: list[Finding]
+    sums: list[HourSums]
+    versions: dict[str, int]
+
+
+def compare_hours(settings: Settings, hours: set[int] | None, now: datetime, say: Callable[[str], None]) -> Pass:
+    """Recount and compare hours (numbers since the epoch; None: all of which there is a record)."""
+    inputs = current_inputs(settings, "missed", now, say)
     findings: list[Finding] = []
     sums: list[HourSums] = []
     with recounting(settings, inputs) as recount:
         records = recount.records_by_hour()
-        wanted = hours_held(recount) if hours is None else {hour_number(hour) for hour in hours}
+        wanted = hours_held(recount) if hours is None else hours
+        done = 0
         for group in chunks(records, wanted):
-            say(f"comparing {len(group)} hours")
+            say(f"comparing hours: {done} of {len(wanted)}")
             found, held = Comparison(recount).run(group)
             findings += found
             sums += held
-    differences = [difference(found) for found in findings] + check_marts(settings, hours)
-    return ReconcileReport(
-        run_id or uuid.uuid4().hex, hour_results(sums, differences), differences, inputs.versions, time.monotonic() - started
-    )
+            done += len(group)
+    return Pass(findings, sums, inputs.versions)
+
+
+def current_inputs(settings: Settings, missed_as: str, now: datetime, say: Callable[[str], None]) -> Inputs:
+    """What there is to recount now."""
+    with told_plainly(settings):
+        return read_inputs(
+            settings,
+            missed_as=missed_as,
+            now_us=round(now.timestamp() * 1_000_000),
+            progress=lambda done, total: say(f"parsing: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB"),
+        )
+
+
+def is_correctable(found: Finding) -> bool:
+    """Whether the tables can be put right: not where the raw input is what is missing."""
+    return found.cause != "raw_missing"
+
+
+def _repair(settings: Settings, hours: list[int], run: Run) -> list[Finding]:
+    """Compare ``hours`` again while nobody else writes, and put them right; what was found."""
+    with writing(settings):
+        inputs = current_inputs(settings, run.token, run.now, lambda _: None)
+        with recounting(settings, inputs) as recount:
+            findings, _ = Comparison(recount).run(whole_batches(recount, hours))
+            findings = [found for found in findings if is_correctable(found)]
+            if not findings:
+                return []
+            correction = decide(recount, run)
+        rows = reconciliation_rows(
+            run.run_id, [difference(found, is_repaired=True) for found in findings], inputs.versions, run.now
+        )
+        told = TableChange(
+            RECONCILIATIONS, RECONCILIATIONS.schema.empty_table(), pa.Table.from_pylist(rows, RECONCILIATIONS.schema)
+        )
+        correction = replace(correction, changes=[*correction.changes, told])
+        write_ahead(settings, correction)
+        carry_out(settings, correction)
+    return findings
+
+
+def whole_batches(recount: Recount, hours: Collection[int]) -> set[int]:
+    """``hours``, and all hours of a batch that has one of them and is not in the ledger: it becomes complete, or stays as it is."""
+    found = set(hours)
+    for number, state in enumerate(recount.inputs.states):
+        if state in ("unfinished", "unbooked", "missed"):
+            own = recount.hours_of_batch(number)
+            if own & found:
+                found |= own
+    return found
+
+
+def reconciliation_rows(
+    run_id: str, differences: list[Difference], versions: dict[str, int], now: datetime
+) -> list[dict[str, Any]]:
+    """Differences as rows of `reconciliations`."""
+    return [{**asdict(found), "run_id": run_id, "delta_versions": json.dumps(versions), "run_at": now} for found in differences]
+
+
+def _no_difference(run_id: str, result: HourResult, versions: dict[str, int], now: datetime) -> dict[str, Any]:
+    return {
+        "run_id": run_id,
+        "event_hour": result.hour,
+        "cause": "none",
+        "rows_different": 0,
+        "rows_expected": result.events_expected,
+        "rows_found": result.events_found,
+        "nanos_expected": result.nanos_expected,
+        "nanos_found": result.nanos_found,
+        "is_repaired": False,
+        "delta_versions": json.dumps(versions),
+        "run_at": now,
+    }
 
 
 def hour_results(sums: list[HourSums], differences: list[Difference]) -> list[HourResult]:

@@ -247,7 +247,11 @@ class Comparison:
             select {keys}, any_value(hour) as hour, any_value(state) as state,
                 {", ".join(f"sum(e_{m} - f_{m})::bigint as {m}" for m in METRIC_MEASURES)},
                 sum(e_spend_nanos)::bigint as expected_nanos, sum(f_spend_nanos)::bigint as found_nanos,
-                sum(e_rows)::bigint as expected_rows, sum(f_rows)::bigint as found_rows
+                sum(e_rows)::bigint as expected_rows, sum(f_rows)::bigint as found_rows,
+                case when found_rows = 0 and any_value(state) = 'missed' then 'file_missed'
+                    when found_rows = 0 and any_value(state) = 'unfinished' then 'batch_unfinished_without_checkpoint'
+                    when found_rows = 0 then 'increment_missing' when expected_rows = 0 then 'increment_unknown'
+                    else 'increment_altered' end as cause
             from (
                 select query_id, batch_id, time_us - time_us % 60000000 as minute_us, {", ".join(METRIC_KEYS)}, hour, state,
                     count(*) filter (event_type = 'impression') as e_impressions,
@@ -266,11 +270,7 @@ class Comparison:
         return self._findings(
             MINUTE_METRICS.name,
             """
-            select hour, case
-                when found_rows = 0 and state = 'missed' then 'file_missed'
-                when found_rows = 0 and state = 'unfinished' then 'batch_unfinished_without_checkpoint'
-                when found_rows = 0 then 'increment_missing' when expected_rows = 0 then 'increment_unknown'
-                else 'increment_altered' end as cause, campaign_id, expected_rows as expected, found_rows as found,
+            select hour, cause, campaign_id, expected_rows as expected, found_rows as found,
                 expected_nanos, found_nanos, 'batch ' || batch_id || ', ad ' || coalesce(ad_id, 'none') as example
             from metrics_delta
             union all

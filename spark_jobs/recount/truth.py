@@ -56,18 +56,6 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class MissedBatch:
-    """A batch of its own for files that no batch took: the identity and the limits that a repair gives it."""
-
-    query_id: str
-    ingested_us: int
-    earliest_us: int
-    future_skew_us: int
-    hour_grace_us: int
-    campaigns_version: int
-
-
-@dataclass(frozen=True)
 class Inputs:
     """What a recount is made of, at one moment: versions of the tables, plans of the batches, parsed files.
 
@@ -80,16 +68,20 @@ class Inputs:
     lost: frozenset[int]  # plans made anew from rows, by number
     parsed: dict[tuple[int, str], ParsedFile]
     gone: list[tuple[int, str]] = field(default_factory=list)
-    missed: list[LandedFile] = field(default_factory=list)
 
 
 def read_inputs(
     settings: Settings,
     *,
-    missed: MissedBatch | None = None,
+    missed_as: str,
+    now_us: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inputs:
-    """Pin the tables, read the plans, and parse what the store does not have. ``missed``: what missed files become."""
+    """Pin the tables, read the plans, and parse what the store does not have.
+
+    Files that were missed are taken for a batch of their own behind all others, with query id ``missed_as`` and today's rules.
+    ``progress(done, total)`` is told of bytes.
+    """
     versions = {table.name: DeltaLog(settings.table_uri(table.name)).latest_version() or 0 for table in PINNED}
     query = read_query(settings)
     plans = list(read_plans(settings, versions[EVENTS.name]).batches)
@@ -114,10 +106,11 @@ def read_inputs(
             states.append("unbooked")
         else:
             states.append("pending" if plan.query_id == query.query_id else "unfinished")
-    if missing and missed is not None:
+    if missing:
         files = tuple(sorted(PlannedFile(file.raw.mtime_ms, file.name, file.raw.size) for file in missing))
-        limits = (missed.ingested_us, missed.earliest_us, missed.future_skew_us, missed.hour_grace_us, missed.campaigns_version)
-        plans.append(BatchPlan(missed.query_id, 0, versions[EVENTS.name] + 1, *limits, files))
+        rules = rules_of(settings, versions)
+        limits = (now_us, rules.earliest_us, rules.future_skew_us, rules.hour_grace_us, rules.campaigns_version)
+        plans.append(BatchPlan(missed_as, 0, versions[EVENTS.name] + 1, *limits, files))
         states.append("missed")
     there: dict[RawFile, list[tuple[int, str]]] = {}
     gone = []
@@ -133,7 +126,7 @@ def read_inputs(
         for place in there.pop(entry.raw):
             parsed[place] = entry
     gone += [place for places in there.values() for place in places]  # changed or vanished while it was to be parsed
-    return Inputs(versions, plans, states, lost, parsed, sorted(gone), missing)
+    return Inputs(versions, plans, states, lost, parsed, sorted(gone))
 
 
 def quoted(path: Path | str) -> str:
@@ -355,12 +348,12 @@ class Recount:
             return {}
         return dict(self.rows(f"select hour_of(time_us) as hour, count(*) from read_parquet({listed(files)}) group by hour"))
 
-    def hours_of_batches(self, states: Iterable[str]) -> set[int]:
-        """The hours that records of batches in these states lie in."""
-        wanted = [str(entry.parquet) for (b, _), entry in self.inputs.parsed.items() if self.inputs.states[b] in set(states)]
-        if not wanted:
+    def hours_of_batch(self, number: int) -> set[int]:
+        """The hours that the records of a batch lie in."""
+        files = {str(entry.parquet) for (b, _), entry in self.inputs.parsed.items() if b == number}
+        if not files:
             return set()
-        return {hour for (hour,) in self.rows(f"select distinct hour_of(time_us) from read_parquet({listed(set(wanted))})")}
+        return {hour for (hour,) in self.rows(f"select distinct hour_of(time_us) from read_parquet({listed(files)})")}
 
     # --- what is asked for hours
 

@@ -1,0 +1,349 @@
+"""From what a comparison found to a correction: the rows that each table gets and loses.
+
+`events` and `rejected_events` get the rows that the recount expects, under the identity of the batch that they belong to, and lose
+those that it does not. `minute_metrics` and `batch_ledger` get further rows, the difference; they lose only rows that no batch can
+have written (one that stands twice, a ledger row that does not add up). Rows are made by the ingest's own transforms, from what the
+recount read.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from filelock import FileLock
+
+from spark_jobs.config import Settings
+from spark_jobs.contract.parse import parse_all
+from spark_jobs.contract.spec import EVENT_CONTRACT, Limits
+from spark_jobs.dedupe.keys import hash_keys, hex_fingerprint
+from spark_jobs.errors import AdtallyError
+from spark_jobs.locks import rewriting
+from spark_jobs.recount.compare import LEDGER_MEASURES, METRIC_MEASURES
+from spark_jobs.recount.truth import HOUR_US, NO_HOUR, Recount
+from spark_jobs.sinks.corrections import Correction, TableChange, carry_out, forget, is_overtaken, unfinished_corrections
+from spark_jobs.sources.landing import Split
+from spark_jobs.sources.lines import read_lines
+from spark_jobs.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, REJECTED_EVENTS, RESTATEMENTS, Table
+from spark_jobs.tasks.stage import raw_lines
+from spark_jobs.transforms.events import INCREMENT_SCHEMA, increment_columns
+
+CORRECTIONS_LOCK = ".corrections.lock"  # in ADTALLY_HOME, held by whoever repairs or backfills; others wait
+_WRITE_LOCKS = (".events.write.lock", ".orders.write.lock")  # of the streams: both write the ledger
+
+
+@dataclass(frozen=True)
+class Run:
+    """A correction in the making: one of those of a run. ``kind`` is 'repair' or 'backfill'; ``token`` is the correction's own."""
+
+    run_id: str
+    kind: str
+    reason: str
+    now: datetime
+    rule_set: str | None = None
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def now_us(self) -> int:
+        """``now`` in microseconds since the epoch."""
+        return round(self.now.timestamp() * 1_000_000)
+
+
+@contextmanager
+def correcting(settings: Settings) -> Iterator[None]:
+    """Held by whoever reconciles or backfills: one at a time, the others wait. What a killed one has left is finished first."""
+    settings.home_path.mkdir(parents=True, exist_ok=True)
+    with FileLock(settings.home_path / CORRECTIONS_LOCK):
+        if settings.corrections_path.exists() and any(settings.corrections_path.iterdir()):
+            with writing(settings):
+                for correction in list(unfinished_corrections(settings)):
+                    if is_overtaken(settings, correction):
+                        forget(settings, correction)
+                    else:
+                        carry_out(settings, correction)
+        yield
+
+
+@contextmanager
+def writing(settings: Settings) -> Iterator[None]:
+    """Nobody else writes the tables of events meanwhile: a batch of an ingest waits, or is waited for."""
+    with ExitStack() as stack:
+        stack.enter_context(rewriting(settings))
+        for name in _WRITE_LOCKS:
+            stack.enter_context(FileLock(settings.home_path / name))
+        yield
+
+
+def decide(recount: Recount, run: Run) -> Correction:
+    """The correction of what a comparison has left in ``recount``: of the hours that it was run for."""
+    changes = [_events(recount, run), _rejects(recount, run), _metrics(recount, run), _ledger(recount, run)]
+    changes.append(_restatements(recount, run))
+    return Correction(run.token, run.run_id, recount.inputs.versions[EVENTS.name], [c for c in changes if not c.is_nothing])
+
+
+def _arrow(recount: Recount, sql: str) -> pa.Table:
+    return recount.lake.execute(sql).to_arrow_table()
+
+
+def _held(recount: Recount, name: str, table: Table) -> pa.Table:
+    """Rows that a comparison keeps in table ``name``, as rows of ``table``."""
+    return _arrow(recount, f"select {', '.join(table.schema.names)} from {name}").cast(table.schema)
+
+
+def _rows(table: Table, columns: dict[str, Any], count: int) -> pa.Table:
+    """Rows of ``table``; a column that is one value holds it everywhere, one that lacks is null. Times are microseconds."""
+    made = []
+    for spec in table.schema:
+        value = columns.get(spec.name)
+        if not isinstance(value, pa.Array | pa.ChunkedArray):
+            value = pa.nulls(count, spec.type) if value is None else pa.repeat(pa.scalar(value), count)
+        made.append(value.cast(spec.type) if not pa.types.is_timestamp(spec.type) else value.cast(pa.int64()).cast(spec.type))
+    return pa.Table.from_arrays(made, schema=table.schema)
+
+
+# --- events
+
+
+def _payload(rows: pa.Table) -> pa.Table:
+    """What the fingerprint is made of, from rows with event_id and event_time (microseconds): as the ingest holds it."""
+    names = ("event_id", *(spec.name for spec in EVENT_CONTRACT.payload))
+    kinds = {"event_time": pa.int64(), "price_micros": pa.int64()}
+    return pa.table({name: rows[name].cast(kinds.get(name, pa.string())) for name in names})
+
+
+def _fingerprints(rows: pa.Table) -> pa.ChunkedArray:
+    """Fingerprints (uint64) of rows as ``_payload`` takes them."""
+    if not rows.num_rows:
+        return pa.chunked_array([], pa.uint64())
+    return hash_keys(_payload(rows).combine_chunks(), EVENT_CONTRACT)["fingerprint"]
+
+
+def _signed(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pa.chunked_array([chunk.view(pa.int64()) for chunk in column.chunks], pa.int64())
+
+
+def _events(recount: Recount, run: Run) -> TableChange:
+    lost = _arrow(
+        recount,
+        """
+        select * rename (record_id as event_id, time_us as event_time, received_us as received_at, name as source_file,
+            line as source_line, ingested_us as ingested_at, query_id as _query_id, batch_id as _batch_id) from events_lost
+        """,
+    )
+    hours = lost["hour"].to_numpy()
+    add = _rows(
+        EVENTS,
+        {
+            **{name: lost[name] for name in EVENTS.schema.names if name in lost.column_names},
+            "fingerprint": _signed(_fingerprints(lost)),
+            "event_date": pa.array((hours // 24).astype(np.int32)),
+            "event_hour": pa.array((hours % 24).astype(np.int32)),
+            "_run_id": run.run_id,
+        },
+        lost.num_rows,
+    )
+    remove = _held(recount, "events_over", EVENTS)
+    metadata: dict[str, Any] = {"correction": {"run_id": run.run_id, "kind": run.kind}}
+    if remove.num_rows:
+        metadata["keys"] = "kept" if _keys_stay(remove, _arrow(recount, "select is_copy from events_over"), add) else "changed"
+    return TableChange(EVENTS, remove, add, metadata | _plan_of_missed(recount, run))
+
+
+def _keys_stay(remove: pa.Table, copies: pa.Table, add: pa.Table) -> bool:
+    """Whether each removed (id, fingerprint) still stands in the table: put back, or of a row of which another copy stays."""
+    times = remove.set_column(remove.schema.get_field_index("event_time"), "event_time", remove["event_time"].cast(pa.int64()))
+    true = _signed(_fingerprints(times)).to_pylist()
+    kept = set(zip(add["event_id"].to_pylist(), add["fingerprint"].to_pylist(), strict=True))
+    rows = zip(
+        *(remove[name].to_pylist() for name in ("event_id", "fingerprint")), true, copies["is_copy"].to_pylist(), strict=True
+    )
+    return all((name, held) in kept or (is_copy and held == payload) for name, held, payload, is_copy in rows)
+
+
+def _plan_of_missed(recount: Recount, run: Run) -> dict[str, Any]:
+    """The plan of the batch that takes the missed files, as a batch of the ingest would store its own."""
+    for plan, state in zip(recount.inputs.plans, recount.inputs.states, strict=True):
+        if state == "missed" and plan.query_id == run.token:
+            return {
+                "query_id": plan.query_id,
+                "batch_id": plan.batch_id,
+                "limits": {name: getattr(plan, name) for name in ("ingested_us", "earliest_us", "future_skew_us", "hour_grace_us")},
+                "campaigns_version": plan.campaigns_version,
+                "files": [[file.modified_ms, str(recount.settings.landing_path / file.name), file.size] for file in plan.files],
+            }
+    return {}
+
+
+# --- rejected_events
+
+
+def _rejects(recount: Recount, run: Run) -> TableChange:
+    remove = _held(recount, "rejects_over", REJECTED_EVENTS)
+    lost = _arrow(
+        recount,
+        """
+        select l.* exclude (query_id, batch_id, ingested_us, state), batches.*,
+            coalesce(h.earliest_us, batches.earliest_us) as judged_earliest_us,
+            coalesce(h.future_skew_us, batches.future_skew_us) as judged_skew_us
+        from rejects_lost l join batches using (b) left join hour_rules h on h.hour = l.hour and version <= events_version
+        where not is_trusted order by b, name, line
+        """,
+    ).to_pylist()
+    prints = _conflict_fingerprints(recount)
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in lost:
+        groups.setdefault((row["b"], row["name"], row["judged_earliest_us"], row["judged_skew_us"]), []).append(row)
+    made: list[dict[str, Any]] = []
+    for (b, name, earliest_us, skew_us), rows in groups.items():
+        path = recount.inputs.parsed[b, name].raw.path
+        limits = Limits(rows[0]["ingested_us"], earliest_us, skew_us, rows[0]["hour_grace_us"])
+        raws = _raws(path, name, rows, limits)
+        for row in rows:
+            fingerprint, accepted = prints.get((row["o"], row["line"]), (None, None))
+            made.append(
+                {
+                    "outcome": row["outcome"],
+                    "source": "files",
+                    "region": row["region"],
+                    "source_file": name,
+                    "source_line": row["line"],
+                    **raws[row["line"]],
+                    "record_id": row["record_id"],
+                    "record_time": row["time_us"],
+                    "fingerprint": fingerprint,
+                    "accepted_fingerprint": accepted,
+                    "ingested_at": row["ingested_us"],
+                    "ingested_date": row["ingested_us"] // (24 * HOUR_US),
+                    "_query_id": row["query_id"],
+                    "_batch_id": row["batch_id"],
+                    "_run_id": run.run_id,
+                }
+            )
+    return TableChange(REJECTED_EVENTS, remove, pa.Table.from_pylist(made, REJECTED_EVENTS.schema))
+
+
+def _raws(path: str, name: str, rows: list[dict[str, Any]], limits: Limits) -> dict[int, dict[str, Any]]:
+    """Reasons and raw text of the lines of ``rows``, read again from the file, by line."""
+    conflicts = np.array([row["line"] - 1 for row in rows if row["outcome"] == "conflict"], dtype=np.int64)
+    region = rows[0]["region"]
+    found = {
+        n + 1: {"reason_codes": ["conflict"], "raw": raw, "raw_encoding": encoding, "raw_size_bytes": size}
+        for n, raw, encoding, size in raw_lines(Split(0, path, name, region, 0, None), conflicts)
+    }
+    if len(conflicts) < len(rows):
+        for parsed in parse_all(read_lines(path), EVENT_CONTRACT, region, limits):
+            for reject in parsed.rejects:
+                found[0 if reject.number < 0 else reject.number + 1] = {
+                    "reason_codes": reject.reasons,
+                    "raw": reject.raw,
+                    "raw_encoding": reject.raw_encoding,
+                    "raw_size_bytes": reject.raw_size_bytes,
+                }
+    unknown = [row["line"] for row in rows if row["line"] not in found]
+    if unknown:
+        raise AdtallyError(
+            f"{name}, line {unknown[0]}: rejected by the recount, but not by the ingest", hint="report it; nothing was changed"
+        )
+    return found
+
+
+def _conflict_fingerprints(recount: Recount) -> dict[tuple[int, int], tuple[str, str]]:
+    """(occurrence, line) of a lost conflict -> its fingerprint and that of the record which holds the id, as people see them."""
+    both = []
+    for place in (("o", "line"), ("holder_o", "holder_line")):
+        rows = _arrow(
+            recount,
+            f"""
+            select l.o as at_o, l.line as at_line, r.* rename (record_id as event_id, time_us as event_time)
+            from rejects_lost l join ranked r on r.o = l.{place[0]} and r.line = l.{place[1]}
+            where l.outcome = 'conflict' and not l.is_trusted order by l.o, l.line
+            """,
+        )
+        places = list(zip(rows["at_o"].to_pylist(), rows["at_line"].to_pylist(), strict=True))
+        both.append(dict(zip(places, map(hex_fingerprint, _fingerprints(rows).to_pylist()), strict=True)))
+    return {place: (own, both[1][place]) for place, own in both[0].items()}
+
+
+# --- minute_metrics
+
+
+def _metrics(recount: Recount, run: Run) -> TableChange:
+    remove = _held(recount, "metrics_over", MINUTE_METRICS)
+    present = {uuid for (uuid,) in recount.rows("select record_uuid from held_metrics where copy = 1")}
+    deltas = _arrow(recount, "select * rename (minute_us as event_minute_us) from metrics_delta order by query_id, batch_id")
+    parts = [MINUTE_METRICS.schema.empty_table()]
+    identities = set(zip(deltas["query_id"].to_pylist(), deltas["batch_id"].to_pylist(), strict=True))
+    for query_id, batch_id in sorted(identities, key=repr):
+        own = deltas.filter(pc.and_(pc.equal(deltas["query_id"], query_id), pc.equal(deltas["batch_id"], batch_id)))
+        sums = own.select(INCREMENT_SCHEMA.names).cast(INCREMENT_SCHEMA)
+        quoted = query_id.replace("'", "''")
+        named = increment_columns(sums, quoted, batch_id)
+        taken = pc.is_in(named["record_uuid"], value_set=pa.array(sorted(present), pa.string()))
+        # what the batch should have written is written as the batch would; anything else under a name of the run's own
+        further = increment_columns(sums.filter(taken), f"{run.token}:{quoted}", batch_id)
+        for rows in (named.filter(pc.invert(taken)), further):
+            columns = {name: rows[name] for name in MINUTE_METRICS.schema.names if name in rows.column_names}
+            identity = {"_query_id": query_id, "_batch_id": batch_id, "_run_id": run.run_id}
+            parts.append(_rows(MINUTE_METRICS, {**columns, **identity}, rows.num_rows))
+    return TableChange(MINUTE_METRICS, remove, pa.concat_tables(parts))
+
+
+# --- batch_ledger
+
+
+def _ledger(recount: Recount, run: Run) -> TableChange:
+    remove = _held(recount, "ledger_over", BATCH_LEDGER)
+    rows = _arrow(
+        recount,
+        f"""
+        select d.*, {run.now_us} as now_us, ingested_us, if(d.hour = {NO_HOUR}, null, d.hour * {HOUR_US}) as hour_us
+        from ledger_delta d left join batches using (query_id, batch_id)
+        """,
+    )
+    columns = {
+        "stream": "events",
+        "source": "files",
+        "region": rows["region"],
+        "event_hour": rows["hour_us"],
+        **{name: rows[name] for name in LEDGER_MEASURES},
+        "ingested_at": pc.coalesce(rows["ingested_us"], rows["now_us"]),
+        "_query_id": rows["query_id"],
+        "_batch_id": rows["batch_id"],
+        "_run_id": run.run_id,
+    }
+    return TableChange(BATCH_LEDGER, remove, _rows(BATCH_LEDGER, columns, rows.num_rows))
+
+
+# --- why, with the money
+
+
+def _restatements(recount: Recount, run: Run) -> TableChange:
+    """What the published increments change by, per hour, region, campaign, currency and cause."""
+    sums = ", ".join(f"sum({name})::bigint as {name}" for name in METRIC_MEASURES)
+    less = ", ".join(f"-coalesce({name}, 0) as {name}" for name in METRIC_MEASURES)
+    rows = _arrow(
+        recount,
+        f"""
+        select hour * {HOUR_US} as event_hour, region, campaign_id, currency, cause, {sums} from (
+            select hour, region, campaign_id, currency, cause, {", ".join(METRIC_MEASURES)} from metrics_delta
+            union all by name
+            select hour, region, campaign_id, currency, 'increment_twice' as cause, {less} from metrics_over
+        ) group by all
+        """,
+    )
+    columns = {
+        **{name: rows[name] for name in rows.column_names},
+        "run_id": run.run_id,
+        "kind": run.kind,
+        "reason": run.reason,
+        "rule_set": run.rule_set,
+        "restated_at": run.now_us,
+    }
+    return TableChange(RESTATEMENTS, RESTATEMENTS.schema.empty_table(), _rows(RESTATEMENTS, columns, rows.num_rows))

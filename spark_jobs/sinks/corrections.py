@@ -1,0 +1,251 @@
+"""Corrections: rows put into and taken out of Delta tables by a repair or a backfill, decided first and written ahead.
+
+A correction lies whole under ``corrections_path`` before the first of its commits, and goes when the last one is made. Each of its
+tables changes in one commit, once (Delta's txn has the correction's own token), so a correction that was killed is finished by
+whoever comes next. Callers hold the locks: of rewriting, and the write locks of the streams.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from deltalake import DeltaTable
+from deltalake.transaction import AddAction, RemoveAction
+
+from spark_jobs.config import Settings
+from spark_jobs.delta_log import DeltaLog
+from spark_jobs.sinks.data_files import DataFile, DataFileWriter
+from spark_jobs.sinks.delta import Transaction, commit_properties, has_seen
+from spark_jobs.steps import Step, durable
+from spark_jobs.storage import open_root
+from spark_jobs.tables import (
+    BATCH_LEDGER,
+    EVENTS,
+    HOUR_RULES,
+    MINUTE_METRICS,
+    RECONCILIATIONS,
+    REJECTED_EVENTS,
+    RESTATEMENTS,
+    TABLES,
+    Table,
+)
+
+# In the order of the commits: the ledger makes a batch complete, what says why comes last. With the column that finds a row.
+_ORDER: dict[str, tuple[Step, str]] = {
+    EVENTS.name: (Step.CORRECTED_EVENTS, "event_id"),
+    REJECTED_EVENTS.name: (Step.CORRECTED_REJECTS, "source_file"),
+    MINUTE_METRICS.name: (Step.CORRECTED_METRICS, "record_uuid"),
+    BATCH_LEDGER.name: (Step.CORRECTED_LEDGER, "_query_id"),
+    RESTATEMENTS.name: (Step.RESTATEMENTS, "run_id"),
+    HOUR_RULES.name: (Step.HOUR_RULES, "run_id"),
+    RECONCILIATIONS.name: (Step.RECONCILIATIONS, "run_id"),
+}
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class TableChange:
+    """Rows to take out of a table and to put in: all its columns, each row as often as it is meant."""
+
+    table: Table
+    remove: pa.Table
+    add: pa.Table
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether there is nothing to do. The plan of a batch has to stand in a commit though no row was accepted."""
+        return not self.remove.num_rows and not self.add.num_rows and "files" not in self.metadata
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What a run decided for some hours.
+
+    ``token`` names it in the transactions of the tables; ``events_version`` is the version of `events` that it was decided on.
+    """
+
+    token: str
+    run_id: str
+    events_version: int
+    changes: list[TableChange]
+
+
+def write_ahead(settings: Settings, correction: Correction) -> None:
+    """Put the whole correction down; it counts from the moment that its folder has its name."""
+    folder = settings.corrections_path / correction.token
+    hidden = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
+    for change in correction.changes:
+        pq.write_table(change.remove, hidden / f"{change.table.name}.remove.parquet")
+        pq.write_table(change.add, hidden / f"{change.table.name}.add.parquet")
+    manifest = {
+        "token": correction.token,
+        "run_id": correction.run_id,
+        "events_version": correction.events_version,
+        "changes": [[change.table.name, change.metadata] for change in correction.changes],
+    }
+    (hidden / _MANIFEST).write_text(json.dumps(manifest), "utf-8")
+    with durable(Step.CORRECTION_DECIDED):
+        os.replace(hidden, folder)
+
+
+def unfinished_corrections(settings: Settings) -> Iterator[Correction]:
+    """Corrections that were decided and not carried out to the end. What was never decided whole is removed."""
+    if not settings.corrections_path.exists():
+        return
+    for folder in sorted(settings.corrections_path.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        if folder.name.startswith("."):
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            yield _read(folder)
+
+
+def _read(folder: Path) -> Correction:
+    manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
+    changes = []
+    for name, metadata in manifest["changes"]:
+        remove, add = (pq.read_table(folder / f"{name}.{part}.parquet") for part in ("remove", "add"))
+        changes.append(TableChange(TABLES[name], remove, add, metadata))
+    return Correction(manifest["token"], manifest["run_id"], manifest["events_version"], changes)
+
+
+def is_overtaken(settings: Settings, correction: Correction) -> bool:
+    """Whether nothing of a correction was done and `events` has gone on since: then it is to be decided anew.
+
+    A record that it would put back may have been sent again and accepted meanwhile. Once its events are in, the rest of it holds
+    whatever comes after, for it only concerns batches that have ended.
+    """
+    log = DeltaLog(settings.table_uri(EVENTS.name))
+    changes_events = any(change.table is EVENTS for change in correction.changes)
+    return (
+        changes_events
+        and log.latest_version() != correction.events_version
+        and not has_seen(DeltaTable(log.uri), Transaction(correction.token, 0))
+    )
+
+
+def forget(settings: Settings, correction: Correction) -> None:
+    """Remove a correction that is done or overtaken."""
+    folder = settings.corrections_path / correction.token
+    with durable(Step.CORRECTION_DONE):
+        os.replace(folder, folder.with_name(f".{folder.name}.tmp"))
+    shutil.rmtree(folder.with_name(f".{folder.name}.tmp"))
+
+
+def carry_out(settings: Settings, correction: Correction) -> None:
+    """Make the commits of a correction that are not made yet, in order, and remove it."""
+    changes = {change.table.name: change for change in correction.changes}
+    for name, (step, key) in _ORDER.items():
+        if name in changes:
+            _commit(settings, changes[name], step, Transaction(correction.token, 0), key)
+    forget(settings, correction)
+
+
+def append_once(settings: Settings, table: Table, rows: pa.Table, step: Step, token: str) -> None:
+    """Add rows to a table, once per token."""
+    _commit(settings, TableChange(table, table.schema.empty_table(), rows), step, Transaction(token, 0), "")
+
+
+def _commit(settings: Settings, change: TableChange, step: Step, transaction: Transaction, key: str) -> None:
+    table = change.table
+    uri = settings.table_uri(table.name)
+    held = DeltaTable(uri)
+    if change.is_nothing or has_seen(held, transaction):
+        return
+    now = int(time.time() * 1000)
+    actions: list[AddAction | RemoveAction] = []
+    rewritten: list[DataFile] = []
+    for file in _files_with(held, change.remove, table, key):
+        actions.append(RemoveAction(file.path, True, now, file.size, file.partition))
+        with DataFileWriter(uri, table) as writer:
+            for batch in file.without_rows():
+                writer.write(batch)
+        rewritten += writer.files
+    with DataFileWriter(uri, table) as writer:
+        writer.write(change.add)
+    actions += [AddAction(f.path, f.size, f.partition, now, data_change=True, stats=f.stats) for f in [*rewritten, *writer.files]]
+    metadata = {**change.metadata, "added_files": [file.path for file in writer.files]}
+    with durable(step):
+        held.create_write_transaction(
+            actions,
+            mode="append",
+            schema=held.schema(),
+            partition_by=list(table.partition_by),
+            commit_properties=commit_properties(metadata, transaction),
+        )
+
+
+class _File:
+    """A data file of which some rows are to go."""
+
+    def __init__(self, root: tuple[Any, str], action: dict[str, Any], table: Table) -> None:
+        self.path: str = action["path"]
+        self.size: int = action["size_bytes"]
+        values = {name: action[f"partition.{name}"] for name in table.partition_by}
+        self.partition: dict[str, str | None] = {name: None if v is None else str(v) for name, v in values.items()}
+        self._values = values
+        self._table = table
+        schema = pa.schema([field for field in table.schema if field.name not in table.partition_by])
+        filesystem, folder = root
+        self._dataset = ds.dataset([f"{folder}/{unquote(self.path)}"], schema=schema, format="parquet", filesystem=filesystem)
+        self._going: list[pa.Array] = []
+
+    def find(self, wanted: Counter[str], keys: pa.Array, key: str) -> bool:
+        """Mark the rows of ``wanted`` that lie here, and take them out of it."""
+        found = False
+        for batch in self._batches():
+            going = [False] * batch.num_rows
+            for at in pc.indices_nonzero(pc.is_in(batch[key], value_set=keys)).to_pylist():
+                row = _row_text(batch.slice(at, 1).to_pylist()[0])
+                if wanted[row] > 0:
+                    wanted[row] -= 1
+                    going[at] = found = True
+            self._going.append(pa.array(going))
+        return found
+
+    def without_rows(self) -> Iterator[pa.Table]:
+        """The rows that stay."""
+        for batch, going in zip(self._batches(), self._going, strict=True):
+            yield batch.filter(pc.invert(going))
+
+    def _batches(self) -> Iterator[pa.Table]:
+        for batch in self._dataset.to_batches(use_threads=False):
+            rows = pa.Table.from_batches([batch])
+            for name in self._table.partition_by:
+                kind = self._table.schema.field(name).type
+                rows = rows.append_column(name, pa.repeat(pa.scalar(self._values[name]).cast(kind), rows.num_rows))
+            yield rows.select(self._table.schema.names)
+
+
+def _files_with(held: DeltaTable, remove: pa.Table, table: Table, key: str) -> Iterator[_File]:
+    """The data files in which rows of ``remove`` lie. A row that is not there any more is none to take out."""
+    if not remove.num_rows:
+        return
+    remove = remove.select(table.schema.names).cast(table.schema)
+    wanted = Counter(_row_text(row) for row in remove.to_pylist())
+    keys = remove[key].unique()
+    partitions = {tuple(row[name] for name in table.partition_by) for row in remove.to_pylist()}
+    for action in pa.table(held.get_add_actions(flatten=True)).to_pylist():
+        if tuple(action[f"partition.{name}"] for name in table.partition_by) in partitions:
+            file = _File(open_root(held.table_uri.removeprefix("file://").rstrip("/")), action, table)
+            if file.find(wanted, keys, key):
+                yield file
+
+
+def _row_text(row: dict[str, Any]) -> str:
+    return json.dumps(row, sort_keys=True, default=str)
