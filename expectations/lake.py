@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +21,38 @@ _MEMORY = "2GB"
 _HOUR = timedelta(hours=1)
 
 
-def connect(spill: Path | None = None) -> duckdb.DuckDBPyConnection:
-    """A connection of its own, in memory, that can read Delta tables; times are UTC.
+def connect() -> duckdb.DuckDBPyConnection:
+    """A connection that can read Delta tables, with temporary tables of its own; times are UTC.
 
     Raises UnreadableTableError where DuckDB's delta extension is missing.
     """
-    config: dict[str, str | bool | int | float | list[str]] = {"memory_limit": _MEMORY, "autoinstall_known_extensions": False}
-    if spill is not None:
-        config["temp_directory"] = str(spill)
-    connection = duckdb.connect(":memory:", config=config)
+    connection = _database().cursor()
+    connection.execute("set timezone = 'UTC'")
+    return connection
+
+
+def connect_marts(path: Path) -> duckdb.DuckDBPyConnection:
+    """A connection to the file of the marts, as ``marts``: an instance of its own, so the file is opened anew."""
+    connection = duckdb.connect(":memory:", config=_config())
+    connection.execute(f"attach '{quoted(str(path))}' as marts (read_only)")
+    connection.execute("set timezone = 'UTC'")
+    return connection
+
+
+def _config() -> dict[str, str | bool | int | float | list[str]]:
+    spill = Path(tempfile.gettempdir()) / f"adtally-quality-{os.getpid()}"  # made when it is needed, and removed at the end
+    return {"memory_limit": _MEMORY, "autoinstall_known_extensions": False, "temp_directory": str(spill)}
+
+
+@cache
+def _database() -> duckdb.DuckDBPyConnection:
+    """This process's: to load the extension takes as long as to check a small hour."""
+    connection = duckdb.connect(":memory:", config=_config())
     try:
         from duckdb_extensions import import_extension
 
         import_extension("delta", con=connection)
         connection.execute("load delta")
-        connection.execute("set timezone = 'UTC'")
     except (ImportError, OSError, RuntimeError, duckdb.Error) as error:
         connection.close()
         raise UnreadableTableError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -13,7 +12,7 @@ import duckdb
 from expectations.checks import Check, Kind, Severity, Suite
 from expectations.docs import DataDocs, Entry
 from expectations.errors import UnknownTableError, UnreadableTableError
-from expectations.lake import Related, connect, delta_scan, hour_literals, one_line, quoted
+from expectations.lake import Related, connect, connect_marts, delta_scan, hour_literals, one_line
 from expectations.profile import Profile, Profiler
 from expectations.results import CheckOutcome, HourValidation
 from expectations.suites import MARTS, SUITES
@@ -42,21 +41,19 @@ def validate_hour(
     """
     began = time.perf_counter()
     suite = _suite(table, SUITES)
-    with tempfile.TemporaryDirectory(prefix="adtally-quality-") as spill:
-        connection = connect(Path(spill))
-        try:
-            held = _load_related(connection, suite, related or {}, hour)
-            profiler = Profiler(connection, suite, delta_scan(uri, version), hour, related=held)
-            profiler.group()
-            profile = profiler.measure()
-            week = None if docs is None else TrailingWeek(docs / "profiles", table)
-            if week is not None:
-                _compare(profile, suite, week, hour)
-            return _judged(suite, profiler, profile, hour, version, began, docs, run_name)
-        except duckdb.Error as error:
-            raise UnreadableTableError(f"{table} at version {version} cannot be checked: {one_line(error)}") from error
-        finally:
-            connection.close()
+    connection = connect()
+    try:
+        held = _load_related(connection, suite, related or {}, hour)
+        profiler = Profiler(connection, suite, delta_scan(uri, version), hour, related=held)
+        profiler.group()
+        profile = profiler.measure()
+        if docs is not None:
+            _compare(profile, suite, TrailingWeek(docs / "profiles", table), hour)
+        return _judged(suite, profiler, profile, hour, version, began, docs, run_name)
+    except duckdb.Error as error:
+        raise UnreadableTableError(f"{table} at version {version} cannot be checked: {one_line(error)}") from error
+    finally:
+        connection.close()
 
 
 def validate_marts(
@@ -74,14 +71,11 @@ def validate_marts(
     Raises UnknownTableError, UnreadableTableError, and DocsBusyError.
     """
     chosen = [_suite(name, MARTS) for name in (MARTS if marts is None else marts)]
-    connection = connect()
     try:
-        connection.execute(f"attach '{quoted(str(path))}' as marts (read_only)")
-        return [_validate_mart(connection, suite, hour, docs, run_name) for suite in chosen]
+        with connect_marts(path) as connection:
+            return [_validate_mart(connection, suite, hour, docs, run_name) for suite in chosen]
     except duckdb.Error as error:
         raise UnreadableTableError(f"the marts at {path} cannot be checked: {one_line(error)}") from error
-    finally:
-        connection.close()
 
 
 def related_tables(table: str) -> tuple[str, ...]:

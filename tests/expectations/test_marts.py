@@ -1,0 +1,90 @@
+"""Each expectation of the marts is broken once; the clean file and its hours are valid."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+from expectations import MARTS, validate_marts
+from expectations.errors import UnknownTableError, UnreadableTableError
+
+CASES: dict[str, list[dict[str, Any]]] = json.loads(
+    (Path(__file__).parents[1] / "cases" / "expectations" / "marts.json").read_text("utf-8")
+)
+HOUR = datetime(2025, 6, 2, 10, tzinfo=UTC)
+
+_CLEAN = """
+insert into fct_campaign_minute by name
+select timestamp '2025-06-02 10:00:00' + interval 20 minutes * n as event_minute, event_minute::date as event_date,
+    if(n % 2 = 0, 'eu', 'us') as region, 'c-' || n % 3 as campaign_id, 'a-1' as ad_id, 's-1' as store_id, 'EUR' as currency,
+    10 as impressions, 1 as clicks, 0 as invalid_impressions, 0 as invalid_clicks, 1500 as spend_nanos, 2 as spend_micros
+from (select unnest(range(6)) as n);
+insert into fct_campaign_day by name
+select event_date, campaign_id, store_id, currency, sum(impressions)::bigint as impressions, sum(clicks)::bigint as clicks,
+    sum(invalid_impressions)::bigint as invalid_impressions, sum(invalid_clicks)::bigint as invalid_clicks,
+    sum(spend_nanos)::bigint as spend_nanos, round(sum(spend_nanos) / 1000)::bigint as spend_micros
+from fct_campaign_minute group by all;
+insert into fct_event_accounting values (timestamp '2025-06-02 10:00:00', 'eu', 12, 10, 1, 0, 1, 2, 0, 1);
+insert into fct_reconciliation by name
+select 'r-1' as run_id, timestamp '2025-06-02 12:00:00' as run_at, timestamp '2025-06-02 10:00:00' as event_hour, 'events' as layer,
+    'none' as cause, 0 as rows_different, 10 as rows_expected, 10 as rows_found, 5 as nanos_expected, 5 as nanos_found,
+    false as is_repaired, true as is_latest;
+insert into mart_build by name
+select 'hourly' as mart_group, 'b-1' as build_id, timestamp '2025-06-02 12:00:00' as built_at, table_name, 3 as delta_version
+from (values ('campaigns'), ('batch_ledger')) as tables(table_name);
+"""
+
+
+def published(path: Path, statements: list[str]) -> Path:
+    """A file of marts, changed by these statements."""
+    with duckdb.connect(str(path)) as connection:
+        for suite in MARTS.values():
+            columns = ", ".join(f"{name} {kind}" for name, kind in suite.columns.items())
+            connection.execute(f"create table {suite.table} ({columns})")
+        for statement in (_CLEAN, *statements):
+            connection.execute(statement)
+    return path
+
+
+@pytest.mark.parametrize(("mart", "case"), [pytest.param(m, c, id=f"{m}: {c['name']}") for m in CASES for c in CASES[m]])
+def test_broken_marts_fail_their_expectations_and_no_others(tmp_path: Path, mart: str, case: dict[str, Any]) -> None:
+    path = published(tmp_path / "marts.duckdb", case["sql"])
+    (found,) = validate_marts(path, marts=[mart])
+    assert {result.name for result in found.failed} == set(case["fails"])
+    assert all(result.failing_rows for result in found.failed)
+
+
+@pytest.mark.parametrize("mart", MARTS)
+def test_every_expectation_is_broken_by_a_case(mart: str) -> None:
+    assert {check.name for check in MARTS[mart].checks} == {name for case in CASES[mart] for name in case["fails"]}
+
+
+@pytest.mark.parametrize("hour", [None, HOUR], ids=["all", "an hour"])
+def test_clean_marts_are_valid(tmp_path: Path, hour: datetime | None) -> None:
+    found = validate_marts(published(tmp_path / "marts.duckdb", []), hour=hour, docs=tmp_path / "quality")
+    assert [each.table for each in found] == list(MARTS)
+    assert [result for each in found for result in each.failed] == []
+    rows = {each.table: each.rows for each in found}
+    assert rows["fct_campaign_minute"] == (6 if hour is None else 3)
+    assert rows["fct_campaign_day"] == 3  # the hour's day
+
+
+def test_a_fault_in_another_hour_is_not_that_of_this_one(tmp_path: Path) -> None:
+    path = published(
+        tmp_path / "marts.duckdb",
+        ["update fct_campaign_minute set clicks = -1 where event_minute >= timestamp '2025-06-02 11:00:00'"],
+    )
+    assert [each.success for each in validate_marts(path, hour=HOUR, marts=["fct_campaign_minute"])] == [True]
+    assert [each.success for each in validate_marts(path, marts=["fct_campaign_minute"])] == [False]
+
+
+def test_marts_that_are_not_there_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableTableError, match=r"the marts at .*none[.]duckdb cannot be checked"):
+        validate_marts(tmp_path / "none.duckdb")
+    with pytest.raises(UnknownTableError, match="there is no suite for 'fct_nothing'"):
+        validate_marts(published(tmp_path / "marts.duckdb", []), marts=["fct_nothing"])

@@ -1,0 +1,120 @@
+"""The trailing week: what is usual, what is not, and what too little is known of."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from expectations import validate_hour
+from expectations.checks import MAX_ROBUST_Z, MAX_STABILITY_INDEX
+from expectations.profile import REST, Profile
+from expectations.trailing import TrailingWeek, robust_z, stability_index
+from tests.expectations.small_lake import HOUR, Lake
+
+USUAL = {"region": {"eu": 6_000.0, "us": 4_000.0}}
+
+
+def profile(volume: float, shares: dict[str, dict[str, float]] = USUAL) -> Profile:
+    return Profile(int(volume), {}, shares, volume)
+
+
+def week(folder: Path, volumes: list[float], shares: dict[str, dict[str, float]] = USUAL) -> TrailingWeek:
+    """A week that knows the same hour of as many days as there are volumes."""
+    made = TrailingWeek(folder, "events")
+    for day, volume in enumerate(volumes, start=1):
+        made.keep(HOUR - timedelta(days=day), profile(volume, shares))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "low", "high"),
+    [
+        pytest.param({"eu": 6, "us": 4}, {"eu": 600, "us": 400}, 0, 1e-9, id="the same"),
+        pytest.param({"eu": 60, "us": 40}, {"eu": 62, "us": 38}, 0, 0.01, id="as good as the same"),
+        pytest.param({"eu": 6, "us": 4}, {"eu": 2, "us": 8}, MAX_STABILITY_INDEX, 2, id="turned around"),
+        pytest.param({"eu": 6, "us": 4}, {"eu": 10}, MAX_STABILITY_INDEX, 5, id="a region fell silent"),
+        pytest.param({"eu": 6}, {"eu": 6, "us": 4}, MAX_STABILITY_INDEX, 5, id="a new region"),
+        pytest.param({"eu": 6, REST: 4}, {"eu": 6, REST: 4}, 0, 1e-9, id="with a rest"),
+    ],
+)
+def test_stability_index(before: dict[str, float], now: dict[str, float], low: float, high: float) -> None:
+    assert low <= stability_index(before, now) <= high
+
+
+@pytest.mark.parametrize(
+    ("volumes", "volume", "is_usual"),
+    [
+        pytest.param([1000, 1000, 1000], 1000, True, id="the same"),
+        pytest.param([1000, 1000, 1000], 1300, True, id="a tenth of the median is a deviation even if nothing ever moved"),
+        pytest.param([1000, 1000, 1000], 0, False, id="nothing where there always was something"),
+        pytest.param([1000, 990, 1010, 1005, 50_000], 1000, True, id="one wild day in the past"),
+        pytest.param([1000, 990, 1010, 1005, 50_000], 50_000, False, id="a wild day now"),
+        pytest.param([3, 5, 4], 9, True, id="a few may be a few more"),
+        pytest.param([0, 0, 0], 0, True, id="never anything"),
+        pytest.param([0, 0, 0], 500, False, id="something where there never was"),
+    ],
+)
+def test_robust_z(volumes: list[float], volume: float, is_usual: bool) -> None:
+    assert (robust_z(volumes, volume) <= MAX_ROBUST_Z) == is_usual
+
+
+def test_too_little_known_is_not_judged(tmp_path: Path) -> None:
+    assert week(tmp_path / "a", [1000.0] * 2).robust_z(HOUR, profile(0)) is None
+    assert week(tmp_path / "a", [1000.0] * 2).stability_index(HOUR, "region", profile(1000)) is None
+    few = {"region": {"eu": 6.0, "us": 4.0}}
+    assert week(tmp_path / "b", [10.0] * 7, few).stability_index(HOUR, "region", profile(10, few)) is None
+    assert week(tmp_path / "c", [1000.0] * 7).stability_index(HOUR, "region", profile(0, {"region": {}})) is None
+
+
+def test_a_week_that_cannot_be_read_is_not_known(tmp_path: Path) -> None:
+    made = week(tmp_path, [1000.0] * 4)
+    for file, text in zip(sorted((tmp_path / "events").iterdir()), ["", "{", '{"volume": 1, "shares": [1]}'], strict=False):
+        file.write_text(text)
+    assert made.robust_z(HOUR, profile(0)) is None
+
+
+def test_hours_beyond_the_week_are_not_compared(tmp_path: Path) -> None:
+    made = TrailingWeek(tmp_path, "events")
+    for day in (8, 9, 10, 11):
+        made.keep(HOUR - timedelta(days=day), profile(1000))
+    made.keep(HOUR + timedelta(days=1), profile(1000))
+    assert made.robust_z(HOUR, profile(0)) is None
+    assert made.stability_index(HOUR, "region", profile(1000)) is None
+
+
+def grown(made: Lake, hour: datetime, *, regions: str) -> None:
+    """2,000 events of this hour, by regions."""
+    made.sql(
+        [
+            f"insert into events select * replace (event_id || '-' || n as event_id, {regions} as region, "
+            f"timestamptz '{hour:%Y-%m-%d %H}:00:00+00' as event_time, date '{hour:%Y-%m-%d}' as event_date) "
+            "from (select * from events where event_id = 'e-4'), range(2000) as numbers(n)"
+        ]
+    )
+
+
+def test_drift_and_volume_are_warnings_against_the_hours_validated_before(tmp_path: Path) -> None:
+    made, docs = Lake(tmp_path / "lake"), tmp_path / "quality"
+    made.sql(["delete from events where event_id <> 'e-4'"])
+    days = [HOUR - timedelta(days=day) for day in range(5, 0, -1)]
+    for day in days:
+        grown(made, day, regions="if(n % 2 = 0, 'eu', 'us')")
+    grown(made, HOUR, regions="'eu'")
+    twice = (
+        "insert into events select * replace (event_id || '-again' as event_id) from events where event_date = date '2025-06-02'"
+    )
+    made.sql([twice, twice.replace("again", "and-again")])
+    made.write()
+    before = [validate_hour("events", made.uri("events"), None, day, docs=docs) for day in days]
+    assert all(found.success for found in before)
+    judged = [next(result for result in found.results if result.name == "table.volume").observed is not None for found in before]
+    assert judged == [False, False, False, True, True]
+    found = validate_hour("events", made.uri("events"), None, HOUR, docs=docs)
+    assert {result.name for result in found.failed} == {"region.drift", "table.volume"}
+    assert not found.error_failed
+    again = validate_hour("events", made.uri("events"), None, HOUR, docs=docs)  # an hour is not compared with itself
+    assert [(result.name, result.observed) for result in again.failed] == [
+        (result.name, result.observed) for result in found.failed
+    ]
