@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from filelock import FileLock
 
 from orchestration.marts import build, build_marts, query_marts
+from orchestration.marts.failures import MartsError
 from orchestration.marts.pins import SOURCES, latest_version, pin_versions
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, BusyError, TableCorruptionError, UsageError
@@ -129,6 +130,52 @@ def test_second_build_adds_late_events_and_readers_keep_theirs(tmp_path: Path) -
     assert litter(settings) == []
 
 
+def test_a_group_is_built_and_the_other_stays(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    lake = lake_of(settings)
+    first_batch(lake)
+    assert build_marts(settings, "near_real_time", now=NOW).groups == build.GROUPS  # nothing is published: all of it
+    # a click on a campaign that no dimension knows yet
+    commit(lake, MINUTE_METRICS, [increment("u5", 1, "2026-03-10T10:05", clicks=1, campaign_id="c5", ad_id="a5", store_id="s5")])
+    commit(lake, BATCH_LEDGER, [ledger_row(1, "2026-03-10T10:00", accepted=1)])
+    later = NOW + timedelta(minutes=5)
+    result = build_marts(settings, "near_real_time", now=later)
+    assert (result.groups, result.versions["batch_ledger"]) == (("near_real_time",), 1)
+    assert not any(node.unique_id.startswith(("unit_test.", "model.adtally.dim_")) for node in result.nodes)
+    assert (date(2026, 3, 10), "c5", 0, 1, 0, 0, 0) in days(settings)
+    assert query_marts(settings, "select campaign_id from dim_campaign order by 1")[1] == [("c1",), ("c9",)]
+    built = "select mart_group, built_at, delta_version from mart_build where table_name = 'batch_ledger' order by 1"
+    moment = NOW.replace(tzinfo=None)
+    assert query_marts(settings, built)[1] == [("hourly", moment, 0), ("near_real_time", moment + timedelta(minutes=5), 1)]
+    build_marts(settings, "hourly", now=later)
+    assert query_marts(settings, "select campaign_id from dim_campaign order by 1")[1] == [("c1",), ("c5",), ("c9",)]
+    assert query_marts(settings, built)[1] == [(group, moment + timedelta(minutes=5), 1) for group in sorted(build.GROUPS)]
+    assert litter(settings) == []
+
+
+def test_a_file_that_does_not_tell_its_groups_is_built_whole(tmp_path: Path) -> None:
+    """An older adtally published it, or nobody did."""
+    path = tmp_path / "marts.duckdb"
+    assert not build._has_all_groups(path)
+    path.write_bytes(b"no database")
+    assert not build._has_all_groups(path)
+    path.unlink()
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("create table mart_build as select 'batch_ledger' as table_name")
+    assert not build._has_all_groups(path)
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("create or replace table mart_build as select 'hourly' as mart_group")
+    assert not build._has_all_groups(path)
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("insert into mart_build values ('near_real_time')")
+    assert build._has_all_groups(path)
+
+
+def test_an_unknown_group_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="one of near_real_time, hourly"):
+        build_marts(settings_in(tmp_path), "daily")
+
+
 def test_half_written_batch_is_not_shown(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
     first_batch(lake_of(settings))
@@ -164,7 +211,7 @@ def test_failed_conservation_leaves_the_published_marts(tmp_path: Path) -> None:
     before = settings.marts_path.read_bytes()
     commit(lake_of(settings), MINUTE_METRICS, [increment("u5", 1, "2026-03-10T10:05", clicks=1, spend_nanos=500)])
     commit(lake_of(settings), BATCH_LEDGER, [ledger_row(1, "2026-03-10T10:00", accepted=2, spend_nanos=500)])
-    with pytest.raises(AdtallyError) as caught:
+    with pytest.raises(MartsError) as caught:
         build_marts(settings, now=NOW)
     message = str(caught.value)
     assert "test assert_increments_match_ledger (2 rows)" in message
@@ -174,6 +221,14 @@ def test_failed_conservation_leaves_the_published_marts(tmp_path: Path) -> None:
     assert litter(settings) == []
     results = json.loads((settings.marts_path.parent / "dbt" / "target" / "run_results.json").read_text())["results"]
     assert any(result["status"] == "fail" for result in results)
+    kept = settings.marts_path.parent / "dbt" / "failed_rows.json"
+    assert f"rows in {kept}: side ledger, query_id q, batch_id 1" in message
+    [(test, rows)] = [(name, rows) for name, rows in json.loads(kept.read_text()).items() if "match_ledger" in name]
+    assert caught.value.rows[test] == rows
+    assert sorted((row["side"], row["event_hour"], row["accepted"], row["spend_nanos"]) for row in rows) == [
+        ("increments", "2026-03-10 10:00:00", 1, 500),
+        ("ledger", "2026-03-10 10:00:00", 2, 500),
+    ]
 
 
 def test_first_build_that_fails_publishes_nothing(tmp_path: Path) -> None:
@@ -181,7 +236,7 @@ def test_first_build_that_fails_publishes_nothing(tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
     first_batch(lake_of(settings))
     commit(lake_of(settings), MINUTE_METRICS, [increment("u5", 0, "2026-03-10T10:05", currency=None)])
-    with pytest.raises(AdtallyError, match=r"model fct_campaign_(day|minute).*NOT NULL"):
+    with pytest.raises(MartsError, match=r"model fct_campaign_(day|minute).*NOT NULL"):
         build_marts(settings, now=NOW)
     assert not settings.marts_path.exists()
     with pytest.raises(AdtallyError, match="adtally marts build"):
