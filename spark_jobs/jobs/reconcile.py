@@ -92,11 +92,13 @@ def hour_moment(hour: int) -> datetime | None:
 
 
 @contextmanager
-def recounting(settings: Settings, inputs: Inputs, rules: dict[int, Rules] | None = None) -> Iterator[Recount]:
-    """A recount over ``inputs``. Raises TableCorruptionError where a table or what was parsed cannot be read."""
+def recounting(
+    settings: Settings, inputs: Inputs, rules: dict[int, Rules] | None = None, prices: pa.Table | None = None
+) -> Iterator[Recount]:
+    """A recount over ``inputs``; see Recount. Raises TableCorruptionError where a table or what was parsed cannot be read."""
     settings.scratch_path.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="recount-", dir=settings.scratch_path) as spill, told_plainly(settings):
-        recount = Recount(settings, inputs, Path(spill), rules)
+        recount = Recount(settings, inputs, Path(spill), rules, prices)
         try:
             yield recount
         finally:

@@ -62,9 +62,11 @@ class Comparison:
     `metrics_delta`, `ledger_delta` (what is to be added, expected less found).
     """
 
-    def __init__(self, recount: Recount) -> None:
+    def __init__(self, recount: Recount, *, cause: str | None = None) -> None:
+        """``cause``: that of all increments that differ, where it is known beforehand."""
         self._recount = recount
         self._lake = recount.lake
+        self._cause = "null" if cause is None else f"'{cause}'"
 
     def run(self, hours: Collection[int]) -> tuple[list[Finding], list[HourSums]]:
         """Count ``hours`` and compare them."""
@@ -248,7 +250,8 @@ class Comparison:
                 {", ".join(f"sum(e_{m} - f_{m})::bigint as {m}" for m in METRIC_MEASURES)},
                 sum(e_spend_nanos)::bigint as expected_nanos, sum(f_spend_nanos)::bigint as found_nanos,
                 sum(e_rows)::bigint as expected_rows, sum(f_rows)::bigint as found_rows,
-                case when found_rows = 0 and any_value(state) = 'missed' then 'file_missed'
+                case when {self._cause} is not null then {self._cause}
+                    when found_rows = 0 and any_value(state) = 'missed' then 'file_missed'
                     when found_rows = 0 and any_value(state) = 'unfinished' then 'batch_unfinished_without_checkpoint'
                     when found_rows = 0 then 'increment_missing' when expected_rows = 0 then 'increment_unknown'
                     else 'increment_altered' end as cause

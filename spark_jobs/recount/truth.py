@@ -17,6 +17,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
+from deltalake import DeltaTable
 from xxhash import xxh3_64_intdigest
 
 from spark_jobs.config import Settings
@@ -30,6 +31,9 @@ from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, EVENTS, HOUR_RULES, MINUT
 HOUR_US = 3_600_000_000
 NO_HOUR = -(2**31)
 """The hour of a record without a readable time."""
+
+FILES_VERSION = -1
+"""Stands for a version of `campaigns`: the price list as its files say it now."""
 
 # The ledger first: a batch that stands in it is whole in what is pinned behind it.
 PINNED: tuple[Table, ...] = (BATCH_LEDGER, EVENTS, REJECTED_EVENTS, MINUTE_METRICS, CAMPAIGNS, HOUR_RULES)
@@ -147,11 +151,10 @@ def scan(settings: Settings, name: str, version: int | None) -> str:
 
 def _booked(settings: Settings, version: int | None) -> set[tuple[str, int]]:
     """The batches of events that the ledger holds."""
-    with connect_delta() as lake:
-        rows = lake.execute(
-            f"select distinct _query_id, _batch_id from {scan(settings, BATCH_LEDGER.name, version)} where stream = 'events'"
-        ).fetchall()
-    return {(query, batch) for query, batch in rows}
+    held = DeltaTable(settings.table_uri(BATCH_LEDGER.name), version=version)
+    rows = held.to_pyarrow_table(columns=["stream", "_query_id", "_batch_id"])
+    names = (rows[name].to_pylist() for name in ("stream", "_query_id", "_batch_id"))
+    return {(query, batch) for stream, query, batch in zip(*names, strict=True) if stream == "events"}
 
 
 def _plans_of_rows(
@@ -202,10 +205,18 @@ class Recount:
     """The recount of ``inputs`` in a DuckDB of its own. ``count`` makes table `outcomes` of the hours that it is asked for.
 
     Tables: `batches` (b, identity, limits, state), `occurrences` (o, in the order of reading), `outcomes` (a row a record).
-    ``rules`` override those of the hours (numbers since the epoch) that they name.
+    ``rules`` override those of the hours (numbers since the epoch) that they name; ``prices`` (campaign_id, billing_model, from_us,
+    to_us) are those of version FILES_VERSION, which table `campaigns` does not hold.
     """
 
-    def __init__(self, settings: Settings, inputs: Inputs, spill: Path, rules: dict[int, Rules] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        inputs: Inputs,
+        spill: Path,
+        rules: dict[int, Rules] | None = None,
+        prices: pa.Table | None = None,
+    ) -> None:
         self.settings = settings
         self.inputs = inputs
         self._spill = spill
@@ -216,7 +227,8 @@ class Recount:
             f"create macro hour_of(us) as coalesce((us - ((us % {HOUR_US}) + {HOUR_US}) % {HOUR_US}) // {HOUR_US}, {NO_HOUR})"
         )
         self._load_batches()
-        self._load_prices(rules or {})
+        self._load_rules(rules or {})
+        self._load_prices(prices)
         self._load_trusted()
 
     def close(self) -> None:
@@ -284,7 +296,7 @@ class Recount:
         self.lake.execute(f"create or replace temp table {name} as select * from read_parquet('{quoted(path)}')")
         path.unlink()
 
-    def _load_prices(self, rules: dict[int, Rules]) -> None:
+    def _load_rules(self, rules: dict[int, Rules]) -> None:
         self.lake.execute(
             f"""
             create temp table hour_rules as
@@ -300,10 +312,18 @@ class Recount:
                 "insert into hour_rules values (?, ?, ?, ?, ?, ?)",
                 [hour, rule.campaigns_version, rule.earliest_us, rule.future_skew_us, rule.hour_grace_us, rule.events_version],
             )
+
+    def _load_prices(self, prices: pa.Table | None) -> None:
         self.lake.execute(
             "create temp table prices (version bigint, campaign_id varchar, billing_model varchar, from_us bigint, to_us bigint)"
         )
-        for (version,) in self.rows("select campaigns_version from batches union select campaigns_version from hour_rules"):
+        if prices is not None:
+            self.keep("given_prices", prices)
+            self.lake.execute(
+                f"insert into prices select {FILES_VERSION}, campaign_id, billing_model, from_us, to_us from given_prices"
+            )
+        used = "select campaigns_version from batches union select campaigns_version from hour_rules"
+        for (version,) in self.rows(f"select * from ({used}) where campaigns_version != {FILES_VERSION}"):
             self.lake.execute(
                 f"""
                 insert into prices select {version}, campaign_id, billing_model, epoch_us(valid_from),
