@@ -16,9 +16,10 @@ _LOCATIONS = """
         locationOrLoadError { __typename ... on PythonError { message } } } } } }
 """
 _IN_PROGRESS = """
-{ runsOrError(filter: {statuses: [STARTING, STARTED, CANCELING]}, limit: 100) { __typename
+query InProgress($tags: [ExecutionTag!]!) {
+  runsOrError(filter: {statuses: [STARTING, STARTED, CANCELING], tags: $tags}, limit: 100) { __typename
     ... on PythonError { message }
-    ... on Runs { results { runId jobName status tags { key value } } } } }
+    ... on Runs { results { runId } } } }
 """
 _TERMINATE = """
 mutation End($ids: [String!]!) { terminateRuns(runIds: $ids, terminatePolicy: SAFE_TERMINATE) { __typename
@@ -36,7 +37,7 @@ mutation Reload($name: String!) { reloadRepositoryLocation(repositoryLocationNam
     ... on PythonError { message } } }
 """
 LAUNCHER_TAG = ".dagster/grpc_info"
-"""Tag of a run that names the code server whose process it is."""
+"""Tag of a run that names the code server whose process it is: hidden, so it can be filtered by and is not shown."""
 
 
 class WebserverError(Exception):
@@ -82,12 +83,8 @@ class Webserver:
 
     def runs_of(self, socket: str) -> list[str]:
         """Ids of the runs in progress that are processes of the code server at this socket."""
-        runs = self.ask(_IN_PROGRESS)["runsOrError"]["results"]
-        return [
-            run["runId"]
-            for run in runs
-            if any(tag["key"] == LAUNCHER_TAG and json.loads(tag["value"]).get("socket") == socket for tag in run["tags"])
-        ]
+        launcher = {"key": LAUNCHER_TAG, "value": json.dumps({"host": "localhost", "socket": socket})}
+        return [run["runId"] for run in self.ask(_IN_PROGRESS, tags=[launcher])["runsOrError"]["results"]]
 
     def terminate(self, run_ids: list[str]) -> None:
         """Ask runs to end: each is interrupted, cleans up and counts as cancelled."""

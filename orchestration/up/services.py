@@ -28,9 +28,10 @@ _NO_TELEMETRY = {
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """That of all processes: this one's, with the homes named whole."""
+    """That of all processes: this one's, with the homes named whole, and no module taken from the folder one happens to be in."""
     return {
         **os.environ,
+        "PYTHONSAFEPATH": "1",
         **_NO_TELEMETRY,
         "ADTALLY_HOME": str(settings.home_path),
         "DAGSTER_HOME": str(settings.dagster_path),
@@ -45,6 +46,7 @@ def services(settings: Settings, *, port: int, socket_path: Path, trigger_second
     code = (
         *(python, "-m", "dagster", "code-server", "start", "--module-name", MODULE, "--socket", str(socket_path)),
         *("--location-name", LOCATION, "--use-python-environment-entry-point", "--log-level", "info"),
+        *("--working-directory", str(settings.dagster_path)),  # else the folder one is in is searched for modules
     )
     web = (python, "-m", "dagster_webserver", "--host", HOST, "--port", str(port), *workspace)
     daemon = (python, "-m", "dagster._daemon", "run", *workspace)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import lake
 import pytest
 import terminal
 
 from orchestration.marts import query_marts
+from orchestration.up.graphql import Webserver
 from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
 from tests.orchestration.up.deployment import Deployment, asset, launch, processes_of, runs
@@ -20,6 +23,7 @@ from tests.orchestration.up.deployment import Deployment, asset, launch, process
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 HOURS = 5
+FILES = 60
 ACCOUNTING = ("offered", "accepted", "duplicate", "conflict", "rejected", "late")
 MEASURES = ("impressions", "clicks", "spend_nanos")
 ENDED = {"SUCCESS", "FAILURE", "CANCELED"}
@@ -91,6 +95,7 @@ def test_files_land_and_the_marts_hold_the_truth(tmp_path: Path) -> None:
     home = tmp_path / "home"
     settings = load_settings(home=home)
     truth = traffic(tmp_path / "traffic")
+    (tmp_path / "gql.py").write_text("raise ImportError('a file of the working folder is not the package that Dagster wants')")
     with Deployment(home, "--trigger", "1s") as up:
         web = up.wait_until_ready()
         second = terminal.run("--home", str(home), "up", "--port", "0", cwd=tmp_path)
@@ -136,6 +141,45 @@ def test_files_land_and_the_marts_hold_the_truth(tmp_path: Path) -> None:
         assert up.lines[-1] == "all ended"
         assert processes_of(home) == []
     assert not [line for line in up.lines if "Traceback" in line]
+    assert terminal.run("--home", str(home), "status", cwd=tmp_path).status == 0
+
+
+def test_runs_that_are_cut_off_are_made_again_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    """Without the continuous ingest, so that Dagster ingests: ended by Ctrl-C in the middle of it, then killed in the middle."""
+    home = tmp_path / "home"
+    settings = load_settings(home=home)
+    settings.landing_path.parent.mkdir()
+    for n in range(FILES):
+        lake.land(settings, f"events/eu/{n}.jsonl", [lake.event(f"e{n}-{m}") for m in range(50)])
+    slowly = {"ADTALLY_MAX_FILES_PER_BATCH": "1"}  # so that there is a middle
+
+    def ingest_starts(up: Deployment, web: Webserver) -> None:
+        started = {("ingest", "STARTED")}
+        up.wait_for("an ingest starts", lambda: started <= {(r["jobName"], r["status"]) for r in runs(web)}, seconds=150)
+
+    with Deployment(home, "--no-ingest", **slowly) as up:
+        ingest_starts(up, up.wait_until_ready())
+        assert up.end() == 0, up.report("exit status")
+        assert up.said("cancelling 1 run in progress"), up.report("not cancelled")
+        assert processes_of(home) == []
+
+    with Deployment(home, "--no-ingest", **slowly) as up:
+        web = up.wait_until_ready()
+        up.wait_for("the cancelled run is made again", lambda: bool(up.said("is made again as")), seconds=30)
+        ingest_starts(up, web)
+        up.process.kill()
+        deadline = time.monotonic() + 60
+        while processes_of(home):
+            assert time.monotonic() < deadline, up.report(f"left: {[process.cmdline() for process in processes_of(home)]}")
+            time.sleep(0.2)
+
+    with Deployment(home, "--no-ingest", **slowly) as up:
+        web = up.wait_until_ready()
+        assert up.said("was lost when adtally up was killed"), up.report("the lost run")
+        up.wait_for("all is ingested", lambda: ingested(home, tmp_path) == FILES * 50, seconds=150)
+        up.wait_for("no run is left", lambda: {run["status"] for run in runs(web)} <= ENDED, seconds=120)
+        assert up.end(signal.SIGTERM) == 0, up.report("exit status")
+        assert processes_of(home) == []
     assert terminal.run("--home", str(home), "status", cwd=tmp_path).status == 0
 
 
