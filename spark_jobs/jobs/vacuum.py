@@ -18,6 +18,7 @@ from urllib.parse import unquote
 import duckdb
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
+from pyarrow import fs
 
 from spark_jobs.config import Settings
 from spark_jobs.dedupe.index import KeyIndex
@@ -94,11 +95,11 @@ def vacuum(
 
 def _vacuum_table(name: str, uri: str, hours: int, reasons: dict[int, str], *, dry_run: bool) -> TableVacuum:
     kept = sorted(reasons)
-    paths = unneeded_files(uri, hours, kept)
-    sizes = _sizes(uri, paths)
+    sizes = _sizes(uri, unneeded_files(uri, hours, kept))
+    paths = sorted(sizes)
     if paths and not dry_run:
-        paths = delete_unneeded_files(uri, hours, kept)
-    return TableVacuum(name, len(paths), sum(sizes.get(path, 0) for path in paths), kept, reasons, sorted(paths))
+        paths = sorted(sizes.keys() & set(delete_unneeded_files(uri, hours, kept)))
+    return TableVacuum(name, len(paths), sum(sizes[path] for path in paths), kept, reasons, paths)
 
 
 def _needed_versions(settings: Settings, name: str, of_marts: list[int]) -> dict[int, str]:
@@ -167,6 +168,7 @@ def _is_readable(uri: str, version: int) -> bool:
 
 
 def _sizes(uri: str, paths: list[str]) -> dict[str, int]:
+    """Bytes of those files that are there: what an earlier vacuum deleted is listed for as long as the log speaks of it."""
     filesystem, root = open_root(uri)
     infos = filesystem.get_file_info([f"{root}/{unquote(path)}" for path in paths])
-    return {path: info.size or 0 for path, info in zip(paths, infos, strict=True)}
+    return {path: int(info.size) for path, info in zip(paths, infos, strict=True) if info.type == fs.FileType.File}
