@@ -18,6 +18,7 @@ HOST = "127.0.0.1"
 CODE, WEB, DAEMON, INGEST = "code-server", "webserver", "daemon", "ingest"
 LOCATION = "adtally"
 MODULE = "orchestration.definitions"
+_PACKAGES = Path(__file__).resolve().parents[2]
 
 _NO_TELEMETRY = {
     "DAGSTER_DISABLE_TELEMETRY": "yes",
@@ -46,7 +47,7 @@ def services(settings: Settings, *, port: int, socket_path: Path, trigger_second
     code = (
         *(python, "-m", "dagster", "code-server", "start", "--module-name", MODULE, "--socket", str(socket_path)),
         *("--location-name", LOCATION, "--use-python-environment-entry-point", "--log-level", "info"),
-        *("--working-directory", str(settings.dagster_path)),  # else the folder one is in is searched for modules
+        *("--working-directory", str(_PACKAGES)),  # it is searched first: this code, not the folder one is in
     )
     web = (python, "-m", "dagster_webserver", "--host", HOST, "--port", str(port), *workspace)
     daemon = (python, "-m", "dagster._daemon", "run", *workspace)
