@@ -7,7 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from orchestration.cli.status import table
 from orchestration.listening import Listener, listening
 from orchestration.marts import query_marts
+from orchestration.up.up import UP_LOCK
 from samples.land import land
 from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
@@ -44,7 +45,7 @@ def clean_home(home: Path) -> None:
     """An empty demo home. The marker stays while the rest is deleted: what is interrupted can be run again.
 
     Raises UsageError for a folder that is not a demo's, of which nothing is deleted, or that cannot be made; BusyError
-    where an ingest runs on it.
+    where an ingest or ``adtally up`` runs on it.
     """
     marker = home / MARKER
     try:
@@ -54,16 +55,19 @@ def clean_home(home: Path) -> None:
         marker.touch()
     except OSError as error:
         raise UsageError(f"{home} cannot be made: {error.strerror}", hint="name another folder with --home") from None
-    lock = home / INGEST_LOCK
+    locks = {home / UP_LOCK: "adtally up", home / INGEST_LOCK: "an ingest"}
     try:
-        with FileLock(lock, timeout=0):
+        with ExitStack() as held:
+            for lock in locks:
+                held.enter_context(FileLock(lock, timeout=0))
             for path in home.iterdir():
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
-                elif path not in (marker, lock):
+                elif path != marker and path not in locks:
                     path.unlink()
-    except Timeout:
-        raise BusyError(f"an ingest runs on {home}", hint="stop it, or name another folder with --home") from None
+    except Timeout as busy:
+        runs = locks[Path(busy.lock_file)]
+        raise BusyError(f"{runs} runs on {home}", hint="stop it, or name another folder with --home") from None
 
 
 def demo_settings(home: Path) -> Settings:

@@ -25,6 +25,7 @@ from orchestration import demo
 from orchestration.cli import app
 from orchestration.demo import ACCOUNTING, MARKER, MEASURES, clean_home, demo_settings, difference, run_demo
 from orchestration.up.instance import home_instance
+from orchestration.up.up import UP_LOCK
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, BusyError, ConfigurationError, UsageError
 from spark_jobs.jobs.ingest import INGEST_LOCK
@@ -33,7 +34,7 @@ from spark_jobs.jobs.ingest import INGEST_LOCK
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.name != INGEST_LOCK}
+    return {path.name for path in folder.iterdir() if path.name not in (INGEST_LOCK, UP_LOCK)}
 
 
 def test_a_new_home_is_marked(tmp_path: Path) -> None:
@@ -84,10 +85,11 @@ def test_a_clean_up_that_was_interrupted_can_be_run_again(tmp_path: Path, monkey
     assert names(tmp_path) == {MARKER}
 
 
-def test_a_home_on_which_an_ingest_runs_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("lock", "what"), [(INGEST_LOCK, "an ingest"), (UP_LOCK, "adtally up")])
+def test_a_home_on_which_something_runs_is_left_alone(tmp_path: Path, lock: str, what: str) -> None:
     clean_home(tmp_path)
     (tmp_path / "lakehouse").mkdir()
-    with FileLock(tmp_path / ".ingest.lock"), pytest.raises(BusyError, match="an ingest runs on"):
+    with FileLock(tmp_path / lock), pytest.raises(BusyError, match=f"{what} runs on"):
         clean_home(tmp_path)
     assert names(tmp_path) == {MARKER, "lakehouse"}
 
