@@ -456,6 +456,7 @@ def _certainly_valid(data: bytes, lines: list[bytes], stream: str, folder: str) 
             arrays[rule.name] = pa.array(micros, mask=absent)
         elif rule.kind == "region":
             good &= pc.fill_null(pc.equal(array, folder), True).to_numpy(zero_copy_only=False)
+            good &= _REGION_NAME.fullmatch(folder) is not None
         elif rule.kind == "amount":
             arrays[rule.name] = pc.fill_null(array, 0)
     id_name, time_name = ID_AND_TIME[stream]
@@ -499,23 +500,16 @@ def _table(judged: list[tuple[int, Judged]], stream: str) -> pa.Table:
 
 
 def parse_block(data: bytes, first: int, stream: str, folder: str) -> pa.Table:
-    """The records (``record_schema``) of whole lines, numbered from ``first``. The last one may lack its line feed."""
+    """The records (``record_schema``) of at least one whole line, numbered from ``first``. The last one may lack its line feed."""
     lines = data.split(b"\n")
     is_terminated = not lines[-1]
     if is_terminated:
         lines.pop()
-    schema = record_schema(stream)
-    places, table = (
-        _certainly_valid(data, lines, stream, folder) if _REGION_NAME.fullmatch(folder) else (np.empty(0, np.int64), None)
-    )
+    places, table = _certainly_valid(data, lines, stream, folder)
     parts = []
-    if table is not None and table.num_rows:
-        count = table.num_rows
-        table = table.add_column(0, "line", pa.array(places + first))
-        table = table.add_column(1, "is_valid", pa.repeat(True, count)).add_column(
-            2, "reasons", pa.nulls(count, pa.list_(pa.string()))
-        )
-        parts.append(table.cast(schema))
+    if count := table.num_rows:
+        first_columns = [pa.array(places + first), pa.repeat(True, count), pa.nulls(count, pa.list_(pa.string()))]
+        parts.append(pa.table([*first_columns, *table.columns], schema=record_schema(stream)))
     if len(places) < len(lines):
         rest = np.delete(np.arange(len(lines)), places).tolist()
         last = len(lines) - 1
