@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 _RUNNING = dg.DefaultScheduleStatus.RUNNING
+PRIORITY_TAG = "dagster/priority"
 _BUILT_AGAIN_AFTER = timedelta(minutes=30)
 _MINUTES_BETWEEN_IDLE_RUNS = 30
 RECOUNTED_AGAIN = 48 * HOUR
@@ -78,7 +79,12 @@ def marts_job(group: str, manifest: Manifest) -> UnresolvedAssetJobDefinition:
     ]
     names = sorted(nodes[unique_id]["name"] for unique_id in models)
     selection = dg.AssetSelection.assets(*names).without_checks() | dg.AssetSelection.checks(*tests)
-    return dg.define_asset_job(f"marts_{group}", selection, description=f"The {group.replace('_', ' ')} marts, built and tested.")
+    return dg.define_asset_job(
+        f"marts_{group}",
+        selection,
+        description=f"The {group.replace('_', ' ')} marts, built and tested.",
+        tags={PRIORITY_TAG: "1"},  # next in the queue: many closed hours do not keep them waiting
+    )
 
 
 def _attached(manifest: Manifest, test: str) -> str | None:
