@@ -88,9 +88,9 @@ def grown(made: Lake, hour: datetime, *, regions: str) -> None:
     """2,000 events of this hour, by regions."""
     made.sql(
         [
-            f"insert into events select * replace (event_id || '-' || n as event_id, {regions} as region, "
+            f"insert into events select sample.* replace (event_id || '-' || n as event_id, {regions} as region, "
             f"timestamptz '{hour:%Y-%m-%d %H}:00:00+00' as event_time, date '{hour:%Y-%m-%d}' as event_date) "
-            "from (select * from events where event_id = 'e-4'), range(2000) as numbers(n)"
+            "from (select * from events where event_id = 'e-4') as sample, range(2000) as numbers(n)"
         ]
     )
 

@@ -1,0 +1,173 @@
+"""The alert sensors, ticked as the daemon does, on real instances; a webhook keeps what is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from orchestration.alerts.sensors import ALERT_SENSORS, SIGNAL_SENSORS, failed_check_sensor, failed_run_sensor
+from orchestration.assets.hours import RECOUNT_CHECK
+from spark_jobs.config import load_settings
+from spark_jobs.jobs.health import SIGNALS
+from tests.orchestration.alerts.test_notifier import Hook, hook
+
+__all__ = ["hook"]
+
+BY_NAME = {sensor.name: sensor for sensor in ALERT_SENSORS}
+
+
+@pytest.fixture
+def home(tmp_path: Path, hook: Hook, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ADTALLY_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("ADTALLY_ALERT_WEBHOOK", hook.url())
+    monkeypatch.setenv("ADTALLY_MIN_FREE_BYTES", "0")
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.ephemeral() as made:
+        yield made
+
+
+def tick(name: str, cursor: str | None, instance: dg.DagsterInstance) -> Any:
+    return BY_NAME[name](dg.build_sensor_context(instance=instance, cursor=cursor))
+
+
+def told(hook: Hook) -> list[tuple[str, str]]:
+    return [(each["body"]["title"], each["body"]["severity"]) for each in hook.got]
+
+
+def test_every_signal_has_a_running_sensor_that_names_its_runbook() -> None:
+    assert {watched.signal for watched in SIGNAL_SENSORS} == set(SIGNALS)
+    for sensor in ALERT_SENSORS:
+        assert sensor.default_status is dg.DefaultSensorStatus.RUNNING
+        pages = [word.strip("`") for word in (sensor.description or "").split() if word.startswith("`docs/")]
+        assert pages, sensor.name
+        assert [page for page in pages if not (Path(__file__).parents[3] / page).is_file()] == []
+
+
+def test_an_alert_is_told_once_when_it_begins_and_once_when_it_is_over(
+    home: Path, hook: Hook, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cursor = None
+    observed: list[tuple[str, bool]] = []
+    for least_free in ("0", "0", str(2**60), str(2**60), "0", "0"):
+        monkeypatch.setenv("ADTALLY_MIN_FREE_BYTES", least_free)
+        result = tick("alert_disk_space", cursor, instance)
+        cursor = result.cursor
+        observed += [(e.asset_key.to_user_string(), e.metadata["disk_space_ok"].value) for e in result.asset_events]
+    assert told(hook) == [("disk space runs out", "critical"), ("disk_space is well again", "info")]
+    assert hook.got[0]["body"]["runbook"] == "docs/runbooks/disk-space.md"
+    # observed at the first tick and at each change
+    assert observed == [("landing_files", True), ("landing_files", False), ("landing_files", True)]
+
+
+def test_an_alert_that_could_not_be_told_is_told_later(
+    home: Path, hook: Hook, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADTALLY_MIN_FREE_BYTES", str(2**60))
+    hook.answers = [404, 200]
+    first = tick("alert_disk_space", None, instance)
+    second = tick("alert_disk_space", first.cursor, instance)
+    third = tick("alert_disk_space", second.cursor, instance)
+    assert len(hook.got) == 2
+    assert hook.got[0] == hook.got[1]
+    assert json.loads(third.cursor)["pending"] is None
+
+
+def test_conservation_has_to_be_broken_twice_in_a_row(
+    home: Path, hook: Hook, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([["x"], [], ["x"], ["x"], ["x"]])
+    monkeypatch.setattr("spark_jobs.jobs.health.read_recent_problems", lambda settings, since: (1, next(answers)))
+    cursor, tellings = None, []
+    for _ in range(5):
+        cursor = tick("alert_conservation", cursor, instance).cursor
+        tellings.append(len(hook.got))
+    assert tellings == [0, 0, 0, 1, 1]
+
+
+def test_a_cursor_of_another_form_begins_anew(home: Path, hook: Hook, instance: dg.DagsterInstance) -> None:
+    for cursor in ("", "{", '{"other": 1}'):
+        assert json.loads(tick("alert_disk_space", cursor, instance).cursor)["is_told"] is False
+
+
+def test_a_failed_run_is_told_with_the_reason(home: Path, hook: Hook, instance: dg.DagsterInstance) -> None:
+    @dg.op
+    def breaks() -> None:
+        raise dg.Failure(description="hour 2025-06-02T10Z is not closed")
+
+    @dg.job
+    def a_job() -> None:
+        breaks()
+
+    run = a_job.execute_in_process(instance=instance, raise_on_error=False)
+    context = dg.build_run_status_sensor_context(
+        "alert_failed_run", run.get_run_failure_event(), instance, run.dagster_run, partition_key=None
+    ).for_run_failure()
+    failed_run_sensor(context)
+    (sent,) = hook.got
+    assert sent["body"]["title"] == "run of a_job failed in breaks"
+    assert sent["body"]["detail"] == "hour 2025-06-02T10Z is not closed"
+    assert (sent["body"]["run_id"], sent["body"]["runbook"]) == (run.run_id, "docs/runbooks/failed-run.md")
+
+
+def checked(*, passed: bool, severity: dg.AssetCheckSeverity, check: str = RECOUNT_CHECK) -> dg.Definitions:
+    """An asset with a check that answers so."""
+
+    @dg.asset(check_specs=[dg.AssetCheckSpec(check, asset="reconciled_hours")])
+    def reconciled_hours() -> Iterator[Any]:
+        yield dg.MaterializeResult(
+            check_results=[dg.AssetCheckResult(check_name=check, passed=passed, severity=severity, description="3 rows are lost")]
+        )
+
+    return dg.Definitions(assets=[reconciled_hours])
+
+
+@pytest.mark.parametrize(
+    ("options", "tellings"),
+    [
+        pytest.param({"passed": False, "severity": dg.AssetCheckSeverity.ERROR}, [1, 1, 2], id="an error, each time that it fails"),
+        pytest.param({"passed": False, "severity": dg.AssetCheckSeverity.WARN}, [0, 0, 0], id="a warning"),
+        pytest.param({"passed": True, "severity": dg.AssetCheckSeverity.ERROR}, [0, 0, 0], id="passed"),
+        pytest.param({"passed": False, "severity": dg.AssetCheckSeverity.ERROR, "check": "other"}, [0, 0, 0], id="not paged"),
+    ],
+)
+def test_a_failed_check_is_told_once(
+    home: Path, hook: Hook, instance: dg.DagsterInstance, options: dict[str, Any], tellings: list[int]
+) -> None:
+    definitions = checked(**options)
+    cursor, seen = None, []
+
+    def run() -> None:
+        dg.materialize(list(definitions.assets or []), instance=instance)
+
+    def look() -> None:
+        nonlocal cursor
+        result = failed_check_sensor(dg.build_sensor_context(instance=instance, cursor=cursor, definitions=definitions))
+        cursor = result.cursor
+        seen.append(len(hook.got))
+
+    run()
+    look()
+    look()
+    run()
+    look()
+    assert seen == tellings
+    if hook.got:
+        assert hook.got[0]["body"]["title"] == "check recount_equals_stream of reconciled_hours failed"
+        assert hook.got[0]["body"]["detail"] == "3 rows are lost"
+
+
+def test_sensors_work_on_a_home_that_is_not_there(home: Path, hook: Hook, instance: dg.DagsterInstance) -> None:
+    for watched in SIGNAL_SENSORS:
+        tick(f"alert_{watched.signal}", None, instance)
+    assert hook.got == []
+    assert not home.exists()
+    assert load_settings().home == home
