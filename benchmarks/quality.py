@@ -4,10 +4,11 @@
     python -m benchmarks.quality --batch 6000 --rounds 1                          does it work at all?
 
 A round ingests an hour of two batches into a fresh home and validates its tables in processes of their own. Compared are the
-commands from start to end (cold: imports and one validation), and what a running process takes (warm: the median of five validations after a
-first one, beside twice the second batch, which is a steady one). Beside them: Great Expectations' own expectations on the rows of
-`events` in a pandas frame, which the one scan stands for. The validations must find all rows and nothing wrong. Results go to
-benchmarks/results/quality-<events>.json. Exit status 1: a validation found something, or, with --check, a target was missed.
+commands from start to end (cold: imports and one validation), and what a running process takes (warm: the median of five
+validations after a first one, beside twice the second batch, which is a steady one). Beside them: Great Expectations' own
+expectations on the rows of `events` in a pandas frame, which the one scan stands for. The validations must find all rows and
+nothing wrong. Results go to benchmarks/results/quality-<events>.json. Exit status 1: a validation found something, or, with
+--check, a target was missed.
 """
 
 from __future__ import annotations
