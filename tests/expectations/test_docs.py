@@ -7,6 +7,7 @@ import threading
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -30,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Lake:
     return lake
 
 
-def result():
+def result() -> Any:
     check = Check("event_id.unique", "event_id", Kind.UNIQUE, "event_id stands once in the hour")
     return Judge.shared().judge("events", [check], {check.name: 0.0})
 

@@ -118,7 +118,7 @@ def test_a_failed_run_is_told_with_the_reason(home: Path, hook: Hook, instance: 
     assert (sent["body"]["run_id"], sent["body"]["runbook"]) == (run.run_id, "docs/runbooks/failed-run.md")
 
 
-def checked(*, passed: bool, severity: dg.AssetCheckSeverity, check: str = RECOUNT_CHECK) -> dg.Definitions:
+def checked(*, passed: bool, severity: dg.AssetCheckSeverity, check: str = RECOUNT_CHECK) -> dg.AssetsDefinition:
     """An asset with a check that answers so."""
 
     @dg.asset(check_specs=[dg.AssetCheckSpec(check, asset="reconciled_hours")])
@@ -127,7 +127,7 @@ def checked(*, passed: bool, severity: dg.AssetCheckSeverity, check: str = RECOU
             check_results=[dg.AssetCheckResult(check_name=check, passed=passed, severity=severity, description="3 rows are lost")]
         )
 
-    return dg.Definitions(assets=[reconciled_hours])
+    return reconciled_hours
 
 
 @pytest.mark.parametrize(
@@ -142,15 +142,17 @@ def checked(*, passed: bool, severity: dg.AssetCheckSeverity, check: str = RECOU
 def test_a_failed_check_is_told_once(
     home: Path, hook: Hook, instance: dg.DagsterInstance, options: dict[str, Any], tellings: list[int]
 ) -> None:
-    definitions = checked(**options)
-    cursor, seen = None, []
+    asset = checked(**options)
+    definitions = dg.Definitions(assets=[asset])
+    cursor: str | None = None
+    seen: list[int] = []
 
     def run() -> None:
-        dg.materialize(list(definitions.assets or []), instance=instance)
+        dg.materialize([asset], instance=instance)
 
     def look() -> None:
         nonlocal cursor
-        result = failed_check_sensor(dg.build_sensor_context(instance=instance, cursor=cursor, definitions=definitions))
+        result: Any = failed_check_sensor(dg.build_sensor_context(instance=instance, cursor=cursor, definitions=definitions))
         cursor = result.cursor
         seen.append(len(hook.got))
 

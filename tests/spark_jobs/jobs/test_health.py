@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from lake import campaigns, event, land
 from pyspark.sql import SparkSession
 
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.jobs import health
 from spark_jobs.jobs.health import SIGNALS, Signal, read_health, read_signal
 from spark_jobs.jobs.ingest import run_ingest
 from spark_jobs.tables import BATCH_LEDGER
@@ -176,7 +176,7 @@ def test_a_table_that_is_gone_breaks_conservation(spark: SparkSession, settings:
     assert (found.ok, found.detail) == (False, "table minute_metrics is missing, but others hold rows")
 
 
-def test_disk_space(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = health.shutil.disk_usage(settings.home_path)
+def test_disk_space(settings: Settings) -> None:
+    usage = shutil.disk_usage(settings.home_path)
     assert signal(load_settings(home=settings.home, min_free_bytes=usage.free * 2), "disk_space").ok is False
     assert signal(load_settings(home=settings.home, min_free_bytes=usage.free // 2), "disk_space").ok is True
