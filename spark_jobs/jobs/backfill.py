@@ -174,7 +174,7 @@ def _today(settings: Settings, *, dry_run: bool) -> _Today:
 
 def _groups(settings: Settings, hours: set[int], now: datetime) -> list[list[int]]:
     with recounting(settings, current_inputs(settings, "missed", now, lambda _: None)) as recount:
-        records = recount.records_by_hour()
+        records = recount.records_by_hour(hours)
     return [group[at : at + _HOURS_AT_ONCE] for group in chunks(records, hours) for at in range(0, len(group), _HOURS_AT_ONCE)]
 
 

@@ -236,7 +236,7 @@ def compare_hours(settings: Settings, hours: set[int] | None, now: datetime, say
     findings: list[Finding] = []
     sums: list[HourSums] = []
     with recounting(settings, inputs) as recount:
-        records = recount.records_by_hour()
+        records = recount.records_by_hour(hours)
         wanted = hours_held(recount) if hours is None else hours
         done = 0
         for group in chunks(records, wanted):
@@ -245,7 +245,20 @@ def compare_hours(settings: Settings, hours: set[int] | None, now: datetime, say
             findings += found
             sums += held
             done += len(group)
+        if hours is None:
+            findings += gone_without_rows(recount)
     return Pass(findings, sums, inputs.versions)
+
+
+def gone_without_rows(recount: Recount) -> list[Finding]:
+    """Files that are gone or have changed and of which no row is left to tell the hours."""
+    sizes = {(b, file.name): file.size for b, plan in enumerate(recount.inputs.plans) for file in plan.files}
+    told = set(recount.rows("select distinct b, name from trusted"))
+    names = [name for b, name in recount.inputs.gone if (b, name) not in told and sizes[b, name]]
+    if not names:
+        return []
+    detail = f"{names[0]} is gone or has changed since it was read"
+    return [Finding(NO_HOUR, "batch_ledger", "raw_missing", None, len(names), 0, 0, 0, 0, detail)]
 
 
 def current_inputs(settings: Settings, missed_as: str, now: datetime, say: Callable[[str], None]) -> Inputs:

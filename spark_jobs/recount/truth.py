@@ -361,12 +361,16 @@ class Recount:
         """What the store has of all planned files."""
         return sorted({str(entry.parquet) for entry in self.inputs.parsed.values()})
 
-    def records_by_hour(self) -> dict[int, int]:
-        """How many records each hour has in the parsed files, however often they were taken."""
-        files = self.all_files()
+    def records_by_hour(self, hours: Collection[int] | None = None) -> dict[int, int]:
+        """How many records each hour (of ``hours``, None: of all) has in the parsed files, however often they were taken."""
+        files = self.all_files() if hours is None else self._files_of(hours)
         if not files:
             return {}
-        return dict(self.rows(f"select hour_of(time_us) as hour, count(*) from read_parquet({listed(files)}) group by hour"))
+        where = "true" if hours is None else self.within("time_us", hours)
+        found = self.rows(
+            f"select hour_of(time_us) as hour, count(*) from read_parquet({listed(files)}) where {where} group by hour"
+        )
+        return {hour: records for hour, records in found if hours is None or hour in hours}
 
     def hours_of_batch(self, number: int) -> set[int]:
         """The hours that the records of a batch lie in."""
