@@ -31,9 +31,9 @@ def test_the_same_rows_in_fewer_files(
     assert list(ways) == list(compaction.STRATEGIES)
     assert ways["as ingested"]["files"] >= 3
     assert all(figures["files"] == 1 for name, figures in ways.items() if name != "as ingested")
-    assert all(set(figures["scan_seconds"]) == set(compaction.SCANS) for figures in ways.values())
+    assert all(set(figures["scans"]) == set(compaction.SCANS) for figures in ways.values())
     assert day["compaction"]["files_after"] < day["compaction"]["files_before"]
-    assert set(day["mart_build_seconds"]) == {"before", "after"}
+    assert set(day["mart_build"]) == {"before", "after"}
     assert not (tmp_path / "work" / "compaction" / "copies").exists()
     shown = run.report(tmp_path / "results")
     assert "mart build, after / before" in shown
@@ -43,13 +43,14 @@ def test_another_answer_is_said_and_the_turns_shift() -> None:
     asked: list[str] = []
 
     def measure(name: str, answer: str) -> Any:
-        def measured() -> dict[str, tuple[float, str]]:
+        def measured() -> dict[str, compaction.Taken]:
             asked.append(name)
-            return {"scan": (float(len(asked)), answer)}
+            return {"scan": compaction.Taken(float(len(asked)), 2.0 * len(asked), answer)}
 
         return measured
 
     medians, wrong = compaction.in_turn(2, {"a": measure("a", "1"), "b": measure("b", "2"), "c": measure("c", "1")})
     assert asked == ["a", "b", "c", "b", "c", "a"]
-    assert medians == {"a": {"scan": 3.5}, "b": {"scan": 3.0}, "c": {"scan": 4.0}}
+    assert {name: tasks["scan"]["wall_seconds"] for name, tasks in medians.items()} == {"a": 3.5, "b": 3.0, "c": 4.0}
+    assert medians["b"]["scan"]["cpu_seconds"] == 6.0
     assert wrong == ["b: another answer to scan"]
