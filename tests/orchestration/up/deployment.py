@@ -18,7 +18,7 @@ from terminal import PROGRAM, environment
 from orchestration.up.graphql import Webserver, WebserverError
 from orchestration.up.supervisor import tail
 
-START_SECONDS = 150
+START_SECONDS = 300
 
 _RUNS = """
 { runsOrError(limit: 200) { __typename ... on Runs { results { runId jobName status } } } }
@@ -116,7 +116,7 @@ class Deployment:
         assert address is not None, self.report("no address")
         return Webserver(address[1])
 
-    def end(self, number: signal.Signals = signal.SIGINT, *, seconds: float = 120) -> int:
+    def end(self, number: signal.Signals = signal.SIGINT, *, seconds: float = 240) -> int:
         """Send a signal and wait for the end; the exit status."""
         os.kill(self.process.pid, number)
         try:
