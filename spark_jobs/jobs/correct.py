@@ -299,12 +299,24 @@ def _metrics(recount: Recount, run: Run) -> TableChange:
 
 
 def _ledger(recount: Recount, run: Run) -> TableChange:
-    remove = _held(recount, "ledger_over", BATCH_LEDGER)
+    """A run has one row a cell: one that it has written before is replaced by the sum."""
+    recount.lake.execute("create or replace temp table this_run as select ?::varchar as run_id", [run.run_id])
+    cell = "d.query_id = _query_id and d.batch_id = _batch_id and d.region is not distinct from t.region and d.hour = t.hour"
+    recount.lake.execute(
+        f"""
+        create or replace temp table ledger_before as
+        select t.* from held_ledger t where not (is_copy or is_broken) and _run_id in (from this_run)
+            and exists (from ledger_delta d where {cell})
+        """
+    )
+    remove = pa.concat_tables([_held(recount, name, BATCH_LEDGER) for name in ("ledger_over", "ledger_before")])
+    counts = ", ".join(f"(d.{name} + coalesce(t.{name}, 0))::bigint as {name}" for name in LEDGER_MEASURES)
     rows = _arrow(
         recount,
         f"""
-        select d.*, {run.now_us} as now_us, ingested_us, if(d.hour = {NO_HOUR}, null, d.hour * {HOUR_US}) as hour_us
-        from ledger_delta d left join batches using (query_id, batch_id)
+        select d.query_id, d.batch_id, d.region, {counts}, coalesce(batches.ingested_us, {run.now_us}) as ingested_us,
+            if(d.hour = {NO_HOUR}, null, d.hour * {HOUR_US}) as hour_us
+        from ledger_delta d left join batches using (query_id, batch_id) left join ledger_before t on {cell}
         """,
     )
     columns = {
@@ -313,7 +325,7 @@ def _ledger(recount: Recount, run: Run) -> TableChange:
         "region": rows["region"],
         "event_hour": rows["hour_us"],
         **{name: rows[name] for name in LEDGER_MEASURES},
-        "ingested_at": pc.coalesce(rows["ingested_us"], rows["now_us"]),
+        "ingested_at": rows["ingested_us"],
         "_query_id": rows["query_id"],
         "_batch_id": rows["batch_id"],
         "_run_id": run.run_id,

@@ -210,6 +210,13 @@ def reconcile(
             again = {*wrong, *(found.hour for found in repaired)}
             findings = [found for found in findings if found.hour not in again]
             findings += compare_hours(settings, again, now, say).findings
+        tried = {(found.hour, found.layer, found.cause, found.campaign_id) for found in repaired}
+        findings = [
+            replace(found, cause=f"{found.cause}_after_repair")
+            if (found.hour, found.layer, found.cause, found.campaign_id) in tried
+            else found
+            for found in findings
+        ]
         remaining = [difference(found) for found in findings] + check_marts(settings, hours)
         differences = [difference(found, is_repaired=True) for found in repaired] + remaining
         results = hour_results(pass_.sums, differences)

@@ -32,6 +32,11 @@ increments as (
         sum(spend_nanos) as spend_nanos
     from {{ ref('int_increments__completed') }}
     group by query_id, batch_id, region, date_trunc('hour', event_minute)
+    -- compensated to nothing: as if it were not there
+    having
+        sum(impressions + clicks + invalid_impressions + invalid_clicks) <> 0
+        or sum(invalid_impressions + invalid_clicks) <> 0
+        or sum(spend_nanos) <> 0
 
 ),
 
