@@ -14,8 +14,8 @@ os.environ["GX_ANALYTICS_ENABLED"] = "False"  # read at import: nothing calls ho
 def _without_spark() -> Iterator[None]:
     """Hide PySpark, which Great Expectations imports where it is installed: no suite of ours needs it.
 
-    It takes a third of the time of the import. And Spark Connect takes a process without a main file, such as that of a Dagster run, for
-    its own doctests and ends it.
+    It takes a third of the time of the import. And Spark Connect takes a process without a main file, such as that of a Dagster
+    run, for its own doctests and ends it.
     """
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "pyspark"}
     sys.modules["pyspark"] = None  # type: ignore[assignment] # this is how Python says that there is none
