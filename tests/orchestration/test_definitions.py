@@ -78,8 +78,9 @@ def test_everything_says_what_it_is(definitions: dg.Definitions) -> None:
         assert list(node.owners) == ["team:ads-data"], name
         assert node.group_name != "default", name
     repository = definitions.get_repository_def()
-    for found in (*repository.schedule_defs, *repository.sensor_defs):
-        assert found.description, found.name
+    described = {found.name: found.description for found in repository.schedule_defs}
+    described |= {found.name: found.description for found in repository.sensor_defs}
+    assert all(described.values()), described
 
 
 def test_the_runbooks_that_are_named_are_there(definitions: dg.Definitions) -> None:

@@ -101,6 +101,6 @@ def test_the_last_two_closed_days_are_recounted_again(settings: Settings) -> Non
     at = utc("2026-03-10T12:20")
     rows = [ledger_row(0, f"2026-03-0{day}T10:00", accepted=1, max_received_at=at, ingested_at=at) for day in (2, 9)]
     commit(Path(settings.lakehouse_uri), BATCH_LEDGER, rows)
-    [request] = tick(schedule)
+    [request] = list(tick(schedule))
     assert isinstance(request, dg.RunRequest)
     assert (request.tags[RANGE_START_TAG], request.tags[RANGE_END_TAG]) == ("2026-03-08-12:00", "2026-03-10-11:00")

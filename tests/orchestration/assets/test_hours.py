@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 import pytest
 from deltalake import DeltaTable, write_deltalake
+from lake import campaigns, event, land, order
 from pyspark.sql import SparkSession
 
 from orchestration.assets.quality import CHECKED, EXPECTATIONS_CHECK
@@ -21,7 +22,6 @@ from spark_jobs.hours import HourRange
 from spark_jobs.jobs.ingest import run_ingest
 from spark_jobs.tables import TABLES
 from tests.orchestration.marts.delta_files import utc
-from tests.support.lake import campaigns, event, land, order
 
 CLOSED = HourRange(utc("2025-06-02T10:00"), utc("2025-06-02T12:00"))
 OPEN_KEY = "2025-06-02-12:00"
@@ -63,7 +63,7 @@ def run(home: Settings, definitions: dg.Definitions) -> Any:
     with dg.DagsterInstance.ephemeral() as instance:
 
         def run(job: str, hours: HourRange | str, **config: Any) -> dg.ExecuteInProcessResult:
-            ranged = {"tags": range_tags(hours)} if isinstance(hours, HourRange) else {"partition_key": hours}
+            ranged: dict[str, Any] = {"tags": range_tags(hours)} if isinstance(hours, HourRange) else {"partition_key": hours}
             ops = {"ops": {job if job != "reconciliation" else "reconciled_hours": {"config": config}}} if config else {}
             return definitions.resolve_job_def(job).execute_in_process(
                 instance=instance, raise_on_error=False, run_config=ops, **ranged

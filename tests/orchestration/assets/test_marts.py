@@ -64,7 +64,7 @@ def test_a_failed_test_shows_its_rows_and_publishes_nothing(tmp_path: Path, monk
     assert (failed.passed, failed.severity) == (False, dg.AssetCheckSeverity.ERROR)
     assert failed.description == "test assert_increments_match_ledger (2 rows)"
     assert failed.metadata["failing_rows"].value == 2
-    rows = failed.metadata["first_rows"].value
+    rows: Any = failed.metadata["first_rows"].value
     assert sorted((row["side"], row["accepted"]) for row in rows) == [("increments", 1), ("ledger", 2)]
     assert checks["unique_int_increments__completed_record_uuid"].passed
     [failure] = [event.step_failure_data for event in result.all_events if event.is_step_failure]

@@ -15,13 +15,13 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from lake import event, land, lines, order
 
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError
 from spark_jobs.recount import parser, store, worker
 from spark_jobs.recount.parser import record_schema
 from spark_jobs.recount.store import ParsedFile, RawFile, ensure_parsed, prune
-from tests.support.lake import event, land, lines, order
 
 
 @pytest.fixture
