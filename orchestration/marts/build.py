@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -122,7 +122,7 @@ def build_marts(
             versions=versions,
             rows=rows,
             nodes_passed=sum(node.passed for node in nodes),
-            nodes=nodes,
+            nodes=[replace(node, compiled="") for node in nodes],  # the SQL is for whoever looks into a failure
             seconds=seconds,
             path=settings.marts_path,
         )

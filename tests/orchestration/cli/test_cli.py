@@ -323,7 +323,8 @@ def test_marts_build_and_query(built: tuple[Path, Done], adtally: Adtally) -> No
     home, done = built
     assert (done.status, done.err) == (0, "")
     report = json.loads(done.out)
-    assert report["versions"] == {"batch_ledger": 0, "minute_metrics": 0, "campaigns": 0}
+    assert report["versions"] == {"batch_ledger": 0, "minute_metrics": 0, "campaigns": 0, "reconciliations": 0}
+    assert report["groups"] == ["near_real_time", "hourly"]
     assert report["rows"]["fct_campaign_day"] == 3
     assert report["path"] == str(home / "marts" / "marts.duckdb")
     assert datetime.fromisoformat(report["built_at"]).tzinfo is not None
