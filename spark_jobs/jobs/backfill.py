@@ -50,7 +50,7 @@ _HOURS_AT_ONCE = 6
 class Restated:
     """What changes of a UTC day, campaign and currency: rows of `events`, and the sums of its increments over the hours asked.
 
-    ``impressions`` and ``clicks`` are differences; the spend is that of all increments of the hours that change, in nanos.
+    ``impressions`` and ``clicks`` are differences; the spend is that of all its increments in these hours, in nanos.
     """
 
     event_date: date
@@ -233,7 +233,7 @@ def _changes(recount: Recount) -> list[Restated]:
             from metrics_delta group by all
         ), held as (
             select {day} as day, campaign_id, currency, sum(spend_nanos) as spend_nanos
-            from held_metrics where copy = 1 group by all
+            from found_metrics group by all
         )
         select day, campaign_id, currency, coalesce(rows, 0)::bigint, coalesce(impressions, 0)::bigint, coalesce(clicks, 0)::bigint,
             coalesce(held.spend_nanos, 0)::bigint, (coalesce(held.spend_nanos, 0) + coalesce(delta.spend_nanos, 0))::bigint

@@ -487,7 +487,7 @@ class Recount:
                     when event_type = 'impression' and prices.billing_model = 'cpm' then price_micros else 0 end as spend_nanos,
                 case when is_trusted then r.is_late else r.received_us >= (r.hour + 1) * {HOUR_US} + grace_us end as is_late
             from judged r left join settled using (o, line)
-                left join prices on is_ok and prices.version = price_version and prices.campaign_id = r.campaign_id
+                left join prices on prices.version = price_version and prices.campaign_id = r.campaign_id
                     and r.time_us >= from_us and r.time_us < to_us
             """
         )
