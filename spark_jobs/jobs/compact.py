@@ -96,7 +96,7 @@ def compact(
         for table, partition in list(run.work()):
             if progress is not None:
                 progress(f"{table.name} {_name(partition) or ''}".rstrip())
-            made = run.compact(table, partition)
+            made = run.rewrite(table, partition)
             done += [made] if made else []
     finally:
         run.lake.close()
@@ -124,7 +124,7 @@ class _Run:
                 if self._needs(table, partition, files):
                     yield table, partition
 
-    def compact(self, table: Table, partition: Partition) -> TableCompaction | None:
+    def rewrite(self, table: Table, partition: Partition) -> TableCompaction | None:
         """Rewrite one partition; None where it turned out that there is nothing to do."""
         started = time.monotonic()
         uri = self.settings.table_uri(table.name)
@@ -199,7 +199,7 @@ def content_of(lake: duckdb.DuckDBPyConnection, uri: str, version: int, partitio
     names = ", ".join(f'"{field.name}"' for field in DeltaTable(uri, version=version).schema().fields)
     where = " and ".join(f"{name} = '{value}'" for name, value in partition) or "true"
     path = uri.replace("'", "''")
-    rows, total, combined = lake.execute(
+    rows, total, combined = lake.sql(
         f"""
         select count(*), coalesce(sum(hash({names})), 0), coalesce(bit_xor(hash({names})), 0)
         from delta_scan('{path}', version = {version}) where {where}

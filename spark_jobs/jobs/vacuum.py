@@ -147,7 +147,7 @@ def _versions_of_marts(settings: Settings) -> dict[str, list[int]]:
         return {}
     try:
         with duckdb.connect(str(settings.marts_path), read_only=True) as marts:
-            rows = marts.execute("select distinct table_name, delta_version from mart_build").fetchall()
+            rows = marts.sql("select distinct table_name, delta_version from mart_build").fetchall()
     except duckdb.Error as error:
         raise TableCorruptionError(
             f"{settings.marts_path} does not say which versions it needs: {' '.join(str(error).split())[:200]}",

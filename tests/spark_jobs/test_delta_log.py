@@ -30,10 +30,11 @@ def write(table: Path, version: int, *actions: dict[str, Any]) -> None:
 
 
 def test_all_that_a_commit_says() -> None:
+    info = {"timestamp": 1, "operation": "WRITE", "userMetadata": '{"files":[]}', "txnId": "x"}
     commit = parse_commit(
         3,
         text_of(
-            {"commitInfo": {"timestamp": 1, "operation": "WRITE", "userMetadata": '{"files":[]}', "txnId": "x"}},
+            {"commitInfo": info},
             {"protocol": {"minReaderVersion": 1, "minWriterVersion": 2}},
             {"metaData": {"id": "table-1", "schemaString": "{}", "partitionColumns": []}},
             txn("query", 7),
@@ -43,15 +44,21 @@ def test_all_that_a_commit_says() -> None:
             {"domainMetadata": {"domain": "d", "configuration": "", "removed": False}},
         ),
     )
-    assert commit == Commit(3, ("query", 7), '{"files":[]}', (ADD, {**ADD, "path": "b"}), (REMOVE,), "table-1")
+    assert commit == Commit(3, ("query", 7), '{"files":[]}', (ADD, {**ADD, "path": "b"}), (REMOVE,), "table-1", info)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "\n", text_of({"commitInfo": {"operation": "OPTIMIZE"}}), text_of({"commitInfo": {}}).rstrip()]
+    "text, info",
+    [
+        ("", {}),
+        ("\n", {}),
+        (text_of({"commitInfo": {"operation": "OPTIMIZE"}}), {"operation": "OPTIMIZE"}),
+        (text_of({"commitInfo": {}}).rstrip(), {}),
+    ],
 )
-def test_a_commit_that_says_nothing(text: str) -> None:
+def test_a_commit_that_says_nothing(text: str, info: dict[str, Any]) -> None:
     commit = parse_commit(0, text)
-    assert commit == Commit(0)
+    assert commit == Commit(0, info=info)
     assert not commit.changes_rows
 
 
