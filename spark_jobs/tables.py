@@ -173,8 +173,8 @@ RESTATEMENTS = Table(
 
 HOUR_RULES = Table(
     name="hour_rules",
-    grain="one row a backfill run and hour: the rules by which the hour's records are judged in place of those of their batches, "
-    "for batches up to version events_version of events; later ones by their own. Of several rows of an hour the latest set_at holds",
+    grain="one row a backfill run and hour: the rules by which the hour's records are judged in place of those of their "
+    "batches, for batches up to version events_version of events; later ones by their own. Of several rows the latest set_at holds",
     columns="""
         run_id STRING, event_hour TIMESTAMP, campaigns_version BIGINT, earliest_us BIGINT, future_skew_us BIGINT,
         hour_grace_us BIGINT, events_version BIGINT, rule_set STRING, set_at TIMESTAMP
