@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from terminal import environment
 from orchestration import demo
 from orchestration.cli import app
 from orchestration.demo import ACCOUNTING, MARKER, MEASURES, clean_home, demo_settings, difference, run_demo
+from orchestration.listening import Listener
 from orchestration.up.instance import home_instance
 from orchestration.up.up import UP_LOCK
 from spark_jobs.config import Settings
@@ -206,9 +207,15 @@ def staged(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[dict[str, Any]]], 
 
     def stage(truths: list[dict[str, Any]]) -> None:
         monkeypatch.setattr(demo, "_land", lambda *_: truths)
-        monkeypatch.setattr(
-            demo, "_dagster", lambda settings: nullcontext(lambda job, _: job != "ingest" and write_marts(settings))
-        )
+
+        def jobs(settings: Settings) -> AbstractContextManager[demo.RunJob]:
+            def run_job(name: str, _: Listener) -> None:
+                if name != "ingest":
+                    write_marts(settings)
+
+            return nullcontext(run_job)
+
+        monkeypatch.setattr(demo, "_dagster", jobs)
 
     return stage
 
