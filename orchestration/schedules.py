@@ -111,10 +111,18 @@ def ingest_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg
     settings = load_settings()
     if ingest_runs(settings):
         return dg.SkipReason("another ingest runs on this home: nothing to do here")
+    if waits_already(context, ingest_job.name):
+        return dg.SkipReason("a run waits in the queue already")
     waits = any(True for stream in ("events", "orders") for _ in waiting_files(settings, stream))
     if not waits and context.scheduled_execution_time.minute % _MINUTES_BETWEEN_IDLE_RUNS:
         return dg.SkipReason("no landing file waits")
     return dg.RunRequest()
+
+
+def waits_already(context: dg.ScheduleEvaluationContext, job: str) -> bool:
+    """Whether a run of the job is asked for and has not started: it will see what a further one would."""
+    statuses = [dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.STARTING]
+    return context.instance.get_runs_count(dg.RunsFilter(job_name=job, statuses=statuses)) > 0
 
 
 def ingest_runs(settings: Settings) -> bool:
@@ -140,6 +148,8 @@ def marts_schedule(group: str, cron: str, job: UnresolvedAssetJobDefinition) -> 
         description=f"Builds the {group.replace('_', ' ')} marts when their tables have changed, and every half hour without that.",
     )
     def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        if waits_already(context, job.name):
+            return dg.SkipReason("a run waits in the queue already")
         reason = nothing_to_build(load_settings(), group, now=datetime.now(UTC))
         return dg.RunRequest() if reason is None else dg.SkipReason(reason)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,10 +29,26 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     return load_settings()
 
 
-def tick(schedule: dg.ScheduleDefinition, minute: int = 31) -> list[dg.RunRequest] | str:
-    """The runs that are asked for, or why none is."""
-    context = dg.build_schedule_context(scheduled_execution_time=NOW.replace(minute=minute))
+class Dagster:
+    """The instance of these tests, made once: a schedule's context wants one on disk."""
+
+    instance: dg.DagsterInstance
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _instance() -> Iterator[None]:
+    with dg.instance_for_test() as Dagster.instance:
+        yield
+
+
+def tick(schedule: dg.ScheduleDefinition, minute: int = 31, runs: Sequence[dg.DagsterRun] = ()) -> list[dg.RunRequest] | str:
+    """The runs that are asked for, or why none is. ``runs`` are there already."""
+    for run in runs:
+        Dagster.instance.add_run(run)
+    context = dg.build_schedule_context(instance=Dagster.instance, scheduled_execution_time=NOW.replace(minute=minute))
     result = schedule.evaluate_tick(context)
+    for run in runs:
+        Dagster.instance.delete_run(run.run_id)
     return list(result.run_requests) if result.run_requests else str(result.skip_message)
 
 
@@ -59,6 +75,16 @@ def test_ingest_leaves_the_work_to_a_continuous_one(settings: Settings) -> None:
     with FileLock(settings.home_path / INGEST_LOCK):
         assert "another ingest runs" in str(tick(schedules.ingest_schedule))
     assert len(tick(schedules.ingest_schedule)) == 1
+
+
+@pytest.mark.parametrize(
+    ("job", "status", "asked"),
+    [("ingest", "STARTING", False), ("ingest", "NOT_STARTED", False), ("ingest", "SUCCESS", True), ("vacuum", "STARTING", True)],
+)
+def test_ingest_is_not_asked_for_while_a_run_of_it_waits(settings: Settings, job: str, status: str, asked: bool) -> None:
+    land(settings, "a.jsonl")
+    run = dg.DagsterRun(job_name=job, status=dg.DagsterRunStatus(status))
+    assert isinstance(tick(schedules.ingest_schedule, runs=[run]), list) == asked
 
 
 def publish(settings: Settings, group: str, built_at: str, **versions: int) -> None:

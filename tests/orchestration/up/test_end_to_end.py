@@ -122,15 +122,15 @@ def test_files_land_and_the_marts_hold_the_truth(tmp_path: Path) -> None:
         up.wait_for("every hour is reported", lambda: reported(web) == partitions(hours), seconds=120)
         events = asset(web, "ad_events")
         assert events["partitionStats"]["numFailed"] == 0
-        rows = Counter[str]()
-        for event in events["assetMaterializations"]:
+        rows: dict[str, int] = {}
+        for event in events["assetMaterializations"]:  # the newest first
             entries = {entry["label"]: entry.get("intValue") for entry in event["metadataEntries"]}
-            rows[event["partition"]] += entries["rows_added"]
+            rows.setdefault(event["partition"], entries["rows_in_hour"])
         accepted = Counter[str]()
         for row in truth["accounting"]:
             if row["accepted"]:
                 accepted[partition(row["event_hour"])] += row["accepted"]
-        assert rows == accepted
+        assert {hour: count for hour, count in rows.items() if count} == accepted
         recounted = asset(web, "reconciled_hours")
         assert recounted["partitionStats"]["numMaterialized"] >= HOURS - 3
         checks = {check["name"]: check["executionForLatestMaterialization"] for check in recounted["assetChecksOrError"]["checks"]}
@@ -176,7 +176,6 @@ def test_runs_that_are_cut_off_are_made_again_and_nothing_is_left_behind(tmp_pat
     with Deployment(home, "--no-ingest", **slowly) as up:
         web = up.wait_until_ready()
         up.wait_for("all is ingested", lambda: ingested(home, tmp_path) == FILES * 50, seconds=300)
-        up.wait_for("no run is left", lambda: {run["status"] for run in runs(web)} <= ENDED, seconds=300)
         assert up.end(signal.SIGTERM) == 0, up.report("exit status")
         assert processes_of(home) == []
     assert terminal.run("--home", str(home), "status", cwd=tmp_path).status == 0
