@@ -361,20 +361,46 @@ def doctor(
         raise typer.Exit(2)
 
 
+_FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
 @bench_app.command(
     "ingest",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    context_settings=_FORWARD,
     epilog=examples("adtally bench ingest", "adtally bench ingest -- --help            what the benchmark can be told"),
 )
 def bench_ingest(context: typer.Context) -> None:
     """Measure the ingest against its contestants, interleaved on this machine. Needs a checkout of the repository."""
+    _bench("run", "ingest", *context.args)
+
+
+@bench_app.command("recount", context_settings=_FORWARD, epilog=examples("adtally bench recount"))
+def bench_recount(context: typer.Context) -> None:
+    """Measure the recount of an hour beside its ingest. Needs a checkout of the repository."""
+    _bench("recount", *context.args)
+
+
+@bench_app.command("compaction", context_settings=_FORWARD, epilog=examples("adtally bench compaction"))
+def bench_compaction(context: typer.Context) -> None:
+    """Measure scans of an hour and the build of the marts before and after compaction. Needs a checkout of the repository."""
+    _bench("compaction", *context.args)
+
+
+@bench_app.command("quality", context_settings=_FORWARD, epilog=examples("adtally bench quality"))
+def bench_quality(context: typer.Context) -> None:
+    """Measure what the expectations of an hour cost beside its ingest. Needs a checkout of the repository."""
+    _bench("quality", *context.args)
+
+
+def _bench(module: str, *arguments: str) -> None:
+    """Run a module of the benchmarks; its exit status is the command's."""
     import subprocess
     from importlib.util import find_spec
 
     root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks").is_dir() or find_spec("benchmarks") is None:
         raise UsageError("the benchmarks are not part of the installed package", hint="run it in a checkout")
-    done = subprocess.run([sys.executable, "-m", "benchmarks.run", "ingest", *context.args], cwd=root, check=False)
+    done = subprocess.run([sys.executable, "-m", f"benchmarks.{module}", *arguments], cwd=root, check=False)
     raise typer.Exit(done.returncode if done.returncode in (0, 1, 2) else 1)
 
 
