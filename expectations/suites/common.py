@@ -11,7 +11,7 @@ BATCH_KEYS = {"_query_id": "_query_id", "_batch_id": "_batch_id"}
 
 REGION = "not regexp_full_match(region, '[a-z0-9-]{1,32}')"
 CURRENCY = "not regexp_full_match(currency, '[A-Z]{3}')"
-ID_LENGTH = "length({0}) not between 1 and 128"
+ID_LENGTH = "{0} = '' or (strlen({0}) > 128 and length({0}) > 128)"  # bytes are known, characters have to be counted
 
 
 def against_ledger(measure: str, ours: str, booked: str, what: str) -> Check:

@@ -105,6 +105,15 @@ def test_late_events_and_corrections_are_valid(made: Lake) -> None:
         assert validate(made, table).failed == []
 
 
+def test_the_length_of_an_id_is_in_characters(made: Lake) -> None:
+    made.sql(["update events set event_id = repeat('é', 128) where event_id = 'e-4'"])
+    made.write()
+    assert validate(made, "events").success
+    made.sql(["update events set event_id = repeat('é', 129) where event_id like 'é%'"])
+    made.write()
+    assert [result.name for result in validate(made, "events").failed] == ["event_id.length"]
+
+
 def test_a_version_is_judged_as_it_was(made: Lake) -> None:
     made.write()
     made.sql(["update events set price_micros = -1 where event_id = 'e-9'"])
