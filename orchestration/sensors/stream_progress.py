@@ -242,7 +242,7 @@ class _Report:
 
     def _of_table(self, key: str, cell: Cell, hour: datetime) -> dict[str, Any]:
         total = self._totals.get((cell.stream, hour), cell)
-        common = {"batches": cell.batches, "lag_seconds": cell.lag_seconds}
+        common = {"batches": cell.batches, "lag_seconds": None if cell.lag_seconds is None else round(cell.lag_seconds, 3)}
         if key in ("rejected_events", "rejected_orders"):
             added, so_far = cell.conflict + cell.rejected, total.conflict + total.rejected
             outcomes = {"rejected": cell.rejected, "conflict": cell.conflict, "duplicate": cell.duplicate}
