@@ -59,4 +59,4 @@ def compare_marts(settings: Settings, spill: Path, hours: Collection[int] | None
                 where {chosen} group by hour, campaign_id having {differ}
                 """
             ).fetchall()
-    return [Finding(*row) for row in found]
+    return sorted((Finding(*row) for row in found), key=lambda f: (f.hour, f.campaign_id or "", f.detail))

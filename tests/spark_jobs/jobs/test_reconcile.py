@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import correct
+import duckdb
 import lake
 import pytest
 from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
+from orchestration.marts import build_marts
 from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import UsageError
@@ -80,6 +83,12 @@ def _without_batch(settings: Settings, batch: int) -> None:
 
 
 ONE = "event_id = 't1'"
+# both want the same rows, or leave nothing for the other to take
+NOT_TOGETHER = (
+    "a batch is lost from all tables but its plan",
+    "events is restored to an older version",
+    "minute_metrics is restored to an older version",
+)
 OF_ONE = "ad_id = 'a-1' and region = 'eu-west'"
 MADE_UP = "select * replace ('made-up' as event_id) from events where event_id = 't1'"
 ELSEWHERE = """
@@ -382,3 +391,35 @@ def test_hours_and_campaigns_are_told_apart(home: Settings) -> None:
     start = min(hours)[0]
     span = HourRange(start, start + timedelta(hours=2))
     assert [result.hour for result in reconcile(home, span).hours] == [start, start + timedelta(hours=1)]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_several_faults_at_once(home: Settings, truth: dict[str, Any], seed: int) -> None:
+    chosen = random.Random(seed).sample([fault for fault in FAULTS if fault.name not in NOT_TOGETHER], 4)
+    for fault in chosen:
+        fault.plant(home)
+    report = reconcile(home, None, repair=True)
+    assert set(_causes(report)) >= {chosen[0].causes[0]}
+    assert report.remaining == []
+    assert correct.contents(home) == truth
+    assert reconcile(home, None).differences == []
+
+
+def test_a_mart_that_contradicts_its_versions_is_told(home: Settings) -> None:
+    build_marts(home)
+    assert reconcile(home, None).differences == []
+    with duckdb.connect(str(home.marts_path)) as marts:
+        marts.execute(
+            "update fct_campaign_minute set spend_nanos = spend_nanos + 1, clicks = clicks + 1 where campaign_id = 'nobody'"
+        )
+        marts.execute("update fct_event_accounting set late = late + 1 where event_hour = '2025-06-02 07:00:00'")
+    found = reconcile(home, None, repair=True)
+    assert [(d.event_hour, d.layer, d.cause, d.campaign_id, d.nanos_found - d.nanos_expected) for d in found.remaining] == [
+        (datetime(2025, 6, 2, 7, tzinfo=UTC), "marts", "mart_differs", None, 0),
+        (datetime(2025, 6, 2, 10, tzinfo=UTC), "marts", "mart_differs", "nobody", 1),
+    ]
+    made_up = "select * replace ('0-0' as record_uuid, 'a-0' as ad_id, 'us-east' as region) from minute_metrics"
+    correct.append(home, "minute_metrics", f"{made_up} where {OF_ONE} limit 1")
+    reconcile(home, None, repair=True)
+    build_marts(home)  # takes in negative increments and sums that come to nothing
+    assert reconcile(home, None).differences == []
