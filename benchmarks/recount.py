@@ -30,7 +30,7 @@ from rich.table import Table
 from benchmarks.contestants import CONTESTANTS, Job, adtally_environment
 from benchmarks.make_input import START_MICROS, InputSpec, make_input, prefix_view
 from benchmarks.measure import BenchmarkError, machine, note, run_measured
-from benchmarks.run import GIB, Target
+from benchmarks.run import GIB, Target, common_options, show_targets
 from spark_jobs.config import load_settings
 from spark_jobs.jobs.closing import close_by_hand
 
@@ -125,16 +125,7 @@ def show(document: dict[str, Any], console: Console) -> None:
         peak = figures["peak_pss_bytes"] / GIB
         table.add_row(LABELS[what], f"{figures['wall_seconds']:.1f}", f"{figures['cpu_seconds']:.1f}", f"{peak:.2f}")
     console.print(table)
-    for target in document["targets"]:
-        console.print(f"{target['name']}: {target['value']:.3f}, at most {target['limit']}: {'yes' if target['met'] else 'NO'}")
-
-
-def key_value(text: str) -> tuple[str, str]:
-    """A setting of the project for all commands."""
-    name, sign, value = text.partition("=")
-    if not sign or not name.startswith("ADTALLY_"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not ADTALLY_NAME=VALUE")
-    return name, value
+    show_targets(document, console)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -146,12 +137,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--files", type=int, default=8, help="landing files that they lie in")
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--seed", type=int, default=7)
-    made.add_argument("--adtally-env", type=key_value, action="append", default=[], metavar="ADTALLY_NAME=VALUE")
-    made.add_argument("--timeout", type=float, default=3600.0, help="seconds after which a command is given up")
-    made.add_argument("--name", help="name of the result")
-    made.add_argument("--work", default=str(HERE / ".work"), help="input, homes, logs; may be deleted")
-    made.add_argument("--results", default=str(HERE / "results"))
-    made.add_argument("--check", action="store_true", help="exit status 1 if a target is missed")
+    common_options(made)
     return made
 
 

@@ -339,7 +339,24 @@ def report(results: Path) -> str:
     return "\n\n".join(parts) if parts else "No results yet."
 
 
+def show_targets(document: dict[str, Any], console: Console) -> None:
+    """A line a target: what was found, and whether it is met."""
+    for target in document["targets"]:
+        console.print(f"{target['name']}: {target['value']:.3f}, at most {target['limit']}: {'yes' if target['met'] else 'NO'}")
+
+
+def common_options(made: argparse.ArgumentParser) -> None:
+    """The options that every benchmark of commands takes."""
+    made.add_argument("--adtally-env", type=key_value, action="append", default=[], metavar="ADTALLY_NAME=VALUE")
+    made.add_argument("--timeout", type=float, default=3600.0, help="seconds after which a command is given up")
+    made.add_argument("--name", help="name of the result")
+    made.add_argument("--work", default=str(HERE / ".work"), help="input, homes, logs; may be deleted")
+    made.add_argument("--results", default=str(HERE / "results"))
+    made.add_argument("--check", action="store_true", help="exit status 1 if a target is missed")
+
+
 def key_value(text: str) -> tuple[str, str]:
+    """A setting of the project for all commands."""
     name, sign, value = text.partition("=")
     if not sign or not name.startswith("ADTALLY_"):
         raise argparse.ArgumentTypeError(f"{text!r} is not ADTALLY_NAME=VALUE")
