@@ -213,7 +213,16 @@ def test_a_file_of_several_row_groups(settings: Settings, monkeypatch: pytest.Mo
     assert content([made])[0]["record_id"].to_pylist() == [str(number) for number in range(1000)]
 
 
-def test_processes_make_what_one_makes(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def workers() -> Callable[[], list[psutil.Process]]:
+    """The child processes that have come since the test began: a session of Spark may run beside it."""
+    before = set(psutil.Process().children())
+    return lambda: [child for child in psutil.Process().children() if child not in before]
+
+
+def test_processes_make_what_one_makes(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: Callable[[], list[psutil.Process]]
+) -> None:
     files = [
         raw(land(settings, f"events/eu/{number}.jsonl", [event(f"{number}-{k}") for k in range(100 * number)]))
         for number in range(7)
@@ -225,10 +234,12 @@ def test_processes_make_what_one_makes(settings: Settings, tmp_path: Path, monke
     made = ensure_parsed(other, "events", files, lambda done, total: told.append((done, total)))
     assert content(made) == alone
     assert told[-1] == (sum(file.size for file in files),) * 2
-    assert not psutil.Process().children()
+    assert not workers()
 
 
-def test_what_cannot_be_written_is_said(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_written_is_said(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, workers: Callable[[], list[psutil.Process]]
+) -> None:
     files = some_files(settings)
     settings.recount_path.parent.mkdir(exist_ok=True)
     settings.recount_path.write_text("in the way")
@@ -236,10 +247,12 @@ def test_what_cannot_be_written_is_said(settings: Settings, monkeypatch: pytest.
         monkeypatch.setattr(store, "_WORTH_PROCESSES", worth)
         with pytest.raises(AdtallyError, match="cannot be parsed"):
             ensure_parsed(settings, "events", files)
-    assert not psutil.Process().children()
+    assert not workers()
 
 
-def test_a_process_that_is_killed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_is_killed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, workers: Callable[[], list[psutil.Process]]
+) -> None:
     """It waits for ever for a file that is a pipe; what it had begun is nothing, what was done is kept."""
     monkeypatch.setattr(store, "_WORTH_PROCESSES", 0)
     pipe = settings.landing_path / "events/eu/z.jsonl"
@@ -251,7 +264,7 @@ def test_a_process_that_is_killed(settings: Settings, monkeypatch: pytest.Monkey
         deadline = time.monotonic() + 60
         while len(list(settings.recount_path.rglob("*.parquet"))) < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
-        for child in psutil.Process().children():
+        for child in workers():
             child.kill()
 
     killer = threading.Thread(target=kill_the_last)

@@ -258,7 +258,7 @@ def test_columns_of_increments() -> None:
     ]
     sums = increments(staged(rows))
     made = increment_columns(sums, "query", 7)
-    own = {"_query_id", "_batch_id"}
+    own = {"_query_id", "_batch_id", "_run_id"}
     assert set(MINUTE_METRICS.schema.names) - own <= set(made.column_names)
     assert sums_of(made) == sums_of(sums) == count(rows)
     assert len(set(made["record_uuid"].to_pylist())) == len(rows)
@@ -294,7 +294,7 @@ def test_columns_of_events(times: list[int], first_line: int) -> None:
     rows: list[dict[str, Any]] = [{"event_id": str(at), "event_time": time} for at, time in enumerate(times)]
     before = staged(rows).to_pylist()
     made = event_columns(staged(rows), "events/eu/1.jsonl", first_line)
-    own = {"ingested_at", "_query_id", "_batch_id"}
+    own = {"ingested_at", "_query_id", "_batch_id", "_run_id"}
     assert set(made.column_names) >= set(EVENTS.schema.names) - own - {"invalid_traffic_rule"}
     for name in made.column_names:
         assert made.schema.field(name).type == EVENTS.schema.field(name).type, name

@@ -171,7 +171,7 @@ def test_records_that_agree_may_come_in_any_order(changes: list[Row]) -> None:
 def test_a_changed_row_has_every_column_but_the_batch_s_own() -> None:
     (placed,) = settle_orders(records_of([{}]), {}).changed
     (cancelled,) = settle_orders(records_of([{"status": "cancelled"}]), {}).changed
-    own = {"ingested_at", "_query_id", "_batch_id"}
+    own = {"ingested_at", "_query_id", "_batch_id", "_run_id"}
     assert set(placed) == set(cancelled) == set(ORDERS.schema.names) - own
 
 
