@@ -43,7 +43,7 @@ test-soak: setup ## Set up and run everything at once for minutes: ingest, compa
 	@$(RUN) pytest -m soak $(PYTEST_ARGS)
 
 .PHONY: test-e2e
-test-e2e: setup ## Set up and run it all as a team does: adtally up, files that land, the marts, Ctrl-C
+test-e2e: setup ## Set up and run whole programs: adtally up with files that land, marts and Ctrl-C; small benchmarks
 	@$(RUN) pytest -m e2e $(PYTEST_ARGS)
 
 .PHONY: lint

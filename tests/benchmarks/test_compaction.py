@@ -16,6 +16,7 @@ from spark_jobs.jobs.ingest import run_ingest
 SMALL = ["--day-events", "900", "--hour-events", "600", "--batches", "3", "--rounds", "2", "--mart-rounds", "1"]
 
 
+@pytest.mark.e2e
 @pytest.mark.timeout(600)
 def test_the_same_rows_in_fewer_files(
     spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.quality import LABELS, Bench, figures_of, parser, targets_of
 
 
+@pytest.mark.e2e
 def test_a_round_and_what_it_holds_the_validations_to(tmp_path: Path) -> None:
     args = parser().parse_args(["--batch", "400", "--files", "4", "--rounds", "1", "--work", str(tmp_path / "work")])
     args.adtally_env = {}

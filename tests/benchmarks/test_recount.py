@@ -14,6 +14,7 @@ def bench(tmp_path: Path, *options: str) -> Bench:
     return Bench(parser().parse_args(["--events", "400", "--files", "4", "--work", str(tmp_path / "work"), *options]))
 
 
+@pytest.mark.e2e
 def test_a_round_and_what_it_holds_the_recount_to(tmp_path: Path) -> None:
     small = bench(tmp_path, "--rounds", "1")
     small.args.adtally_env = {}
