@@ -33,6 +33,10 @@ class Settings(BaseSettings):
         Field(description="Root of the Delta tables: a path or a URI such as s3a://. Default: HOME/lakehouse."),
     ] = None
     landing: Annotated[Path | None, Field(description="Root of the landing folders. Default: HOME/landing.")] = None
+    rules: Annotated[
+        Path | None,
+        Field(description="Folder of invalid_traffic.toml and attribution.toml; ours where one is missing. Default: HOME/rules."),
+    ] = None
     cache_dir: Annotated[
         Path | None, Field(description="Jars resolved once for all installations. Default: the user's cache folder.")
     ] = None
@@ -159,6 +163,11 @@ class Settings(BaseSettings):
     def landing_path(self) -> Path:
         """Root of the landing folders, absolute."""
         return (self.landing or self.home_path / "landing").expanduser().absolute()
+
+    @cached_property
+    def rules_path(self) -> Path:
+        """Folder of the rule files, absolute."""
+        return (self.rules or self.home_path / "rules").expanduser().absolute()
 
     @cached_property
     def checkpoints_path(self) -> Path:

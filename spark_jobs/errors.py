@@ -56,5 +56,9 @@ class CampaignFileError(AdtallyError):
     """A campaigns CSV breaks the contract; the message names the file, the line and the rule."""
 
 
+class RuleFileError(UsageError):
+    """A rule file cannot be right; the message names the file and the rule."""
+
+
 class TableCorruptionError(AdtallyError):
     """A Delta table is not what the registry says, or contradicts what was derived from it."""

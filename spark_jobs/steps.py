@@ -45,6 +45,10 @@ class Step(StrEnum):
     HOUR_RULES = "hour_rules"
     RECONCILIATIONS = "reconciliations"
     CORRECTION_DONE = "correction_done"  # and is gone again
+    RULE_SETS = "rule_sets"
+    TRAFFIC_REVIEWS = "traffic_reviews"
+    ATTRIBUTED_ORDERS = "attributed_orders"
+    BILLING_LINES = "billing_lines"
 
 
 # The steps of a correction, in their order; and all that are no part of a batch: no ingest comes by them.
@@ -52,7 +56,10 @@ CORRECTION: tuple[Step, ...] = (
     *(Step.CORRECTION_DECIDED, Step.CORRECTED_EVENTS, Step.CORRECTED_REJECTS, Step.CORRECTED_METRICS, Step.CORRECTED_LEDGER),
     *(Step.RESTATEMENTS, Step.HOUR_RULES, Step.RECONCILIATIONS, Step.CORRECTION_DONE),
 )
-MAINTENANCE: tuple[Step, ...] = (Step.HOUR_CLOSINGS, Step.COMPACTION, Step.RESTORE, Step.VACUUM, *CORRECTION)
+MAINTENANCE: tuple[Step, ...] = (
+    *(Step.HOUR_CLOSINGS, Step.COMPACTION, Step.RESTORE, Step.VACUUM, *CORRECTION),
+    *(Step.RULE_SETS, Step.TRAFFIC_REVIEWS, Step.ATTRIBUTED_ORDERS, Step.BILLING_LINES),
+)
 
 # Every point of a batch at which a kill is tried: before and after each step that this package makes, and around the two of Spark's
 # ("before offsets" is "after commits" of the batch before).

@@ -18,7 +18,10 @@ _TYPES = {
     "BOOLEAN": pa.bool_(),
     "DATE": pa.date32(),
     "TIMESTAMP": pa.timestamp("us", "UTC"),
+    "DOUBLE": pa.float64(),
     "ARRAY<STRING>": pa.list_(pa.string()),
+    "ARRAY<BIGINT>": pa.list_(pa.int64()),
+    "ARRAY<DOUBLE>": pa.list_(pa.float64()),
 }
 
 
@@ -46,12 +49,15 @@ class Table:
 
 EVENTS = Table(
     name="events",
-    grain="one row an accepted event; an event_id occurs once, in the whole table",
+    grain="one row an accepted event; an event_id occurs once, in the whole table. invalid_traffic_rule is the first rule "
+    "that made it invalid (null: billable), invalid_traffic_rules all that hit, rule_set the hash of the rules it was "
+    "judged by. spend_nanos is what it is billed (invalid: 0), invalid_spend_nanos what it would have been",
     columns="""
         event_id STRING, event_type STRING, event_time TIMESTAMP, received_at TIMESTAMP, region STRING,
         campaign_id STRING, ad_id STRING, store_id STRING, user_id STRING, impression_id STRING, placement STRING,
         price_micros BIGINT, currency STRING, user_agent STRING,
-        billing_model STRING, spend_nanos BIGINT, is_late BOOLEAN, invalid_traffic_rule STRING,
+        billing_model STRING, spend_nanos BIGINT, invalid_spend_nanos BIGINT, is_late BOOLEAN,
+        invalid_traffic_rule STRING, invalid_traffic_rules ARRAY<STRING>, rule_set STRING,
         fingerprint BIGINT, source_file STRING, source_line BIGINT, ingested_at TIMESTAMP,
         event_date DATE, event_hour INT, _query_id STRING, _batch_id BIGINT, _run_id STRING
     """,
@@ -71,7 +77,8 @@ REJECTED_COLUMNS = """
 REJECTED_EVENTS = Table(
     name="rejected_events",
     grain="one row a record that was not accepted and is not a duplicate: outcome 'rejected' (with its reason codes) or "
-    "'conflict' (same id, other payload: both fingerprints as 16 hex digits). A file that cannot be read has one row with line 0",
+    "'conflict' (same id, other payload: both fingerprints as 16 hex digits). A file that cannot be read has one row "
+    "with line 0",
     columns=REJECTED_COLUMNS,
     key=("source_file", "source_line"),
     partition_by=("ingested_date",),
@@ -93,7 +100,8 @@ MINUTE_METRICS = Table(
     columns="""
         record_uuid STRING, event_minute TIMESTAMP, region STRING, campaign_id STRING, ad_id STRING, store_id STRING,
         placement STRING, currency STRING, impressions BIGINT, clicks BIGINT, invalid_impressions BIGINT,
-        invalid_clicks BIGINT, spend_nanos BIGINT, event_date DATE, _query_id STRING, _batch_id BIGINT, _run_id STRING
+        invalid_clicks BIGINT, spend_nanos BIGINT, invalid_spend_nanos BIGINT,
+        event_date DATE, _query_id STRING, _batch_id BIGINT, _run_id STRING
     """,
     key=("record_uuid",),
     partition_by=("event_date",),
@@ -144,9 +152,9 @@ CAMPAIGNS = Table(
 
 RECONCILIATIONS = Table(
     name="reconciliations",
-    grain="one row a run, hour and finding: layer (events, rejected_events, minute_metrics, batch_ledger or marts), cause and "
-    "campaign, with what the recount expects and what was found. An hour without a difference has one row with cause 'none'. "
-    "event_hour null: records without a readable time",
+    grain="one row a run, hour and finding: layer (events, rejected_events, minute_metrics, batch_ledger or marts), cause "
+    "and campaign, with what the recount expects and what was found. An hour without a difference has one row with "
+    "cause 'none'. event_hour null: records without a readable time",
     columns="""
         run_id STRING, event_hour TIMESTAMP, layer STRING, cause STRING, campaign_id STRING,
         rows_different BIGINT, rows_expected BIGINT, rows_found BIGINT, nanos_expected BIGINT, nanos_found BIGINT,
@@ -160,11 +168,12 @@ RECONCILIATIONS = Table(
 RESTATEMENTS = Table(
     name="restatements",
     grain="what a correction changed, as differences (after - before): one row a run, hour, region, campaign, currency and "
-    "cause; kind is 'repair' or 'backfill'. rule_set is the hash of the rules that the hour was judged by from then on",
+    "cause; kind is 'repair', 'backfill' or 'review' (invalid traffic). rule_set is the hash of the rules that the "
+    "hour was judged by from then on",
     columns="""
         run_id STRING, kind STRING, reason STRING, cause STRING, event_hour TIMESTAMP, region STRING, campaign_id STRING,
         currency STRING, impressions BIGINT, clicks BIGINT, invalid_impressions BIGINT, invalid_clicks BIGINT,
-        spend_nanos BIGINT, rule_set STRING, restated_at TIMESTAMP
+        spend_nanos BIGINT, invalid_spend_nanos BIGINT, rule_set STRING, restated_at TIMESTAMP
     """,
     key=("run_id", "event_hour", "region", "campaign_id", "currency", "cause"),
     partition_by=(),
@@ -174,7 +183,8 @@ RESTATEMENTS = Table(
 HOUR_RULES = Table(
     name="hour_rules",
     grain="one row a backfill run and hour: the rules by which the hour's records are judged in place of those of their "
-    "batches, for batches up to version events_version of events; later ones by their own. Of several rows the latest set_at holds",
+    "batches, for batches up to version events_version of events; later ones by their own. Of several rows the latest "
+    "set_at holds",
     columns="""
         run_id STRING, event_hour TIMESTAMP, campaigns_version BIGINT, earliest_us BIGINT, future_skew_us BIGINT,
         hour_grace_us BIGINT, events_version BIGINT, rule_set STRING, set_at TIMESTAMP
@@ -193,10 +203,72 @@ HOUR_CLOSINGS = Table(
     stats_columns=("closed_through",),
 )
 
+RULE_SETS = Table(
+    name="rule_sets",
+    grain="one row a rule set that was ever used: kind ('invalid_traffic' or 'attribution'), its content as canonical JSON, and "
+    "rule_set, the SHA-256 of kind and content",
+    columns="rule_set STRING, kind STRING, content STRING, set_at TIMESTAMP",
+    key=("rule_set",),
+    partition_by=(),
+    stats_columns=("set_at",),
+)
+
+TRAFFIC_REVIEWS = Table(
+    name="traffic_reviews",
+    grain="one row a review of an hour's events for invalid traffic: by which rule_set all events of the hour up to version "
+    "events_version of `events` are judged, and over how many accepted events (inputs: those of the hour and of the "
+    "hours before that its rules look back to). Of several rows of an hour the latest reviewed_at holds",
+    columns="""
+        run_id STRING, event_hour TIMESTAMP, rule_set STRING, events_version BIGINT, inputs BIGINT, events BIGINT, invalid BIGINT,
+        changed BIGINT, reviewed_at TIMESTAMP
+    """,
+    key=("run_id", "event_hour"),
+    partition_by=(),
+    stats_columns=("event_hour", "reviewed_at"),
+)
+
+ATTRIBUTED_ORDERS = Table(
+    name="attributed_orders",
+    grain="append-only: one row an order, revision and touch; the highest revision of an order holds. An order without a "
+    "touch, or cancelled, has one row whose touch columns are null, so that it replaces what stood before. Per model "
+    "two lists over window_days: credited micros (they sum to total_micros over the touches of a window) and weights "
+    "(they sum to 1); null where the touch lies outside the window",
+    columns="""
+        order_id STRING, revision BIGINT, status STRING, order_time TIMESTAMP, user_id STRING, store_id STRING, currency STRING,
+        total_micros BIGINT, touch_event_id STRING, touch_type STRING, touch_time TIMESTAMP, campaign_id STRING, ad_id STRING,
+        touches BIGINT, window_days ARRAY<BIGINT>,
+        last_click_micros ARRAY<BIGINT>, first_click_micros ARRAY<BIGINT>, linear_micros ARRAY<BIGINT>,
+        position_based_micros ARRAY<BIGINT>, time_decay_micros ARRAY<BIGINT>,
+        last_click_weights ARRAY<DOUBLE>, first_click_weights ARRAY<DOUBLE>, linear_weights ARRAY<DOUBLE>,
+        position_based_weights ARRAY<DOUBLE>, time_decay_weights ARRAY<DOUBLE>,
+        reason STRING, rule_set STRING, attributed_at TIMESTAMP, _run_id STRING
+    """,
+    key=("order_id", "revision", "touch_event_id"),
+    partition_by=(),
+    stats_columns=("order_id", "order_time", "revision"),
+)
+
+BILLING_LINES = Table(
+    name="billing_lines",
+    grain="append-only: one row a line of the billing ledger. line_type 'charge' (the day closed), 'credit' (less than "
+    "billed) or 'adjustment' (more); the amounts of a day, campaign, store and currency sum to its spend, rounded "
+    "once, half away from zero. The measures are the day's totals after the line",
+    columns="""
+        line_id STRING, line_type STRING, event_date DATE, campaign_id STRING, store_id STRING, currency STRING,
+        amount_micros BIGINT, billed_micros BIGINT, spend_nanos BIGINT, impressions BIGINT, clicks BIGINT,
+        invalid_impressions BIGINT, invalid_clicks BIGINT, invalid_spend_nanos BIGINT,
+        reason STRING, run_id STRING, rule_set STRING, metrics_version BIGINT, billed_at TIMESTAMP
+    """,
+    key=("line_id",),
+    partition_by=(),
+    stats_columns=("event_date", "billed_at"),
+)
+
 TABLES: dict[str, Table] = {
     table.name: table
     for table in (
         *(EVENTS, REJECTED_EVENTS, MINUTE_METRICS, BATCH_LEDGER, ORDERS, REJECTED_ORDERS, CAMPAIGNS),
         *(RECONCILIATIONS, RESTATEMENTS, HOUR_RULES, HOUR_CLOSINGS),
+        *(RULE_SETS, TRAFFIC_REVIEWS, ATTRIBUTED_ORDERS, BILLING_LINES),
     )
 }

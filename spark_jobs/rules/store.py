@@ -1,0 +1,79 @@
+"""Rule sets: read from their file, hashed, and kept in table `rule_sets`, so that a result can be explained years later."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import write_deltalake
+from pydantic import BaseModel, ValidationError
+
+from spark_jobs.config import Settings
+from spark_jobs.delta_log import DeltaLog
+from spark_jobs.errors import AdtallyError, RuleFileError
+from spark_jobs.sinks.delta import ensure_tables
+from spark_jobs.sources.delta import file_paths, read_files
+from spark_jobs.steps import Step, durable
+from spark_jobs.tables import RULE_SETS
+
+Rules = TypeVar("Rules", bound=BaseModel)
+
+
+def read_rules(path: Path, model: type[Rules], **also: object) -> Rules:
+    """The rules of a TOML file as a ``model``; those of its defaults where there is no file. ``also`` are further fields.
+
+    Raises RuleFileError that names the file, the entry and what is wrong with it.
+    """
+    try:
+        content: dict[str, Any] = tomllib.loads(path.read_text("utf-8")) if path.exists() else {}
+        return model(**content, **also)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RuleFileError(f"{path} cannot be read: {error}") from None
+    except TypeError:
+        raise RuleFileError(f"{path}: {', '.join(also)} cannot be set there") from None
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise RuleFileError(f"{path}: {problems}", hint="docs/rules.md describes every entry") from None
+
+
+def canonical(rules: BaseModel) -> str:
+    """The rules as JSON: the same rules give the same text."""
+    return rules.model_dump_json()
+
+
+def rule_set_hash(kind: str, content: str) -> str:
+    """SHA-256 (64 hex digits) of a kind and its content."""
+    return hashlib.sha256(f"{kind}\n{content}".encode()).hexdigest()
+
+
+def keep_rule_set(settings: Settings, kind: str, rules: BaseModel, now: datetime) -> str:
+    """Put the rules into `rule_sets`, unless they are there; their hash. Two that keep the same at once leave two equal rows."""
+    content = canonical(rules)
+    name = rule_set_hash(kind, content)
+    uri = settings.table_uri(RULE_SETS.name)
+    if not DeltaLog(uri).exists():
+        ensure_tables(settings)
+    if name not in _held(settings)["rule_set"].to_pylist():
+        row = {"rule_set": name, "kind": kind, "content": content, "set_at": now}
+        with durable(Step.RULE_SETS):
+            write_deltalake(uri, pa.Table.from_pylist([row], RULE_SETS.schema), mode="append")
+    return name
+
+
+def held_rules(settings: Settings, name: str, model: type[Rules]) -> Rules:
+    """The rule set with this hash, as it was used. Raises AdtallyError where the table does not have it."""
+    held = _held(settings)
+    for row in held.filter(pc.equal(held["rule_set"], name)).to_pylist():
+        return model.model_validate_json(row["content"])
+    raise AdtallyError(f"table rule_sets does not have the rule set {name}", hint="it was removed, or the table is of another home")
+
+
+def _held(settings: Settings) -> pa.Table:
+    uri = settings.table_uri(RULE_SETS.name)
+    version = DeltaLog(uri).latest_version()
+    return RULE_SETS.schema.empty_table() if version is None else read_files(uri, file_paths(uri, version), RULE_SETS.schema)
