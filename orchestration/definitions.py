@@ -12,6 +12,7 @@ from orchestration.assets.hours import backfilled_hours, compacted_events, recon
 from orchestration.assets.lakehouse import landing_files, landing_ingest, table_specs
 from orchestration.assets.marts import marts_asset
 from orchestration.assets.quality import expectation_checks, marts_expectations
+from orchestration.assets.settlement import attributed_orders, billing_lines, reviewed_hours, settlement
 from orchestration.assets.storage import compacted_tables, vacuumed_tables
 from orchestration.marts.manifest import load_manifest
 from orchestration.partitions import hourly_partitions
@@ -42,10 +43,14 @@ def _definitions(settings: Settings) -> dg.Definitions:
             landing_files(),
             landing_ingest,
             *table_specs(hours),
+            reviewed_hours(hours),
             compacted_events(hours),
             compacted_tables,
             reconciled_hours(hours),
             backfilled_hours(hours),
+            attributed_orders(hours),
+            billing_lines,
+            settlement,
             vacuumed_tables,
             marts,
         ],
@@ -58,6 +63,7 @@ def _definitions(settings: Settings) -> dg.Definitions:
             hourly,
             schedules.compaction_job,
             schedules.vacuum_job,
+            schedules.settlement_job,
         ],
         schedules=[
             schedules.ingest_schedule,
@@ -65,6 +71,7 @@ def _definitions(settings: Settings) -> dg.Definitions:
             schedules.marts_schedule("hourly", "20 * * * *", hourly),
             schedules.compaction_schedule,
             schedules.vacuum_schedule,
+            schedules.settlement_schedule,
             schedules.reconciliation_schedule(hours, reconciliation),
         ],
         sensors=[stream_progress_sensor(hours), closed_hours_sensor(hours, closed_hours), *ALERT_SENSORS],

@@ -27,6 +27,7 @@ PRIORITY_TAG = "dagster/priority"
 _BUILT_AGAIN_AFTER = timedelta(minutes=30)
 _MINUTES_BETWEEN_IDLE_RUNS = 30
 RECOUNTED_AGAIN = 48 * HOUR
+CLOSED_HOURS = ("reviewed_hours", "compacted_events", "reconciled_hours", "attributed_orders", "billing_lines")
 
 ingest_job = dg.define_asset_job(
     "ingest", dg.AssetSelection.assets(LANDING_INGEST), description="All that is in the landing folder, once."
@@ -37,18 +38,24 @@ compaction_job = dg.define_asset_job(
 vacuum_job = dg.define_asset_job(
     "vacuum", dg.AssetSelection.assets("vacuumed_tables"), description="Data files that nothing needs any more."
 )
+settlement_job = dg.define_asset_job(
+    "settlement",
+    dg.AssetSelection.assets("settlement"),
+    description="Invalid traffic, credits and billing of all that is out of date, late records among it.",
+)
 
 
 def closed_hours_job(hours: dg.HourlyPartitionsDefinition, manifest: Manifest) -> UnresolvedAssetJobDefinition:
     """All that an hour needs once it is closed: the checks first, and what they hold up after them."""
     models = [node["name"] for node in manifest["nodes"].values() if node["resource_type"] == "model"]
     checks = [dg.AssetCheckKey(dg.AssetKey(key), EXPECTATIONS_CHECK) for key in (*CHECKED, *MARTS_CHECKED)]
-    selection = dg.AssetSelection.assets("compacted_events", "reconciled_hours", *models) | dg.AssetSelection.checks(*checks)
+    selection = dg.AssetSelection.assets(*CLOSED_HOURS, *models) | dg.AssetSelection.checks(*checks)
     return dg.define_asset_job(
         "closed_hours",
         selection,
         partitions_def=hours,
-        description="Closed hours: the expectations; where no error was found, compaction, the recount, and the marts after it.",
+        description="Closed hours: the expectations; where no error was found, the review for invalid traffic, compaction, the "
+        "recount, attribution, billing, and the marts after them.",
     )
 
 
@@ -184,6 +191,14 @@ def compaction_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest 
 @dg.schedule(job=vacuum_job, cron_schedule="15 3 * * *", default_status=_RUNNING, description="Vacuums the tables every night.")
 def vacuum_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
     """One vacuum, once there is something."""
+    return _unless_empty(load_settings())
+
+
+@dg.schedule(
+    job=settlement_job, cron_schedule="50 * * * *", default_status=_RUNNING, description="Settles what came late, every hour."
+)
+def settlement_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+    """One settlement, once there is something."""
     return _unless_empty(load_settings())
 
 

@@ -16,7 +16,14 @@ from orchestration.marts.failures import MartsError, Rows
 from orchestration.marts.manifest import Manifest, attach_tests, is_mart
 from spark_jobs.config import load_settings
 
-_ASSET_OF_TABLE = {asset.table.name: asset.key for asset in TABLE_ASSETS} | {"reconciliations": "reconciled_hours"}
+_ASSET_OF_TABLE = {asset.table.name: asset.key for asset in TABLE_ASSETS} | {
+    "reconciliations": "reconciled_hours",
+    "restatements": "reviewed_hours",
+    "traffic_reviews": "reviewed_hours",
+    "rule_sets": "reviewed_hours",
+    "attributed_orders": "attributed_orders",
+    "billing_lines": "billing_lines",
+}
 _FRESH = {
     "near_real_time": dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=2), warn_window=timedelta(hours=1)),
     "hourly": dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=12), warn_window=timedelta(hours=6)),

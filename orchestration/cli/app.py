@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestration.cli.maintenance import add_commands
+from orchestration.cli import maintenance, settlement
 from orchestration.cli.options import examples, moment, seconds
 from spark_jobs.errors import AdtallyError, UsageError
 
@@ -187,13 +187,18 @@ def simulate(
 def ingest(
     continuous: Annotated[bool, typer.Option("--continuous", help="Go on with new files until stopped.")] = False,
     trigger: Annotated[str, typer.Option(help="With --continuous: time between batches, as 500ms, 5s, 2m.")] = "5s",
+    is_settled: Annotated[
+        bool, typer.Option("--settle/--no-settle", help="At the end: find invalid traffic, credit orders, bill closed days.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
-    """Take events and orders from the landing folder into the Delta tables, each exactly once.
+    """Take events and orders from the landing folder into the Delta tables, each exactly once; then settle what follows from them.
 
-    With --json one object at the end; with --continuous --json also a line for each batch.
+    With --continuous orders are credited while it runs, and Dagster reviews and bills hours that close. With --json one object at
+    the end; with --continuous --json also a line for each batch.
     """
     from orchestration.cli.output import console, print_json
+    from orchestration.cli.settlement import settle_at_end
 
     every = seconds(trigger, "--trigger")
     settings = _settings()
@@ -208,6 +213,8 @@ def ingest(
             shown.print(batch_line(batch), soft_wrap=True)
 
     report = run_ingest(settings, continuous=continuous, trigger_seconds=every, progress=on_batch)
+    if is_settled and not continuous:
+        settle_at_end(settings)
     if as_json:
         print_json({"type": "end", **_fields(report)} if continuous else _fields(report), lines=continuous)
         return
@@ -336,7 +343,8 @@ def status(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-add_commands(app, _settings)
+maintenance.add_commands(app, _settings)
+settlement.add_commands(app, _settings)
 
 
 @app.command(epilog=examples("adtally doctor", "adtally doctor --fix", "adtally doctor --json"))

@@ -54,7 +54,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         chosen = hour_range(start, end)
         shown = console(stderr=True)
         with shown.status("recounting") as status:
-            report = run_reconciliation(settings(), chosen, repair=repair, progress=_line(status, shown.width))
+            report = run_reconciliation(settings(), chosen, repair=repair, progress=status_line(status, shown.width))
         if as_json:
             print_json(report)
         else:
@@ -88,7 +88,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         assert chosen is not None  # both are required
         shown = console(stderr=True)
         with shown.status("recomputing") as status:
-            report = run(settings(), chosen, dry_run=dry_run, reason=reason, progress=_line(status, shown.width))
+            report = run(settings(), chosen, dry_run=dry_run, reason=reason, progress=status_line(status, shown.width))
         if as_json:
             print_json(report)
             return
@@ -108,7 +108,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         chosen = hour_range(start, end)
         shown = console(stderr=True)
         with shown.status("compacting") as status:
-            report = run(settings(), chosen, progress=_line(status, shown.width))
+            report = run(settings(), chosen, progress=status_line(status, shown.width))
         if as_json:
             print_json(report)
             return
@@ -130,7 +130,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         keep = None if retention is None else timedelta(seconds=seconds(retention, "--retention", longest=10 * 366 * 86_400))
         shown = console(stderr=True)
         with shown.status("looking for files") as status:
-            report = run(settings(), dry_run=dry_run, retention=keep, progress=_line(status, shown.width))
+            report = run(settings(), dry_run=dry_run, retention=keep, progress=status_line(status, shown.width))
         if as_json:
             print_json(report)
             return
@@ -173,6 +173,6 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
     app.add_typer(hours_app, name="hours")
 
 
-def _line(status: Any, width: int) -> Callable[[str], None]:
+def status_line(status: Any, width: int) -> Callable[[str], None]:
     """A progress callback that shows its line beside a spinner."""
     return lambda line: status.update(line[: max(width - 4, 20)].replace("[", "\\["))

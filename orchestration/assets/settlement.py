@@ -1,0 +1,161 @@
+"""Money and credit of closed hours: invalid traffic found, orders credited, days billed; and the same for what came late."""
+
+from typing import Any
+
+import dagster as dg
+
+from orchestration.assets.hours import closed_hours, markdown_table
+from orchestration.assets.lakehouse import OWNERS, runbook
+from orchestration.assets.outcome import failing_clearly
+from orchestration.partitions import hours_of, key_of
+from spark_jobs.config import load_settings
+
+
+def reviewed_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinition:
+    """The asset of the review for invalid traffic."""
+
+    @dg.asset(
+        name="reviewed_hours",
+        group_name="settlement",
+        kinds={"duckdb", "deltalake"},
+        owners=OWNERS,
+        deps=["ad_events", "minute_metrics", "batch_ledger"],
+        partitions_def=hours,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        pool="corrections",
+        description="The hour's events judged as a whole for invalid traffic: repeats, activity, crawlers, lists. What is found "
+        "keeps its place in `events`, marked; its money goes back by compensating increments and stands in the restatements.\n\n"
+        + runbook("invalid-traffic"),
+    )
+    def reviewed_hours(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
+        """Review the hours of this run."""
+        from spark_jobs.jobs.review import review
+
+        settings = load_settings()
+        with failing_clearly():
+            report = review(settings, closed_hours(context, settings), run_id=context.run_id, progress=context.log.info)
+        for found in report.hours:
+            figures = {name: getattr(found, name) for name in _REVIEWED}
+            context.add_asset_metadata(figures, partition_key=key_of(found.event_hour))
+        return dg.MaterializeResult(metadata=review_metadata(report))
+
+    return reviewed_hours
+
+
+_REVIEWED = ("events", "invalid", "changed", "spend_nanos_change", "rule_set")
+
+
+def attributed_orders(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinition:
+    """The asset of the attribution: its closing word on the orders of closed hours."""
+
+    @dg.asset(
+        name="attributed_orders",
+        group_name="settlement",
+        kinds={"deltalake"},
+        owners=OWNERS,
+        deps=["orders", "reviewed_hours"],
+        partitions_def=hours,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        pool="attribution",
+        description="The orders of the hour, credited anew from all their touches, and every other order that a touch of the hour "
+        "concerns. An order whose credits come out the same keeps its revision.\n\n" + runbook("attribution"),
+    )
+    def attributed_orders(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
+        """Credit the orders of this run's hours."""
+        from spark_jobs.jobs.attribute import attribute
+
+        settings = load_settings()
+        with failing_clearly():
+            attribute(settings, run_id=context.run_id, progress=context.log.info)
+            report = attribute(settings, hours_of(context.partition_key_range), run_id=context.run_id, progress=context.log.info)
+        return dg.MaterializeResult(metadata=attribution_metadata(report))
+
+    return attributed_orders
+
+
+@dg.asset(
+    group_name="settlement",
+    kinds={"duckdb", "deltalake"},
+    owners=OWNERS,
+    deps=["minute_metrics", "batch_ledger", "reviewed_hours", "reconciled_hours"],
+    pool="billing",
+    description="Table `billing_lines`: a charge per campaign and day once the day is closed; what changes later is a line of its "
+    "own with its reason, run and rule set. Nothing is ever taken back but by a further line.\n\n" + runbook("billing"),
+)
+def billing_lines(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
+    """Bill what is closed and not billed."""
+    from spark_jobs.jobs.bill import bill
+
+    with failing_clearly():
+        report = bill(load_settings(), run_id=context.run_id, progress=context.log.info)
+    return dg.MaterializeResult(metadata=billing_metadata(report))
+
+
+@dg.asset(
+    group_name="settlement",
+    kinds={"duckdb", "deltalake"},
+    owners=OWNERS,
+    deps=["ad_events", "orders", "minute_metrics", "batch_ledger"],
+    pool="corrections",
+    description="What came since, late records among it: hours whose review is out of date are reviewed, orders concerned "
+    "credited, closed days billed.\n\n" + runbook("invalid-traffic"),
+)
+def settlement(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
+    """Settle all that is out of date."""
+    from spark_jobs.jobs.settle import settle
+
+    with failing_clearly():
+        report = settle(load_settings(), run_id=context.run_id, progress=context.log.info)
+    parts = {
+        "review": review_metadata(report.review),
+        "attribution": attribution_metadata(report.attribution),
+        "billing": billing_metadata(report.billing),
+    }
+    return dg.MaterializeResult(
+        metadata={f"{part}_{name}": value for part, found in parts.items() for name, value in found.items()}
+    )
+
+
+def review_metadata(report: Any) -> dict[str, Any]:
+    """What a ReviewReport says, summed up and by hour where marks changed."""
+    rows = [
+        {
+            "hour": key_of(found.event_hour),
+            "events": found.events,
+            "invalid": found.invalid,
+            "marks changed": found.changed,
+            "spend change in nanos": found.spend_nanos_change,
+        }
+        for found in report.hours
+        if found.changed
+    ]
+    return {
+        "hours": len(report.hours),
+        "events": sum(found.events for found in report.hours),
+        "invalid": sum(found.invalid for found in report.hours),
+        "changed": sum(found.changed for found in report.hours),
+        "changes": markdown_table(rows),
+        "seconds": report.seconds,
+    }
+
+
+def attribution_metadata(report: Any) -> dict[str, Any]:
+    """What an AttributionReport says."""
+    names = ("orders", "credited", "unattributed", "cancelled", "revisions", "touches", "seconds")
+    return {name: getattr(report, name) for name in names}
+
+
+def billing_metadata(report: Any) -> dict[str, Any]:
+    """What a BillingReport says, with its lines."""
+    rows = [
+        {
+            "day": str(line.event_date),
+            "campaign": line.campaign_id,
+            "type": line.line_type,
+            "amount in micros": line.amount_micros,
+            "currency": line.currency,
+            "reason": line.reason,
+        }
+        for line in report.lines
+    ]
+    return {"days": report.days, "lines": len(report.lines), "written": markdown_table(rows), "seconds": report.seconds}
