@@ -19,6 +19,8 @@ UV := $(shell if uv --version >/dev/null 2>&1; then echo uv; else echo .uv-boots
 RUN := $(UV) run --frozen --no-sync
 STAMP := .venv/.synced-$(shell cat uv.lock pyproject.toml | (sha256sum 2>/dev/null || shasum -a 256) | cut -c1-16)
 PYTEST_ARGS ?=
+# Two test processes: each has a Spark session of its own. A file's tests stay together, for they share what takes long to make.
+WORKERS ?= 2
 
 .PHONY: help
 help: ## List the targets
@@ -32,11 +34,11 @@ demo: setup ## Set up, run the main job on the samples and simulated traffic, co
 
 .PHONY: test
 test: setup lint ## Set up, lint, and run the tests (without the long ones below)
-	@$(RUN) pytest -m "not crash and not services and not soak and not e2e" $(PYTEST_ARGS)
+	@$(RUN) pytest -n $(WORKERS) --dist loadfile -m "not crash and not services and not soak and not e2e" $(PYTEST_ARGS)
 
 .PHONY: test-crash
 test-crash: setup ## Set up and kill a real process at every durable step of a batch
-	@$(RUN) pytest -m crash $(PYTEST_ARGS)
+	@$(RUN) pytest -n $(WORKERS) --dist load --maxschedchunk 1 -m crash $(PYTEST_ARGS)
 
 .PHONY: test-soak
 test-soak: setup ## Set up and run everything at once for minutes: ingest, compaction, recounts, backfills, mart builds
