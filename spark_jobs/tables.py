@@ -252,12 +252,14 @@ BILLING_LINES = Table(
     name="billing_lines",
     grain="append-only: one row a line of the billing ledger. line_type 'charge' (the day closed), 'credit' (less than "
     "billed) or 'adjustment' (more); the amounts of a day, campaign, store and currency sum to its spend, rounded "
-    "once, half away from zero. The measures are the day's totals after the line",
+    "once, half away from zero. The measures are the day's totals after the line; posting numbers the commits of lines. "
+    "spend_parts (JSON) is the spend in nanos by what it came from: the batches' own increments and each correction run's",
     columns="""
         line_id STRING, line_type STRING, event_date DATE, campaign_id STRING, store_id STRING, currency STRING,
         amount_micros BIGINT, billed_micros BIGINT, spend_nanos BIGINT, impressions BIGINT, clicks BIGINT,
         invalid_impressions BIGINT, invalid_clicks BIGINT, invalid_spend_nanos BIGINT,
-        reason STRING, run_id STRING, rule_set STRING, metrics_version BIGINT, billed_at TIMESTAMP
+        reason STRING, run_id STRING, rule_set STRING, metrics_version BIGINT, posting BIGINT, spend_parts STRING,
+        billed_at TIMESTAMP
     """,
     key=("line_id",),
     partition_by=(),

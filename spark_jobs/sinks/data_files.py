@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import uuid
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from types import TracebackType
 from typing import Any
 from urllib.parse import quote
@@ -158,9 +158,9 @@ def _stats(metadata: pq.FileMetaData, names: tuple[str, ...]) -> str:
 
 
 def _edge(value: Any, *, up: bool) -> Any:
-    """A bound as Delta writes it: times in milliseconds, an upper one rounded up."""
+    """A bound as Delta writes it: days as text, times in milliseconds, an upper one rounded up."""
     if not isinstance(value, datetime):
-        return value
+        return value.isoformat() if isinstance(value, date) else value
     moment = value.astimezone(UTC)
     if up and moment.microsecond % 1000:
         moment += timedelta(milliseconds=1)
