@@ -64,6 +64,7 @@ class Plan:
     limits: Limits
     campaigns_version: int
     files: list[LandingFile]
+    rule_set: str | None = None  # of invalid traffic; None: no rule, as all were before there were rules
 
     def to_metadata(self, transaction: Transaction) -> dict[str, object]:
         """The plan as it is stored in a commit."""
@@ -72,6 +73,7 @@ class Plan:
             "batch_id": transaction.batch_id,
             "limits": asdict(self.limits),
             "campaigns_version": self.campaigns_version,
+            "rule_set": self.rule_set,
             "files": [[file.modified_ms, file.path, file.size] for file in self.files],
         }
 
@@ -83,6 +85,7 @@ class Plan:
             Limits(**stored["limits"]),
             int(stored["campaigns_version"]),
             [LandingFile(*file) for file in stored["files"]],
+            stored.get("rule_set"),
         )
 
 
@@ -155,7 +158,7 @@ def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[d
         "conflict": count(outcome == Outcome.CONFLICT),
         "rejected": np.bincount(reject_at, minlength=size),
         "late": count(accepted & batch.column("late", np.bool_)),
-        "invalid_traffic": np.zeros(size, dtype=np.int64),
+        "invalid_traffic": count(accepted & batch.column("invalid", np.bool_)),
         "unpriced": count(accepted & batch.column("unpriced", np.bool_)),
         "spend_nanos": spend,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 import pyarrow as pa
 from deltalake import DeltaTable
@@ -16,6 +17,8 @@ from spark_jobs.delta_log import Commit, DeltaLog
 from spark_jobs.jobs.batch import Batch, BatchReport, Plan
 from spark_jobs.jobs.campaigns import campaigns_at, load_campaigns
 from spark_jobs.jobs.stream import StreamJob, stamp_of
+from spark_jobs.rules.invalid_traffic import KIND, InvalidTrafficRules, current_rules, rules_of
+from spark_jobs.rules.store import keep_rule_set
 from spark_jobs.sinks.delta import DeltaSink, Transaction
 from spark_jobs.sources.delta import file_paths, read_files
 from spark_jobs.steps import Step, durable
@@ -40,6 +43,7 @@ class EventsJob(StreamJob):
         self._events = DeltaSink(EVENTS, settings)
         self._metrics = DeltaSink(MINUTE_METRICS, settings)
         self._price_list: tuple[int, pa.Table] | None = None
+        self._rules: tuple[str | None, InvalidTrafficRules] | None = None
 
     def plan_prices(self) -> int:
         """See StreamJob."""
@@ -50,6 +54,20 @@ class EventsJob(StreamJob):
         if self._price_list is None or self._price_list[0] != plan.campaigns_version:
             self._price_list = (plan.campaigns_version, campaigns_at(self.settings, plan.campaigns_version))
         return self._price_list[1]
+
+    def plan_rules(self) -> str:
+        """See StreamJob."""
+        rules = current_rules(self.settings)
+        if self._rules is None or self._rules[0] is None or self._rules[1] != rules:
+            self._rules = (keep_rule_set(self.settings, KIND, rules, datetime.now(UTC)), rules)
+        assert self._rules[0] is not None
+        return self._rules[0]
+
+    def rules(self, plan: Plan) -> InvalidTrafficRules:
+        """See StreamJob."""
+        if self._rules is None or self._rules[0] != plan.rule_set:
+            self._rules = (plan.rule_set, rules_of(self.settings, plan.rule_set))
+        return self._rules[1]
 
     def classify(self, batch: Batch, history_version: int) -> Classification:
         """See StreamJob."""

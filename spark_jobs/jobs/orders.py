@@ -10,6 +10,7 @@ import pyarrow as pa
 from spark_jobs.dedupe.classify import Classification, Outcome
 from spark_jobs.jobs.batch import Batch
 from spark_jobs.jobs.stream import StreamJob, stamp_of
+from spark_jobs.rules.invalid_traffic import no_rules
 from spark_jobs.sinks.delta import merge_orders
 from spark_jobs.sources.delta import file_paths, read_files
 from spark_jobs.steps import Step
@@ -39,7 +40,7 @@ class OrdersJob(StreamJob):
         """See StreamJob."""
         records: list[dict[str, Any]] = []
         for task, first in zip(batch.tasks, batch.first_lines, strict=True):
-            for table in staged(task, "rows", CAMPAIGN_SCHEMA.empty_table()):
+            for table in staged(task, "rows", CAMPAIGN_SCHEMA.empty_table(), no_rules()):
                 place = {"source_file": task.split.name}
                 records += [{**row, **place, "source_line": row["n"] + first} for row in table.to_pylist()]
         known = self._known(sorted({r["order_id"] for r in records}), history_version)

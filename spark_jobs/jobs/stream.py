@@ -29,6 +29,7 @@ from spark_jobs.dedupe.keys import Keys
 from spark_jobs.delta_log import Commit, DeltaLog
 from spark_jobs.errors import ConservationError
 from spark_jobs.jobs.batch import COUNTS, Batch, BatchReport, Plan, ledger_rows
+from spark_jobs.rules.invalid_traffic import InvalidTrafficRules, no_rules
 from spark_jobs.sinks.delta import DeltaSink, Transaction
 from spark_jobs.sources.checkpoint import read_batch_files
 from spark_jobs.sources.landing import follows_protocol, plan_splits
@@ -93,6 +94,14 @@ class StreamJob(ABC):
     def prices(self, plan: Plan) -> pa.Table:
         """The price list of a plan (CAMPAIGN_SCHEMA). Empty, unless a stream has prices."""
         return CAMPAIGN_SCHEMA.empty_table()
+
+    def plan_rules(self) -> str | None:
+        """The rule set of invalid traffic that a new batch is decided with; None: the stream has none."""
+        return None
+
+    def rules(self, plan: Plan) -> InvalidTrafficRules:
+        """The rules of invalid traffic of a plan. None of them hits, unless a stream has some."""
+        return no_rules()
 
     @abstractmethod
     def classify(self, batch: Batch, history_version: int) -> Classification:
@@ -164,15 +173,15 @@ class StreamJob(ABC):
         )
         folder = settings.landing_path / self.stream
         files = [file for file in planned.files if follows_protocol(file.path, folder)]
-        return Plan(limits, self.plan_prices(), files)
+        return Plan(limits, self.plan_prices(), files, self.plan_rules())
 
     def _stage(self, spark: SparkSession, plan: Plan, transaction: Transaction, done: Commit | None, scratch: Path) -> Batch:
         splits = plan_splits(plan.files, self.settings.landing_path, self.settings.split_bytes)
         tasks = [StageTask(self.stream, split, plan.limits, str(scratch)) for split in splits]
-        prices = self.prices(plan)
+        prices, rules = self.prices(plan), self.rules(plan)
         context = spark.sparkContext
         slices = max(1, min(len(tasks), context.defaultParallelism * 4))
-        results = context.parallelize(tasks, slices).map(lambda task: stage_split(task, prices)).collect()
+        results = context.parallelize(tasks, slices).map(lambda task: stage_split(task, prices, rules)).collect()
         keys = Keys.concatenate([Keys.from_bytes(s.keys) for s in results])
         return Batch(plan, transaction, done, tasks, results, keys)
 
@@ -181,6 +190,8 @@ class StreamJob(ABC):
             of_events=self.stream == "events",
             stamp=stamp_of(batch),
             campaigns=self.prices(batch.plan),
+            rules=self.rules(batch.plan),
+            rule_set=batch.plan.rule_set,
             rejected_table=self.rejected_table,
             rejected_uri=self.settings.table_uri(self.rejected_table.name),
             events_uri=self.events_uri(batch),

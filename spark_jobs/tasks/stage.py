@@ -17,6 +17,7 @@ import pyarrow as pa
 from spark_jobs.contract.parse import Reject, encode_raw, parse_all
 from spark_jobs.contract.spec import CONTRACTS, Limits
 from spark_jobs.dedupe.keys import Keys
+from spark_jobs.rules.invalid_traffic import InvalidTrafficRules
 from spark_jobs.sources.landing import Split
 from spark_jobs.sources.lines import FileFault, Lines, read_lines
 from spark_jobs.transforms.events import HOUR_US, enrich
@@ -51,15 +52,16 @@ class StageTask:
 
 @dataclass(frozen=True)
 class StagedSplit:
-    """What the driver learns of a split. ``keys`` (Keys.to_bytes), ``hours`` (int32 hours since the epoch), ``late``, ``unpriced``
-    (bool), ``spend`` (int64 nanos) and ``received`` (int64 micros) are of the valid rows in order; ``reject_hours`` of the rejects,
-    NO_HOUR where the record had no readable time."""
+    """What the driver learns of a split. ``keys`` (Keys.to_bytes), ``hours`` (int32 hours since the epoch), ``late``, ``invalid``,
+    ``unpriced`` (bool), ``spend`` (int64 nanos) and ``received`` (int64 micros) are of the valid rows in order; ``reject_hours`` of
+    the rejects, NO_HOUR where the record had no readable time."""
 
     number: int
     offered: int
     keys: bytes
     hours: bytes
     late: bytes
+    invalid: bytes
     unpriced: bytes
     spend: bytes
     received: bytes
@@ -101,20 +103,22 @@ class _Writer:
             os.replace(self._temporary, self._path)
 
 
-def stage_split(task: StageTask, campaigns: pa.Table) -> StagedSplit:
+def stage_split(task: StageTask, campaigns: pa.Table, rules: InvalidTrafficRules) -> StagedSplit:
     """Parse a split into its two scratch files (valid rows, rejects)."""
     contract = CONTRACTS[task.stream]
     rows, rejected = _Writer(task.path("rows")), _Writer(task.path("rejects"))
     offered = 0
     keys: list[Keys] = []
-    columns: dict[str, list[npt.NDArray[np.generic]]] = {n: [] for n in ("hours", "late", "unpriced", "spend", "received")}
+    columns: dict[str, list[npt.NDArray[np.generic]]] = {
+        n: [] for n in ("hours", "late", "invalid", "unpriced", "spend", "received")
+    }
     reject_hours: list[int] = []
     chunks = read_lines(task.split.path, task.split.start, task.split.end)
     wrote_rows = wrote_rejects = False
     for parsed in parse_all(chunks, contract, task.split.region, task.limits):
         offered += parsed.offered
         if parsed.valid.num_rows or not wrote_rows:
-            table = enrich(parsed.valid, contract, task.limits, campaigns)
+            table = enrich(parsed.valid, contract, task.limits, campaigns, rules)
             rows.write(table)
             wrote_rows = True
             keys.append(Keys(*(table[n].to_numpy() for n in ("key_low", "key_high", "fingerprint"))))
@@ -122,10 +126,12 @@ def stage_split(task: StageTask, campaigns: pa.Table) -> StagedSplit:
             columns["late"].append(table["is_late"].to_numpy())
             columns["received"].append(table["received_at"].to_numpy())
             if "billing_model" in table.column_names:
+                columns["invalid"].append(table["invalid_traffic_rule"].is_valid().to_numpy())
                 columns["unpriced"].append(table["billing_model"].is_null().to_numpy())
                 columns["spend"].append(table["spend_nanos"].to_numpy())
             else:
-                columns["unpriced"].append(np.zeros(table.num_rows, dtype=bool))
+                for name in ("invalid", "unpriced"):
+                    columns[name].append(np.zeros(table.num_rows, dtype=bool))
                 columns["spend"].append(np.zeros(table.num_rows, dtype=np.int64))
         if parsed.rejects or not wrote_rejects:
             rejected.write(_reject_table(parsed.rejects))
@@ -144,6 +150,7 @@ def stage_split(task: StageTask, campaigns: pa.Table) -> StagedSplit:
         keys=Keys.concatenate(keys).to_bytes(),
         hours=joined("hours", np.int32),
         late=joined("late", np.bool_),
+        invalid=joined("invalid", np.bool_),
         unpriced=joined("unpriced", np.bool_),
         spend=joined("spend", np.int64),
         received=joined("received", np.int64),
@@ -151,14 +158,14 @@ def stage_split(task: StageTask, campaigns: pa.Table) -> StagedSplit:
     )
 
 
-def staged(task: StageTask, part: str, campaigns: pa.Table) -> Iterator[pa.Table]:
+def staged(task: StageTask, part: str, campaigns: pa.Table, rules: InvalidTrafficRules) -> Iterator[pa.Table]:
     """The scratch file of a split, "rows" or "rejects", memory-mapped, a chunk of lines at a time; made again where it is missing.
 
     Nothing if the split has no line at all.
     """
     path = task.path(part)
     if not path.exists():
-        stage_split(task, campaigns)
+        stage_split(task, campaigns, rules)
     if not path.exists():
         return
     with pa.memory_map(str(path)) as source:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from spark_jobs.contract.spec import CONTRACTS
 from spark_jobs.dedupe.keys import hex_fingerprint
 from spark_jobs.duck import task_connection
+from spark_jobs.rules.invalid_traffic import InvalidTrafficRules
 from spark_jobs.sinks.data_files import DataFile, DataFileWriter
 from spark_jobs.tables import EVENTS, Table
 from spark_jobs.tasks.stage import StageTask, raw_lines, staged
@@ -41,6 +42,8 @@ class WriteJob:
     of_events: bool
     stamp: Stamp
     campaigns: pa.Table
+    rules: InvalidTrafficRules
+    rule_set: str | None
     rejected_table: Table
     rejected_uri: str
     events_uri: str | None
@@ -69,11 +72,13 @@ def write_splits(work: Iterable[SplitRows], job: WriteJob) -> Written:
         for split in work:
             for rows in reject_rows(split, job):
                 rejects.write(rows)
-            for rows in accepted_rows(split, job.campaigns) if job.of_events else ():
+            for rows in accepted_rows(split, job.campaigns, job.rules) if job.of_events else ():
                 sums.append(increments(rows))
                 if events is not None:
-                    events.write(stamped(event_columns(rows, split.task.split.name, split.first_line), EVENTS, job.stamp))
-    return Written(events.files if events else [], rejects.files, to_stream(sum_increments(sums)) if job.of_events else None)
+                    columns = event_columns(rows, split.task.split.name, split.first_line, job.rule_set)
+                    events.write(stamped(columns, EVENTS, job.stamp))
+    summed = to_stream(sum_increments(sums)) if job.of_events else None
+    return Written(events.files if events else [], rejects.files, summed)
 
 
 def to_stream(table: pa.Table) -> bytes:
@@ -89,10 +94,10 @@ def from_stream(data: bytes) -> pa.Table:
     return pa.ipc.open_stream(data).read_all()
 
 
-def accepted_rows(work: SplitRows, campaigns: pa.Table) -> Iterator[pa.Table]:
+def accepted_rows(work: SplitRows, campaigns: pa.Table, rules: InvalidTrafficRules) -> Iterator[pa.Table]:
     """The staged rows of a split that are neither duplicates nor conflicts, a chunk at a time."""
     start = 0
-    for table in staged(work.task, "rows", campaigns):
+    for table in staged(work.task, "rows", campaigns, rules):
         low, high = np.searchsorted(work.dropped, (start, start + table.num_rows))
         if low < high:
             keep = np.ones(table.num_rows, dtype=bool)
@@ -111,11 +116,11 @@ def reject_rows(work: SplitRows, job: WriteJob) -> Iterator[pa.Table]:
     def rows(records: Iterable[dict[str, Any]]) -> pa.Table:
         return stamped_records([{**record, **place} for record in records], job.rejected_table, job.stamp)
 
-    for table in staged(work.task, "rejects", job.campaigns):
+    for table in staged(work.task, "rejects", job.campaigns, job.rules):
         if table.num_rows:
             yield rows(_rejected(reject, work.first_line) for reject in table.to_pylist())
     if len(work.conflicts):
-        yield rows(_conflicts(work, job.campaigns))
+        yield rows(_conflicts(work, job.campaigns, job.rules))
 
 
 def _rejected(reject: dict[str, Any], first_line: int) -> dict[str, Any]:
@@ -131,12 +136,12 @@ def _rejected(reject: dict[str, Any], first_line: int) -> dict[str, Any]:
     }
 
 
-def _conflicts(work: SplitRows, campaigns: pa.Table) -> Iterator[dict[str, Any]]:
+def _conflicts(work: SplitRows, campaigns: pa.Table, rules: InvalidTrafficRules) -> Iterator[dict[str, Any]]:
     contract = CONTRACTS[work.task.stream]
     id_field, time_field = contract.id_field, contract.time_field
     records: list[dict[str, Any]] = []
     start = 0
-    for table in staged(work.task, "rows", campaigns):
+    for table in staged(work.task, "rows", campaigns, rules):
         low, high = np.searchsorted(work.conflicts, (start, start + table.num_rows))
         if low < high:
             chosen = table.select(["n", id_field, time_field, "fingerprint"]).take(pa.array(work.conflicts[low:high] - start))

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from spark_jobs.contract.spec import Contract, Limits
 from spark_jobs.dedupe.keys import hash_keys
 from spark_jobs.duck import query_arrow
+from spark_jobs.rules.invalid_traffic import InvalidTrafficRules, judge_of, marks
 
 HOUR_US = 3_600_000_000
 
@@ -22,14 +23,15 @@ CAMPAIGN_SCHEMA = pa.schema(
 )
 
 METRIC_KEYS = ("event_minute_us", "region", "campaign_id", "ad_id", "store_id", "placement", "currency")
-METRIC_MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos")
+METRIC_MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos", "invalid_spend_nanos")
 INCREMENT_SCHEMA = pa.schema(
     [("event_minute_us", pa.int64()), *((n, pa.string()) for n in METRIC_KEYS[1:]), *((n, pa.int64()) for n in METRIC_MEASURES)]
 )
 
 
-def enrich(valid: pa.Table, contract: Contract, limits: Limits, campaigns: pa.Table) -> pa.Table:
-    """Adds to parsed rows: hour_us, is_late, key_low, key_high, fingerprint (uint64) and, for events, the price.
+def enrich(valid: pa.Table, contract: Contract, limits: Limits, campaigns: pa.Table, rules: InvalidTrafficRules) -> pa.Table:
+    """Adds to parsed rows: hour_us, is_late, key_low, key_high, fingerprint (uint64) and, for events, the price and
+    the marks of invalid traffic: an invalid event costs nothing (spend_nanos), its price stands in invalid_spend_nanos.
 
     received_at is filled with the time of ingestion. Late: received when the event's hour had ended at least the grace ago.
     """
@@ -44,8 +46,17 @@ def enrich(valid: pa.Table, contract: Contract, limits: Limits, campaigns: pa.Ta
     for name in keys.column_names:
         made = made.append_column(name, keys[name])
     if contract.stream == "events":
-        billing_model, spend = price(valid, campaigns)
-        made = made.append_column("billing_model", billing_model).append_column("spend_nanos", spend)
+        billing_model, cost = price(valid, campaigns)
+        rule, hits = marks(judge_of(rules).codes(valid), rules)
+        billable = rule.is_null()
+        for name, column in (
+            ("billing_model", billing_model),
+            ("spend_nanos", pc.if_else(billable, cost, 0)),
+            ("invalid_spend_nanos", pc.if_else(billable, 0, cost)),
+            ("invalid_traffic_rule", rule),
+            ("invalid_traffic_rules", hits),
+        ):
+            made = made.append_column(name, column)
     return made.combine_chunks()
 
 
@@ -87,10 +98,11 @@ def increments(events: pa.Table) -> pa.Table:
     return query_arrow(
         f"""
         select event_time - event_time % 60000000 as event_minute_us, {", ".join(METRIC_KEYS[1:])},
-            count(*) filter (event_type = 'impression') as impressions,
-            count(*) filter (event_type = 'click') as clicks,
-            0::bigint as invalid_impressions, 0::bigint as invalid_clicks,
-            sum(spend_nanos)::bigint as spend_nanos
+            count(*) filter (event_type = 'impression' and invalid_traffic_rule is null) as impressions,
+            count(*) filter (event_type = 'click' and invalid_traffic_rule is null) as clicks,
+            count(*) filter (event_type = 'impression' and invalid_traffic_rule is not null) as invalid_impressions,
+            count(*) filter (event_type = 'click' and invalid_traffic_rule is not null) as invalid_clicks,
+            sum(spend_nanos)::bigint as spend_nanos, sum(invalid_spend_nanos)::bigint as invalid_spend_nanos
         from input group by all
         """,
         events,
@@ -132,12 +144,16 @@ def as_timestamp(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(pa.int64()).cast(pa.timestamp("us", "UTC"))
 
 
-def event_columns(staged: pa.Table, source_file: str, first_line: int) -> pa.Table:
-    """The columns of table `events` (but for the batch's own) of accepted staged rows; ``first_line`` is line n = 0's number."""
+def event_columns(staged: pa.Table, source_file: str, first_line: int, rule_set: str | None) -> pa.Table:
+    """The columns of table `events` (but for the batch's own) of accepted staged rows; ``first_line`` is line n = 0's number.
+
+    ``rule_set`` is the hash of the rules of invalid traffic that they were judged by.
+    """
     hours = pc.divide(staged["hour_us"], HOUR_US)
     same = (
         *("event_id", "event_type", "region", "campaign_id", "ad_id", "store_id", "user_id", "impression_id", "placement"),
-        *("price_micros", "currency", "user_agent", "billing_model", "spend_nanos", "is_late"),
+        *("price_micros", "currency", "user_agent", "billing_model", "spend_nanos", "invalid_spend_nanos", "is_late"),
+        *("invalid_traffic_rule", "invalid_traffic_rules"),
     )
     return pa.table(
         {
@@ -145,6 +161,7 @@ def event_columns(staged: pa.Table, source_file: str, first_line: int) -> pa.Tab
             "event_time": as_timestamp(staged["event_time"]),
             "received_at": as_timestamp(staged["received_at"]),
             "fingerprint": pa.chunked_array([chunk.view(pa.int64()) for chunk in staged["fingerprint"].chunks], pa.int64()),
+            "rule_set": pa.repeat(pa.scalar(rule_set, pa.string()), staged.num_rows),
             "source_file": pa.repeat(pa.scalar(source_file), staged.num_rows),
             "source_line": pc.add(staged["n"], first_line),
             "event_date": _day(staged["hour_us"]),
