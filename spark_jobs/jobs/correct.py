@@ -97,7 +97,7 @@ def _held(recount: Recount, name: str, table: Table) -> pa.Table:
     return _arrow(recount, f"select {', '.join(table.schema.names)} from {name}").cast(table.schema)
 
 
-def _rows(table: Table, columns: dict[str, Any], count: int) -> pa.Table:
+def table_rows(table: Table, columns: dict[str, Any], count: int) -> pa.Table:
     """Rows of ``table``; a column that is one value holds it everywhere, one that lacks is null. Times are microseconds."""
     made = []
     for spec in table.schema:
@@ -138,7 +138,7 @@ def _events(recount: Recount, run: Run) -> TableChange:
         """,
     )
     hours = lost["hour"].to_numpy()
-    add = _rows(
+    add = table_rows(
         EVENTS,
         {
             **{name: lost[name] for name in EVENTS.schema.names if name in lost.column_names},
@@ -291,7 +291,7 @@ def _metrics(recount: Recount, run: Run) -> TableChange:
         for rows in (named.filter(pc.invert(taken)), further):
             columns = {name: rows[name] for name in MINUTE_METRICS.schema.names if name in rows.column_names}
             identity = {"_query_id": query_id, "_batch_id": batch_id, "_run_id": run.run_id}
-            parts.append(_rows(MINUTE_METRICS, {**columns, **identity}, rows.num_rows))
+            parts.append(table_rows(MINUTE_METRICS, {**columns, **identity}, rows.num_rows))
     return TableChange(MINUTE_METRICS, remove, pa.concat_tables(parts))
 
 
@@ -330,7 +330,7 @@ def _ledger(recount: Recount, run: Run) -> TableChange:
         "_batch_id": rows["batch_id"],
         "_run_id": run.run_id,
     }
-    return TableChange(BATCH_LEDGER, remove, _rows(BATCH_LEDGER, columns, rows.num_rows))
+    return TableChange(BATCH_LEDGER, remove, table_rows(BATCH_LEDGER, columns, rows.num_rows))
 
 
 # --- why, with the money
@@ -358,4 +358,4 @@ def _restatements(recount: Recount, run: Run) -> TableChange:
         "rule_set": run.rule_set,
         "restated_at": run.now_us,
     }
-    return TableChange(RESTATEMENTS, RESTATEMENTS.schema.empty_table(), _rows(RESTATEMENTS, columns, rows.num_rows))
+    return TableChange(RESTATEMENTS, RESTATEMENTS.schema.empty_table(), table_rows(RESTATEMENTS, columns, rows.num_rows))

@@ -197,6 +197,11 @@ class RecordJudge:
         self._networks = _Networks(rules.networks if "listed_network" in on else ())
         self._is_crawler = lru_cache(maxsize=_AGENTS_HELD)(self._matches)
 
+    @property
+    def looks_at_users(self) -> bool:
+        """Whether a user id can hit."""
+        return bool(len(self._users) or self._networks)
+
     def _matches(self, agent: str) -> bool:
         return self._crawler is not None and self._crawler.search(agent) is not None
 

@@ -1,4 +1,4 @@
-"""Corrections: rows put into and taken out of Delta tables by a repair or a backfill, decided first and written ahead.
+"""Corrections: rows put into and taken out of Delta tables by a repair, a backfill or a review, decided first and written ahead.
 
 A correction lies whole under ``corrections_path`` before the first of its commits, and goes when the last one is made. Each of its
 tables changes in one commit, once (Delta's txn has the correction's own token), so a correction that was killed is finished by
@@ -40,6 +40,7 @@ from spark_jobs.tables import (
     REJECTED_EVENTS,
     RESTATEMENTS,
     TABLES,
+    TRAFFIC_REVIEWS,
     Table,
 )
 
@@ -51,6 +52,7 @@ _ORDER: dict[str, tuple[Step, str]] = {
     BATCH_LEDGER.name: (Step.CORRECTED_LEDGER, "_query_id"),
     RESTATEMENTS.name: (Step.RESTATEMENTS, "run_id"),
     HOUR_RULES.name: (Step.HOUR_RULES, "run_id"),
+    TRAFFIC_REVIEWS.name: (Step.TRAFFIC_REVIEWS, "run_id"),
     RECONCILIATIONS.name: (Step.RECONCILIATIONS, "run_id"),
 }
 _MANIFEST = "manifest.json"
@@ -58,12 +60,17 @@ _MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class TableChange:
-    """Rows to take out of a table and to put in: all its columns, each row as often as it is meant."""
+    """Rows to take out of a table and to put in: all its columns, each row as often as it is meant.
+
+    ``by_key``: ``remove`` has the key and the partition columns only, and all rows go that have one of these keys in one of these
+    partitions. For rows that are put back with other values: of `events`, no key comes or goes by it.
+    """
 
     table: Table
     remove: pa.Table
     add: pa.Table
     metadata: dict[str, Any] = field(default_factory=dict)
+    by_key: bool = False
 
     @property
     def is_nothing(self) -> bool:
@@ -97,7 +104,7 @@ def write_ahead(settings: Settings, correction: Correction) -> None:
         "token": correction.token,
         "run_id": correction.run_id,
         "events_version": correction.events_version,
-        "changes": [[change.table.name, change.metadata] for change in correction.changes],
+        "changes": [[change.table.name, change.metadata, change.by_key] for change in correction.changes],
     }
     (hidden / _MANIFEST).write_text(json.dumps(manifest), "utf-8")
     with durable(Step.CORRECTION_DECIDED):
@@ -118,9 +125,9 @@ def unfinished_corrections(settings: Settings) -> Iterator[Correction]:
 def _read(folder: Path) -> Correction:
     manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
     changes = []
-    for name, metadata in manifest["changes"]:
+    for name, metadata, *by_key in manifest["changes"]:
         remove, add = (pq.read_table(folder / f"{name}.{part}.parquet") for part in ("remove", "add"))
-        changes.append(TableChange(TABLES[name], remove, add, metadata))
+        changes.append(TableChange(TABLES[name], remove, add, metadata, *by_key))
     return Correction(manifest["token"], manifest["run_id"], manifest["events_version"], changes)
 
 
@@ -170,7 +177,7 @@ def _commit(settings: Settings, change: TableChange, step: Step, transaction: Tr
     now = int(time.time() * 1000)
     actions: list[AddAction | RemoveAction] = []
     rewritten: list[DataFile] = []
-    for file in _files_with(held, change.remove, table, key):
+    for file in _files_with(held, change, key):
         actions.append(RemoveAction(file.path, True, now, file.size, file.partition))
         with DataFileWriter(uri, table) as writer:
             for batch in file.without_rows():
@@ -179,7 +186,8 @@ def _commit(settings: Settings, change: TableChange, step: Step, transaction: Tr
     with DataFileWriter(uri, table) as writer:
         writer.write(change.add)
     actions += [AddAction(f.path, f.size, f.partition, now, data_change=True, stats=f.stats) for f in [*rewritten, *writer.files]]
-    metadata = {**change.metadata, "added_files": [file.path for file in writer.files]}
+    # the files in which keys may lie that the table did not have
+    metadata = {**change.metadata, "added_files": [] if change.by_key else [file.path for file in writer.files]}
     with durable(step):
         held.create_write_transaction(
             actions,
@@ -218,6 +226,11 @@ class _File:
             self._going.append(pa.array(going))
         return found
 
+    def find_keys(self, keys: pa.Array, key: str) -> bool:
+        """Mark the rows that have one of ``keys``."""
+        self._going = [pc.is_in(batch[key].combine_chunks(), value_set=keys) for batch in self._batches()]
+        return any(pc.any(going).as_py() for going in self._going)
+
     def without_rows(self) -> Iterator[pa.Table]:
         """The rows that stay."""
         for batch, going in zip(self._batches(), self._going, strict=True):
@@ -232,18 +245,25 @@ class _File:
             yield rows.select(self._table.schema.names)
 
 
-def _files_with(held: DeltaTable, remove: pa.Table, table: Table, key: str) -> Iterator[_File]:
-    """The data files in which rows of ``remove`` lie. A row that is not there any more is none to take out."""
+def _files_with(held: DeltaTable, change: TableChange, key: str) -> Iterator[_File]:
+    """The data files in which rows lie that are to go. A row that is not there any more is none to take out."""
+    table, remove = change.table, change.remove
     if not remove.num_rows:
         return
-    remove = remove.select(table.schema.names).cast(table.schema)
-    wanted = Counter(_row_text(row) for row in remove.to_pylist())
-    keys = remove[key].unique()
-    partitions = {tuple(row[name] for name in table.partition_by) for row in remove.to_pylist()}
+    if change.by_key:
+        (key,) = table.key
+        parts = remove.group_by(list(table.partition_by)).aggregate([]).to_pylist()
+        wanted: Counter[str] = Counter()
+    else:
+        remove = remove.select(table.schema.names).cast(table.schema)
+        parts = remove.to_pylist()
+        wanted = Counter(_row_text(row) for row in parts)
+    keys = pc.unique(remove[key].combine_chunks())
+    partitions = {tuple(row[name] for name in table.partition_by) for row in parts}
     for action in pa.table(held.get_add_actions(flatten=True)).to_pylist():
         if tuple(action[f"partition.{name}"] for name in table.partition_by) in partitions:
             file = _File(open_root(held.table_uri.removeprefix("file://").rstrip("/")), action, table)
-            if file.find(wanted, keys, key):
+            if file.find_keys(keys, key) if change.by_key else file.find(wanted, keys, key):
                 yield file
 
 
