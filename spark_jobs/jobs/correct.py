@@ -189,7 +189,7 @@ def _rejects(recount: Recount, run: Run) -> TableChange:
     lost = _arrow(
         recount,
         """
-        select l.* exclude (query_id, batch_id, ingested_us, state), batches.*,
+        select l.* exclude (query_id, batch_id, ingested_us, state, rule_set), batches.*,
             coalesce(h.earliest_us, batches.earliest_us) as judged_earliest_us,
             coalesce(h.future_skew_us, batches.future_skew_us) as judged_skew_us
         from rejects_lost l join batches using (b) left join hour_rules h on h.hour = l.hour and version <= events_version

@@ -13,14 +13,16 @@ from spark_jobs.recount.truth import NO_HOUR, Recount, listed
 from spark_jobs.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, REJECTED_EVENTS
 
 METRIC_KEYS = ("region", "campaign_id", "ad_id", "store_id", "placement", "currency")
-METRIC_MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos")
+METRIC_MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos", "invalid_spend_nanos")
 LEDGER_MEASURES = (
     *("offered", "accepted", "duplicate", "conflict", "rejected", "late", "invalid_traffic", "unpriced", "spend_nanos"),
 )
 _PLAIN = (
     *("event_type", "campaign_id", "ad_id", "store_id", "user_id", "impression_id", "placement", "price_micros", "currency"),
-    *("user_agent", "region", "billing_model", "spend_nanos", "is_late"),
+    *("user_agent", "region", "billing_model", "is_late"),
 )
+# what a judgement of invalid traffic decides; a table of before it had these columns has nulls
+_MARKS = ("invalid_traffic_rule", "invalid_traffic_rules", "rule_set", "spend_nanos", "coalesce(invalid_spend_nanos, 0)")
 _PLACE = ("record_id", "time_us", "received_us", "name", "line", "query_id", "batch_id", "ingested_us", "hour")
 
 
@@ -52,6 +54,21 @@ class HourSums:
     events_found: int
     nanos_expected: int
     nanos_found: int
+
+
+def _counted(event_type: str, validity: str) -> str:
+    return f"count(*) filter (event_type = '{event_type}' and invalid_traffic_rule is {validity})"
+
+
+# the measures of an increment, from the records that are in it
+_EXPECTED = {
+    "impressions": _counted("impression", "null"),
+    "clicks": _counted("click", "null"),
+    "invalid_impressions": _counted("impression", "not null"),
+    "invalid_clicks": _counted("click", "not null"),
+    "spend_nanos": "sum(spend_nanos)",
+    "invalid_spend_nanos": "sum(invalid_spend_nanos)",
+}
 
 
 class Comparison:
@@ -95,7 +112,7 @@ class Comparison:
 
     @staticmethod
     def _hash(*names: str) -> str:
-        return f"hash({', '.join((*names, *_PLAIN))})"
+        return f"hash({', '.join((*names, *_PLAIN, *_MARKS))})"
 
     def _found(self, table: str, hour: str, where: str) -> str:
         """SQL for the rows of a table in the hours asked, but for batches that are still to end."""
@@ -164,6 +181,13 @@ class Comparison:
             """
         )
         raw = self._recount.all_files()
+        cost = "{0}.spend_nanos + coalesce({0}.invalid_spend_nanos, 0)"
+        pairs = [*((name, name) for name in _PLAIN), ("time_us", "epoch_us(event_time)"), ("received_us", "epoch_us(received_at)")]
+        same = " and ".join(
+            f"l.{ours} is not distinct from {theirs.replace('(', '(o.') if '(' in theirs else f'o.{theirs}'}"
+            for ours, theirs in pairs
+        )
+        same += f" and {cost.format('l')} = {cost.format('o')}"
         known = (
             f"""
             union select record_id from read_parquet({listed(raw)})
@@ -181,12 +205,13 @@ class Comparison:
                 select *, row_number() over (partition by event_id, source_file, source_line, _query_id, _batch_id, is_copy) as n
                 from events_over
             ), altered as (
-                select l.hour, l.campaign_id, l.spend_nanos as expected_nanos, o.spend_nanos as found_nanos, l.record_id,
-                    l.name, l.line, l.query_id, l.batch_id
+                select l.hour, l.campaign_id,
+                    if({same}, 'mark_wrong', 'event_altered') as cause,
+                    l.spend_nanos as expected_nanos, o.spend_nanos as found_nanos, l.record_id, l.name, l.line, l.query_id, l.batch_id
                 from events_lost l join over o on o.n = 1 and not o.is_copy and o.event_id = l.record_id
                     and o.source_file = l.name and o.source_line = l.line and o._query_id = l.query_id and o._batch_id = l.batch_id
             )
-            select hour, 'event_altered' as cause, campaign_id, 1 as expected, 1 as found, expected_nanos, found_nanos,
+            select hour, cause, campaign_id, 1 as expected, 1 as found, expected_nanos, found_nanos,
                 'event ' || record_id as example
             from altered
             union all
@@ -260,9 +285,7 @@ class Comparison:
                     else 'increment_altered' end as cause
             from (
                 select query_id, batch_id, time_us - time_us % 60000000 as minute_us, {", ".join(METRIC_KEYS)}, hour, state,
-                    count(*) filter (event_type = 'impression') as e_impressions,
-                    count(*) filter (event_type = 'click') as e_clicks, 0 as e_invalid_impressions, 0 as e_invalid_clicks,
-                    sum(spend_nanos) as e_spend_nanos, 1 as e_rows,
+                    {", ".join(f"{sql} as e_{m}" for m, sql in _EXPECTED.items())}, 1 as e_rows,
                     {", ".join(f"0 as f_{m}" for m in METRIC_MEASURES)}, 0 as f_rows
                 from expected where outcome = 'accepted' and {chosen} group by all
                 union all by name
@@ -290,26 +313,25 @@ class Comparison:
         Sums of measures weighted by a hash of the key agree where the sums per key do, and cost no grouping by key.
         """
 
-        def weighted(minute: str, batch: str, impressions: str, clicks: str) -> str:
+        def weighted(minute: str, batch: str, *measures: str) -> str:
             weight = f"(hash({batch}, {minute}, {', '.join(METRIC_KEYS)}) >> 24)::hugeint"
-            return ", ".join(f"sum({weight} * ({measure}))" for measure in (impressions, clicks, "coalesce(spend_nanos, 0)"))
+            return ", ".join(f"sum({weight} * ({measure}))" for measure in measures)
 
+        is_valid = "invalid_traffic_rule is null"
+        kinds = [f"(event_type = '{kind}' and {side}{is_valid})::int" for side in ("", "not ") for kind in ("impression", "click")]
         expected = weighted(
-            "time_us - time_us % 60000000", "query_id, batch_id", "(event_type = 'impression')::int", "(event_type = 'click')::int"
+            "time_us - time_us % 60000000", "query_id, batch_id", *kinds, "spend_nanos", "coalesce(invalid_spend_nanos, 0)"
         )
-        found = weighted("epoch_us(event_minute)", "_query_id, _batch_id", "coalesce(impressions, 0)", "coalesce(clicks, 0)")
+        found = weighted("epoch_us(event_minute)", "_query_id, _batch_id", *(f"coalesce({name}, 0)" for name in METRIC_MEASURES))
         sides = [
             {hour: rest for hour, *rest in self._recount.rows(sql)}
             for sql in (
-                f"select hour, 0, 0, {expected} from expected where outcome = 'accepted' group by hour",
-                f"""
-                select hour, count(*) - count(distinct record_uuid),
-                    coalesce(bit_or(invalid_impressions | invalid_clicks), 0), {found}
-                from found_metrics group by hour
-                """,
+                f"select hour, 0, {expected} from expected where outcome = 'accepted' group by hour",
+                f"select hour, count(*) - count(distinct record_uuid), {found} from found_metrics group by hour",
             )
         ]
-        wrong = [hour for hour in {*sides[0], *sides[1]} if sides[0].get(hour, [0] * 5) != sides[1].get(hour, [0] * 5)]
+        nothing = [0] * (1 + len(METRIC_MEASURES))
+        wrong = [hour for hour in {*sides[0], *sides[1]} if sides[0].get(hour, nothing) != sides[1].get(hour, nothing)]
         return f"hour in ({', '.join(map(str, sorted(wrong)))})" if wrong else "false"
 
     def _ledger(self) -> list[Finding]:
@@ -319,7 +341,7 @@ class Comparison:
             "offered": "count(*)",
             **{name: f"count(*) filter (outcome = '{name}')" for name in ("accepted", "duplicate", "conflict", "rejected")},
             "late": "count(*) filter (outcome = 'accepted' and is_late)",
-            "invalid_traffic": "0",
+            "invalid_traffic": "count(*) filter (outcome = 'accepted' and invalid_traffic_rule is not null)",
             "unpriced": "count(*) filter (outcome = 'accepted' and billing_model is null)",
             "spend_nanos": "coalesce(sum(spend_nanos) filter (outcome = 'accepted'), 0)",
         }

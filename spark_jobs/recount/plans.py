@@ -32,7 +32,8 @@ class PlannedFile(msgspec.Struct, frozen=True, array_like=True, order=True):
 class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
     """A batch of events. ``version`` is that of `events` which it made; its order among the batches.
 
-    Times are microseconds since the epoch, durations microseconds. ``files`` are in the order of their records.
+    Times are microseconds since the epoch, durations microseconds. ``files`` are in the order of their records,
+    ``rule_set`` is that of invalid traffic (None: no rule).
     """
 
     query_id: str
@@ -44,6 +45,7 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
     hour_grace_us: int
     campaigns_version: int
     files: tuple[PlannedFile, ...]
+    rule_set: str | None = None
 
 
 class _Catalogue(msgspec.Struct):
@@ -68,6 +70,7 @@ class _StoredPlan(msgspec.Struct):
     limits: _StoredLimits
     campaigns_version: int
     files: list[tuple[int, str, int]]
+    rule_set: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def _plan_of(log: DeltaLog, version: int) -> BatchPlan | None:
         hour_grace_us=limits.hour_grace_us,
         campaigns_version=stored.campaigns_version,
         files=tuple(sorted(PlannedFile(ms, landing_name(path), size) for ms, path, size in stored.files)),
+        rule_set=stored.rule_set,
     )
 
 

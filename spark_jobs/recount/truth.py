@@ -26,7 +26,18 @@ from spark_jobs.duck import connect_delta
 from spark_jobs.recount.landing import LandedFile, landed_files, missed_files, read_query
 from spark_jobs.recount.plans import BatchPlan, PlannedFile, read_plans
 from spark_jobs.recount.store import ParsedFile, RawFile, ensure_parsed
-from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, EVENTS, HOUR_RULES, MINUTE_METRICS, REJECTED_EVENTS, Table
+from spark_jobs.recount.traffic import TrafficJudge
+from spark_jobs.tables import (
+    BATCH_LEDGER,
+    CAMPAIGNS,
+    EVENTS,
+    HOUR_RULES,
+    MINUTE_METRICS,
+    REJECTED_EVENTS,
+    RULE_SETS,
+    TRAFFIC_REVIEWS,
+    Table,
+)
 
 HOUR_US = 3_600_000_000
 NO_HOUR = -(2**31)
@@ -36,7 +47,9 @@ FILES_VERSION = -1
 """Stands for a version of `campaigns`: the price list as its files say it now."""
 
 # The ledger first: a batch that stands in it is whole in what is pinned behind it.
-PINNED: tuple[Table, ...] = (BATCH_LEDGER, EVENTS, REJECTED_EVENTS, MINUTE_METRICS, CAMPAIGNS, HOUR_RULES)
+PINNED: tuple[Table, ...] = (
+    *(BATCH_LEDGER, EVENTS, REJECTED_EVENTS, MINUTE_METRICS, CAMPAIGNS, HOUR_RULES, TRAFFIC_REVIEWS, RULE_SETS),
+)
 _MEMORY = "1200MB"
 _PAYLOAD = (
     *("event_type", "time_us", "campaign_id", "ad_id", "store_id", "user_id", "impression_id", "placement"),
@@ -165,14 +178,16 @@ def _plans_of_rows(
         lake.register("wanted", pa.table({"_query_id": [q for q, _ in batches], "_batch_id": [b for _, b in batches]}))
         found = lake.execute(
             f"""
-            select _query_id, _batch_id, epoch_us(min(ingested_at)), list(distinct source_file) filter (source_file is not null)
+            select _query_id, _batch_id, epoch_us(min(ingested_at)), list(distinct source_file) filter (source_file is not null),
+                mode(rule_set)
             from (
-                select _query_id, _batch_id, ingested_at, source_file from {scan(settings, EVENTS.name, versions["events"])}
+                select _query_id, _batch_id, ingested_at, source_file, rule_set
+                from {scan(settings, EVENTS.name, versions["events"])}
                 union all
-                select _query_id, _batch_id, ingested_at, source_file
+                select _query_id, _batch_id, ingested_at, source_file, null
                 from {scan(settings, REJECTED_EVENTS.name, versions["rejected_events"])}
                 union all
-                select _query_id, _batch_id, ingested_at, null
+                select _query_id, _batch_id, ingested_at, null, null
                 from {scan(settings, BATCH_LEDGER.name, versions["batch_ledger"])} where stream = 'events'
             ) semi join wanted using (_query_id, _batch_id)
             group by all order by 3, 1, 2
@@ -180,12 +195,12 @@ def _plans_of_rows(
         ).fetchall()
     rules = rules_of(settings, versions)
     made = []
-    for number, (query_id, batch_id, ingested_us, names) in enumerate(found):
+    for number, (query_id, batch_id, ingested_us, names, rule_set) in enumerate(found):
         raws = {name: landed[name].raw for name in names or () if name in landed}
         gone = [PlannedFile(0, name, 0) for name in names or () if name not in landed]
         planned = sorted([*gone, *(PlannedFile(raw.mtime_ms, name, raw.size) for name, raw in raws.items())])
         limits = (ingested_us, rules.earliest_us, rules.future_skew_us, rules.hour_grace_us, rules.campaigns_version)
-        made.append(BatchPlan(query_id, batch_id, number - len(found), *limits, tuple(planned)))
+        made.append(BatchPlan(query_id, batch_id, number - len(found), *limits, tuple(planned), rule_set))
     return made
 
 
@@ -230,6 +245,7 @@ class Recount:
         self._load_rules(rules or {})
         self._load_prices(prices)
         self._load_trusted()
+        self._traffic = TrafficJudge(self)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -259,6 +275,7 @@ class Recount:
                         "campaigns_version",
                     )
                 },
+                "rule_set": pa.array([plan.rule_set for plan in plans], pa.string()),
                 "state": pa.array(inputs.states, pa.string()),
                 "is_partial": pa.array([number in partial for number in range(len(plans))], pa.bool_()),
             }
@@ -344,8 +361,10 @@ class Recount:
             select o, gone.b as b, name, region, source_line as line, true as is_valid, event_id as record_id,
                 null::ubigint as id_hash, epoch_us(received_at) as received_us, event_type, epoch_us(event_time) as time_us,
                 campaign_id, ad_id, store_id, user_id, impression_id, placement, price_micros, currency, user_agent,
-                'accepted' as outcome, billing_model, spend_nanos, is_late
-            from {events} {batch}
+                'accepted' as outcome, billing_model, is_late,
+                coalesce(spend_nanos, 0) + coalesce(invalid_spend_nanos, 0) as spend_nanos,
+                invalid_traffic_rule, invalid_traffic_rules, e.rule_set
+            from {events} e {batch}
             union all by name
             select o, gone.b as b, name, region, source_line as line, false as is_valid, record_id,
                 epoch_us(record_time) as time_us, outcome
@@ -398,8 +417,9 @@ class Recount:
 
         Columns: o, b, name, region, line, hour, record_id, received_us (never null of a valid record), the payload, outcome
         (accepted, duplicate, conflict, rejected), holder_o and holder_line (the record that holds the id), billing_model,
-        spend_nanos, is_late.
+        spend_nanos, invalid_spend_nanos, is_late, invalid_traffic_rule, invalid_traffic_rules, rule_set.
         """
+        asked, hours = hours, self._traffic.wide(hours)
         self.keep("hours", pa.table({"hour": pa.array(sorted(hours), pa.int64())}))
         self._judge("judged", self._files_of(hours), self.within("time_us", hours), "r.hour in (from hours)")
         self.lake.execute("create or replace temp table ids as select distinct id_hash from judged where is_ok")
@@ -417,6 +437,10 @@ class Recount:
         )
         self._judge("others", files, "r.id_hash in (from suspects)", "r.hour not in (from hours) and r.id_hash in (from suspects)")
         self._decide()
+        self._traffic.judge(asked)
+        self._mark()
+        self.keep("hours", pa.table({"hour": pa.array(sorted(asked), pa.int64())}))
+        self.lake.execute("insert into others by name select * from judged where hour not in (from hours)")
 
     @staticmethod
     def within(column: str, hours: Collection[int]) -> str:
@@ -431,7 +455,8 @@ class Recount:
         if files:
             source = f"""
                 select o, b, name, region, {columns}, null as outcome, hour_of(r.time_us) as hour, null as billing_model,
-                    null::bigint as spend_nanos, null::boolean as is_late
+                    null::bigint as spend_nanos, null::boolean as is_late, null as invalid_traffic_rule,
+                    null::varchar[] as invalid_traffic_rules, null as rule_set
                 from read_parquet({listed(files)}, filename = true) r join occurrences on parquet = filename where {pushed}
                 union all by name
             """
@@ -477,10 +502,10 @@ class Recount:
         )
         self.lake.execute(
             f"""
-            create or replace temp table outcomes as
+            create or replace temp table counted as
             select r.o, r.b, r.name, r.region, r.line, r.hour, r.record_id, r.received_us, {", ".join(f"r.{n}" for n in _PAYLOAD)},
                 case when is_trusted then outcome when not is_ok then 'rejected' else coalesce(told, 'accepted') end as outcome,
-                is_trusted, is_valid, holder_o, holder_line,
+                is_trusted, is_valid, holder_o, holder_line, r.invalid_traffic_rule, r.invalid_traffic_rules, r.rule_set,
                 case when is_trusted then r.billing_model else prices.billing_model end as billing_model,
                 case when is_trusted then r.spend_nanos
                     when event_type = 'click' and prices.billing_model = 'cpc' then price_micros * 1000
@@ -489,5 +514,25 @@ class Recount:
             from judged r left join settled using (o, line)
                 left join prices on prices.version = price_version and prices.campaign_id = r.campaign_id
                     and r.time_us >= from_us and r.time_us < to_us
+            """
+        )
+
+    def _mark(self) -> None:
+        """Table `outcomes`: what was counted of the hours asked, with the marks of invalid traffic and what is billed."""
+        rule = "if(c.is_trusted, c.invalid_traffic_rule, marks.rule)"
+        self.lake.execute(
+            f"""
+            create or replace temp table outcomes as
+            select c.* replace (
+                    {rule} as invalid_traffic_rule,
+                    if(c.is_trusted, c.invalid_traffic_rules, marks.rules) as invalid_traffic_rules,
+                    case when c.is_trusted then c.rule_set when outcome != 'accepted' then null
+                        when batches.version <= h.events_version then h.rule_set else batches.rule_set end as rule_set,
+                    if({rule} is null, spend_nanos, 0) as spend_nanos
+                ), if({rule} is null, 0, spend_nanos) as invalid_spend_nanos
+            from counted c join batches using (b) left join marks using (o, line) left join rule_of_hour h on h.hour = c.hour
+            where c.hour in (from asked);
+            drop view accepted;
+            drop table counted
             """
         )
