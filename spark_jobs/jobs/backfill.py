@@ -1,4 +1,4 @@
-"""Backfill: closed hours are judged again by today's limits and prices, and what differs is restated.
+"""Backfill: closed hours are judged again by today's limits, prices and rules of invalid traffic, and what differs is restated.
 
 Published increments stay: further ones bring their sums to what they are now. Hours that differ from the recount by their own rules
 are refused, so that a restatement says what the rules changed and nothing else. The rules are kept per hour, and later
@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -36,6 +36,7 @@ from spark_jobs.jobs.reconcile import (
     require_local,
     whole_batches,
 )
+from spark_jobs.jobs.review import ReviewedHour, review_anew
 from spark_jobs.recount.compare import Comparison
 from spark_jobs.recount.truth import FILES_VERSION, HOUR_US, Inputs, Recount, Rules, rules_of
 from spark_jobs.sinks.corrections import TableChange, carry_out, write_ahead
@@ -65,13 +66,18 @@ class Restated:
 
 @dataclass(frozen=True)
 class BackfillReport:
-    """A backfill, or with ``dry_run`` what it would do."""
+    """A backfill, or with ``dry_run`` what it would do.
+
+    ``changes`` are those of limits and prices; ``reviewed`` says what the rules of invalid traffic changed in which hours, those
+    behind the range that look back to it included. A dry run leaves it empty.
+    """
 
     run_id: str
     dry_run: bool
     changes: list[Restated]
     hours_changed: int
     seconds: float
+    reviewed: list[ReviewedHour] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,9 @@ def backfill(
             for change in found:
                 key = (change.event_date, change.campaign_id, change.currency)
                 changes[key] = _sum(changes[key], change) if key in changes else change
-    return BackfillReport(run_id, dry_run, [changes[key] for key in sorted(changes)], changed, time.monotonic() - started)
+        reviewed = [] if dry_run else review_anew(settings, wanted, Run(run_id, "review", reason, now), say)
+    ordered = [changes[key] for key in sorted(changes)]
+    return BackfillReport(run_id, dry_run, ordered, changed, time.monotonic() - started, reviewed)
 
 
 @contextmanager

@@ -41,7 +41,10 @@ _WRITE_LOCKS = (".events.write.lock", ".orders.write.lock")  # of the streams: b
 
 @dataclass(frozen=True)
 class Run:
-    """A correction in the making: one of those of a run. ``kind`` is 'repair' or 'backfill'; ``token`` is the correction's own."""
+    """A correction in the making: one of those of a run. ``kind`` is 'repair', 'backfill' or 'review'.
+
+    ``token`` is the correction's own.
+    """
 
     run_id: str
     kind: str

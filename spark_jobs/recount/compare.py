@@ -207,7 +207,8 @@ class Comparison:
             ), altered as (
                 select l.hour, l.campaign_id,
                     if({same}, 'mark_wrong', 'event_altered') as cause,
-                    l.spend_nanos as expected_nanos, o.spend_nanos as found_nanos, l.record_id, l.name, l.line, l.query_id, l.batch_id
+                    l.spend_nanos as expected_nanos, o.spend_nanos as found_nanos, l.record_id,
+                    l.name, l.line, l.query_id, l.batch_id
                 from events_lost l join over o on o.n = 1 and not o.is_copy and o.event_id = l.record_id
                     and o.source_file = l.name and o.source_line = l.line and o._query_id = l.query_id and o._batch_id = l.batch_id
             )
