@@ -14,17 +14,19 @@ import json
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from services.simulator.broken import EVENT_BREAKAGES, ORDER_BREAKAGES, Record, dump
+from services.simulator.credit import credit_orders
 from services.simulator.landing import campaigns_csv, compress, increasing_mtimes, put_file
-from services.simulator.traffic import CRAWLER_AGENTS, PEOPLE_AGENTS
+from services.simulator.traffic import AGENTS, CRAWLER_AGENTS, PEOPLE_AGENTS
 from services.simulator.truth import (
     HOUR_US,
     NO_TIME,
@@ -37,6 +39,7 @@ from services.simulator.truth import (
     account_events,
     rfc3339,
     to_us,
+    touches_by_journey,
 )
 
 SEED = 20191124
@@ -272,6 +275,7 @@ def _event_columns(lines: Sequence[Line], campaigns: Sequence[str]) -> EventLine
     payloads: dict[bytes, int] = {}
     nothing: Record = {"event_type": "", "campaign_id": campaigns[0], "currency": CURRENCIES[0], "price_micros": 0}
     records = [line.record or nothing for line in lines]
+    ids = [uuid.UUID(record["event_id"]).int if "event_id" in record else 0 for record in records]
     return EventLines(
         region=np.array([line.region for line in lines], np.int64),
         event_us=np.array([line.time_us for line in lines], np.int64),
@@ -282,9 +286,24 @@ def _event_columns(lines: Sequence[Line], campaigns: Sequence[str]) -> EventLine
         campaign=np.array([campaigns.index(record["campaign_id"]) for record in records], np.int64),
         currency=np.array([CURRENCIES.index(record["currency"]) for record in records], np.int64),
         is_click=np.array([record["event_type"] == "click" for record in records], np.bool_),
-        is_bot=np.array([record.get("user_agent") in CRAWLER_AGENTS for record in records], np.bool_),
+        user=_codes(map(_user, lines)),
+        ad=_codes(record.get("ad_id", "") for record in records),
+        agent=np.array([AGENTS.index(record.get("user_agent", "")) for record in records], np.int64),
+        is_listed=np.zeros(len(lines), np.bool_),
+        id_high=np.array([number >> 64 for number in ids], np.uint64),
+        id_low=np.array([number & (1 << 64) - 1 for number in ids], np.uint64),
         price_micros=np.array([record["price_micros"] for record in records], np.int64),
     )
+
+
+def _user(line: Line) -> str:
+    return "" if line.record is None else str(line.record["user_id"])
+
+
+def _codes(names: Iterable[str]) -> npt.NDArray[np.int64]:
+    """Numbers for names, the same for the same."""
+    known: dict[str, int] = {}
+    return np.array([known.setdefault(name, len(known)) for name in names], np.int64)
 
 
 def make(impressions: Path, out: Path) -> Truth:
@@ -300,11 +319,16 @@ def make(impressions: Path, out: Path) -> Truth:
     campaigns = campaign_rows()
     names = sorted({row.campaign_id for row in campaigns})
 
+    event_lines = [line for _, name, part in slices if name.startswith("events/") for line in part]
+    columns = _event_columns(event_lines, names)
+    stores = {row.campaign_id: row.store_id for row in campaigns}
     counted = account_events(
-        _event_columns([line for _, name, part in slices if name.startswith("events/") for line in part], names),
+        columns,
         regions=REGIONS,
         campaigns=names,
         currencies=CURRENCIES,
+        agents=AGENTS,
+        stores=stores,
         campaign_rows=campaigns,
         limits=Limits(),
     )
@@ -314,7 +338,13 @@ def make(impressions: Path, out: Path) -> Truth:
             for line in part:
                 order_truth.add(REGIONS[line.region], line.record)
     args: Row = {"impressions": len(rows), "sha256": hashlib.sha256(impressions.read_bytes()).hexdigest()}
-    truth = Truth(SEED, args, counted.accounting, counted.campaign_hours, counted.totals, order_truth.as_dict())
+    touches = touches_by_journey(
+        columns, counted.touches, names, stores, [*dict.fromkeys(_user(line) for line in event_lines)].__getitem__
+    )
+    credit = credit_orders(order_truth.final_orders(), touches)
+    truth = Truth(
+        SEED, args, counted.accounting, counted.campaign_hours, counted.billing, counted.totals, order_truth.as_dict(), credit
+    )
 
     first_ms = min(line.received_us for line in events) // 1000 // 3_600_000 * 3_600_000
     contents = [("campaigns/campaigns.csv", campaigns_csv(campaigns), first_ms, len(campaigns))]

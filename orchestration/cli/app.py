@@ -135,11 +135,14 @@ def simulate(
     start: Annotated[str | None, typer.Option(help="When the traffic begins: 2025-06-02 or an RFC 3339 time.")] = None,
     days: Annotated[float | None, typer.Option(help="How many days it lasts. Default: 3.")] = None,
     rate: Annotated[float | None, typer.Option(help="In place of --days: event lines a second.")] = None,
+    listed_users: Annotated[int, typer.Option(min=0, help="So many users are on the operator's list: OUT/rules has it.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Write seeded traffic as landing files, and truth.json: what an exact system must report for it.
 
-    With duplicates, conflicts, late events, clocks in the future, broken lines, bots, two regions and orders.
+    With duplicates, conflicts, late events, clocks in the future, broken lines, two regions, invalid traffic (bots,
+    repeats, bursts of clicks) and orders with none, one and many touches. The truth supposes the default rules, or
+    those of OUT/rules where it writes them: put these into the folder rules of ADTALLY_HOME.
     """
     from rich.progress import Progress
 
@@ -147,7 +150,7 @@ def simulate(
     from services.simulator.errors import SimulationError
     from services.simulator.simulate import simulate as run
 
-    options: dict[str, Any] = {"days": days, "rate": rate}
+    options: dict[str, Any] = {"days": days, "rate": rate, "listed_users": listed_users}
     if start is not None:
         options["start"] = begin = moment(start, "--start")
         if not 1970 <= begin.year < 2200:
@@ -175,6 +178,8 @@ def simulate(
     counts = ", ".join(f"{totals[name]:,} {name}" for name in ("accepted", "duplicate", "conflict", "rejected", "late"))
     console().print(f"{totals['offered']:,} event lines in {out}: {counts}", soft_wrap=True)
     console().print(f"what an exact system must report: {out / 'truth.json'}", soft_wrap=True)
+    if listed_users:
+        console().print(f"the rules that it supposes, for <ADTALLY_HOME>/rules: {out / 'rules'}", soft_wrap=True)
 
 
 @app.command(

@@ -75,6 +75,13 @@ def timestamps(us: Integers, digits: Integers, offset: npt.NDArray[np.bool_] | N
     return result
 
 
+def version_4(raw: Bytes) -> Bytes:
+    """(n, 16) random bytes as the bytes of the UUIDs that `uuids` writes."""
+    result = raw.copy()
+    result[:, 6] = result[:, 6] & 0x0F | 0x40
+    return result
+
+
 def uuids(raw: Bytes) -> Bytes:
     """(n, 16) random bytes as the text of version 4 UUIDs, 36 characters."""
     pairs = _HEX_PAIRS[raw].reshape(len(raw), 32)

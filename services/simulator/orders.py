@@ -28,18 +28,22 @@ class OrderLine:
 def draw_orders(
     rng: np.random.Generator, events: Events, world: World, *, conversion: float, first_day: str, end_us: int
 ) -> list[OrderLine]:
-    """One order for this fraction of the clicks, same user, store and region, minutes to hours after the click.
+    """Orders for this fraction of the clicks.
 
+    A third at most follow journeys (several touches): at random after the last click, and at the edges of what counts; most
+    others follow a single click, by minutes to hours, with its user, store and region. One in fifty has no touch: its
+    user bought at a store whose ads the user was not shown.
     Of the orders 6 % are cancelled (one in ten of those is told so before it is told of the order), 4 % are sent again,
-    1 % again with another total; 1 % more lines are broken.
+    1 % again with another total; 2 % arrive hours or days late; 1 % more lines are broken.
     """
     clicks = np.flatnonzero(events.is_click)
     count = round(len(clicks) * conversion)
-    chosen = np.sort(rng.permutation(len(clicks))[:count])
+    chosen = clicks[np.sort(rng.permutation(len(clicks))[:count])]
     delays = rng.random(count)
     totals = rng.integers(80, 12_000, count) * 10_000
     kinds = rng.random(count)
     lags = rng.random((count, 3))
+    late = rng.random(count) < 0.02
     lines: list[OrderLine] = []
 
     def add(region: int, received_us: int, record: Record, number: int, breakage: int | None = None) -> None:
@@ -51,26 +55,35 @@ def draw_orders(
         else:
             lines.append(OrderLine(region, received_us, ORDER_BREAKAGES[breakage].apply(dump(written)), None))
 
-    for number, click in enumerate(clicks[chosen]):
-        impression = int(events.impression[click])
-        campaign = world.campaign_of_ad[events.ad[click]]
-        clicked_us = int(events.event_us[impression]) // 1000 * 1000
+    after_journeys = _after_journeys(events, count // 3, end_us)
+    for number in range(count):
         draw = float(delays[number])
-        order_us = clicked_us + (12 * 60 + int(draw * draw * 6 * 3600)) * _SECOND_US + number % 1000 * 1000
+        if number < len(after_journeys):
+            click, order_us = after_journeys[number]
+        else:
+            click = int(chosen[number])
+            clicked_us = int(events.event_us[events.impression[click]]) // 1000 * 1000
+            order_us = clicked_us + (12 * 60 + int(draw * draw * 6 * 3600)) * _SECOND_US + number % 1000 * 1000
+        campaign = world.campaign_of_ad[events.ad[click]]
         region = int(events.region[click])
+        store = int(world.store_of_campaign[campaign])
+        if number >= len(after_journeys) and number % 50 == 49:
+            store = (store + 1) % len(world.store_ids)
         record: Record = {
             "order_id": f"o-{first_day}-{number:07d}",
             "order_time": rfc3339(order_us),
-            "user_id": f"u{int(events.user[click]):08d}",
-            "store_id": world.store_ids[world.store_of_campaign[campaign]],
-            "total_micros": int(totals[number]),
+            "user_id": user_name(int(events.user[click])),
+            "store_id": world.store_ids[store],
+            "total_micros": 1 + number % 7 if number % 97 == 96 else int(totals[number]),
             "currency": CURRENCIES[world.currency_of_campaign[campaign]],
             "status": "placed",
         }
         first, second, third = (float(value) for value in lags[number])
-        received_us = order_us + int(first * 3000) * 1000
         kind = float(kinds[number])
         longest_us = min(max(end_us - order_us, HOUR_US), 2 * _DAY_US)
+        received_us = order_us + int(first * 3000) * 1000
+        if late[number]:
+            received_us += int(third * longest_us) // 1000 * 1000
         if kind < 0.06:
             cancelled_us = received_us + 600 * _SECOND_US + int(second * longest_us) // 1000 * 1000
             cancelled = {**record, "status": "cancelled"}
@@ -87,6 +100,31 @@ def draw_orders(
             add(region, received_us - 2000, record, number, breakage=number % len(ORDER_BREAKAGES))
         add(region, received_us, record, number)
     return lines
+
+
+def _after_journeys(events: Events, most: int, end_us: int) -> list[tuple[int, int]]:
+    """(click whose user and store order, time of the order in microseconds) after journeys, as many as ``most``.
+
+    Four journeys take turns: an order some time after the last click, and on every second a further one a day later; one
+    at the very microsecond of the last click (which is no touch of it); one a microsecond after it; one exactly a day
+    after it (a touch in the window of one day) or a microsecond more (none).
+    """
+    result: list[tuple[int, int]] = []
+    for number, journey in enumerate(events.journeys):
+        by_time = sorted((int(events.event_us[click]), int(click)) for click in journey)
+        last_us, click = by_time[-1]
+        middle_us = by_time[len(by_time) // 2][0]
+        some_us = min(last_us + 40 * 60 * _SECOND_US + number % 1000, max(end_us, last_us + 1))
+        orders = {0: [some_us], 1: [last_us], 2: [last_us + 1], 3: [middle_us + _DAY_US + number // 4 % 2]}[number % 4]
+        if number % 8 == 0:
+            orders.append(some_us + _DAY_US)
+        result += [(click, order_us) for order_us in orders]
+    return result[:most]
+
+
+def user_name(code: int) -> str:
+    """The user_id of a user by number."""
+    return f"u{code:08d}"
 
 
 def count_orders(lines: list[OrderLine]) -> OrderTruth:

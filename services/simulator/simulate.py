@@ -13,14 +13,14 @@ import numpy.typing as npt
 
 from services.simulator import encode
 from services.simulator.broken import EVENT_BREAKAGES
+from services.simulator.credit import credit_orders
 from services.simulator.errors import SimulationError
 from services.simulator.landing import campaigns_csv, increasing_mtimes, write_file
-from services.simulator.orders import OrderLine, count_orders, draw_orders
+from services.simulator.orders import OrderLine, count_orders, draw_orders, user_name
 from services.simulator.traffic import (
-    CRAWLER_AGENTS,
+    AGENTS,
     EXTRAS,
     INTENTS,
-    PEOPLE_AGENTS,
     PLACEMENTS,
     Events,
     Lines,
@@ -29,7 +29,7 @@ from services.simulator.traffic import (
     draw_lines,
     plan,
 )
-from services.simulator.truth import Ints, Limits, Truth, account_events, rfc3339, to_us
+from services.simulator.truth import Ints, Limits, Truth, account_events, rfc3339, to_us, touches_by_journey
 from services.simulator.world import CURRENCIES, REGIONS, World, make_world
 
 _DAY_US = 86_400_000_000
@@ -37,6 +37,8 @@ _DEFAULT_START = datetime(2025, 6, 2, tzinfo=UTC)
 _DEFAULT_DAYS = 3.0
 _DEFAULT_SHARES = SimulationShares()
 _SLICES_ORDERS = 8
+_LIST = "listed_users.txt"
+_RULES = f'# Written with simulated traffic: all rules as by default, and a list.\nlist_file = "{_LIST}"\n'
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def simulate(
     conversion: float = 0.10,
     lines_per_file: int | None = None,
     gz_share: float = 0.25,
+    listed_users: int = 0,
     future_skew: timedelta = Limits.future_skew,
     hour_grace: timedelta = Limits.hour_grace,
     progress: Callable[[int, int], None] | None = None,
@@ -76,12 +79,14 @@ def simulate(
     days if neither is said). ``users`` is the number of people per region (default: one for 20 lines), ``click_rate``
     clicks per impression, ``conversion`` orders per click. Files hold ``lines_per_file`` lines (default: a 24th of all,
     between 500 and 40,000); the fraction ``gz_share`` of them is compressed. ``future_skew`` and ``hour_grace`` are the
-    limits that the truth supposes. ``progress`` is told (event lines written, all) after each file.
+    limits that the truth supposes; else it holds for the default rules. With ``listed_users`` it also supposes a list of
+    so many users whose traffic is invalid: `out`/rules has it, with the invalid_traffic.toml that names it. ``progress``
+    is told (event lines written, all) after each file.
 
     The same arguments give the same bytes, truth and mtimes. Raises SimulationError for arguments that cannot be right
     and if `out` is not empty.
     """
-    _check(out, events, days, rate, campaigns, ads, users, click_rate, conversion, lines_per_file, gz_share, start)
+    _check(out, events, days, rate, campaigns, ads, users, click_rate, conversion, lines_per_file, gz_share, listed_users, start)
     limits = Limits(future_skew, hour_grace)
     span_days = days if days is not None else events / rate / 86_400 if rate is not None else _DEFAULT_DAYS
     start_us = to_us(start)
@@ -129,11 +134,17 @@ def simulate(
         "conversion": conversion,
         "lines_per_file": per_file,
         "gz_share": gz_share,
+        "listed_users": listed_users,
         "future_skew_seconds": future_skew.total_seconds(),
         "hour_grace_seconds": hour_grace.total_seconds(),
         "shares": asdict(shares),
     }
-    truth = _account(slices, lines, drawn, world, order_lines, limits, seed, args)
+    # Those who turn up at even steps of the numbers, so that frequent and rare users are among them.
+    listed = np.linspace(0, people * len(REGIONS) - 1, listed_users).astype(np.int64)
+    truth = _account(slices, lines, drawn, world, order_lines, limits, listed, seed, args)
+    if listed_users:
+        write_file(out / "rules" / "invalid_traffic.toml", _RULES.encode())
+        write_file(out / "rules" / _LIST, "".join(f"{user_name(code)}\n" for code in listed.tolist()).encode())
     write_file(out / "campaigns" / "campaigns.csv", campaigns_csv(world.rows), start_us // 1000)
     encoder = _Encoder(world)
     mtimes = increasing_mtimes([item.end_us for item in slices])
@@ -165,6 +176,7 @@ def _check(
     conversion: float,
     lines_per_file: int | None,
     gz_share: float,
+    listed_users: int,
     start: datetime,
 ) -> None:
     """Raises SimulationError for the first argument that cannot be right."""
@@ -180,6 +192,7 @@ def _check(
         "click_rate lies between 0 and 1": not 0 <= click_rate <= 1,
         "conversion lies between 0 and 1": not 0 <= conversion <= 1,
         "lines_per_file must be at least 1": lines_per_file is not None and lines_per_file < 1,
+        "listed_users must not be negative": listed_users < 0,
         "gz_share lies between 0 and 1": not 0 <= gz_share <= 1,
     }
     for problem, found in problems.items():
@@ -208,16 +221,21 @@ def _account(
     world: World,
     order_lines: list[OrderLine],
     limits: Limits,
+    listed_users: Ints,
     seed: int,
     args: dict[str, Any],
 ) -> Truth:
     """The truth of all lines, taken in the order of the files."""
     event_order = np.concatenate([item.positions for item in slices if item.source == "events"])
+    columns = lines.truth_columns(event_order, events, world, listed_users)
+    stores = {name: world.store_ids[world.store_of_campaign[code]] for code, name in enumerate(world.campaign_ids)}
     counted = account_events(
-        lines.truth_columns(event_order, events, world),
+        columns,
         regions=REGIONS,
         campaigns=world.campaign_ids,
         currencies=CURRENCIES,
+        agents=AGENTS,
+        stores=stores,
         campaign_rows=world.rows,
         limits=limits,
     )
@@ -228,7 +246,9 @@ def _account(
         "lines_by_intent": {name: int(by_intent[code]) for code, name in enumerate(INTENTS)},
         "files": files,
     }
-    return Truth(seed, args, counted.accounting, counted.campaign_hours, totals, orders.as_dict())
+    touches = touches_by_journey(columns, counted.touches, world.campaign_ids, stores, user_name)
+    credit = credit_orders(orders.final_orders(), touches)
+    return Truth(seed, args, counted.accounting, counted.campaign_hours, counted.billing, totals, orders.as_dict(), credit)
 
 
 class _Encoder:
@@ -246,7 +266,7 @@ class _Encoder:
         self._types = encode.table(["impression", "click"])
         self._regions = encode.table(["", *(f',"region":"{name}"' for name in REGIONS)])
         self._placements = encode.table([f',"placement":"{name}"' if name else "" for name in PLACEMENTS])
-        self._agents = encode.table([f',"user_agent":"{name}"' if name else "" for name in (*PEOPLE_AGENTS, *CRAWLER_AGENTS)])
+        self._agents = encode.table([f',"user_agent":"{name}"' if name else "" for name in AGENTS])
         self._extras = encode.table(list(EXTRAS))
 
     def encode(self, events: Events, lines: Lines, at: npt.NDArray[np.intp]) -> bytes:

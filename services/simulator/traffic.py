@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from services.simulator import encode
 from services.simulator.broken import EVENT_BREAKAGES
 from services.simulator.errors import SimulationError
 from services.simulator.truth import HOUR_US, NO_TIME, EventLines, Ints, Limits
@@ -44,7 +46,12 @@ CRAWLER_AGENTS = (
     "Mozilla/5.0 (compatible; AhrefsBot/7.0; +http://ahrefs.com/robot/)",
     "python-requests/2.32.3",
 )
+AGENTS = (*PEOPLE_AGENTS, *CRAWLER_AGENTS)
 EXTRAS = ("", ',"sdk":"3.14.2"', ',"debug":{"attempt":2,"tags":["a","b"]}', ',"note":"Grüße"')
+
+CLICK_WINDOW_US = HOUR_US
+IMPRESSION_WINDOW_US = _MINUTE_US
+_BURST_SIZES = (61, 60, 75, 89)
 
 INTENTS = (
     "first_time",
@@ -66,7 +73,10 @@ class SimulationShares:
     minutes to hours, ``resend_days_later`` one to three days (as far as the simulated time allows, else as the one
     before); ``resend_other_region`` is a mirror in the other region's folder. ``late`` events arrive after the grace of
     their hour, up to two days; ``future`` clocks run ahead by more than the allowed skew (rejected), ``skewed`` by less
-    (accepted). ``broken`` lines break the contract. ``bots`` are events whose user agent is a known crawler's.
+    (accepted). ``broken`` lines break the contract. ``bots`` are events whose user agent is a known crawler's. ``repeats``
+    are impressions and clicks that follow another of the same user and ad, most within the window of the repeat rules,
+    some exactly at its end. ``click_bursts`` are clicks of few users, dozens in an hour; ``journeys`` clicks of users who come back
+    to the ads of one store over days.
     """
 
     resend_same_file: float = 0.012
@@ -79,6 +89,9 @@ class SimulationShares:
     skewed: float = 0.002
     broken: float = 0.005
     bots: float = 0.010
+    repeats: float = 0.004
+    click_bursts: float = 0.003
+    journeys: float = 0.002
 
     def __post_init__(self) -> None:
         """Raises SimulationError if a share is negative or less than half of the lines would be ordinary."""
@@ -95,8 +108,8 @@ class Events:
     """What happened, one row an event, impressions first. Times are microseconds since the epoch.
 
     ``digits`` are the digits of the second's fraction as written, ``offset`` tells +02:00 from Z, ``impression`` is the
-    row of a click's impression (-1: none). ``raw_ids`` is (n + broken lines, 16): ids of lines that never were an event
-    follow.
+    row of a click's impression (-1: none). ``journeys`` are the rows of the clicks of a user on a store's ads over days.
+    ``raw_ids`` is (n + broken lines, 16): ids of lines that never were an event follow.
     """
 
     raw_ids: npt.NDArray[np.uint8]
@@ -114,16 +127,12 @@ class Events:
     price_micros: Ints
     has_price: Bools
     has_region: Bools
+    journeys: Sequence[npt.NDArray[np.intp]]
 
     @property
     def is_click(self) -> Bools:
         """Clicks are the events that follow an impression."""
         return self.impression >= 0
-
-    @property
-    def is_bot(self) -> Bools:
-        """Whether the user agent is a crawler's."""
-        return self.agent >= len(PEOPLE_AGENTS)
 
 
 @dataclass(frozen=True)
@@ -146,12 +155,13 @@ class Lines:
     breakage: npt.NDArray[np.int8]
     intent: npt.NDArray[np.uint8]
 
-    def truth_columns(self, order: Integers, events: Events, world: World) -> EventLines:
-        """The lines in this order as the truth wants them."""
+    def truth_columns(self, order: Integers, events: Events, world: World, listed_users: Integers) -> EventLines:
+        """The lines in this order as the truth wants them; ``listed_users`` are on the operator's list."""
         event = self.event[order]
         breakage = self.breakage[order]
         keeps_time = np.array([kind.keeps_time for kind in EVENT_BREAKAGES] + [True])
         campaign = world.campaign_of_ad[events.ad[event]]
+        ids = encode.version_4(events.raw_ids[self.identity[order]]).view(">u8").astype(np.uint64)
         return EventLines(
             region=self.region[order],
             event_us=np.where(keeps_time[breakage], self.event_us[order], NO_TIME),
@@ -162,7 +172,12 @@ class Lines:
             campaign=campaign,
             currency=world.currency_of_campaign[campaign],
             is_click=events.is_click[event],
-            is_bot=events.is_bot[event],
+            user=self.user[order],
+            ad=events.ad[event],
+            agent=events.agent[event],
+            is_listed=np.isin(self.user[order], listed_users),
+            id_high=ids[:, 0],
+            id_low=ids[:, 1],
             price_micros=self.price_micros[order],
         )
 
@@ -234,6 +249,12 @@ def draw_events(
     crawlers = np.flatnonzero(rng.random(shown) < shares.bots * offered / size)
     agent[crawlers] = len(PEOPLE_AGENTS) + rng.integers(0, len(CRAWLER_AGENTS), len(crawlers))
 
+    impression = rng.permutation(shown)[:clicks].astype(np.int32)
+    people = _People(region, event_us, ad, user, digits[:shown])
+    bursts, journeys = _gather(
+        rng, people, impression, world, shares, offered=offered, users=users, start_us=start_us, end_us=end_us
+    )
+
     # Where a campaign's billing changes, the impression nearest to that moment falls exactly on it.
     campaign = world.campaign_of_ad[ad]
     for code, moment in world.switches.items():
@@ -241,14 +262,34 @@ def draw_events(
         if len(candidates):
             event_us[candidates[np.argmin(np.abs(event_us[candidates] - moment))]] = moment
 
-    impression = rng.permutation(shown)[:clicks].astype(np.int32)
+    gathered = np.zeros(shown, np.bool_)
+    gathered[impression[: bursts + sum(map(len, journeys))]] = True
+    gathered |= np.isin(event_us, list(world.switches.values()))
+    shown_again = _pairs(rng, np.flatnonzero(~gathered), round(shares.repeats * offered * 0.6))
+    for column in (region, ad, user, placement, agent):
+        column[shown_again.later] = column[shown_again.first]
+    event_us[shown_again.first] = _some_before_the_hour(event_us[shown_again.first], end_us)
+    event_us[shown_again.later] = _after(rng, event_us[shown_again.first], IMPRESSION_WINDOW_US, end_us)
+    digits[shown_again.first] = digits[shown_again.later] = 6
+
     draw = rng.random(clicks)
     click_us = event_us[impression] + ((2 + 6 * draw / (1.01 - draw)) * _SECOND_US).astype(np.int64)
     click_us = _truncate(click_us, digits[shown:])
+    clicked_again = _pairs(rng, np.arange(bursts + sum(map(len, journeys)), clicks), round(shares.repeats * offered * 0.4))
+    impression[clicked_again.later] = impression[clicked_again.first]
+    click_us[clicked_again.first] = _some_before_the_hour(click_us[clicked_again.first], end_us)
+    click_us[clicked_again.later] = _after(rng, click_us[clicked_again.first], CLICK_WINDOW_US, end_us)
+    digits[shown:][clicked_again.first] = digits[shown:][clicked_again.later] = 6
 
     event_us = np.concatenate([event_us, click_us])
     received_us = _ceil_ms(event_us + _lag_us(rng.random(size)))
     special = rng.permutation(size)
+    # Some of the firsts of a repeat arrive late, and some touches: what was billable is so no longer, what had no credit has.
+    preferred = np.concatenate(
+        [shown + clicked_again.first[::4], shown_again.first[::8], *(shown + touched[:1] for touched in journeys[::3])]
+    )
+    # The clocks of a burst's clicks are right, so that their number stays what it is.
+    special = _rearranged(special, first=preferred[: round(shares.late * offered / 3)], last=np.arange(shown, shown + bursts))
     late, future, skewed = np.split(
         special[: round((shares.late + shares.future + shares.skewed) * offered)],
         np.cumsum([round(shares.late * offered), round(shares.future * offered)]),
@@ -285,7 +326,108 @@ def draw_events(
         price_micros=np.where(has_price, price_micros, 0),
         has_price=has_price,
         has_region=rng.random(size) >= 0.15,
+        journeys=[shown + touched for touched in journeys],
     )
+
+
+@dataclass(frozen=True)
+class _People:
+    """Columns of the impressions, which are altered in place."""
+
+    region: npt.NDArray[np.uint8]
+    event_us: Ints
+    ad: npt.NDArray[np.int32]
+    user: npt.NDArray[np.int32]
+    digits: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Positions of events and of those that are made to repeat them."""
+
+    first: npt.NDArray[np.intp]
+    later: npt.NDArray[np.intp]
+
+
+def _gather(
+    rng: np.random.Generator,
+    shown: _People,
+    impression: npt.NDArray[np.int32],
+    world: World,
+    shares: SimulationShares,
+    *,
+    offered: int,
+    users: int,
+    start_us: int,
+    end_us: int,
+) -> tuple[int, list[npt.NDArray[np.intp]]]:
+    """Let the first impressions that are clicked be those of bursts and journeys.
+
+    Returns how many clicks are of bursts, and the clicks of each journey.
+
+    A burst is 60 to 89 clicks of one user in an hour (one in four has 60, the limit itself); a journey 2 to 12 clicks of one
+    user on one store's ads. Both take at most a quarter of the clicks.
+    """
+    clicks = len(impression)
+    at = 0
+    number = 0
+    most = max(round(shares.click_bursts * offered), sum(_BURST_SIZES[:2])) if shares.click_bursts else 0
+    while (size := _BURST_SIZES[number % len(_BURST_SIZES)]) + at <= min(most, clicks // 4):
+        rows = impression[at : at + size]
+        hours = max(1, (end_us - start_us) // HOUR_US)
+        begin_us = start_us // HOUR_US * HOUR_US + int(rng.integers(0, hours)) * HOUR_US
+        region = number % len(REGIONS)
+        shown.region[rows] = region
+        shown.user[rows] = int(rng.integers(0, users)) * len(REGIONS) + region
+        shown.event_us[rows] = np.maximum(begin_us + rng.integers(0, 49 * _MINUTE_US, size), start_us)
+        shown.digits[rows] = 6
+        at += size
+        number += 1
+    bursts = at
+    journeys = []
+    wanted = bursts + min(round(shares.journeys * offered), clicks // 4)
+    while at < wanted:
+        size = min(2 + int(rng.random() ** 2 * 11), wanted - at)
+        rows = impression[at : at + size]
+        store = int(rng.integers(0, len(world.store_ids)))
+        ads = np.flatnonzero(world.store_of_campaign[world.campaign_of_ad] == store)
+        region = int(rng.integers(0, len(REGIONS)))
+        shown.region[rows] = region
+        shown.user[rows] = int(rng.integers(0, users)) * len(REGIONS) + region
+        shown.ad[rows] = ads[rng.integers(0, len(ads), size)]
+        shown.event_us[rows] = np.sort(rng.integers(start_us, end_us, size))
+        shown.digits[rows] = 6
+        journeys.append(np.arange(at, at + size))
+        at += size
+    return bursts, journeys
+
+
+def _pairs(rng: np.random.Generator, among: npt.NDArray[np.intp], count: int) -> _Pairs:
+    """Disjoint pairs, so that none is both a first and a repeat."""
+    chosen = rng.permutation(among)[: 2 * min(count, len(among) // 4)]
+    return _Pairs(chosen[0::2], chosen[1::2])
+
+
+def _some_before_the_hour(first_us: Ints, end_us: int) -> Ints:
+    """One in twelve is moved to the last second of its hour: its repeat falls on the first instant of the next."""
+    edge_us = (first_us // HOUR_US + 1) * HOUR_US - _SECOND_US
+    return np.where((np.arange(len(first_us)) % 12 == 5) & (edge_us < end_us - _SECOND_US), edge_us, first_us)
+
+
+def _after(rng: np.random.Generator, first_us: Ints, window_us: int, end_us: int) -> Ints:
+    """When the repeats of these come: in the window and beyond, at its two ends and within a microsecond of them.
+
+    None comes long after the end of the simulated time.
+    """
+    at_random = (rng.random(len(first_us)) * 1.5 * window_us).astype(np.int64)
+    edges = np.array([0, 1, window_us - 1, window_us, window_us + 1, _SECOND_US, *[-1] * 6])[np.arange(len(first_us)) % 12]
+    distance = np.where(edges >= 0, edges, at_random)
+    return first_us + np.where(first_us + distance < end_us, distance, np.minimum(distance, _SECOND_US))
+
+
+def _rearranged(order: npt.NDArray[np.intp], *, first: npt.NDArray[np.intp], last: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+    """The same numbers with some in front and some at the end."""
+    return np.concatenate([first, order[~np.isin(order, first) & ~np.isin(order, last)], last])
 
 
 def _late_arrival(rng: np.random.Generator, event_us: Ints, limits: Limits, end_us: int) -> Ints:

@@ -2,14 +2,16 @@
 
 The rules, in the words of the input contract: records are taken in order of (file mtime, path, line number); an invalid
 record never claims an id; the first valid record of an id is accepted; a later one is a duplicate if every field but
-``received_at`` and ``region`` is the same, and a conflict otherwise.
+``received_at`` and ``region`` is the same, and a conflict otherwise. What is accepted is billable or invalid traffic
+(`services.simulator.invalid`); orders are credited to billable clicks (`services.simulator.credit`).
 """
 
 from __future__ import annotations
 
 import json
+import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,11 +20,14 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from services.simulator.credit import FinalOrder, Touch
+from services.simulator.invalid import BILLABLE, RULES, first_rule, is_crawler, over_click_rate, repeats
+
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Row = dict[str, Any]
 
-VERSION = 1
+VERSION = 2
 HOUR_US = 3_600_000_000
 NO_TIME = int(np.iinfo(np.int64).min)
 """Stands in ``event_us`` for a record without a readable time."""
@@ -61,7 +66,8 @@ class CampaignRow:
 class EventLines:
     """Event lines in the order in which they count, as columns of one length.
 
-    ``region``, ``campaign`` and ``currency`` are codes into the names handed to `account_events`. ``event_us`` is
+    ``region``, ``campaign``, ``currency`` and ``agent`` are codes into the names handed to `account_events`, ``user``
+    and ``ad`` any codes; ``id_high`` and ``id_low`` are the event id's 128 bits, which sort as its text does. ``event_us`` is
     NO_TIME if no time can be read. ``identity`` stands for the event_id and ``payload`` for everything that a resend
     must repeat: two lines with the same identity are the same record iff their payloads are equal. ``well_formed`` is
     False for a line that breaks the contract in itself; the rule about clocks in the future is applied here. What is
@@ -77,7 +83,12 @@ class EventLines:
     campaign: npt.NDArray[np.integer[Any]]
     currency: npt.NDArray[np.integer[Any]]
     is_click: Bools
-    is_bot: Bools
+    user: npt.NDArray[np.integer[Any]]
+    ad: npt.NDArray[np.integer[Any]]
+    agent: npt.NDArray[np.integer[Any]]
+    is_listed: Bools
+    id_high: npt.NDArray[np.uint64]
+    id_low: npt.NDArray[np.uint64]
     price_micros: Ints
 
 
@@ -91,11 +102,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class EventTruth:
-    """Rows per region and hour, rows per campaign, region, hour and currency, and their sums."""
+    """Rows per region and hour, rows per campaign, region, hour and currency, per billing day, and their sums.
+
+    ``touches`` are the positions of the billable clicks among the lines.
+    """
 
     accounting: list[Row]
     campaign_hours: list[Row]
+    billing: list[Row]
     totals: Row
+    touches: npt.NDArray[np.intp]
 
 
 def classify(lines: EventLines, future_skew: timedelta) -> npt.NDArray[np.uint8]:
@@ -154,12 +170,15 @@ def account_events(
     regions: Sequence[str],
     campaigns: Sequence[str],
     currencies: Sequence[str],
+    agents: Sequence[str],
+    stores: Mapping[str, str],
     campaign_rows: Sequence[CampaignRow],
     limits: Limits,
 ) -> EventTruth:
-    """The accounting of event lines: counts per outcome, late, unpriced, and what each campaign owes in nanos.
+    """The accounting of event lines: counts per outcome, late, invalid, unpriced, and what each campaign owes in nanos.
 
-    A cpc click costs price_micros x 1000 nanos, a cpm impression price_micros nanos, anything else nothing.
+    A cpc click costs price_micros x 1000 nanos, a cpm impression price_micros nanos, anything else nothing. Invalid
+    traffic is counted apart, with what it would have cost. ``stores`` names each campaign's store.
     """
     outcome = classify(lines, limits.future_skew)
     hour = np.where(lines.event_us == NO_TIME, -1, lines.event_us // HOUR_US)
@@ -170,12 +189,15 @@ def account_events(
     grace_us = limits.hour_grace // timedelta(microseconds=1)
     late = lines.received_us[taken] >= (hour[taken] + 1) * HOUR_US + grace_us
     unpriced = ~(is_cpc | is_cpm)
+    rule, hits = _judge(lines, taken, agents)
+    invalid = rule != BILLABLE
 
     span = int(hour.max(initial=0)) + 2
     keys, group = np.unique(lines.region * np.int64(span) + hour + 1, return_inverse=True)
     by_outcome = [_counts(group, outcome == code, len(keys)) for code in range(len(OUTCOMES))]
     late_of = _counts(group[taken], late, len(keys))
     unpriced_of = _counts(group[taken], unpriced, len(keys))
+    invalid_of = _counts(group[taken], invalid, len(keys))
     accounting: list[Row] = []
     for index, key in enumerate(keys):
         region_code, hour_number = divmod(int(key), span)
@@ -188,14 +210,20 @@ def account_events(
                 **counts,
                 "late": late_of[index],
                 "unpriced": unpriced_of[index],
+                "invalid_traffic": invalid_of[index],
             }
         )
 
     combined = (lines.campaign[taken].astype(np.int64) * len(regions) + lines.region[taken]) * span + hour[taken]
     keys, group = np.unique(combined * len(currencies) + lines.currency[taken], return_inverse=True)
-    impressions = _counts(group, ~is_click, len(keys))
-    clicks = _counts(group, is_click, len(keys))
-    spends = _sums(group, spend, len(keys))
+    measures: dict[str, list[int]] = {
+        "impressions": _counts(group, ~is_click & ~invalid, len(keys)),
+        "clicks": _counts(group, is_click & ~invalid, len(keys)),
+        "spend_nanos": _sums(group, np.where(invalid, 0, spend), len(keys)),
+        "invalid_impressions": _counts(group, ~is_click & invalid, len(keys)),
+        "invalid_clicks": _counts(group, is_click & invalid, len(keys)),
+        "invalid_spend_nanos": _sums(group, np.where(invalid, spend, 0), len(keys)),
+    }
     campaign_hours: list[Row] = []
     for index, key in enumerate(keys):
         rest, currency_code = divmod(int(key), len(currencies))
@@ -207,27 +235,60 @@ def account_events(
                 "region": regions[region_code],
                 "event_hour": rfc3339(hour_number * HOUR_US),
                 "currency": currencies[currency_code],
-                "impressions": impressions[index],
-                "clicks": clicks[index],
-                "spend_nanos": spends[index],
+                **{name: values[index] for name, values in measures.items()},
             }
         )
 
     accounting.sort(key=lambda r: (r["region"], r["event_hour"] or ""))
     campaign_hours.sort(key=lambda r: (r["campaign_id"], r["region"], r["event_hour"], r["currency"]))
-    spend_by_currency: Counter[str] = Counter()
-    for row in campaign_hours:
-        spend_by_currency[row["currency"]] += row["spend_nanos"]
-    is_bot = lines.is_bot[taken]
-    totals: Row = {name: sum(row[name] for row in accounting) for name in ("offered", *OUTCOMES, "late", "unpriced")}
+    totals: Row = {name: sum(row[name] for row in accounting) for name in _ACCOUNTED}
+    totals |= {name: sum(row[name] for row in campaign_hours) for name in measures if "spend" not in name}
+    for name in ("spend_nanos", "invalid_spend_nanos"):
+        by_currency: Counter[str] = Counter()
+        for row in campaign_hours:
+            by_currency[row["currency"]] += row[name]
+        totals[f"{name}_by_currency"] = dict(sorted(by_currency.items()))
+    is_bot = hits["crawler_user_agent"]
     totals |= {
-        "impressions": int((~is_click).sum()),
-        "clicks": int(is_click.sum()),
         "bot_impressions": int((is_bot & ~is_click).sum()),
         "bot_clicks": int((is_bot & is_click).sum()),
-        "spend_nanos_by_currency": dict(sorted(spend_by_currency.items())),
+        "invalid_by_rule": {name: int((rule == number).sum()) for number, name in enumerate(RULES)},
+        "hits_by_rule": {name: int(mask.sum()) for name, mask in hits.items()},
     }
-    return EventTruth(accounting, campaign_hours, totals)
+    touches = taken[is_click & ~invalid]
+    return EventTruth(accounting, campaign_hours, _billing_days(campaign_hours, stores), totals, touches)
+
+
+_ACCOUNTED = ("offered", *OUTCOMES, "late", "unpriced", "invalid_traffic")
+
+
+def _judge(lines: EventLines, taken: Ints, agents: Sequence[str]) -> tuple[npt.NDArray[np.int8], dict[str, Bools]]:
+    """Of the accepted lines: the number of the rule that makes each invalid traffic, and each rule's hits."""
+    crawler = np.array([is_crawler(name) for name in agents])
+    user, is_click, event_us = lines.user[taken], lines.is_click[taken], lines.event_us[taken]
+    again = repeats(user, lines.ad[taken], is_click, event_us, lines.id_high[taken], lines.id_low[taken])
+    masks = (
+        crawler[lines.agent[taken]],
+        lines.is_listed[taken],
+        again & is_click,
+        again & ~is_click,
+        over_click_rate(user, is_click, event_us),
+    )
+    return first_rule(masks), dict(zip(RULES, masks, strict=True))
+
+
+def to_micros(nanos: int) -> int:
+    """Nanos rounded to micros, half away from zero."""
+    return (nanos + 500) // 1000 if nanos >= 0 else -((-nanos + 500) // 1000)
+
+
+def _billing_days(campaign_hours: Sequence[Row], stores: Mapping[str, str]) -> list[Row]:
+    """What is billed a day, campaign, store and currency: its spend, rounded once."""
+    nanos: Counter[tuple[str, str, str, str]] = Counter()
+    for row in campaign_hours:
+        nanos[row["event_hour"][:10], row["campaign_id"], stores[row["campaign_id"]], row["currency"]] += row["spend_nanos"]
+    names = ("event_date", "campaign_id", "store_id", "currency")
+    return [dict(zip(names, key, strict=True)) | {"spend_micros": to_micros(value)} for key, value in sorted(nanos.items())]
 
 
 class OrderTruth:
@@ -264,6 +325,18 @@ class OrderTruth:
         self._money[order_id] = (record["currency"], record["total_micros"])
         return "accepted"
 
+    def final_orders(self) -> list[FinalOrder]:
+        """Every accepted order as it stands in the end."""
+        result = []
+        for order_id, statuses in self._statuses.items():
+            order_time, user_id, store_id, total_micros, currency = self._facts[order_id]
+            order_us = to_us(datetime.fromisoformat(str(order_time)))
+            is_placed = "cancelled" not in statuses
+            result.append(
+                FinalOrder(order_id, order_us, str(user_id), str(store_id), int(str(total_micros)), str(currency), is_placed)
+            )
+        return result
+
     def as_dict(self) -> Row:
         """Accounting per region, orders by final status (cancelled is final) and their totals in micros."""
         final: Counter[str] = Counter()
@@ -286,21 +359,47 @@ class OrderTruth:
         }
 
 
+def touches_by_journey(
+    lines: EventLines,
+    at: npt.NDArray[np.intp],
+    campaigns: Sequence[str],
+    stores: Mapping[str, str],
+    user_name: Callable[[int], str],
+) -> dict[tuple[str, str], list[Touch]]:
+    """The clicks at these positions by (user_id, store_id)."""
+    result: dict[tuple[str, str], list[Touch]] = {}
+    columns = (lines.user, lines.campaign, lines.event_us, lines.id_high, lines.id_low)
+    for user, campaign, event_us, high, low in zip(*(column[at].tolist() for column in columns), strict=True):
+        name = campaigns[campaign]
+        touch = Touch(event_us, str(uuid.UUID(int=high << 64 | low)), name)
+        result.setdefault((user_name(user), stores[name]), []).append(touch)
+    return result
+
+
+def _block(parts: Mapping[str, str]) -> str:
+    return "{\n" + ",\n".join(f' "{name}": {text}' for name, text in parts.items()) + "\n}"
+
+
 @dataclass(frozen=True)
 class Truth:
     """What a folder of generated records must come to.
 
     ``accounting``: region, event_hour (RFC 3339, None: no readable time), offered, accepted, duplicate, conflict,
-    rejected, late, unpriced. ``campaign_hours``: campaign_id, region, event_hour, currency, impressions, clicks,
-    spend_nanos. ``totals``: the sums of both and the bots among the accepted. ``orders``: see `OrderTruth.as_dict`.
+    rejected, late, unpriced, invalid_traffic. ``campaign_hours``: campaign_id, region, event_hour, currency, impressions,
+    clicks, spend_nanos (all net of invalid traffic), invalid_impressions, invalid_clicks, invalid_spend_nanos.
+    ``totals``: the sums of both, and invalid traffic by the first rule that hit and by every rule that did. ``billing``:
+    event_date, campaign_id, store_id, currency, spend_micros. ``orders``: see `OrderTruth.as_dict`. ``attribution``: see
+    `services.simulator.credit.credit_orders`.
     """
 
     seed: int | None
     args: Row
     accounting: list[Row]
     campaign_hours: list[Row]
+    billing: list[Row]
     totals: Row
     orders: Row
+    attribution: Row
 
     def as_json(self) -> str:
         """The text of truth.json: one line a row, the same for the same truth."""
@@ -316,8 +415,12 @@ class Truth:
             "orders": json.dumps(self.orders),
             "accounting": rows(self.accounting),
             "campaign_hours": rows(self.campaign_hours),
+            "billing": rows(self.billing),
+            "attribution": _block(
+                {name: rows(part) if isinstance(part, list) else json.dumps(part) for name, part in self.attribution.items()}
+            ),
         }
-        return "{\n" + ",\n".join(f' "{name}": {text}' for name, text in parts.items()) + "\n}\n"
+        return _block(parts) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> Self:

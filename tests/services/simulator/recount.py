@@ -102,8 +102,77 @@ def billing_models(landing: Path) -> dict[str, list[tuple[datetime, datetime, st
     return models
 
 
-def recount_events(landing: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def accepted_events(landing: Path) -> dict[str, dict[str, Any]]:
+    """The first valid record of each event_id, with its time and folder, in the order of acceptance."""
+    known: dict[str, dict[str, Any]] = {}
+    for folder, line in offered_lines(landing, "events"):
+        record = read_object(line)
+        if record is not None and valid_event(record, folder):
+            known.setdefault(record["event_id"], {**record, "time": read_time(record["event_time"]), "folder": folder})
+    return known
+
+
+def invalid_rules(landing: Path, listed: frozenset[str] = frozenset()) -> dict[str, list[str]]:
+    """The rules that hit each invalid event, in their order: every pair of events of a user and ad is looked at."""
+    events = accepted_events(landing)
+    alike: defaultdict[tuple[str, ...], list[tuple[datetime, str]]] = defaultdict(list)
+    clicks: Counter[tuple[str, str]] = Counter()
+    for event in events.values():
+        alike[event["user_id"], event["ad_id"], event["event_type"]].append((event["time"], event["event_id"]))
+        clicks[event["user_id"], str(hour_text(event["time"]))] += event["event_type"] == "click"
+    found: dict[str, list[str]] = {}
+    for event_id, event in events.items():
+        kind, mine = event["event_type"], (event["time"], event_id)
+        window = timedelta(hours=1) if kind == "click" else timedelta(minutes=1)
+        same = alike[event["user_id"], event["ad_id"], kind]
+        hits = {
+            "crawler_user_agent": re.search("Googlebot|bingbot|AhrefsBot|python-requests", event.get("user_agent", "")) is not None,
+            "listed_user": event["user_id"] in listed,
+            f"repeat_{kind}": any(other < mine and mine[0] - other[0] < window for other in same),
+            "click_rate": kind == "click" and clicks[event["user_id"], str(hour_text(event["time"]))] > 60,
+        }
+        if any(hits.values()):
+            found[event_id] = [name for name, hit in hits.items() if hit]
+    return found
+
+
+def recount_credit(landing: Path, invalid: dict[str, list[str]]) -> dict[tuple[str, int, str], list[tuple[str, int]]]:
+    """(model, window, order_id) -> [(event_id, micros)] of last_click, first_click and linear, in plain integers."""
+    facts, statuses = settled_orders(landing)
+    touches: defaultdict[tuple[str, str], list[tuple[datetime, str]]] = defaultdict(list)
+    for event_id, event in accepted_events(landing).items():
+        if event["event_type"] == "click" and event_id not in invalid:
+            touches[event["user_id"], event["store_id"]].append((event["time"], event_id))
+    found: dict[tuple[str, int, str], list[tuple[str, int]]] = {}
+    for order_id, (time, user, store, total, _currency) in facts.items():
+        if "cancelled" in statuses[order_id]:
+            continue
+        for window in (1, 7, 14, 28, 30):
+            inside = sorted(touch for touch in touches[user, store] if timedelta() < time - touch[0] <= timedelta(days=window))
+            ids = [event_id for _, event_id in inside]
+            share, rest = divmod(total, len(ids)) if ids else (0, 0)
+            found["last_click", window, order_id] = [(event_id, total) for event_id in ids[-1:]]
+            found["first_click", window, order_id] = [(event_id, total) for event_id in ids[:1]]
+            found["linear", window, order_id] = [(event_id, share + (at < rest)) for at, event_id in enumerate(ids)]
+    return found
+
+
+def recount_billing(campaign_hours: list[dict[str, Any]], landing: Path) -> list[dict[str, Any]]:
+    """The billing part of a truth file from its campaign_hours: a day's nanos, rounded half up."""
+    store_of = {event["campaign_id"]: event["store_id"] for event in accepted_events(landing).values()}
+    nanos: Counter[tuple[str, str, str, str]] = Counter()
+    for row in campaign_hours:
+        nanos[row["event_hour"][:10], row["campaign_id"], store_of[row["campaign_id"]], row["currency"]] += row["spend_nanos"]
+    names = ("event_date", "campaign_id", "store_id", "currency")
+    return [
+        {**dict(zip(names, key, strict=True)), "spend_micros": value // 1000 + (value % 1000 >= 500)}
+        for key, value in sorted(nanos.items())
+    ]
+
+
+def recount_events(landing: Path, listed: frozenset[str] = frozenset()) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The accounting and campaign_hours of a truth file, counted from the files."""
+    invalid = invalid_rules(landing, listed)
     models = billing_models(landing)
     known: dict[str, tuple[Any, ...]] = {}
     hours: defaultdict[tuple[str, str | None], Counter[str]] = defaultdict(Counter)
@@ -129,17 +198,19 @@ def recount_events(landing: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
         counts["unpriced"] += not model
         is_click = record["event_type"] == "click"
         sums = campaigns[record["campaign_id"], folder, str(hour_text(time)), record["currency"]]
-        sums["clicks" if is_click else "impressions"] += 1
+        part = "invalid_" if record["event_id"] in invalid else ""
+        counts["invalid_traffic"] += part != ""
+        sums[f"{part}{'clicks' if is_click else 'impressions'}"] += 1
         if model == ["cpc"] and is_click:
-            sums["spend_nanos"] += price * 1000
+            sums[f"{part}spend_nanos"] += price * 1000
         elif model == ["cpm"] and not is_click:
-            sums["spend_nanos"] += price
-    outcomes = ("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced")
+            sums[f"{part}spend_nanos"] += price
+    outcomes = ("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced", "invalid_traffic")
     accounting = [
         {"region": region, "event_hour": hour, **{name: counts[name] for name in outcomes}}
         for (region, hour), counts in sorted(hours.items(), key=lambda item: (item[0][0], item[0][1] or ""))
     ]
-    measures = ("impressions", "clicks", "spend_nanos")
+    measures = ("impressions", "clicks", "spend_nanos", "invalid_impressions", "invalid_clicks", "invalid_spend_nanos")
     names = ("campaign_id", "region", "event_hour", "currency")
     campaign_hours = [
         {**dict(zip(names, key, strict=True)), **{name: sums[name] for name in measures}} for key, sums in sorted(campaigns.items())
@@ -147,11 +218,14 @@ def recount_events(landing: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
     return accounting, campaign_hours
 
 
-def recount_orders(landing: Path) -> dict[str, Any]:
-    """The orders part of a truth file, counted from the files."""
-    facts: dict[str, tuple[Any, ...]] = {}
+Facts = dict[str, tuple[Any, ...]]
+
+
+def settled_orders(landing: Path, regions: defaultdict[str, Counter[str]] | None = None) -> tuple[Facts, dict[str, set[str]]]:
+    """(order_time, user_id, store_id, total_micros, currency) and the statuses of each accepted order; counts by region."""
+    facts: Facts = {}
     statuses: defaultdict[str, set[str]] = defaultdict(set)
-    regions: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    regions = defaultdict(Counter) if regions is None else regions
     for folder, line in offered_lines(landing, "orders"):
         record = read_object(line)
         regions[folder]["offered"] += 1
@@ -169,6 +243,13 @@ def recount_orders(landing: Path) -> dict[str, Any]:
             regions[folder]["accepted"] += 1
             facts[order_id] = payload
             statuses[order_id].add(status)
+    return facts, statuses
+
+
+def recount_orders(landing: Path) -> dict[str, Any]:
+    """The orders part of a truth file, counted from the files."""
+    regions: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    facts, statuses = settled_orders(landing, regions)
     finals: Counter[str] = Counter()
     money: defaultdict[str, dict[str, int]] = defaultdict(lambda: {"placed": 0, "cancelled": 0})
     for order_id, payload in facts.items():

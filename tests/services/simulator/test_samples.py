@@ -12,7 +12,8 @@ import pytest
 import samples
 from samples.make_samples import make
 from services.simulator.truth import Truth
-from tests.services.simulator.recount import offered_lines, recount_events, recount_orders
+from tests.services.simulator.recount import offered_lines, recount_billing, recount_events, recount_orders
+from tests.services.simulator.test_simulate import assert_credit_equals_a_recount
 
 SAMPLES = Path(str(samples.__file__)).parent
 HEADER = ("timestamp", "policy", "campaign", "item_id", "position", "click", "user_segment")
@@ -31,11 +32,14 @@ def test_committed_truth_equals_a_recount(landed: Path) -> None:
     assert truth.accounting == accounting
     assert truth.campaign_hours == campaign_hours
     assert truth.orders == recount_orders(landed)
+    assert truth.billing == recount_billing(campaign_hours, landed)
+    assert_credit_equals_a_recount(landed, truth)
 
 
 def test_every_real_event_is_accepted_once() -> None:
     totals = Truth.load(SAMPLES / "truth.json").totals
-    assert (totals["impressions"], totals["clicks"], totals["accepted"]) == (60_000, 287, 60_287)
+    shown, clicked = (totals[name] + totals[f"invalid_{name}"] for name in ("impressions", "clicks"))
+    assert (shown, clicked, totals["accepted"]) == (60_000, 287, 60_287)
     assert totals["offered"] == sum(totals[name] for name in ("accepted", "duplicate", "conflict", "rejected"))
     assert all(totals[name] > 0 for name in ("duplicate", "conflict", "rejected", "late", "unpriced", "bot_clicks"))
 
@@ -81,6 +85,8 @@ def test_making_is_reproducible_and_its_truth_holds(tmp_path: Path) -> None:
     landing = tmp_path / "first" / "landing"
     assert recount_events(landing) == (first.accounting, first.campaign_hours)
     assert recount_orders(landing) == first.orders
+    assert recount_billing(first.campaign_hours, landing) == first.billing
+    assert_credit_equals_a_recount(landing, first)
     assert first.totals["accepted"] == 4_000 + 80
     shutil.rmtree(tmp_path / "first" / "landing" / "orders")
     assert len(offered_lines(landing, "events")) == first.totals["offered"]

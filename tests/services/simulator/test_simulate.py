@@ -3,8 +3,10 @@ from __future__ import annotations
 import ast
 import gzip
 import json
+import tomllib
 from collections import Counter
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,16 @@ import pytest
 
 import services
 from services.simulator import SimulationError, SimulationShares, Truth, simulate
-from tests.services.simulator.recount import offered_lines, read_object, recount_events, recount_orders
+from tests.services.simulator.recount import (
+    accepted_events,
+    invalid_rules,
+    offered_lines,
+    read_object,
+    recount_billing,
+    recount_credit,
+    recount_events,
+    recount_orders,
+)
 
 EVENTS = 12_000
 OUTCOMES = ("accepted", "duplicate", "conflict", "rejected")
@@ -25,7 +36,7 @@ def landing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def truth(landing: Path) -> Truth:
-    return simulate(landing, EVENTS, 20250602, conversion=0.6, campaigns=40, ads=300)
+    return simulate(landing, EVENTS, 20250602, conversion=0.6, campaigns=40, ads=300, click_rate=0.06)
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -60,11 +71,45 @@ def test_truth_equals_a_recount_of_the_files(landing: Path, truth: Truth) -> Non
     assert truth.accounting == accounting
     assert truth.campaign_hours == campaign_hours
     assert truth.orders == recount_orders(landing)
+    assert truth.billing == recount_billing(campaign_hours, landing)
+    assert_credit_equals_a_recount(landing, truth)
+
+
+def assert_credit_equals_a_recount(landing: Path, truth: Truth) -> None:
+    """Order by order for the models of the default window, per campaign for all windows and the models of whole shares."""
+    invalid = invalid_rules(landing)
+    expected = recount_credit(landing, invalid)
+    models = ("last_click", "first_click", "linear")
+    listed = {
+        (model, 7, row["order_id"]): [tuple(credit) for credit in row[model]]
+        for row in truth.attribution["orders"]
+        for model in models
+    }
+    assert listed == {key: value for key, value in expected.items() if key[1] == 7}
+    events = accepted_events(landing)
+    sums: Counter[tuple[str, int, str]] = Counter()
+    counts: Counter[tuple[str, int, str]] = Counter()
+    for (model, window, _order), given in expected.items():
+        for campaign in {events[event_id]["campaign_id"] for event_id, _ in given}:
+            counts[model, window, campaign] += 1
+        for event_id, micros in given:
+            sums[model, window, events[event_id]["campaign_id"]] += micros
+    found: Counter[tuple[str, int, str]] = Counter()
+    orders: Counter[tuple[str, int, str]] = Counter()
+    whole: Counter[tuple[str, int]] = Counter()
+    for row in truth.attribution["campaigns"]:
+        whole[row["model"], row["window_days"]] += row["credit_micros"]
+        if row["model"] in models:
+            found[row["model"], row["window_days"], row["campaign_id"]] += row["credit_micros"]
+            orders[row["model"], row["window_days"], row["campaign_id"]] += row["orders"]
+    assert found == sums and orders == counts
+    for model in ("first_click", "linear", "position_based", "time_decay"):  # whatever the model, all of an order is shared out
+        assert all(whole[model, window] == whole["last_click", window] for window in (1, 7, 14, 28, 30))
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_truth_equals_a_recount_whatever_the_cut_and_the_shares(tmp_path: Path, seed: int) -> None:
-    shares = SimulationShares(0.03, 0.03, 0.03, 0.03, 0.06, 0.05, 0.04, 0.02, 0.06, 0.05)
+    shares = SimulationShares(0.03, 0.03, 0.03, 0.03, 0.06, 0.05, 0.04, 0.02, 0.06, 0.05, 0.02, 0.03, 0.02)
     found = simulate(
         tmp_path / "out",
         2_500,
@@ -80,6 +125,8 @@ def test_truth_equals_a_recount_whatever_the_cut_and_the_shares(tmp_path: Path, 
     )
     assert recount_events(tmp_path / "out") == (found.accounting, found.campaign_hours)
     assert recount_orders(tmp_path / "out") == found.orders
+    assert recount_billing(found.campaign_hours, tmp_path / "out") == found.billing
+    assert_credit_equals_a_recount(tmp_path / "out", found)
 
 
 def test_every_record_ends_in_one_outcome(truth: Truth) -> None:
@@ -87,9 +134,13 @@ def test_every_record_ends_in_one_outcome(truth: Truth) -> None:
         assert row["offered"] == sum(row[name] for name in OUTCOMES)
     for row in truth.accounting:
         assert row["late"] <= row["accepted"] >= row["unpriced"]
-    for name in ("impressions", "clicks"):
+        assert row["invalid_traffic"] <= row["accepted"]
+    measures = ("impressions", "clicks", "invalid_impressions", "invalid_clicks")
+    for name in measures:
         assert truth.totals[name] == sum(row[name] for row in truth.campaign_hours)
-    assert truth.totals["impressions"] + truth.totals["clicks"] == truth.totals["accepted"]
+    assert sum(truth.totals[name] for name in measures) == truth.totals["accepted"]
+    invalid = truth.totals["invalid_impressions"] + truth.totals["invalid_clicks"]
+    assert invalid == truth.totals["invalid_traffic"] == sum(truth.totals["invalid_by_rule"].values())
     assert sum(truth.totals["lines_by_intent"].values()) == EVENTS
 
 
@@ -126,6 +177,51 @@ def test_shares_are_about_as_asked(landing: Path, truth: Truth) -> None:
     fractions = Counter(len(time[19:].rstrip("Z").split("+")[0].lstrip(".")) for time in times)
     assert set(fractions) == set(range(7))
     assert 0.01 * EVENTS < sum(time.endswith("+02:00") for time in times) < 0.1 * EVENTS
+
+
+def test_every_rule_is_hit_on_both_sides_of_its_edge(landing: Path, truth: Truth) -> None:
+    """Repeats at the same microsecond, just within and exactly at the window, over the hour's change; 60 clicks and 61."""
+    invalid = invalid_rules(landing)
+    by_rule = Counter(rules[0] for rules in invalid.values())
+    assert truth.totals["invalid_by_rule"] == {"listed_user": 0, **by_rule}
+    assert Counter(rule for rules in invalid.values() for rule in rules) == Counter(truth.totals["hits_by_rule"])
+    assert set(by_rule) == {"crawler_user_agent", "repeat_click", "repeat_impression", "click_rate"}
+    journeys: dict[tuple[str, str, str], list[datetime]] = {}
+    clicks: Counter[tuple[str, str]] = Counter()
+    for event in accepted_events(landing).values():
+        journeys.setdefault((event["user_id"], event["ad_id"], event["event_type"]), []).append(event["time"])
+        clicks[event["user_id"], f"{event['time']:%d %H}"] += event["event_type"] == "click"
+    for kind, window in (("impression", 60_000_000), ("click", 3_600_000_000)):
+        distances: Counter[int] = Counter()
+        over_the_hour = 0
+        for (_user, _ad, what), times in journeys.items():
+            for first, second in pairwise(sorted(times) if what == kind else []):
+                distances[(second - first) // timedelta(microseconds=1)] += 1
+                over_the_hour += first.hour != second.hour and second - first < timedelta(microseconds=window)
+        assert all(distances[us] for us in (0, 1, window - 1, window, window + 1)), kind
+        assert over_the_hour, kind
+    assert 60 in clicks.values() and 61 in clicks.values()
+
+
+def test_listed_users_come_with_their_list(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = simulate(out, 3_000, 3, listed_users=4)
+    rules = tomllib.loads((out / "rules" / "invalid_traffic.toml").read_text())
+    listed = frozenset((out / "rules" / rules["list_file"]).read_text().split())
+    assert len(listed) == 4 and found.totals["invalid_by_rule"]["listed_user"] > 0
+    assert recount_events(out, listed) == (found.accounting, found.campaign_hours)
+    assert not (tmp_path / "none" / "rules").exists()
+    plain = simulate(tmp_path / "none", 3_000, 3)
+    assert not (tmp_path / "none" / "rules").exists() and plain.totals["invalid_by_rule"]["listed_user"] == 0
+
+
+def test_orders_have_none_one_and_many_touches(truth: Truth) -> None:
+    touches = [len(row["linear"]) for row in truth.attribution["orders"]]
+    assert 0 in touches and 1 in touches and max(touches) >= 5
+    totals = truth.attribution["totals"]
+    assert totals["placed"] == len(touches) == truth.orders["placed"] and totals["cancelled"] == truth.orders["cancelled"]
+    assert totals["several_touches"] == sum(number > 1 for number in touches) > 20
+    assert totals["credited_by_window"]["7"] == sum(number > 0 for number in touches) > totals["credited_by_window"]["1"]
 
 
 def test_clicks_follow_impressions_and_orders_follow_clicks(landing: Path) -> None:
@@ -225,6 +321,7 @@ def test_refuses_a_folder_that_is_not_empty(tmp_path: Path) -> None:
         {"users": 1},
         {"click_rate": 1.5},
         {"gz_share": -0.1},
+        {"listed_users": -1},
         {"lines_per_file": 0},
     ],
     ids=str,
