@@ -73,6 +73,13 @@ def held_rules(settings: Settings, name: str, model: type[Rules]) -> Rules:
     raise AdtallyError(f"table rule_sets does not have the rule set {name}", hint="it was removed, or the table is of another home")
 
 
+def rule_sets_of(settings: Settings, kind: str, model: type[Rules]) -> dict[str, Rules]:
+    """Every rule set of a kind that was ever used, by its hash."""
+    held = _held(settings)
+    rows = held.filter(pc.equal(held["kind"], kind)).to_pylist()
+    return {row["rule_set"]: model.model_validate_json(row["content"]) for row in rows}
+
+
 def _held(settings: Settings) -> pa.Table:
     uri = settings.table_uri(RULE_SETS.name)
     version = DeltaLog(uri).latest_version()
