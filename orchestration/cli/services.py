@@ -1,0 +1,168 @@
+"""``adtally services``: real Kafka and real Pinot on this machine, for trials and tests."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from orchestration.cli.maintenance import Json
+from orchestration.cli.options import examples
+from spark_jobs.errors import AdtallyError, BusyError, UsageError
+
+if TYPE_CHECKING:
+    from services.launcher.kafka import Kafka
+    from services.launcher.pinot import Pinot
+    from services.launcher.service import Progress, Service, Status
+    from spark_jobs.config import Settings
+
+Heap = Annotated[str | None, typer.Option(help="Largest heap of its Java, as 512m or 2g.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Delete its data first.")]
+
+
+def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
+    """Put the group into ``app``; ``settings`` gives those of the installation that the user named."""
+    services_app = typer.Typer(
+        help="Kafka and Pinot on this machine, for trials and tests. The default, files and DuckDB, needs neither.",
+        no_args_is_help=True,
+        epilog=examples("adtally services kafka up", "adtally services pinot status --json"),
+    )
+    kafka_app = typer.Typer(
+        help="Kafka: one broker on loopback, with the topics that adtally reads and writes.",
+        no_args_is_help=True,
+        epilog=examples("adtally services kafka up"),
+    )
+    pinot_app = typer.Typer(help="Pinot, with its ZooKeeper.", no_args_is_help=True, epilog=examples("adtally services pinot up"))
+    services_app.add_typer(kafka_app, name="kafka")
+    services_app.add_typer(pinot_app, name="pinot")
+    app.add_typer(services_app, name="services")
+
+    @kafka_app.command(
+        name="up", epilog=examples("adtally services kafka up", "adtally services kafka up --port 9092 --partitions 4")
+    )
+    def kafka_up(
+        port: Annotated[
+            int | None, typer.Option(min=1, max=65535, help="Port of the broker. Default: a free one, remembered.")
+        ] = None,
+        partitions: Annotated[int, typer.Option(min=1, max=1000, help="Partitions of the topics that are made.")] = 2,
+        heap: Heap = None,
+        fresh: Fresh = False,
+        as_json: Json = False,
+    ) -> None:
+        """Start Kafka, wait until it answers, and make the topics that are missing. One that runs is left as it is.
+
+        Its folder is HOME/services/kafka. The jars are downloaded once and checked on every start.
+        """
+        with _one_line():
+            kafka = _kafka(settings(), heap)
+            kafka.partitions = partitions
+            _print(kafka.up(_tell(), fresh=fresh, wanted_ports={} if port is None else {"broker": port}), as_json)
+
+    @pinot_app.command(name="up", epilog=examples("adtally services pinot up", "adtally services pinot up --fresh --heap 1g"))
+    def pinot_up(heap: Heap = None, fresh: Fresh = False, as_json: Json = False) -> None:
+        """Start ZooKeeper and Pinot, and wait until every table answers a query. One that runs is left as it is.
+
+        For trials and tests: one of its ports is open on all interfaces. Its folder is HOME/services/pinot.
+        """
+        with _one_line():
+            pinot = _pinot(settings(), heap)
+            found = pinot.up(_tell(), fresh=fresh)
+            _tell()(f"{pinot.name} is {pinot.warning}")
+            _print(found, as_json)
+
+    _add_down_and_status(kafka_app, "kafka", lambda: _kafka(settings()))
+    _add_down_and_status(pinot_app, "pinot", lambda: _pinot(settings()))
+
+
+def _add_down_and_status(group: typer.Typer, name: str, service: Callable[[], Service]) -> None:
+    @group.command(epilog=examples(f"adtally services {name} down"))
+    def down(as_json: Json = False) -> None:
+        """Stop it and wait until no process is left. Its data and its ports are kept."""
+        with _one_line():
+            one = service()
+            ran = one.down(_tell())
+            if as_json:
+                _print(one.status(), as_json)
+            else:
+                _tell(stderr=False)(f"{name} is stopped" if ran else f"{name} did not run")
+
+    @group.command(epilog=examples(f"adtally services {name} status", f"adtally services {name} status --json | jq .addresses"))
+    def status(as_json: Json = False) -> None:
+        """Whether it runs and answers, and where. Exit status 1 where it does not."""
+        with _one_line():
+            found = service().status()
+        _print(found, as_json)
+        if not found.running or found.problem:
+            raise typer.Exit(1)
+
+
+def _kafka(settings: Settings, heap: str | None = None) -> Kafka:
+    from services.launcher.kafka import Kafka
+
+    return Kafka(_root(settings), jar_cache=settings.jar_cache_path, java=_java, heap=_heap(heap))
+
+
+def _pinot(settings: Settings, heap: str | None = None) -> Pinot:
+    from services.launcher.pinot import Pinot
+
+    return Pinot(_root(settings), jar_cache=settings.jar_cache_path, java=_java, heap=_heap(heap))
+
+
+def _root(settings: Settings) -> Path:
+    return settings.home_path / "services"
+
+
+def _java() -> Path:
+    from spark_jobs.java import require_java
+
+    return require_java().executable
+
+
+def _heap(text: str | None) -> str | None:
+    if text is not None and not re.fullmatch(r"[1-9]\d*[mg]", text):
+        raise UsageError(f"--heap {text!r} is not a size", hint="as in 512m or 2g")
+    return text
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Errors of the launcher, as the command shows errors."""
+    from services.launcher.errors import ServiceBusyError, ServiceError, ServiceUsageError
+
+    try:
+        yield
+    except ServiceError as error:
+        kinds: dict[type[ServiceError], type[AdtallyError]] = {ServiceUsageError: UsageError, ServiceBusyError: BusyError}
+        raise kinds.get(type(error), AdtallyError)(error.message, hint=error.hint) from None
+
+
+def _tell(*, stderr: bool = True) -> Progress:
+    from orchestration.cli.output import console
+
+    shown = console(stderr=stderr)
+    return lambda line: shown.print(escape(line), soft_wrap=True)
+
+
+def _print(found: Status, as_json: bool) -> None:
+    from orchestration.cli.output import print_json
+
+    if as_json:
+        print_json(found)
+        return
+    tell = _tell(stderr=False)
+    if not found.running:
+        tell(f"{found.service} {found.version} does not run{f': {found.problem}' if found.problem else ''}")
+        return
+    pids = ", ".join(f"{role} {pid}" for role, pid in found.processes.items())
+    tell(f"{found.service} {found.version} {f'is not usable: {found.problem}' if found.problem else 'runs'} (process {pids})")
+    for use, address in found.addresses.items():
+        tell(f"  {use.replace('_', ' ')}: {address}")
+    if found.holds:
+        unit = "partitions" if found.service == "kafka" else "rows"
+        tell(f"  {unit}: {', '.join(f'{name} {size:,}' for name, size in found.holds.items())}")
+    tell(f"  folder: {found.folder}")

@@ -1,0 +1,138 @@
+"""Pinot: ZooKeeper, and controller, broker and server in one process. For trials and tests."""
+
+from __future__ import annotations
+
+import json
+import socket
+import urllib.error
+import urllib.request
+from typing import Any
+
+from services.launcher.errors import ServiceError
+from services.launcher.service import Role, Service
+
+_ANSWER_SECONDS = 10.0
+# loopback: a proxy of the environment is not asked
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Pinot(Service):
+    """One of each part. It binds its data to its ports, for Pinot names its instances by them."""
+
+    name = "pinot"
+    role_names = ("zookeeper", "pinot")
+    port_uses = ("zookeeper", "controller", "broker", "server", "server_admin")
+    # after a kill the new processes wait for ZooKeeper to give up the sessions of the old ones
+    ready_seconds = 180.0
+    default_heap = "2g"
+    ports_are_kept = True
+    warning = (
+        "for trials and tests: the port by which Pinot's broker asks its server is open on all interfaces and asks for no "
+        "password; everything else is on loopback"
+    )
+
+    def roles(self, ports: dict[str, int]) -> list[Role]:
+        """ZooKeeper first: the rest is registered there."""
+        manager = ("org.apache.pinot.tools.admin.PinotAdministrator", "StartServiceManager", "-clusterName", "adtally")
+        where = ("-zkAddress", f"127.0.0.1:{ports['zookeeper']}", "-port", "-1", "-bootstrapConfigPaths")
+        parts = tuple(str(self._conf / f"{part}.conf") for part in ("controller", "broker", "server"))
+        zookeeper = ("org.apache.zookeeper.server.ZooKeeperServerMain", str(self._conf / "zoo.cfg"))
+        return [
+            Role("zookeeper", zookeeper, ("-Xmx256m",), stop_seconds=20.0),
+            Role("pinot", (*manager, *where, *parts), ("-Xms256m", f"-Xmx{self._heap}"), stop_seconds=60.0),
+        ]
+
+    def addresses(self, ports: dict[str, int]) -> dict[str, str]:
+        """The controller's and the broker's URL."""
+        return {use: f"http://127.0.0.1:{ports[use]}" for use in ("controller", "broker")}
+
+    def holds(self, ports: dict[str, int]) -> dict[str, int]:
+        """Rows by table."""
+        where = self.addresses(ports)
+        client = PinotClient(where["controller"], where["broker"])
+        return {table: int(client.query(f'select count(*) from "{table}"')[0][0]) for table in sorted(client.tables())}
+
+    @property
+    def client(self) -> PinotClient:
+        """Talks to it. Raises ServiceError unless it runs."""
+        addresses = self.status().addresses
+        if not addresses:
+            raise ServiceError("Pinot does not run", hint="start it: `adtally services pinot up`")
+        return PinotClient(addresses["controller"], addresses["broker"])
+
+    def probe(self, role: str, ports: dict[str, int]) -> str | None:
+        """ZooKeeper must take connections; of Pinot every part must be alive and every table must answer a query."""
+        if role == "zookeeper":
+            try:
+                socket.create_connection(("127.0.0.1", ports["zookeeper"]), timeout=_ANSWER_SECONDS).close()
+            except OSError as error:
+                return f"port {ports['zookeeper']}: {error.strerror or error}"
+            return None
+        where = self.addresses(ports)
+        try:
+            return PinotClient(where["controller"], where["broker"]).missing(f"http://127.0.0.1:{ports['server_admin']}")
+        except ServiceError as error:
+            return str(error)
+
+
+class PinotClient:
+    """Controller and broker of one Pinot, by HTTP. Every method raises ServiceError where Pinot refuses or does not answer."""
+
+    def __init__(self, controller: str, broker: str) -> None:
+        self.controller, self.broker = controller, broker
+
+    def query(self, sql: str) -> list[list[Any]]:
+        """Rows of a query that every server concerned has answered in full."""
+        answer = _call(f"{self.broker}/query/sql", {"sql": sql})
+        if answer.get("exceptions"):
+            raise ServiceError(f"query failed: {' '.join(str(answer['exceptions'][0].get('message')).split())[:300]}")
+        if answer.get("numServersResponded") != answer.get("numServersQueried"):
+            raise ServiceError("query failed: not every server answered")
+        rows: list[list[Any]] = (answer.get("resultTable") or {}).get("rows") or []
+        return rows
+
+    def tables(self) -> list[str]:
+        """Names of the tables, without their type."""
+        return list(_call(f"{self.controller}/tables")["tables"])
+
+    def add_schema(self, schema: dict[str, Any]) -> None:
+        """Make or replace a schema."""
+        _call(f"{self.controller}/schemas", schema)
+
+    def add_table(self, config: dict[str, Any]) -> None:
+        """Make a table; its schema must be there."""
+        _call(f"{self.controller}/tables", config)
+
+    def segments(self, table: str) -> dict[str, str]:
+        """Status (IN_PROGRESS, DONE) of each realtime segment of a table."""
+        names = [name for part in _call(f"{self.controller}/segments/{table}?type=REALTIME") for name in part.get("REALTIME", [])]
+        found = {}
+        for name in names:
+            found[name] = str(_call(f"{self.controller}/segments/{table}/{name}/metadata").get("segment.realtime.status"))
+        return found
+
+    def missing(self, server_admin: str) -> str | None:
+        """None if every part lives and every table answers, else what does not."""
+        live = _call(f"{self.controller}/instances")["instances"]
+        for part in ("Controller_", "Broker_", "Server_"):
+            if not any(name.startswith(part) for name in live):
+                return f"{part.rstrip('_').lower()} is not registered"
+        _call(f"{server_admin}/health/readiness", is_json=False)
+        self.query("select 1")
+        for table in self.tables():
+            self.query(f'select count(*) from "{table}"')
+        return None
+
+
+def _call(url: str, body: object = None, *, is_json: bool = True) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    try:
+        with _OPENER.open(request, timeout=_ANSWER_SECONDS) as answer:
+            text = answer.read().decode("utf-8")
+            return json.loads(text) if is_json else text
+    except urllib.error.HTTPError as error:
+        said = " ".join(error.read().decode("utf-8", "replace").split())[:300]
+        raise ServiceError(f"{url.split('?')[0]} answered {error.code}: {said}") from None
+    except (OSError, ValueError) as error:
+        raise ServiceError(f"{url.split('?')[0]} does not answer: {getattr(error, 'reason', error)}") from None

@@ -1,0 +1,37 @@
+"""Free ports on loopback."""
+
+from __future__ import annotations
+
+import errno
+import random
+import socket
+
+# Below the range from which Linux takes ports for outgoing connections: a remembered port is not lost to one of these.
+_RANGE = range(20_000, 30_000)
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody listens on the port, neither on loopback nor on all interfaces."""
+    for host in ("127.0.0.1", "0.0.0.0"):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection that has just ended is no listener
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    return False
+                raise
+    return True
+
+
+def choose(count: int, *, taken: set[int] | None = None, source: random.Random | None = None) -> list[int]:
+    """``count`` different ports that are free now and not in ``taken``. Raises RuntimeError where there are not as many."""
+    chosen: list[int] = []
+    for port in (source or random.SystemRandom()).sample(_RANGE, len(_RANGE)):
+        if len(chosen) == count:
+            break
+        if port not in (taken or ()) and is_free(port):
+            chosen.append(port)
+    if len(chosen) < count:
+        raise RuntimeError(f"no {count} free ports from {_RANGE.start} to {_RANGE.stop - 1}")
+    return chosen

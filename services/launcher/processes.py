@@ -1,0 +1,146 @@
+"""Java processes that outlive the command which starts them, and are found again by a mark on their command line.
+
+A pid alone proves nothing: after a kill or a reboot another program may have it. The mark names the service's folder and the
+role, so a process that has it is that service's, whatever a state file says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+
+from services.launcher.errors import ServiceError
+
+_SET_PDEATHSIG = 1
+_NO_NEWS = re.compile(r"^\s*(at |\.\.\. |$)")  # a stack trace's inside
+_FAULT = re.compile(r"\b(ERROR|FATAL|SEVERE)\b|(Exception|Error)\b")
+_LONGEST_CAUSE = 300
+
+
+def mark(folder: Path, role: str) -> str:
+    """The JVM option by which a process of a service is known."""
+    return f"-Dadtally.service={folder}:{role}"
+
+
+def find(folder: Path, role: str) -> list[psutil.Process]:
+    """Processes of a service that live, in one role; more than one only where something went wrong."""
+    wanted, found = mark(folder, role), []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if wanted in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def spawn(
+    java: Path, folder: Path, role: str, arguments: Sequence[str], *, output: Path, ends_with_parent: bool = False
+) -> psutil.Process:
+    """Start Java in ``folder`` with what it prints in ``output``. With ``ends_with_parent`` it is killed when this thread ends.
+
+    Raises ServiceError if Java cannot be started.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with output.open("wb") as file:
+            child = subprocess.Popen(
+                [str(java), mark(folder, role), *arguments],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in the terminal is not for it
+                preexec_fn=_end_with_parent if ends_with_parent and sys.platform == "linux" else None,
+            )
+    except OSError as error:
+        raise ServiceError(f"{java} cannot be started: {error.strerror}") from None
+    _CHILDREN[child.pid] = child
+    return psutil.Process(child.pid)
+
+
+# Popen objects of this process's own children: they are waited for, so that none stays as a zombie.
+_CHILDREN: dict[int, subprocess.Popen[bytes]] = {}
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether a process still runs."""
+    if (child := _CHILDREN.get(process.pid)) is not None:
+        return child.poll() is None
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def stop(process: psutil.Process, *, seconds: float) -> bool:
+    """Ask a process to end, kill it after ``seconds`` (at once where 0), wait until it is gone. False if it had to be killed.
+
+    Raises ServiceError if it is there even then.
+    """
+    with contextlib.suppress(psutil.Error):
+        if seconds > 0:
+            process.terminate()
+    if seconds > 0 and _gone(process, seconds):
+        return True
+    with contextlib.suppress(psutil.Error):
+        process.kill()
+    if not _gone(process, 30):
+        raise ServiceError(f"process {process.pid} does not end, not even killed", hint="the kernel holds it; look at its disk")
+    return False
+
+
+def _gone(process: psutil.Process, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while lives(process):
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.05)
+    _CHILDREN.pop(process.pid, None)
+    return True
+
+
+def wait_ready(process: psutil.Process, probe: Callable[[], str | None], *, seconds: float, pause: float = 0.2) -> str | None:
+    """Ask ``probe`` until it answers None (ready), the process ends, or the time is up; else what was missing last."""
+    end = time.monotonic() + seconds
+    while True:
+        missing = probe()
+        if missing is None:
+            return None
+        if not lives(process):
+            return "its process ended"
+        if time.monotonic() >= end:
+            return f"not ready after {seconds:.0f} s: {missing}"
+        time.sleep(pause)
+
+
+def cause(*logs: Path) -> str:
+    """The last line in these logs that says what went wrong, else the last line of all; empty if they are empty.
+
+    The first log that names a fault wins.
+    """
+    rest = ""
+    for log in logs:
+        try:
+            with log.open("rb") as file:
+                file.seek(max(0, os.path.getsize(log) - 65_536))
+                lines = [line for line in file.read().decode("utf-8", "replace").splitlines() if not _NO_NEWS.match(line)]
+        except OSError:
+            continue
+        faults = [line for line in lines if _FAULT.search(line)]
+        if faults:
+            return " ".join(faults[-1].split())[:_LONGEST_CAUSE]
+        rest = rest or (" ".join(lines[-1].split())[:_LONGEST_CAUSE] if lines else "")
+    return rest

@@ -1,0 +1,284 @@
+"""One service on this machine: its folder, its ports, and how it is brought up and down."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+import psutil
+from filelock import FileLock, Timeout
+
+from services.launcher.errors import ServiceBusyError, ServiceError, ServiceUsageError
+from services.launcher.jars import CONF, ensure_jars, read_lock
+from services.launcher.ports import choose, is_free
+from services.launcher.processes import cause, find, lives, spawn, stop, wait_ready
+from services.launcher.state import Recorded, State, read_state, write_state
+
+Progress = Callable[[str], None]
+BUSY_SECONDS = 300.0
+
+
+def silent(_line: str) -> None:
+    """Tells nobody."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is known of a service now. ``problem`` says why it is not usable, though it should be; ``addresses`` by their use;
+    ``processes``: pids by role; ``holds``: what of the user's is in it.
+    """
+
+    service: str
+    version: str
+    running: bool
+    problem: str | None
+    addresses: dict[str, str]
+    processes: dict[str, int]
+    folder: str
+    holds: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Role:
+    """One of a service's processes: what Java is started with behind the class path, and how long it may take to end."""
+
+    name: str
+    main: tuple[str, ...]
+    options: tuple[str, ...]
+    stop_seconds: float
+
+
+class Service(ABC):
+    """A service under ``root/<name>``: ``state.json``, ``conf/``, ``data/`` and ``logs/``.
+
+    ``java`` gives Java's executable or raises the caller's error; it is asked only where something is started. ``heap`` is the
+    largest heap, as 512m. With ``ends_with_parent`` no process outlives the thread that starts it, and none is asked to end: tests.
+    """
+
+    name: str
+    role_names: tuple[str, ...]
+    port_uses: tuple[str, ...]
+    ready_seconds: float
+    default_heap: str
+    # said on every start: what a user must know before trusting it with more than a trial
+    warning: str | None = None
+    # whether data holds the ports, so that they cannot be changed under it
+    ports_are_kept = False
+
+    def __init__(
+        self, root: Path, *, jar_cache: Path, java: Callable[[], Path], heap: str | None = None, ends_with_parent: bool = False
+    ) -> None:
+        self.folder = root.expanduser().absolute() / self.name
+        self.data, self.logs = self.folder / "data", self.folder / "logs"
+        self._conf, self._state_path = self.folder / "conf", self.folder / "state.json"
+        self._jar_cache, self._java, self._ends_with_parent = jar_cache, java, ends_with_parent
+        self._heap = heap or self.default_heap
+        self.lock = read_lock(self.name)
+
+    @abstractmethod
+    def roles(self, ports: dict[str, int]) -> list[Role]:
+        """The processes, in the order of their start."""
+
+    @abstractmethod
+    def probe(self, role: str, ports: dict[str, int]) -> str | None:
+        """None if a process of this role does its work (a real query was answered), else what is missing."""
+
+    @abstractmethod
+    def addresses(self, ports: dict[str, int]) -> dict[str, str]:
+        """Where clients find it, by use."""
+
+    @abstractmethod
+    def holds(self, ports: dict[str, int]) -> dict[str, int]:
+        """What of the user's is in it, with a size: topics with their partitions, tables with their rows."""
+
+    def prepare(self, ports: dict[str, int], java: Path, classpath: str) -> None:  # noqa: B027
+        """Make what must be there before the first process starts."""
+
+    def settle(self, ports: dict[str, int], progress: Progress) -> None:  # noqa: B027
+        """What is done once it is ready, on every ``up``."""
+
+    def up(self, progress: Progress = silent, *, fresh: bool = False, wanted_ports: dict[str, int] | None = None) -> Status:
+        """Start it, or find that it runs. With ``fresh`` its data is deleted first; it must not run then.
+
+        Raises ServiceError if it does not become ready (nothing is left running then), ServiceUsageError where a port is taken or
+        a jar is not the one pinned, ServiceBusyError where another process starts or stops it.
+        """
+        with self._locked():
+            state = read_state(self._state_path)
+            running = self._running()
+            if state and sorted(role for role, _ in running) == sorted(self.role_names):
+                self._refuse_changes(state, fresh, wanted_ports)
+                return self._find_running(state, running, progress)
+            self._end(running, progress)
+            if state and state.processes and not running:
+                pids = ", ".join(str(one.pid) for one in state.processes.values())
+                progress(f"{self.name} was not stopped but ended by itself (process {pids}); starting it again")
+            java = self._java()
+            jars = ensure_jars(self.lock, self._jar_cache, java, progress)
+            if fresh and self.data.exists():
+                shutil.rmtree(self.data)
+            self.data.mkdir(parents=True, exist_ok=True)
+            state = State(self.lock.version, self._ports(state, wanted_ports or {}, progress))
+            write_state(self._state_path, state)
+            self._start(state, java, ":".join(str(jar) for jar in jars), progress)
+            return self.status()
+
+    def down(self, progress: Progress = silent) -> bool:
+        """Stop it: the process that was started last is asked first, and killed if it does not end in its time.
+
+        True if anything ran. Its data and its ports are kept.
+        """
+        if not self.folder.exists():
+            return False
+        with self._locked():
+            running = self._running()
+            self._end(running, progress)
+            with contextlib.suppress(ServiceError):  # a broken state file is no reason to leave anything running
+                if (state := read_state(self._state_path)) is not None:
+                    write_state(self._state_path, State(state.version, state.ports))
+            return bool(running)
+
+    def status(self) -> Status:
+        """What runs now, by the processes themselves and by a real query."""
+        state = read_state(self._state_path)
+        running = self._running()
+        pids = {role: process.pid for role, process in running}
+        ports = state.ports if state else {}
+        problem = None
+        if running and state:
+            roles = self.roles(ports)
+            gone = [role.name for role in roles if role.name not in pids]
+            if gone:
+                problem = f"{' and '.join(gone)} not running"
+            else:
+                asked = ((role.name, self.probe(role.name, ports)) for role in roles)
+                problem = next((f"{role}: {missing}" for role, missing in asked if missing), None)
+        elif running:
+            problem = f"{self._state_path} is missing"
+        elif state and state.processes:
+            problem = f"it was not stopped but ended by itself: {self._cause() or f'see {self.logs}'}"
+        shown = self.addresses(ports) if running and state else {}
+        holds = self.holds(ports) if running and not problem else {}
+        return Status(self.name, self.lock.version, bool(running), problem, shown, pids, str(self.folder), holds)
+
+    def _running(self) -> list[tuple[str, psutil.Process]]:
+        return [(role, process) for role in self.role_names for process in find(self.folder, role)]
+
+    def _refuse_changes(self, state: State, fresh: bool, wanted_ports: dict[str, int] | None) -> None:
+        stop_first = f"stop it first: `adtally services {self.name} down`"
+        if fresh:
+            raise ServiceUsageError(f"{self.name} runs on the data that would be deleted", hint=stop_first)
+        for use, port in (wanted_ports or {}).items():
+            if state.ports.get(use) != port:
+                raise ServiceUsageError(f"{self.name} runs on port {state.ports.get(use)}, not {port}", hint=stop_first)
+
+    def _find_running(self, state: State, running: list[tuple[str, psutil.Process]], progress: Progress) -> Status:
+        progress(f"{self.name} runs already")
+        for role, process in running:
+            missing = wait_ready(process, lambda role=role: self.probe(role, state.ports), seconds=self.ready_seconds)  # type: ignore[misc]
+            if missing:
+                raise ServiceError(f"{self.name} runs, but {role}: {missing}", hint=f"logs in {self.logs}")
+        self.settle(state.ports, progress)
+        return self.status()
+
+    def _ports(self, state: State | None, wanted: dict[str, int], progress: Progress) -> dict[str, int]:
+        """The remembered ports where they are free, new ones in place of those that are not."""
+        ports = {use: port for use, port in (state.ports if state else {}).items() if use in self.port_uses}
+        for use, port in wanted.items():
+            if not is_free(port):
+                raise ServiceUsageError(f"port {port} is taken", hint="end what listens there, or name another with --port")
+            ports[use] = port
+        for use, port in list(ports.items()):
+            if not is_free(port):
+                if self.ports_are_kept and any(self.data.iterdir()):
+                    raise ServiceUsageError(
+                        f"port {port} ({use}) of {self.name} is taken, and its data is bound to it",
+                        hint="end what listens there, or delete the data with --fresh",
+                    )
+                progress(f"port {port} ({use}) is taken by another program; choosing a new one")
+                del ports[use]
+        missing = [use for use in self.port_uses if use not in ports]
+        return ports | dict(zip(missing, choose(len(missing), taken=set(ports.values())), strict=True))
+
+    def _start(self, state: State, java: Path, classpath: str, progress: Progress) -> None:
+        self._conf.mkdir(exist_ok=True)
+        self._render(state.ports)
+        arguments = self._conf / "classpath.args"
+        arguments.write_text(f'-cp "{classpath}"\n', "utf-8")
+        started: list[tuple[str, psutil.Process]] = []
+        try:
+            self.prepare(state.ports, java, classpath)
+            for role in self.roles(state.ports):
+                progress(f"starting {role.name}")
+                process = spawn(
+                    java,
+                    self.folder,
+                    role.name,
+                    [f"@{arguments}", *self._jvm(role), *role.main],
+                    output=self._output(role.name),
+                    ends_with_parent=self._ends_with_parent,
+                )
+                started.append((role.name, process))
+                state.processes[role.name] = Recorded(process.pid, process.create_time())
+                write_state(self._state_path, state)
+                missing = wait_ready(process, lambda: self.probe(role.name, state.ports), seconds=self.ready_seconds)  # noqa: B023
+                if missing:
+                    said = cause(self._log(role.name), self._output(role.name))
+                    raise ServiceError(
+                        f"{role.name} did not start: {missing}{f': {said}' if said else ''}", hint=f"logs in {self.logs}"
+                    )
+            self.settle(state.ports, progress)
+        except BaseException:  # Ctrl-C too: what was started is in nobody's hands then
+            self._end(started, progress, seconds=0)
+            write_state(self._state_path, State(state.version, state.ports))
+            raise
+
+    def _end(self, running: list[tuple[str, psutil.Process]], progress: Progress, *, seconds: float | None = None) -> None:
+        times = {role.name: role.stop_seconds for role in self.roles(dict.fromkeys(self.port_uses, 0))}
+        for role, process in reversed(running):
+            if not lives(process):
+                continue
+            allowed = 0.0 if self._ends_with_parent else times[role] if seconds is None else seconds
+            progress(f"stopping {role}")
+            if not stop(process, seconds=allowed) and allowed:
+                progress(f"{role} did not end in {allowed:.0f} s and was killed")
+
+    def _render(self, ports: dict[str, int]) -> None:
+        values = {use: str(port) for use, port in ports.items()} | {"data": str(self.data)}
+        for source in sorted((CONF / self.name).iterdir()):
+            if source.suffix in (".properties", ".conf", ".cfg"):
+                (self._conf / source.name).write_text(Template(source.read_text("utf-8")).substitute(values), "utf-8")
+
+    def _jvm(self, role: Role) -> list[str]:
+        return [
+            *role.options,
+            "-XX:+ExitOnOutOfMemoryError",
+            "-Djava.net.preferIPv4Stack=true",
+            "-Dlog4j2.formatMsgNoLookups=true",
+            f"-Dlog4j2.configurationFile={(CONF / 'log4j2.xml').as_uri()}",
+            f"-Dadtally.log={self._log(role.name).with_suffix('')}",
+        ]
+
+    def _log(self, role: str) -> Path:
+        return self.logs / f"{role}.log"
+
+    def _output(self, role: str) -> Path:
+        return self.logs / f"{role}.out"
+
+    def _cause(self) -> str:
+        return cause(*(path(role) for role in reversed(self.role_names) for path in (self._log, self._output)))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / ".lock", timeout=BUSY_SECONDS):
+                yield
+        except Timeout:
+            raise ServiceBusyError(f"another process has been starting or stopping {self.name} for too long") from None

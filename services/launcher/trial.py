@@ -1,0 +1,50 @@
+"""Services to throw away: for tests, each in a new folder with ports of its own, gone at the end with all its data."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from services.launcher.kafka import PARTITIONS, TOPICS, Kafka
+from services.launcher.pinot import Pinot
+
+
+@contextmanager
+def throwaway_kafka(
+    *,
+    jar_cache: Path,
+    java: Callable[[], Path],
+    topics: tuple[str, ...] = TOPICS,
+    partitions: int = PARTITIONS,
+    heap: str = "512m",
+    parent: Path | None = None,
+) -> Iterator[Kafka]:
+    """A Kafka that runs within the context; two of them, nested, are two regions.
+
+    Killed, not asked, at the end, and by the kernel if this thread ends before. ``parent`` is where its folder is made.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="adtally-kafka-", dir=parent))
+    kafka = Kafka(folder, jar_cache=jar_cache, java=java, heap=heap, ends_with_parent=True)
+    kafka.topics, kafka.partitions = topics, partitions
+    try:
+        kafka.up()
+        yield kafka
+    finally:
+        kafka.down()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def throwaway_pinot(*, jar_cache: Path, java: Callable[[], Path], heap: str = "1g", parent: Path | None = None) -> Iterator[Pinot]:
+    """A Pinot that runs within the context, as ``throwaway_kafka``."""
+    folder = Path(tempfile.mkdtemp(prefix="adtally-pinot-", dir=parent))
+    pinot = Pinot(folder, jar_cache=jar_cache, java=java, heap=heap, ends_with_parent=True)
+    try:
+        pinot.up()
+        yield pinot
+    finally:
+        pinot.down()
+        shutil.rmtree(folder, ignore_errors=True)
