@@ -18,11 +18,12 @@ from expectations.suites.common import (
 
 _COUNTS = ("impressions", "clicks", "invalid_impressions", "invalid_clicks")
 _MEASURES = (*_COUNTS, "spend_nanos")
+_LATER = ("invalid_spend_nanos",)  # null in rows from before there was this column
 _KEY = "event_minute, region, campaign_id, ad_id, store_id, placement, currency"
-_NEGATIVE = " or ".join(f"{name} < 0" for name in _MEASURES)
+_NEGATIVE = " or ".join(f"{name} < 0" for name in (*_MEASURES, *_LATER))
 _NEGATIVE_SUMS = f"""
-    select {_KEY}, {", ".join(f"sum({name})::bigint as {name}" for name in _MEASURES)} from data group by {_KEY}
-    having {" or ".join(f"sum({name}) < 0" for name in _MEASURES)}
+    select {_KEY}, {", ".join(f"sum({name})::bigint as {name}" for name in (*_MEASURES, *_LATER))} from data group by {_KEY}
+    having {" or ".join(f"sum({name}) < 0" for name in (*_MEASURES, *_LATER))}
 """
 
 MINUTE_METRICS = Suite(
@@ -36,7 +37,7 @@ MINUTE_METRICS = Suite(
         "store_id": TEXT,
         "placement": TEXT,
         "currency": TEXT,
-        **dict.fromkeys(_MEASURES, NUMBER),
+        **dict.fromkeys((*_MEASURES, *_LATER), NUMBER),
         "event_date": DATE,
         **BATCH_COLUMNS,
     },
@@ -44,6 +45,7 @@ MINUTE_METRICS = Suite(
     keys={**BATCH_KEYS, **{name: name for name in ("region", "campaign_id", "currency")}},
     sums={
         "events": f"sum({' + '.join(_COUNTS)})",
+        "invalid": "sum(invalid_impressions + invalid_clicks)",
         "spend": "sum(spend_nanos)",
         "negative": f"count(*) filter ({_NEGATIVE})",
         "ids": "list(hash(record_uuid))",
@@ -60,7 +62,7 @@ MINUTE_METRICS = Suite(
         groups("form", "currency", CURRENCY, "currency is three capitals"),
         *(
             rows("not_negative", name, f"{name} < 0 and _run_id is null", f"{name} of a batch's own increment is not negative")
-            for name in _MEASURES
+            for name in (*_MEASURES, *_LATER)
         ),
         Check(
             "table.sums_not_negative",
@@ -79,6 +81,7 @@ MINUTE_METRICS = Suite(
         ),
         against_ledger("accepted", "sum(events)", "accepted", "the events counted by increments are as many as accepted"),
         against_ledger("spend_nanos", "sum(spend)", "spend_nanos", "the increments' cost is the spend_nanos"),
+        against_ledger("invalid_clicks", "sum(invalid)", "invalid_traffic", "invalid events are as many as invalid_traffic"),
         without_ledger(),
         *baseline("minute_metrics", ("region", "campaign_id")),
     ),

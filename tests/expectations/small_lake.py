@@ -15,7 +15,7 @@ HOUR = datetime(2025, 6, 2, 10, tzinfo=UTC)
 NEXT_HOUR = datetime(2025, 6, 2, 11, tzinfo=UTC)
 EMPTY_HOUR = datetime(2025, 6, 2, 15, tzinfo=UTC)
 TABLES = (EVENTS, ORDERS, MINUTE_METRICS, BATCH_LEDGER, CAMPAIGNS)
-_KINDS = {"STRING": "VARCHAR", "TIMESTAMP": "TIMESTAMPTZ"}
+_KINDS = {"STRING": "VARCHAR", "TIMESTAMP": "TIMESTAMPTZ", "ARRAY<STRING>": "VARCHAR[]"}
 
 _CLEAN = """
 insert into campaigns by name
