@@ -1,4 +1,4 @@
-"""Ingest: landing files into Delta, each record once. Starts the two streams and ends them."""
+"""Ingest: landing files into Delta, each record once. Starts the streams and ends them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pyspark.sql.streaming.query import StreamingQuery
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, BusyError, InterruptedIngestError
+from spark_jobs.jobs.attribution_stream import AttributionStream
 from spark_jobs.jobs.batch import BatchReport, IngestReport
 from spark_jobs.jobs.campaigns import load_campaigns
 from spark_jobs.jobs.events import EventsJob
@@ -59,6 +60,7 @@ def run_ingest(
 ) -> IngestReport:
     """Ingest events and orders: all that is there, or, with ``continuous``, until SIGTERM (which ends after the current batch).
 
+    With ``continuous`` a third query credits orders meanwhile (not on an object store: attribution reads local paths).
     SIGTERM and SIGINT end it after the current batch. ``progress`` is called after each batch. ``spark`` is for callers with a
     session of their own; it is not stopped. Raises BusyError where another ingest runs on the same home, AdtallyError where a
     batch failed, InterruptedIngestError where it was stopped before all that is there was ingested.
@@ -88,7 +90,9 @@ def run_ingest(
                 threading.Thread(target=_warm_up, args=(session,), daemon=True, name="warm-up").start()
                 ensure_tables(settings)
                 load_campaigns(settings)
-                jobs = [EventsJob(settings, report), OrdersJob(settings, report)]
+                jobs: list[StreamJob | AttributionStream] = [EventsJob(settings, report), OrdersJob(settings, report)]
+                if continuous and "://" not in settings.lakehouse_uri:
+                    jobs.append(AttributionStream(settings))
                 ended = _run_queries(session, jobs, stop.event, continuous, trigger_seconds)
         finally:
             if spark is None:
@@ -108,7 +112,11 @@ def _warm_up(spark: SparkSession) -> None:
 
 
 def _run_queries(
-    spark: SparkSession, jobs: list[StreamJob], stop: threading.Event, continuous: bool, trigger_seconds: float
+    spark: SparkSession,
+    jobs: list[StreamJob | AttributionStream],
+    stop: threading.Event,
+    continuous: bool,
+    trigger_seconds: float,
 ) -> bool:
     """Run the queries to their end, or until ``stop`` is set (then False)."""
     running = [(job, job.start(spark, continuous=continuous, trigger_seconds=trigger_seconds)) for job in jobs]
@@ -136,7 +144,7 @@ def _stop_after_batch(query: StreamingQuery) -> None:
     query.stop()
 
 
-def _raise_failure(job: StreamJob, query: StreamingQuery) -> None:
+def _raise_failure(job: StreamJob | AttributionStream, query: StreamingQuery) -> None:
     error = query.exception()
     if error is None:
         return
