@@ -7,11 +7,28 @@ from pathlib import Path
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, TableCorruptionError, UsageError
-from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, MINUTE_METRICS, RECONCILIATIONS, Table
+from spark_jobs.sinks.delta import ensure_tables
+from spark_jobs.tables import (
+    ATTRIBUTED_ORDERS,
+    BATCH_LEDGER,
+    BILLING_LINES,
+    CAMPAIGNS,
+    EVENTS,
+    MINUTE_METRICS,
+    RECONCILIATIONS,
+    RESTATEMENTS,
+    Table,
+)
 
-SOURCES: tuple[Table, ...] = (BATCH_LEDGER, MINUTE_METRICS, CAMPAIGNS, RECONCILIATIONS)
-"""Tables that the dbt project declares as sources, in the order in which they are pinned: the ledger first. A batch's
-ledger rows are written last, so a batch in the pinned ledger is complete in every version pinned after it."""
+SOURCES: tuple[Table, ...] = (
+    *(BILLING_LINES, BATCH_LEDGER, MINUTE_METRICS, CAMPAIGNS, RECONCILIATIONS),
+    *(RESTATEMENTS, EVENTS, ATTRIBUTED_ORDERS),
+)
+"""Tables that the dbt project declares as sources, in the order in which they are pinned. The ledger before all that a batch
+writes: a batch's ledger rows are written last, so a batch in the pinned ledger is complete in every version pinned after it.
+The billing lines before the ledger: they were made from increments that the build sees too."""
+
+_INGESTED = (BATCH_LEDGER, MINUTE_METRICS, CAMPAIGNS, RECONCILIATIONS)  # there is nothing to show without these
 
 # A commit, or a checkpoint of it in one of its forms: classic, of several parts, or named by a UUID.
 _LOG_ENTRY = re.compile(r"(\d{20})\.(?:json|checkpoint(?:\.\d{10}\.\d{10}|\.[0-9a-f-]{36})?\.(?:parquet|json))")
@@ -35,24 +52,19 @@ def latest_version(table_path: Path) -> int | None:
 def pin_versions(settings: Settings) -> dict[str, int]:
     """Table name -> version, for SOURCES, pinned one after the other in that order.
 
-    Raises UsageError when the lakehouse is not a local path, AdtallyError naming the tables that do not exist yet.
+    A lakehouse that an older adtally made gets the tables and columns that it lacks first. Raises UsageError when the lakehouse
+    is not a local path, AdtallyError naming the tables that do not exist yet.
     """
     if "://" in settings.lakehouse_uri:
         raise UsageError(
             f"the marts read a lakehouse in a local path, not {settings.lakehouse_uri}",
             hint="set ADTALLY_LAKEHOUSE to a path",
         )
-    pins: dict[str, int] = {}
-    missing: list[str] = []
-    for table in SOURCES:
-        version = latest_version(Path(settings.table_uri(table.name)))
-        if version is None:
-            missing.append(table.name)
-        else:
-            pins[table.name] = version
+    missing = [table.name for table in _INGESTED if latest_version(Path(settings.table_uri(table.name))) is None]
     if missing:
         raise AdtallyError(
             f"no marts without the Delta table{'s' if len(missing) > 1 else ''} {', '.join(missing)} in {settings.lakehouse_uri}",
             hint="run `adtally ingest` first",
         )
-    return pins
+    ensure_tables(settings)
+    return {table.name: latest_version(Path(settings.table_uri(table.name))) or 0 for table in SOURCES}

@@ -18,7 +18,7 @@ from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
-import crawleruseragents  # type: ignore[import-untyped]
+import crawleruseragents
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa

@@ -13,6 +13,11 @@ import pytest
 from orchestration.marts.dbt_runner import DbtFolders, project_dir, run_dbt
 from orchestration.marts.pins import SOURCES
 
+RATIOS = {"credit_weight", "orders_by_touch_date", "orders_by_order_date", "ctr", "roas", "roas_by_order_date"} | {
+    "day_share",
+    "expected_share",
+}
+
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -56,9 +61,12 @@ def test_severity_is_always_written(manifest: dict[str, Any]) -> None:
         assert "severity" in node["unrendered_config"], node["name"]
 
 
-def test_no_floating_point(manifest: dict[str, Any]) -> None:
-    kinds = {column["data_type"] for node in marts(manifest).values() for column in node["columns"].values()}
-    assert kinds <= {"varchar", "bigint", "timestamp", "date", "boolean"}
+def test_money_and_counts_are_whole_numbers(manifest: dict[str, Any]) -> None:
+    """Floating point is for shares and ratios alone."""
+    columns = [(name, column["data_type"]) for node in marts(manifest).values() for name, column in node["columns"].items()]
+    assert {kind for _, kind in columns} <= {"varchar", "bigint", "timestamp", "date", "boolean", "double"}
+    assert {name for name, kind in columns if kind == "double"} == RATIOS | {name for name, _ in columns if "completeness" in name}
+    assert {kind for name, kind in columns if "_micros" in name or "_nanos" in name} == {"bigint"}
 
 
 def test_sql_is_linted() -> None:

@@ -17,7 +17,8 @@ summed as (
         {{ sum_bigint('clicks') }} as clicks,
         {{ sum_bigint('invalid_impressions') }} as invalid_impressions,
         {{ sum_bigint('invalid_clicks') }} as invalid_clicks,
-        {{ sum_bigint('spend_nanos') }} as spend_nanos
+        {{ sum_bigint('spend_nanos') }} as spend_nanos,
+        {{ sum_bigint('invalid_spend_nanos') }} as invalid_spend_nanos
     from increments
     group by cast(event_minute as date), campaign_id, store_id, currency
 
@@ -35,7 +36,12 @@ final as (
         invalid_impressions,
         invalid_clicks,
         spend_nanos,
-        {{ nanos_to_micros('spend_nanos') }} as spend_micros
+        {{ nanos_to_micros('spend_nanos') }} as spend_micros,
+        impressions + invalid_impressions as gross_impressions,
+        clicks + invalid_clicks as gross_clicks,
+        invalid_spend_nanos,
+        {{ nanos_to_micros('invalid_spend_nanos') }} as invalid_spend_micros,
+        {{ nanos_to_micros('cast(spend_nanos as hugeint) + invalid_spend_nanos') }} as gross_spend_micros
     from summed
 
 )

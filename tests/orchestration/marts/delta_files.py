@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -12,31 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from deltalake import Schema
 
 from spark_jobs.tables import Table
-
-_ARROW = {
-    "STRING": pa.string(),
-    "BIGINT": pa.int64(),
-    "INT": pa.int32(),
-    "BOOLEAN": pa.bool_(),
-    "DATE": pa.date32(),
-    "TIMESTAMP": pa.timestamp("us", tz="UTC"),
-}
-_DELTA = {
-    "STRING": "string",
-    "BIGINT": "long",
-    "INT": "integer",
-    "BOOLEAN": "boolean",
-    "DATE": "date",
-    "TIMESTAMP": "timestamp",
-}
-
-
-def columns_of(table: Table) -> dict[str, str]:
-    """Column -> DDL type, in column order. Only types without a parameter."""
-    found: list[tuple[str, str]] = re.findall(r"(\w+)\s+(\w+)", table.columns)
-    return dict(found)
 
 
 def commit(root: Path, table: Table, rows: Sequence[dict[str, Any]], *, int96: bool = False) -> int:
@@ -48,17 +25,16 @@ def commit(root: Path, table: Table, rows: Sequence[dict[str, Any]], *, int96: b
     log = folder / "_delta_log"
     log.mkdir(parents=True, exist_ok=True)
     version = len(list(log.glob("*.json")))
-    columns = columns_of(table)
+    columns = table.schema.names
     actions: list[dict[str, Any]] = []
     if version == 0:
-        fields = [{"name": n, "type": _DELTA[k], "nullable": True, "metadata": {}} for n, k in columns.items()]
         actions += [
             {"protocol": {"minReaderVersion": 1, "minWriterVersion": 2}},
             {
                 "metaData": {
                     "id": str(uuid.uuid4()),
                     "format": {"provider": "parquet", "options": {}},
-                    "schemaString": json.dumps({"type": "struct", "fields": fields}),
+                    "schemaString": Schema.from_arrow(table.schema).to_json(),
                     "partitionColumns": list(table.partition_by),
                     "configuration": {},
                     "createdTime": 0,
@@ -71,7 +47,7 @@ def commit(root: Path, table: Table, rows: Sequence[dict[str, Any]], *, int96: b
         groups.setdefault(tuple(row.get(name) for name in table.partition_by), []).append(row)
     stored = [name for name in columns if name not in table.partition_by]
     for values, group in groups.items():
-        data = pa.table({name: pa.array([row.get(name) for row in group], type=_ARROW[columns[name]]) for name in stored})
+        data = pa.table({name: pa.array([row.get(name) for row in group], type=table.schema.field(name).type) for name in stored})
         path = folder / f"part-{uuid.uuid4()}.parquet"
         pq.write_table(data, path, use_deprecated_int96_timestamps=int96)
         actions.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, MINUTE_METRICS, RECONCILIATIONS
+from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, EVENTS, MINUTE_METRICS, RECONCILIATIONS
 from tests.orchestration.marts.delta_files import commit, utc
 
 
@@ -26,10 +26,33 @@ def increment(uid: str, batch: int, minute: str, **values: Any) -> dict[str, Any
         "invalid_impressions": 0,
         "invalid_clicks": 0,
         "spend_nanos": 0,
+        "invalid_spend_nanos": 0,
         "_query_id": "q",
         "_batch_id": batch,
         **values,
     }
+
+
+def accepted(batch: int, time: str, received: str, count: int = 1, **values: Any) -> list[dict[str, Any]]:
+    """``count`` clicks of table events at a time, received at another, of campaign c1 where nothing else is said."""
+    moment = utc(time)
+    row = {
+        "event_type": "click",
+        "event_time": moment,
+        "received_at": utc(received),
+        "region": "eu",
+        "campaign_id": "c1",
+        "currency": "EUR",
+        "is_late": False,
+        "spend_nanos": 0,
+        "invalid_spend_nanos": 0,
+        "event_date": moment.date(),
+        "event_hour": moment.hour,
+        "_query_id": "q",
+        "_batch_id": batch,
+        **values,
+    }
+    return [{"event_id": f"e-{batch}-{time}-{row['region']}-{number}", **row} for number in range(count)]
 
 
 def ledger_row(batch: int, hour: str | None, **values: Any) -> dict[str, Any]:
@@ -55,7 +78,7 @@ def first_batch(lake: Path, *, int96: bool = False) -> None:
     """Version 0 of the tables: one complete batch.
 
     c1 (cpc, store s1) had 3 impressions and 2 clicks for 2,500 nanos in one minute over two placements, and 1 invalid
-    click in the next day's first minute. c9 has no row: 1 impression in the us, free.
+    click (1,250 nanos, not billed) in the next day's first minute. c9 has no row: 1 impression in the us, free.
     """
     commit(
         lake,
@@ -80,7 +103,7 @@ def first_batch(lake: Path, *, int96: bool = False) -> None:
         [
             increment("u1", 0, "2026-03-10T10:05", impressions=3, clicks=1, spend_nanos=1250),
             increment("u2", 0, "2026-03-10T10:05", clicks=1, spend_nanos=1250, placement=None),
-            increment("u3", 0, "2026-03-11T00:00", invalid_clicks=1),
+            increment("u3", 0, "2026-03-11T00:00", invalid_clicks=1, invalid_spend_nanos=1250),
             increment("u4", 0, "2026-03-10T23:59", impressions=1, region="us", campaign_id="c9", ad_id="a9", store_id="s9"),
         ],
         int96=int96,
@@ -98,10 +121,17 @@ def first_batch(lake: Path, *, int96: bool = False) -> None:
         int96=int96,
     )
     commit(lake, RECONCILIATIONS, [], int96=int96)
+    events = [
+        *accepted(0, "2026-03-10T10:05", "2026-03-10T10:06", 5),
+        *accepted(0, "2026-03-11T00:00", "2026-03-11T00:00:30", invalid_traffic_rule="repeat_click"),
+        *accepted(0, "2026-03-10T23:59", "2026-03-11T00:00:01", region="us", campaign_id="c9", event_type="impression"),
+    ]
+    commit(lake, EVENTS, events, int96=int96)
 
 
 def late_batch(lake: Path, *, with_ledger: bool = True) -> None:
     """A second batch: one late click of 500 nanos in the first batch's minute. ``with_ledger`` False: half-written."""
     commit(lake, MINUTE_METRICS, [increment("u5", 1, "2026-03-10T10:05", clicks=1, spend_nanos=500)])
+    commit(lake, EVENTS, accepted(1, "2026-03-10T10:05", "2026-03-10T11:30", is_late=True, spend_nanos=500))
     if with_ledger:
         commit(lake, BATCH_LEDGER, [ledger_row(1, "2026-03-10T10:00", accepted=1, late=1, spend_nanos=500)])

@@ -16,7 +16,7 @@ from orchestration.marts.failures import MartsError
 from orchestration.marts.pins import SOURCES, latest_version, pin_versions
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, BusyError, TableCorruptionError, UsageError
-from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, MINUTE_METRICS, RECONCILIATIONS
+from spark_jobs.tables import BATCH_LEDGER, BILLING_LINES, CAMPAIGNS, MINUTE_METRICS, RECONCILIATIONS
 from tests.orchestration.marts.delta_files import commit, utc
 from tests.orchestration.marts.lakes import first_batch, increment, late_batch, ledger_row
 
@@ -62,9 +62,9 @@ def test_contents(published: tuple[Settings, build.MartBuild, list[str]]) -> Non
     settings, _, _ = published
     assert days(settings) == FIRST_DAYS
     assert query_marts(settings, "select * from fct_campaign_minute order by all")[1] == [
-        (datetime(2026, 3, 10, 10, 5), date(2026, 3, 10), "eu", "c1", "a1", "s1", "EUR", 3, 2, 0, 0, 2500, 3),
-        (datetime(2026, 3, 10, 23, 59), date(2026, 3, 10), "us", "c9", "a9", "s9", "EUR", 1, 0, 0, 0, 0, 0),
-        (datetime(2026, 3, 11, 0, 0), date(2026, 3, 11), "eu", "c1", "a1", "s1", "EUR", 0, 0, 0, 1, 0, 0),
+        (datetime(2026, 3, 10, 10, 5), date(2026, 3, 10), "eu", "c1", "a1", "s1", "EUR", 3, 2, 0, 0, 2500, 3, 3, 2, 0, 0, 3),
+        (datetime(2026, 3, 10, 23, 59), date(2026, 3, 10), "us", "c9", "a9", "s9", "EUR", 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0),
+        (datetime(2026, 3, 11, 0, 0), date(2026, 3, 11), "eu", "c1", "a1", "s1", "EUR", 0, 0, 0, 1, 0, 0, 0, 1, 1250, 1, 1),
     ]
     assert query_marts(settings, "select * from fct_event_accounting order by event_hour nulls last")[1] == [
         (datetime(2026, 3, 10, 10, 0), "eu", 8, 5, 2, 0, 1, 0, 0, 0),
@@ -85,7 +85,7 @@ def test_contents(published: tuple[Settings, build.MartBuild, list[str]]) -> Non
 
 def test_build_describes_itself(published: tuple[Settings, build.MartBuild, list[str]]) -> None:
     settings, result, lines = published
-    assert result.versions == {"batch_ledger": 0, "minute_metrics": 0, "campaigns": 0, "reconciliations": 0}
+    assert result.versions == {table.name: 0 for table in SOURCES}
     rows = query_marts(settings, "select mart_group, build_id, built_at, git_revision, table_name, delta_version from mart_build")[
         1
     ]
@@ -111,7 +111,7 @@ def test_published_file_stands_alone(published: tuple[Settings, build.MartBuild,
     assert {(schema, kind) for schema, _, kind in objects} == {("main", "BASE TABLE")}
     assert not [name for _, name, _ in objects if name.startswith(("stg_", "int_"))]
     types = query_marts(settings, "select distinct data_type from information_schema.columns")[1]
-    assert not {kind for (kind,) in types} & {"DOUBLE", "FLOAT", "HUGEINT", "TIMESTAMP WITH TIME ZONE"}
+    assert not {kind for (kind,) in types} & {"FLOAT", "HUGEINT", "TIMESTAMP WITH TIME ZONE"}
     assert litter(settings) == []
 
 
@@ -126,7 +126,8 @@ def test_second_build_adds_late_events_and_readers_keep_theirs(tmp_path: Path) -
         assert reader.execute(f"{DAYS} order by all").fetchall() == FIRST_DAYS
         assert days(settings) == LATE_DAYS
     assert second.build_id != first.build_id
-    assert second.versions == {"batch_ledger": 1, "minute_metrics": 1, "campaigns": 0, "reconciliations": 0}
+    grown = ("batch_ledger", "minute_metrics", "events")
+    assert second.versions == {table.name: int(table.name in grown) for table in SOURCES}
     assert litter(settings) == []
 
 
@@ -199,8 +200,9 @@ def test_pinned_versions_are_honoured(tmp_path: Path, monkeypatch: pytest.Monkey
     assert days(settings) == FIRST_DAYS
 
 
-def test_ledger_is_pinned_before_the_others() -> None:
-    assert SOURCES[0] is BATCH_LEDGER
+def test_tables_are_pinned_before_what_they_tell_of() -> None:
+    """Lines of the billing ledger before the increments that they were made from, the ledger before what its batches wrote."""
+    assert SOURCES[:2] == (BILLING_LINES, BATCH_LEDGER)
 
 
 def test_failed_conservation_leaves_the_published_marts(tmp_path: Path) -> None:
@@ -248,7 +250,7 @@ def test_empty_tables_make_empty_marts(tmp_path: Path) -> None:
     for table in (CAMPAIGNS, MINUTE_METRICS, BATCH_LEDGER, RECONCILIATIONS):
         commit(lake_of(settings), table, [])
     result = build_marts(settings, now=NOW)
-    assert {name: count for name, count in result.rows.items() if count} == {"mart_build": 8}
+    assert {name: count for name, count in result.rows.items() if count} == {"mart_build": 2 * len(SOURCES)}
 
 
 def test_missing_tables_are_named(tmp_path: Path) -> None:

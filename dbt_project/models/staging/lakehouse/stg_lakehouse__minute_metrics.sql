@@ -25,7 +25,8 @@ renamed as (
         clicks,
         invalid_impressions,
         invalid_clicks,
-        spend_nanos
+        spend_nanos,
+        coalesce(invalid_spend_nanos, 0) as invalid_spend_nanos
     from source
 
 )

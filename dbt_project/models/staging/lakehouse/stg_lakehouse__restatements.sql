@@ -1,0 +1,32 @@
+with
+
+source as (
+
+    select * from {{ source('lakehouse', 'restatements') }}
+
+),
+
+renamed as (
+
+    select
+        run_id,
+        kind,
+        reason,
+        cause,
+        {{ utc_timestamp('event_hour') }} as event_hour,
+        region,
+        campaign_id,
+        currency,
+        impressions,
+        clicks,
+        invalid_impressions,
+        invalid_clicks,
+        spend_nanos,
+        coalesce(invalid_spend_nanos, 0) as invalid_spend_nanos,
+        rule_set,
+        {{ utc_timestamp('restated_at') }} as restated_at
+    from source
+
+)
+
+select * from renamed
