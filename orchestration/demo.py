@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from orchestration.cli.status import table
 from orchestration.listening import Listener, listening
@@ -34,8 +35,15 @@ TRAFFIC_START = datetime(2019, 12, 1, tzinfo=UTC)  # where the samples end, so t
 
 LIMITS = ("future_skew", "hour_grace", "earliest_event_time")
 
-ACCOUNTING = ("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced")
-MEASURES = ("impressions", "clicks", "spend_nanos")
+LISTED_USERS = 12
+"""Users of the simulated traffic on the operator's list, which the demo puts into its folder of rules."""
+
+ACCOUNTING = ("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced", "invalid_traffic")
+MEASURES = ("impressions", "clicks", "spend_nanos", "invalid_impressions", "invalid_clicks", "invalid_spend_nanos")
+CREDIT = ("credit_micros", "orders")
+MODELS = ("last_click", "first_click", "linear", "position_based", "time_decay")
+LISTED_MODELS = MODELS[:3]
+LISTED_WINDOW = 7
 
 Cells = dict[tuple[Any, ...], Counter[str]]
 RunJob = Callable[[str, Listener], None]
@@ -96,24 +104,28 @@ def run_demo(home: Path | None, *, events: int, seed: int, console: Console) -> 
         offered = sum(int(truth["totals"]["offered"]) for truth in truths)
         with _dagster(settings) as run_job:
             _ingest(run_job, offered, progress)
+            _settle(run_job, progress)
             _build(run_job, progress)
     _print_conservation(settings, console)
     equal = _print_differences(settings, truths, console)
+    _print_invalid(settings, console)
     _print_campaigns(settings, console)
     _print_places(settings, console)
     return equal
 
 
 def _land(settings: Settings, events: int, seed: int, progress: Progress) -> list[dict[str, Any]]:
-    task = progress.add_task("1/3 land samples and traffic", total=events, note="")
+    task = progress.add_task("1/4 land samples and traffic", total=events, note="")
     simulated = settings.home_path / "simulated"
     truth = simulate(
         simulated,
         events,
         seed,
         start=TRAFFIC_START,
+        listed_users=LISTED_USERS,
         progress=lambda done, total: progress.update(task, completed=done, total=total),
     )
+    (simulated / "rules").rename(settings.rules_path)
     # names of their own: a file that lands under a name already taken would replace the other
     for source in sorted(path for path in simulated.rglob("*") if path.is_file() and path.name != "truth.json"):
         target = settings.landing_path / source.relative_to(simulated).with_name(f"simulated-{source.name}")
@@ -170,7 +182,7 @@ def _failure(events: Iterable[Any]) -> str:
 
 
 def _ingest(run_job: RunJob, offered: int, progress: Progress) -> None:
-    task = progress.add_task("2/3 ingest", total=offered, note="starting Spark")
+    task = progress.add_task("2/4 ingest", total=offered, note="starting Spark")
 
     def on_batch(batch: object) -> None:
         if isinstance(batch, BatchReport):
@@ -180,8 +192,14 @@ def _ingest(run_job: RunJob, offered: int, progress: Progress) -> None:
     run_job("ingest", on_batch)
 
 
+def _settle(run_job: RunJob, progress: Progress) -> None:
+    task = progress.add_task("3/4 invalid traffic, credit, bills", total=None, note="")
+    run_job("settlement", lambda line: progress.update(task, note=str(line)[:60]))
+    progress.update(task, total=1, completed=1, note="settled")
+
+
 def _build(run_job: RunJob, progress: Progress) -> None:
-    task = progress.add_task("3/3 build the marts", total=None, note="")
+    task = progress.add_task("4/4 build the marts", total=None, note="")
     run_job("marts_near_real_time", lambda line: progress.update(task, note=str(line)[:60]))  # the first build is of all marts
     progress.update(task, total=1, completed=1, note="published")
 
@@ -214,24 +232,58 @@ def difference(expected: Cells, got: Cells, names: Iterable[str]) -> dict[str, t
 
 
 def _print_differences(settings: Settings, truths: list[dict[str, Any]], console: Console) -> bool:
-    found = {
-        **difference(
-            truth_cells(truths, "accounting", ("region", "event_hour"), ACCOUNTING), accounting_cells(settings), ACCOUNTING
-        ),
-        **difference(
-            truth_cells(truths, "campaign_hours", ("campaign_id", "region", "event_hour", "currency"), MEASURES),
-            campaign_hour_cells(settings),
-            MEASURES,
-        ),
-    }
-    shown = table(
-        "Against the known truth, per hour and region, and per campaign", "measure", "truth", "marts", "cells that differ"
+    """Every figure beside the truth's, and in how many places they differ; True if in none."""
+    hours = difference(
+        truth_cells(truths, "accounting", ("region", "event_hour"), ACCOUNTING), accounting_cells(settings), ACCOUNTING
     )
-    for name, (truth, marts, cells) in found.items():
-        style = "red" if cells else ""
-        shown.add_row(name, f"{truth:,}", f"{marts:,}", str(cells), style=style)
+    campaigns = difference(
+        truth_cells(truths, "campaign_hours", ("campaign_id", "region", "event_hour", "currency"), MEASURES),
+        campaign_hour_cells(settings),
+        MEASURES,
+    )
+    bills = difference(
+        truth_cells(truths, "billing", ("event_date", "campaign_id", "store_id", "currency"), ("spend_micros",)),
+        billing_cells(settings),
+        ("spend_micros",),
+    )
+    shown = table(
+        "Against the known truth, per hour and region, per campaign, per bill of a day",
+        "measure",
+        "truth",
+        "marts",
+        "cells that differ",
+    )
+    found = {**hours, **campaigns, "billed_micros": bills["spend_micros"]}
+    for name, figures in found.items():
+        _add_figures(shown, name, figures)
     console.print(shown)
-    return not any(cells for *_, cells in found.values())
+    return all([not any(cells for *_, cells in found.values()), _print_credit(settings, truths, console)])
+
+
+def _add_figures(shown: Table, name: str, figures: tuple[int, int, int]) -> None:
+    truth, marts, cells = figures
+    shown.add_row(name, f"{truth:,}", f"{marts:,}", str(cells), style="red" if cells else "")
+
+
+def _print_credit(settings: Settings, truths: list[dict[str, Any]], console: Console) -> bool:
+    """Credit of orders per model: of each campaign and window, and of each order and touch where the truth lists them."""
+    credits = [truth["attribution"] for truth in truths]
+    key = ("model", "window_days", "campaign_id", "currency")
+    expected, got = truth_cells(credits, "campaigns", key, CREDIT), credit_cells(settings)
+    shown = table(
+        "Credit of orders against the known truth, per campaign and lookback window, per order and touch",
+        *("measure", "truth", "marts", "cells that differ"),
+    )
+    equal = True
+    for model in MODELS:
+        of_model = [{key: cell for key, cell in cells.items() if key[0] == model} for cells in (expected, got)]
+        for name, figures in difference(of_model[0], of_model[1], CREDIT).items():
+            _add_figures(shown, f"{model}_{name}", figures)
+            equal &= not figures[2]
+    by_touch = difference(truth_touch_cells(credits), touch_cells(settings), ("credit_micros",))
+    _add_figures(shown, "credit_of_touches", by_touch["credit_micros"])
+    console.print(shown)
+    return equal and not by_touch["credit_micros"][2]
 
 
 def truth_cells(truths: list[dict[str, Any]], part: str, key: tuple[str, ...], names: tuple[str, ...]) -> Cells:
@@ -263,6 +315,65 @@ def campaign_hour_cells(settings: Settings) -> Cells:
     return _cells(query_marts(settings, sql)[1], 4, MEASURES)
 
 
+def billing_cells(settings: Settings) -> Cells:
+    """What the billing ledger sums up to by day, campaign, store and currency."""
+    sql = (
+        "select strftime(event_date, '%Y-%m-%d'), campaign_id, store_id, currency, sum(amount_micros) "
+        "from fct_billing_ledger group by all"
+    )
+    return _cells(query_marts(settings, sql)[1], 4, ("spend_micros",))
+
+
+def credit_cells(settings: Settings) -> Cells:
+    """CREDIT by model, window, campaign and currency."""
+    sql = (
+        "select model, window_days, campaign_id, currency, sum(credit_micros), count(distinct order_id) "
+        "from fct_attribution_credits group by all"
+    )
+    return _cells(query_marts(settings, sql)[1], 4, CREDIT)
+
+
+def touch_cells(settings: Settings) -> Cells:
+    """Credit by model, order and touch, for the models and the window that a truth lists order by order."""
+    models = ", ".join(f"'{model}'" for model in LISTED_MODELS)
+    sql = (
+        "select model, order_id, touch_event_id, sum(credit_micros) from fct_attribution_credits "
+        f"where window_days = {LISTED_WINDOW} and model in ({models}) group by all"
+    )
+    return _cells(query_marts(settings, sql)[1], 3, ("credit_micros",))
+
+
+def truth_touch_cells(credits: list[dict[str, Any]]) -> Cells:
+    """As `touch_cells`, from truths."""
+    return {
+        (model, row["order_id"], event_id): Counter(credit_micros=micros)
+        for credit in credits
+        for row in credit["orders"]
+        for model in LISTED_MODELS
+        for event_id, micros in row[model]
+    }
+
+
+def _print_invalid(settings: Settings, console: Console) -> None:
+    """What is billed and what is not, per currency."""
+    _, rows = query_marts(
+        settings,
+        "select currency, sum(impressions)::bigint, sum(clicks)::bigint, sum(spend_micros)::bigint, "
+        "sum(invalid_impressions)::bigint, sum(invalid_clicks)::bigint, sum(invalid_spend_micros)::bigint "
+        "from fct_campaign_day group by currency order by currency",
+    )
+    names = ("impressions", "clicks", "spend")
+    shown = table("Net and invalid", "currency", *names, *(f"invalid {name}" for name in names))
+    for currency, impressions, clicks, micros, invalid_shown, invalid_clicked, invalid_micros in rows:
+        net = (f"{impressions:,}", f"{clicks:,}", _money(micros))
+        shown.add_row(currency, *net, f"{invalid_shown:,}", f"{invalid_clicked:,}", _money(invalid_micros))
+    console.print(shown)
+
+
+def _money(micros: int) -> str:
+    return f"{micros // 10**6:,}.{micros % 10**6:06d}"
+
+
 def _print_campaigns(settings: Settings, console: Console) -> None:
     _, rows = query_marts(
         settings,
@@ -271,7 +382,7 @@ def _print_campaigns(settings: Settings, console: Console) -> None:
     )
     shown = table("Top campaigns by spend", "campaign", "currency", "impressions", "clicks", "spend", left=2)
     for campaign, currency, impressions, clicks, micros in rows:
-        shown.add_row(campaign, currency, f"{impressions:,}", f"{clicks:,}", f"{micros // 10**6:,}.{micros % 10**6:06d}")
+        shown.add_row(campaign, currency, f"{impressions:,}", f"{clicks:,}", _money(micros))
     console.print(shown)
 
 
@@ -281,5 +392,9 @@ def _print_places(settings: Settings, console: Console) -> None:
     console.print(f"Delta tables   {settings.lakehouse_uri}", soft_wrap=True)
     console.print(f"marts          {settings.marts_path}", soft_wrap=True)
     console.print("\nNext, in the environment (or with `uv run` before each):")
-    for command in ("status", 'query "select * from fct_campaign_day limit 10"', "reconcile", "up"):
+    _, [(campaign, day)] = query_marts(
+        settings, "select campaign_id, event_date from fct_campaign_day order by spend_nanos desc, campaign_id, event_date limit 1"
+    )
+    explain = f"explain fct_campaign_day --campaign {campaign} --date {day}"
+    for command in ("status", 'query "select * from fct_campaign_day limit 10"', explain, "reconcile", "up"):
         console.print(f"  ADTALLY_HOME={home} adtally {command}", soft_wrap=True)

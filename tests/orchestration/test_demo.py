@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +24,18 @@ from terminal import environment
 
 from orchestration import demo
 from orchestration.cli import app
-from orchestration.demo import ACCOUNTING, MARKER, MEASURES, clean_home, demo_settings, difference, run_demo
+from orchestration.demo import (
+    ACCOUNTING,
+    CREDIT,
+    LISTED_MODELS,
+    MARKER,
+    MEASURES,
+    MODELS,
+    clean_home,
+    demo_settings,
+    difference,
+    run_demo,
+)
 from orchestration.listening import Listener
 from orchestration.up.instance import home_instance
 from orchestration.up.up import UP_LOCK
@@ -143,6 +155,9 @@ def test_difference_counts_cells_not_only_totals() -> None:
     assert difference({}, {}, ("a",)) == {"a": (0, 0, 0)}
 
 
+CREDITED = {f"{model}_{name}" for model in MODELS for name in CREDIT} | {"credit_of_touches"}
+COMPARED = {*ACCOUNTING, *MEASURES, "billed_micros", *CREDITED}
+
 HOUR = "2026-03-10T10:00:00Z"
 LATER = "2026-03-10T11:00:00Z"
 
@@ -155,15 +170,39 @@ def campaign(name: str, hour: str, **counts: int) -> dict[str, Any]:
     return {"campaign_id": name, "region": "eu", "event_hour": hour, "currency": "EUR", **dict.fromkeys(MEASURES, 0), **counts}
 
 
+def bill(name: str, micros: int) -> dict[str, Any]:
+    return {"event_date": HOUR[:10], "campaign_id": name, "store_id": "s1", "currency": "EUR", "spend_micros": micros}
+
+
+def credit(model: str, window: int, name: str, micros: int, orders: int) -> dict[str, Any]:
+    key = {"model": model, "window_days": window, "campaign_id": name, "currency": "EUR"}
+    return {**key, "credit_micros": micros, "orders": orders}
+
+
+def credited(order_id: str, event_id: str, micros: int) -> dict[str, Any]:
+    return {"order_id": order_id, **{model: [] for model in LISTED_MODELS}, "last_click": [[event_id, micros]]}
+
+
 # Two truths, as the demo has: of the simulated traffic and of the samples. They share an hour.
 TRUTHS: list[dict[str, Any]] = [
     {
         "totals": {"offered": 8},
         "accounting": [
-            accounting("eu", HOUR, offered=6, accepted=4, duplicate=1, conflict=1, late=2),
+            accounting("eu", HOUR, offered=6, accepted=4, duplicate=1, conflict=1, late=2, invalid_traffic=2),
             accounting("eu", None, offered=2, rejected=2),
         ],
-        "campaign_hours": [campaign("c1", HOUR, impressions=3, clicks=1, spend_nanos=1250)],
+        "campaign_hours": [
+            campaign("c1", HOUR, impressions=3, clicks=1, spend_nanos=1250, invalid_clicks=2, invalid_spend_nanos=9)
+        ],
+        "billing": [bill("c1", 1)],
+        "attribution": {
+            "campaigns": [credit("last_click", 7, "c1", 500, 2), credit("linear", 30, "c1", 250, 1)],
+            "orders": [
+                credited("o1", "e1", 300),
+                credited("o2", "e2", 200),
+                {"order_id": "o3", **{model: [] for model in LISTED_MODELS}},
+            ],
+        },
     },
     {
         "totals": {"offered": 3},
@@ -172,6 +211,8 @@ TRUTHS: list[dict[str, Any]] = [
             campaign("c1", HOUR, impressions=1),
             campaign("c2", LATER, clicks=2, spend_nanos=9_007_199_254_740_993),
         ],
+        "billing": [bill("c2", 9_007_199_254_741)],
+        "attribution": {"campaigns": [credit("last_click", 7, "c2", 1, 1)], "orders": [credited("o4", "e4", 1)]},
     },
 ]
 
@@ -183,21 +224,40 @@ def write_marts(settings: Settings) -> None:
         columns = ", ".join(f"{name} bigint" for name in ACCOUNTING)
         connection.execute(f"create table fct_event_accounting (event_hour timestamp, region varchar, {columns})")
         connection.execute(
-            "insert into fct_event_accounting values ('2026-03-10 10:00', 'eu', 7, 5, 1, 1, 0, 2, 1), "
-            "(null, 'eu', 2, 0, 0, 0, 2, 0, 0), ('2026-03-10 11:00', 'us', 2, 2, 0, 0, 0, 0, 0)"
+            "insert into fct_event_accounting values ('2026-03-10 10:00', 'eu', 7, 5, 1, 1, 0, 2, 1, 2), "
+            "(null, 'eu', 2, 0, 0, 0, 2, 0, 0, 0), ('2026-03-10 11:00', 'us', 2, 2, 0, 0, 0, 0, 0, 0)"
         )
         connection.execute(
             "create table fct_campaign_minute (event_minute timestamp, region varchar, campaign_id varchar, currency varchar, "
-            "impressions bigint, clicks bigint, spend_nanos bigint)"
+            + ", ".join(f"{name} bigint" for name in MEASURES)
+            + ")"
         )
         connection.execute(
-            "insert into fct_campaign_minute values ('2026-03-10 10:05', 'eu', 'c1', 'EUR', 3, 0, 0), "
-            "('2026-03-10 10:59', 'eu', 'c1', 'EUR', 1, 1, 1250), "
-            "('2026-03-10 11:00', 'eu', 'c2', 'EUR', 0, 2, 9007199254740993)"
+            "insert into fct_campaign_minute values ('2026-03-10 10:05', 'eu', 'c1', 'EUR', 3, 0, 0, 0, 1, 4), "
+            "('2026-03-10 10:59', 'eu', 'c1', 'EUR', 1, 1, 1250, 0, 1, 5), "
+            "('2026-03-10 11:00', 'eu', 'c2', 'EUR', 0, 2, 9007199254740993, 0, 0, 0)"
         )
         connection.execute(
-            "create table fct_campaign_day as select 'c1' as campaign_id, 'EUR' as currency, 4 as impressions, 1 as clicks, "
-            "1234567 as spend_micros"
+            "create table fct_campaign_day as select date '2026-03-10' as event_date, 'c1' as campaign_id, 'EUR' as currency, "
+            "4 as impressions, 1 as clicks, 0 as spend_nanos, 1234567 as spend_micros, 0 as invalid_impressions, "
+            "2 as invalid_clicks, 7654321 as invalid_spend_micros"
+        )
+        connection.execute(
+            "create table fct_billing_ledger (event_date date, campaign_id varchar, store_id varchar, currency varchar, "
+            "amount_micros bigint)"
+        )
+        connection.execute(
+            "insert into fct_billing_ledger values ('2026-03-10', 'c1', 's1', 'EUR', 3), ('2026-03-10', 'c1', 's1', 'EUR', -2), "
+            "('2026-03-10', 'c2', 's1', 'EUR', 9007199254741)"
+        )
+        connection.execute(
+            "create table fct_attribution_credits (model varchar, window_days bigint, campaign_id varchar, currency varchar, "
+            "order_id varchar, touch_event_id varchar, credit_micros bigint)"
+        )
+        connection.execute(
+            "insert into fct_attribution_credits values ('last_click', 7, 'c1', 'EUR', 'o1', 'e1', 300), "
+            "('last_click', 7, 'c1', 'EUR', 'o2', 'e2', 200), ('linear', 30, 'c1', 'EUR', 'o1', 'e1', 250), "
+            "('last_click', 7, 'c2', 'EUR', 'o4', 'e4', 1)"
         )
 
 
@@ -210,7 +270,7 @@ def staged(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[dict[str, Any]]], 
 
         def jobs(settings: Settings) -> AbstractContextManager[demo.RunJob]:
             def run_job(name: str, _: Listener) -> None:
-                if name != "ingest":
+                if name == "marts_near_real_time":
                     write_marts(settings)
 
             return nullcontext(run_job)
@@ -225,16 +285,19 @@ def show(home: Path) -> tuple[bool, dict[str, list[str]]]:
     output = io.StringIO()
     content = run_demo(home, events=1, seed=1, console=Console(file=output, width=140))
     lines = [line.split() for line in output.getvalue().splitlines()]
-    return content, {line[0]: line[1:] for line in lines if line and line[0] in (*ACCOUNTING, *MEASURES) and len(line) == 4}
+    return content, {line[0]: line[1:] for line in lines if line and line[0] in COMPARED and len(line) == 4}
 
 
 def test_equal_figures_content_it(tmp_path: Path, staged: Callable[..., None]) -> None:
     staged(TRUTHS)
     content, shown = show(tmp_path)
     assert content
-    assert set(shown) == {*ACCOUNTING, *MEASURES}
+    assert set(shown) == COMPARED
     assert {cells for *_, cells in shown.values()} == {"0"}
     assert shown["offered"] == ["11", "11", "0"]
+    assert shown["last_click_credit_micros"] == ["501", "501", "0"]
+    assert shown["credit_of_touches"] == ["501", "501", "0"]
+    assert shown["billed_micros"] == ["9,007,199,254,742", "9,007,199,254,742", "0"]
     assert shown["spend_nanos"] == ["9,007,199,254,742,243", "9,007,199,254,742,243", "0"]
 
 
@@ -249,6 +312,27 @@ def test_one_too_many_or_too_few_is_seen(tmp_path: Path, staged: Callable[..., N
     content, shown = show(tmp_path)
     assert not content
     assert {name: row[2] for name, row in shown.items() if row[2] != "0"} == {measure: "1"}
+
+
+def test_a_wrong_bill_and_a_wrong_credit_are_seen(tmp_path: Path, staged: Callable[..., None]) -> None:
+    def wrong(change: Callable[[dict[str, Any]], None]) -> dict[str, str]:
+        altered = copy.deepcopy(TRUTHS)
+        change(altered[0])
+        staged(altered)
+        content, shown = show(tmp_path)
+        assert not content
+        shutil.rmtree(tmp_path)
+        return {name: row[2] for name, row in shown.items() if row[2] != "0"}
+
+    assert wrong(lambda truth: truth["billing"][0].update(spend_micros=2)) == {"billed_micros": "1"}
+    assert wrong(lambda truth: truth["billing"][0].update(store_id="s2")) == {"billed_micros": "2"}
+    campaigns = {"last_click_credit_micros": "1"}
+    assert wrong(lambda truth: truth["attribution"]["campaigns"][0].update(credit_micros=501)) == campaigns
+    assert wrong(lambda truth: truth["attribution"]["campaigns"][1].update(orders=2)) == {"linear_orders": "1"}
+    moved = {"linear_credit_micros": "2", "linear_orders": "2"}
+    assert wrong(lambda truth: truth["attribution"]["campaigns"][1].update(window_days=28)) == moved
+    touched = {"credit_of_touches": "2"}
+    assert wrong(lambda truth: truth["attribution"]["orders"][0].update(last_click=[["e9", 300]])) == touched
 
 
 @pytest.mark.parametrize(
@@ -315,15 +399,15 @@ def test_the_demo_end_to_end(tmp_path: Path) -> None:
     assert done.status == 0, done.err
     assert not stray.exists() and not elsewhere.exists()
     lines = [line.split() for line in done.out.splitlines()]
-    compared = {line[0]: line[1:] for line in lines if line and line[0] in (*ACCOUNTING, *MEASURES) and len(line) == 4}
-    assert set(compared) == {*ACCOUNTING, *MEASURES}
+    compared = {line[0]: line[1:] for line in lines if line and line[0] in COMPARED and len(line) == 4}
+    assert set(compared) == COMPARED
     assert all(truth == marts and cells == "0" for truth, marts, cells in compared.values())
     samples = json.loads((terminal.ROOT / "samples" / "truth.json").read_text("utf-8"))
     assert int(compared["offered"][0].replace(",", "")) == 3000 + samples["totals"]["offered"]
     with home_instance(demo_settings(home)) as instance:  # what it did is what Dagster shows
         runs = {run.job_name: run.status for run in instance.get_runs()}
-        assert runs == {"ingest": DagsterRunStatus.SUCCESS, "marts_near_real_time": DagsterRunStatus.SUCCESS}
-        for asset in ("landing_ingest", "fct_campaign_day", "dim_campaign"):
+        assert runs == dict.fromkeys(("ingest", "settlement", "marts_near_real_time"), DagsterRunStatus.SUCCESS)
+        for asset in ("landing_ingest", "settlement", "fct_campaign_day", "dim_campaign"):
             assert instance.get_latest_materialization_event(AssetKey(asset)), asset
     # what it says to do next works
     status = terminal.run("status", "--json", cwd=tmp_path, env=environment(ADTALLY_HOME=str(home)))
