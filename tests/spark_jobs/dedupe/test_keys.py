@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from spark_jobs.contract.spec import CONTRACTS, Contract, Field, Kind
 from spark_jobs.dedupe.keys import Keys, hex_fingerprint, keys_of_ids
+from spark_jobs.rules.invalid_traffic import no_rules
 from spark_jobs.transforms.events import CAMPAIGN_SCHEMA, enrich
 from tests.spark_jobs.contract.cases import LIMITS
 
@@ -34,7 +35,7 @@ NASTY = st.sampled_from([None, "", "\x01", "\x1f", "\0", "\0a", "a", "b", "ab", 
 
 def keys_of(stream: str, rows: list[dict[str, Any]]) -> Keys:
     """Keys of parsed rows, as the tasks of a batch make them."""
-    made = enrich(parsed.parsed(stream, rows), CONTRACTS[stream], LIMITS, CAMPAIGN_SCHEMA.empty_table())
+    made = enrich(parsed.parsed(stream, rows), CONTRACTS[stream], LIMITS, CAMPAIGN_SCHEMA.empty_table(), no_rules())
     return Keys(*(made[name].to_numpy() for name in ("key_low", "key_high", "fingerprint")))
 
 
@@ -216,6 +217,7 @@ import parsed
 import pyarrow as pa
 from spark_jobs.contract.spec import CONTRACTS
 from spark_jobs.dedupe.keys import keys_of_ids
+from spark_jobs.rules.invalid_traffic import no_rules
 from spark_jobs.transforms.events import CAMPAIGN_SCHEMA, enrich
 from tests.spark_jobs.contract.cases import LIMITS
 
@@ -223,7 +225,7 @@ ids = pa.table({"event_id": [f"e{n}" for n in range(2000)], "fingerprint": pa.ar
 orders = parsed.parsed("orders", [{"order_id": f"o{n}"} for n in range(2000)])
 work = [
     lambda: keys_of_ids(ids, "event_id", "fingerprint").low.tolist(),
-    lambda: enrich(orders, CONTRACTS["orders"], LIMITS, CAMPAIGN_SCHEMA.empty_table())["key_low"].to_pylist(),
+    lambda: enrich(orders, CONTRACTS["orders"], LIMITS, CAMPAIGN_SCHEMA.empty_table(), no_rules())["key_low"].to_pylist(),
 ]
 expected = [make() for make in work]
 wrong = []

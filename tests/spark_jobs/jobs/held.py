@@ -18,7 +18,10 @@ _MICROSECOND = timedelta(microseconds=1)
 _TIMES = {"event_time", "received_at", "ingested_at", "order_time", "cancelled_at", "event_hour", "event_minute", "max_received_at"}
 _BATCH = ("_query_id", "_batch_id")
 _MINUTE = ("event_minute", *oracle.MINUTE_KEYS)
-_MEASURES = ("impressions", "clicks", "spend_nanos")
+_MEASURES = oracle.MINUTE_MEASURES
+
+
+_MARKS = ("spend_nanos", "invalid_spend_nanos", "invalid_traffic_rule")
 
 
 def _us(moment: datetime | str | None) -> int | str | None:
@@ -80,8 +83,9 @@ def _by(rows: list[dict[str, Any]], *key: str) -> dict[Any, dict[str, Any]]:
 def check_accepted(held: Held, books: Books) -> None:
     """Events and orders, column by column."""
     payload = ", ".join((*oracle.EVENT_IDS, *oracle.EVENT_TEXTS))
-    columns = f"{payload}, event_type, event_time, received_at, region, price_micros, currency, billing_model, spend_nanos, is_late"
-    events = held.dicts("events", f"{columns}, source_file, source_line, ingested_at")
+    columns = f"{payload}, event_type, event_time, received_at, region, price_micros, currency, billing_model, is_late"
+    marks = "spend_nanos, invalid_spend_nanos, invalid_traffic_rule, invalid_traffic_rules"
+    events = held.dicts("events", f"{columns}, {marks}, source_file, source_line, ingested_at")
     told = _by([_told(row) for row in events], "event_id")
     _agree("events", told, {name: _expected(row) for name, row in books.events.items()})
     columns = (
@@ -119,15 +123,15 @@ def check_refused(held: Held, books: Books) -> None:
 
 def check_ledger(held: Held, books: Books) -> None:
     """Conservation in each row, and the sums per stream, region and event hour."""
-    measures = ("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced", "spend_nanos")
-    key = "_query_id, _batch_id, stream, source, region, event_hour"
+    measures = ("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced", "invalid_traffic", "spend_nanos")
+    key = "_query_id, _batch_id, _run_id, stream, source, region, event_hour"
     sums: dict[tuple[str, str, int | None], Counter[str]] = {}
     received: dict[tuple[str, str, int | None], int] = {}
     for row in _by(held.dicts("batch_ledger", f"{key}, {', '.join(measures)}, max_received_at"), *key.split(", ")).values():
         assert row["offered"] == row["accepted"] + row["duplicate"] + row["conflict"] + row["rejected"], row
         assert max(row["late"], row["unpriced"]) <= row["accepted"], row
         cell = (row["stream"], row["region"], row["event_hour"])
-        if row["offered"]:
+        if row["offered"] or row["invalid_traffic"] or row["spend_nanos"]:
             sums.setdefault(cell, Counter()).update({name: row[name] for name in measures})
         if row["max_received_at"] is not None:
             received[cell] = max(received.get(cell, row["max_received_at"]), row["max_received_at"])
@@ -145,7 +149,7 @@ def check_minutes(held: Held, books: Books) -> None:
     """The increments' sums per minute and key."""
     totals: dict[Any, list[int]] = {}
     for row in held.dicts("minute_metrics", ", ".join((*_MINUTE, *_MEASURES))):
-        cell = totals.setdefault(tuple(row[name] for name in _MINUTE), [0, 0, 0])
+        cell = totals.setdefault(tuple(row[name] for name in _MINUTE), [0] * len(_MEASURES))
         cell[:] = [before + row[name] for before, name in zip(cell, _MEASURES, strict=True)]
     _agree("minutes", totals, {(_us(minute), *key): measures for (minute, *key), measures in books.minutes.items()})
 
@@ -160,10 +164,11 @@ def check_increments(held: Held) -> None:
     _by(rows, "record_uuid")
     increments = {key: [row[name] for name in _MEASURES] for key, row in _by(rows, *_BATCH, *_MINUTE).items()}
     of_events: dict[Any, list[int]] = {}
-    for event in held.dicts("events", ", ".join((*_BATCH, "event_time", *oracle.MINUTE_KEYS, "event_type", "spend_nanos"))):
+    for event in held.dicts("events", ", ".join((*_BATCH, "event_time", *oracle.MINUTE_KEYS, "event_type", *_MARKS))):
         minute_us = event["event_time"] // 60_000_000 * 60_000_000
         key = (*(event[name] for name in _BATCH), minute_us, *(event[name] for name in oracle.MINUTE_KEYS))
-        cell = of_events.setdefault(key, [0, 0, 0])
-        cell[event["event_type"] == "click"] += 1
-        cell[2] += event["spend_nanos"]
+        cell = of_events.setdefault(key, [0] * len(_MEASURES))
+        cell[2 * (event["invalid_traffic_rule"] is not None) + (event["event_type"] == "click")] += 1
+        cell[4] += event["spend_nanos"]
+        cell[5] += event["invalid_spend_nanos"]
     _agree("increments", increments, of_events)

@@ -36,6 +36,11 @@ EVENT_IDS = ("event_id", "campaign_id", "ad_id", "store_id", "user_id")
 EVENT_TEXTS = ("impression_id", "placement", "user_agent")
 ORDER_IDS = ("order_id", "user_id", "store_id")
 MINUTE_KEYS = ("region", "campaign_id", "ad_id", "store_id", "placement", "currency")
+MINUTE_MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos", "invalid_spend_nanos")
+# of the agents that the tests use: the oracle keeps no list of crawlers
+CRAWLERS = ("curl", "Mozilla/5.0 (compatible; Googlebot/2.1)")
+REPEATED_WITHIN = {"click": timedelta(hours=1), "impression": timedelta(minutes=1)}
+MOST_CLICKS = 60  # of a user in an hour
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Books:
     orders: dict[str, dict[str, Any]] = field(default_factory=dict)  # by order_id
     refused: dict[tuple[str, int], tuple[str, bytes]] = field(default_factory=dict)  # (file, line): outcome, raw bytes
     ledger: dict[tuple[str, str, datetime | None], Counter[str]] = field(default_factory=dict)  # by stream, region, hour
-    minutes: dict[tuple[Any, ...], list[int]] = field(default_factory=dict)  # minute, MINUTE_KEYS: impressions, clicks, nanos
+    minutes: dict[tuple[Any, ...], list[int]] = field(default_factory=dict)  # minute, MINUTE_KEYS: MINUTE_MEASURES
 
 
 INGESTED = "ingested"
@@ -217,7 +222,55 @@ def account(runs: Iterable[Iterable[Landed]], campaigns_csv: str, now: datetime)
             stream = file.name.split("/")[0]
             for number, line, whole in lines_of(file):
                 _offer(books, campaigns, stream, file, number, line, whole, now)
+    for event in books.events.values():
+        _mark(event, ["crawler_user_agent"] if event["user_agent"] in CRAWLERS else [])
+    _total(books)
     return books
+
+
+def review(books: Books) -> None:
+    """Mark all events by all rules, by what stands around them, in whatever order it came."""
+    events = sorted(books.events.values(), key=lambda event: (event["event_time"], event["event_id"]))
+    clicks = Counter((event["user_id"], hour_of(event["event_time"])) for event in events if event["event_type"] == "click")
+    before: dict[tuple[str, str, str], datetime] = {}
+    for event in events:
+        kind, time = event["event_type"], event["event_time"]
+        hits = ["crawler_user_agent"] if event["user_agent"] in CRAWLERS else []
+        last = before.get((event["user_id"], event["ad_id"], kind))
+        if last is not None and time - last < REPEATED_WITHIN[kind]:
+            hits.append(f"repeat_{kind}")
+        if kind == "click" and clicks[event["user_id"], hour_of(time)] > MOST_CLICKS:
+            hits.append("click_rate")
+        before[event["user_id"], event["ad_id"], kind] = time
+        _mark(event, hits)
+    _total(books)
+
+
+def _mark(event: dict[str, Any], hits: list[str]) -> None:
+    cost = event["spend_nanos"] + event.get("invalid_spend_nanos", 0)
+    event.update(
+        invalid_traffic_rule=hits[0] if hits else None,
+        invalid_traffic_rules=hits or None,
+        spend_nanos=0 if hits else cost,
+        invalid_spend_nanos=cost if hits else 0,
+    )
+
+
+def _total(books: Books) -> None:
+    """Minutes and ledger from the events."""
+    books.minutes.clear()
+    for cell in books.ledger.values():
+        cell.pop("invalid_traffic", None)
+        cell.pop("spend_nanos", None)
+    for event in books.events.values():
+        time, invalid = event["event_time"], event["invalid_traffic_rule"] is not None
+        cell = books.ledger["events", event["region"], hour_of(time)]
+        cell.update(invalid_traffic=int(invalid), spend_nanos=event["spend_nanos"])
+        key = (time.replace(second=0, microsecond=0), *(event[name] for name in MINUTE_KEYS))
+        minute = books.minutes.setdefault(key, [0] * len(MINUTE_MEASURES))
+        minute[2 * invalid + (event["event_type"] == "click")] += 1
+        minute[4] += event["spend_nanos"]
+        minute[5] += event["invalid_spend_nanos"]
 
 
 def _offer(
@@ -266,11 +319,7 @@ def _event(
         "source": (file.name, number),
     }
     books.events[record["event_id"]] = event
-    cell.update(late=int(event["is_late"]), unpriced=int(model is None), spend_nanos=event["spend_nanos"])
-    minute = books.minutes.setdefault((time.replace(second=0, microsecond=0), *(event[name] for name in MINUTE_KEYS)), [0, 0, 0])
-    minute[0] += event["event_type"] == "impression"
-    minute[1] += event["event_type"] == "click"
-    minute[2] += event["spend_nanos"]
+    cell.update(late=int(event["is_late"]), unpriced=int(model is None))
     return "accepted"
 
 

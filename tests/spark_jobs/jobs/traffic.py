@@ -33,6 +33,7 @@ class Shape:
     runs: int
     files_per_batch: int
     split_bytes: int
+    reviews: bool = False
 
 
 REGIONS = ("eu-west", "us-east", "ap-1")
@@ -215,7 +216,7 @@ class Traffic:
                 "placement": placement,
                 "price_micros": rng.choice((None, 0, 1, 999, 1500, 250_000, 10**12)),
                 "currency": rng.choice(("EUR", "EUR", "USD", "JPY")),
-                "user_agent": rng.choice((None, "Mozilla/5.0", "")),
+                "user_agent": rng.choice((None, None, "Mozilla/5.0", "", "Mozilla/5.0 (compatible; Googlebot/2.1)")),
             }
         record = dict(rng.choice(known))
         moment = record["event_time"]

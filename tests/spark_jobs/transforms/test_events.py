@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from spark_jobs.contract.spec import CONTRACTS, EVENT_CONTRACT, LATEST_US
+from spark_jobs.rules.invalid_traffic import Rule, no_rules
 from spark_jobs.tables import EVENTS, MINUTE_METRICS
 from spark_jobs.transforms.events import (
     CAMPAIGN_SCHEMA,
@@ -125,7 +126,7 @@ def test_a_range_holds_its_beginning_and_not_its_end(event_time: int, model: str
 
 
 def enriched(stream: str, rows: list[dict[str, Any]], grace_us: int = LIMITS.hour_grace_us) -> pa.Table:
-    return enrich(parsed.parsed(stream, rows), CONTRACTS[stream], replace(LIMITS, hour_grace_us=grace_us), NO_CAMPAIGNS)
+    return enrich(parsed.parsed(stream, rows), CONTRACTS[stream], replace(LIMITS, hour_grace_us=grace_us), NO_CAMPAIGNS, no_rules())
 
 
 @pytest.mark.parametrize("stream", sorted(CONTRACTS))
@@ -186,13 +187,15 @@ METRIC_EVENT = st.fixed_dictionaries(
         "placement": st.sampled_from([None, "", "top"]),
         "currency": st.sampled_from(["EUR", "USD"]),
         "price_micros": st.sampled_from([0, 1, 1500, 10**12]),
+        "user_id": st.sampled_from(["u", "u", "bot"]),
     }
 )
 PRICES: list[Range] = [("c", "cpm", 0, None), ("d", "cpc", 0, None)]
+RULES = no_rules().model_copy(update={"listed_user": Rule(), "users": ("bot",)})
 
 
 def staged(rows: list[dict[str, Any]]) -> pa.Table:
-    return enrich(parsed.parsed("events", rows), EVENT_CONTRACT, LIMITS, campaigns_of(PRICES))
+    return enrich(parsed.parsed("events", rows), EVENT_CONTRACT, LIMITS, campaigns_of(PRICES), RULES)
 
 
 def sums_of(table: pa.Table) -> dict[tuple[Any, ...], dict[str, int]]:
@@ -208,8 +211,9 @@ def count(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, int]]:
     for row in (parsed.BASE["events"] | row for row in rows):
         minute = row["event_time"] // 60_000_000 * 60_000_000
         key = (minute, *(row[name] for name in METRIC_KEYS[1:]))
-        total[key, "impressions" if row["event_type"] == "impression" else "clicks"] += 1
-        total[key, "spend_nanos"] += price_one_by_one(row, PRICES)[1]
+        invalid = "invalid_" if row["user_id"] == "bot" else ""
+        total[key, f"{invalid}{row['event_type']}s"] += 1
+        total[key, f"{invalid}spend_nanos"] += price_one_by_one(row, PRICES)[1]
     return {key: {name: total[key, name] for name in METRIC_MEASURES} for key, _ in total}
 
 
@@ -284,18 +288,25 @@ def test_columns_of_increments() -> None:
     ],
 )
 def test_partition_of_an_event(event_time: int, day: date, hour: int) -> None:
-    made = event_columns(staged([{"event_time": event_time}]), "events/eu/1.jsonl", 1)
+    made = event_columns(staged([{"event_time": event_time}]), "events/eu/1.jsonl", 1, None)
     assert (made["event_date"].to_pylist(), made["event_hour"].to_pylist()) == ([day], [hour])
 
 
 @WITH_DATABASE
 @given(times=st.lists(st.integers(0, LATEST_US), max_size=8), first_line=st.integers(1, 10**9))
 def test_columns_of_events(times: list[int], first_line: int) -> None:
-    rows: list[dict[str, Any]] = [{"event_id": str(at), "event_time": time} for at, time in enumerate(times)]
+    users = ("u", "bot")
+    rows: list[dict[str, Any]] = [
+        {"event_id": str(at), "event_time": time, "user_id": users[at % 2]} for at, time in enumerate(times)
+    ]
     before = staged(rows).to_pylist()
-    made = event_columns(staged(rows), "events/eu/1.jsonl", first_line)
+    made = event_columns(staged(rows), "events/eu/1.jsonl", first_line, "set")
     own = {"ingested_at", "_query_id", "_batch_id", "_run_id"}
-    assert set(made.column_names) >= set(EVENTS.schema.names) - own - {"invalid_traffic_rule"}
+    assert set(made.column_names) == set(EVENTS.schema.names) - own
+    assert made["rule_set"].to_pylist() == ["set"] * len(times)
+    hits = [None if row["user_id"] == "u" else "listed_user" for row in rows]
+    assert made["invalid_traffic_rule"].to_pylist() == hits
+    assert made["invalid_traffic_rules"].to_pylist() == [None if hit is None else [hit] for hit in hits]
     for name in made.column_names:
         assert made.schema.field(name).type == EVENTS.schema.field(name).type, name
     for row, source in zip(made.to_pylist(), before, strict=True):
@@ -307,5 +318,14 @@ def test_columns_of_events(times: list[int], first_line: int) -> None:
         assert row["source_file"] == "events/eu/1.jsonl"
         assert row["fingerprint"] % 2**64 == source["fingerprint"]
         same = {name for name in source if name in row} - {"event_time", "received_at", "fingerprint"}
-        assert same >= {"event_id", "price_micros", "placement", "region", "billing_model", "spend_nanos", "is_late"}
+        assert same >= {
+            "event_id",
+            "price_micros",
+            "placement",
+            "region",
+            "billing_model",
+            "spend_nanos",
+            "invalid_spend_nanos",
+            "is_late",
+        }
         assert {name: row[name] for name in same} == {name: source[name] for name in same}
