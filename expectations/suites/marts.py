@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from expectations.checks import Check, Kind, Suite, groups, not_null, rows, schema
 from expectations.suites.common import CURRENCY, DATE, FLAG, NUMBER, REGION, TEXT
 
 _TIME = "TIMESTAMP"
 _COUNTS = ("impressions", "clicks", "invalid_impressions", "invalid_clicks")
-_MEASURES = (*_COUNTS, "spend_nanos", "spend_micros")
-_ADDED = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos")
+_GROSS = ("gross_impressions", "gross_clicks", "invalid_spend_nanos", "invalid_spend_micros", "gross_spend_micros")
+_MEASURES = (*_COUNTS, "spend_nanos", "spend_micros", *_GROSS)
+_ADDED = (*_COUNTS, "spend_nanos", "invalid_spend_nanos")
 _OUTCOMES = ("offered", "accepted", "duplicate", "conflict", "rejected", "late", "invalid_traffic", "unpriced")
 _ROUNDED = "abs(spend_micros * 1000 - spend_nanos) > 500"
+_RATIO = "DOUBLE"
+_NOT_GROSS = "gross_impressions <> impressions + invalid_impressions or gross_clicks <> clicks + invalid_clicks"
+_REVENUE = ("orders_by_touch_date", "revenue_by_touch_date_micros", "orders_by_order_date", "revenue_by_order_date_micros")
+_COMPLETENESS = tuple(f"completeness_{after}" for after in ("0_min", "1_min", "5_min", "15_min", "60_min", "24_h"))
+_CREDIT = ("order_id", "model", "window_days", "campaign_id", "ad_id", "store_id", "user_id", "touch_event_id", "touch_type")
 
 
 def _one_row(key: str) -> Check:
@@ -28,6 +36,41 @@ def _one_row(key: str) -> Check:
 
 def _not_negative(*names: str) -> tuple[Check, ...]:
     return tuple(rows("not_negative", name, f"{name} < 0", f"{name} is not negative") for name in names)
+
+
+def _weights_sum_to_one() -> Check:
+    """An order is credited whole in each model and window."""
+    wrong = """
+        select order_id, model, window_days, sum(credit_weight) as weight from data
+        group by order_id, model, window_days having abs(sum(credit_weight) - 1) > 1e-9
+    """
+    return Check(
+        "credit_weight.sums_to_one",
+        "credit_weight",
+        Kind.MEASURE,
+        "the weights of an order, model and window sum to 1",
+        f"select count(*) from ({wrong})",
+        offenders=f"{wrong} order by all",
+    )
+
+
+def _sums_to_the_spend() -> Check:
+    """What is billed, with what is about to be, is what was spent."""
+    key = "event_date, campaign_id, store_id, currency"
+    differs = f"""
+        select {key}, sum(amount_micros) as billed_micros, any_value(spend_micros) as spend_micros
+        from data left join (select {key}, spend_micros from fct_campaign_day) as days using ({key})
+        group by {key} having sum(amount_micros) <> coalesce(any_value(spend_micros), 0)
+    """
+    return Check(
+        "amount_micros.sums_to_the_spend",
+        "amount_micros",
+        Kind.MEASURE,
+        "lines and accruals of a key come to its spend_micros in fct_campaign_day",
+        f"select count(*) from ({differs})",
+        offenders=f"{differs} order by all",
+        needs="fct_campaign_day",
+    )
 
 
 def _same_at_both_grains() -> Check:
@@ -71,6 +114,7 @@ MART_SUITES = (
             *_not_negative(*_MEASURES),
             groups("form", "currency", CURRENCY, "currency is three capitals"),
             rows("rounded", "spend_micros", _ROUNDED, "spend_micros is spend_nanos, rounded once"),
+            rows("net_and_invalid", "gross_clicks", _NOT_GROSS, "gross is net and invalid"),
             _one_row("event_date, campaign_id, store_id, currency"),
             _same_at_both_grains(),
         ),
@@ -97,6 +141,7 @@ MART_SUITES = (
             groups("form", "region", REGION, "region is 1 to 32 of a-z, 0-9 and -"),
             rows("of_the_minute", "event_date", "event_date <> event_minute::date", "event_date is the day of event_minute"),
             rows("rounded", "spend_micros", _ROUNDED, "spend_micros is spend_nanos, rounded once"),
+            rows("net_and_invalid", "gross_clicks", _NOT_GROSS, "gross is net and invalid"),
             _one_row("event_minute, region, campaign_id, ad_id, store_id, currency"),
         ),
     ),
@@ -152,6 +197,237 @@ MART_SUITES = (
                 "cause = 'none' and (rows_different <> 0 or rows_expected <> rows_found or nanos_expected <> nanos_found)",
                 "an hour without a difference has none",
             ),
+        ),
+    ),
+    Suite(
+        table="fct_billing_ledger",
+        columns={
+            "line_id": TEXT,
+            "line_type": TEXT,
+            "event_date": DATE,
+            "campaign_id": TEXT,
+            "store_id": TEXT,
+            "currency": TEXT,
+            "amount_micros": NUMBER,
+            "billed_micros": NUMBER,
+            "spend_nanos": NUMBER,
+            "is_posted": FLAG,
+            "reason": TEXT,
+            "run_id": TEXT,
+            "rule_set": TEXT,
+            "metrics_version": NUMBER,
+            "posting": NUMBER,
+            "billed_at": _TIME,
+        },
+        in_hour="event_date = {date}",
+        keys={"line_type": "line_type", "currency": "currency"},
+        shown=("line_id", "event_date", "campaign_id", "store_id"),
+        checks=(
+            *schema(),
+            *not_null("line_id", "event_date", "campaign_id", "store_id", "currency", "amount_micros", "is_posted", "reason"),
+            groups("form", "currency", CURRENCY, "currency is three capitals"),
+            rows(
+                "has_its_sign",
+                "amount_micros",
+                "line_type = 'credit' and amount_micros >= 0 or line_type = 'adjustment' and amount_micros <= 0",
+                "a credit takes, an adjustment adds",
+            ),
+            rows(
+                "posted_by_a_run",
+                "line_type",
+                "is_posted <> (line_type <> 'accrual') or is_posted and (run_id is null or billed_at is null)",
+                "a line that is posted names its run and time; accruals are not posted",
+            ),
+            _one_row("line_id"),
+            _sums_to_the_spend(),
+        ),
+    ),
+    Suite(
+        table="fct_budget_pacing",
+        columns={
+            "event_date": DATE,
+            "event_minute": _TIME,
+            "campaign_id": TEXT,
+            "currency": TEXT,
+            "daily_budget_micros": NUMBER,
+            "spent_micros": NUMBER,
+            "day_share": _RATIO,
+            "history_days": NUMBER,
+            "expected_share": _RATIO,
+            **dict.fromkeys(("expected_micros", "projected_micros", "overspend_micros", "overspend_from_lag_micros"), NUMBER),
+            "budget_known_at": _TIME,
+            "is_alert": FLAG,
+        },
+        in_hour="event_minute >= {utc_start} and event_minute < {utc_end}",
+        keys={"currency": "currency"},
+        shown=("event_minute", "campaign_id"),
+        checks=(
+            *schema(),
+            *not_null("event_date", "event_minute", "campaign_id", "currency", "spent_micros", "day_share", "is_alert"),
+            rows("is_a_share", "day_share", "not (day_share > 0 and day_share <= 1)", "day_share is above 0, up to 1"),
+            rows(
+                "part_of_it",
+                "overspend_from_lag_micros",
+                "not (overspend_from_lag_micros between 0 and overspend_micros)",
+                "overspend from lag is a part of the overspend",
+            ),
+            rows("early", "is_alert", "is_alert and (day_share >= 0.8 or daily_budget_micros is null)", "alerts are early ones"),
+            _one_row("event_minute, campaign_id, currency"),
+        ),
+    ),
+    Suite(
+        table="fct_attribution_credits",
+        columns={
+            **dict.fromkeys(_CREDIT, TEXT),
+            "window_days": NUMBER,
+            "touch_time": _TIME,
+            "touch_date": DATE,
+            "order_time": _TIME,
+            "order_date": DATE,
+            "credit_weight": _RATIO,
+            "credit_micros": NUMBER,
+            "currency": TEXT,
+            "revision": NUMBER,
+            "rule_set": TEXT,
+        },
+        in_hour="order_time >= {utc_start} and order_time < {utc_end}",
+        keys={"model": "model", "window_days": "window_days", "currency": "currency"},
+        shown=("order_id", "model", "window_days", "touch_event_id"),
+        checks=(
+            *schema(),
+            *not_null(*_CREDIT, "touch_time", "order_time", "credit_weight", "credit_micros", "currency", "revision"),
+            groups("form", "currency", CURRENCY, "currency is three capitals"),
+            *_not_negative("credit_micros"),
+            rows("before_the_order", "touch_time", "touch_time >= order_time", "a touch is strictly before its order"),
+            rows(
+                "in_the_window",
+                "window_days",
+                "touch_type = 'click' and touch_time < order_time - to_days(window_days::integer)",
+                "a click lies in the lookback window",
+            ),
+            _weights_sum_to_one(),
+            _one_row("order_id, model, window_days, touch_event_id"),
+        ),
+    ),
+    Suite(
+        table="fct_advertiser_attribution",
+        columns={
+            "event_date": DATE,
+            "store_id": TEXT,
+            "campaign_id": TEXT,
+            "currency": TEXT,
+            "model": TEXT,
+            "window_days": NUMBER,
+            "orders_by_touch_date": _RATIO,
+            "revenue_by_touch_date_micros": NUMBER,
+            "orders_by_order_date": _RATIO,
+            "revenue_by_order_date_micros": NUMBER,
+        },
+        in_hour="event_date = {date}",
+        keys={"model": "model", "currency": "currency"},
+        shown=("event_date", "campaign_id", "model", "window_days"),
+        checks=(
+            *schema(),
+            *not_null("event_date", "store_id", "campaign_id", "currency", "model", "window_days", *_REVENUE),
+            *_not_negative(*_REVENUE),
+            _one_row("event_date, store_id, campaign_id, currency, model, window_days"),
+        ),
+    ),
+    Suite(
+        table="fct_advertiser_performance",
+        columns={
+            "event_date": DATE,
+            "store_id": TEXT,
+            "campaign_id": TEXT,
+            "currency": TEXT,
+            **dict.fromkeys((*_COUNTS, "gross_impressions", "gross_clicks", "spend_nanos", "spend_micros"), NUMBER),
+            "invalid_spend_micros": NUMBER,
+            "gross_spend_micros": NUMBER,
+            "ctr": _RATIO,
+            "cpc_micros": NUMBER,
+            "cpm_micros": NUMBER,
+            "orders_by_touch_date": _RATIO,
+            "revenue_by_touch_date_micros": NUMBER,
+            "orders_by_order_date": _RATIO,
+            "revenue_by_order_date_micros": NUMBER,
+            "roas": _RATIO,
+            "roas_by_order_date": _RATIO,
+        },
+        in_hour="event_date = {date}",
+        keys={"currency": "currency"},
+        shown=("event_date", "store_id", "campaign_id", "currency"),
+        checks=(
+            *schema(),
+            *not_null("event_date", "store_id", "campaign_id", "currency", *_COUNTS, "spend_micros", *_REVENUE),
+            *_not_negative("spend_micros", *_COUNTS, *_REVENUE),
+            groups("form", "currency", CURRENCY, "currency is three capitals"),
+            rows("rounded", "spend_micros", _ROUNDED, "spend_micros is spend_nanos, rounded once"),
+            rows("net_and_invalid", "gross_clicks", _NOT_GROSS, "gross is net and invalid"),
+            _one_row("event_date, store_id, campaign_id, currency"),
+        ),
+    ),
+    Suite(
+        table="fct_late_arrivals",
+        columns={
+            "event_hour": _TIME,
+            "region": TEXT,
+            **dict.fromkeys(("events", "late", "p50_seconds", "p95_seconds", "p99_seconds", "p100_seconds"), NUMBER),
+            **dict.fromkeys(_COMPLETENESS, _RATIO),
+        },
+        in_hour="event_hour = {utc_start}",
+        keys={"region": "region"},
+        shown=("event_hour", "region"),
+        checks=(
+            *schema(),
+            *not_null("event_hour", "region", "events", "late", "p50_seconds", *_COMPLETENESS),
+            *_not_negative("late", "p50_seconds"),
+            rows("part_of_it", "late", "late > events", "late is a part of events"),
+            rows(
+                "in_order",
+                "p50_seconds",
+                "not (p50_seconds <= p95_seconds and p95_seconds <= p99_seconds and p99_seconds <= p100_seconds)",
+                "more of an hour takes no less time",
+            ),
+            rows(
+                "grows",
+                "completeness_0_min",
+                f"not (0 <= completeness_0_min and {' and '.join(f'{a} <= {b}' for a, b in pairwise(_COMPLETENESS))} "
+                "and completeness_24_h <= 1)",
+                "an hour fills up, to 1 at most",
+            ),
+            _one_row("event_hour, region"),
+        ),
+    ),
+    Suite(
+        table="fct_restatements",
+        columns={
+            "event_date": DATE,
+            "campaign_id": TEXT,
+            "currency": TEXT,
+            "kind": TEXT,
+            "cause": TEXT,
+            "run_id": TEXT,
+            "reason": TEXT,
+            "rule_set": TEXT,
+            "restated_at": _TIME,
+            "is_after_billing": FLAG,
+            **dict.fromkeys((*_COUNTS, "spend_nanos", "invalid_spend_nanos"), NUMBER),
+            **{f"{name}_{when}": NUMBER for name in ("impressions", "clicks", "spend_micros") for when in ("before", "after")},
+        },
+        in_hour="event_date = {date}",
+        keys={"kind": "kind", "cause": "cause"},
+        shown=("event_date", "campaign_id", "kind", "run_id"),
+        checks=(
+            *schema(),
+            *not_null("event_date", "kind", "cause", "run_id", "restated_at", "is_after_billing", *_COUNTS, "spend_nanos"),
+            rows(
+                "is_the_difference",
+                "clicks",
+                "clicks_after - clicks_before <> clicks or impressions_after - impressions_before <> impressions",
+                "after less before is the change",
+            ),
+            groups("known", "kind", "kind not in ('late', 'review', 'repair', 'backfill')", "kind is one of the four"),
+            _one_row("event_date, campaign_id, currency, kind, cause, run_id"),
         ),
     ),
     Suite(

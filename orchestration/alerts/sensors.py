@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import dagster as dg
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecord, AssetCheckExecutionRecordStatus
@@ -15,6 +15,7 @@ from dagster._core.storage.asset_check_execution_record import AssetCheckExecuti
 from orchestration.alerts.notifier import Alert, AlertSeverity, make_notifiers, notify
 from orchestration.assets.hours import RECOUNT_CHECK
 from orchestration.assets.quality import EXPECTATIONS_CHECK
+from orchestration.marts.pacing import EarlySpend, early_spends
 from spark_jobs.config import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ PAGED_CHECKS = {RECOUNT_CHECK: "docs/runbooks/reconciliation-difference.md", EXP
 
 SECONDS_BETWEEN_OBSERVATIONS = 900
 _FAILED_RUN = "docs/runbooks/failed-run.md"
+_BUDGET_PACING = "docs/runbooks/budget-pacing.md"
+_CAMPAIGNS_SHOWN = 5
 _CHECKS_READ = 200  # failed evaluations of a check that are looked at and remembered
 _PARTITIONS_SHOWN = 5
 _NEW_SECONDS = 3600  # a failure older than this when the sensor starts for the first time is not news
@@ -67,7 +70,7 @@ class SignalState:
     pending_for: list[str] = field(default_factory=list)
 
     @classmethod
-    def from_cursor(cls, cursor: str | None) -> SignalState:
+    def from_cursor(cls, cursor: str | None) -> Self:
         """The state of the last tick; a new one where there is none, or one of another form."""
         try:
             return cls(**json.loads(cursor)) if cursor else cls()
@@ -77,6 +80,14 @@ class SignalState:
     def to_cursor(self) -> str:
         """The inverse of ``from_cursor``."""
         return json.dumps(self.__dict__)
+
+
+@dataclass
+class PacingState(SignalState):
+    """What the sensor of pacing remembers: the day, the campaigns that it has told of, and what could not be told yet."""
+
+    day: str | None = None
+    campaigns: list[str] = field(default_factory=list)
 
 
 def signal_sensor(watched: SignalSensor) -> dg.SensorDefinition:
@@ -254,5 +265,52 @@ def _failed_check(key: dg.AssetCheckKey, records: Sequence[AssetCheckExecutionRe
     )
 
 
-ALERT_SENSORS: list[dg.SensorDefinition] = [*map(signal_sensor, SIGNAL_SENSORS), failed_run_sensor, failed_check_sensor]
+@dg.sensor(
+    name="alert_budget_pacing",
+    minimum_interval_seconds=60,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Tells once a day of each campaign that has spent more than 90 % of its budget before 80 % of the day is over, by "
+    f"`fct_budget_pacing`.\n\nRunbook: `{_BUDGET_PACING}`",
+)
+def budget_pacing_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+    """Tell of the campaigns of the data's newest day that were not told yet."""
+    settings = load_settings()
+    early, state = early_spends(settings), PacingState.from_cursor(context.cursor)
+    day = early[0].event_date.isoformat() if early else state.day
+    if day != state.day:
+        state.day, state.campaigns = day, []
+    new = [found for found in early if f"{found.campaign_id} {found.currency}" not in state.campaigns]
+    if new:
+        alert = _early_spend(new)
+        context.log.info(f"{alert.title}: {alert.detail}")
+        state.campaigns += [f"{found.campaign_id} {found.currency}" for found in new]
+        state.pending, state.pending_for = alert.to_json(), []
+    _deliver(settings, state, is_new=bool(new))
+    reason = f"{len(early)} campaigns spend their budget early on {day}" if early else "no campaign spends its budget early"
+    return dg.SensorResult(skip_reason=reason, cursor=state.to_cursor())
+
+
+def _early_spend(found: Sequence[EarlySpend]) -> Alert:
+    shown = [
+        f"{each.campaign_id}: {each.spent_micros / 1e6:,.2f} of {each.daily_budget_micros / 1e6:,.2f} {each.currency} spent by "
+        f"{each.event_minute:%H:%M}, {each.projected_micros / 1e6:,.2f} by the end of the day if it goes on so"
+        for each in found[:_CAMPAIGNS_SHOWN]
+    ]
+    more = [f"and {len(found) - _CAMPAIGNS_SHOWN} more"] if len(found) > _CAMPAIGNS_SHOWN else []
+    campaigns = "campaign spends its budget" if len(found) == 1 else "campaigns spend their budgets"
+    return Alert(
+        name="budget_pacing",
+        title=f"{len(found)} {campaigns} early on {found[0].event_date}",
+        detail="; ".join([*shown, *more]),
+        severity=AlertSeverity.CRITICAL,
+        runbook=_BUDGET_PACING,
+        run_id=None,
+        at=datetime.now(UTC),
+    )
+
+
+ALERT_SENSORS: list[dg.SensorDefinition] = [
+    *map(signal_sensor, SIGNAL_SENSORS),
+    *(failed_run_sensor, failed_check_sensor, budget_pacing_sensor),
+]
 """What the definitions list."""

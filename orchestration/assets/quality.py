@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 EXPECTATIONS_CHECK = "expectations"
 CHECKED = ("ad_events", "orders", "minute_metrics", "batch_ledger")
-MARTS_CHECKED = ("fct_campaign_day", "fct_campaign_minute", "fct_event_accounting", "fct_reconciliation", "mart_build")
+MARTS_CHECKED = (
+    *("fct_campaign_day", "fct_campaign_minute", "fct_event_accounting", "fct_reconciliation", "mart_build"),
+    *("fct_billing_ledger", "fct_budget_pacing", "fct_attribution_credits", "fct_advertiser_attribution"),
+    *("fct_advertiser_performance", "fct_late_arrivals", "fct_restatements"),
+)
 # The ledger first: whatever batch it holds is complete in the versions that are read after it.
 _PINNED = ("batch_ledger", "events", "minute_metrics", "orders", "campaigns")
 

@@ -22,13 +22,51 @@ _CLEAN = """
 insert into fct_campaign_minute by name
 select timestamp '2025-06-02 10:00:00' + interval 20 minutes * n as event_minute, event_minute::date as event_date,
     if(n % 2 = 0, 'eu', 'us') as region, 'c-' || n % 3 as campaign_id, 'a-1' as ad_id, 's-1' as store_id, 'EUR' as currency,
-    10 as impressions, 1 as clicks, 0 as invalid_impressions, 0 as invalid_clicks, 1500 as spend_nanos, 2 as spend_micros
+    10 as impressions, 1 as clicks, 0 as invalid_impressions, 0 as invalid_clicks, 1500 as spend_nanos, 2 as spend_micros,
+    10 as gross_impressions, 1 as gross_clicks, 0 as invalid_spend_nanos, 0 as invalid_spend_micros, 2 as gross_spend_micros
 from (select unnest(range(6)) as n);
 insert into fct_campaign_day by name
 select event_date, campaign_id, store_id, currency, sum(impressions)::bigint as impressions, sum(clicks)::bigint as clicks,
     sum(invalid_impressions)::bigint as invalid_impressions, sum(invalid_clicks)::bigint as invalid_clicks,
-    sum(spend_nanos)::bigint as spend_nanos, round(sum(spend_nanos) / 1000)::bigint as spend_micros
+    sum(spend_nanos)::bigint as spend_nanos, round(sum(spend_nanos) / 1000)::bigint as spend_micros,
+    sum(gross_impressions)::bigint as gross_impressions, sum(gross_clicks)::bigint as gross_clicks,
+    0 as invalid_spend_nanos, 0 as invalid_spend_micros, round(sum(spend_nanos) / 1000)::bigint as gross_spend_micros
 from fct_campaign_minute group by all;
+insert into fct_billing_ledger by name
+select md5(campaign_id || amount) as line_id, type as line_type, event_date, campaign_id, store_id, currency,
+    amount as amount_micros, 3 as billed_micros, spend_nanos, type <> 'accrual' as is_posted,
+    'late' as reason, if(is_posted, 'r-1', null) as run_id,
+    if(is_posted, timestamp '2025-06-03 01:00:00', null) as billed_at
+from fct_campaign_day, (values ('charge', 4), ('credit', -2), ('adjustment', 2), ('accrual', -1)) as lines(type, amount);
+insert into fct_budget_pacing by name
+select event_date, event_minute, campaign_id, currency, 1000 as daily_budget_micros, 2 as spent_micros, 0.5 as day_share,
+    0 as history_days, 0.5 as expected_share, 5 as overspend_micros, 3 as overspend_from_lag_micros, false as is_alert
+from fct_campaign_minute;
+insert into fct_attribution_credits by name
+select 'o-' || n as order_id, model, 7 as window_days, 'c-1' as campaign_id, 'a-1' as ad_id, 's-1' as store_id, 'u-1' as user_id,
+    't-' || touch as touch_event_id, 'click' as touch_type, timestamp '2025-05-26 11:00:00' as touch_time,
+    timestamp '2025-06-02 10:30:00' + interval 15 minutes * n as order_time, 0.5 as credit_weight, 50 as credit_micros,
+    'EUR' as currency, 1 as revision
+from range(2) as orders(n), range(2) as touches(touch), (values ('linear'), ('position_based')) as models(model);
+insert into fct_advertiser_attribution by name
+select date '2025-06-02' as event_date, 's-1' as store_id, 'c-1' as campaign_id, 'EUR' as currency, model, 7 as window_days,
+    2 as orders_by_touch_date, 200 as revenue_by_touch_date_micros, 2 as orders_by_order_date, 200 as revenue_by_order_date_micros
+from (values ('linear'), ('position_based')) as models(model);
+insert into fct_advertiser_performance by name
+select * exclude (invalid_spend_nanos), 0.1 as ctr, 1 as cpc_micros, 2 as orders_by_touch_date, 200 as revenue_by_touch_date_micros,
+    2 as orders_by_order_date, 200 as revenue_by_order_date_micros
+from fct_campaign_day;
+insert into fct_late_arrivals by name
+select timestamp '2025-06-02 10:00:00' as event_hour, 'eu' as region, 10 as events, 1 as late, 0 as p50_seconds, 50 as p95_seconds,
+    60 as p99_seconds, 70 as p100_seconds, 0.5 as completeness_0_min, 0.9 as completeness_1_min, 1 as completeness_5_min,
+    1 as completeness_15_min, 1 as completeness_60_min, 1 as completeness_24_h;
+insert into fct_restatements by name
+select event_date, campaign_id, currency, 'late' as kind, 'late_event' as cause, 'q:1' as run_id,
+    timestamp '2025-06-03 01:00:00' as restated_at, false as is_after_billing, 0 as impressions, 1 as clicks,
+    0 as invalid_impressions, 0 as invalid_clicks, 1500 as spend_nanos, 0 as invalid_spend_nanos,
+    4 as impressions_before, 4 as impressions_after,
+    1 as clicks_before, 2 as clicks_after, 1 as spend_micros_before, 3 as spend_micros_after
+from fct_campaign_day;
 insert into fct_event_accounting values (timestamp '2025-06-02 10:00:00', 'eu', 12, 10, 1, 0, 1, 2, 0, 1);
 insert into fct_reconciliation by name
 select 'r-1' as run_id, timestamp '2025-06-02 12:00:00' as run_at, timestamp '2025-06-02 10:00:00' as event_hour, 'events' as layer,

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import duckdb
 import pytest
 
 from orchestration.alerts.sensors import ALERT_SENSORS, SIGNAL_SENSORS, failed_check_sensor, failed_run_sensor
 from orchestration.assets.hours import RECOUNT_CHECK
+from orchestration.marts.pacing import early_spends
 from spark_jobs.config import load_settings
 from spark_jobs.jobs.health import SIGNALS
 from tests.orchestration.alerts.test_notifier import Hook, hook
@@ -91,6 +93,62 @@ def test_conservation_has_to_be_broken_twice_in_a_row(
         cursor = tick("alert_conservation", cursor, instance).cursor
         tellings.append(len(hook.got))
     assert tellings == [0, 0, 0, 1, 1]
+
+
+def pacing(home: Path, *rows: tuple[str, str, str, int, bool]) -> None:
+    """Published marts with minutes of fct_budget_pacing: campaign, day, minute, spend of a budget of 1,000,000, alert."""
+    path = home / "marts" / "marts.duckdb"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with duckdb.connect(str(path)) as connection:
+        connection.execute(
+            "create table fct_budget_pacing (event_date date, event_minute timestamp, campaign_id varchar, currency varchar, "
+            "daily_budget_micros bigint, spent_micros bigint, projected_micros bigint, is_alert boolean)"
+        )
+        for campaign, day, minute, spent, is_alert in rows:
+            values = [day, f"{day} {minute}", campaign, "EUR", 1_000_000, spent, 2_000_000, is_alert]
+            connection.execute("insert into fct_budget_pacing values (?, ?, ?, ?, ?, ?, ?, ?)", values)
+
+
+def test_a_campaign_that_spends_early_is_told_once_a_day(home: Path, hook: Hook, instance: dg.DagsterInstance) -> None:
+    c1 = [("c1", "2025-06-02", "10:00", 800_000, False), ("c1", "2025-06-02", "10:05", 910_000, True)]
+    later = [*c1, ("c1", "2025-06-02", "10:06", 950_000, True), ("c2", "2025-06-02", "11:00", 990_000, True)]
+    next_day = [*later, ("c1", "2025-06-03", "09:00", 100_000, False)]
+    again = [*next_day, ("c1", "2025-06-03", "09:30", 920_000, True)]
+    cursor, tellings = None, []
+    for rows in ([], c1[:1], c1, c1, later, next_day, again):
+        pacing(home, *rows)
+        cursor = tick("alert_budget_pacing", cursor, instance).cursor
+        tellings.append(len(hook.got))
+    assert tellings == [0, 0, 1, 1, 2, 2, 3]
+    assert [title for title, _ in told(hook)] == [
+        "1 campaign spends its budget early on 2025-06-02",
+        "1 campaign spends its budget early on 2025-06-02",
+        "1 campaign spends its budget early on 2025-06-03",
+    ]
+    assert hook.got[0]["body"]["detail"] == ("c1: 0.91 of 1.00 EUR spent by 10:05, 2.00 by the end of the day if it goes on so")
+    assert hook.got[1]["body"]["detail"].startswith("c2: ")
+    assert hook.got[0]["body"]["runbook"] == "docs/runbooks/budget-pacing.md"
+
+
+def test_pacing_that_could_not_be_told_is_told_later(home: Path, hook: Hook, instance: dg.DagsterInstance) -> None:
+    pacing(home, ("c1", "2025-06-02", "10:05", 910_000, True))
+    hook.answers = [404, 200]
+    first = tick("alert_budget_pacing", None, instance)
+    second = tick("alert_budget_pacing", first.cursor, instance)
+    tick("alert_budget_pacing", second.cursor, instance)
+    assert len(hook.got) == 2
+    assert hook.got[0] == hook.got[1]
+
+
+def test_marts_of_an_older_adtally_say_nothing_of_pacing(home: Path, hook: Hook, instance: dg.DagsterInstance) -> None:
+    assert early_spends(load_settings()) == []
+    path = home / "marts" / "marts.duckdb"
+    path.parent.mkdir(parents=True)
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("create table fct_campaign_day as select 1 as one")
+    tick("alert_budget_pacing", None, instance)
+    assert hook.got == []
 
 
 def test_a_cursor_of_another_form_begins_anew(home: Path, hook: Hook, instance: dg.DagsterInstance) -> None:

@@ -96,7 +96,7 @@ def test_build_describes_itself(published: tuple[Settings, build.MartBuild, list
     )
     assert result.rows["fct_campaign_minute"] == 3
     assert result.path == settings.marts_path
-    assert lines[0].startswith("pinned batch_ledger at version 0")
+    assert lines[0].startswith("pinned billing_lines at version 0, batch_ledger at version 0")
     assert any("unit test" in line.lower() or "unit_test" in line for line in lines)
     assert lines[-1].startswith("published build")
 

@@ -1,0 +1,43 @@
+"""Campaigns that spend their budget too early, as the published marts say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date, datetime
+
+from orchestration.marts.query import query_marts
+from spark_jobs.config import Settings
+from spark_jobs.errors import UsageError
+
+
+@dataclass(frozen=True)
+class EarlySpend:
+    """A campaign that passed 90 % of its budget before 80 % of the day; as of its first minute (UTC) in which it had."""
+
+    event_date: date
+    campaign_id: str
+    currency: str
+    event_minute: datetime
+    daily_budget_micros: int
+    spent_micros: int
+    projected_micros: int
+
+
+def early_spends(settings: Settings) -> list[EarlySpend]:
+    """The campaigns of the newest day with spend, by id; none where no marts are published, or those of an older adtally."""
+    if not settings.marts_path.is_file():
+        return []
+    try:
+        _, rows = query_marts(
+            settings,
+            """
+            select event_date, campaign_id, currency, event_minute, daily_budget_micros, spent_micros, projected_micros
+            from fct_budget_pacing
+            where is_alert and event_date = (select max(event_date) from fct_budget_pacing)
+            qualify row_number() over (partition by campaign_id, currency order by event_minute) = 1
+            order by campaign_id, currency
+            """,
+        )
+    except UsageError:
+        return []
+    return [EarlySpend(*row) for row in rows]
