@@ -102,7 +102,10 @@ def test_the_mark_names_folder_and_role() -> None:
         ("starting\nlistening\n\n", "listening"),
         ("a\nERROR first\nINFO more\nERROR the   last\n\tat org.x(Y.java:1)\nINFO end\n", "ERROR the last"),
         ("java.lang.IllegalStateException: no\n\tat x\n\t... 5 more\n", "java.lang.IllegalStateException: no"),
-        ("Caused by: java.net.BindException: Address already in use\n", "Caused by: java.net.BindException: Address already in use"),
+        (
+            "Caused by: java.net.BindException: Address already in use\n",
+            "Caused by: java.net.BindException: Address already in use",
+        ),
         ("ERROR " + "x" * 1000, "ERROR " + "x" * 294),
     ],
 )
