@@ -1,0 +1,10 @@
+"""Why a number is what it is: from a mart back to its build, batches, files, rules, corrections and events."""
+
+from __future__ import annotations
+
+from orchestration.explain.billing import explain_billing_line
+from orchestration.explain.campaign_day import explain_campaign_day
+from orchestration.explain.credits import explain_credit
+from orchestration.explain.node import Node, as_json, as_tree
+
+__all__ = ["Node", "as_json", "as_tree", "explain_billing_line", "explain_campaign_day", "explain_credit"]

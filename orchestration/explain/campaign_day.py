@@ -1,0 +1,219 @@
+"""Why a row of `fct_campaign_day` is what it is."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Any
+
+from orchestration.explain.lake import MEASURES, Lake, corrections, increments, open_lake, quoted, reviews_of, sums
+from orchestration.explain.node import Node
+from orchestration.marts import query_marts
+from spark_jobs.config import Settings
+from spark_jobs.errors import AdtallyError
+from spark_jobs.tables import BATCH_LEDGER, EVENTS, RESTATEMENTS
+
+SAMPLE = 5
+
+_COUNTED = ("impressions", "clicks", "spend_nanos", "invalid_impressions", "invalid_clicks", "invalid_spend_nanos")
+
+
+def explain_campaign_day(settings: Settings, campaign: str, day: date, *, sample: int = SAMPLE) -> Node:
+    """A campaign's day, down to ``sample`` events of each batch: one part for each store and currency of it.
+
+    Raises AdtallyError where there are no marts, or no such campaign or day in them.
+    """
+    with open_lake(settings, "fct_campaign_day") as lake:
+        rows = lake.marts(
+            f"select * from fct_campaign_day where campaign_id = {quoted(campaign)} and event_date = date '{day}' "
+            "order by store_id, currency"
+        )
+        if not rows:
+            raise _missing(settings, campaign, day)
+        top = Node(f"fct_campaign_day {campaign} {day}")
+        top.add(lake.build.node())
+        for row in rows:
+            names = ("store_id", "currency", *MEASURES, "spend_micros", "gross_impressions", "gross_clicks")
+            node = Node("row", {name: row[name] for name in names if name in row})
+            top.add(node)
+            _check_gross(node, row)
+            walk_back(lake, node, day, campaign, row["store_id"], row["currency"], sample=sample)
+        return top
+
+
+def walk_back(lake: Lake, node: Node, day: date, campaign: str, store: str, currency: str, *, sample: int = SAMPLE) -> None:
+    """Put below a node, whose facts have MEASURES, what its increments, files, rules and corrections are."""
+    found = increments(lake, day, campaign, store, currency)
+    node.must_equal("its increments", {name: node.facts[name] for name in MEASURES}, sums(found))
+    events = _events(lake, day, campaign, store, currency)
+    runs = corrections(lake, sorted({row["_run_id"] for row in found if row["_run_id"]}))
+    batches = Node("increments by batch", {"batches": len({(row["_query_id"], row["_batch_id"]) for row in found})})
+    node.add(batches)
+    for query, batch in sorted({(row["_query_id"], row["_batch_id"]) for row in found}):
+        own = [row for row in found if (row["_query_id"], row["_batch_id"]) == (query, batch)]
+        held = [row for row in events if (row["_query_id"], row["_batch_id"]) == (query, batch)]
+        batches.add(_batch(lake, own, held, runs, day, campaign, store, currency, sample))
+    counted = {(row["_query_id"], row["_batch_id"]) for row in found}
+    stray = [row for row in events if (row["_query_id"], row["_batch_id"]) not in counted]
+    if stray:
+        batches.problems.append(f"events has {sum(row['events'] for row in stray)} rows of batches without an increment")
+    node.add(_rules(lake, events))
+    node.add(_changes(lake, day, campaign, currency))
+    node.add(_reviews(lake, day))
+    late = sums(events, ("events", "late", "late_spend_nanos"))
+    node.add(Node("late", {"late_events": late["late"], "of_events": late["events"], "late_spend_nanos": late["late_spend_nanos"]}))
+
+
+def _missing(settings: Settings, campaign: str, day: date) -> AdtallyError:
+    sql = f"select min(event_date), max(event_date), count(*) from fct_campaign_day where campaign_id = {quoted(campaign)}"
+    _, [(first, last, count)] = query_marts(settings, sql)
+    if not count:
+        return AdtallyError(
+            f"fct_campaign_day has no campaign {campaign!r}",
+            hint='`adtally query "select distinct campaign_id from fct_campaign_day"` lists them',
+        )
+    return AdtallyError(f"fct_campaign_day has no row of {campaign!r} on {day}", hint=f"it has days from {first} to {last}")
+
+
+def _check_gross(node: Node, row: dict[str, Any]) -> None:
+    for name in ("impressions", "clicks"):
+        if row[f"gross_{name}"] != row[name] + row[f"invalid_{name}"]:
+            node.problems.append(f"gross_{name} is not {name} + invalid_{name}")
+
+
+def _events(lake: Lake, day: date, campaign: str, store: str, currency: str) -> list[dict[str, Any]]:
+    """Per batch, file, rule set and mark what the events of completed batches come to."""
+    places = [name for name in lake.place() if name not in ("source_line", "source_offset")]
+    ranges = [
+        f"min({name})::bigint as first_{short}, max({name})::bigint as last_{short}"
+        for name, short in (("source_line", "line"), ("source_offset", "offset"))
+        if name in lake.place()
+    ]
+    kinds = (("impressions", "impression"), ("clicks", "click"))
+    counts = [
+        f"count(*) filter (event_type = '{kind}' and invalid_traffic_rule is {'not ' if part else ''}null)::bigint as {part}{name}"
+        for part in ("", "invalid_")
+        for name, kind in kinds
+    ]
+    return lake.rows(
+        f"""
+        select _query_id, _batch_id, {", ".join(places)}, rule_set, invalid_traffic_rule, {", ".join((*ranges, *counts))},
+            count(*)::bigint as events, sum(coalesce(spend_nanos, 0))::bigint as spend_nanos,
+            sum(coalesce(invalid_spend_nanos, 0))::bigint as invalid_spend_nanos,
+            count(*) filter (is_late)::bigint as late, coalesce(sum(spend_nanos) filter (is_late), 0)::bigint as late_spend_nanos
+        from {lake.scan(EVENTS.name)}
+        semi join (select distinct _query_id, _batch_id from {lake.scan(BATCH_LEDGER.name)}) using (_query_id, _batch_id)
+        where event_date = ? and campaign_id = ? and store_id = ? and currency = ?
+        group by all order by {", ".join(places)}
+        """,
+        [day, campaign, store, currency],
+    )
+
+
+def _batch(
+    lake: Lake,
+    found: list[dict[str, Any]],
+    events: list[dict[str, Any]],
+    runs: dict[str, dict[str, Any]],
+    day: date,
+    campaign: str,
+    store: str,
+    currency: str,
+    sample: int,
+) -> Node:
+    total = sums(found)
+    query, batch = found[0]["_query_id"], found[0]["_batch_id"]
+    node = Node(f"batch {batch}", {"query_id": query, "increments": sum(row["increments"] for row in found), **total})
+    node.must_equal("its events", total, sums(events, _COUNTED))
+    for row in found:
+        measures = {name: row[name] for name in MEASURES}
+        minutes = {"first_minute": row["first_minute"], "last_minute": row["last_minute"]}
+        if row["_run_id"] is None:
+            node.add(Node("as ingested", {"increments": row["increments"], **measures, **minutes}))
+            continue
+        why = runs.get(row["_run_id"])
+        correction = Node(f"correction run {row['_run_id']}", {"increments": row["increments"], **measures})
+        if why is None:
+            correction.problems.append("restatements does not say why")
+        else:
+            correction.facts |= {name: why[name] for name in ("kinds", "reasons", "causes", "restated_at")}
+        node.add(correction)
+    node.add(*_files(lake, events))
+    if sample:
+        node.add(_sample(lake, query, batch, day, campaign, store, currency, sample))
+    return node
+
+
+def _files(lake: Lake, events: list[dict[str, Any]]) -> list[Node]:
+    """The files (or topics and partitions) of a batch, with the range of lines (offsets) and what lies in them."""
+    places = [name for name in lake.place() if name not in ("source_line", "source_offset")]
+    nodes = []
+    for place in dict.fromkeys(tuple(row[name] for name in places) for row in events):
+        mine = [row for row in events if tuple(row[name] for name in places) == place]
+        facts: dict[str, Any] = {name: value for name, value in zip(places[1:], place[1:], strict=True) if value is not None}
+        for name, pick in (("first_line", min), ("last_line", max), ("first_offset", min), ("last_offset", max)):
+            values = [row[name] for row in mine if row.get(name) is not None]
+            if values:
+                facts[name] = pick(values)
+        nodes.append(Node(f"file {place[0]}" if place[0] else "topic", facts | sums(mine, ("events", *_COUNTED))))
+    return nodes
+
+
+def _sample(lake: Lake, query: str, batch: int, day: date, campaign: str, store: str, currency: str, count: int) -> Node:
+    """Some events of a batch: invalid and late ones first, then the dearest."""
+    rows = lake.rows(
+        f"""
+        select event_id, event_type, event_time, received_at, user_id, ad_id, spend_nanos, coalesce(invalid_spend_nanos, 0) as
+            invalid_spend_nanos, invalid_traffic_rule, invalid_traffic_rules, is_late, {", ".join(lake.place())}
+        from {lake.scan(EVENTS.name)}
+        where event_date = ? and campaign_id = ? and store_id = ? and currency = ? and _query_id = ? and _batch_id = ?
+        order by invalid_traffic_rule is null, not is_late, spend_nanos desc, event_id limit ?
+        """,
+        [day, campaign, store, currency, query, batch, count],
+    )
+    return Node(f"{len(rows)} of its events", parts=[event_node(row) for row in rows])
+
+
+def event_node(row: dict[str, Any]) -> Node:
+    """An event with its place and its mark."""
+    facts = {name: value for name, value in row.items() if name not in ("event_id", "event_type") and value is not None}
+    return Node(f"{row['event_type']} {row['event_id']}", facts)
+
+
+def _rules(lake: Lake, events: list[dict[str, Any]]) -> Node:
+    """The rule sets that judged the events, and how many events each rule took."""
+    node = Node("rule sets")
+    for name in dict.fromkeys(row["rule_set"] for row in events):
+        mine = [row for row in events if row["rule_set"] == name]
+        part = lake.rule_set(name) if name else Node("no rule set", {"says": "the batch judged no traffic"})
+        by_rule: dict[str, int] = {}
+        for row in mine:
+            if row["invalid_traffic_rule"]:
+                by_rule[row["invalid_traffic_rule"]] = by_rule.get(row["invalid_traffic_rule"], 0) + row["events"]
+        part.facts |= {"events": sum(row["events"] for row in mine), "invalid_by_rule": by_rule or "none"}
+        node.add(part)
+    return node
+
+
+def _changes(lake: Lake, day: date, campaign: str, currency: str) -> Node:
+    """What corrections changed, as `restatements` has it."""
+    totals = ", ".join(f"sum({name})::bigint as {name}" for name in ("impressions", "clicks", "spend_nanos", "invalid_spend_nanos"))
+    rows = lake.rows(
+        f"""
+        select run_id, kind, reason, cause, rule_set, max(restated_at) as restated_at, {totals}
+        from {lake.scan(RESTATEMENTS.name)}
+        where event_hour::date = ? and campaign_id = ? and currency = ? group by all order by restated_at, run_id, cause
+        """,
+        [day, campaign, currency],
+    )
+    node = Node("restatements", {"number": len(rows), **sums(rows, ("impressions", "clicks", "spend_nanos"))})
+    for row in rows:
+        facts = {name: row[name] for name in ("run_id", "reason", "restated_at", "impressions", "clicks", "spend_nanos")}
+        node.add(Node(f"{row['kind']}: {row['cause']}", facts))
+    return node
+
+
+def _reviews(lake: Lake, day: date) -> Node:
+    rows = reviews_of(lake, day)
+    node = Node("reviews of the day's hours for invalid traffic", {"runs": len(rows)})
+    node.add(*(Node(f"run {row['run_id']}", {name: value for name, value in row.items() if name != "run_id"}) for row in rows))
+    return node

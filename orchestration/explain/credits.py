@@ -1,0 +1,130 @@
+"""Why an order's credit in `fct_attribution_credits` is what it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestration.explain.campaign_day import event_node
+from orchestration.explain.lake import Lake, open_lake, quoted, revisions_of
+from orchestration.explain.node import Node
+from spark_jobs.config import Settings
+from spark_jobs.errors import AdtallyError, UsageError
+from spark_jobs.tables import EVENTS, ORDERS
+
+MODELS = ("last_click", "first_click", "linear", "position_based", "time_decay")
+
+_WEIGHT_TOLERANCE = 1e-9
+
+
+def explain_credit(settings: Settings, order: str, *, model: str | None = None, window: int | None = None) -> Node:
+    """An order's credits in a model (None: each) and lookback window (None: each), back to its touches and its own record.
+
+    Raises UsageError for a model that does not exist, AdtallyError where there are no marts or no such order or window.
+    """
+    if model is not None and model not in MODELS:
+        raise UsageError(f"there is no model {model!r}", hint=f"one of {', '.join(MODELS)}")
+    with open_lake(settings, "fct_attribution_credits") as lake:
+        revisions = revisions_of(lake, order)
+        if not revisions:
+            raise _missing(lake, order)
+        latest = revisions[-1]
+        credits = lake.marts(
+            f"select * from fct_attribution_credits where order_id = {quoted(order)} "
+            "order by model, window_days, touch_time, touch_event_id"
+        )
+        windows = sorted({row["window_days"] for row in credits})
+        if window is not None and credits and window not in windows:
+            listed = ", ".join(map(str, windows))
+            raise AdtallyError(f"order {order!r} has no credit in a window of {window} days", hint=f"it has in those of {listed}")
+        top = Node(f"fct_attribution_credits of order {order}")
+        top.add(lake.build.node(), _order(lake, order, latest))
+        shown = [row for row in credits if model in (None, row["model"]) and window in (None, row["window_days"])]
+        top.add(*_models(shown, latest))
+        if not credits:
+            why = "a cancelled order has no credit" if latest["status"] != "placed" else "no touch lies before it in any window"
+            top.add(Node("no credit", {"because": why}))
+        if credits and latest["touches"] == 0:
+            top.problems.append("the newest revision has no touch and the mart has credits")
+        top.add(_touches(lake, order, latest, credits))
+        node = Node("revisions", {"number": len(revisions)})
+        for row in revisions:
+            facts = {
+                name: row[name] for name in ("status", "reason", "touches", "total_micros", "attributed_at", "run_id", "rule_set")
+            }
+            node.add(Node(f"revision {row['revision']}", facts))
+        top.add(node)
+        top.add(*(lake.rule_set(name) for name in dict.fromkeys(row["rule_set"] for row in revisions[::-1]) if name))
+        return top
+
+
+def _missing(lake: Lake, order: str) -> AdtallyError:
+    found = lake.rows(f"select status from {lake.scan(ORDERS.name)} where order_id = ?", [order])
+    if found:
+        return AdtallyError(
+            f"order {order!r} is {found[0]['status']}, but the marts' build has no attribution of it",
+            hint="run `adtally attribute`, then `adtally marts build`",
+        )
+    return AdtallyError(f"there is no order {order!r}")
+
+
+def _order(lake: Lake, order: str, latest: dict[str, Any]) -> Node:
+    """The order's record, as it is now: the marts pin no version of orders."""
+    names = ("order_time", "user_id", "store_id", "total_micros", "currency", "status", "cancelled_at", "is_late")
+    places = ("source_file", "source_line", "_query_id", "_batch_id", "_run_id", "ingested_at")
+    rows = lake.rows(f"select {', '.join((*names, *places))} from {lake.scan(ORDERS.name)} where order_id = ?", [order])
+    if not rows:
+        return Node("order", problems=["it is no longer in table orders"])
+    node = Node("order", {name: value for name, value in rows[0].items() if value is not None})
+    for name in ("total_micros", "currency", "user_id", "store_id", "order_time"):
+        if rows[0][name] != latest[name]:
+            node.problems.append(f"{name} is {rows[0][name]} here and {latest[name]} in the revision that the marts show")
+    return node
+
+
+def _models(credits: list[dict[str, Any]], latest: dict[str, Any]) -> list[Node]:
+    nodes = []
+    for model, window in dict.fromkeys((row["model"], row["window_days"]) for row in credits):
+        mine = [row for row in credits if (row["model"], row["window_days"]) == (model, window)]
+        total, weight = sum(row["credit_micros"] for row in mine), sum(row["credit_weight"] for row in mine)
+        node = Node(f"{model}, {window} days", {"credit_micros": total, "weight": weight, "touches": len(mine)})
+        if total != latest["total_micros"]:
+            node.problems.append(f"the credits come to {total} micros and the order to {latest['total_micros']}")
+        if abs(weight - 1) > _WEIGHT_TOLERANCE:
+            node.problems.append(f"the weights come to {weight!r}, not 1")
+        if any(row["revision"] != latest["revision"] for row in mine):
+            node.problems.append(f"the credits are not of revision {latest['revision']}, the newest that the build saw")
+        for row in mine:
+            names = ("credit_micros", "credit_weight", "campaign_id", "ad_id", "touch_time")
+            node.add(Node(f"{row['touch_type']} {row['touch_event_id']}", {name: row[name] for name in names}))
+        nodes.append(node)
+    return nodes
+
+
+def _touches(lake: Lake, order: str, latest: dict[str, Any], credits: list[dict[str, Any]]) -> Node:
+    """The touches as events: where each came from, and that it is billable, of the order's user and store and before it."""
+    ids = sorted({row["touch_event_id"] for row in credits})
+    if not ids:
+        return Node("touches", {"number": 0})
+    times = [row["touch_time"] for row in credits]
+    rows = lake.rows(
+        f"""
+        select event_id, event_type, event_time, received_at, campaign_id, ad_id, user_id, store_id, spend_nanos,
+            invalid_traffic_rule, rule_set, is_late, {", ".join(lake.place())}, _query_id, _batch_id, _run_id
+        from {lake.scan(EVENTS.name)}
+        where event_date between ?::date and ?::date and event_id in (select unnest(?)) order by event_time, event_id
+        """,
+        [min(times), max(times), ids],
+    )
+    node = Node("touches", {"number": len(ids)})
+    for row in rows:
+        part = event_node(row)
+        if row["invalid_traffic_rule"] is not None:
+            part.problems.append("it is invalid traffic, and credited")
+        if (row["user_id"], row["store_id"]) != (latest["user_id"], latest["store_id"]):
+            part.problems.append("it is of another user or store than the order")
+        if row["event_time"] >= latest["order_time"]:
+            part.problems.append("it does not lie before the order")
+        node.add(part)
+    for missing in sorted(set(ids) - {row["event_id"] for row in rows}):
+        node.problems.append(f"the touch {missing} of order {order} is not in events")
+    return node

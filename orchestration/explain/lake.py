@@ -1,0 +1,226 @@
+"""The marts' build and the Delta tables at the versions that it names, read with DuckDB."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from typing import Any
+
+import duckdb
+from deltalake import DeltaTable
+
+from orchestration.explain.node import Node
+from orchestration.marts import query_marts
+from orchestration.marts.dbt_runner import one_line
+from spark_jobs.config import Settings
+from spark_jobs.delta_log import DeltaLog
+from spark_jobs.duck import connect_delta
+from spark_jobs.errors import AdtallyError, UsageError
+from spark_jobs.tables import ATTRIBUTED_ORDERS, BATCH_LEDGER, EVENTS, MINUTE_METRICS, RESTATEMENTS, RULE_SETS, TRAFFIC_REVIEWS
+
+MEASURES = ("impressions", "clicks", "spend_nanos", "invalid_impressions", "invalid_clicks", "invalid_spend_nanos")
+GROUP_OF_MART = {"fct_campaign_day": "near_real_time", "fct_billing_ledger": "near_real_time", "fct_attribution_credits": "hourly"}
+
+_HASH_SHOWN = 12
+_LONG_LISTS = ("crawler_patterns", "users", "networks")
+
+
+@dataclass(frozen=True)
+class Build:
+    """A build of the group of marts that a mart belongs to. ``versions``: Delta table -> version."""
+
+    build_id: str
+    built_at: datetime
+    git_revision: str | None
+    versions: dict[str, int]
+
+    def node(self) -> Node:
+        """What there is to say of it."""
+        facts = {"id": self.build_id, "at": self.built_at, "git_revision": self.git_revision, "delta_versions": self.versions}
+        return Node("mart build", facts)
+
+
+@dataclass
+class Lake:
+    """Reads the marts, and Delta tables as a build saw them. Times are UTC without a zone."""
+
+    settings: Settings
+    build: Build
+    connection: duckdb.DuckDBPyConnection
+    _columns: dict[str, set[str]] = field(default_factory=dict)
+
+    def marts(self, sql: str) -> list[dict[str, Any]]:
+        """Rows of the published marts."""
+        return mart_rows(self.settings, sql)
+
+    def version(self, table: str) -> int | None:
+        """The version that the build read; the newest of a table that it did not read; None: there is no table."""
+        pinned = self.build.versions.get(table)
+        return DeltaLog(self.settings.table_uri(table)).latest_version() if pinned is None else pinned
+
+    def scan(self, table: str, version: int | None = None) -> str:
+        """SQL of the table at the version that the build read, or at another."""
+        wanted = self.version(table) if version is None else version
+        if wanted is None:
+            raise AdtallyError(f"there is no table {table}", hint="run `adtally ingest` first")
+        return f"delta_scan({quoted(self.settings.table_uri(table))}, version = {wanted})"
+
+    def rows(self, sql: str, parameters: Sequence[object] = ()) -> list[dict[str, Any]]:
+        """Rows of a statement over the lake. Raises AdtallyError where a version is no longer there."""
+        try:
+            cursor = self.connection.execute(sql, list(parameters))
+            names = [str(column[0]) for column in cursor.description or []]
+            return [dict(zip(names, map(_naive, row), strict=True)) for row in cursor.fetchall()]
+        except duckdb.Error as error:
+            raise AdtallyError(
+                f"the versions that build {self.build.build_id} names cannot be read: {one_line(str(error))[:200]}",
+                hint="build the marts again with `adtally marts build`",
+            ) from error
+
+    def has_column(self, table: str, column: str) -> bool:
+        """Whether the table has such a column at the build's version."""
+        if table not in self._columns:
+            held = DeltaTable(self.settings.table_uri(table), version=self.version(table))
+            self._columns[table] = {found.name for found in held.schema().fields}
+        return column in self._columns[table]
+
+    def place(self) -> list[str]:
+        """Columns that say where an event lies: file and line, and topic, partition and offset where the table has them."""
+        names = ("source_file", "source_line", "source_topic", "source_partition", "source_offset")
+        return [name for name in names if self.has_column(EVENTS.name, name)]
+
+    def rule_set(self, name: str) -> Node:
+        """A rule set: its hash and what it says, in short."""
+        found = self.rows(f"select kind, content from {self.scan(RULE_SETS.name)} where rule_set = ? limit 1", [name])
+        if not found:
+            return Node(f"rule set {name[:_HASH_SHOWN]}", {"rule_set": name}, problems=["table rule_sets does not have it"])
+        facts = {"rule_set": name, "kind": found[0]["kind"], "says": _summary(json.loads(found[0]["content"]))}
+        return Node(f"rule set {name[:_HASH_SHOWN]}", facts)
+
+
+@contextmanager
+def open_lake(settings: Settings, mart: str) -> Iterator[Lake]:
+    """The lake as the published build of ``mart`` saw it.
+
+    Raises AdtallyError where there is none, UsageError for a lakehouse that is not a local path.
+    """
+    if "://" in settings.lakehouse_uri:
+        raise UsageError(f"explain reads a lakehouse in a local path, not {settings.lakehouse_uri}")
+    group = GROUP_OF_MART[mart]
+    names = "build_id, built_at, git_revision, table_name, delta_version"
+    rows = mart_rows(settings, f"select {names} from mart_build where mart_group = '{group}' order by table_name")
+    if not rows:
+        raise AdtallyError(f"the published marts do not say what {mart} was built from", hint="run `adtally marts build`")
+    versions = {str(row["table_name"]): int(row["delta_version"]) for row in rows}
+    build = Build(rows[0]["build_id"], rows[0]["built_at"], rows[0]["git_revision"], versions)
+    with connect_delta() as connection:
+        connection.execute("set timezone = 'UTC'")
+        yield Lake(settings, build, connection)
+
+
+def mart_rows(settings: Settings, sql: str) -> list[dict[str, Any]]:
+    """Rows of the published marts, by column. Raises AdtallyError where there are none, or they lack the mart."""
+    try:
+        names, rows = query_marts(settings, sql)
+    except UsageError as error:  # the statements are ours: what is wrong is the file
+        raise AdtallyError(f"the published marts are of an older adtally: {error}", hint="run `adtally marts build`") from None
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def quoted(text: str) -> str:
+    """Text as an SQL literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def sums(rows: Sequence[dict[str, Any]], names: Sequence[str] = MEASURES) -> dict[str, int]:
+    """The totals of these measures."""
+    return {name: sum(int(row[name] or 0) for row in rows) for name in names}
+
+
+def increments(
+    lake: Lake, day: date, campaign: str, store: str, currency: str, *, metrics: int | None = None, ledger: int | None = None
+) -> list[dict[str, Any]]:
+    """Per batch and correction run what the increments of completed batches come to, as the marts count them."""
+    totals = ", ".join(f"sum(coalesce({name}, 0))::bigint as {name}" for name in MEASURES)
+    return lake.rows(
+        f"""
+        select _query_id, _batch_id, _run_id, count(*)::bigint as increments, min(event_minute) as first_minute,
+            max(event_minute) as last_minute, {totals}
+        from {lake.scan(MINUTE_METRICS.name, metrics)}
+        semi join (select distinct _query_id, _batch_id from {lake.scan(BATCH_LEDGER.name, ledger)}) using (_query_id, _batch_id)
+        where event_date = ? and event_minute::date = ? and campaign_id = ? and store_id = ? and currency = ?
+        group by all order by _query_id, _batch_id, _run_id nulls first
+        """,
+        [day, day, campaign, store, currency],
+    )
+
+
+def corrections(lake: Lake, runs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Run id -> kind, reason and causes as `restatements` has them, at its newest: it is written last of a correction."""
+    if not runs:
+        return {}
+    newest = DeltaLog(lake.settings.table_uri(RESTATEMENTS.name)).latest_version()
+    found = lake.rows(
+        f"""
+        select run_id, list(distinct kind order by kind) as kinds, list(distinct reason order by reason) as reasons,
+            list(distinct cause order by cause) as causes, max(restated_at) as restated_at
+        from {lake.scan(RESTATEMENTS.name, newest)} where run_id in (select unnest(?)) group by run_id
+        """,
+        [list(runs)],
+    )
+    return {row["run_id"]: row for row in found}
+
+
+def reviews_of(lake: Lake, day: date) -> list[dict[str, Any]]:
+    """The reviews of a day's hours that the build can have seen: per run how many hours, events, invalid and changed marks."""
+    if lake.version(TRAFFIC_REVIEWS.name) is None:
+        return []
+    return lake.rows(
+        f"""
+        select run_id, rule_set, count(*)::bigint as hours, sum(events)::bigint as events, sum(invalid)::bigint as invalid,
+            sum(changed)::bigint as changed, max(reviewed_at) as reviewed_at
+        from {lake.scan(TRAFFIC_REVIEWS.name)}
+        where event_hour::date = ? and reviewed_at <= ?::timestamptz group by all order by reviewed_at, run_id
+        """,
+        [day, lake.build.built_at],
+    )
+
+
+def revisions_of(lake: Lake, order: str) -> list[dict[str, Any]]:
+    """An order's revisions as the build saw them, one row a revision, the oldest first."""
+    return lake.rows(
+        f"""
+        select revision, any_value(status) as status, any_value(reason) as reason, any_value(rule_set) as rule_set,
+            any_value(_run_id) as run_id, any_value(attributed_at) as attributed_at, any_value(order_time) as order_time,
+            any_value(user_id) as user_id, any_value(store_id) as store_id, any_value(currency) as currency,
+            any_value(total_micros) as total_micros, count(touch_event_id)::bigint as touches
+        from {lake.scan(ATTRIBUTED_ORDERS.name)} where order_id = ? group by revision order by revision
+        """,
+        [order],
+    )
+
+
+def _naive(value: Any) -> Any:
+    return value.replace(tzinfo=None) if isinstance(value, datetime) else value
+
+
+def _summary(content: dict[str, Any]) -> dict[str, Any]:
+    """A rule set's entries with lists given by their length."""
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, dict) and value.get("mode") == "off":
+            found[name] = "off"
+        elif isinstance(value, dict):
+            found[name] = " ".join(_entry(key, item) for key, item in value.items())
+        elif isinstance(value, list) and name in _LONG_LISTS:
+            found[name] = f"{len(value):,} entries"
+        else:
+            found[name] = value
+    return found
+
+
+def _entry(key: str, value: Any) -> str:
+    return str(value) if key == "mode" else f"{key}={value}"

@@ -1,0 +1,102 @@
+"""What an explanation is made of, as a tree for people and as plain values for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from typing import Any
+
+from rich.markup import escape
+from rich.tree import Tree
+
+SHOWN = 12
+"""Parts of a node that a person sees of its long lists; a program gets them all."""
+
+QUIET = ("clicks", "invalid_impressions", "invalid_clicks", "invalid_spend_nanos")
+"""Measures that a person is not told where they are zero."""
+
+
+@dataclass
+class Node:
+    """A fact with what it is made of. ``facts`` are plain values; ``problems`` say where the parts do not add up."""
+
+    what: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    parts: list[Node] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, *parts: Node) -> None:
+        """Put parts below it."""
+        self.parts += parts
+
+    def must_equal(self, below: str, expected: dict[str, Any], found: dict[str, Any]) -> None:
+        """Note a problem for each measure of ``expected`` in which what lies below comes to something else."""
+        for name, value in expected.items():
+            if found.get(name, 0) != value:
+                self.problems.append(f"{name} is {value} here and {found.get(name, 0)} in {below}")
+
+    def all_problems(self) -> Iterator[str]:
+        """Those of this node and of everything below it."""
+        for problem in self.problems:
+            yield f"{self.what}: {problem}"
+        for part in self.parts:
+            yield from part.all_problems()
+
+
+def as_json(node: Node) -> dict[str, Any]:
+    """The node as plain values; of the topmost one ``adds_up`` says whether there is no problem anywhere."""
+    return {"adds_up": not any(node.all_problems()), **_plain(node)}
+
+
+def _plain(node: Node) -> dict[str, Any]:
+    result: dict[str, Any] = {"what": node.what, **node.facts}
+    if node.problems:
+        result["problems"] = node.problems
+    if node.parts:
+        result["parts"] = [_plain(part) for part in node.parts]
+    return result
+
+
+def as_tree(node: Node) -> Tree:
+    """The node for a person; of long lists the first parts."""
+    tree = Tree(f"[bold]{escape(node.what)}[/]{_facts_text(node)}")
+    _grow(tree, node)
+    problems = list(node.all_problems())
+    if problems:
+        tree.add(f"[bold red]it does not add up in {len(problems)} place{'s' if len(problems) > 1 else ''}[/]")
+    else:
+        tree.add("[green]every level adds up to the one above[/]")
+    return tree
+
+
+def _grow(tree: Tree, node: Node) -> None:
+    for problem in node.problems:
+        tree.add(f"[red]{escape(problem)}[/]")
+    for part in node.parts[:SHOWN]:
+        _grow(tree.add(f"{escape(part.what)}{_facts_text(part)}"), part)
+    if len(node.parts) > SHOWN:
+        tree.add(f"and {len(node.parts) - SHOWN} more (--json has them)")
+
+
+def _facts_text(node: Node) -> str:
+    facts = {name: value for name, value in node.facts.items() if value not in (None, "", []) and not (value == 0 and name in QUIET)}
+    return f"  [dim]{escape(', '.join(f'{name} {_text(value)}' for name, value in facts.items()))}[/]" if facts else ""
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M:%S}" + (f".{value:%f}" if value.microsecond else "") + "Z"
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict):
+        return "; ".join(f"{name} {_text(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return str(value)
