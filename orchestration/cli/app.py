@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestration.cli import maintenance, services, settlement
+from orchestration.cli import compare, explain, maintenance, services, settlement
 from orchestration.cli.options import examples, moment, seconds
 from spark_jobs.errors import AdtallyError, UsageError
 
@@ -350,6 +350,8 @@ def status(as_json: Json = False) -> None:
 
 maintenance.add_commands(app, _settings)
 settlement.add_commands(app, _settings)
+explain.add_commands(app, _settings)
+compare.add_commands(app, _settings)
 services.add_commands(app, _settings)
 
 

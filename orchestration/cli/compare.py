@@ -1,0 +1,78 @@
+"""The command ``adtally compare``: our counts beside those of an ad server or advertiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.text import Text
+
+from orchestration.cli.maintenance import Json
+from orchestration.cli.options import examples
+from orchestration.cli.status import table
+
+if TYPE_CHECKING:
+    from orchestration.compare import Comparison
+    from spark_jobs.config import Settings
+
+SHOWN = 60
+
+
+def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
+    """Put the command into ``app``; ``settings`` gives those of the installation that the user named."""
+
+    @app.command(epilog=examples("adtally compare adserver.csv", "adtally compare adserver.csv --tolerance 0.05 --json"))
+    def compare(
+        file: Annotated[Path, typer.Argument(help="CSV with the columns date, campaign, impressions, clicks.", show_default=False)],
+        tolerance: Annotated[float, typer.Option(min=0, max=1, help="Allowed discrepancy, as a part of ours.")] = 0.10,
+        as_json: Json = False,
+    ) -> None:
+        """Compare the marts with a third party's report: the discrepancy of each line, and what explains it.
+
+        The discrepancy is (ours - theirs) / ours, of net counts. Exit status 1 where one is over the tolerance.
+        """
+        from orchestration.cli.output import console, print_json
+        from orchestration.compare import compare_report
+
+        found = compare_report(settings(), file, tolerance=tolerance)
+        if as_json:
+            print_json(found.as_dict())
+        else:
+            for part in comparison_tables(found):
+                console().print(part, soft_wrap=True)
+        if found.over:
+            raise typer.Exit(1)
+
+
+def comparison_tables(found: Comparison) -> Iterator[RenderableType]:
+    """The lines, what explains them, and the verdict."""
+    lines = table(
+        f"Ours and theirs, tolerance {found.tolerance:.1%}",
+        *("date", "campaign", "measure", "ours", "theirs", "difference", "discrepancy", "explained by"),
+        left=3,
+    )
+    cells = [cell for line in found.lines for cell in line.cells]
+    for line in found.lines[:SHOWN]:
+        for cell in line.cells:
+            style = "" if cell.is_within else "red"
+            causes = ", ".join(f"{name} {count:+,}" for name, count in cell.causes.items() if count)
+            share = "-" if cell.discrepancy is None else f"{cell.discrepancy:+.2%}"
+            lines.add_row(
+                *(line.date.isoformat(), escape(line.campaign), cell.measure, f"{cell.ours:,}", f"{cell.theirs:,}"),
+                *(f"{cell.ours - cell.theirs:+,}", share, causes or "-"),
+                style=style,
+            )
+    yield lines
+    if len(found.lines) > SHOWN:
+        yield Text(f"and {len(found.lines) - SHOWN:,} more lines (--json has them)")
+    if found.utc_offset_minutes:
+        yield Text(f"their days seem to be cut at {found.utc_offset}, ours at UTC")
+    over = sum(not cell.is_within for cell in cells)
+    if over:
+        yield Text(f"{over:,} of {len(cells):,} figures are over the tolerance", style="bold red")
+    else:
+        yield Text(f"all {len(cells):,} figures are within the tolerance", style="green")

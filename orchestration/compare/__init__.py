@@ -1,0 +1,8 @@
+"""Our counts beside a third party's report: how far apart, and why."""
+
+from __future__ import annotations
+
+from orchestration.compare.comparison import Cell, Comparison, Line, compare_report
+from orchestration.compare.report import ReportLine, read_report
+
+__all__ = ["Cell", "Comparison", "Line", "ReportLine", "compare_report", "read_report"]
