@@ -190,7 +190,7 @@ def _changed(uri: str, source: Source, commit: Commit) -> pa.Table:
         return rows.filter(rows["counts"])  # what never counted need not be known
     told = _told(commit)
     if told.get("keys") == "kept":  # a correction: what it changed lies in files of its own
-        return source.rows(uri, told["added_files"])
+        return source.rows(uri, told.get("changed_files", told["added_files"]))
     before, after = source.rows(uri, [action["path"] for action in commit.data_removed]), source.rows(uri, added)
     with task_connection().cursor() as own:
         own.register("before", before)

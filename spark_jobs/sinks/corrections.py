@@ -186,8 +186,9 @@ def _commit(settings: Settings, change: TableChange, step: Step, transaction: Tr
     with DataFileWriter(uri, table) as writer:
         writer.write(change.add)
     actions += [AddAction(f.path, f.size, f.partition, now, data_change=True, stats=f.stats) for f in [*rewritten, *writer.files]]
-    # the files in which keys may lie that the table did not have
-    metadata = {**change.metadata, "added_files": [] if change.by_key else [file.path for file in writer.files]}
+    # where the rows lie that changed, and those of them in which keys may lie that the table did not have
+    changed = [file.path for file in writer.files]
+    metadata = {**change.metadata, "changed_files": changed, "added_files": [] if change.by_key else changed}
     with durable(step):
         held.create_write_transaction(
             actions,

@@ -222,12 +222,16 @@ def test_nothing_outlives_a_supervisor_that_is_killed(tmp_path: Path, number: si
         f"made.start(Service('polite', (sys.executable, '-c', {POLITE!r}), 10))\n"
         "time.sleep(600)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.getcwd()}) as supervisor:
+    supervisor = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.getcwd()})
+    try:
         logs = [tmp_path / "family.log", tmp_path / "polite.log"]
         wait_for(lambda: all(log.exists() and "up\n" in log.read_text() for log in logs), "both are up")
         left = psutil.Process(supervisor.pid).children(recursive=True)
         assert len(left) == 6  # two guards, two commands, two children
         supervisor.send_signal(number)
+        supervisor.wait(60)
+    finally:
+        supervisor.kill()
         supervisor.wait()
     wait_for(lambda: not any(lives(process.pid) for process in left), "all have ended")
     assert "batch ended" in logs[1].read_text()
