@@ -26,7 +26,7 @@ WORKERS ?= 2
 help: ## List the targets
 	@echo "adtally: exactly-once ad-event accounting on a lakehouse. Two commands to start with: make demo, make test."
 	@echo
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: setup ## Set up, run the main job on the samples and simulated traffic, compare with the known truth
@@ -47,6 +47,10 @@ test-soak: setup ## Set up and run everything at once for minutes: ingest, compa
 .PHONY: test-e2e
 test-e2e: setup ## Set up and run whole programs: adtally up with files that land, marts and Ctrl-C; small benchmarks
 	@$(RUN) pytest -m e2e $(PYTEST_ARGS)
+
+.PHONY: test-services
+test-services: setup ## Set up and start a real Kafka and a real Pinot (their jars are downloaded once)
+	@$(RUN) pytest -m services $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: setup ## ruff, mypy, sqlfluff, dbt parse, dagster definitions

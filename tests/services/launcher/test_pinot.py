@@ -44,8 +44,9 @@ def produce(kafka: Kafka, keys: range, *, version: int, amount: int) -> None:
     """A row a key; the topic's partition is that of the key, as upsert needs it."""
     producer = Producer({"bootstrap.servers": kafka.bootstrap_servers, "enable.idempotence": True})
     for key in keys:
-        row = {"id": f"k{key}", "amount": amount, "version": version, "at": 1_750_000_000_000 + key}
-        producer.produce(TOPIC, key=row["id"], value=json.dumps(row))
+        name = f"k{key}"
+        row = {"id": name, "amount": amount, "version": version, "at": 1_750_000_000_000 + key}
+        producer.produce(TOPIC, key=name, value=json.dumps(row))
     assert producer.flush(30) == 0
 
 

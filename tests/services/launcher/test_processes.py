@@ -78,7 +78,8 @@ def test_a_process_of_a_test_ends_with_the_test(tmp_path: Path, java: Path) -> N
     program = (
         "import sys, time; from pathlib import Path; from services.launcher.processes import spawn\n"
         "folder = Path(sys.argv[1])\n"
-        "made = spawn(folder / 'java', folder, 'main', ['while :; do sleep 0.1; done'], output=folder / 'out', ends_with_parent=True)\n"
+        "command = ['while :; do sleep 0.1; done']\n"
+        "made = spawn(folder / 'java', folder, 'main', command, output=folder / 'out', ends_with_parent=True)\n"
         "print(made.pid, flush=True); time.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)

@@ -137,14 +137,14 @@ def test_a_second_up_does_not_pretend(pair: Pair) -> None:
     pair.up()
     other = again(pair)
     other.unready, other.ready_seconds = {"top": "does not answer"}, 0.3
-    with pytest.raises(ServiceError, match="runs, but top: not ready after 0 s: does not answer.*logs in"):
+    with pytest.raises(ServiceError, match=r"runs, but top: not ready after 0 s: does not answer.*logs in"):
         other.up()
     assert other.status().problem == "top: does not answer"
 
 
 def test_data_are_not_deleted_and_ports_not_changed_while_it_runs(pair: Pair) -> None:
     pair.up()
-    with pytest.raises(ServiceUsageError, match="runs on the data.*services pair down"):
+    with pytest.raises(ServiceUsageError, match=r"runs on the data.*services pair down"):
         again(pair).up(fresh=True)
     with pytest.raises(ServiceUsageError, match=r"runs on port \d+, not 1 "):
         again(pair).up(wanted_ports={"top": 1})
