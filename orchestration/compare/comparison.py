@@ -2,13 +2,14 @@
 
 What can be told apart: their days are cut at another offset from UTC (one for the whole report: that at which least is left
 unexplained, if it is less than half of what is at UTC); they count duplicates, or invalid traffic, or leave out what came late
-(for each line the causes that leave least unexplained; of equals those that explain most of the report, then the fewest); a
-campaign's day is missing there or here. The causes of a figure sum to its difference, with what remains as ``unexplained``.
+(for each line the causes that leave least unexplained, one more where that leaves less than half; of equals those that explain
+most of the report); a campaign's day is missing there or here. The causes of a figure sum to its difference, with what
+remains as ``unexplained``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from itertools import combinations
@@ -131,7 +132,7 @@ def _judge(
     for line in report:
         key = (line.date, line.campaign)
         mine = ours.get(key, dict.fromkeys(MEASURES, 0))
-        chosen = min(ranked, key=lambda behaviour: _rest(line, counts, offset, behaviour))
+        chosen = _behaviour(line, counts, offset, ranked)
         cells = []
         for name in MEASURES:
             theirs = int(getattr(line, name))
@@ -151,7 +152,7 @@ def best_offset(report: Iterable[ReportLine], counts: Counts) -> int:
     lines = list(report)
 
     def left(offset: int) -> int:
-        return sum(min(_rest(line, counts, offset, behaviour) for behaviour in _ALL) for line in lines)
+        return sum(_rest(line, counts, offset, _behaviour(line, counts, offset, _ALL)) for line in lines)
 
     at_utc = left(0)
     best = min(OFFSETS, key=left) if at_utc else 0
@@ -159,9 +160,21 @@ def best_offset(report: Iterable[ReportLine], counts: Counts) -> int:
 
 
 def _ranked(report: Iterable[ReportLine], counts: Counts, offset: int) -> list[Behaviour]:
-    """Behaviours, those first that leave least of the whole report unexplained, then the simple ones."""
+    """Behaviours, those first that leave least of the whole report unexplained."""
     lines = list(report)
     return sorted(_ALL, key=lambda behaviour: (sum(_rest(line, counts, offset, behaviour) for line in lines), len(behaviour)))
+
+
+def _behaviour(line: ReportLine, counts: Counts, offset: int, among: Sequence[Behaviour]) -> Behaviour:
+    """How they seem to count: one more cause is taken if it leaves less than half unexplained; of equals the first."""
+    chosen: Behaviour = ()
+    for size in range(1, len(BEHAVIOURS) + 1):
+        best = min(
+            (behaviour for behaviour in among if len(behaviour) == size), key=lambda found: _rest(line, counts, offset, found)
+        )
+        if _rest(line, counts, offset, best) * 2 < _rest(line, counts, offset, chosen):
+            chosen = best
+    return chosen
 
 
 def _rest(line: ReportLine, counts: Counts, offset: int, behaviour: Behaviour) -> int:
