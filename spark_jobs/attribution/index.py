@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 FANOUT = 4
-MAX_RUN_ROWS = 4_000_000
+MAX_RUN_ROWS = 2_000_000  # what a merge holds in memory, two or three times
 _SMALLEST = 4096
 _FORMAT = 1
 

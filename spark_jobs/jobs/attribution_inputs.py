@@ -21,7 +21,7 @@ from spark_jobs.attribution.index import KEY_FIELDS, RowIndex
 from spark_jobs.config import Settings
 from spark_jobs.delta_log import Commit, DeltaLog
 from spark_jobs.duck import query_arrow, task_connection
-from spark_jobs.sources.delta import read_files
+from spark_jobs.sources.delta import read_batches, read_files
 from spark_jobs.tables import ATTRIBUTED_ORDERS, EVENTS, ORDERS, Table
 
 _PART_ROWS = 1_000_000  # rows of a table that are read at a time
@@ -231,7 +231,7 @@ def bring_to(settings: Settings, source: Source, index: RowIndex, upto: Position
 
 
 def table_parts(settings: Settings, source: Source, version: int, where: tuple[str, int, int] | None = None) -> Iterator[pa.Table]:
-    """All rows of a table, some files at a time, in the order of their partitions.
+    """All rows of a table, some at a time, in the order of their partitions.
 
     ``where``: a time column of the table, and from and until when (microseconds); files that hold none of it are left out.
     """
@@ -241,16 +241,14 @@ def table_parts(settings: Settings, source: Source, version: int, where: tuple[s
     files = actions.sort_by([(name, "ascending") for name in by]).to_pylist() if by else actions.to_pylist()
     if where is not None:
         files = [file for file in files if _may_hold(file, *where)]
-    group: list[str] = []
-    rows = 0
-    for file in files:
-        if rows and rows + (file["num_records"] or 0) > _PART_ROWS:
-            yield source.rows(uri, group)
-            group, rows = [], 0
-        group.append(file["path"])
-        rows += file["num_records"] or _PART_ROWS
-    if group:
-        yield source.rows(uri, group)
+    pending: list[pa.RecordBatch] = []
+    for batch in read_batches(uri, [file["path"] for file in files], source.schema):
+        pending.append(batch)
+        if sum(part.num_rows for part in pending) >= _PART_ROWS:
+            yield query_arrow(source.sql, pa.Table.from_batches(pending))
+            pending = []
+    if pending:
+        yield query_arrow(source.sql, pa.Table.from_batches(pending))
 
 
 def _may_hold(file: dict[str, object], column: str, start_us: int, end_us: int) -> bool:

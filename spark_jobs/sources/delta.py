@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -34,3 +34,11 @@ def read_files(uri: str, paths: Sequence[str], schema: pa.Schema, where_in: tupl
     name, values = where_in
     kept = [batch.filter(pc.is_in(batch[name], value_set=values)) for batch in dataset.to_batches()]
     return pa.Table.from_batches(kept, schema)
+
+
+def read_batches(uri: str, paths: Sequence[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """As ``read_files``, a batch at a time, file by file: what is held does not grow with the files."""
+    filesystem, root = open_root(uri)
+    for path in paths:
+        dataset = ds.dataset([f"{root}/{unquote(path)}"], schema=schema, format="parquet", filesystem=filesystem)
+        yield from dataset.to_batches(batch_readahead=1, fragment_readahead=1)
