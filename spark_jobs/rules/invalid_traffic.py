@@ -70,6 +70,25 @@ class WindowRule(_Frozen):
     window_seconds: int = Field(gt=0, le=_LONGEST_SECONDS)
 
 
+class RepeatClick(WindowRule):
+    """Clicks: an hour, unless it says otherwise."""
+
+    window_seconds: int = Field(default=HOUR_SECONDS, gt=0, le=_LONGEST_SECONDS)
+
+
+class RepeatImpression(WindowRule):
+    """Impressions: a minute."""
+
+    window_seconds: int = Field(default=60, gt=0, le=_LONGEST_SECONDS)
+
+
+class UnmatchedClick(WindowRule):
+    """Clicks without an impression: off, and a day."""
+
+    mode: Mode = Mode.OFF
+    window_seconds: int = Field(default=24 * HOUR_SECONDS, gt=0, le=_LONGEST_SECONDS)
+
+
 class RateRule(_Frozen):
     """More clicks of a user within an hour (UTC) than ``clicks`` are invalid, all of them."""
 
@@ -83,9 +102,9 @@ class RuleFile(_Frozen):
     crawler_user_agent: Rule = Rule()
     listed_user: Rule = Rule()
     listed_network: Rule = Rule()
-    repeat_click: WindowRule = WindowRule(window_seconds=HOUR_SECONDS)
-    repeat_impression: WindowRule = WindowRule(window_seconds=60)
-    unmatched_click: WindowRule = WindowRule(mode=Mode.OFF, window_seconds=24 * HOUR_SECONDS)
+    repeat_click: RepeatClick = RepeatClick()
+    repeat_impression: RepeatImpression = RepeatImpression()
+    unmatched_click: UnmatchedClick = UnmatchedClick()
     click_rate: RateRule = RateRule()
     list_file: str | None = None
 
@@ -96,9 +115,9 @@ class InvalidTrafficRules(_Frozen):
     crawler_user_agent: Rule
     listed_user: Rule
     listed_network: Rule
-    repeat_click: WindowRule
-    repeat_impression: WindowRule
-    unmatched_click: WindowRule
+    repeat_click: RepeatClick
+    repeat_impression: RepeatImpression
+    unmatched_click: UnmatchedClick
     click_rate: RateRule
     crawler_source: str
     crawler_patterns: tuple[str, ...]
@@ -214,7 +233,7 @@ class RecordJudge:
             _mark(codes, events["user_agent"], hit, "crawler_user_agent")
         _mark(codes, events["user_id"], self._users, "listed_user")
         if self._networks:
-            inside = [user for user in pc.unique(events["user_id"]).to_pylist() if user in self._networks]
+            inside = [user for user in pc.unique(events["user_id"]).drop_null().to_pylist() if user in self._networks]
             _mark(codes, events["user_id"], pa.array(inside, pa.string()), "listed_network")
         return codes
 

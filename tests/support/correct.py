@@ -60,13 +60,15 @@ def contents(settings: Settings, *, identity: bool = True) -> dict[str, Any]:
     of_events = marks.replace(", ingested_date", "")
     minutes = f"event_minute, {', '.join(METRIC_KEYS)}{batch}"
     sums = ", ".join(f"sum({name})::bigint as {name}" for name in METRIC_MEASURES)
+    counted = "sum(impressions + clicks + invalid_impressions + invalid_clicks)"
     cells = f"stream, source, region, event_hour{batch}"
     counts = ", ".join(f"sum({name})::bigint as {name}" for name in LEDGER_MEASURES)
     return {
         "events": rows(settings, f"select * exclude ({of_events}) from events"),
         "rejected_events": rows(settings, f"select * exclude ({marks}) from rejected_events"),
         "minute_metrics": rows(
-            settings, f"select {minutes}, {sums} from minute_metrics group by all having sum(impressions + clicks) != 0"
+            settings,
+            f"select {minutes}, {sums} from minute_metrics group by all having {counted} != 0",
         ),
         "record_uuids_twice": rows(settings, "select record_uuid from minute_metrics group by all having count(*) > 1"),
         "batch_ledger": rows(settings, f"select {cells}, {counts} from batch_ledger group by all having sum(offered) != 0"),
