@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, EVENTS, MINUTE_METRICS, RECONCILIATIONS
+from spark_jobs.tables import (
+    ATTRIBUTED_ORDERS,
+    BATCH_LEDGER,
+    BILLING_LINES,
+    CAMPAIGNS,
+    EVENTS,
+    MINUTE_METRICS,
+    RECONCILIATIONS,
+    RESTATEMENTS,
+)
 from tests.orchestration.marts.delta_files import commit, utc
 
 
@@ -135,3 +144,82 @@ def late_batch(lake: Path, *, with_ledger: bool = True) -> None:
     commit(lake, EVENTS, accepted(1, "2026-03-10T10:05", "2026-03-10T11:30", is_late=True, spend_nanos=500))
     if with_ledger:
         commit(lake, BATCH_LEDGER, [ledger_row(1, "2026-03-10T10:00", accepted=1, late=1, spend_nanos=500)])
+
+
+def touched(order: str, revision: int, touch: str | None, micros: int = 0, weight: float = 0.0, **values: Any) -> dict[str, Any]:
+    """A row of attributed_orders: an order of 100 micros of 2026-03-12, and its share for one touch, in every model and 7 days."""
+    models = ("last_click", "first_click", "linear", "position_based", "time_decay")
+    row = {
+        "order_id": order,
+        "revision": revision,
+        "status": "placed",
+        "order_time": utc("2026-03-12T09:00"),
+        "user_id": "u1",
+        "store_id": "s1",
+        "currency": "EUR",
+        "total_micros": 100,
+        "touch_event_id": touch,
+        "window_days": [7],
+        "rule_set": "r",
+    }
+    if touch is not None:
+        row |= {"touch_type": "click", "touch_time": utc("2026-03-10T10:05"), "campaign_id": "c1", "ad_id": "a1"}
+        row |= {f"{model}_micros": [micros] for model in models} | {f"{model}_weights": [weight] for model in models}
+    return row | values
+
+
+def money(lake: Path) -> None:
+    """After first_batch: 10 March billed, an order credited to two clicks and another cancelled, a review of 10 March."""
+    charge = {
+        "line_id": "l1",
+        "line_type": "charge",
+        "event_date": utc("2026-03-10").date(),
+        "campaign_id": "c1",
+        "store_id": "s1",
+        "currency": "EUR",
+        "amount_micros": 4,
+        "billed_micros": 4,
+        "spend_nanos": 3500,
+        "reason": "day_closed",
+        "run_id": "b1",
+        "metrics_version": 0,
+        "posting": 1,
+        "billed_at": utc("2026-03-11T01:00"),
+    }
+    credit = {
+        **charge,
+        "line_id": "l2",
+        "line_type": "credit",
+        "amount_micros": -1,
+        "billed_micros": 3,
+        "spend_nanos": 2500,
+        "run_id": "v1",
+        "reason": "invalid_traffic",
+        "rule_set": "h",
+        "posting": 2,
+        "billed_at": utc("2026-03-11T03:00"),
+    }
+    commit(lake, BILLING_LINES, [charge, credit])
+    review = {
+        "run_id": "v1",
+        "kind": "review",
+        "cause": "repeat_click",
+        "event_hour": utc("2026-03-10T10:00"),
+        "region": "eu",
+        "campaign_id": "c1",
+        "currency": "EUR",
+        "impressions": 0,
+        "clicks": -1,
+        "invalid_impressions": 0,
+        "invalid_clicks": 1,
+        "spend_nanos": -1000,
+        "invalid_spend_nanos": 1000,
+        "rule_set": "h",
+        "restated_at": utc("2026-03-11T02:00"),
+    }
+    commit(lake, RESTATEMENTS, [review])
+    orders = [
+        *(touched("o1", 1, "t0", 100, 1.0), touched("o1", 2, "t1", 60, 0.6), touched("o1", 2, "t2", 40, 0.4)),
+        *(touched("o2", 1, "t1", 100, 1.0), touched("o2", 2, None, status="cancelled")),
+    ]
+    commit(lake, ATTRIBUTED_ORDERS, orders)

@@ -16,9 +16,9 @@ from orchestration.marts.failures import MartsError
 from orchestration.marts.pins import SOURCES, latest_version, pin_versions
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, BusyError, TableCorruptionError, UsageError
-from spark_jobs.tables import BATCH_LEDGER, BILLING_LINES, CAMPAIGNS, MINUTE_METRICS, RECONCILIATIONS
+from spark_jobs.tables import ATTRIBUTED_ORDERS, BATCH_LEDGER, BILLING_LINES, CAMPAIGNS, MINUTE_METRICS, RECONCILIATIONS
 from tests.orchestration.marts.delta_files import commit, utc
-from tests.orchestration.marts.lakes import first_batch, increment, late_batch, ledger_row
+from tests.orchestration.marts.lakes import first_batch, increment, late_batch, ledger_row, money, touched
 
 NOW = datetime(2026, 3, 12, 8, 0, tzinfo=UTC)
 DAYS = "select event_date, campaign_id, impressions, clicks, invalid_clicks, spend_nanos, spend_micros from fct_campaign_day"
@@ -231,6 +231,47 @@ def test_failed_conservation_leaves_the_published_marts(tmp_path: Path) -> None:
         ("increments", "2026-03-10 10:00:00", 1, 500),
         ("ledger", "2026-03-10 10:00:00", 2, 500),
     ]
+
+
+def test_money_and_credit_by_hand(tmp_path: Path) -> None:
+    """What `lakes.money` says; then an order whose credits do not sum to it, a line that is lost: neither is published."""
+    settings = settings_in(tmp_path)
+    lake = lake_of(settings)
+    first_batch(lake)
+    money(lake)
+    build_marts(settings, now=NOW)
+
+    def ask(sql: str) -> list[tuple[Any, ...]]:
+        return query_marts(settings, sql)[1]
+
+    assert ask("select line_type, event_date, amount_micros, reason, run_id from fct_billing_ledger order by posting") == [
+        ("charge", date(2026, 3, 10), 4, "day_closed", "b1"),
+        ("credit", date(2026, 3, 10), -1, "invalid_traffic", "v1"),
+    ]
+    assert ask("select kind, cause, run_id, clicks, clicks_before, clicks_after, is_after_billing from fct_restatements") == [
+        ("review", "repeat_click", "v1", -1, 3, 2, True)
+    ]
+    assert ask("select model, order_id, touch_event_id, credit_micros from fct_attribution_credits order by all limit 2") == [
+        ("first_click", "o1", "t1", 60),
+        ("first_click", "o1", "t2", 40),
+    ]
+    performance = "select event_date, currency, clicks, orders_by_touch_date, revenue_by_touch_date_micros, orders_by_order_date"
+    assert ask(f"{performance} from fct_advertiser_performance where campaign_id = 'c1' order by 1") == [
+        (date(2026, 3, 10), "EUR", 2, 1.0, 100, 0.0),
+        (date(2026, 3, 11), "EUR", 0, 0.0, 0, 0.0),
+        (date(2026, 3, 12), "EUR", 0, 0.0, 0, 1.0),
+    ]
+    before = settings.marts_path.read_bytes()
+    commit(lake, ATTRIBUTED_ORDERS, [touched("o3", 1, "t1", 99, 1.0)])
+    line = {"line_id": "l3", "event_date": date(2026, 3, 10), "campaign_id": "c1", "store_id": "s1", "currency": "EUR"}
+    commit(
+        lake, BILLING_LINES, [line | {"line_type": "credit", "amount_micros": 1, "billed_micros": 9, "posting": 3, "reason": "x"}]
+    )
+    with pytest.raises(MartsError) as caught:
+        build_marts(settings, now=NOW)
+    assert "assert_credits_sum_to_the_order (5 rows)" in str(caught.value)
+    assert "assert_lines_of_the_ledger_chain (1 row)" in str(caught.value)
+    assert settings.marts_path.read_bytes() == before
 
 
 def test_first_build_that_fails_publishes_nothing(tmp_path: Path) -> None:
