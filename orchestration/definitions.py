@@ -12,7 +12,7 @@ from orchestration.assets.hours import backfilled_hours, compacted_events, recon
 from orchestration.assets.lakehouse import landing_files, landing_ingest, table_specs
 from orchestration.assets.marts import marts_asset
 from orchestration.assets.quality import expectation_checks, marts_expectations
-from orchestration.assets.settlement import attributed_orders, billing_lines, reviewed_hours, settlement
+from orchestration.assets.settlement import attributed_orders, billing_lines, reviewed_hours, settled_records
 from orchestration.assets.storage import compacted_tables, vacuumed_tables
 from orchestration.marts.manifest import load_manifest
 from orchestration.partitions import hourly_partitions
@@ -50,7 +50,7 @@ def _definitions(settings: Settings) -> dg.Definitions:
             backfilled_hours(hours),
             attributed_orders(hours),
             billing_lines,
-            settlement,
+            settled_records,
             vacuumed_tables,
             marts,
         ],

@@ -40,7 +40,7 @@ vacuum_job = dg.define_asset_job(
 )
 settlement_job = dg.define_asset_job(
     "settlement",
-    dg.AssetSelection.assets("settlement"),
+    dg.AssetSelection.assets("settled_records"),
     description="Invalid traffic, credits and billing of all that is out of date, late records among it.",
 )
 

@@ -100,7 +100,7 @@ def billing_lines(context: dg.AssetExecutionContext) -> dg.MaterializeResult[Non
     description="What came since, late records among it: hours whose review is out of date are reviewed, orders concerned "
     "credited, closed days billed.\n\n" + runbook("invalid-traffic"),
 )
-def settlement(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
+def settled_records(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
     """Settle all that is out of date."""
     from spark_jobs.jobs.settle import settle
 

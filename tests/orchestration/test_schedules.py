@@ -12,10 +12,11 @@ import pytest
 from filelock import FileLock
 
 from orchestration import schedules
+from orchestration.marts.pins import SOURCES
 from orchestration.partitions import KEY_FORMAT, RANGE_END_TAG, RANGE_START_TAG
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.jobs.ingest import INGEST_LOCK
-from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, MINUTE_METRICS, RECONCILIATIONS
+from spark_jobs.tables import BATCH_LEDGER
 from tests.orchestration.marts.delta_files import commit, utc
 from tests.orchestration.marts.lakes import first_batch, ledger_row
 
@@ -102,8 +103,7 @@ def test_marts_are_built_when_their_tables_have_changed(settings: Settings) -> N
     assert "run `adtally ingest` first" in str(schedules.nothing_to_build(settings, "hourly", now=NOW))
     first_batch(lake)
     assert schedules.nothing_to_build(settings, "hourly", now=NOW) is None
-    names = (BATCH_LEDGER.name, MINUTE_METRICS.name, CAMPAIGNS.name, RECONCILIATIONS.name)
-    publish(settings, "hourly", "2026-03-12 08:20:00", **dict.fromkeys(names, 0))
+    publish(settings, "hourly", "2026-03-12 08:20:00", **{table.name: 0 for table in SOURCES})
     reason = "nothing was committed since the build of 11 minutes ago"
     assert schedules.nothing_to_build(settings, "hourly", now=NOW) == reason
     assert schedules.nothing_to_build(settings, "near_real_time", now=NOW) is None  # each group by itself
@@ -113,10 +113,10 @@ def test_marts_are_built_when_their_tables_have_changed(settings: Settings) -> N
 
 
 def test_nothing_is_compacted_or_vacuumed_before_there_is_something(settings: Settings) -> None:
-    for schedule in (schedules.compaction_schedule, schedules.vacuum_schedule):
+    for schedule in (schedules.compaction_schedule, schedules.vacuum_schedule, schedules.settlement_schedule):
         assert "run `adtally ingest` first" in str(tick(schedule))
     first_batch(Path(settings.lakehouse_uri))
-    for schedule in (schedules.compaction_schedule, schedules.vacuum_schedule):
+    for schedule in (schedules.compaction_schedule, schedules.vacuum_schedule, schedules.settlement_schedule):
         assert len(tick(schedule)) == 1
 
 

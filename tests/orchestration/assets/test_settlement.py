@@ -112,7 +112,7 @@ def test_a_closed_day_is_reviewed_credited_and_billed(home: Settings, definition
         late_click(home, spark)
         settled = definitions.resolve_job_def("settlement").execute_in_process(instance=instance, raise_on_error=False)
         assert settled.success, why(settled)
-        [told] = metadata(settled, "settlement").values()
+        [told] = metadata(settled, "settled_records").values()
         assert (told["review_changed"], told["billing_lines"] > 0) == (1, True)
     build_marts(home)
     # the late click counts, the first is its repeat: the day comes to the same, by lines that say why
