@@ -67,7 +67,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
     def pinot_up(heap: Heap = None, fresh: Fresh = False, as_json: Json = False) -> None:
         """Start ZooKeeper and Pinot, and wait until every table answers a query. One that runs is left as it is.
 
-        For trials and tests: one of its ports is open on all interfaces. Its folder is HOME/services/pinot.
+        For trials and tests: it asks nobody for a password. Its folder is HOME/services/pinot.
         """
         with _one_line():
             pinot = _pinot(settings(), heap)

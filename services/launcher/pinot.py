@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
 import urllib.error
 import urllib.request
+from pathlib import Path
+from secrets import token_urlsafe
 from typing import Any
 
 from services.launcher.errors import ServiceError
@@ -27,9 +31,35 @@ class Pinot(Service):
     default_heap = "2g"
     ports_are_kept = True
     warning = (
-        "for trials and tests: the port by which Pinot's broker asks its server is open on all interfaces and asks for no "
-        "password; everything else is on loopback"
+        "for trials and tests: it asks nobody for a password, and the port by which its broker asks its server is open on all "
+        "interfaces, though only to who has the key of this installation; everything else is on loopback"
     )
+
+    def secrets(self, java: Path) -> dict[str, str]:
+        """A key pair by which broker and server know each other, for the server's port cannot be bound to loopback.
+
+        Raises ServiceError where Java's keytool is missing or fails.
+        """
+        keys, word = self.folder / "keys.p12", self.folder / "keys.password"
+        if not (keys.exists() and word.exists()):
+            keys.unlink(missing_ok=True)
+            word.write_text(token_urlsafe(24), "utf-8")
+            word.chmod(0o600)
+            command = [str(java.resolve().with_name("keytool")), "-genkeypair", "-alias", "pinot", "-keyalg", "EC"]
+            command += ["-validity", "36500", "-dname", "CN=127.0.0.1", "-storetype", "PKCS12"]
+            environment = os.environ | {"KEYS_PASSWORD": word.read_text("utf-8")}  # a command line can be read by all
+            try:
+                subprocess.run(
+                    [*command, "-keystore", str(keys), "-storepass:env", "KEYS_PASSWORD"],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    timeout=120,
+                    check=True,
+                )
+            except (OSError, subprocess.SubprocessError) as error:
+                raise ServiceError(f"a key for Pinot could not be made: {error}", hint="Java's keytool makes it") from None
+        return {"keys": str(keys), "password": word.read_text("utf-8")}
 
     def roles(self, ports: dict[str, int]) -> list[Role]:
         """ZooKeeper first: the rest is registered there."""

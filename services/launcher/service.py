@@ -97,6 +97,10 @@ class Service(ABC):
     def holds(self, ports: dict[str, int]) -> dict[str, int]:
         """What of the user's is in it, with a size: topics with their partitions, tables with their rows."""
 
+    def secrets(self, java: Path) -> dict[str, str]:
+        """What the configuration needs beside ports and data; made once."""
+        return {}
+
     def prepare(self, ports: dict[str, int], java: Path, classpath: str) -> None:  # noqa: B027
         """Make what must be there before the first process starts."""
 
@@ -208,7 +212,7 @@ class Service(ABC):
 
     def _start(self, state: State, java: Path, classpath: str, progress: Progress) -> None:
         self._conf.mkdir(exist_ok=True)
-        self._render(state.ports)
+        self._render(state.ports, self.secrets(java))
         arguments = self._conf / "classpath.args"
         arguments.write_text(f'-cp "{classpath}"\n', "utf-8")
         started: list[tuple[str, psutil.Process]] = []
@@ -249,8 +253,8 @@ class Service(ABC):
             if not stop(process, seconds=allowed) and allowed:
                 progress(f"{role} did not end in {allowed:.0f} s and was killed")
 
-    def _render(self, ports: dict[str, int]) -> None:
-        values = {use: str(port) for use, port in ports.items()} | {"data": str(self.data)}
+    def _render(self, ports: dict[str, int], secrets: dict[str, str]) -> None:
+        values = {use: str(port) for use, port in ports.items()} | {"data": str(self.data)} | secrets
         for source in sorted((CONF / self.name).iterdir()):
             if source.suffix in (".properties", ".conf", ".cfg"):
                 (self._conf / source.name).write_text(Template(source.read_text("utf-8")).substitute(values), "utf-8")
@@ -278,6 +282,7 @@ class Service(ABC):
     def _locked(self) -> Iterator[None]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.chmod(0o700)  # configuration and logs may hold secrets
             with FileLock(self.folder / ".lock", timeout=BUSY_SECONDS):
                 yield
         except Timeout:

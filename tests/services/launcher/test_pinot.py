@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,6 +61,19 @@ def wait_until(reached: Callable[[], bool], *, seconds: float) -> bool:
     return reached()
 
 
+def is_refused(port: int) -> bool:
+    """Whether the port ends a connection of somebody who has no key."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as plain, context.wrap_socket(plain) as wrapped:
+            wrapped.send(b"\0\0\0\1x")
+            wrapped.recv(1)
+    except ssl.SSLError as error:
+        return "ALERT" in str(error).upper()
+    return False
+
+
 def test_rows_are_exact_through_commits_redelivery_kills_and_restarts(kafka: Kafka, pinot: Pinot) -> None:
     up = pinot.up()
     assert (up.running, up.problem, up.holds, sorted(up.processes)) == (True, None, {}, ["pinot", "zookeeper"])
@@ -70,6 +85,8 @@ def test_rows_are_exact_through_commits_redelivery_kills_and_restarts(kafka: Kaf
     }
     ports = json.loads((pinot.folder / "state.json").read_text("utf-8"))["ports"]
     assert open_to_all == {ports["server"]}  # as the warning says
+    assert is_refused(ports["server"])
+    assert (pinot.folder.stat().st_mode & 0o077, (pinot.folder / "keys.password").stat().st_mode & 0o077) == (0, 0)
 
     client = pinot.client
     client.add_schema(json.loads((CASES / "schema.json").read_text("utf-8")))
