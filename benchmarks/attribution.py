@@ -3,8 +3,8 @@
     python -m benchmarks.attribution                                            100,000 orders, 0.5 M, 2 M and 8 M clicks of 30 days
     python -m benchmarks.attribution --orders 400 --histories 2000 8000         does it work at all?
 
-Each history has the same orders of the last hour and the same half million clicks before them (5 an order on average, a few orders
-with a hundred); the rest are clicks of other users, on the same 30 days. First the clicks are indexed, then orders come in
+Each history has the same orders of the last hour and the same half million clicks before them (5 an order on average, one with
+thousands); the rest are clicks of other users, on the same 30 days. First the clicks are indexed, then orders come in
 batches, each followed by an attribution: what those take is the figure, per second of CPU time (which other work on the machine
 disturbs less) and of wall time. Then clicks come that orders lie behind. Credits are held to those of a join in DuckDB.
 Results go to benchmarks/results/attribution.json. Exit status 1: a credit is wrong or, with --check, the target was missed.

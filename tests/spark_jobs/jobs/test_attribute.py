@@ -114,7 +114,7 @@ def test_the_edges_of_who_is_concerned(settings: Settings, after_touch: timedelt
     attribute(settings)
     add_events(settings, [event("late", 0)])
     report = attribute(settings)
-    assert report.revisions == is_concerned
+    assert (report.orders, report.revisions) == (is_concerned, is_concerned)
     assert credits(settings).get(("o", "linear", 30)) == ({"late": 1000} if is_concerned else None)
 
 
