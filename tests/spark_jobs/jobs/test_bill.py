@@ -226,6 +226,17 @@ def test_changes_that_cancel_are_two_lines(lake: Lake) -> None:
     assert lake.bill() == [("c1", "adjustment", "late", 2), ("c1", "credit", "invalid_traffic", -2)]
 
 
+def test_a_change_is_told_once(lake: Lake) -> None:
+    """What the review took was posted: the next line is of what came since."""
+    lake.ingest(("c1", 10_000))
+    lake.close()
+    lake.bill()
+    lake.correct("review", ("c1", -1000), run="review-1")
+    assert lake.bill() == [("c1", "credit", "invalid_traffic", -1)]
+    lake.ingest(("c1", 2000))
+    assert lake.bill() == [("c1", "adjustment", "late", 2)]
+
+
 def test_a_run_that_repaired_and_reviewed_a_campaign_has_a_line_for_each(lake: Lake) -> None:
     lake.ingest(("c1", 10_000))
     lake.close()
@@ -279,6 +290,7 @@ def test_the_ledger_row_alone_brings_its_day_back(lake: Lake) -> None:
     lake.increments(("c1", 5000))
     assert lake.bill() == [("c1", "charge", "day_closed", 1)]
     lake.book()
+    lake.ingest(("c2", 1000), day=DAY + timedelta(days=5))
     assert lake.bill() == [("c1", "adjustment", "late", 5)]
 
 
