@@ -407,7 +407,7 @@ def test_the_demo_end_to_end(tmp_path: Path) -> None:
     with home_instance(demo_settings(home)) as instance:  # what it did is what Dagster shows
         runs = {run.job_name: run.status for run in instance.get_runs()}
         assert runs == dict.fromkeys(("ingest", "settlement", "marts_near_real_time"), DagsterRunStatus.SUCCESS)
-        for asset in ("landing_ingest", "settlement", "fct_campaign_day", "dim_campaign"):
+        for asset in ("landing_ingest", "settled_records", "fct_campaign_day", "dim_campaign"):
             assert instance.get_latest_materialization_event(AssetKey(asset)), asset
     # what it says to do next works
     status = terminal.run("status", "--json", cwd=tmp_path, env=environment(ADTALLY_HOME=str(home)))
