@@ -71,8 +71,12 @@ def spawn(
 _CHILDREN: dict[int, subprocess.Popen[bytes]] = {}
 
 
+# loaded before the fork: between fork and exec of a program with threads little else than a call may be done
+_LIBC = ctypes.CDLL(None)
+
+
 def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)
+    _LIBC.prctl(_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def lives(process: psutil.Process) -> bool:

@@ -19,7 +19,7 @@ from services.launcher.errors import ServiceError
 from services.launcher.kafka import Kafka
 from services.launcher.pinot import Pinot
 from services.launcher.processes import find
-from services.launcher.trial import throwaway_kafka
+from services.launcher.trial import throwaway_kafka, throwaway_pinot
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
 
@@ -132,3 +132,12 @@ def test_rows_are_exact_through_commits_redelivery_kills_and_restarts(kafka: Kaf
     with pytest.raises(ServiceError, match="Pinot does not run"):
         _ = pinot.client
     assert pinot.down() is False
+
+
+def test_one_to_throw_away_is_gone_at_the_end(tmp_path: Path, jar_cache: Path, java: Path) -> None:
+    with throwaway_pinot(jar_cache=jar_cache, java=lambda: java, parent=tmp_path) as pinot:
+        assert pinot.client.query("select 1") == [[1]]
+        assert pinot.client.tables() == []
+        folder = pinot.folder
+    assert not any(find(folder, role) for role in pinot.role_names)
+    assert list(tmp_path.iterdir()) == []
