@@ -80,7 +80,8 @@ def _grow(tree: Tree, node: Node) -> None:
 
 
 def _facts_text(node: Node) -> str:
-    facts = {name: value for name, value in node.facts.items() if value not in (None, "", []) and not (value == 0 and name in QUIET)}
+    quiet = {name for name in QUIET if node.facts.get(name) == 0}
+    facts = {name: value for name, value in node.facts.items() if value not in (None, "", []) and name not in quiet}
     return f"  [dim]{escape(', '.join(f'{name} {_text(value)}' for name, value in facts.items()))}[/]" if facts else ""
 
 
