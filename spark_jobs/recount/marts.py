@@ -12,7 +12,6 @@ from spark_jobs.recount.truth import HOUR_US, NO_HOUR, quoted, scan
 from spark_jobs.tables import BATCH_LEDGER, MINUTE_METRICS
 
 _GROUP = "near_real_time"
-_MINUTE_MEASURES = METRIC_MEASURES[:5]  # invalid_spend_nanos is not in the mart
 _COUNTS = tuple(name for name in LEDGER_MEASURES if name != "spend_nanos")
 
 
@@ -35,7 +34,9 @@ def compare_marts(settings: Settings, spill: Path, hours: Collection[int] | None
         ended = f"semi join (from {ledger}) using (_query_id, _batch_id)"
         lake.execute(f"create macro hour_of(t) as coalesce(epoch_us(t) // {HOUR_US}, {NO_HOUR})")  # marts keep times as UTC
         chosen = "true" if hours is None else f"hour in ({', '.join(map(str, [*hours, 'null']))})"
-        minute = ", ".join(_MINUTE_MEASURES)
+        known = {name for name, *_ in lake.execute("describe published.fct_campaign_minute").fetchall()}
+        measured = tuple(name for name in METRIC_MEASURES if name in known)  # an older adtally built fewer
+        minute = ", ".join(measured)
         campaigns = (
             f"(select hour_of(event_minute) as hour, campaign_id, {minute} from {metrics} {ended})",
             f"(select hour_of(event_minute) as hour, campaign_id, {minute} from published.fct_campaign_minute)",
@@ -47,7 +48,7 @@ def compare_marts(settings: Settings, spill: Path, hours: Collection[int] | None
         )
         found = []
         for mart, measures, rows, nanos, (expected, held) in (
-            ("fct_campaign_minute", _MINUTE_MEASURES, " + ".join(_MINUTE_MEASURES[:4]), "spend_nanos", campaigns),
+            ("fct_campaign_minute", measured, " + ".join(METRIC_MEASURES[:4]), "spend_nanos", campaigns),
             ("fct_event_accounting", _COUNTS, "offered", "0", books),
         ):
             differ = " or ".join(f"sum(side * coalesce({m}, 0)) != 0" for m in measures)

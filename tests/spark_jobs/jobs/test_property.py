@@ -3,7 +3,7 @@
 So do the marks of invalid traffic, at ingest and after a review, whether or not there were reviews between the runs.
 
 An example costs seconds, so each holds many records, and its traffic comes from a seed that is biased towards what can go wrong.
-``ADTALLY_PROPERTY_EXAMPLES=100 pytest tests/spark_jobs/jobs/test_property.py`` looks further than `make test`.
+``PROPERTY_EXAMPLES=100 pytest tests/spark_jobs/jobs/test_property.py`` looks further than `make test`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.spark_jobs.jobs.held import Held, check_accepted, check_increments, c
 from tests.spark_jobs.jobs.oracle import Books, Landed
 from tests.spark_jobs.jobs.traffic import CAMPAIGNS, Shape, Traffic
 
-EXAMPLES = int(os.environ.get("ADTALLY_PROPERTY_EXAMPLES", "12"))
+EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "12"))
 
 # the first of each is what the first example has, so it is none of the trivial ones
 shapes = st.builds(
