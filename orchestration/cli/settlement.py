@@ -91,17 +91,20 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
 
 
 def settle_at_end(settings: Settings) -> None:
-    """Review, credit and bill what an ingest brought; one line each on standard error."""
+    """Review, credit and bill what an ingest brought; a line for each that found something on standard error."""
     from orchestration.cli.output import console
     from spark_jobs.jobs.settle import settle
 
     shown = console(stderr=True)
     with shown.status("settling") as status:
         done = settle(settings, progress=status_line(status, shown.width))
-    changed = sum(found.changed for found in done.review.hours)
-    shown.print(f"reviewed {len(done.review.hours)} hours for invalid traffic, {changed:,} marks changed", soft_wrap=True)
-    shown.print(attribution_text(done.attribution), soft_wrap=True)
-    shown.print(f"{len(done.billing.lines):,} billing lines of {done.billing.days} closed days", soft_wrap=True)
+    if done.review.hours:
+        changed = sum(found.changed for found in done.review.hours)
+        shown.print(f"reviewed {len(done.review.hours)} hours for invalid traffic, {changed:,} marks changed", soft_wrap=True)
+    if done.attribution.orders:
+        shown.print(attribution_text(done.attribution), soft_wrap=True)
+    if done.billing.lines:
+        shown.print(f"{len(done.billing.lines):,} billing lines of {done.billing.days} closed days", soft_wrap=True)
 
 
 def review_table(report: ReviewReport) -> Iterator[RenderableType]:

@@ -62,6 +62,7 @@ def build_marts(
     *,
     progress: Callable[[str], None] | None = None,
     now: datetime | None = None,
+    with_unit_tests: bool = False,
 ) -> MartBuild:
     """Builds, checks and publishes the marts; what was published stays untouched until then, and after a failure.
 
@@ -70,8 +71,9 @@ def build_marts(
     the old build.
 
     ``group``: build the marts of one of GROUPS only, with the tests that need no mart of another, in a copy of what is published.
-    Where nothing is, all of them are built, and the unit tests run as well. ``progress`` gets a line at each step. ``now`` (with a
-    zone) is the build's time; it decides which row of a campaign is the current one.
+    Where nothing is, all of them are built. ``progress`` gets a line at each step. ``now`` (with a zone) is the build's time; it
+    decides which row of a campaign is the current one. ``with_unit_tests``: those of dbt as well. They judge the SQL and not the
+    data, so a change of the project needs them and a build does not.
 
     Raises BusyError when another build runs, AdtallyError when a table does not exist yet, MartsError when a model or test fails
     (its name is in the message, the rows that a test found are in it and in a file), UsageError when the lakehouse is not a local
@@ -107,7 +109,7 @@ def build_marts(
             new = workplace / settings.marts_path.name
             if groups != GROUPS:
                 shutil.copyfile(settings.marts_path, new)
-            nodes = _run_dbt(folder, new, groups, variables, progress)
+            nodes = _run_dbt(folder, new, _selection(groups, with_unit_tests=with_unit_tests), variables, progress)
             rows = _seal(new)
             _publish(new, settings.marts_path)
         finally:
@@ -153,14 +155,18 @@ def _has_all_groups(published: Path) -> bool:
     return {group for (group,) in found} == set(GROUPS)
 
 
-def _run_dbt(
-    folder: Path, new: Path, groups: tuple[str, ...], variables: Mapping[str, object], progress: Callable[[str], None] | None
-) -> list[DbtNode]:
-    """Builds and tests ``groups`` in ``new``. Raises MartsError with the rows that failed tests found, while they are there."""
-    work = new.with_name("work.duckdb")
-    # A test of marts of which one is not built here would compare two builds. Unit tests judge the SQL, not the data.
+def _selection(groups: tuple[str, ...], *, with_unit_tests: bool) -> list[str]:
+    """The options of dbt that choose what to build and test."""
+    # a test of marts of which one is not built here would compare two builds
     partial = ["--select", *(f"+tag:{group}" for group in groups), "--indirect-selection", "cautious"]
-    selection = [] if groups == GROUPS else [*partial, "--exclude-resource-type", "unit_test"]
+    return [*([] if groups == GROUPS else partial), *([] if with_unit_tests else ["--exclude-resource-type", "unit_test"])]
+
+
+def _run_dbt(
+    folder: Path, new: Path, selection: list[str], variables: Mapping[str, object], progress: Callable[[str], None] | None
+) -> list[DbtNode]:
+    """Builds and tests what is selected in ``new``. Raises MartsError with the rows that failed tests found."""
+    work = new.with_name("work.duckdb")
     try:
         return run_dbt(
             "build",

@@ -55,7 +55,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, build
     settings = settings_in(tmp_path_factory.mktemp("marts") / "a {b} o'clock")
     first_batch(lake_of(settings), int96=True)
     lines: list[str] = []
-    return settings, build_marts(settings, progress=lines.append, now=NOW), lines
+    return settings, build_marts(settings, progress=lines.append, now=NOW, with_unit_tests=True), lines
 
 
 def test_contents(published: tuple[Settings, build.MartBuild, list[str]]) -> None:

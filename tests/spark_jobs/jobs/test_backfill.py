@@ -24,6 +24,7 @@ from spark_jobs.hours import HourRange
 from spark_jobs.jobs.backfill import backfill
 from spark_jobs.jobs.ingest import run_ingest
 from spark_jobs.jobs.reconcile import reconcile
+from spark_jobs.jobs.review import review
 from spark_jobs.jobs.status import read_status
 from spark_jobs.steps import CORRECTION, CRASH_VARIABLE, Step
 from spark_jobs.tables import TABLES
@@ -93,6 +94,7 @@ TODAY = {"future_skew": timedelta(hours=1), "hour_grace": timedelta(minutes=30)}
 def ideal(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, empty_lakehouse: Path) -> dict[str, Any]:
     """What a home holds that was ingested by today's rules from the start."""
     home = _ingested(spark, tmp_path_factory.mktemp("ideal") / "home", empty_lakehouse, NEW, **TODAY)
+    review(home, BOTH)
     return correct.contents(home, identity=False)
 
 
@@ -136,7 +138,14 @@ def test_restated_hours_are_as_if_ingested_by_todays_rules(home: Settings, ideal
     assert reconcile(home, None).differences == []  # the hour is judged by its new rules
     told = "select kind, reason, cause, sum(spend_nanos)::bigint from restatements group by all"
     delta = sum(change.spend_nanos_after - change.spend_nanos_before for change in report.changes)
-    assert correct.rows(home, told) == [("backfill", "new prices", "rules_changed", delta)]
+    assert correct.rows(home, f"select * from ({told}) where kind = 'backfill'") == [
+        ("backfill", "new prices", "rules_changed", delta)
+    ]
+    # a1 and l1 are of one user, ad and moment, a click came twenty minutes before another: the later ones are repeats
+    assert correct.rows(home, f"select kind, reason, cause from ({told}) where kind = 'review'") == [
+        ("review", "new prices", "repeat_click"),
+        ("review", "new prices", "repeat_impression"),
+    ]
     versions = _versions(home)
     again = backfill(home, BOTH)
     assert (again.changes, again.hours_changed) == ([], 0)
@@ -177,6 +186,7 @@ def test_an_ingest_and_other_backfills_may_go_on(spark: SparkSession, home: Sett
 
 
 def test_taken_back_by_the_old_rules(base: Settings, home: Settings) -> None:
+    review(home, BOTH)
     before = correct.contents(home)
     backfill(home, BOTH)
     lake.campaigns(home, *OLD)
