@@ -46,7 +46,7 @@ test-soak: setup ## Set up and run everything at once for minutes: ingest, compa
 
 .PHONY: test-e2e
 test-e2e: setup ## Set up and run whole programs: adtally up with files that land, marts and Ctrl-C; small benchmarks
-	@$(RUN) pytest -m e2e $(PYTEST_ARGS)
+	@$(RUN) pytest -n $(WORKERS) --dist load --maxschedchunk 1 -m e2e $(PYTEST_ARGS)
 
 .PHONY: test-services
 test-services: setup ## Set up and start a real Kafka and a real Pinot (their jars are downloaded once)
