@@ -48,6 +48,10 @@ test-soak: setup ## Set up and run everything at once for minutes: ingest, compa
 test-e2e: setup ## Set up and run whole programs: adtally up with files that land, marts and Ctrl-C; small benchmarks
 	@$(RUN) pytest -n $(WORKERS) --dist load --maxschedchunk 1 -m e2e $(PYTEST_ARGS)
 
+.PHONY: test-long
+test-long: setup ## Set up and run the last two, side by side
+	@$(RUN) pytest -n $(WORKERS) --dist load --maxschedchunk 1 -m "soak or e2e" $(PYTEST_ARGS)
+
 .PHONY: test-services
 test-services: setup ## Set up and start a real Kafka and a real Pinot (their jars are downloaded once)
 	@$(RUN) pytest -m services $(PYTEST_ARGS)
