@@ -15,11 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spark_jobs.config import Settings
-from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import UsageError
 from spark_jobs.hours import HOUR, HourRange, floor_hour
 from spark_jobs.sinks.delta import append_closing, ensure_tables
-from spark_jobs.sources.delta import file_paths, read_files
+from spark_jobs.sources.delta import read_newest
 from spark_jobs.tables import BATCH_LEDGER, HOUR_CLOSINGS, Table
 
 _SOURCE = ("stream", "source", "region")
@@ -148,11 +147,7 @@ def _sources(settings: Settings, ledger: pa.Table) -> list[SourceProgress]:
 
 
 def _read(settings: Settings, table: Table, names: tuple[str, ...]) -> pa.Table:
-    """Columns of a table's newest version; no row where there is no table. A column that it lacks yet is null."""
-    schema = pa.schema([table.schema.field(name) for name in names])
-    uri = settings.table_uri(table.name)
-    version = DeltaLog(uri).latest_version()
-    return schema.empty_table() if version is None else read_files(uri, file_paths(uri, version), schema)
+    return read_newest(settings.table_uri(table.name), pa.schema([table.schema.field(name) for name in names]))
 
 
 def _text(hour: datetime) -> str:

@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
@@ -27,12 +26,12 @@ from spark_jobs.hours import HourRange
 from spark_jobs.jobs.correct import Run, correcting, table_rows, writing
 from spark_jobs.jobs.reconcile import hour_moment, hour_number, require_local, told_plainly
 from spark_jobs.recount.plans import read_plans
-from spark_jobs.recount.truth import quoted, scan
+from spark_jobs.recount.truth import keep_table, quoted, scan
 from spark_jobs.rules.invalid_traffic import BITS, InvalidTrafficRules, Mode, keep_rules, marks, rules_of
 from spark_jobs.rules.invalid_traffic import judge_of as record_judge_of
 from spark_jobs.sinks.corrections import Correction, TableChange, carry_out, write_ahead
 from spark_jobs.sinks.delta import ensure_tables
-from spark_jobs.sources.delta import file_paths, read_files
+from spark_jobs.sources.delta import file_paths, read_files, read_newest
 from spark_jobs.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, RESTATEMENTS, TRAFFIC_REVIEWS, Table
 from spark_jobs.transforms.events import HOUR_US, INCREMENT_SCHEMA, METRIC_KEYS, METRIC_MEASURES, increment_columns
 
@@ -167,10 +166,7 @@ def review_anew(settings: Settings, hours: Collection[int], run: Run, say: Calla
 
 
 def _read(settings: Settings, table: Table, names: tuple[str, ...]) -> pa.Table:
-    uri = settings.table_uri(table.name)
-    version = DeltaLog(uri).latest_version()
-    schema = pa.schema([table.schema.field(name) for name in names])
-    return schema.empty_table() if version is None else read_files(uri, file_paths(uri, version), schema)
+    return read_newest(settings.table_uri(table.name), pa.schema([table.schema.field(name) for name in names]))
 
 
 def _read_state(settings: Settings) -> _State:
@@ -279,24 +275,16 @@ _SUMS = """
 """
 
 
-def _keep(lake: duckdb.DuckDBPyConnection, name: str, table: pa.Table, spill: Path) -> None:
-    """Hold an Arrow table as a table of this DuckDB (to register it would import pandas)."""
-    path = spill / f"{name}.parquet"
-    pq.write_table(table, path)
-    lake.execute(f"create or replace temp table {name} as select * from read_parquet('{quoted(path)}')")
-    path.unlink()
-
-
 def _judge(settings: Settings, lake: duckdb.DuckDBPyConnection, state: _State, group: _Group, spill: Path) -> None:
     """Make table `judged`: each event of the hours with the rules that hit it, and what stands and is to stand in its marks."""
     wide = {at for hour in group.hours for at in range(hour - group.rules.look_back_hours, hour + 1)}
-    _keep(lake, "hours", pa.table({"hour": pa.array(group.hours, pa.int64())}), spill)
-    _keep(lake, "wide", pa.table({"hour": pa.array(sorted(wide), pa.int64())}), spill)
+    keep_table(lake, "hours", pa.table({"hour": pa.array(group.hours, pa.int64())}), spill)
+    keep_table(lake, "wide", pa.table({"hour": pa.array(sorted(wide), pa.int64())}), spill)
     batches = {
         "_query_id": pa.array([query for query, _ in state.batches], pa.string()),
         "_batch_id": pa.array([batch for _, batch in state.batches], pa.int64()),
     }
-    _keep(lake, "batches", pa.table(batches), spill)
+    keep_table(lake, "batches", pa.table(batches), spill)
     first, last = min(wide) // 24, max(wide) // 24
     lake.execute(
         f"""
@@ -316,7 +304,7 @@ def _judge(settings: Settings, lake: duckdb.DuckDBPyConnection, state: _State, g
     lake.execute(f"create temp table coded as select * from (select *, {code} as code from seen) where is_asked")
     codes = lake.execute("select distinct code from coded").to_arrow_table()["code"].combine_chunks().cast(pa.int64())
     rule, hits = marks(codes.to_numpy(zero_copy_only=False), group.rules)
-    _keep(lake, "verdicts", pa.table({"code": codes, "new_rule": rule, "new_rules": hits}), spill)
+    keep_table(lake, "verdicts", pa.table({"code": codes, "new_rule": rule, "new_rules": hits}), spill)
     lake.execute(
         """
         create temp table judged as
@@ -354,7 +342,7 @@ def _record_code(lake: duckdb.DuckDBPyConnection, rules: InvalidTrafficRules, sp
         values = pa.table({"user_agent": pa.nulls(found.num_rows, pa.string()), "user_id": pa.nulls(found.num_rows, pa.string())})
         at = values.schema.get_field_index(column)
         values = values.set_column(at, column, found[column].cast(pa.string()))
-        _keep(lake, f"of_{column}", pa.table({"value": values[column], "code": pa.array(judge.codes(values))}), spill)
+        keep_table(lake, f"of_{column}", pa.table({"value": values[column], "code": pa.array(judge.codes(values))}), spill)
         lake.execute(f"delete from of_{column} where code = 0")
         kinds.append(f"coalesce((select code from of_{column} o where o.value = seen.{column}), 0)")
     return " | ".join(kinds)

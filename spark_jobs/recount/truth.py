@@ -162,6 +162,14 @@ def scan(settings: Settings, name: str, version: int | None) -> str:
     return f"delta_scan('{quoted(settings.table_uri(name))}'{pinned})"
 
 
+def keep_table(lake: duckdb.DuckDBPyConnection, name: str, table: pa.Table, spill: Path) -> None:
+    """Hold an Arrow table as a table of a DuckDB, by way of a file in ``spill``."""
+    path = spill / f"{name}.parquet"  # to register the table would import pandas, which takes longer than all else
+    pq.write_table(table, path)
+    lake.execute(f"create or replace temp table {name} as select * from read_parquet('{quoted(path)}')")
+    path.unlink()
+
+
 def _booked(settings: Settings, version: int | None) -> set[tuple[str, int]]:
     """The batches of events that the ledger holds."""
     held = DeltaTable(settings.table_uri(BATCH_LEDGER.name), version=version)
@@ -308,10 +316,7 @@ class Recount:
 
     def keep(self, name: str, table: pa.Table) -> None:
         """Hold an Arrow table as a table of this DuckDB."""
-        path = self._spill / f"{name}.parquet"  # to register the table would import pandas, which takes longer than all else
-        pq.write_table(table, path)
-        self.lake.execute(f"create or replace temp table {name} as select * from read_parquet('{quoted(path)}')")
-        path.unlink()
+        keep_table(self.lake, name, table, self._spill)
 
     def _load_rules(self, rules: dict[int, Rules]) -> None:
         self.lake.execute(

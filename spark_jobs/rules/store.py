@@ -17,7 +17,7 @@ from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import AdtallyError, RuleFileError
 from spark_jobs.sinks.delta import ensure_tables
-from spark_jobs.sources.delta import file_paths, read_files
+from spark_jobs.sources.delta import read_newest
 from spark_jobs.steps import Step, durable
 from spark_jobs.tables import RULE_SETS
 
@@ -81,6 +81,4 @@ def rule_sets_of(settings: Settings, kind: str, model: type[Rules]) -> dict[str,
 
 
 def _held(settings: Settings) -> pa.Table:
-    uri = settings.table_uri(RULE_SETS.name)
-    version = DeltaLog(uri).latest_version()
-    return RULE_SETS.schema.empty_table() if version is None else read_files(uri, file_paths(uri, version), RULE_SETS.schema)
+    return read_newest(settings.table_uri(RULE_SETS.name), RULE_SETS.schema)

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from deltalake import DeltaTable
 
+from spark_jobs.delta_log import DeltaLog
 from spark_jobs.storage import open_root
 
 
@@ -34,6 +35,12 @@ def read_files(uri: str, paths: Sequence[str], schema: pa.Schema, where_in: tupl
     name, values = where_in
     kept = [batch.filter(pc.is_in(batch[name], value_set=values)) for batch in dataset.to_batches()]
     return pa.Table.from_batches(kept, schema)
+
+
+def read_newest(uri: str, schema: pa.Schema) -> pa.Table:
+    """The columns of ``schema`` of a table's newest version; no row where there is no table. A column that it lacks yet is null."""
+    version = DeltaLog(uri).latest_version()
+    return schema.empty_table() if version is None else read_files(uri, file_paths(uri, version), schema)
 
 
 def read_batches(uri: str, paths: Sequence[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
