@@ -37,6 +37,9 @@ class Settings(BaseSettings):
         Path | None,
         Field(description="Folder of invalid_traffic.toml and attribution.toml; ours where one is missing. Default: HOME/rules."),
     ] = None
+    kafka: Annotated[
+        Path | None, Field(description="The Kafka clusters, as docs/kafka.md says. Default: HOME/kafka.toml, where there is one.")
+    ] = None
     cache_dir: Annotated[
         Path | None, Field(description="Jars resolved once for all installations. Default: the user's cache folder.")
     ] = None
@@ -168,6 +171,11 @@ class Settings(BaseSettings):
     def rules_path(self) -> Path:
         """Folder of the rule files, absolute."""
         return (self.rules or self.home_path / "rules").expanduser().absolute()
+
+    @cached_property
+    def kafka_path(self) -> Path:
+        """The file that names the Kafka clusters, absolute."""
+        return (self.kafka or self.home_path / "kafka.toml").expanduser().absolute()
 
     @cached_property
     def checkpoints_path(self) -> Path:

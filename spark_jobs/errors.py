@@ -60,5 +60,19 @@ class RuleFileError(UsageError):
     """A rule file cannot be right; the message names the file and the rule."""
 
 
+class KafkaConfigurationError(UsageError):
+    """The file of the Kafka clusters cannot be right; the message names the entry, never its value."""
+
+
+class KafkaError(AdtallyError):
+    """A broker does not answer, or refuses. Trying again can help."""
+
+    retryable = True
+
+
+class OffsetGapError(AdtallyError):
+    """Records that were to be read next are not in the topic any more; the message names their offsets."""
+
+
 class TableCorruptionError(AdtallyError):
     """A Delta table is not what the registry says, or contradicts what was derived from it."""

@@ -19,6 +19,7 @@ _TYPES = {
     "DATE": pa.date32(),
     "TIMESTAMP": pa.timestamp("us", "UTC"),
     "DOUBLE": pa.float64(),
+    "BINARY": pa.binary(),
     "ARRAY<STRING>": pa.list_(pa.string()),
     "ARRAY<BIGINT>": pa.list_(pa.int64()),
     "ARRAY<DOUBLE>": pa.list_(pa.float64()),
@@ -112,12 +113,13 @@ BATCH_LEDGER = Table(
     name="batch_ledger",
     grain="one row a query, batch, source, region and event hour (null: the record had no readable time). Written last: "
     "a batch is complete when it stands here. offered = accepted + duplicate + conflict + rejected; late, invalid_traffic "
-    "and unpriced are parts of accepted. A correction run adds rows of its own (_run_id), whose counts are differences",
+    "and unpriced are parts of accepted. lost_offsets: Kafka's offsets that the batch went past by an operator's decision "
+    "(source_gaps). A correction run adds rows of its own (_run_id), whose counts are differences",
     columns="""
         stream STRING, source STRING, region STRING, event_hour TIMESTAMP,
         offered BIGINT, accepted BIGINT, duplicate BIGINT, conflict BIGINT, rejected BIGINT,
         late BIGINT, invalid_traffic BIGINT, unpriced BIGINT, spend_nanos BIGINT,
-        max_received_at TIMESTAMP, ingested_at TIMESTAMP, _query_id STRING, _batch_id BIGINT, _run_id STRING
+        lost_offsets BIGINT, max_received_at TIMESTAMP, ingested_at TIMESTAMP, _query_id STRING, _batch_id BIGINT, _run_id STRING
     """,
     key=("_query_id", "_batch_id", "_run_id", "source", "region", "event_hour"),
     partition_by=(),
@@ -136,6 +138,44 @@ ORDERS = Table(
     key=("order_id",),
     partition_by=(),
     stats_columns=("order_id", "order_time", "_batch_id"),
+)
+
+RAW_COLUMNS = """
+    cluster STRING, source_topic STRING, source_partition INT, source_offset BIGINT, source_timestamp TIMESTAMP,
+    value BINARY, ingested_at TIMESTAMP, ingested_date DATE
+"""
+
+RAW_EVENTS = Table(
+    name="raw_events",
+    grain="one row a record of the topic of events, as it came (value null: a tombstone), by a query of its own, so that a "
+    "recount needs neither the topic nor the hot path. After a lost checkpoint a record may stand here twice: take one a key",
+    columns=RAW_COLUMNS,
+    key=("cluster", "source_topic", "source_partition", "source_offset"),
+    partition_by=("ingested_date",),
+    stats_columns=("cluster", "source_topic", "source_partition", "source_offset", "source_timestamp"),
+)
+
+RAW_ORDERS = Table(
+    name="raw_orders",
+    grain="as raw_events, for orders",
+    columns=RAW_COLUMNS,
+    key=RAW_EVENTS.key,
+    partition_by=RAW_EVENTS.partition_by,
+    stats_columns=RAW_EVENTS.stats_columns,
+)
+
+SOURCE_GAPS = Table(
+    name="source_gaps",
+    grain="one row an operator's decision to go on behind records that a topic no longer has: offsets [first_offset, end_offset) "
+    "of a partition. topic_id is that of the topic that is read from then on; where it differs from what was read before the "
+    "topic was made anew, and reading begins at its first record",
+    columns="""
+        stream STRING, cluster STRING, source_topic STRING, source_partition INT, first_offset BIGINT, end_offset BIGINT,
+        topic_id STRING, reason STRING, accepted_by STRING, accepted_at TIMESTAMP
+    """,
+    key=("stream", "cluster", "source_topic", "source_partition", "first_offset", "topic_id"),
+    partition_by=(),
+    stats_columns=("accepted_at",),
 )
 
 CAMPAIGNS = Table(
@@ -270,6 +310,7 @@ TABLES: dict[str, Table] = {
     table.name: table
     for table in (
         *(EVENTS, REJECTED_EVENTS, MINUTE_METRICS, BATCH_LEDGER, ORDERS, REJECTED_ORDERS, CAMPAIGNS),
+        *(RAW_EVENTS, RAW_ORDERS, SOURCE_GAPS),
         *(RECONCILIATIONS, RESTATEMENTS, HOUR_RULES, HOUR_CLOSINGS),
         *(RULE_SETS, TRAFFIC_REVIEWS, ATTRIBUTED_ORDERS, BILLING_LINES),
     )
