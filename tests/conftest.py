@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from pyspark.sql import SparkSession
 
+from services.launcher.kafka import Kafka
+from services.launcher.trial import throwaway_kafka
 from spark_jobs.config import Settings, load_settings
+from spark_jobs.java import require_java
 from spark_jobs.session import build_session
 from spark_jobs.sinks.delta import ensure_tables
 
@@ -22,6 +25,14 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     session = build_session(load_settings(home=home), "adtally-tests")
     yield session
     session.stop()
+
+
+@pytest.fixture(scope="session")
+def kafka() -> Iterator[Kafka]:
+    """One real broker of the run, without topics: each test makes its own, under names of its own."""
+    jars = load_settings().jar_cache_path
+    with throwaway_kafka(jar_cache=jars, java=lambda: require_java().executable, topics=(), heap="256m") as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)
