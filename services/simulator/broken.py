@@ -91,3 +91,9 @@ ORDER_BREAKAGES: Sequence[Breakage] = (
     Breakage("currency_in_small_letters", True, _set("currency", "usd")),
     Breakage("region_of_another_folder", True, _set("region", "ap-south")),
 )
+
+
+def from_topics(breakages: Sequence[Breakage]) -> Sequence[Breakage]:
+    """The same for records of a topic, which no folder contradicts: there a region that is no name takes that one's place."""
+    unreadable = Breakage("region_is_no_name", True, _set("region", "AP South"))
+    return [unreadable if kind.name == "region_of_another_folder" else kind for kind in breakages]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from services.simulator.broken import ORDER_BREAKAGES, Record, dump
+from services.simulator.broken import ORDER_BREAKAGES, Breakage, Record, dump
 from services.simulator.traffic import Events
 from services.simulator.truth import HOUR_US, OrderTruth, rfc3339
 from services.simulator.world import CURRENCIES, REGIONS, World
@@ -26,7 +27,14 @@ class OrderLine:
 
 
 def draw_orders(
-    rng: np.random.Generator, events: Events, world: World, *, conversion: float, first_day: str, end_us: int
+    rng: np.random.Generator,
+    events: Events,
+    world: World,
+    *,
+    conversion: float,
+    first_day: str,
+    end_us: int,
+    breakages: Sequence[Breakage] = ORDER_BREAKAGES,
 ) -> list[OrderLine]:
     """Orders for this fraction of the clicks.
 
@@ -53,7 +61,7 @@ def draw_orders(
         if breakage is None:
             lines.append(OrderLine(region, received_us, dump(written), record))
         else:
-            lines.append(OrderLine(region, received_us, ORDER_BREAKAGES[breakage].apply(dump(written)), None))
+            lines.append(OrderLine(region, received_us, breakages[breakage].apply(dump(written)), None))
 
     after_journeys = _after_journeys(events, count // 3, end_us)
     for number in range(count):
@@ -97,7 +105,7 @@ def draw_orders(
             dearer = {**record, "total_micros": record["total_micros"] + 1_000_000}
             add(region, received_us + 1000 + int(second * HOUR_US) // 1000 * 1000, dearer, number)
         elif kind < 0.12:
-            add(region, received_us - 2000, record, number, breakage=number % len(ORDER_BREAKAGES))
+            add(region, received_us - 2000, record, number, breakage=number % len(breakages))
         add(region, received_us, record, number)
     return lines
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.simulator import encode
-from services.simulator.broken import EVENT_BREAKAGES
+from services.simulator.broken import EVENT_BREAKAGES, ORDER_BREAKAGES, Breakage
 from services.simulator.credit import credit_orders
 from services.simulator.errors import SimulationError
 from services.simulator.landing import campaigns_csv, increasing_mtimes, write_file
@@ -29,7 +29,7 @@ from services.simulator.traffic import (
     draw_lines,
     plan,
 )
-from services.simulator.truth import Ints, Limits, Truth, account_events, rfc3339, to_us, touches_by_journey
+from services.simulator.truth import EventLines, Ints, Limits, OrderTruth, Truth, account_events, rfc3339, to_us, touches_by_journey
 from services.simulator.world import CURRENCIES, REGIONS, World, make_world
 
 _DAY_US = 86_400_000_000
@@ -39,6 +39,25 @@ _DEFAULT_SHARES = SimulationShares()
 _SLICES_ORDERS = 8
 _LIST = "listed_users.txt"
 _RULES = f'# Written with simulated traffic: all rules as by default, and a list.\nlist_file = "{_LIST}"\n'
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What was drawn: advertisers, events, the lines offered of them, and orders, from ``start_us`` to ``end_us``.
+
+    ``listed`` are the users on the operator's list, ``args`` what truth.json says of the arguments.
+    """
+
+    seed: int
+    world: World
+    events: Events
+    lines: Lines
+    order_lines: list[OrderLine]
+    limits: Limits
+    listed: Ints
+    start_us: int
+    end_us: int
+    args: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -86,13 +105,93 @@ def simulate(
     The same arguments give the same bytes, truth and mtimes. Raises SimulationError for arguments that cannot be right
     and if `out` is not empty.
     """
-    _check(out, events, days, rate, campaigns, ads, users, click_rate, conversion, lines_per_file, gz_share, listed_users, start)
+    if lines_per_file is not None and lines_per_file < 1:
+        raise SimulationError("lines_per_file must be at least 1")
+    if not 0 <= gz_share <= 1:
+        raise SimulationError("gz_share lies between 0 and 1")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SimulationError(f"{out} is not an empty folder", hint="choose another, or remove what is in it")
+    traffic = draw_traffic(
+        events,
+        seed,
+        start=start,
+        days=days,
+        rate=rate,
+        shares=shares,
+        campaigns=campaigns,
+        ads=ads,
+        users=users,
+        click_rate=click_rate,
+        conversion=conversion,
+        listed_users=listed_users,
+        future_skew=future_skew,
+        hour_grace=hour_grace,
+    )
+    per_file = lines_per_file if lines_per_file is not None else min(max(events // 24, 500), 40_000)
+    lines, order_lines = traffic.lines, traffic.order_lines
+    order_received = np.array([line.received_us for line in order_lines], np.int64)
+    order_region = np.array([line.region for line in order_lines], np.uint8)
+    orders_per_file = max(20, -(-len(order_lines) // (_SLICES_ORDERS * len(REGIONS))))
+    slices = [
+        *_cut("events", lines.region, lines.received_us, per_file),
+        *_cut("orders", order_region, order_received, orders_per_file),
+    ]
+    slices.sort(key=lambda item: (item.end_us, item.source, item.region, item.number))
+
+    event_order = np.concatenate([item.positions for item in slices if item.source == "events"])
+    counted_orders = count_orders([order_lines[at] for item in slices if item.source == "orders" for at in item.positions])
+    columns = lines.truth_columns(event_order, traffic.events, traffic.world, traffic.listed)
+    files = {source: sum(item.source == source for item in slices) for source in ("events", "orders")}
+    truth = account(
+        traffic, columns, counted_orders, args={"lines_per_file": per_file, "gz_share": gz_share}, totals={"files": files}
+    )
+    write_beside(out, traffic)
+    encoder = Encoder(traffic.world)
+    mtimes = increasing_mtimes([item.end_us for item in slices])
+    done = 0
+    for item, mtime_ms in zip(slices, mtimes, strict=True):
+        if item.source == "events":
+            content = encoder.encode(traffic.events, lines, item.positions)
+            done += len(item.positions)
+        else:
+            content = b"".join(order_lines[position].text + b"\n" for position in item.positions)
+        packed = item.source == "events" and int((item.number + 1) * gz_share) > int(item.number * gz_share)
+        name = f"{item.source}-{item.number:05d}.jsonl{'.gz' if packed else ''}"
+        write_file(out / item.source / REGIONS[item.region] / name, content, mtime_ms)
+        if progress is not None and item.source == "events":
+            progress(done, events)
+    write_file(out / "truth.json", truth.as_json().encode())
+    return truth
+
+
+def draw_traffic(
+    events: int,
+    seed: int,
+    *,
+    start: datetime = _DEFAULT_START,
+    days: float | None = None,
+    rate: float | None = None,
+    shares: SimulationShares = _DEFAULT_SHARES,
+    campaigns: int = 60,
+    ads: int = 600,
+    users: int | None = None,
+    click_rate: float = 0.03,
+    conversion: float = 0.10,
+    listed_users: int = 0,
+    future_skew: timedelta = Limits.future_skew,
+    hour_grace: timedelta = Limits.hour_grace,
+    order_breakages: Sequence[Breakage] = ORDER_BREAKAGES,
+) -> Traffic:
+    """Draw the traffic of `events` event lines; the arguments are those of `simulate`.
+
+    ``order_breakages`` are the ways in which order lines are broken. Raises SimulationError for arguments that cannot be right.
+    """
+    _check(events, days, rate, campaigns, ads, users, click_rate, conversion, listed_users, start)
     limits = Limits(future_skew, hour_grace)
     span_days = days if days is not None else events / rate / 86_400 if rate is not None else _DEFAULT_DAYS
     start_us = to_us(start)
     end_us = start_us + max(1_000_000, round(span_days * _DAY_US))
     people = users if users is not None else max(50, events // 20)
-    per_file = lines_per_file if lines_per_file is not None else min(max(events // 24, 500), 40_000)
 
     world_rng, events_rng, lines_rng, orders_rng = np.random.default_rng(seed).spawn(4)
     world = make_world(world_rng, campaigns=campaigns, ads=ads, start_us=start_us, end_us=end_us)
@@ -112,17 +211,9 @@ def simulate(
     )
     lines = draw_lines(lines_rng, drawn, counts, people, end_us)
     first_day = f"{start.astimezone(UTC):%Y%m%d}"
-    order_lines = draw_orders(orders_rng, drawn, world, conversion=conversion, first_day=first_day, end_us=end_us)
-
-    order_received = np.array([line.received_us for line in order_lines], np.int64)
-    order_region = np.array([line.region for line in order_lines], np.uint8)
-    orders_per_file = max(20, -(-len(order_lines) // (_SLICES_ORDERS * len(REGIONS))))
-    slices = [
-        *_cut("events", lines.region, lines.received_us, per_file),
-        *_cut("orders", order_region, order_received, orders_per_file),
-    ]
-    slices.sort(key=lambda item: (item.end_us, item.source, item.region, item.number))
-
+    order_lines = draw_orders(
+        orders_rng, drawn, world, conversion=conversion, first_day=first_day, end_us=end_us, breakages=order_breakages
+    )
     args: dict[str, Any] = {
         "events": events,
         "start": rfc3339(start_us),
@@ -132,8 +223,6 @@ def simulate(
         "users": people,
         "click_rate": click_rate,
         "conversion": conversion,
-        "lines_per_file": per_file,
-        "gz_share": gz_share,
         "listed_users": listed_users,
         "future_skew_seconds": future_skew.total_seconds(),
         "hour_grace_seconds": hour_grace.total_seconds(),
@@ -141,31 +230,18 @@ def simulate(
     }
     # Those who turn up at even steps of the numbers, so that frequent and rare users are among them.
     listed = np.linspace(0, people * len(REGIONS) - 1, listed_users).astype(np.int64)
-    truth = _account(slices, lines, drawn, world, order_lines, limits, listed, seed, args)
-    if listed_users:
+    return Traffic(seed, world, drawn, lines, order_lines, limits, listed, start_us, end_us, args)
+
+
+def write_beside(out: Path, traffic: Traffic) -> None:
+    """What goes with the records: the campaigns, and the rules that the truth supposes if they are not the default ones."""
+    if len(traffic.listed):
         write_file(out / "rules" / "invalid_traffic.toml", _RULES.encode())
-        write_file(out / "rules" / _LIST, "".join(f"{user_name(code)}\n" for code in listed.tolist()).encode())
-    write_file(out / "campaigns" / "campaigns.csv", campaigns_csv(world.rows), start_us // 1000)
-    encoder = _Encoder(world)
-    mtimes = increasing_mtimes([item.end_us for item in slices])
-    done = 0
-    for item, mtime_ms in zip(slices, mtimes, strict=True):
-        if item.source == "events":
-            content = encoder.encode(drawn, lines, item.positions)
-            done += len(item.positions)
-        else:
-            content = b"".join(order_lines[position].text + b"\n" for position in item.positions)
-        packed = item.source == "events" and int((item.number + 1) * gz_share) > int(item.number * gz_share)
-        name = f"{item.source}-{item.number:05d}.jsonl{'.gz' if packed else ''}"
-        write_file(out / item.source / REGIONS[item.region] / name, content, mtime_ms)
-        if progress is not None and item.source == "events":
-            progress(done, events)
-    write_file(out / "truth.json", truth.as_json().encode())
-    return truth
+        write_file(out / "rules" / _LIST, "".join(f"{user_name(code)}\n" for code in traffic.listed.tolist()).encode())
+    write_file(out / "campaigns" / "campaigns.csv", campaigns_csv(traffic.world.rows), traffic.start_us // 1000)
 
 
 def _check(
-    out: Path,
     events: int,
     days: float | None,
     rate: float | None,
@@ -174,8 +250,6 @@ def _check(
     users: int | None,
     click_rate: float,
     conversion: float,
-    lines_per_file: int | None,
-    gz_share: float,
     listed_users: int,
     start: datetime,
 ) -> None:
@@ -191,15 +265,11 @@ def _check(
         "there must be at least two users": users is not None and users < 2,
         "click_rate lies between 0 and 1": not 0 <= click_rate <= 1,
         "conversion lies between 0 and 1": not 0 <= conversion <= 1,
-        "lines_per_file must be at least 1": lines_per_file is not None and lines_per_file < 1,
         "listed_users must not be negative": listed_users < 0,
-        "gz_share lies between 0 and 1": not 0 <= gz_share <= 1,
     }
     for problem, found in problems.items():
         if found:
             raise SimulationError(problem)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SimulationError(f"{out} is not an empty folder", hint="choose another, or remove what is in it")
 
 
 def _cut(source: str, region: npt.NDArray[np.uint8], received_us: Ints, per_file: int) -> list[Slice]:
@@ -214,20 +284,9 @@ def _cut(source: str, region: npt.NDArray[np.uint8], received_us: Ints, per_file
     return slices
 
 
-def _account(
-    slices: Sequence[Slice],
-    lines: Lines,
-    events: Events,
-    world: World,
-    order_lines: list[OrderLine],
-    limits: Limits,
-    listed_users: Ints,
-    seed: int,
-    args: dict[str, Any],
-) -> Truth:
-    """The truth of all lines, taken in the order of the files."""
-    event_order = np.concatenate([item.positions for item in slices if item.source == "events"])
-    columns = lines.truth_columns(event_order, events, world, listed_users)
+def account(traffic: Traffic, columns: EventLines, orders: OrderTruth, *, args: dict[str, Any], totals: dict[str, Any]) -> Truth:
+    """The truth of event lines and orders that were taken in this order; ``args`` and ``totals`` come on top."""
+    world = traffic.world
     stores = {name: world.store_ids[world.store_of_campaign[code]] for code, name in enumerate(world.campaign_ids)}
     counted = account_events(
         columns,
@@ -237,24 +296,28 @@ def _account(
         agents=AGENTS,
         stores=stores,
         campaign_rows=world.rows,
-        limits=limits,
+        limits=traffic.limits,
     )
-    orders = count_orders([order_lines[at] for item in slices if item.source == "orders" for at in item.positions])
-    by_intent = np.bincount(lines.intent, minlength=len(INTENTS))
-    files = {source: sum(item.source == source for item in slices) for source in ("events", "orders")}
-    totals = counted.totals | {
-        "lines_by_intent": {name: int(by_intent[code]) for code, name in enumerate(INTENTS)},
-        "files": files,
-    }
+    by_intent = np.bincount(traffic.lines.intent, minlength=len(INTENTS))
+    intents = {"lines_by_intent": {name: int(by_intent[code]) for code, name in enumerate(INTENTS)}}
     touches = touches_by_journey(columns, counted.touches, world.campaign_ids, stores, user_name)
-    credit = credit_orders(orders.final_orders(), touches)
-    return Truth(seed, args, counted.accounting, counted.campaign_hours, counted.billing, totals, orders.as_dict(), credit)
+    return Truth(
+        traffic.seed,
+        traffic.args | args,
+        counted.accounting,
+        counted.campaign_hours,
+        counted.billing,
+        counted.totals | intents | totals,
+        orders.as_dict(),
+        credit_orders(orders.final_orders(), touches),
+    )
 
 
-class _Encoder:
+class Encoder:
     """Turns lines into JSON text, with the lookup tables of one world."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, breakages: Sequence[Breakage] = EVENT_BREAKAGES) -> None:
+        self._breakages = breakages
         self._campaign_of_ad = world.campaign_of_ad
         campaign_texts = [
             f'","campaign_id":"{name}","store_id":"{world.store_ids[world.store_of_campaign[code]]}","user_id":"u'
@@ -313,5 +376,5 @@ class _Encoder:
             return text
         parts = text.split(b"\n")
         for position in broken:
-            parts[position] = EVENT_BREAKAGES[breakage[position]].apply(parts[position])
+            parts[position] = self._breakages[breakage[position]].apply(parts[position])
         return b"\n".join(parts)

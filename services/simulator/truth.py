@@ -90,6 +90,8 @@ class EventLines:
     id_high: npt.NDArray[np.uint64]
     id_low: npt.NDArray[np.uint64]
     price_micros: Ints
+    source: npt.NDArray[np.integer[Any]] | None = None
+    """Where each line was offered, if that is not its region: codes into the ``sources`` of `account_events`."""
 
 
 @dataclass(frozen=True)
@@ -174,11 +176,13 @@ def account_events(
     stores: Mapping[str, str],
     campaign_rows: Sequence[CampaignRow],
     limits: Limits,
+    sources: Sequence[str] | None = None,
 ) -> EventTruth:
     """The accounting of event lines: counts per outcome, late, invalid, unpriced, and what each campaign owes in nanos.
 
     A cpc click costs price_micros x 1000 nanos, a cpm impression price_micros nanos, anything else nothing. Invalid
-    traffic is counted apart, with what it would have cost. ``stores`` names each campaign's store.
+    traffic is counted apart, with what it would have cost. ``stores`` names each campaign's store. Where the lines have a
+    ``source``, the accounting's region is that source's name in ``sources``.
     """
     outcome = classify(lines, limits.future_skew)
     hour = np.where(lines.event_us == NO_TIME, -1, lines.event_us // HOUR_US)
@@ -193,18 +197,19 @@ def account_events(
     invalid = rule != BILLABLE
 
     span = int(hour.max(initial=0)) + 2
-    keys, group = np.unique(lines.region * np.int64(span) + hour + 1, return_inverse=True)
+    offered_by, names = (lines.region, regions) if lines.source is None else (lines.source, sources or regions)
+    keys, group = np.unique(offered_by * np.int64(span) + hour + 1, return_inverse=True)
     by_outcome = [_counts(group, outcome == code, len(keys)) for code in range(len(OUTCOMES))]
     late_of = _counts(group[taken], late, len(keys))
     unpriced_of = _counts(group[taken], unpriced, len(keys))
     invalid_of = _counts(group[taken], invalid, len(keys))
     accounting: list[Row] = []
     for index, key in enumerate(keys):
-        region_code, hour_number = divmod(int(key), span)
+        name_code, hour_number = divmod(int(key), span)
         counts = {name: by_outcome[code][index] for code, name in enumerate(OUTCOMES)}
         accounting.append(
             {
-                "region": regions[region_code],
+                "region": names[name_code],
                 "event_hour": None if hour_number == 0 else rfc3339((hour_number - 1) * HOUR_US),
                 "offered": sum(counts.values()),
                 **counts,
