@@ -24,3 +24,11 @@ class ServiceBusyError(ServiceError):
 
 class ServiceUsageError(ServiceError):
     """Wrong use, or a machine that lacks something: a port that is taken, a jar that is not the one pinned."""
+
+
+class PinotQueryError(ServiceError):
+    """Pinot refused a statement. ``code`` is its own: 150 cannot be parsed, 190 no such table, 710 no such column."""
+
+    def __init__(self, message: str, *, code: int, hint: str | None = None) -> None:
+        super().__init__(f"query failed: {message}", hint=hint)
+        self.code = code

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_urlsafe
 from typing import Any
 
-from services.launcher.errors import ServiceError
+from services.launcher.errors import PinotQueryError, ServiceError
 from services.launcher.service import Role, Service
 
 _ANSWER_SECONDS = 10.0
@@ -105,33 +107,86 @@ class Pinot(Service):
             return str(error)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """Column names and rows of a query, as Pinot's JSON has them: sums are floats, exact ones (SUMPRECISION) are texts."""
+
+    columns: list[str]
+    rows: list[list[Any]]
+
+
 class PinotClient:
     """Controller and broker of one Pinot, by HTTP. Every method raises ServiceError where Pinot refuses or does not answer."""
 
     def __init__(self, controller: str, broker: str) -> None:
         self.controller, self.broker = controller, broker
 
-    def query(self, sql: str) -> list[list[Any]]:
-        """Rows of a query that every server concerned has answered in full."""
+    def ask(self, sql: str) -> Answer:
+        """What a query comes to that every server concerned has answered in full.
+
+        Raises PinotQueryError where Pinot refuses the statement, ServiceError where it does not answer or the answer is not whole.
+        """
         answer = _call(f"{self.broker}/query/sql", {"sql": sql})
         if answer.get("exceptions"):
-            raise ServiceError(f"query failed: {' '.join(str(answer['exceptions'][0].get('message')).split())[:300]}")
+            found = answer["exceptions"][0]
+            raise PinotQueryError(_reason(str(found.get("message"))), code=int(found.get("errorCode") or 0))
         if answer.get("numServersResponded") != answer.get("numServersQueried"):
             raise ServiceError("query failed: not every server answered")
-        rows: list[list[Any]] = (answer.get("resultTable") or {}).get("rows") or []
-        return rows
+        if answer.get("numGroupsLimitReached"):
+            raise ServiceError("query failed: it has more groups than Pinot keeps, so it would leave some out", hint="filter it")
+        table = answer.get("resultTable") or {}
+        columns = [str(name) for name in (table.get("dataSchema") or {}).get("columnNames") or []]
+        return Answer(columns, table.get("rows") or [])
+
+    def query(self, sql: str) -> list[list[Any]]:
+        """Rows of a query. Raises as `ask`."""
+        return self.ask(sql).rows
 
     def tables(self) -> list[str]:
         """Names of the tables, without their type."""
         return list(_call(f"{self.controller}/tables")["tables"])
 
-    def add_schema(self, schema: dict[str, Any]) -> None:
+    def schema(self, name: str) -> dict[str, Any] | None:
+        """A schema, None if there is no such."""
+        found: dict[str, Any] | None = _call(f"{self.controller}/schemas/{name}", or_none=True)
+        return found
+
+    def put_schema(self, schema: dict[str, Any]) -> None:
         """Make or replace a schema."""
-        _call(f"{self.controller}/schemas", schema)
+        _call(f"{self.controller}/schemas?override=true", schema)
+
+    def table(self, name: str) -> dict[str, Any] | None:
+        """The configuration of a realtime table, None if there is no such."""
+        found: dict[str, Any] | None = (_call(f"{self.controller}/tables/{name}", or_none=True) or {}).get("REALTIME")
+        return found
 
     def add_table(self, config: dict[str, Any]) -> None:
         """Make a table; its schema must be there."""
         _call(f"{self.controller}/tables", config)
+
+    def put_table(self, config: dict[str, Any]) -> None:
+        """Replace the configuration of a table. What is being consumed goes on as it began."""
+        _call(f"{self.controller}/tables/{config['tableName']}", config, method="PUT")
+
+    def reload(self, table: str) -> None:
+        """Have the servers load a table's segments by the schema and configuration as they are now."""
+        _call(f"{self.controller}/segments/{table}/reload?type=REALTIME", {})
+
+    def force_commit(self, table: str) -> None:
+        """Have what is being consumed committed, and consumption go on in new segments."""
+        _call(f"{self.controller}/tables/{table}/forceCommit", {})
+
+    def pause(self, table: str) -> None:
+        """Have what is being consumed committed, and consume nothing more."""
+        _call(f"{self.controller}/tables/{table}/pauseConsumption", {})
+
+    def resume(self, table: str) -> None:
+        """Consume again, by the configuration as it is now."""
+        _call(f"{self.controller}/tables/{table}/resumeConsumption", {})
+
+    def consuming_segments(self, table: str) -> list[str]:
+        """Segments that are being consumed."""
+        return sorted(_call(f"{self.controller}/tables/{table}/pauseStatus").get("consumingSegments") or [])
 
     def segments(self, table: str) -> dict[str, str]:
         """Status (IN_PROGRESS, DONE) of each realtime segment of a table."""
@@ -154,14 +209,24 @@ class PinotClient:
         return None
 
 
-def _call(url: str, body: object = None, *, is_json: bool = True) -> Any:
+def _reason(message: str) -> str:
+    """The sentence of a message of Pinot that says what is wrong, without its stack trace."""
+    lines = [line.strip() for line in message.splitlines() if line.strip() and not line.strip().startswith(("at ", "..."))]
+    told = [line for line in lines if line.startswith("Caused by: ") or "Exception: " in line] or lines or ["no reason given"]
+    return re.sub(r"^(Caused by: )?([\w$]+\.)*[\w$]+(Exception|Error): ", "", told[-1])[:300]
+
+
+def _call(url: str, body: object = None, *, is_json: bool = True, method: str | None = None, or_none: bool = False) -> Any:
+    """The answer of Pinot; with ``or_none`` None where it says that there is no such thing."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"}, method=method)
     try:
         with _OPENER.open(request, timeout=_ANSWER_SECONDS) as answer:
             text = answer.read().decode("utf-8")
             return json.loads(text) if is_json else text
     except urllib.error.HTTPError as error:
+        if or_none and error.code == 404:
+            return None
         said = " ".join(error.read().decode("utf-8", "replace").split())[:300]
         raise ServiceError(f"{url.split('?')[0]} answered {error.code}: {said}") from None
     except (OSError, ValueError) as error:

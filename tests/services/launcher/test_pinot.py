@@ -89,7 +89,7 @@ def test_rows_are_exact_through_commits_redelivery_kills_and_restarts(kafka: Kaf
     assert (pinot.folder.stat().st_mode & 0o077, (pinot.folder / "keys.password").stat().st_mode & 0o077) == (0, 0)
 
     client = pinot.client
-    client.add_schema(json.loads((CASES / "schema.json").read_text("utf-8")))
+    client.put_schema(json.loads((CASES / "schema.json").read_text("utf-8")))
     table = (CASES / "table.json").read_text("utf-8").replace("KAFKA", kafka.bootstrap_servers)
     client.add_table(json.loads(table))
     totals = "select count(*), sum(amount), max(version) from tiny"
