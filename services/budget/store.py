@@ -1,0 +1,253 @@
+"""The service's memory: one SQLite file, in which sums, record_uuids and offsets change in one transaction.
+
+So whatever kills the process, the sums are those of the offsets. And where messages come again at other offsets (the publisher
+published again, the topic was made anew, somebody replays it), the uuids say so.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+from services.budget.errors import BudgetUsageError
+from services.budget.messages import BadMessage, Increment, parse
+
+_APPLICATION = 0x61647462  # "adtb": whose file it is
+_FORMAT = 1
+_SEALED = "its day is sealed"
+_OTHER_VALUES = "same record_uuid and version as one before, other values"
+
+_SCHEMA = """
+create table topics (topic text primary key, topic_id text not null, sealed_before text not null default '') strict;
+create table offsets (
+    topic text not null, partition integer not null, next_offset integer not null, highest_offset integer not null,
+    primary key (topic, partition)
+) strict, without rowid;
+create table keys (
+    id integer primary key, event_date text not null, campaign_id text not null, store_id text not null, currency text not null,
+    impressions integer not null default 0, clicks integer not null default 0, spend_nanos integer not null default 0,
+    unique (event_date, campaign_id, store_id, currency)
+) strict;
+create table increments (
+    record_uuid blob primary key, version integer not null, key integer not null references keys (id),
+    impressions integer not null, clicks integer not null, spend_nanos integer not null
+) strict, without rowid;
+create index increments_key on increments (key);
+create table aside (
+    topic text not null, topic_id text not null, partition integer not null, offset integer not null,
+    reason text not null, key blob, value blob, kept_at text not null,
+    primary key (topic, topic_id, partition, offset)
+) strict, without rowid;
+create table progress (
+    topic text primary key, event_minute_ms integer not null, committed_ms integer not null, consumed_ms integer not null
+) strict;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A Kafka message: its place and its bytes."""
+
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+
+
+@dataclass
+class Loaded:
+    """What became of messages: ``added`` increments, ``replaced`` by a later version, seen before (``again``), put ``aside``."""
+
+    added: int = 0
+    replaced: int = 0
+    again: int = 0
+    aside: int = 0
+
+    def plus(self, other: Loaded) -> Loaded:
+        """The sum of both."""
+        return Loaded(self.added + other.added, self.replaced + other.replaced, self.again + other.again, self.aside + other.aside)
+
+
+class Store:
+    """One file. Use as a context manager; one process writes at a time (``service`` sees to it), any number read.
+
+    Raises BudgetUsageError where the file is another program's or another format's.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
+        if read_only and not path.exists():
+            raise BudgetUsageError(f"there is no budget file {path}", hint="`adtally budget --once` makes it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.db = sqlite3.connect(path, timeout=60, isolation_level=None)
+            self._open(read_only)
+        except sqlite3.DatabaseError as error:
+            raise BudgetUsageError(f"{path} is not a budget file: {error}", hint="name another with --store") from None
+
+    def _open(self, read_only: bool) -> None:
+        if read_only:
+            self.db.execute("pragma query_only = on")
+        else:
+            self.db.execute("pragma journal_mode = wal")
+            self.db.execute("pragma synchronous = full")
+        application, found = (self.db.execute(f"pragma {name}").fetchone()[0] for name in ("application_id", "user_version"))
+        is_empty = not self.db.execute("select count(*) from sqlite_master").fetchone()[0]
+        if is_empty and not read_only:
+            self.db.executescript(
+                f"begin; {_SCHEMA} pragma application_id = {_APPLICATION}; pragma user_version = {_FORMAT}; commit;"
+            )
+        elif (application, found) != (_APPLICATION, _FORMAT):
+            raise BudgetUsageError(f"{self.path} is not a budget file of format {_FORMAT}", hint="name another with --store")
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, _kind: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None) -> None:
+        self.db.close()
+
+    def begin_topic(self, topic: str, topic_id: str) -> bool:
+        """Note whose offsets these are. True if the topic is another one of the same name: then it is read from its start."""
+        with _transaction(self.db):
+            row = self.db.execute("select topic_id from topics where topic = ?", (topic,)).fetchone()
+            self.db.execute(
+                "insert into topics (topic, topic_id) values (?, ?) on conflict do update set topic_id = excluded.topic_id",
+                (topic, topic_id),
+            )
+            is_other = row is not None and row[0] != topic_id
+            if is_other:
+                self.db.execute("delete from offsets where topic = ?", (topic,))
+        return is_other
+
+    def offsets(self, topic: str) -> dict[int, int]:
+        """Partition -> the offset to go on with."""
+        return dict(self.db.execute("select partition, next_offset from offsets where topic = ?", (topic,)).fetchall())
+
+    def load(self, topic: str, messages: Sequence[Message], ends: dict[int, int], now: datetime) -> Loaded:
+        """Take messages, in the order of each partition, and where reading stands, in one transaction.
+
+        ``ends``: partition -> offset that was reached without a message (transaction markers lie there).
+        """
+        done = Loaded()
+        reached = dict(ends)
+        for message in messages:
+            reached[message.partition] = max(message.offset + 1, reached.get(message.partition, 0))
+        with _transaction(self.db):
+            topic_id, sealed = self.db.execute("select topic_id, sealed_before from topics where topic = ?", (topic,)).fetchone()
+            highest = dict(self.db.execute("select partition, highest_offset from offsets where topic = ?", (topic,)).fetchall())
+            latest = [0, 0]
+            for message in messages:
+                try:
+                    told = parse(message.key, message.value)
+                except BadMessage as bad:
+                    done.aside += self._put_aside(topic, topic_id, message, str(bad), now)
+                    continue
+                if told.event_date < sealed:
+                    if message.offset < highest.get(message.partition, 0):
+                        done.again += 1  # these very bytes were here before
+                    else:
+                        done.aside += self._put_aside(topic, topic_id, message, _SEALED, now)
+                    continue
+                self._take(topic, topic_id, message, told, done, now)
+                latest = [max(latest[0], told.event_minute_ms), max(latest[1], told.committed_ms)]
+            self.db.executemany(
+                "insert into offsets values (?, ?, ?, ?) on conflict do update set next_offset = excluded.next_offset, "
+                "highest_offset = max(highest_offset, excluded.highest_offset)",
+                [(topic, partition, offset, offset) for partition, offset in reached.items()],
+            )
+            if latest[1]:
+                self.db.execute(
+                    "insert into progress values (?, ?, ?, ?) on conflict do update set consumed_ms = excluded.consumed_ms, "
+                    "event_minute_ms = max(event_minute_ms, excluded.event_minute_ms), "
+                    "committed_ms = max(committed_ms, excluded.committed_ms)",
+                    (topic, *latest, int(now.timestamp() * 1000)),
+                )
+        return done
+
+    def _take(self, topic: str, topic_id: str, message: Message, told: Increment, done: Loaded, now: datetime) -> None:
+        key = self._key(told)
+        before = self.db.execute(
+            "select version, key, impressions, clicks, spend_nanos from increments where record_uuid = ?", (told.uuid,)
+        ).fetchone()
+        measures = (told.impressions, told.clicks, told.spend_nanos)
+        if before is not None:
+            if told.version <= before[0]:
+                if told.version == before[0] and (key, *measures) != before[1:]:
+                    done.aside += self._put_aside(topic, topic_id, message, _OTHER_VALUES, now)
+                else:
+                    done.again += 1
+                return
+            self._add(before[1], *(-measure for measure in before[2:]))
+            done.replaced += 1
+        else:
+            done.added += 1
+        self._add(key, *measures)
+        self.db.execute("insert or replace into increments values (?, ?, ?, ?, ?, ?)", (told.uuid, told.version, key, *measures))
+
+    def _key(self, told: Increment) -> int:
+        names = (told.event_date, told.campaign_id, told.store_id, told.currency)
+        where = "select id from keys where event_date = ? and campaign_id = ? and store_id = ? and currency = ?"
+        row = self.db.execute(where, names).fetchone()
+        if row is None:
+            insert = "insert into keys (event_date, campaign_id, store_id, currency) values (?, ?, ?, ?) returning id"
+            row = self.db.execute(insert, names).fetchone()
+        return int(row[0])
+
+    def _add(self, key: int, impressions: int, clicks: int, spend_nanos: int) -> None:
+        self.db.execute(
+            "update keys set impressions = impressions + ?, clicks = clicks + ?, spend_nanos = spend_nanos + ? where id = ?",
+            (impressions, clicks, spend_nanos, key),
+        )
+
+    def _put_aside(self, topic: str, topic_id: str, message: Message, reason: str, now: datetime) -> int:
+        made = self.db.execute(
+            "insert or ignore into aside values (?, ?, ?, ?, ?, ?, ?, ?)",
+            (topic, topic_id, message.partition, message.offset, reason, message.key, message.value, _text(now)),
+        )
+        return made.rowcount
+
+    def seal(self, topic: str, before: str) -> int:
+        """Forget the uuids of days before ``before`` (YYYY-MM-DD); returns how many. Their sums stay, and are final.
+
+        Without its uuid an increment that comes again cannot be told from a new one. So what still comes for such a day is
+        neither added nor lost: it is put aside.
+        """
+        with _transaction(self.db):
+            self.db.execute("update topics set sealed_before = max(sealed_before, ?) where topic = ?", (before, topic))
+            gone = self.db.execute("delete from increments where key in (select id from keys where event_date < ?)", (before,))
+        return gone.rowcount
+
+    def sums(self, day: str | None = None) -> list[tuple[str, str, str, str, int, int, int]]:
+        """(event_date, campaign_id, store_id, currency, impressions, clicks, spend_nanos), sorted; of one day, or of all."""
+        found: Iterable[tuple[str, str, str, str, int, int, int]] = self.db.execute(
+            "select event_date, campaign_id, store_id, currency, impressions, clicks, spend_nanos from keys "
+            "where ?1 is null or event_date = ?1 order by 1, 2, 3, 4",
+            (day,),
+        )
+        return list(found)
+
+    def asides(self) -> Counter[str]:
+        """Reason -> messages put aside for it."""
+        return Counter(dict(self.db.execute("select reason, count(*) from aside group by reason").fetchall()))
+
+
+class _transaction:
+    """BEGIN IMMEDIATE ... COMMIT, or nothing."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+
+    def __enter__(self) -> None:
+        self._db.execute("begin immediate")
+
+    def __exit__(self, kind: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None) -> None:
+        self._db.execute("commit" if kind is None else "rollback")
+
+
+def _text(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds")
