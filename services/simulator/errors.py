@@ -15,3 +15,16 @@ class SimulationError(ValueError):
     def __str__(self) -> str:
         message = super().__str__()
         return f"{message} ({self.hint})" if self.hint else message
+
+
+class DeliveryError(RuntimeError):
+    """A cluster did not take all records. Sending them again is safe: they have the same ids."""
+
+    retryable = True
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.hint = message, hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message

@@ -284,8 +284,19 @@ def _cut(source: str, region: npt.NDArray[np.uint8], received_us: Ints, per_file
     return slices
 
 
-def account(traffic: Traffic, columns: EventLines, orders: OrderTruth, *, args: dict[str, Any], totals: dict[str, Any]) -> Truth:
-    """The truth of event lines and orders that were taken in this order; ``args`` and ``totals`` come on top."""
+def account(
+    traffic: Traffic,
+    columns: EventLines,
+    orders: OrderTruth,
+    *,
+    args: dict[str, Any],
+    totals: dict[str, Any],
+    sources: Sequence[str] | None = None,
+) -> Truth:
+    """The truth of event lines and orders that were taken in this order; ``args`` and ``totals`` come on top.
+
+    ``sources`` are the names of the columns' sources, if they have some.
+    """
     world = traffic.world
     stores = {name: world.store_ids[world.store_of_campaign[code]] for code, name in enumerate(world.campaign_ids)}
     counted = account_events(
@@ -297,6 +308,7 @@ def account(traffic: Traffic, columns: EventLines, orders: OrderTruth, *, args: 
         stores=stores,
         campaign_rows=world.rows,
         limits=traffic.limits,
+        sources=sources,
     )
     by_intent = np.bincount(traffic.lines.intent, minlength=len(INTENTS))
     intents = {"lines_by_intent": {name: int(by_intent[code]) for code, name in enumerate(INTENTS)}}

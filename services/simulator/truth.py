@@ -93,6 +93,11 @@ class EventLines:
     source: npt.NDArray[np.integer[Any]] | None = None
     """Where each line was offered, if that is not its region: codes into the ``sources`` of `account_events`."""
 
+    def take(self, at: npt.NDArray[np.intp]) -> EventLines:
+        """The lines at these positions."""
+        taken: dict[str, Any] = {name: column[at] for name, column in vars(self).items() if column is not None}
+        return EventLines(**taken)
+
 
 @dataclass(frozen=True)
 class Limits:
