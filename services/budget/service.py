@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka import Message as Received
 from confluent_kafka.admin import AdminClient
 from filelock import FileLock, Timeout
 
@@ -45,7 +46,7 @@ class BudgetService:
         progress: Callable[[Loaded], None] | None = None,
     ) -> None:
         self.path, self.topic = path, topic
-        self._client = {**client, "log_level": "0"}
+        self._client: dict[str, str | int | float | bool] = {**client, "log_level": 0}
         self._keep_days = keep_days
         self._now = now
         self._progress = progress or (lambda _: None)
@@ -180,15 +181,18 @@ class BudgetService:
             store.seal(self.topic, (self._now().date() - timedelta(days=self._keep_days)).isoformat())
 
 
-def _split(polled: list[object]) -> tuple[list[Message], dict[int, int]]:
+def _split(polled: list[Received[bytes, bytes]]) -> tuple[list[Message], dict[int, int]]:
     """The messages, and where partitions ended. Raises KafkaException for what is neither."""
-    messages, ends = [], {}
+    messages: list[Message] = []
+    ends: dict[int, int] = {}
     for each in polled:
-        error = each.error()  # type: ignore[attr-defined]
+        error, partition, offset = each.error(), each.partition(), each.offset()
+        if partition is None or offset is None:  # an error of no partition
+            partition, offset = -1, -1
         if error is None:
-            messages.append(Message(each.partition(), each.offset(), _bytes(each.key()), _bytes(each.value())))  # type: ignore[attr-defined]
+            messages.append(Message(partition, offset, _bytes(each.key()), _bytes(each.value())))
         elif error.code() == KafkaError._PARTITION_EOF:
-            ends[each.partition()] = each.offset()  # type: ignore[attr-defined]
+            ends[partition] = offset
         elif not error.retriable() and error.code() not in _WAITS:
             raise KafkaException(error)
     return messages, ends
