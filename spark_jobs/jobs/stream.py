@@ -14,7 +14,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +29,7 @@ from spark_jobs.delta_log import Commit, DeltaLog
 from spark_jobs.errors import ConservationError
 from spark_jobs.jobs.batch import COUNTS, Batch, BatchReport, Plan, ledger_rows
 from spark_jobs.rules.invalid_traffic import InvalidTrafficRules, no_rules
+from spark_jobs.session import is_one_machine
 from spark_jobs.sinks.delta import DeltaSink, Transaction
 from spark_jobs.sources.checkpoint import read_batch_files
 from spark_jobs.sources.landing import follows_protocol, plan_splits
@@ -78,8 +78,10 @@ class StreamJob(ABC):
             reader = reader.option("maxFilesPerTrigger", self.settings.max_files_per_batch)
         else:
             reader = reader.option("maxBytesPerTrigger", self.settings.max_bytes_per_batch)
-        files = reader.load(_escape_glob(str(folder))).select("path")
-        writer = files.writeStream.queryName(self.stream).foreachBatch(self._run).option("checkpointLocation", str(self.checkpoint))
+        files = reader.load(f"file://{_escape_glob(str(folder))}").select("path")
+        # said to be local files: a cluster's default file system may be another
+        writer = files.writeStream.queryName(self.stream).foreachBatch(self._run)
+        writer = writer.option("checkpointLocation", f"file://{self.checkpoint}")
         if continuous:
             writer = writer.trigger(processingTime=f"{int(trigger_seconds * 1000)} milliseconds")
         else:
@@ -147,10 +149,13 @@ class StreamJob(ABC):
             return BatchReport(self.stream, transaction.query_id, transaction.batch_id, seconds=time.monotonic() - started, **zero)
         # the classification of a batch never sees the batch's own rows
         history_version = done.version - 1 if done else log.latest_version() or 0
-        scratch = self.settings.scratch_path / f"{self.stream}-{transaction.query_id}-{transaction.batch_id}"
+        name = f"{self.stream}-{transaction.query_id}-{transaction.batch_id}"
+        scratch = self.settings.scratch_path / name
         shutil.rmtree(scratch, ignore_errors=True)
         try:
-            batch = self._stage(spark, plan, transaction, done, scratch)
+            # on a cluster each executor has a folder of its own (tasks/scratch.py)
+            place = str(scratch) if is_one_machine(str(spark.sparkContext.master)) else name
+            batch = self._stage(spark, plan, transaction, done, place)
             classified = self.classify(batch, history_version)
             written = self._write(spark, batch, classified)
         finally:
@@ -175,9 +180,9 @@ class StreamJob(ABC):
         files = [file for file in planned.files if follows_protocol(file.path, folder)]
         return Plan(limits, self.plan_prices(), files, self.plan_rules())
 
-    def _stage(self, spark: SparkSession, plan: Plan, transaction: Transaction, done: Commit | None, scratch: Path) -> Batch:
+    def _stage(self, spark: SparkSession, plan: Plan, transaction: Transaction, done: Commit | None, scratch: str) -> Batch:
         splits = plan_splits(plan.files, self.settings.landing_path, self.settings.split_bytes)
-        tasks = [StageTask(self.stream, split, plan.limits, str(scratch)) for split in splits]
+        tasks = [StageTask(self.stream, split, plan.limits, scratch) for split in splits]
         prices, rules = self.prices(plan), self.rules(plan)
         context = spark.sparkContext
         slices = max(1, min(len(tasks), context.defaultParallelism * 4))

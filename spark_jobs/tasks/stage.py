@@ -20,6 +20,7 @@ from spark_jobs.dedupe.keys import Keys
 from spark_jobs.rules.invalid_traffic import InvalidTrafficRules
 from spark_jobs.sources.landing import Split
 from spark_jobs.sources.lines import FileFault, Lines, read_lines
+from spark_jobs.tasks.scratch import forget_earlier_batches, scratch_folder
 from spark_jobs.transforms.events import HOUR_US, enrich
 
 REJECT_SCHEMA = pa.schema(
@@ -38,7 +39,7 @@ NO_HOUR = np.iinfo(np.int32).min
 
 @dataclass(frozen=True)
 class StageTask:
-    """One split of a batch and all that its parsing depends on."""
+    """One split of a batch and all that its parsing depends on. ``scratch`` names the batch's folder (tasks/scratch.py)."""
 
     stream: str
     split: Split
@@ -47,7 +48,7 @@ class StageTask:
 
     def path(self, part: str) -> Path:
         """The scratch file of ``part``: "rows" or "rejects"."""
-        return Path(self.scratch) / f"{self.split.number:06d}.{part}.arrow"
+        return scratch_folder(self.scratch) / f"{self.split.number:06d}.{part}.arrow"
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class _Writer:
 def stage_split(task: StageTask, campaigns: pa.Table, rules: InvalidTrafficRules) -> StagedSplit:
     """Parse a split into its two scratch files (valid rows, rejects)."""
     contract = CONTRACTS[task.stream]
+    forget_earlier_batches(task.scratch)
     rows, rejected = _Writer(task.path("rows")), _Writer(task.path("rejects"))
     offered = 0
     keys: list[Keys] = []

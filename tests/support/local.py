@@ -25,6 +25,7 @@ class _Here:
     """Runs the tasks of a batch one after the other."""
 
     defaultParallelism = 1
+    master = "local"
 
     def __init__(self, items: Iterable[Any] = ()) -> None:
         self._items = list(items)
