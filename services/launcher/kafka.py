@@ -59,7 +59,8 @@ class Kafka(Service):
         if (self.data / "meta.properties").exists():
             return
         identity = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        format_it = ("format", "-t", identity, "-c", str(self._conf / "server.properties"))
+        # one in 64 begins with a hyphen, which alone would be taken for an option
+        format_it = ("format", f"--cluster-id={identity}", "-c", str(self._conf / "server.properties"))
         output = self._output("format")
         output.parent.mkdir(exist_ok=True)
         options = self._jvm(Role("format", (), ("-Xmx256m",), 0))
