@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestration.cli import compare, explain, maintenance, services, settlement
-from orchestration.cli.options import examples, moment, seconds
+from orchestration.cli import compare, explain, maintenance, services, settlement, simulating
+from orchestration.cli.options import examples, seconds
 from spark_jobs.errors import AdtallyError, UsageError
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from spark_jobs.jobs.status import Status
 
 _ERROR_LENGTH = 500
-_LONGEST_DAYS = 36_500
-_HIGHEST_RATE = 1_000_000_000
 # typer brings a click of its own since 0.2x; its public exceptions lead to the base class in every version.
 _ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
@@ -121,65 +119,7 @@ def demo(
         raise typer.Exit(1)
 
 
-@app.command(
-    epilog=examples(
-        "adtally simulate --out traffic --events 1000000 --seed 7",
-        "adtally simulate --out .adtally/landing --events 50000 --seed 1 --days 1",
-        "adtally simulate --out traffic --events 60000 --seed 1 --rate 2000 --json",
-    )
-)
-def simulate(
-    out: Annotated[Path, typer.Option(help="Folder to write, new or empty. The landing folder will do.", file_okay=False)],
-    events: Annotated[int, typer.Option(min=1, help="Event lines, of every kind.")],
-    seed: Annotated[int, typer.Option(min=0, help="The same seed and options give the same bytes.")] = 0,
-    start: Annotated[str | None, typer.Option(help="When the traffic begins: 2025-06-02 or an RFC 3339 time.")] = None,
-    days: Annotated[float | None, typer.Option(help="How many days it lasts. Default: 3.")] = None,
-    rate: Annotated[float | None, typer.Option(help="In place of --days: event lines a second.")] = None,
-    listed_users: Annotated[int, typer.Option(min=0, help="So many users are on the operator's list: OUT/rules has it.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Write seeded traffic as landing files, and truth.json: what an exact system must report for it.
-
-    With duplicates, conflicts, late events, clocks in the future, broken lines, two regions, invalid traffic (bots,
-    repeats, bursts of clicks) and orders with none, one and many touches. The truth supposes the default rules, or
-    those of OUT/rules where it writes them: put these into the folder rules of ADTALLY_HOME.
-    """
-    from rich.progress import Progress
-
-    from orchestration.cli.output import console, print_json
-    from services.simulator.errors import SimulationError
-    from services.simulator.simulate import simulate as run
-
-    options: dict[str, Any] = {"days": days, "rate": rate, "listed_users": listed_users}
-    if start is not None:
-        options["start"] = begin = moment(start, "--start")
-        if not 1970 <= begin.year < 2200:
-            raise UsageError(f"--start {start!r} is out of range", hint="files have times from 1970 on; up to 2199")
-    if rate is not None and rate > 0 and days is None and events / rate > _LONGEST_DAYS * 86_400:
-        raise UsageError(f"--rate {rate:g} would take more than {_LONGEST_DAYS:,} days", hint="raise it")
-    if rate is not None and rate > _HIGHEST_RATE:
-        raise UsageError(f"--rate {rate:g} is out of range", hint=f"up to {_HIGHEST_RATE:,}")
-    if days is not None and days > _LONGEST_DAYS:
-        raise UsageError(f"--days {days:g} is out of range", hint=f"up to {_LONGEST_DAYS:,}")
-    shown = console(stderr=True)
-    try:
-        # without a terminal a bar is nothing but an empty line
-        with Progress(console=shown, transient=True, disable=not shown.is_terminal) as bar:
-            task = bar.add_task("simulating", total=events)
-            truth = run(out, events, seed, progress=lambda done, _total: bar.update(task, completed=done), **options)
-    except SimulationError as error:
-        raise UsageError(str(error)) from None
-    except OSError as error:
-        raise UsageError(f"{error.filename or out} cannot be written: {error.strerror}", hint="name another with --out") from error
-    totals = truth.totals
-    if as_json:
-        print_json({"out": str(out), "truth": str(out / "truth.json"), "seed": seed, "totals": totals})
-        return
-    counts = ", ".join(f"{totals[name]:,} {name}" for name in ("accepted", "duplicate", "conflict", "rejected", "late"))
-    console().print(f"{totals['offered']:,} event lines in {out}: {counts}", soft_wrap=True)
-    console().print(f"what an exact system must report: {out / 'truth.json'}", soft_wrap=True)
-    if listed_users:
-        console().print(f"the rules that it supposes, for <ADTALLY_HOME>/rules: {out / 'rules'}", soft_wrap=True)
+simulating.add_commands(app, _settings)
 
 
 @app.command(
