@@ -67,6 +67,13 @@ class Format(StrEnum):
     json = "json"
 
 
+class Engine(StrEnum):
+    """Which store is asked."""
+
+    duckdb = "duckdb"
+    pinot = "pinot"
+
+
 class _State:
     debug = False
     home: Path | None = None
@@ -244,20 +251,38 @@ def marts_build(as_json: Json = False) -> None:
         "adtally query 'select * from fct_campaign_day order by spend_micros desc limit 5'",
         "adtally query 'from fct_event_accounting' --format csv > accounting.csv",
         "echo 'show tables' | adtally query -",
+        "adtally query --list",
+        "adtally query --engine pinot --named budget_pacing --param day=2025-06-02 --param campaign_id=c-0001",
+        "adtally query --engine pinot 'select region, count(*) from ads_metrics group by region limit 100'",
     )
 )
 def query(
     sql: Annotated[
-        str,
-        typer.Argument(metavar="SQL", help="One reading statement in DuckDB's SQL; - reads it from standard input."),
-    ],
+        str | None,
+        typer.Argument(metavar="SQL", help="One reading statement in the engine's SQL; - reads it from standard input."),
+    ] = None,
+    engine: Annotated[Engine, typer.Option(help="The marts in DuckDB, or Pinot.")] = Engine.duckdb,
+    named: Annotated[str | None, typer.Option(metavar="NAME", help="In place of SQL: a named query, see --list.")] = None,
+    param: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A parameter of a named query.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the named queries, their parameters and columns.")] = False,
+    broker: Annotated[
+        str | None, typer.Option(metavar="URL", help="Pinot's broker. Default: the one of `adtally services pinot`.")
+    ] = None,
     form: Annotated[Format, typer.Option("--format", help="How the result is printed.")] = Format.table,
 ) -> None:
-    """Ask the published marts. The statement sees one whole build; it can only read."""
-    from orchestration.marts import query_marts, render
+    """Ask the published marts, or Pinot.
 
+    In DuckDB the statement sees one whole build; it can only read. Pinot gives 10 rows unless the statement says LIMIT, and
+    its sum() is a double: sumprecision() is exact.
+    """
+    from orchestration.cli.query import listing, run_query
+    from orchestration.marts import render
+
+    if list_:
+        print(listing())
+        return
     text = sys.stdin.read() if sql == "-" else sql
-    columns, rows = query_marts(_settings(), text)
+    columns, rows = run_query(_settings, text, engine.value, named, param or [], broker)
     print(render(columns, rows, form.value))
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from services.launcher.kafka import Kafka
     from services.launcher.pinot import Pinot
     from services.launcher.service import Progress, Service, Status
+    from services.serving.tables import Source
     from spark_jobs.config import Settings
 
 Heap = Annotated[str | None, typer.Option(help="Largest heap of its Java, as 512m or 2g.")]
@@ -58,32 +59,64 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
 
         Its folder is HOME/services/kafka. The jars are downloaded once and checked on every start.
         """
-        with _one_line():
+        with one_line():
             kafka = _kafka(settings(), heap)
             kafka.partitions = partitions
             _print(kafka.up(_tell(), fresh=fresh, wanted_ports={} if port is None else {"broker": port}), as_json)
 
-    @pinot_app.command(name="up", epilog=examples("adtally services pinot up", "adtally services pinot up --fresh --heap 1g"))
-    def pinot_up(heap: Heap = None, fresh: Fresh = False, as_json: Json = False) -> None:
-        """Start ZooKeeper and Pinot, and wait until every table answers a query. One that runs is left as it is.
+    @pinot_app.command(
+        name="up",
+        epilog=examples(
+            "adtally services pinot up", "adtally services pinot up --kafka 127.0.0.1:9092", "adtally services pinot up --fresh"
+        ),
+    )
+    def pinot_up(
+        kafka: Annotated[
+            str | None,
+            typer.Option(
+                metavar="SERVERS", help="Kafka to read from. Default: the [publish] cluster of kafka.toml, or the local one."
+            ),
+        ] = None,
+        flush_rows: Annotated[
+            int | None, typer.Option(min=10, help="Rows after which a segment is committed. Default: 500,000.")
+        ] = None,
+        heap: Heap = None,
+        fresh: Fresh = False,
+        as_json: Json = False,
+    ) -> None:
+        """Start ZooKeeper and Pinot, make its tables, and wait until every table answers a query.
 
-        For trials and tests: it asks nobody for a password. Its folder is HOME/services/pinot.
+        One that runs is left as it is; tables that are missing are made, and changed where their Kafka or settings changed. Without
+        a Kafka no tables are made. For trials and tests: it asks nobody for a password. Its folder is HOME/services/pinot.
         """
-        with _one_line():
-            pinot = _pinot(settings(), heap)
-            found = pinot.up(_tell(), fresh=fresh)
+        with one_line():
+            from services.serving.setup import ensure_tables, examine
+            from services.serving.tables import FLUSH_ROWS, table_specs
+            from spark_jobs.rules.attribution import load_attribution_rules
+
+            home = settings()
+            source, pinot = _source(home, kafka), pinot_service(home, heap)
+            if source is not None:
+                source = examine(source)
+            pinot.up(_tell(), fresh=fresh)
+            if source is None:
+                _tell()("no tables are made, for no Kafka is known: name one with --kafka, or `adtally services kafka up`")
+            else:
+                window_days = load_attribution_rules(home).window_days
+                specs = table_specs(source, window_days=window_days, flush_rows=flush_rows or FLUSH_ROWS)
+                ensure_tables(pinot.client, specs, _tell())
             _tell()(f"{pinot.name} is {pinot.warning}")
-            _print(found, as_json)
+            _print(pinot.status(), as_json)
 
     _add_down_and_status(kafka_app, "kafka", lambda: _kafka(settings()))
-    _add_down_and_status(pinot_app, "pinot", lambda: _pinot(settings()))
+    _add_down_and_status(pinot_app, "pinot", lambda: pinot_service(settings()))
 
 
 def _add_down_and_status(group: typer.Typer, name: str, service: Callable[[], Service]) -> None:
     @group.command(epilog=examples(f"adtally services {name} down"))
     def down(as_json: Json = False) -> None:
         """Stop it and wait until no process is left. Its data and its ports are kept."""
-        with _one_line():
+        with one_line():
             one = service()
             ran = one.down(_tell())
             if as_json:
@@ -94,7 +127,7 @@ def _add_down_and_status(group: typer.Typer, name: str, service: Callable[[], Se
     @group.command(epilog=examples(f"adtally services {name} status", f"adtally services {name} status --json | jq .addresses"))
     def status(as_json: Json = False) -> None:
         """Whether it runs and answers, and where. Exit status 1 where it does not."""
-        with _one_line():
+        with one_line():
             found = service().status()
         _print(found, as_json)
         if not found.running or found.problem:
@@ -107,10 +140,33 @@ def _kafka(settings: Settings, heap: str | None = None) -> Kafka:
     return Kafka(_root(settings), jar_cache=settings.jar_cache_path, java=_java, heap=_heap(heap))
 
 
-def _pinot(settings: Settings, heap: str | None = None) -> Pinot:
+def pinot_service(settings: Settings, heap: str | None = None) -> Pinot:
+    """The Pinot of an installation, whether it runs or not."""
     from services.launcher.pinot import Pinot
 
     return Pinot(_root(settings), jar_cache=settings.jar_cache_path, java=_java, heap=_heap(heap))
+
+
+def _source(settings: Settings, servers: str | None) -> Source | None:
+    """The Kafka that Pinot is to read: the one named, that of kafka.toml, or the local one; None where there is none."""
+    from services.serving.tables import Source
+    from spark_jobs.kafka.config import read_kafka
+
+    published = read_kafka(settings).publish
+    if published is not None and servers is None:
+        cluster = published.cluster
+        java = {name.removeprefix("kafka."): value for name, value in cluster.spark_options().items() if name.startswith("kafka.")}
+        del java["bootstrap.servers"]
+        return Source(
+            cluster.bootstrap_servers,
+            published.metrics_topic,
+            published.credits_topic,
+            client_options=cluster.client_options(),
+            java_options=java,
+        )
+    if servers is None:
+        servers = _kafka(settings).status().addresses.get("bootstrap_servers")
+    return None if servers is None else Source(servers)
 
 
 def _root(settings: Settings) -> Path:
@@ -130,7 +186,7 @@ def _heap(text: str | None) -> str | None:
 
 
 @contextmanager
-def _one_line() -> Iterator[None]:
+def one_line() -> Iterator[None]:
     """Errors of the launcher, as the command shows errors."""
     from services.launcher.errors import ServiceBusyError, ServiceError, ServiceUsageError
 

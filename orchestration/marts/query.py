@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import duckdb
@@ -13,10 +14,13 @@ from spark_jobs.errors import AdtallyError, UsageError
 _READING = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
 
 
-def query_marts(settings: Settings, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+def query_marts(
+    settings: Settings, sql: str, parameters: Mapping[str, Any] | None = None
+) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Column names and rows of one reading statement over the published marts (schema ``main``, times UTC).
 
-    The statement sees one whole build, the newest at the time it starts. It can neither write nor reach files.
+    The statement sees one whole build, the newest at the time it starts. It can neither write nor reach files. ``parameters`` are
+    the values of its ``$name``.
 
     Raises AdtallyError when nothing has been published yet or the file cannot be read, UsageError when the SQL is
     wrong, does more than read or is not a single statement.
@@ -46,7 +50,7 @@ def query_marts(settings: Settings, sql: str) -> tuple[list[str], list[tuple[Any
                 raise UsageError(f"a query is one SQL statement, not {len(statements)}")
             if statements[0].type not in _READING:
                 raise UsageError(f"the marts are read-only: no {statements[0].type.name} statement")
-            connection.execute(statements[0])
+            connection.execute(statements[0], dict(parameters) if parameters else None)
             columns = [str(column[0]) for column in connection.description or []]
             return columns, connection.fetchall()
         except duckdb.Error as error:

@@ -21,7 +21,8 @@ _FRESH = "`adtally services pinot up --fresh` deletes Pinot's data and reads the
 
 def examine(source: Source) -> Source:
     """``source`` with the id of its cluster. Raises ServiceError where it does not answer or lacks a topic that is to be read."""
-    options = {"log_level": "0"} | dict(source.client_options) | {"bootstrap.servers": source.bootstrap_servers}
+    options: dict[str, str | int | float | bool] = {"log_level": 0, **source.client_options}
+    options["bootstrap.servers"] = source.bootstrap_servers
     try:
         found = AdminClient(options).list_topics(timeout=_KAFKA_SECONDS)
     except KafkaException as error:

@@ -2,7 +2,7 @@
 
 Both are REALTIME tables with upsert FULL: of all messages of a ``record_uuid`` the one with the highest ``version`` counts, so
 that a message that comes twice, late or out of order changes nothing. For that every message of a key must be in one partition of
-its topic, which holds with any partitioner by key as long as every producer uses the same; adtally's publisher uses Java's (murmur2).
+its topic: with any partitioner by key, as long as every producer uses the same. adtally's publisher uses that of Java (murmur2).
 """
 
 from __future__ import annotations

@@ -1,0 +1,364 @@
+"""The named queries: what dashboards ask of Pinot, as SQL in ``queries/<name>.sql``, and of the marts in ``<name>.duckdb.sql``.
+
+Both give the same columns and, of the same data, the same rows, so that the two stores can be held beside each other. SUM of
+Pinot 0.11 is a double and loses digits above 2^53, SUMPRECISION does not; arithmetic on sums is done in doubles too. So sums of
+money are SUMPRECISION, and rounding to micros and ratios are made here, from whole numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from functools import cache
+from importlib.resources import files
+from typing import Any
+from urllib.parse import quote
+
+from services.launcher.errors import PinotQueryError, ServiceError, ServiceUsageError
+from services.launcher.pinot import PinotClient
+from services.serving.tables import MODELS
+
+ROW_LIMIT = 50_000
+_DAY_MS = 86_400_000
+_LONGEST_TEXT = 128
+Row = dict[str, Any]
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """``kind``: text (up to 128 characters), day (2025-06-02), whole (a whole number), or model. Without ``default`` and not
+    ``is_required`` it may be left out: then nothing is filtered by it.
+    """
+
+    name: str
+    kind: str
+    meaning: str
+    is_required: bool = False
+    default: str | None = None
+
+
+@dataclass(frozen=True)
+class NamedQuery:
+    """``columns`` of its result with their meaning. ``finish`` makes them from Pinot's rows, the parameters and the time."""
+
+    name: str
+    meaning: str
+    parameters: tuple[Parameter, ...]
+    columns: dict[str, str]
+    finish: Callable[[list[Row], Values, datetime], list[Row]]
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Where it can be asked: pinot, and duckdb where the marts know the same."""
+        return ("pinot", "duckdb") if (_QUERIES / f"{self.name}.duckdb.sql").is_file() else ("pinot",)
+
+    def text(self, engine: str) -> str:
+        """Its SQL. Raises ServiceUsageError where the engine cannot be asked for it."""
+        if engine not in self.engines:
+            raise ServiceUsageError(f"{self.name} is not a query of {engine}", hint=f"--engine {self.engines[0]}")
+        return (_QUERIES / f"{self.name}{'' if engine == 'pinot' else '.duckdb'}.sql").read_text("utf-8")
+
+    def values(self, given: Mapping[str, str]) -> Values:
+        """A value for every parameter, None where it is left out. Raises ServiceUsageError for what cannot be one."""
+        known = {parameter.name: parameter for parameter in self.parameters}
+        for name in given:
+            if name not in known:
+                raise ServiceUsageError(f"{self.name} has no parameter {name}", hint=f"it has {', '.join(known) or 'none'}")
+        made: Values = {}
+        for name, parameter in known.items():
+            text = given.get(name, parameter.default)
+            if text is None and parameter.is_required:
+                raise ServiceUsageError(f"{self.name} needs --param {name}=...", hint=parameter.meaning)
+            made[name] = None if text is None else _value(parameter, text)
+        return made
+
+    def pinot_sql(self, given: Mapping[str, str]) -> str:
+        """The statement for Pinot. A line with a parameter that is left out is left out too."""
+        values = self.values(given)
+        lines = [line for line in self.text("pinot").splitlines() if not line.startswith("--")]
+        return "\n".join(made for line in lines if (made := _filled(line, values)) is not None)
+
+    def ask_pinot(self, client: PinotClient, given: Mapping[str, str], *, now: datetime) -> tuple[list[str], list[list[Any]]]:
+        """Column names and rows. Raises ServiceError, also where there are more rows than one answer holds."""
+        try:
+            answer = client.ask(self.pinot_sql(given))
+        except PinotQueryError as error:
+            raise explained(error) from None
+        if len(answer.rows) >= ROW_LIMIT:
+            raise ServiceError(f"{self.name} has more than {ROW_LIMIT:,} rows", hint="narrow it with --param")
+        rows = self.finish([dict(zip(answer.columns, row, strict=True)) for row in answer.rows], self.values(given), now)
+        return list(self.columns), [[row[name] for name in self.columns] for row in rows]
+
+
+def explained(error: PinotQueryError) -> PinotQueryError:
+    """The error with what to do about it."""
+    hints = {
+        190: "tables are made by `adtally services pinot up` once there is a Kafka to read from",
+        710: "`adtally services pinot status` names the tables; a model and window have a column only if the rules have the window",
+    }
+    if error.code in hints and error.hint is None:
+        error.hint = hints[error.code]
+    return error
+
+
+def named_queries() -> list[NamedQuery]:
+    """All of them, in the order of their names."""
+    return sorted(_NAMED, key=lambda query: query.name)
+
+
+def named_query(name: str) -> NamedQuery:
+    """The query of that name. Raises ServiceUsageError where there is none."""
+    for query in _NAMED:
+        if query.name == name:
+            return query
+    raise ServiceUsageError(f"there is no query {name}", hint=f"one of {', '.join(one.name for one in named_queries())}")
+
+
+def micros(nanos: int) -> int:
+    """Nanos as micros, rounded half away from zero."""
+    return (nanos + 500) // 1000 if nanos >= 0 else -((500 - nanos) // 1000)
+
+
+def literal(text: str) -> str:
+    """A text as Pinot's SQL takes it, whatever is in it.
+
+    Pinot looks for OPTION(...) in the whole statement before it parses it, within quotes too, so quoting alone would let a text
+    change how the query is run. Anything but plain characters is written percent-encoded, which Pinot decodes when it compiles.
+    """
+    if re.fullmatch(r"[A-Za-z0-9_.-]*", text):
+        return f"'{text}'"
+    return f"decodeUrl('{quote(text, safe='')}')"
+
+
+def _value(parameter: Parameter, text: str) -> Any:
+    if parameter.kind == "day":
+        try:
+            return date.fromisoformat(text).isoformat()
+        except ValueError:
+            raise ServiceUsageError(f"{parameter.name}={text!r} is not a day", hint="as in 2025-06-02") from None
+    if parameter.kind == "whole":
+        if not re.fullmatch(r"\d{1,18}", text):
+            raise ServiceUsageError(f"{parameter.name}={text!r} is not a whole number", hint=parameter.meaning)
+        return int(text)
+    if parameter.kind == "model":
+        if text not in MODELS:
+            raise ServiceUsageError(f"{parameter.name}={text!r} is no model", hint=f"one of {', '.join(MODELS)}")
+        return text
+    if not 1 <= len(text) <= _LONGEST_TEXT:
+        raise ServiceUsageError(f"{parameter.name} has {len(text)} characters", hint=f"1 to {_LONGEST_TEXT}")
+    return text
+
+
+def _filled(line: str, values: Values) -> str | None:
+    """A line of SQL with its parameters in place; None if one of them is left out."""
+    missing = False
+
+    def fill(match: re.Match[str]) -> str:
+        nonlocal missing
+        name = match[1]
+        for suffix, days in (("_start_ms", 0), ("_end_ms", 1)):
+            if name.endswith(suffix):
+                day = values[name.removesuffix(suffix)]
+                return str(_ms(date.fromisoformat(day)) + days * _DAY_MS)
+        if name == "credit":
+            return f"{values['model']}_{values['window_days']}d_micros"
+        value = values[name]
+        missing = missing or value is None
+        return str(value) if isinstance(value, int) else literal(str(value))
+
+    made = re.sub(r":([a-z_]+)", fill, line)
+    return None if missing else made
+
+
+def _ms(day: date) -> int:
+    return (day - date(1970, 1, 1)).days * _DAY_MS
+
+
+def _moment(milliseconds: float) -> datetime:
+    """UTC, without a zone, as the marts have times."""
+    return datetime(1970, 1, 1) + timedelta(milliseconds=int(milliseconds))
+
+
+def _whole(rows: list[Row], *names: str) -> None:
+    """Make whole numbers of what Pinot gives as double (sum, count below 2^53) or text (SUMPRECISION)."""
+    for row in rows:
+        for name in names:
+            row[name] = int(row[name])
+
+
+def _totals(rows: list[Row], _values: Values, _now: datetime) -> list[Row]:
+    _whole(rows, *_COUNTS, "spend_nanos", "invalid_spend_nanos")
+    return rows
+
+
+def _campaign_day(rows: list[Row], _values: Values, _now: datetime) -> list[Row]:
+    _whole(rows, *_COUNTS, "spend_nanos", "invalid_spend_nanos")
+    for row in rows:
+        row["event_date"] = date.fromisoformat(row["event_date"])
+        row["gross_impressions"] = row["impressions"] + row["invalid_impressions"]
+        row["gross_clicks"] = row["clicks"] + row["invalid_clicks"]
+        row["ctr"] = row["clicks"] / row["impressions"] if row["impressions"] else None
+        row["spend_micros"] = micros(row["spend_nanos"])
+        row["invalid_spend_micros"] = micros(row["invalid_spend_nanos"])
+        row["gross_spend_micros"] = micros(row["spend_nanos"] + row["invalid_spend_nanos"])
+    return rows
+
+
+def _spend_by_hour(rows: list[Row], _values: Values, _now: datetime) -> list[Row]:
+    _whole(rows, "impressions", "clicks", "spend_nanos")
+    for row in rows:
+        row["event_hour"], row["spend_micros"] = _moment(row["event_hour"]), micros(row["spend_nanos"])
+    return rows
+
+
+def _budget_pacing(rows: list[Row], values: Values, _now: datetime) -> list[Row]:
+    _whole(rows, "spend_nanos")
+    budget, key, spent = values["daily_budget_micros"], None, 0
+    made = []
+    for row in rows:
+        if row["spend_nanos"] == 0:
+            continue
+        if (row["campaign_id"], row["currency"]) != key:
+            key, spent = (row["campaign_id"], row["currency"]), 0
+        spent += row["spend_nanos"]
+        minute = _moment(row["event_minute"])
+        passed = 60 * minute.hour + minute.minute + 1
+        row |= {"event_minute": minute, "spent_micros": micros(spent), "daily_budget_micros": budget}
+        row["clock_micros"] = None if budget is None else (2 * budget * passed + 1440) // 2880
+        row["overspend_micros"] = None if budget is None else max(0, row["spent_micros"] - budget)
+        made.append(row)
+    return made
+
+
+def _attributed_revenue(rows: list[Row], _values: Values, _now: datetime) -> list[Row]:
+    _whole(rows, "revenue_micros")
+    for row in rows:
+        row["touch_date"] = date.fromisoformat(row["touch_date"])
+    return rows
+
+
+def _freshness(rows: list[Row], _values: Values, now: datetime) -> list[Row]:
+    _whole(rows, "increments", "newest_version")
+    for row in rows:
+        committed = _moment(row["newest_commit"])
+        row["newest_minute"], row["newest_commit"] = _moment(row["newest_minute"]), committed
+        row["seconds_since_commit"] = round((now.astimezone(UTC).replace(tzinfo=None) - committed).total_seconds(), 3)
+    return rows
+
+
+_QUERIES = files("services.serving") / "queries"
+_COUNTS = ("impressions", "clicks", "invalid_impressions", "invalid_clicks")
+_CAMPAIGN = Parameter("campaign_id", "text", "only this campaign")
+_STORE = Parameter("store_id", "text", "only campaigns of this store, the advertiser")
+_DAYS = (
+    Parameter("from_day", "day", "first day, UTC", is_required=True),
+    Parameter("to_day", "day", "last day, UTC", is_required=True),
+)
+_DELIVERY = {
+    "impressions": "net: billable",
+    "clicks": "net: billable",
+    "invalid_impressions": "of invalid traffic",
+    "invalid_clicks": "of invalid traffic",
+}
+_NAMED = (
+    NamedQuery(
+        "totals",
+        "counts and exact money by currency, to hold beside the marts",
+        (Parameter("from_day", "day", "from this day on, UTC"), Parameter("to_day", "day", "up to this day, UTC")),
+        {"currency": "ISO 4217"}
+        | _DELIVERY
+        | {"spend_nanos": "net", "invalid_spend_nanos": "what invalid traffic would have cost"},
+        _totals,
+    ),
+    NamedQuery(
+        "campaign_day",
+        "delivery and spend by campaign and day: net, invalid, gross",
+        (*_DAYS, _CAMPAIGN, _STORE),
+        {"event_date": "UTC", "campaign_id": "", "store_id": "the advertiser", "currency": "ISO 4217"}
+        | _DELIVERY
+        | {
+            "gross_impressions": "net and invalid",
+            "gross_clicks": "net and invalid",
+            "ctr": "clicks / impressions; null without an impression",
+            "spend_micros": "net, rounded once from nanos, half away from zero",
+            "invalid_spend_micros": "rounded likewise",
+            "gross_spend_micros": "net and invalid, rounded once",
+        },
+        _campaign_day,
+    ),
+    NamedQuery(
+        "spend_by_hour",
+        "net delivery and spend by campaign and hour",
+        (*_DAYS, _CAMPAIGN, _STORE),
+        {
+            "event_hour": "UTC",
+            "campaign_id": "",
+            "currency": "ISO 4217",
+            "impressions": "net",
+            "clicks": "net",
+            "spend_micros": "net, rounded once from nanos, half away from zero",
+        },
+        _spend_by_hour,
+    ),
+    NamedQuery(
+        "budget_pacing",
+        "what a day's campaigns had spent by the end of each minute with spend",
+        (
+            Parameter("day", "day", "the day, UTC", is_required=True),
+            _CAMPAIGN,
+            Parameter("daily_budget_micros", "whole", "the budget to compare with; the marts know it, Pinot does not"),
+        ),
+        {
+            "event_minute": "UTC",
+            "campaign_id": "",
+            "currency": "ISO 4217",
+            "spent_micros": "net spend of the day by the end of the minute, rounded once from nanos, half away from zero",
+            "daily_budget_micros": "as given",
+            "clock_micros": "the budget's part by the end of the minute, were it spent evenly over the day",
+            "overspend_micros": "spent above the budget, else 0",
+        },
+        _budget_pacing,
+    ),
+    NamedQuery(
+        "attributed_revenue",
+        "revenue credited to campaigns by one model and window, by the day of the touch",
+        (
+            *_DAYS,
+            Parameter("model", "model", f"one of {', '.join(MODELS)}", default="last_click"),
+            Parameter("window_days", "whole", "lookback window in days, one of the attribution rules'", default="7"),
+            _CAMPAIGN,
+            _STORE,
+        ),
+        {
+            "touch_date": "UTC",
+            "store_id": "",
+            "campaign_id": "",
+            "currency": "of the orders",
+            "revenue_micros": "sum of the credits: whole micros, nothing is rounded",
+        },
+        _attributed_revenue,
+    ),
+    NamedQuery(
+        "freshness",
+        "how far each region's increments have come",
+        (),
+        {
+            "region": "",
+            "increments": "rows",
+            "newest_minute": "newest event minute, UTC",
+            "newest_version": "newest Delta version of minute_metrics with a row of this region",
+            "newest_commit": "when that was committed, UTC",
+            "seconds_since_commit": "how long ago that was",
+        },
+        _freshness,
+    ),
+)
+
+
+@cache
+def query_names() -> tuple[str, ...]:
+    """The names, for help texts."""
+    return tuple(query.name for query in named_queries())
