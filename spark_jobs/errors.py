@@ -70,6 +70,10 @@ class KafkaError(AdtallyError):
     retryable = True
 
 
+class PublicationError(AdtallyError):
+    """What a table's versions hold cannot be published as it should: versions are gone, or the topic is another table's."""
+
+
 class OffsetGapError(AdtallyError):
     """Records that were to be read next are not in the topic any more; the message names their offsets."""
 

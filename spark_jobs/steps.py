@@ -49,6 +49,9 @@ class Step(StrEnum):
     TRAFFIC_REVIEWS = "traffic_reviews"
     ATTRIBUTED_ORDERS = "attributed_orders"
     BILLING_LINES = "billing_lines"
+    PUBLISHED_METRICS = "published_metrics"  # a version's increments stand in their topic
+    PUBLISHED_CREDITS = "published_credits"
+    PUBLICATIONS = "publications"
 
 
 # The steps of a correction, in their order; and all that are no part of a batch: no ingest comes by them.
@@ -59,6 +62,7 @@ CORRECTION: tuple[Step, ...] = (
 MAINTENANCE: tuple[Step, ...] = (
     *(Step.HOUR_CLOSINGS, Step.COMPACTION, Step.RESTORE, Step.VACUUM, *CORRECTION),
     *(Step.RULE_SETS, Step.TRAFFIC_REVIEWS, Step.ATTRIBUTED_ORDERS, Step.BILLING_LINES),
+    *(Step.PUBLISHED_METRICS, Step.PUBLISHED_CREDITS, Step.PUBLICATIONS),
 )
 
 # Every point of a batch at which a kill is tried: before and after each step that this package makes, and around the two of Spark's

@@ -306,12 +306,26 @@ BILLING_LINES = Table(
     stats_columns=("event_date", "billed_at"),
 )
 
+PUBLICATIONS = Table(
+    name="publications",
+    grain="for people; Kafka itself knows what was published. One row a table, topic and time of writing: versions of the table "
+    "from first_version up to version are published, with so many records (null: the publisher ended before it told), and "
+    "total_records ever. table_id is the table's own: one that was deleted and made anew has another",
+    columns="""
+        cluster STRING, topic STRING, table_name STRING, table_id STRING, first_version BIGINT, version BIGINT,
+        records BIGINT, total_records BIGINT, published_at TIMESTAMP
+    """,
+    key=("topic", "table_id", "version"),
+    partition_by=(),
+    stats_columns=("version", "published_at"),
+)
+
 TABLES: dict[str, Table] = {
     table.name: table
     for table in (
         *(EVENTS, REJECTED_EVENTS, MINUTE_METRICS, BATCH_LEDGER, ORDERS, REJECTED_ORDERS, CAMPAIGNS),
         *(RAW_EVENTS, RAW_ORDERS, SOURCE_GAPS),
         *(RECONCILIATIONS, RESTATEMENTS, HOUR_RULES, HOUR_CLOSINGS),
-        *(RULE_SETS, TRAFFIC_REVIEWS, ATTRIBUTED_ORDERS, BILLING_LINES),
+        *(RULE_SETS, TRAFFIC_REVIEWS, ATTRIBUTED_ORDERS, BILLING_LINES, PUBLICATIONS),
     )
 }
