@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,17 @@ import pyarrow.compute as pc
 from filelock import FileLock
 
 from spark_jobs.config import Settings
-from spark_jobs.contract.parse import parse_all
+from spark_jobs.contract.exact import validate_line
+from spark_jobs.contract.parse import encode_raw, parse_all
 from spark_jobs.contract.spec import EVENT_CONTRACT, Limits
 from spark_jobs.dedupe.keys import hash_keys, hex_fingerprint
 from spark_jobs.errors import AdtallyError
 from spark_jobs.locks import rewriting
 from spark_jobs.recount.compare import LEDGER_MEASURES, METRIC_MEASURES
+from spark_jobs.recount.raw import cluster_of
+from spark_jobs.recount.store import RawChunk
 from spark_jobs.recount.truth import HOUR_US, NO_HOUR, Recount
+from spark_jobs.recount.worker import ChunkTask, raw_values
 from spark_jobs.sinks.corrections import Correction, TableChange, carry_out, forget, is_overtaken, unfinished_corrections
 from spark_jobs.sources.landing import Split
 from spark_jobs.sources.lines import read_lines
@@ -171,7 +176,7 @@ def _keys_stay(remove: pa.Table, copies: pa.Table, add: pa.Table) -> bool:
 
 
 def _plan_of_missed(recount: Recount, run: Run) -> dict[str, Any]:
-    """The plan of the batch that takes the missed files, as a batch of the ingest would store its own."""
+    """The plan of the batch that takes the missed files or records, as a batch of the ingest would store its own."""
     for plan, state in zip(recount.inputs.plans, recount.inputs.states, strict=True):
         if state == "missed" and plan.query_id == run.token:
             return {
@@ -180,6 +185,7 @@ def _plan_of_missed(recount: Recount, run: Run) -> dict[str, Any]:
                 "limits": {name: getattr(plan, name) for name in ("ingested_us", "earliest_us", "future_skew_us", "hour_grace_us")},
                 "campaigns_version": plan.campaigns_version,
                 "files": [[file.modified_ms, str(recount.settings.landing_path / file.name), file.size] for file in plan.files],
+                "ranges": [[part.name, part.start, part.end] for part in plan.ranges],
             }
     return {}
 
@@ -196,27 +202,33 @@ def _rejects(recount: Recount, run: Run) -> TableChange:
             coalesce(h.earliest_us, batches.earliest_us) as judged_earliest_us,
             coalesce(h.future_skew_us, batches.future_skew_us) as judged_skew_us
         from rejects_lost l join batches using (b) left join hour_rules h on h.hour = l.hour and version <= events_version
-        where not is_trusted order by b, name, line
+        where not is_trusted order by o, line
         """,
     ).to_pylist()
     prints = _conflict_fingerprints(recount)
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in lost:
-        groups.setdefault((row["b"], row["name"], row["judged_earliest_us"], row["judged_skew_us"]), []).append(row)
+        groups.setdefault((row["o"], row["judged_earliest_us"], row["judged_skew_us"]), []).append(row)
     made: list[dict[str, Any]] = []
-    for (b, name, earliest_us, skew_us), rows in groups.items():
-        path = recount.inputs.parsed[b, name].raw.path
+    for (o, earliest_us, skew_us), rows in groups.items():
+        entry = recount.inputs.occurrences[o].entry
+        assert entry is not None  # it was judged
+        name = entry.name
         limits = Limits(rows[0]["ingested_us"], earliest_us, skew_us, rows[0]["hour_grace_us"])
-        raws = _raws(path, name, rows, limits)
+        if isinstance(entry.raw, RawChunk):
+            raws, of_kafka = _raw_records(entry.raw, rows, limits, recount.settings.scratch_path), True
+        else:
+            raws, of_kafka = _raws(entry.raw.path, name, rows, limits), False
         for row in rows:
             fingerprint, accepted = prints.get((row["o"], row["line"]), (None, None))
             made.append(
                 {
                     "outcome": row["outcome"],
-                    "source": "files",
-                    "region": row["region"],
+                    "source": "kafka" if of_kafka else "files",
+                    "region": cluster_of(name) if of_kafka else row["region"],
                     "source_file": name,
                     "source_line": row["line"],
+                    **(_place(name, row["line"]) if of_kafka else {}),
                     **raws[row["line"]],
                     "record_id": row["record_id"],
                     "record_time": row["time_us"],
@@ -249,12 +261,37 @@ def _raws(path: str, name: str, rows: list[dict[str, Any]], limits: Limits) -> d
                     "raw_encoding": reject.raw_encoding,
                     "raw_size_bytes": reject.raw_size_bytes,
                 }
+    return _all_known(name, rows, found)
+
+
+def _all_known(name: str, rows: list[dict[str, Any]], found: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
     unknown = [row["line"] for row in rows if row["line"] not in found]
     if unknown:
         raise AdtallyError(
             f"{name}, line {unknown[0]}: rejected by the recount, but not by the ingest", hint="report it; nothing was changed"
         )
     return found
+
+
+def _place(name: str, offset: int) -> dict[str, Any]:
+    """Where a record of Kafka lies, in columns of its own."""
+    _, _, topic, partition = name.split("/")
+    return {"source_topic": topic, "source_partition": int(partition), "source_offset": offset}
+
+
+def _raw_records(chunk: RawChunk, rows: list[dict[str, Any]], limits: Limits, scratch: Path) -> dict[int, dict[str, Any]]:
+    """As ``_raws``, of records of Kafka, read again from the table of raw records, by offset."""
+    conflicts = {row["line"] for row in rows if row["outcome"] == "conflict"}
+    task = ChunkTask(chunk.name, chunk.start, chunk.end, chunk.table_id, chunk.paths(), "events", str(scratch / "raw"))
+    found = {}
+    for offsets, values in raw_values(task, [row["line"] for row in rows], cut=False):
+        for offset, value in zip(offsets.tolist(), (value or b"" for value in values), strict=True):
+            verdict = validate_line(value, EVENT_CONTRACT, cluster_of(chunk.name), limits, own_region=True)
+            reasons = ["conflict"] if offset in conflicts else verdict.reasons
+            raw, encoding = encode_raw(value)
+            if reasons:
+                found[offset] = {"reason_codes": reasons, "raw": raw, "raw_encoding": encoding, "raw_size_bytes": len(value)}
+    return _all_known(chunk.name, rows, found)
 
 
 def _conflict_fingerprints(recount: Recount) -> dict[tuple[int, int], tuple[str, str]]:
@@ -304,7 +341,8 @@ def _metrics(recount: Recount, run: Run) -> TableChange:
 def _ledger(recount: Recount, run: Run) -> TableChange:
     """A run has one row a cell: one that it has written before is replaced by the sum."""
     recount.lake.execute("create or replace temp table this_run as select ?::varchar as run_id", [run.run_id])
-    cell = "d.query_id = _query_id and d.batch_id = _batch_id and d.region is not distinct from t.region and d.hour = t.hour"
+    cell = "d.query_id = _query_id and d.batch_id = _batch_id and d.source = t.source"
+    cell += " and d.region is not distinct from t.region and d.hour = t.hour"
     recount.lake.execute(
         f"""
         create or replace temp table ledger_before as
@@ -317,14 +355,14 @@ def _ledger(recount: Recount, run: Run) -> TableChange:
     rows = _arrow(
         recount,
         f"""
-        select d.query_id, d.batch_id, d.region, {counts}, coalesce(batches.ingested_us, {run.now_us}) as ingested_us,
+        select d.query_id, d.batch_id, d.source, d.region, {counts}, coalesce(batches.ingested_us, {run.now_us}) as ingested_us,
             if(d.hour = {NO_HOUR}, null, d.hour * {HOUR_US}) as hour_us
         from ledger_delta d left join batches using (query_id, batch_id) left join ledger_before t on {cell}
         """,
     )
     columns = {
         "stream": "events",
-        "source": "files",
+        "source": rows["source"],
         "region": rows["region"],
         "event_hour": rows["hour_us"],
         **{name: rows[name] for name in LEDGER_MEASURES},

@@ -22,6 +22,7 @@ from spark_jobs.hours import HourRange
 from spark_jobs.jobs.correct import Run, correcting, decide, writing
 from spark_jobs.recount.compare import Comparison, Finding, HourSums
 from spark_jobs.recount.marts import compare_marts
+from spark_jobs.recount.raw import is_of_kafka
 from spark_jobs.recount.truth import NO_HOUR, Inputs, Recount, Rules, read_inputs
 from spark_jobs.sinks.corrections import TableChange, append_once, carry_out, write_ahead
 from spark_jobs.sinks.delta import ensure_tables
@@ -258,14 +259,23 @@ def compare_hours(settings: Settings, hours: set[int] | None, now: datetime, say
 
 
 def gone_without_rows(recount: Recount) -> list[Finding]:
-    """Files that are gone or have changed and of which no row is left to tell the hours."""
-    sizes = {(b, file.name): file.size for b, plan in enumerate(recount.inputs.plans) for file in plan.files}
-    told = set(recount.rows("select distinct b, name from trusted"))
-    names = [name for b, name in recount.inputs.gone if (b, name) not in told and sizes[b, name]]
-    if not names:
+    """Files, and ranges of Kafka's offsets, that are gone or have changed and of which no row is left to tell the hours."""
+    empty = {(b, file.name) for b, plan in enumerate(recount.inputs.plans) for file in plan.files if not file.size}
+    told = {o for (o,) in recount.rows("select distinct o from trusted")}
+    absent = [
+        found
+        for o, found in enumerate(recount.inputs.occurrences)
+        if found.entry is None and not found.is_waiting and o not in told and (found.batch, found.name) not in empty
+    ]
+    if not absent:
         return []
-    detail = f"{names[0]} is gone or has changed since it was read"
-    return [Finding(NO_HOUR, "batch_ledger", "raw_missing", None, len(names), 0, 0, 0, 0, detail)]
+    first = absent[0]
+    detail = (
+        f"raw_events lacks offsets {first.start} to {first.end - 1} of {first.name}"
+        if is_of_kafka(first.name)
+        else f"{first.name} is gone or has changed since it was read"
+    )
+    return [Finding(NO_HOUR, "batch_ledger", "raw_missing", None, len(absent), 0, 0, 0, 0, detail)]
 
 
 def current_inputs(settings: Settings, missed_as: str, now: datetime, say: Callable[[str], None]) -> Inputs:

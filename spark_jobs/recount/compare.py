@@ -1,7 +1,7 @@
 """What the tables hold against what the recount says, for some hours: the rows that differ, and why.
 
 Row by row for `events` and `rejected_events`; by sums per batch and key for `minute_metrics` and `batch_ledger`, whose corrections
-are further rows. Batches that the running query has yet to end are left out on both sides.
+are further rows. Batches that a running query has yet to end, or whose raw records are yet to come, are left out on both sides.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from spark_jobs.recount.raw import PREFIX
 from spark_jobs.recount.truth import NO_HOUR, Recount, listed
 from spark_jobs.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, REJECTED_EVENTS
 
@@ -84,6 +85,8 @@ class Comparison:
         self._recount = recount
         self._lake = recount.lake
         self._cause = "null" if cause is None else f"'{cause}'"
+        missed = [plan for plan, state in zip(recount.inputs.plans, recount.inputs.states, strict=True) if state == "missed"]
+        self._missed = "'record_missed'" if any(plan.ranges and not plan.files for plan in missed) else "'file_missed'"
 
     def run(self, hours: Collection[int]) -> tuple[list[Finding], list[HourSums]]:
         """Count ``hours`` and compare them."""
@@ -103,8 +106,10 @@ class Comparison:
         self._lake.execute(
             f"""
             create or replace temp view expected as
-            select outcomes.*, query_id, batch_id, ingested_us, state
-            from outcomes join batches using (b) where state != 'pending';
+            select outcomes.*, query_id, batch_id, ingested_us, state,
+                if(starts_with(name, '{PREFIX}'), 'kafka', 'files') as source,
+                if(starts_with(name, '{PREFIX}'), split_part(name, '/', 2), region) as source_region
+            from outcomes join batches using (b) where not is_left_out;
             create or replace temp view expected_events as
             select *, {self._hash(*_PLACE)} as h from expected where outcome = 'accepted'
             """
@@ -115,11 +120,11 @@ class Comparison:
         return f"hash({', '.join((*names, *_PLAIN, *_MARKS))})"
 
     def _found(self, table: str, hour: str, where: str) -> str:
-        """SQL for the rows of a table in the hours asked, but for batches that are still to end."""
+        """SQL for the rows of a table in the hours asked, but for batches that are left out."""
         return f"""
             select t.*, {hour} as hour, coalesce(state, 'unknown') as state
             from {self._recount.scan(table)} t left join batches on t._query_id = query_id and t._batch_id = batch_id
-            where {where} and {hour} in (from hours) and state is distinct from 'pending'
+            where {where} and {hour} in (from hours) and is_left_out is not true
         """
 
     def _find_events(self, hours: Collection[int]) -> tuple[list[HourSums], list[int]]:
@@ -216,7 +221,7 @@ class Comparison:
                 'event ' || record_id as example
             from altered
             union all
-            select hour, if(state = 'missed', 'file_missed', 'event_lost'), campaign_id, 1, 0, spend_nanos, 0,
+            select hour, if(state = 'missed', {self._missed}, 'event_lost'), campaign_id, 1, 0, spend_nanos, 0,
                 'event ' || record_id || ' of ' || name || ', line ' || line
             from events_lost anti join altered using (record_id, name, line, query_id, batch_id)
             union all
@@ -251,8 +256,8 @@ class Comparison:
         )
         return self._findings(
             REJECTED_EVENTS.name,
-            """
-            select hour, case state when 'missed' then 'file_missed' when 'unfinished' then 'batch_unfinished_without_checkpoint'
+            f"""
+            select hour, case state when 'missed' then {self._missed} when 'unfinished' then 'batch_unfinished_without_checkpoint'
                 else 'rejected_lost' end as cause, campaign_id, 1 as expected, 0 as found, 0 as expected_nanos, 0 as found_nanos,
                 outcome || ' record of ' || name || ', line ' || line as example
             from rejects_lost
@@ -280,7 +285,7 @@ class Comparison:
                 sum(e_spend_nanos)::bigint as expected_nanos, sum(f_spend_nanos)::bigint as found_nanos,
                 sum(e_rows)::bigint as expected_rows, sum(f_rows)::bigint as found_rows,
                 case when {self._cause} is not null then {self._cause}
-                    when found_rows = 0 and any_value(state) = 'missed' then 'file_missed'
+                    when found_rows = 0 and any_value(state) = 'missed' then {self._missed}
                     when found_rows = 0 and any_value(state) = 'unfinished' then 'batch_unfinished_without_checkpoint'
                     when found_rows = 0 then 'increment_missing' when expected_rows = 0 then 'increment_unknown'
                     else 'increment_altered' end as cause
@@ -337,7 +342,7 @@ class Comparison:
 
     def _ledger(self) -> list[Finding]:
         found = self._found(BATCH_LEDGER.name, "hour_of(epoch_us(event_hour))", "stream = 'events'")
-        keys = "query_id, batch_id, region, hour"
+        keys = "query_id, batch_id, source, region, hour"
         counts = {
             "offered": "count(*)",
             **{name: f"count(*) filter (outcome = '{name}')" for name in ("accepted", "duplicate", "conflict", "rejected")},
@@ -362,9 +367,9 @@ class Comparison:
                 from (
                     select {keys}, state, {", ".join(f"{sql} as e_{m}" for m, sql in counts.items())}, 1 as e_rows,
                         {", ".join(f"0 as f_{m}" for m in LEDGER_MEASURES)}, 0 as f_rows
-                    from expected group by all
+                    from (select * exclude (region) rename (source_region as region) from expected) group by all
                     union all by name
-                    select _query_id as query_id, _batch_id as batch_id, region, hour, state,
+                    select _query_id as query_id, _batch_id as batch_id, source, region, hour, state,
                         {", ".join(f"0 as e_{m}" for m in LEDGER_MEASURES)}, 0 as e_rows,
                         {", ".join(f"coalesce({m}, 0) as f_{m}" for m in LEDGER_MEASURES)}, 1 as f_rows
                     from held_ledger where not (is_copy or is_broken)
@@ -383,8 +388,8 @@ class Comparison:
         )
         return self._findings(
             BATCH_LEDGER.name,
-            """
-            select hour, case when found_rows = 0 and state = 'missed' then 'file_missed'
+            f"""
+            select hour, case when found_rows = 0 and state = 'missed' then {self._missed}
                 when found_rows = 0 and state = 'unfinished' then 'batch_unfinished_without_checkpoint'
                 when found_rows = 0 then 'ledger_missing' when expected_rows = 0 then 'ledger_unknown'
                 else 'ledger_altered' end as cause, null as campaign_id, 1 as expected, found_rows as found,
@@ -401,14 +406,15 @@ class Comparison:
         )
 
     def _gone(self) -> list[Finding]:
-        """Rows that cannot be recounted because their file is gone or has changed."""
+        """Rows that cannot be recounted because their file, or raw record, is gone or has changed."""
         if not self._recount.inputs.gone:
             return []
         return self._findings(
             EVENTS.name,
             """
             select hour, 'raw_missing' as cause, campaign_id, 1 as expected, 1 as found, spend_nanos as expected_nanos,
-                spend_nanos as found_nanos, name || ' is gone or has changed since it was read' as example
+                spend_nanos as found_nanos, if(source = 'kafka', 'raw_events lacks records of ' || name,
+                    name || ' is gone or has changed since it was read') as example
             from expected where is_trusted and outcome = 'accepted'
             """,
         )

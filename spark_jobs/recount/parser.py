@@ -1,4 +1,4 @@
-"""The recount's own reading of the input contract: a landing file's lines as records.
+"""The recount's own reading of the input contract: a landing file's lines, or the values of Kafka's records, as records.
 
 Two tiers. msgspec decodes a line into a typed struct and columns are checked a block at a time; a line that is not certainly valid
 is judged by ``judge_line``, rule by rule. Of the decoder's leniencies three touch the contract: it takes the last of a key that
@@ -94,11 +94,12 @@ def payload_rules(stream: str) -> tuple[Rule, ...]:
 
 
 def record_schema(stream: str) -> pa.Schema:
-    """One row a line offered.
+    """One row a line (or value) offered.
 
-    ``line`` counts from 1; 0 stands for a file of which nothing could be read. ``reasons`` is null of a valid record, never empty
-    of another one. ``record_id`` and ``time_us`` (event_time or order_time, microseconds since the epoch) are there wherever they
-    can be read, all other fields of valid records only. ``received_us`` is null where the record has none; an absent price is 0.
+    ``line`` counts from 1; 0 stands for a file of which nothing could be read; of a value it is the record's offset. ``reasons`` is
+    null of a valid record, never empty of another one. ``record_id`` and ``time_us`` (event_time or order_time, microseconds since
+    the epoch) are there wherever they can be read, all other fields of valid records only. ``received_us`` is null where the record
+    has none; an absent price is 0. ``region`` is what a valid value names; it is null of lines, which are of their folder's.
     ``id_hash`` is xxh3-64 of the id in UTF-8.
     """
     return pa.schema(
@@ -110,6 +111,7 @@ def record_schema(stream: str) -> pa.Schema:
             ("time_us", pa.int64()),
             ("received_us", pa.int64()),
             *((rule.name, pa.int64() if rule.kind == "amount" else pa.string()) for rule in payload_rules(stream)),
+            ("region", pa.string()),
             ("id_hash", pa.uint64()),
         ]
     )
@@ -126,6 +128,7 @@ class Judged:
     record_id: str | None = None
     time_us: int | None = None
     received_us: int | None = None
+    region: str | None = None  # of a value
     fields: dict[str, Any] | None = None  # of payload_rules
 
 
@@ -245,8 +248,8 @@ def _load(raw: bytes, judged: Judged, *, is_terminated: bool) -> dict[str, Any] 
     return found
 
 
-def judge_line(raw: bytes, stream: str, folder: str, *, is_terminated: bool = True) -> Judged:
-    """Judge one line, without its line feed, of a file in the folder of region ``folder``."""
+def judge_line(raw: bytes, stream: str, folder: str | None, *, is_terminated: bool = True) -> Judged:
+    """Judge one line, without its line feed, of a file in the folder of region ``folder``; None: a value, which may name any."""
     judged = Judged()
     found = _load(raw, judged, is_terminated=is_terminated)
     if found is None:
@@ -264,14 +267,15 @@ def judge_line(raw: bytes, stream: str, folder: str, *, is_terminated: bool = Tr
         if wrong:
             judged.reasons.append(wrong)
         fields[rule.name] = None if wrong else value
-    if fields["region"] is not None and fields["region"] != folder:
+    if folder is not None and fields["region"] not in (None, folder):
         judged.reasons.append("region_mismatch")
-    if not _REGION_NAME.fullmatch(folder):
+    if folder is not None and not _REGION_NAME.fullmatch(folder):
         judged.reasons.append("folder_region_format")
     id_name, time_name = ID_AND_TIME[stream]
     judged.record_id, judged.time_us = fields[id_name], fields[time_name]
     if not judged.reasons:
         judged.received_us = fields["received_at"]
+        judged.region = fields["region"] if folder is None else None
         judged.fields = {rule.name: fields[rule.name] for rule in payload_rules(stream)}
     return judged
 
@@ -438,7 +442,7 @@ def _line_ends(data: bytes) -> Ints:
     return ends if data.endswith(b"\n") else np.append(ends, len(data))
 
 
-def _certainly_valid(data: bytes, lines: list[bytes], stream: str, folder: str) -> tuple[Ints, pa.Table]:
+def _certainly_valid(data: bytes, lines: list[bytes], stream: str, folder: str | None) -> tuple[Ints, pa.Table]:
     """The lines that are valid beyond doubt: their places (from 0) and their records (without their lines' numbers)."""
     records, odd = _decoded(lines, stream)
     places = np.delete(np.arange(len(lines)), odd)
@@ -454,9 +458,12 @@ def _certainly_valid(data: bytes, lines: list[bytes], stream: str, folder: str) 
             absent = array.is_null().to_numpy(zero_copy_only=False)
             good &= (micros != _NO_TIME) | absent
             arrays[rule.name] = pa.array(micros, mask=absent)
+        elif rule.kind == "region" and folder is None:
+            named = pc.match_substring_regex(array, f"^{_REGION_NAME.pattern}$")
+            good &= pc.fill_null(named, True).to_numpy(zero_copy_only=False)
         elif rule.kind == "region":
             good &= pc.fill_null(pc.equal(array, folder), True).to_numpy(zero_copy_only=False)
-            good &= _REGION_NAME.fullmatch(folder) is not None
+            good &= folder is not None and _REGION_NAME.fullmatch(folder) is not None
         elif rule.kind == "amount":
             arrays[rule.name] = pc.fill_null(array, 0)
     id_name, time_name = ID_AND_TIME[stream]
@@ -465,6 +472,7 @@ def _certainly_valid(data: bytes, lines: list[bytes], stream: str, folder: str) 
         "time_us": arrays[time_name],
         "received_us": arrays["received_at"],
         **{rule.name: arrays[rule.name] for rule in payload_rules(stream)},
+        "region": arrays["region"] if folder is None else pa.nulls(len(records), pa.string()),
         "id_hash": _hashes(map(attrgetter(id_name), records)),
     }
     made = pa.table(columns)
@@ -490,6 +498,7 @@ def _table(judged: list[tuple[int, Judged]], stream: str) -> pa.Table:
             "record_id": one.record_id,
             "time_us": one.time_us,
             "received_us": one.received_us,
+            "region": one.region,
             **(one.fields or {}),
         }
         for line, one in judged
@@ -519,6 +528,31 @@ def parse_block(data: bytes, first: int, stream: str, folder: str) -> pa.Table:
                 for at in rest[start : start + _JUDGED_AT_ONCE]
             ]
             parts.append(_table(judged, stream))
+    return parts[0] if len(parts) == 1 else pa.concat_tables(parts).sort_by("line")
+
+
+# --- values of Kafka's records
+
+
+def parse_values(values: Sequence[bytes | None], offsets: Ints, stream: str) -> pa.Table:
+    """The records (``record_schema``) of values, by their ascending ``offsets``. A value is one record, whatever is in it."""
+    plain = [value is not None and b"\n" not in value and 0 < len(value) <= LONGEST_LINE for value in values]
+    lines = [value for value, is_plain in zip(values, plain, strict=True) if is_plain and value is not None]
+    at = np.flatnonzero(plain)
+    parts, sure = [], np.zeros(len(values), dtype=bool)
+    if lines:
+        places, table = _certainly_valid(b"\n".join(lines), lines, stream, None)
+        taken = at[places]
+        sure[taken] = True
+        count = table.num_rows
+        first_columns = [pa.array(offsets[taken]), pa.repeat(True, count), pa.nulls(count, pa.list_(pa.string()))]
+        parts.append(pa.table([*first_columns, *table.columns], schema=record_schema(stream)))
+    rest = np.flatnonzero(~sure).tolist()
+    for start in range(0, len(rest), _JUDGED_AT_ONCE):
+        judged = [(int(offsets[n]), judge_line(values[n] or b"", stream, None)) for n in rest[start : start + _JUDGED_AT_ONCE]]
+        parts.append(_table(judged, stream))
+    if not parts:
+        return record_schema(stream).empty_table()
     return parts[0] if len(parts) == 1 else pa.concat_tables(parts).sort_by("line")
 
 

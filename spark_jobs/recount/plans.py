@@ -1,4 +1,5 @@
-"""What every batch of events was planned with: its files in order, its limits and its prices, as the commits of `events` say.
+"""What every batch of events was planned with: its files or ranges of Kafka's offsets in order, its limits and its prices, as the
+commits of `events` say.
 
 Delta cleans its logs after a while, so what was read is kept in a catalogue. It is derived: where it is missing it is read
 again from the commits that are left, and a batch whose plan is gone is planned anew from its rows (``Plans.lost``).
@@ -18,7 +19,7 @@ from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.tables import EVENTS
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class PlannedFile(msgspec.Struct, frozen=True, array_like=True, order=True):
@@ -29,11 +30,22 @@ class PlannedFile(msgspec.Struct, frozen=True, array_like=True, order=True):
     size: int
 
 
+class PlannedRange(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """Offsets [start, end) of a Kafka partition. ``name`` is ``kafka/<cluster>/<topic>/<partition>``, as tables call its records.
+
+    Not every offset has a record. Ranges of a batch are read in the order of (name, start).
+    """
+
+    name: str
+    start: int
+    end: int
+
+
 class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
     """A batch of events. ``version`` is that of `events` which it made; its order among the batches.
 
-    Times are microseconds since the epoch, durations microseconds. ``files`` are in the order of their records,
-    ``rule_set`` is that of invalid traffic (None: no rule).
+    Times are microseconds since the epoch, durations microseconds. ``files`` and ``ranges`` (a batch has one or the other) are in
+    the order of their records, ``rule_set`` is that of invalid traffic (None: no rule).
     """
 
     query_id: str
@@ -46,6 +58,7 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
     campaigns_version: int
     files: tuple[PlannedFile, ...]
     rule_set: str | None = None
+    ranges: tuple[PlannedRange, ...] = ()
 
 
 class _Catalogue(msgspec.Struct):
@@ -69,8 +82,9 @@ class _StoredPlan(msgspec.Struct):
     batch_id: int
     limits: _StoredLimits
     campaigns_version: int
-    files: list[tuple[int, str, int]]
+    files: list[tuple[int, str, int]] = []
     rule_set: str | None = None
+    ranges: list[tuple[str, int, int]] = []
 
 
 @dataclass(frozen=True)
@@ -78,10 +92,6 @@ class Plans:
     """The plans up to a version of `events`, in the order of their commits; a batch occurs once."""
 
     batches: tuple[BatchPlan, ...]
-
-    def names(self) -> set[str]:
-        """The names of all planned files."""
-        return {file.name for plan in self.batches for file in plan.files}
 
 
 def read_plans(settings: Settings, version: int) -> Plans:
@@ -126,6 +136,7 @@ def _plan_of(log: DeltaLog, version: int) -> BatchPlan | None:
         campaigns_version=stored.campaigns_version,
         files=tuple(sorted(PlannedFile(ms, landing_name(path), size) for ms, path, size in stored.files)),
         rule_set=stored.rule_set,
+        ranges=tuple(sorted(PlannedRange(*span) for span in stored.ranges)),
     )
 
 

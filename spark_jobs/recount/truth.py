@@ -1,21 +1,24 @@
 """The recount: what the raw input comes to, told by code that shares nothing with the ingest.
 
-Every line of every planned file (an occurrence: a file that two batches took counts twice) is judged by the limits of its batch,
-or by the rules that a backfill has set for its hour. Then, of the valid records with one id, in whatever hour, the first is
-accepted (order of the batches, then of the files, then of the lines); the others are duplicates if all their fields but
-received_at and region agree, else conflicts. All of it is SQL over the parsed files, restricted to the hours asked: of the rest of
-the history only the hashes of the ids are read.
+Every line of every planned file, every record of every planned range of Kafka's offsets (an occurrence: a file that two batches
+took counts twice) is judged by the limits of its batch, or by the rules that a backfill has set for its hour. Then, of the valid
+records with one id, in whatever hour, the first is accepted (order of the batches, then of the files or ranges, then of lines or
+offsets); the others are duplicates if all their fields but received_at and region agree, else conflicts. All of it is SQL over the
+parsed files, restricted to the hours asked: of the rest of the history only the hashes of the ids are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from xxhash import xxh3_64_intdigest
@@ -23,9 +26,10 @@ from xxhash import xxh3_64_intdigest
 from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.duck import connect_delta
-from spark_jobs.recount.landing import LandedFile, landed_files, missed_files, read_query
-from spark_jobs.recount.plans import BatchPlan, PlannedFile, read_plans
-from spark_jobs.recount.store import ParsedFile, RawFile, ensure_parsed
+from spark_jobs.recount.landing import LandedFile, RunningQuery, landed_files, missed_files, read_query
+from spark_jobs.recount.plans import BatchPlan, PlannedFile, PlannedRange, read_plans
+from spark_jobs.recount.raw import RawTable, Span, TopicQuery, both, is_of_kafka, minus, read_queries
+from spark_jobs.recount.store import ParsedFile, RawChunk, RawFile, ensure_parsed
 from spark_jobs.recount.traffic import TrafficJudge
 from spark_jobs.tables import (
     BATCH_LEDGER,
@@ -33,6 +37,7 @@ from spark_jobs.tables import (
     EVENTS,
     HOUR_RULES,
     MINUTE_METRICS,
+    RAW_EVENTS,
     REJECTED_EVENTS,
     RULE_SETS,
     TRAFFIC_REVIEWS,
@@ -51,6 +56,7 @@ PINNED: tuple[Table, ...] = (
     *(BATCH_LEDGER, EVENTS, REJECTED_EVENTS, MINUTE_METRICS, CAMPAIGNS, HOUR_RULES, TRAFFIC_REVIEWS, RULE_SETS),
 )
 _MEMORY = "1200MB"
+_NO_END = 2**62
 _PAYLOAD = (
     *("event_type", "time_us", "campaign_id", "ad_id", "store_id", "user_id", "impression_id", "placement"),
     *("price_micros", "currency", "user_agent"),
@@ -73,18 +79,45 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What a recount is made of, at one moment: versions of the tables, plans of the batches, parsed files.
+class Occurrence:
+    """What a batch (by its number) took: a landing file, or offsets [start, end) of a Kafka partition that lie in one parsed chunk.
 
-    ``gone`` names planned files (batch number, name) that are not there any more as they were planned.
+    ``entry`` None: it is not there as it was planned. Then it ``is_waiting`` where the query that keeps Kafka's raw records will
+    come to it, else it is gone.
     """
+
+    batch: int
+    name: str
+    start: int = 0
+    end: int = _NO_END
+    entry: ParsedFile | None = None
+    is_waiting: bool = False
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recount is made of, at one moment: versions of the tables, plans of the batches, and what those took."""
 
     versions: dict[str, int]
     plans: list[BatchPlan]
-    states: list[str]  # of each plan: booked, pending, unfinished, unbooked or missed
+    states: list[str]  # of each plan: booked, waiting (for raw records), pending, unfinished, unbooked or missed
     lost: frozenset[int]  # plans made anew from rows, by number
-    parsed: dict[tuple[int, str], ParsedFile]
-    gone: list[tuple[int, str]] = field(default_factory=list)
+    occurrences: list[Occurrence]  # in the order of reading
+
+    @cached_property
+    def gone(self) -> list[Occurrence]:
+        """What was planned and is not there any more."""
+        return [found for found in self.occurrences if found.entry is None and not found.is_waiting]
+
+    @cached_property
+    def waiting(self) -> list[Occurrence]:
+        """What the raw table does not have yet."""
+        return [found for found in self.occurrences if found.is_waiting]
+
+    @cached_property
+    def entries(self) -> list[ParsedFile]:
+        """The parsed form of all that is there, each once."""
+        return list({found.entry.parquet: found.entry for found in self.occurrences if found.entry is not None}.values())
 
 
 def read_inputs(
@@ -96,54 +129,164 @@ def read_inputs(
 ) -> Inputs:
     """Pin the tables, read the plans, and parse what the store does not have.
 
-    Files that were missed are taken for a batch of their own behind all others, with query id ``missed_as`` and today's rules.
+    What was missed is taken for a batch of its own behind all others, with query id ``missed_as`` and today's rules.
     ``progress(done, total)`` is told of bytes.
     """
+    # how far the queries are is read first: what they have ended stands in the versions that are pinned after that
+    query, topics = read_query(settings), read_queries(settings, "events")
     versions = {table.name: DeltaLog(settings.table_uri(table.name)).latest_version() or 0 for table in PINNED}
-    query = read_query(settings)
     plans = list(read_plans(settings, versions[EVENTS.name]).batches)
-    booked = _booked(settings, versions[BATCH_LEDGER.name])
+    offered = _offered(settings, versions[BATCH_LEDGER.name])
     landed = landed_files(settings)
     known = {(plan.query_id, plan.batch_id) for plan in plans}
-    without = sorted(booked - known)
+    without = sorted(offered.keys() - known)
     made = _plans_of_rows(settings, versions, without, landed) if without else []
     lost = frozenset(range(len(made)))
     plans = made + plans
+    states = _states(settings, plans, offered, query, topics)
+    ranges = _Ranges(settings, plans, offered, {} if lost else topics)
     missing = [] if lost else missed_files(landed, {file.name for plan in plans for file in plan.files}, query)
-    states = []
-    last = {plan.query_id: plan.batch_id for plan in plans}
-    later = _booked(settings, None) if any((plan.query_id, plan.batch_id) not in booked for plan in plans) else booked
-    for plan in plans:
-        identity = (plan.query_id, plan.batch_id)
-        if identity in booked:
-            states.append("booked")
-        elif identity in later:  # ended while the versions were pinned
-            states.append("pending")
-        elif plan.batch_id < last[plan.query_id] or (plan.query_id == query.query_id and plan.batch_id in query.done):
-            states.append("unbooked")
-        else:
-            states.append("pending" if plan.query_id == query.query_id else "unfinished")
-    if missing:
+    there = [
+        found.raw
+        for number, plan in enumerate(plans)
+        for file in plan.files
+        if (found := _as_planned(landed, file, is_lost=number in lost)) is not None
+    ]
+    parsed: dict[RawFile | RawChunk, ParsedFile] = {}
+    wanted: list[RawFile | RawChunk] = [*there, *(file.raw for file in missing), *ranges.chunks]
+    for entry in ensure_parsed(settings, "events", list(dict.fromkeys(wanted)), progress):
+        parsed[entry.raw] = entry
+    missed = ranges.missed(parsed)
+    if missing or missed:
         files = tuple(sorted(PlannedFile(file.raw.mtime_ms, file.name, file.raw.size) for file in missing))
         rules = rules_of(settings, versions)
         limits = (now_us, rules.earliest_us, rules.future_skew_us, rules.hour_grace_us, rules.campaigns_version)
-        plans.append(BatchPlan(missed_as, 0, versions[EVENTS.name] + 1, *limits, files))
+        plans.append(BatchPlan(missed_as, 0, versions[EVENTS.name] + 1, *limits, files, ranges=missed))
         states.append("missed")
-    there: dict[RawFile, list[tuple[int, str]]] = {}
-    gone = []
+    occurrences = []
     for number, plan in enumerate(plans):
         for file in plan.files:
-            found = landed.get(file.name)
-            if found is not None and (number in lost or (found.raw.mtime_ms, found.raw.size) == (file.modified_ms, file.size)):
-                there.setdefault(found.raw, []).append((number, file.name))
-            else:
-                gone.append((number, file.name))
-    parsed = {}
-    for entry in ensure_parsed(settings, "events", list(there), progress):
-        for place in there.pop(entry.raw):
-            parsed[place] = entry
-    gone += [place for places in there.values() for place in places]  # changed or vanished while it was to be parsed
-    return Inputs(versions, plans, states, lost, parsed, sorted(gone))
+            found = _as_planned(landed, file, is_lost=number in lost)
+            # without an entry: changed or vanished, maybe while it was to be parsed
+            occurrences.append(Occurrence(number, file.name, entry=None if found is None else parsed.get(found.raw)))
+        of_ranges = list(ranges.occurrences(number, plan, parsed))
+        if any(found.is_waiting for found in of_ranges) and states[number] != "pending":
+            states[number] = "waiting"
+        occurrences += of_ranges
+    if ranges.version is not None:
+        versions[RAW_EVENTS.name] = ranges.version
+    return Inputs(versions, plans, states, lost, occurrences)
+
+
+def _states(
+    settings: Settings,
+    plans: list[BatchPlan],
+    offered: dict[tuple[str, int], int],
+    query: RunningQuery,
+    topics: dict[str, TopicQuery],
+) -> list[str]:
+    done = {query.query_id: query.done} | {topic.query_id: topic.done for topic in topics.values()}
+    newer = (topic.query_id for topic in read_queries(settings, "events").values())
+    running = {*done, read_query(settings).query_id, *newer}
+    last = {plan.query_id: plan.batch_id for plan in plans}
+    unbooked = [plan for plan in plans if (plan.query_id, plan.batch_id) not in offered]
+    later = _offered(settings, None) if unbooked else offered
+    states = []
+    for plan in plans:
+        identity = (plan.query_id, plan.batch_id)
+        if identity in offered:
+            states.append("booked")
+        elif identity in later:  # ended while the versions were pinned
+            states.append("pending")
+        elif plan.batch_id < last[plan.query_id] or plan.batch_id in done.get(plan.query_id, ()):
+            states.append("unbooked")
+        else:
+            states.append("pending" if plan.query_id in running else "unfinished")
+    return states
+
+
+def _as_planned(landed: dict[str, LandedFile], file: PlannedFile, *, is_lost: bool) -> LandedFile | None:
+    """The landing file that a plan means, None if there is none in that state."""
+    found = landed.get(file.name)
+    if found is not None and (is_lost or (found.raw.mtime_ms, found.raw.size) == (file.modified_ms, file.size)):
+        return found
+    return None
+
+
+class _Ranges:
+    """The planned ranges of Kafka's offsets against what the raw table has. ``chunks`` are to be parsed."""
+
+    def __init__(
+        self, settings: Settings, plans: list[BatchPlan], offered: dict[tuple[str, int], int], topics: dict[str, TopicQuery]
+    ) -> None:
+        self._offered = offered
+        planned: dict[str, list[Span]] = {}
+        for plan in plans:
+            for part in plan.ranges:
+                planned.setdefault(part.name, []).append((part.start, part.end))
+        ends = {name: end for topic in topics.values() for name, end in topic.end.items()}
+        self.chunks: list[RawChunk] = []
+        self.version: int | None = None
+        self._held: dict[str, list[Span]] = {}
+        self._left: dict[str, list[Span]] = {}  # what the running query went past though no batch has it
+        self._of_name: dict[str, list[RawChunk]] = {}
+        if not planned and not ends:
+            return
+        self._raw = RawTable(settings)
+        self.version = self._raw.version
+        for name in sorted({*planned, *ends}):
+            spans = sorted(planned.get(name, ()))
+            held = self._held[name] = self._raw.held(name, from_offset=spans[0][0] if spans else 0)
+            left = [part for gap in minus((0, ends.get(name, 0)), spans) for part in both(gap, held)]
+            self._left[name] = left
+            self._of_name[name] = list(self._raw.chunks(name, sorted([*spans, *left]), held))
+            self.chunks += self._of_name[name]
+
+    def missed(self, parsed: dict[RawFile | RawChunk, ParsedFile]) -> tuple[PlannedRange, ...]:
+        """Ranges that hold a record and that no batch took."""
+        return tuple(
+            PlannedRange(name, *span)
+            for name, spans in self._left.items()
+            for span in spans
+            if any(_count(entry, *part) for entry, part in self._parts(name, span, parsed))
+        )
+
+    def occurrences(self, number: int, plan: BatchPlan, parsed: dict[RawFile | RawChunk, ParsedFile]) -> Iterator[Occurrence]:
+        """What there is of a plan's ranges, and what is not, in the order of reading."""
+        found: list[Occurrence] = []
+        for part in plan.ranges:
+            span = (part.start, part.end)
+            held = self._held.get(part.name, [])
+            found += [Occurrence(number, part.name, *at, entry) for entry, at in self._parts(part.name, span, parsed)]
+            found += [
+                Occurrence(number, part.name, *rest, is_waiting=self._raw.is_behind(part.name, rest[0]))
+                for rest in minus(span, held)
+            ]
+        if any(one.entry is None for one in found) and not any(one.is_waiting for one in found):
+            here = [one for one in found if one.entry is not None]
+            # where no record is missing, what seems to be gone is a hole in the offsets
+            if sum(_count(one.entry, one.start, one.end) for one in here if one.entry) >= self._offered.get(
+                (plan.query_id, plan.batch_id), _NO_END
+            ):
+                found = here
+        yield from sorted(found, key=lambda one: (one.name, one.start))
+
+    def _parts(self, name: str, span: Span, parsed: dict[RawFile | RawChunk, ParsedFile]) -> Iterator[tuple[ParsedFile, Span]]:
+        """The parsed chunks that have an offset of ``span``, with which."""
+        chunks = self._of_name.get(name, [])
+        first = bisect_right(chunks, span[0], key=lambda chunk: chunk.end)
+        for chunk in chunks[first:]:
+            if chunk.start >= span[1]:
+                return
+            yield parsed[chunk], (max(span[0], chunk.start), min(span[1], chunk.end))
+
+
+def _count(entry: ParsedFile, start: int, end: int) -> int:
+    """How many records of a chunk lie at offsets [start, end)."""
+    if isinstance(entry.raw, RawChunk) and start <= entry.raw.start and end >= entry.raw.end:
+        return entry.records
+    lines = pq.read_table(entry.parquet, columns=["line"])["line"].to_numpy()
+    return int(((lines >= start) & (lines < end)).sum())
 
 
 def quoted(path: Path | str) -> str:
@@ -154,6 +297,14 @@ def quoted(path: Path | str) -> str:
 def listed(paths: Iterable[str]) -> str:
     """Paths as a list of SQL, in order."""
     return "[" + ", ".join(f"'{quoted(path)}'" for path in sorted(paths)) + "]"
+
+
+def _occurring(files: Iterable[str]) -> str:
+    """SQL for the records (``r``) of parsed files, once for each of the `occurrences` that has them."""
+    return f"""
+        read_parquet({listed(files)}, filename = true) r
+        join occurrences on parquet = filename and line >= first_line and line < end_line
+    """
 
 
 def scan(settings: Settings, name: str, version: int | None) -> str:
@@ -170,45 +321,51 @@ def keep_table(lake: duckdb.DuckDBPyConnection, name: str, table: pa.Table, spil
     path.unlink()
 
 
-def _booked(settings: Settings, version: int | None) -> set[tuple[str, int]]:
-    """The batches of events that the ledger holds."""
+def _offered(settings: Settings, version: int | None) -> dict[tuple[str, int], int]:
+    """The batches of events that the ledger holds, with how many records they were offered."""
     held = DeltaTable(settings.table_uri(BATCH_LEDGER.name), version=version)
-    rows = held.to_pyarrow_table(columns=["stream", "_query_id", "_batch_id"])
-    names = (rows[name].to_pylist() for name in ("stream", "_query_id", "_batch_id"))
-    return {(query, batch) for stream, query, batch in zip(*names, strict=True) if stream == "events"}
+    rows = held.to_pyarrow_table(columns=["stream", "_query_id", "_batch_id", "offered"])
+    sums = rows.filter(pc.equal(rows["stream"], "events")).group_by(["_query_id", "_batch_id"]).aggregate([("offered", "sum")])
+    names = (sums[name].to_pylist() for name in ("_query_id", "_batch_id", "offered_sum"))
+    return {(query, batch): offered or 0 for query, batch, offered in zip(*names, strict=True)}
 
 
 def _plans_of_rows(
     settings: Settings, versions: dict[str, int], batches: list[tuple[str, int]], landed: dict[str, LandedFile]
 ) -> list[BatchPlan]:
-    """Plans of batches whose own are gone: the files that their rows name, today's limits, the newest prices."""
+    """Plans of batches whose own are gone: the files and offsets that their rows name, today's limits, the newest prices."""
     with connect_delta() as lake:
         lake.register("wanted", pa.table({"_query_id": [q for q, _ in batches], "_batch_id": [b for _, b in batches]}))
         found = lake.execute(
             f"""
-            select _query_id, _batch_id, epoch_us(min(ingested_at)), list(distinct source_file) filter (source_file is not null),
+            select _query_id, _batch_id, min(ingested_us), list((source_file, first, last)) filter (source_file is not null),
                 mode(rule_set)
             from (
-                select _query_id, _batch_id, ingested_at, source_file, rule_set
-                from {scan(settings, EVENTS.name, versions["events"])}
-                union all
-                select _query_id, _batch_id, ingested_at, source_file, null
-                from {scan(settings, REJECTED_EVENTS.name, versions["rejected_events"])}
-                union all
-                select _query_id, _batch_id, ingested_at, null, null
-                from {scan(settings, BATCH_LEDGER.name, versions["batch_ledger"])} where stream = 'events'
-            ) semi join wanted using (_query_id, _batch_id)
-            group by all order by 3, 1, 2
+                select _query_id, _batch_id, epoch_us(min(ingested_at)) as ingested_us, source_file, min(source_line) as first,
+                    max(source_line) as last, mode(rule_set) as rule_set
+                from (
+                    select _query_id, _batch_id, ingested_at, source_file, source_line, rule_set
+                    from {scan(settings, EVENTS.name, versions["events"])}
+                    union all
+                    select _query_id, _batch_id, ingested_at, source_file, source_line, null
+                    from {scan(settings, REJECTED_EVENTS.name, versions["rejected_events"])}
+                    union all
+                    select _query_id, _batch_id, ingested_at, null, null, null
+                    from {scan(settings, BATCH_LEDGER.name, versions["batch_ledger"])} where stream = 'events'
+                ) semi join wanted using (_query_id, _batch_id) group by _query_id, _batch_id, source_file
+            ) group by _query_id, _batch_id order by 3, 1, 2
             """
         ).fetchall()
     rules = rules_of(settings, versions)
     made = []
-    for number, (query_id, batch_id, ingested_us, names, rule_set) in enumerate(found):
-        raws = {name: landed[name].raw for name in names or () if name in landed}
-        gone = [PlannedFile(0, name, 0) for name in names or () if name not in landed]
+    for number, (query_id, batch_id, ingested_us, places, rule_set) in enumerate(found):
+        names = [name for name, _, _ in places or () if not is_of_kafka(name)]
+        ranges = [PlannedRange(name, first, last + 1) for name, first, last in places or () if is_of_kafka(name)]
+        raws = {name: landed[name].raw for name in names if name in landed}
+        gone = [PlannedFile(0, name, 0) for name in names if name not in landed]
         planned = sorted([*gone, *(PlannedFile(raw.mtime_ms, name, raw.size) for name, raw in raws.items())])
         limits = (ingested_us, rules.earliest_us, rules.future_skew_us, rules.hour_grace_us, rules.campaigns_version)
-        made.append(BatchPlan(query_id, batch_id, number - len(found), *limits, tuple(planned), rule_set))
+        made.append(BatchPlan(query_id, batch_id, number - len(found), *limits, tuple(planned), rule_set, tuple(sorted(ranges))))
     return made
 
 
@@ -222,6 +379,15 @@ def rules_of(settings: Settings, versions: dict[str, int]) -> Rules:
         hour_grace_us=round(settings.hour_grace.total_seconds() * 1_000_000),
         events_version=versions[EVENTS.name],
     )
+
+
+def _span_columns(occurrences: list[Occurrence]) -> dict[str, pa.Array]:
+    return {
+        "b": pa.array([found.batch for found in occurrences], pa.int64()),
+        "name": pa.array([found.name for found in occurrences], pa.string()),
+        "first_line": pa.array([found.start for found in occurrences], pa.int64()),
+        "end_line": pa.array([found.end for found in occurrences], pa.int64()),
+    }
 
 
 class Recount:
@@ -271,7 +437,7 @@ class Recount:
 
     def _load_batches(self) -> None:
         plans, inputs = self.inputs.plans, self.inputs
-        partial = {number for number, _ in inputs.gone} | set(inputs.lost)
+        partial = {found.batch for found in inputs.gone} | set(inputs.lost)
         batches = pa.table(
             {
                 "b": pa.array(range(len(plans)), pa.int64()),
@@ -285,33 +451,27 @@ class Recount:
                 },
                 "rule_set": pa.array([plan.rule_set for plan in plans], pa.string()),
                 "state": pa.array(inputs.states, pa.string()),
+                "is_left_out": pa.array([state in ("pending", "waiting") for state in inputs.states], pa.bool_()),
                 "is_partial": pa.array([number in partial for number in range(len(plans))], pa.bool_()),
             }
         )
-        places = [(number, file.name) for number, plan in enumerate(plans) for file in plan.files]
-        order = {place: at for at, place in enumerate(places)}
-        here = [(order[place], place[0], entry) for place, entry in inputs.parsed.items()]
+        here = [(o, found, found.entry) for o, found in enumerate(inputs.occurrences) if found.entry is not None]
         occurrences = pa.table(
             {
                 "o": pa.array([o for o, _, _ in here], pa.int64()),
-                "b": pa.array([b for _, b, _ in here], pa.int64()),
-                "name": pa.array([entry.name for _, _, entry in here], pa.string()),
+                **_span_columns([found for _, found, _ in here]),
                 "region": pa.array([entry.region for _, _, entry in here], pa.string()),
                 "parquet": pa.array([str(entry.parquet) for _, _, entry in here], pa.string()),
-                "min_us": pa.array([entry.min_us for _, _, entry in here], pa.int64()),
-                "max_us": pa.array([entry.max_us for _, _, entry in here], pa.int64()),
-                "has_unknown_time": pa.array([entry.has_unknown_time for _, _, entry in here], pa.bool_()),
-                "records": pa.array([entry.records for _, _, entry in here], pa.int64()),
             }
         )
+        absent = [(o, found) for o, found in enumerate(inputs.occurrences) if found.entry is None]
         gone = pa.table(
             {
-                "o": pa.array([order[place] for place in inputs.gone], pa.int64()),
-                "b": pa.array([place[0] for place in inputs.gone], pa.int64()),
-                "name": pa.array([place[1] for place in inputs.gone], pa.string()),
+                "o": pa.array([o for o, _ in absent], pa.int64()),
+                **_span_columns([found for _, found in absent]),
             }
         )
-        for name, table in (("batches", batches), ("occurrences", occurrences), ("gone", gone)):
+        for name, table in (("batches", batches), ("occurrences", occurrences), ("absent", gone)):
             self.keep(name, table)
 
     def keep(self, name: str, table: pa.Table) -> None:
@@ -354,16 +514,17 @@ class Recount:
             )
 
     def _load_trusted(self) -> None:
-        """Rows of files that are gone stand for what they say themselves: nothing is taken back because the raw input is gone."""
+        """Rows of raw input that is not there stand for what they say themselves: nothing is taken back because it is gone."""
         batch = """
-            join batches on _query_id = query_id and _batch_id = batch_id join gone on gone.b = batches.b and name = source_file
+            join batches on _query_id = query_id and _batch_id = batch_id
+            join absent on absent.b = batches.b and name = source_file and source_line >= first_line and source_line < end_line
         """
-        limit = "" if self.inputs.gone else " limit 0"
+        limit = "" if self.inputs.gone or self.inputs.waiting else " limit 0"
         events, rejects = (f"(from {self.scan(table.name)}{limit})" for table in (EVENTS, REJECTED_EVENTS))
         self.lake.execute(
             f"""
             create temp table trusted as
-            select o, gone.b as b, name, region, source_line as line, true as is_valid, event_id as record_id,
+            select o, absent.b as b, name, region, source_line as line, true as is_valid, event_id as record_id,
                 null::ubigint as id_hash, epoch_us(received_at) as received_us, event_type, epoch_us(event_time) as time_us,
                 campaign_id, ad_id, store_id, user_id, impression_id, placement, price_micros, currency, user_agent,
                 'accepted' as outcome, billing_model, is_late,
@@ -371,7 +532,7 @@ class Recount:
                 invalid_traffic_rule, invalid_traffic_rules, e.rule_set
             from {events} e {batch}
             union all by name
-            select o, gone.b as b, name, region, source_line as line, false as is_valid, record_id,
+            select o, absent.b as b, name, region, source_line as line, false as is_valid, record_id,
                 epoch_us(record_time) as time_us, outcome
             from {rejects} {batch}
             """
@@ -382,8 +543,8 @@ class Recount:
         self.lake.execute("update trusted set id_hash = i.id_hash from trusted_ids i where i.record_id = trusted.record_id")
 
     def all_files(self) -> list[str]:
-        """What the store has of all planned files."""
-        return sorted({str(entry.parquet) for entry in self.inputs.parsed.values()})
+        """What the store has of all planned files and ranges."""
+        return sorted(str(entry.parquet) for entry in self.inputs.entries)
 
     def records_by_hour(self, hours: Collection[int] | None = None) -> dict[int, int]:
         """How many records each hour (of ``hours``, None: of all) has in the parsed files, however often they were taken."""
@@ -398,10 +559,11 @@ class Recount:
 
     def hours_of_batch(self, number: int) -> set[int]:
         """The hours that the records of a batch lie in."""
-        files = {str(entry.parquet) for (b, _), entry in self.inputs.parsed.items() if b == number}
+        files = {str(found.entry.parquet) for found in self.inputs.occurrences if found.batch == number and found.entry}
         if not files:
             return set()
-        return {hour for (hour,) in self.rows(f"select distinct hour_of(time_us) from read_parquet({listed(files)})")}
+        found = self.rows(f"select distinct hour_of(r.time_us) from {_occurring(files)} where b = {number}")
+        return {hour for (hour,) in found}
 
     # --- what is asked for hours
 
@@ -411,7 +573,7 @@ class Recount:
         return sorted(
             {
                 str(entry.parquet)
-                for entry in self.inputs.parsed.values()
+                for entry in self.inputs.entries
                 if (entry.min_us is not None and entry.max_us is not None and entry.min_us < high and entry.max_us >= low)
                 or (NO_HOUR in hours and entry.has_unknown_time)
             }
@@ -430,7 +592,7 @@ class Recount:
         self.lake.execute("create or replace temp table ids as select distinct id_hash from judged where is_ok")
         files = self.all_files()
         elsewhere = "hour_of(time_us) not in (from hours) and id_hash in (from ids)"
-        raw = f"union all select id_hash from read_parquet({listed(files)}, filename = true) join occurrences on parquet = filename"
+        raw = f"union all select id_hash from {_occurring(files)}"
         self.lake.execute(
             f"""
             create or replace temp table suspects as select id_hash from (
@@ -459,10 +621,11 @@ class Recount:
         columns = ", ".join(f"r.{name}" for name in _RECORD)
         if files:
             source = f"""
-                select o, b, name, region, {columns}, null as outcome, hour_of(r.time_us) as hour, null as billing_model,
-                    null::bigint as spend_nanos, null::boolean as is_late, null as invalid_traffic_rule,
+                select o, b, name, coalesce(r.region, occurrences.region) as region, {columns},
+                    null as outcome, hour_of(r.time_us) as hour, null as billing_model, null::bigint
+                    as spend_nanos, null::boolean as is_late, null as invalid_traffic_rule,
                     null::varchar[] as invalid_traffic_rules, null as rule_set
-                from read_parquet({listed(files)}, filename = true) r join occurrences on parquet = filename where {pushed}
+                from {_occurring(files)} where {pushed}
                 union all by name
             """
         else:

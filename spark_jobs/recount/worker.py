@@ -1,4 +1,5 @@
-"""One landing file into one entry of the store; and the process that does so for others (``python -m spark_jobs.recount.worker``).
+"""One landing file, or one chunk of a topic's raw records, into one entry of the store; and the process that does so for others
+(``python -m spark_jobs.recount.worker``).
 
 The process reads tasks as JSON lines from its standard input and answers with JSON lines: ``{"read": bytes}`` while it reads,
 ``{"done": kept}`` or ``{"error": text}`` at the end of a task. It ends with its input. It is started anew rather than forked (who
@@ -13,20 +14,26 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from pathlib import Path
+from typing import Any
 
+import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from spark_jobs.recount.parser import UNREADABLE, parse_file, record_schema
+from spark_jobs.recount.parser import LONGEST_LINE, UNREADABLE, Ints, parse_file, parse_values, record_schema
 
-FORMAT = 1  # raise it when the records or their meaning change: entries of another one are made again
+FORMAT = 2  # raise it when the records or their meaning change: entries of another one are made again
 METADATA_KEY = b"adtally.recount"
 ROW_GROUP_ROWS = 128 * 1024
+RECORD_BYTES = 350  # about so many does a raw record have: for progress only
+_VALUES_AT_ONCE = 4096
+_SORT_MEMORY = "512MB"  # more is spilled
 _PLAIN_COLUMNS = ("record_id", "impression_id", "user_id")  # too many values for a dictionary to pay
 
 
@@ -41,6 +48,40 @@ class ParseTask:
     stream: str
     region: str
     target: str
+
+    @property
+    def state(self) -> list[Any]:
+        """Which state of it was parsed."""
+        return [self.mtime_ms, self.size]
+
+
+@dataclass(frozen=True)
+class ChunkTask:
+    """Offsets [start, end) of a Kafka partition, and where its records go. ``name`` is ``kafka/<cluster>/<topic>/<partition>``.
+
+    ``paths`` are the data files of the table of raw records that may hold some of them; ``table_id`` is that table.
+    """
+
+    name: str
+    start: int
+    end: int
+    table_id: str
+    paths: list[str]
+    stream: str
+    target: str
+
+    @property
+    def size(self) -> int:
+        """About how many bytes there are to read."""
+        return (self.end - self.start) * RECORD_BYTES
+
+    @property
+    def state(self) -> list[Any]:
+        """Which part of the partition was parsed, and of which table."""
+        return [self.table_id, self.start, self.end]
+
+
+AnyTask = ParseTask | ChunkTask
 
 
 def is_as_said(path: str, mtime_ms: int, size: int) -> bool:
@@ -71,19 +112,19 @@ class _Facts:
             self.is_unreadable |= table["reasons"][0].as_py() == [UNREADABLE]
 
 
-def parse_into(task: ParseTask, on_read: Callable[[int], None]) -> bool:
-    """Parse a landing file into ``task.target``, which appears whole or not at all.
+def parse_into(task: AnyTask, on_read: Callable[[int], None]) -> bool:
+    """Parse what a task says into its ``target``, which appears whole or not at all.
 
-    Returns False, and leaves nothing, where the file is not or no longer in the state that the task says.
+    Returns False, and leaves nothing, where a landing file is not or no longer in the state that the task says.
     """
-    if not is_as_said(task.path, task.mtime_ms, task.size):
+    if not _is_there(task):
         return False
     target = Path(task.target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         _write(task, temporary, on_read)
-        if not is_as_said(task.path, task.mtime_ms, task.size):
+        if not _is_there(task):
             return False
         os.replace(temporary, target)
     finally:
@@ -91,7 +132,61 @@ def parse_into(task: ParseTask, on_read: Callable[[int], None]) -> bool:
     return True
 
 
-def _write(task: ParseTask, temporary: Path, on_read: Callable[[int], None]) -> None:
+def _is_there(task: AnyTask) -> bool:
+    """Raw records never change; a landing file may."""
+    return isinstance(task, ChunkTask) or is_as_said(task.path, task.mtime_ms, task.size)
+
+
+def _records(task: AnyTask, on_read: Callable[[int], None]) -> Iterator[pa.Table]:
+    if isinstance(task, ParseTask):
+        yield from parse_file(Path(task.path), task.stream, task.region, on_read)
+        return
+    told = 0
+    for offsets, values in raw_values(task):
+        yield parse_values(values, offsets, task.stream)
+        count = min(len(values) * RECORD_BYTES, task.size - told)
+        told += count
+        on_read(count)
+    on_read(task.size - told)
+
+
+def raw_values(
+    task: ChunkTask, only: Collection[int] | None = None, *, cut: bool = True
+) -> Iterator[tuple[Ints, list[bytes | None]]]:
+    """(offsets, values) of a task's records, in the order of their offsets, each offset once, some thousand at a time.
+
+    ``only``: these offsets alone. ``cut``: for a value too long to be valid stands another one, not much longer than that.
+    """
+    if not task.paths:
+        return
+    _, cluster, topic, partition = task.name.split("/")
+    is_long = f"octet_length(value) > {LONGEST_LINE}" if cut else "false"
+    chosen = "true" if only is None else f"source_offset in ({', '.join(map(str, only))})"
+    config: dict[str, Any] = {"threads": 1, "memory_limit": _SORT_MEMORY, "temp_directory": f"{task.target}.spill"}
+    with duckdb.connect(":memory:", config=config) as lake:
+        found = lake.execute(
+            f"""
+            select source_offset, if({is_long}, null, value) as value, {is_long} as is_long
+            from read_parquet(?)
+            where cluster = ? and source_topic = ? and source_partition = ? and source_offset >= ? and source_offset < ?
+                and {chosen}
+            order by source_offset
+            """,
+            [task.paths, cluster, topic, int(partition), task.start, task.end],
+        )
+        last = -1
+        for batch in found.to_arrow_reader(_VALUES_AT_ONCE):
+            offsets = batch["source_offset"].to_numpy()
+            once = np.diff(offsets, prepend=last) != 0  # after a lost checkpoint a record may stand there twice
+            last = int(offsets[-1]) if len(offsets) else last
+            kept = batch.filter(pa.array(once))
+            values = kept["value"].to_pylist()
+            for at in np.flatnonzero(kept["is_long"].fill_null(False).to_numpy(zero_copy_only=False)).tolist():
+                values[at] = b" " * (LONGEST_LINE + 1)
+            yield offsets[once], values
+
+
+def _write(task: AnyTask, temporary: Path, on_read: Callable[[int], None]) -> None:
     schema, facts = record_schema(task.stream), _Facts()
     coded = [
         name for name, kind in zip(schema.names, schema.types, strict=True) if kind == pa.string() and name not in _PLAIN_COLUMNS
@@ -100,7 +195,7 @@ def _write(task: ParseTask, temporary: Path, on_read: Callable[[int], None]) -> 
     with pq.ParquetWriter(
         temporary, schema, compression="zstd", compression_level=1, use_dictionary=coded, write_page_checksum=True
     ) as writer:
-        for table in parse_file(Path(task.path), task.stream, task.region, on_read):
+        for table in _records(task, on_read):
             facts.add(table)
             waiting.append(table)
             if sum(part.num_rows for part in waiting) >= ROW_GROUP_ROWS:
@@ -108,7 +203,7 @@ def _write(task: ParseTask, temporary: Path, on_read: Callable[[int], None]) -> 
                 waiting = []
         if waiting:
             writer.write_table(pa.concat_tables(waiting))
-        said = {"format": FORMAT, "name": task.name, "mtime_ms": task.mtime_ms, "size": task.size, **vars(facts)}
+        said = {"format": FORMAT, "name": task.name, "state": task.state, **vars(facts)}
         writer.add_key_value_metadata({METADATA_KEY.decode(): json.dumps(said)})
 
 
@@ -127,7 +222,8 @@ def main() -> int:
     gc.disable()  # records form no cycles
     pa.set_cpu_count(1)  # there is a process for each core
     for line in sys.stdin:
-        task = ParseTask(**json.loads(line))
+        said = json.loads(line)
+        task = ChunkTask(**said) if "paths" in said else ParseTask(**said)
         try:
             answer: dict[str, object] = {"done": parse_into(task, lambda read: print(json.dumps({"read": read}), flush=True))}
         except Exception as error:  # whatever it is, the one who asked must be told
