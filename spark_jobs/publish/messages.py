@@ -1,0 +1,337 @@
+"""Rows of Delta tables as messages: a key (the record_uuid) and a JSON text, the same bytes whenever they are made again.
+
+A version's messages have one order: by the files of its commit and the rows in them, and behind these by key what went away. So a
+version that was published in part can be gone on with. Memory is bounded by a batch of rows and by what a commit revises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, timedelta
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import DeltaTable
+
+from spark_jobs.config import Settings
+from spark_jobs.delta_log import Commit, DeltaLog
+from spark_jobs.duck import task_connection
+from spark_jobs.rules.attribution import MODELS
+from spark_jobs.sources.delta import file_paths, read_batches, read_files
+from spark_jobs.tables import ATTRIBUTED_ORDERS, MINUTE_METRICS, Table
+
+Messages = Iterator[tuple[list[str], list[str]]]
+"""Keys and values, a batch at a time."""
+
+_ROWS = 50_000  # made into messages at a time
+
+
+def committed_ms(commit: Commit) -> int:
+    """When a commit was made, in milliseconds since the epoch; 0 where it does not say."""
+    return int(commit.info.get("timestamp", 0))
+
+
+def uuid_sql(parts: str) -> str:
+    """SQL: the MD5 of texts joined by 0x1F, written as a UUID. ``parts`` are SQL expressions, as ``text_part`` gives them."""
+    digest = f"md5(concat_ws(chr(31), {parts}))"
+    pieces = ", ".join(f"substr({digest}, {start}, {length})" for start, length in ((1, 8), (9, 4), (13, 4), (17, 4), (21, 12)))
+    return f"concat_ws('-', {pieces})"
+
+
+def text_part(column: str) -> str:
+    """SQL: a text with its length in characters and a colon before it, "-" for null."""
+    return f"coalesce(length({column})::varchar || ':' || {column}, '-')"
+
+
+def json_sql(fields: Mapping[str, str]) -> str:
+    """SQL: a JSON object of expressions by name, its keys sorted."""
+    pairs = ", ".join(f"'{name}': {fields[name]}" for name in sorted(fields))
+    return f"to_json({{{pairs}}})::varchar"
+
+
+class MetricsMessages:
+    """`ads-metrics`: one message a row of `minute_metrics`."""
+
+    table: Table = MINUTE_METRICS
+    schema = pa.schema([field for field in MINUTE_METRICS.schema if field.name not in MINUTE_METRICS.partition_by])
+
+    def __init__(self, settings: Settings) -> None:
+        self._uri = settings.table_uri(self.table.name)
+
+    def of_commit(self, commit: Commit) -> Messages:
+        """What a version added; where it took rows out too, what changed by it.
+
+        A row that is gone is published once more with measures of 0. Raises FileNotFoundError where a file is gone.
+        """
+        if not commit.data_removed:
+            rows: Iterator[pa.RecordBatch] = read_batches(self._uri, _paths(commit.data_added), self.schema)
+        else:
+            rows = iter(self._changed(commit).to_batches())
+        return _messages(rows, lambda part: self._sql(commit.version, committed_ms(commit)))
+
+    def whole(self, version: int, committed: int) -> Messages:
+        """All rows of a version."""
+        rows = read_batches(self._uri, sorted(file_paths(self._uri, version)), self.schema)
+        return _messages(rows, lambda part: self._sql(version, committed))
+
+    def _sql(self, version: int, committed: int) -> str:
+        names = ("region", "campaign_id", "ad_id", "store_id", "placement", "currency", *_MEASURES)
+        fields = {
+            "record_uuid": "record_uuid",
+            "version": str(version),
+            "event_minute": "epoch_ms(event_minute)",
+            "event_date": "strftime(make_timestamp(epoch_us(event_minute)), '%Y-%m-%d')",
+            **{name: name for name in names},
+            "query_id": "_query_id",
+            "batch_id": "_batch_id",
+            "run_id": "_run_id",
+            "committed_at": str(committed),
+        }
+        return f"select record_uuid as key, {json_sql(fields)} as value from input"
+
+    def _changed(self, commit: Commit) -> pa.Table:
+        """Rows as they stand where a version took rows out: new ones, and, for uuids of which a row went, what is left."""
+        before, after = (read_files(self._uri, _paths(part), self.schema) for part in (commit.data_removed, commit.data_added))
+        with task_connection().cursor() as own:
+            own.register("before", before)
+            own.register("after", after)
+            own.execute("create temp table come as from after except all from before")
+            own.execute(
+                "create temp table gone as select * from (from before except all from after) "
+                "where record_uuid not in (select record_uuid from come)"
+            )
+            gone = own.execute("select distinct record_uuid from gone").to_arrow_table()["record_uuid"].combine_chunks()
+            if len(gone):
+                paths = file_paths(self._uri, commit.version)
+                own.register("held", read_files(self._uri, paths, self.schema, ("record_uuid", gone)))
+            else:
+                own.register("held", self.schema.empty_table())
+            nothing = ", ".join(f"0::bigint as {name}" for name in _MEASURES)
+            one = f"qualify row_number() over (partition by record_uuid order by {_ROW_ORDER}) = 1"
+            rows = own.execute(
+                f"""
+                select * from (
+                    from (select distinct * from come)
+                    union all by name from (select * from held {one})
+                    union all by name from (
+                        select * replace ({nothing}) from gone where record_uuid not in (select record_uuid from held) {one}
+                    )
+                ) order by record_uuid, {_ROW_ORDER}
+                """
+            ).to_arrow_table()
+        return rows.cast(self.schema)
+
+
+_MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos", "invalid_spend_nanos")
+_ROW_ORDER = ", ".join((*_MEASURES, "_query_id", "_batch_id", "_run_id"))
+
+
+class CreditsMessages:
+    """`attributed-orders`: one message an order and touch, or an order without one; and one for each touch that it lost."""
+
+    table: Table = ATTRIBUTED_ORDERS
+    schema = pa.schema([field for field in ATTRIBUTED_ORDERS.schema if not field.name.endswith("_weights")])
+
+    def __init__(self, settings: Settings) -> None:
+        self._uri = settings.table_uri(self.table.name)
+
+    def of_commit(self, commit: Commit) -> Messages:
+        """What a version added, then the touches that an order had by its revision before and has no more.
+
+        These are looked up in the table as it is now, which keeps all revisions: in the files whose orders are of the same
+        times. Raises FileNotFoundError where a file is gone.
+        """
+        if commit.data_removed:
+            yield from self._rewritten(commit)
+            return
+        revised: list[pa.Table] = []
+
+        def noted() -> Iterator[pa.RecordBatch]:
+            for batch in read_batches(self._uri, _paths(commit.data_added), self.schema):
+                again = pa.Table.from_batches([batch]).filter(pc.greater(batch["revision"], 1))
+                if again.num_rows:
+                    revised.append(again.select(_HEAD))
+                yield batch
+
+        yield from _messages(noted(), lambda part: _credits_sql(part, commit.version, is_current=True))
+        if revised:
+            yield from _messages(
+                iter(self._dropped(pa.concat_tables(revised)).to_batches()),
+                lambda part: _credits_sql(part, commit.version, is_current=False),
+            )
+
+    def whole(self, version: int, committed: int) -> Messages:
+        """The latest revision of every order of a version, and every touch that an earlier revision had and this one has not."""
+        paths = sorted(file_paths(self._uri, version))
+        narrow = pa.schema([self.schema.field(name) for name in _HEAD])
+        with task_connection().cursor() as own:
+            own.register("told", read_files(self._uri, paths, narrow))
+            latest = own.execute("select order_id, max(revision) as revision from told group by order_id").to_arrow_table()
+            dropped = own.execute(_DROPPED_BY_LATEST).to_arrow_table()
+        keys = _order_revision(latest)
+
+        def current() -> Iterator[pa.RecordBatch]:
+            for batch in read_batches(self._uri, paths, self.schema):
+                kept = batch.filter(pc.is_in(_order_revision(batch), value_set=keys))
+                if kept.num_rows:
+                    yield kept
+
+        yield from _messages(current(), lambda part: _credits_sql(part, version, is_current=True))
+        yield from _messages(iter(dropped.to_batches()), lambda part: _credits_sql(part, version, is_current=False))
+
+    def _dropped(self, revised: pa.Table) -> pa.Table:
+        """Of revised orders (rows of _HEAD) the touches of the revision before that are none of theirs, with what the order is."""
+        with task_connection().cursor() as own:
+            own.register("revised", revised)
+            own.register("before", self._earlier(revised))
+            return own.execute(_DROPPED_BY_REVISION).to_arrow_table()
+
+    def _earlier(self, revised: pa.Table) -> pa.Table:
+        """Rows of the table as it is now that are of these orders, whichever the revision: columns of _HEAD."""
+        narrow = pa.schema([self.schema.field(name) for name in _HEAD])
+        newest = DeltaTable(self._uri)
+        span = pc.min_max(revised["order_time"]).as_py()
+        actions = pa.table(newest.get_add_actions(flatten=True)).to_pylist()
+        paths = sorted(action["path"] for action in actions if _may_hold(action, span["min"], span["max"]))
+        ids = pc.unique(revised["order_id"].combine_chunks())
+        found = [narrow.empty_table()]
+        for batch in read_batches(self._uri, paths, narrow):
+            of_orders = batch.filter(pc.is_in(batch["order_id"], value_set=ids))
+            if of_orders.num_rows:
+                found.append(pa.Table.from_batches([of_orders]))
+        return pa.concat_tables([part.cast(narrow) for part in found])
+
+    def _rewritten(self, commit: Commit) -> Messages:
+        """A version that changed rows in place, as an erasure does: latest revisions whose rows differ, and keys that went."""
+        before, after = (read_files(self._uri, _paths(part), self.schema) for part in (commit.data_removed, commit.data_added))
+        with task_connection().cursor() as own:
+            own.register("before", before)
+            own.register("after", after)
+            own.execute("create temp table come as from after except from before")
+            own.execute("create temp table gone as from before except from after")
+            of = own.execute("select order_id, order_time from come union select order_id, order_time from gone").to_arrow_table()
+            if not of.num_rows:
+                return
+            own.register("told", self._earlier(of))
+            own.execute("create temp table latest as select order_id, max(revision) as revision from told group by order_id")
+            come = own.execute(f"from come semi join latest using (order_id, revision) order by {_CREDIT_ORDER}").to_arrow_table()
+            went = own.execute(
+                f"""
+                from gone semi join (select order_id, max(revision) as revision from (
+                    select order_id, revision from gone union all select order_id, revision from latest) group by all
+                ) using (order_id, revision)
+                where not exists (from told where told.order_id = gone.order_id and told.revision = gone.revision
+                    and told.touch_event_id is not distinct from gone.touch_event_id)
+                order by {_CREDIT_ORDER}
+                """
+            ).to_arrow_table()
+        yield from _messages(iter(come.to_batches()), lambda part: _credits_sql(part, commit.version, is_current=True))
+        yield from _messages(iter(went.to_batches()), lambda part: _credits_sql(part, commit.version, is_current=False))
+
+
+_TOUCH = ("touch_event_id", "touch_type", "touch_time", "campaign_id", "ad_id")
+_ORDER_FIELDS = ("status", "order_time", "user_id", "store_id", "currency", "total_micros", "touches", "window_days", "reason")
+_HEAD = ("order_id", "revision", *_ORDER_FIELDS, "rule_set", "attributed_at", *_TOUCH)
+_CREDIT_ORDER = "order_id, revision, touch_event_id"
+_OF_ORDER = ", ".join(f"o.{name}" for name in ("order_id", "revision", *_ORDER_FIELDS, "rule_set", "attributed_at"))
+_OF_TOUCH = ", ".join(f"t.{name}" for name in _TOUCH)
+_ONE_AN_ORDER = "qualify row_number() over (partition by order_id, revision order by touch_event_id) = 1"
+_DROPPED_BY_REVISION = f"""
+select {_OF_ORDER}, {_OF_TOUCH}
+from (select * from revised {_ONE_AN_ORDER}) o join before t on t.order_id = o.order_id and t.revision = o.revision - 1
+where not exists (from revised r where r.order_id = o.order_id and r.revision = o.revision
+    and r.touch_event_id is not distinct from t.touch_event_id)
+order by o.order_id, o.revision, t.touch_event_id
+"""
+_DROPPED_BY_LATEST = f"""
+with latest as (select * from told qualify revision = max(revision) over (partition by order_id)),
+    earlier as (
+        select * from told qualify row_number() over (partition by order_id, touch_event_id order by revision desc) = 1
+    )
+select {_OF_ORDER}, {_OF_TOUCH}
+from (select * from latest {_ONE_AN_ORDER}) o join earlier t on t.order_id = o.order_id and t.revision < o.revision
+order by o.order_id, t.touch_event_id
+"""
+
+
+def _credits_sql(part: pa.Table, version: int, *, is_current: bool) -> str:
+    """SQL from rows with the same ``window_days`` to messages; those of a touch that was dropped credit nothing."""
+    windows = part["window_days"][0].as_py() or []
+    identity = uuid_sql(f"{text_part('order_id')}, {text_part('touch_event_id')}")
+    credits = {
+        f"{model}_{days}d_micros": f"{model}_micros[{at}]" if is_current else "0"
+        for model in MODELS
+        for at, days in enumerate(windows, 1)
+    }
+    same = ("order_id", "status", "user_id", "store_id", "currency", "total_micros", "touch_event_id", "touch_type")
+    fields = {
+        "record_uuid": "key",
+        "version": "revision",
+        "is_current": "1" if is_current else "0",
+        **{name: name for name in (*same, "campaign_id", "ad_id", "touches", "reason", "rule_set")},
+        **{name: f"epoch_ms({name})" for name in ("order_time", "touch_time", "attributed_at")},
+        **credits,
+        "delta_version": str(version),
+    }
+    return f"select key, {json_sql(fields)} as value from (select *, {identity} as key from input)"
+
+
+def _messages(rows: Iterator[pa.RecordBatch], sql_of: Callable[[pa.Table], str]) -> Messages:
+    """Messages of rows in their order. ``sql_of`` gives the SQL for a part whose rows have the same ``window_days``."""
+    for batch in rows:
+        for start in range(0, batch.num_rows, _ROWS):
+            for part in _alike(pa.Table.from_batches([batch.slice(start, _ROWS)])):
+                with task_connection().cursor() as own:
+                    own.register("input", part)
+                    made = own.execute(sql_of(part)).to_arrow_table()
+                yield made["key"].to_pylist(), made["value"].to_pylist()
+
+
+def _alike(rows: pa.Table) -> Iterator[pa.Table]:
+    """``rows`` cut where ``window_days`` changes: rules change seldom, and the order of the rows is kept."""
+    if "window_days" not in rows.column_names or not rows.num_rows:
+        yield rows
+        return
+    numbers = rows["window_days"].combine_chunks()
+    values = numbers.to_pylist() if pc.count_distinct(numbers.value_lengths()).as_py() != 1 else None
+    if values is None:  # the usual case without a list a row: all lists are of a length, so compare them as a block
+        width = len(numbers[0].as_py() or [])
+        flat = numbers.flatten().to_numpy().reshape(-1, width) if width else None
+        if flat is None or bool((flat == flat[0]).all()):
+            yield rows
+            return
+        values = numbers.to_pylist()
+    start = 0
+    for end in range(1, len(values) + 1):
+        if end == len(values) or values[end] != values[start]:
+            yield rows.slice(start, end - start)
+            start = end
+
+
+def _order_revision(rows: pa.Table | pa.RecordBatch) -> pa.Array:
+    """Order and revision as one text."""
+    found = pc.binary_join_element_wise(pc.cast(rows["revision"], pa.string()), pc.cast(rows["order_id"], pa.string()), ":")
+    return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+
+
+def _paths(actions: Sequence[dict[str, Any]]) -> list[str]:
+    return [action["path"] for action in actions]
+
+
+def _may_hold(action: dict[str, Any], start: Any, end: Any) -> bool:
+    """Whether a file may have orders of these times, by Delta's statistics, which are in milliseconds."""
+    low, high = action.get("min.order_time"), action.get("max.order_time")
+    if low is None or high is None:
+        return True
+    low, high = (at if at.tzinfo else at.replace(tzinfo=UTC) for at in (low, high))
+    return bool(low <= end and high + timedelta(milliseconds=1) >= start)
+
+
+def table_id(uri: str) -> str | None:
+    """A table's own id, None where there is no table: one that was deleted and made anew has another."""
+    log = DeltaLog(uri)
+    first = log.commit(0)
+    if first is not None and first.table_id:
+        return first.table_id
+    return None if log.latest_version() is None else str(DeltaTable(uri).metadata().id)

@@ -1,0 +1,319 @@
+"""One table's way into one topic: transactions that hold a version's messages and the note that it was published.
+
+What was published is known by Kafka alone: a transaction of a version also writes how far it goes to the compacted topic
+CONTROL_TOPIC. So both are there or neither, whatever is killed, and the next publisher reads there where to go on. Its producer has
+the transactional id of the table and topic, so that whoever came before can commit nothing any more.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from types import TracebackType
+
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka import KafkaError as Refusal
+from confluent_kafka.admin import AdminClient, ConfigResource  # type: ignore[attr-defined]
+from confluent_kafka.cimpl import NewTopic
+
+from spark_jobs.errors import BusyError, KafkaError, PublicationError
+from spark_jobs.kafka.config import KafkaCluster
+from spark_jobs.publish.messages import Messages
+from spark_jobs.steps import Step, durable
+
+CONTROL_TOPIC = "adtally-publications"
+MESSAGES_A_TRANSACTION = 100_000
+TRANSACTION_SECONDS = 60
+_ANSWER_SECONDS = 20.0
+_ABORT_SECONDS = 5.0
+_READ_SECONDS = TRANSACTION_SECONDS + 30.0  # an open transaction of another hides what is behind it
+_TAIL = 2_000  # notes that are read first, from the end
+_FENCED = (Refusal._FENCED, Refusal.INVALID_PRODUCER_EPOCH, Refusal.PRODUCER_FENCED)
+
+Options = dict[str, str | int | float | bool]
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a table is published in a topic: up to ``version``, and of that ``records`` messages, all where ``is_complete``.
+
+    ``is_whole``: all rows of that version were published, not what it added. ``total_records``: ever.
+    """
+
+    table: str
+    table_id: str
+    topic: str
+    version: int
+    records: int
+    is_complete: bool
+    is_whole: bool
+    total_records: int
+
+    @property
+    def key(self) -> str:
+        """Of its notes."""
+        return f"{self.table_id}/{self.topic}"
+
+
+def read_positions(cluster: KafkaCluster, wanted: str | None = None) -> dict[str, Position]:
+    """The newest note of every table and topic, by key; with ``wanted`` only of the newest notes, if that key is among them.
+
+    Sees all that was committed before it began. Raises KafkaError where the broker does not answer.
+    """
+    with _kafka_errors():
+        return _Notes(cluster).read(wanted)
+
+
+class Outlet:
+    """A topic that a table is published to. Use as a context manager; opened, it is the only one of its table and topic.
+
+    ``adopt``: publish although the topic has messages of another table. Raises KafkaError where the broker does not answer,
+    BusyError where another publisher took over, PublicationError for a topic that is another table's.
+    """
+
+    def __init__(self, cluster: KafkaCluster, table: str, table_id: str, topic: str, step: Step, *, adopt: bool = False) -> None:
+        self._cluster, self._step, self._adopt = cluster, step, adopt
+        self._named = Position(table, table_id, topic, -1, 0, True, False, 0)
+        self.topic = topic
+        self.position: Position | None = None
+        self._producer: Producer | None = None
+
+    def __enter__(self) -> Outlet:
+        with _kafka_errors():
+            ensure_topics(self._cluster, self.topic)
+            self._producer = Producer(self._options())
+            # ends what a publisher before has left open, and shuts it out
+            self._producer.init_transactions(_READ_SECONDS)
+            held = _Notes(self._cluster).read(self._named.key)
+        self.position = held.get(self._named.key)
+        others = {note.table_id for note in held.values() if note.topic == self.topic and note.table_id != self._named.table_id}
+        if self.position is None and others and not self._adopt:
+            raise PublicationError(
+                f"topic {self.topic} has what another table {self._named.table} published ({min(others)}); "
+                f"{self._named.table_id} would be added to its sums",
+                hint="name a new topic in kafka.toml, or publish into this one knowingly: `adtally publish --adopt-topic`",
+            )
+        return self
+
+    def __exit__(self, _kind: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None) -> None:
+        self._producer = None
+
+    def publish(self, version: int, messages: Messages, *, is_whole: bool = False) -> int:
+        """Publish a version's messages, or, if a part of them is published, the others. Returns how many.
+
+        A transaction a MESSAGES_A_TRANSACTION at most. Raises as ``__enter__``; what is not committed then was not published.
+        """
+        with _kafka_errors():
+            try:
+                return self._publish(version, messages, is_whole)
+            except BaseException:
+                with suppress(KafkaException):  # readers need not wait until it has timed out
+                    self._held.purge()
+                    self._held.abort_transaction(_ABORT_SECONDS)
+                raise
+
+    def _publish(self, version: int, messages: Messages, is_whole: bool) -> int:
+        before = self.position or self._named
+        is_rest = before.version == version and before.is_whole == is_whole and not before.is_complete
+        done = before.records if is_rest else 0
+        skip, sent, in_transaction = done, 0, False
+        for key, value in _one_by_one(messages):
+            if skip:
+                skip -= 1
+                continue
+            if not in_transaction:
+                self._held.begin_transaction()
+                in_transaction = True
+            self._send(self.topic, key, value)
+            sent, done = sent + 1, done + 1
+            if sent % MESSAGES_A_TRANSACTION == 0:
+                self._commit(version, done, False, is_whole)
+                in_transaction = False
+        if not in_transaction:
+            self._held.begin_transaction()
+        self._commit(version, done, True, is_whole)
+        return sent
+
+    def _commit(self, version: int, done: int, is_complete: bool, is_whole: bool) -> None:
+        before = self.position or self._named
+        already = before.records if before.version == version and not before.is_complete and before.is_whole == is_whole else 0
+        named = self._named
+        note = Position(
+            *(named.table, named.table_id, named.topic, version, done, is_complete, is_whole),
+            before.total_records + done - already,
+        )
+        self._send(CONTROL_TOPIC, note.key, json.dumps(asdict(note), sort_keys=True))
+        if self._held.flush(TRANSACTION_SECONDS):
+            raise KafkaException(Refusal(Refusal._TIMED_OUT, "messages were not taken in time"))
+        # the step is a version's: of one in several transactions a kill comes at the first
+        with durable(self._step, version):
+            self._held.commit_transaction(TRANSACTION_SECONDS)
+        self.position = note
+
+    @property
+    def _held(self) -> Producer:
+        if self._producer is None:
+            raise RuntimeError("the outlet is not open")
+        return self._producer
+
+    def _send(self, topic: str, key: str, value: str) -> None:
+        while True:
+            try:
+                self._held.produce(topic, key=key, value=value)
+                self._held.poll(0)
+                return
+            except BufferError:  # what is held is bounded; the broker takes it
+                self._held.poll(0.05)
+
+    def _options(self) -> Options:
+        return {
+            **_client(self._cluster),
+            "transactional.id": f"adtally-{self._named.table_id}-{self.topic}",
+            "transaction.timeout.ms": TRANSACTION_SECONDS * 1000,
+            "acks": "all",
+            "partitioner": "murmur2",  # as Java's clients: a reader may know a key's partition
+            "linger.ms": 2,
+            "queue.buffering.max.messages": 50_000,
+        }
+
+
+def _one_by_one(messages: Messages) -> Iterator[tuple[str, str]]:
+    for keys, values in messages:
+        yield from zip(keys, values, strict=True)
+
+
+def _client(cluster: KafkaCluster) -> Options:
+    return {**cluster.client_options(), "log_level": 0}
+
+
+def ensure_topics(cluster: KafkaCluster, topic: str) -> None:
+    """Make the topic and CONTROL_TOPIC where they are missing, with the cluster's own defaults for partitions and replicas."""
+    admin = AdminClient(_client(cluster))
+    there = admin.list_topics(timeout=_ANSWER_SECONDS).topics
+    control = NewTopic(CONTROL_TOPIC, 1, -1, config={"cleanup.policy": "compact", "segment.ms": "3600000"})
+    missing = [new for new in (NewTopic(topic, -1, -1), control) if new.topic not in there]
+    for name, made in admin.create_topics(missing, operation_timeout=_ANSWER_SECONDS).items() if missing else ():
+        try:
+            made.result(timeout=_ANSWER_SECONDS + 5)
+        except KafkaException as error:
+            if error.args[0].code() != Refusal.TOPIC_ALREADY_EXISTS:
+                raise PublicationError(
+                    f"topic {name} is missing on {cluster.name} and cannot be made: {error.args[0].str()}",
+                    hint=f"make it{' with cleanup.policy=compact and one partition' if name == CONTROL_TOPIC else ''}",
+                ) from None
+    if CONTROL_TOPIC in there:
+        _require_compaction(admin, cluster)
+
+
+def _require_compaction(admin: AdminClient, cluster: KafkaCluster) -> None:
+    """Without compaction the notes go when the topic's retention has passed, and all would be published again."""
+    resource = ConfigResource(ConfigResource.Type.TOPIC, CONTROL_TOPIC)
+    try:
+        found = admin.describe_configs([resource], request_timeout=_ANSWER_SECONDS)[resource].result(_ANSWER_SECONDS + 5)
+    except KafkaException:  # not everybody may ask
+        return
+    policy = found["cleanup.policy"].value
+    if policy != "compact":
+        raise PublicationError(
+            f"topic {CONTROL_TOPIC} of {cluster.name} has cleanup.policy={policy}, so its notes would be lost",
+            hint="set it to compact",
+        )
+
+
+class _Notes:
+    """Reads CONTROL_TOPIC."""
+
+    def __init__(self, cluster: KafkaCluster) -> None:
+        self._cluster = cluster
+        self._found: dict[str, Position] = {}
+
+    def read(self, wanted: str | None) -> dict[str, Position]:
+        """See ``read_positions``."""
+        ends = self._ends()
+        if wanted is not None and any(end - first > _TAIL for first, end in ends.values()):
+            self._read({partition: (max(first, end - _TAIL), end) for partition, (first, end) in ends.items()})
+            if wanted in self._found:
+                return self._found
+            self._found = {}
+        self._read(ends)
+        return self._found
+
+    def _consumer(self, isolation: str) -> Consumer:
+        return Consumer(
+            {
+                **_client(self._cluster),
+                "group.id": "adtally-publish",
+                "isolation.level": isolation,
+                "enable.auto.commit": False,
+                "auto.offset.reset": "earliest",
+                "enable.partition.eof": True,
+            }
+        )
+
+    def _ends(self) -> dict[int, tuple[int, int]]:
+        """Partition -> its first offset and its end, open transactions included."""
+        consumer = self._consumer("read_uncommitted")
+        try:
+            topic = consumer.list_topics(CONTROL_TOPIC, timeout=_ANSWER_SECONDS).topics[CONTROL_TOPIC]
+            if topic.error is not None:
+                if topic.error.code() == Refusal.UNKNOWN_TOPIC_OR_PART:
+                    return {}
+                raise KafkaException(topic.error)
+            return {
+                partition: consumer.get_watermark_offsets(TopicPartition(CONTROL_TOPIC, partition), _ANSWER_SECONDS)
+                for partition in topic.partitions
+            }
+        finally:
+            consumer.close()
+
+    def _read(self, ranges: Mapping[int, tuple[int, int]]) -> None:
+        left = {partition: end for partition, (first, end) in ranges.items() if first < end}
+        if not left:
+            return
+        consumer = self._consumer("read_committed")
+        deadline = time.monotonic() + _READ_SECONDS
+        try:
+            consumer.assign([TopicPartition(CONTROL_TOPIC, partition, ranges[partition][0]) for partition in left])
+            while left:
+                if time.monotonic() > deadline:
+                    raise KafkaException(Refusal(Refusal._TIMED_OUT, f"{CONTROL_TOPIC} cannot be read to its end"))
+                for message in consumer.consume(1_000, 0.2):
+                    error, partition, offset = message.error(), message.partition(), message.offset()
+                    if error is None:
+                        self._take(message.value())
+                    elif error.code() != Refusal._PARTITION_EOF:
+                        if not error.retriable() and error.code() != Refusal._TRANSPORT:
+                            raise KafkaException(error)
+                    elif partition is not None and offset is not None and offset >= left.get(partition, 0):
+                        left.pop(partition, None)
+        finally:
+            consumer.close()
+
+    def _take(self, value: str | bytes | None) -> None:
+        try:
+            note = Position(**json.loads(value or "null"))
+        except (ValueError, TypeError):  # nobody else should write here; whoever does harms nothing
+            return
+        self._found[note.key] = note
+
+
+class _kafka_errors:
+    """Kafka's errors as ours."""
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
+        if not isinstance(error, KafkaException):
+            return
+        refusal = error.args[0]
+        if refusal.code() in _FENCED:
+            raise BusyError(
+                "another publisher of this table and topic has taken over", hint="one is enough; stop the other"
+            ) from None
+        raise KafkaError(
+            f"Kafka: {refusal.str()}", hint="nothing is lost: publishing goes on where it stopped when the broker answers"
+        ) from None
