@@ -13,6 +13,7 @@ from typing import Any
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)")
 CURRENCY = re.compile(r"[A-Z]{3}")
+REGION = re.compile(r"[a-z0-9-]{1,32}")
 IDS = ("campaign_id", "ad_id", "store_id", "user_id")
 EVENT_FIELDS = (*IDS, "event_id", "event_type", "impression_id", "placement", "currency", "user_agent")
 SKEW = timedelta(minutes=5)
@@ -48,7 +49,13 @@ def optional_text(record: dict[str, Any], name: str) -> bool:
     return name not in record or isinstance(record[name], str)
 
 
-def valid_event(record: dict[str, Any], folder: str) -> bool:
+def region_holds(record: dict[str, Any], folder: str, from_topics: bool) -> bool:
+    """The region is the folder's; in a record of a topic any name will do."""
+    region = record.get("region", folder)
+    return isinstance(region, str) and REGION.fullmatch(region) is not None if from_topics else region == folder
+
+
+def valid_event(record: dict[str, Any], folder: str, from_topics: bool = False) -> bool:
     time, received = read_time(record.get("event_time")), read_time(record.get("received_at"))
     return (
         is_text(record.get("event_id"), 1, 128)
@@ -56,7 +63,7 @@ def valid_event(record: dict[str, Any], folder: str) -> bool:
         and time is not None
         and received is not None
         and time - received <= SKEW
-        and record.get("region", folder) == folder
+        and region_holds(record, folder, from_topics)
         and all(is_text(record.get(name), 1, 128) for name in IDS)
         and all(optional_text(record, name) for name in ("impression_id", "placement", "user_agent"))
         and is_whole(record.get("price_micros", 0), 10**12)
@@ -65,12 +72,12 @@ def valid_event(record: dict[str, Any], folder: str) -> bool:
     )
 
 
-def valid_order(record: dict[str, Any], folder: str) -> bool:
+def valid_order(record: dict[str, Any], folder: str, from_topics: bool = False) -> bool:
     return (
         all(is_text(record.get(name), 1, 128) for name in ("order_id", "user_id", "store_id"))
         and read_time(record.get("order_time")) is not None
         and read_time(record.get("received_at")) is not None
-        and record.get("region", folder) == folder
+        and region_holds(record, folder, from_topics)
         and record.get("status") in ("placed", "cancelled")
         and is_whole(record.get("total_micros"), 10**15)
         and isinstance(record.get("currency"), str)
@@ -102,19 +109,19 @@ def billing_models(landing: Path) -> dict[str, list[tuple[datetime, datetime, st
     return models
 
 
-def accepted_events(landing: Path) -> dict[str, dict[str, Any]]:
+def accepted_events(landing: Path, from_topics: bool = False) -> dict[str, dict[str, Any]]:
     """The first valid record of each event_id, with its time and folder, in the order of acceptance."""
     known: dict[str, dict[str, Any]] = {}
     for folder, line in offered_lines(landing, "events"):
         record = read_object(line)
-        if record is not None and valid_event(record, folder):
+        if record is not None and valid_event(record, folder, from_topics):
             known.setdefault(record["event_id"], {**record, "time": read_time(record["event_time"]), "folder": folder})
     return known
 
 
-def invalid_rules(landing: Path, listed: frozenset[str] = frozenset()) -> dict[str, list[str]]:
+def invalid_rules(landing: Path, listed: frozenset[str] = frozenset(), from_topics: bool = False) -> dict[str, list[str]]:
     """The rules that hit each invalid event, in their order: every pair of events of a user and ad is looked at."""
-    events = accepted_events(landing)
+    events = accepted_events(landing, from_topics)
     alike: defaultdict[tuple[str, ...], list[tuple[datetime, str]]] = defaultdict(list)
     clicks: Counter[tuple[str, str]] = Counter()
     for event in events.values():
@@ -136,11 +143,13 @@ def invalid_rules(landing: Path, listed: frozenset[str] = frozenset()) -> dict[s
     return found
 
 
-def recount_credit(landing: Path, invalid: dict[str, list[str]]) -> dict[tuple[str, int, str], list[tuple[str, int]]]:
+def recount_credit(
+    landing: Path, invalid: dict[str, list[str]], from_topics: bool = False
+) -> dict[tuple[str, int, str], list[tuple[str, int]]]:
     """(model, window, order_id) -> [(event_id, micros)] of last_click, first_click and linear, in plain integers."""
-    facts, statuses = settled_orders(landing)
+    facts, statuses = settled_orders(landing, from_topics=from_topics)
     touches: defaultdict[tuple[str, str], list[tuple[datetime, str]]] = defaultdict(list)
-    for event_id, event in accepted_events(landing).items():
+    for event_id, event in accepted_events(landing, from_topics).items():
         if event["event_type"] == "click" and event_id not in invalid:
             touches[event["user_id"], event["store_id"]].append((event["time"], event_id))
     found: dict[tuple[str, int, str], list[tuple[str, int]]] = {}
@@ -157,9 +166,9 @@ def recount_credit(landing: Path, invalid: dict[str, list[str]]) -> dict[tuple[s
     return found
 
 
-def recount_billing(campaign_hours: list[dict[str, Any]], landing: Path) -> list[dict[str, Any]]:
+def recount_billing(campaign_hours: list[dict[str, Any]], landing: Path, from_topics: bool = False) -> list[dict[str, Any]]:
     """The billing part of a truth file from its campaign_hours: a day's nanos, rounded half up."""
-    store_of = {event["campaign_id"]: event["store_id"] for event in accepted_events(landing).values()}
+    store_of = {event["campaign_id"]: event["store_id"] for event in accepted_events(landing, from_topics).values()}
     nanos: Counter[tuple[str, str, str, str]] = Counter()
     for row in campaign_hours:
         nanos[row["event_hour"][:10], row["campaign_id"], store_of[row["campaign_id"]], row["currency"]] += row["spend_nanos"]
@@ -170,9 +179,11 @@ def recount_billing(campaign_hours: list[dict[str, Any]], landing: Path) -> list
     ]
 
 
-def recount_events(landing: Path, listed: frozenset[str] = frozenset()) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def recount_events(
+    landing: Path, listed: frozenset[str] = frozenset(), from_topics: bool = False
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The accounting and campaign_hours of a truth file, counted from the files."""
-    invalid = invalid_rules(landing, listed)
+    invalid = invalid_rules(landing, listed, from_topics)
     models = billing_models(landing)
     known: dict[str, tuple[Any, ...]] = {}
     hours: defaultdict[tuple[str, str | None], Counter[str]] = defaultdict(Counter)
@@ -182,7 +193,7 @@ def recount_events(landing: Path, listed: frozenset[str] = frozenset()) -> tuple
         time = None if record is None else read_time(record.get("event_time"))
         counts = hours[folder, hour_text(time)]
         counts["offered"] += 1
-        if record is None or time is None or not valid_event(record, folder):
+        if record is None or time is None or not valid_event(record, folder, from_topics):
             counts["rejected"] += 1
             continue
         price = record.get("price_micros", 0)
@@ -197,7 +208,8 @@ def recount_events(landing: Path, listed: frozenset[str] = frozenset()) -> tuple
         model = [name for begin, end, name in models.get(record["campaign_id"], []) if begin <= time < end]
         counts["unpriced"] += not model
         is_click = record["event_type"] == "click"
-        sums = campaigns[record["campaign_id"], folder, str(hour_text(time)), record["currency"]]
+        region = record.get("region", folder)
+        sums = campaigns[record["campaign_id"], region, str(hour_text(time)), record["currency"]]
         part = "invalid_" if record["event_id"] in invalid else ""
         counts["invalid_traffic"] += part != ""
         sums[f"{part}{'clicks' if is_click else 'impressions'}"] += 1
@@ -221,7 +233,9 @@ def recount_events(landing: Path, listed: frozenset[str] = frozenset()) -> tuple
 Facts = dict[str, tuple[Any, ...]]
 
 
-def settled_orders(landing: Path, regions: defaultdict[str, Counter[str]] | None = None) -> tuple[Facts, dict[str, set[str]]]:
+def settled_orders(
+    landing: Path, regions: defaultdict[str, Counter[str]] | None = None, from_topics: bool = False
+) -> tuple[Facts, dict[str, set[str]]]:
     """(order_time, user_id, store_id, total_micros, currency) and the statuses of each accepted order; counts by region."""
     facts: Facts = {}
     statuses: defaultdict[str, set[str]] = defaultdict(set)
@@ -229,7 +243,7 @@ def settled_orders(landing: Path, regions: defaultdict[str, Counter[str]] | None
     for folder, line in offered_lines(landing, "orders"):
         record = read_object(line)
         regions[folder]["offered"] += 1
-        if record is None or not valid_order(record, folder):
+        if record is None or not valid_order(record, folder, from_topics):
             regions[folder]["rejected"] += 1
             continue
         names = ("user_id", "store_id", "total_micros", "currency")
@@ -246,10 +260,10 @@ def settled_orders(landing: Path, regions: defaultdict[str, Counter[str]] | None
     return facts, statuses
 
 
-def recount_orders(landing: Path) -> dict[str, Any]:
+def recount_orders(landing: Path, from_topics: bool = False) -> dict[str, Any]:
     """The orders part of a truth file, counted from the files."""
     regions: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    facts, statuses = settled_orders(landing, regions)
+    facts, statuses = settled_orders(landing, regions, from_topics)
     finals: Counter[str] = Counter()
     money: defaultdict[str, dict[str, int]] = defaultdict(lambda: {"placed": 0, "cancelled": 0})
     for order_id, payload in facts.items():

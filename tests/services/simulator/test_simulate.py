@@ -75,10 +75,10 @@ def test_truth_equals_a_recount_of_the_files(landing: Path, truth: Truth) -> Non
     assert_credit_equals_a_recount(landing, truth)
 
 
-def assert_credit_equals_a_recount(landing: Path, truth: Truth) -> None:
+def assert_credit_equals_a_recount(landing: Path, truth: Truth, from_topics: bool = False) -> None:
     """Order by order for the models of the default window, per campaign for all windows and the models of whole shares."""
-    invalid = invalid_rules(landing)
-    expected = recount_credit(landing, invalid)
+    invalid = invalid_rules(landing, from_topics=from_topics)
+    expected = recount_credit(landing, invalid, from_topics)
     models = ("last_click", "first_click", "linear")
     listed = {
         (model, 7, row["order_id"]): [tuple(credit) for credit in row[model]]
@@ -86,7 +86,7 @@ def assert_credit_equals_a_recount(landing: Path, truth: Truth) -> None:
         for model in models
     }
     assert listed == {key: value for key, value in expected.items() if key[1] == 7}
-    events = accepted_events(landing)
+    events = accepted_events(landing, from_topics)
     sums: Counter[tuple[str, int, str]] = Counter()
     counts: Counter[tuple[str, int, str]] = Counter()
     for (model, window, _order), given in expected.items():
