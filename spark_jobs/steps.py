@@ -33,6 +33,7 @@ class Step(StrEnum):
     ORDERS_LEDGER = "orders_ledger"
     COMMITS = "commits"  # Spark's: the batch is done (checkpoint commits/N)
     HOUR_CLOSINGS = "hour_closings"
+    SOURCE_GAPS = "source_gaps"
     COMPACTION = "compaction"
     RESTORE = "restore"  # what a compaction did is taken back
     VACUUM = "vacuum"
@@ -60,7 +61,7 @@ CORRECTION: tuple[Step, ...] = (
     *(Step.RESTATEMENTS, Step.HOUR_RULES, Step.RECONCILIATIONS, Step.CORRECTION_DONE),
 )
 MAINTENANCE: tuple[Step, ...] = (
-    *(Step.HOUR_CLOSINGS, Step.COMPACTION, Step.RESTORE, Step.VACUUM, *CORRECTION),
+    *(Step.HOUR_CLOSINGS, Step.SOURCE_GAPS, Step.COMPACTION, Step.RESTORE, Step.VACUUM, *CORRECTION),
     *(Step.RULE_SETS, Step.TRAFFIC_REVIEWS, Step.ATTRIBUTED_ORDERS, Step.BILLING_LINES),
     *(Step.PUBLISHED_METRICS, Step.PUBLISHED_CREDITS, Step.PUBLICATIONS),
 )

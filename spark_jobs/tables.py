@@ -167,8 +167,8 @@ RAW_ORDERS = Table(
 SOURCE_GAPS = Table(
     name="source_gaps",
     grain="one row an operator's decision to go on behind records that a topic no longer has: offsets [first_offset, end_offset) "
-    "of a partition. topic_id is that of the topic that is read from then on; where it differs from what was read before the "
-    "topic was made anew, and reading begins at its first record",
+    "of a partition (end_offset as first_offset: nobody knows how many). topic_id is that of the topic that is read from then on, "
+    "source_topic its label: ad-events, and ad-events~2 where the topic was deleted and made anew",
     columns="""
         stream STRING, cluster STRING, source_topic STRING, source_partition INT, first_offset BIGINT, end_offset BIGINT,
         topic_id STRING, reason STRING, accepted_by STRING, accepted_at TIMESTAMP

@@ -99,11 +99,14 @@ def _check(spec: Field, value: Any, reasons: list[str]) -> Any:
     return None
 
 
-def validate_line(raw: bytes, contract: Contract, folder_region: str, limits: Limits, *, terminated: bool = True) -> Verdict:
+def validate_line(
+    raw: bytes, contract: Contract, folder_region: str, limits: Limits, *, terminated: bool = True, own_region: bool = False
+) -> Verdict:
     """Judge one line (without its line feed).
 
     Valid: ``values`` holds every field of the contract, times in microseconds, the folder's region, defaults filled in;
     received_at stays None when absent. Otherwise ``reasons`` has every reason that could be told, in the contract's order.
+    ``own_region``: the record's region holds where it has one, as of a topic into which other regions are mirrored.
     """
     verdict = Verdict()
     reasons = verdict.reasons
@@ -153,11 +156,12 @@ def validate_line(raw: bytes, contract: Contract, folder_region: str, limits: Li
     time_us = values[contract.time_field]
     verdict.time_us = time_us
 
-    if values["region"] is not None and values["region"] != folder_region:
+    own = values["region"]
+    if own is not None and own != folder_region and not own_region:
         reasons.append("region_mismatch")
     if REGION_FORM.fullmatch(folder_region) is None:
         reasons.append("folder_region_format")
-    values["region"] = folder_region
+    values["region"] = own if own_region and own is not None else folder_region
     if time_us is not None:
         if time_us < limits.earliest_us:
             reasons.append(f"{contract.time_field}_out_of_range")

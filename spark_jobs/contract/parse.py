@@ -71,18 +71,20 @@ def _reject(number: int, reasons: list[str], raw: bytes, size: int | None = None
     )
 
 
-def parse_chunk(chunk: Lines | LongLine | FileFault, contract: Contract, folder_region: str, limits: Limits) -> Parsed:
-    """Judge every line of a chunk. offered = valid rows + rejects."""
+def parse_chunk(
+    chunk: Lines | LongLine | FileFault, contract: Contract, folder_region: str, limits: Limits, *, own_region: bool = False
+) -> Parsed:
+    """Judge every line of a chunk. offered = valid rows + rejects. ``own_region`` is as in ``validate_line``."""
     if isinstance(chunk, LongLine):
         reject = _reject(chunk.number, ["line_too_long"], chunk.head, chunk.size)
         return Parsed(1, parsed_schema(contract).empty_table(), [reject])
     if isinstance(chunk, FileFault):
         reject = _reject(-1 if chunk.nothing_read else chunk.number, [chunk.reason], chunk.rest)
         return Parsed(1, parsed_schema(contract).empty_table(), [reject])
-    return _parse_lines(chunk, contract, folder_region, limits)
+    return _parse_lines(chunk, contract, folder_region, limits, own_region)
 
 
-def _parse_lines(chunk: Lines, contract: Contract, folder_region: str, limits: Limits) -> Parsed:
+def _parse_lines(chunk: Lines, contract: Contract, folder_region: str, limits: Limits, own_region: bool) -> Parsed:
     count = len(chunk.ends)
     offsets = np.zeros(count + 1, dtype=np.int32)
     offsets[1:] = chunk.ends
@@ -98,7 +100,7 @@ def _parse_lines(chunk: Lines, contract: Contract, folder_region: str, limits: L
     lines = pa.table({"n": numbers, "line": column})
     if not plain.all():
         lines = lines.filter(pa.array(plain))
-    accepted = accept_plain(lines, contract, folder_region, limits)
+    accepted = accept_plain(lines, contract, folder_region, limits, own_region=own_region)
     taken = np.zeros(count, dtype=bool)
     taken[accepted["n"].to_numpy()] = True
 
@@ -107,9 +109,9 @@ def _parse_lines(chunk: Lines, contract: Contract, folder_region: str, limits: L
     for index in np.flatnonzero(~taken).tolist():
         raw = chunk.raw(index)
         terminated = chunk.terminated or index < count - 1
-        verdict = validate_line(raw, contract, folder_region, limits, terminated=terminated)
+        verdict = validate_line(raw, contract, folder_region, limits, terminated=terminated, own_region=own_region)
         if verdict.values is None:
-            rejects.append(_reject(chunk.first + index, verdict.reasons, raw, verdict=verdict))
+            rejects.append(_reject(chunk.number(index), verdict.reasons, raw, verdict=verdict))
             continue
         kept["n"].append(index)
         for name, value in verdict.values.items():
@@ -117,7 +119,9 @@ def _parse_lines(chunk: Lines, contract: Contract, folder_region: str, limits: L
     if kept["n"]:
         extra = pa.table(kept, schema=parsed_schema(contract))
         accepted = pa.concat_tables([accepted, extra]).sort_by("n")
-    if chunk.first:
+    if chunk.numbers is not None:
+        accepted = accepted.set_column(0, "n", pa.array(chunk.numbers[accepted["n"].to_numpy()]))
+    elif chunk.first:
         accepted = accepted.set_column(0, "n", pc.add(accepted["n"], chunk.first))
     return Parsed(count, accepted, rejects)
 
@@ -136,8 +140,13 @@ def _valid_utf8(chunk: Lines) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def parse_all(
-    chunks: Iterator[Lines | LongLine | FileFault], contract: Contract, folder_region: str, limits: Limits
+    chunks: Iterator[Lines | LongLine | FileFault],
+    contract: Contract,
+    folder_region: str,
+    limits: Limits,
+    *,
+    own_region: bool = False,
 ) -> Iterator[Parsed]:
     """``parse_chunk`` over a split."""
     for chunk in chunks:
-        yield parse_chunk(chunk, contract, folder_region, limits)
+        yield parse_chunk(chunk, contract, folder_region, limits, own_region=own_region)

@@ -50,10 +50,10 @@ def flat_lines(data: bytes, ends: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_
     return flat
 
 
-def accept_plain(lines: pa.Table, contract: Contract, folder_region: str, limits: Limits) -> pa.Table:
+def accept_plain(lines: pa.Table, contract: Contract, folder_region: str, limits: Limits, *, own_region: bool = False) -> pa.Table:
     """The certainly valid ones of ``lines`` (n int64; line string with its line feed, flat, valid UTF-8, within the size limit).
 
-    Returns ``parsed_schema``: times as microseconds, received_at null when absent.
+    Returns ``parsed_schema``: times as microseconds, received_at null when absent. ``own_region`` is as in ``validate_line``.
     """
     if REGION_FORM.fullmatch(folder_region) is None:
         return parsed_schema(contract).empty_table()
@@ -61,7 +61,7 @@ def accept_plain(lines: pa.Table, contract: Contract, folder_region: str, limits
     accepted = []
     for start, parsed in _parsed(lines["line"].combine_chunks(), contract):
         n = pa.array(numbers[start : start + parsed.num_rows])
-        accepted.append(_checked(parsed, contract, folder_region, limits, n))
+        accepted.append(_checked(parsed, contract, folder_region, limits, n, own_region))
     return pa.concat_tables(accepted) if accepted else parsed_schema(contract).empty_table()
 
 
@@ -113,7 +113,7 @@ def _times(parsed: pa.Table, contract: Contract) -> pa.Table:
     return parsed
 
 
-def _valid(spec: Field, values: pa.ChunkedArray, folder_region: str) -> pa.ChunkedArray:
+def _valid(spec: Field, values: pa.ChunkedArray, folder_region: str, own_region: bool) -> pa.ChunkedArray:
     match spec.kind:
         case Kind.ID:
             size = pc.utf8_length(values)
@@ -123,7 +123,8 @@ def _valid(spec: Field, values: pa.ChunkedArray, folder_region: str) -> pa.Chunk
         case Kind.CURRENCY:
             check = pc.is_in(values, value_set=_CURRENCIES)
         case Kind.REGION:
-            check = pc.equal(values, folder_region)
+            matches = pc.match_substring_regex(values, f"^(?:{REGION_FORM.pattern})$") if own_region else None
+            check = pc.equal(values, folder_region) if matches is None else matches
         case Kind.TIME:
             check = pc.and_(pc.greater_equal(values, EARLIEST_US), pc.less_equal(values, LATEST_US))
         case Kind.INTEGER:
@@ -133,11 +134,13 @@ def _valid(spec: Field, values: pa.ChunkedArray, folder_region: str) -> pa.Chunk
     return pc.fill_null(check, not spec.required)
 
 
-def _checked(parsed: pa.Table, contract: Contract, folder_region: str, limits: Limits, numbers: pa.Array) -> pa.Table:
+def _checked(
+    parsed: pa.Table, contract: Contract, folder_region: str, limits: Limits, numbers: pa.Array, own_region: bool
+) -> pa.Table:
     """The rows of a parsed block that keep every rule of the contract."""
     good = np.ones(parsed.num_rows, dtype=bool)
     for spec in contract.fields:
-        good &= _valid(spec, parsed[spec.name], folder_region).to_numpy()
+        good &= _valid(spec, parsed[spec.name], folder_region, own_region).to_numpy()
     times = parsed[contract.time_field].fill_null(0).to_numpy()
     received = pc.fill_null(parsed["received_at"], limits.ingested_us).to_numpy()
     good &= (times >= limits.earliest_us) & (times - limits.future_skew_us <= received)
@@ -145,7 +148,7 @@ def _checked(parsed: pa.Table, contract: Contract, folder_region: str, limits: L
     for spec in contract.fields:
         values = parsed[spec.name]
         if spec.kind is Kind.REGION:
-            values = pa.repeat(pa.scalar(folder_region), parsed.num_rows)
+            values = pc.fill_null(values, folder_region) if own_region else pa.repeat(pa.scalar(folder_region), parsed.num_rows)
         elif spec.default is not None:
             values = pc.fill_null(values, spec.default)
         columns.append(values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,13 +14,16 @@ from spark_jobs.contract.spec import Limits
 from spark_jobs.dedupe.classify import Classification, Outcome
 from spark_jobs.dedupe.keys import Keys
 from spark_jobs.delta_log import Commit
+from spark_jobs.kafka.ranges import OffsetRange, OffsetSplit
 from spark_jobs.sinks.delta import Transaction
 from spark_jobs.sources.landing import LandingFile
+from spark_jobs.sources.source import Planned
 from spark_jobs.tasks.stage import NO_HOUR, StagedSplit, StageTask
 
 COUNTS = ("offered", "accepted", "duplicate", "conflict", "rejected", "late")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _HOURS = 2**32  # more than there are hours
+_NEVER = int(np.iinfo(np.int64).min)
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,22 @@ class Plan:
     campaigns_version: int
     files: list[LandingFile]
     rule_set: str | None = None  # of invalid traffic; None: no rule, as all were before there were rules
+    ranges: list[OffsetRange] = field(default_factory=list)
+    lost_offsets: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to read and nothing to tell."""
+        return not (self.files or self.ranges or self.lost_offsets)
+
+    @property
+    def input(self) -> Planned:
+        """What it was planned to read."""
+        return Planned(self.limits.ingested_us, self.files, self.ranges, self.lost_offsets)
 
     def to_metadata(self, transaction: Transaction) -> dict[str, object]:
         """The plan as it is stored in a commit."""
-        return {
+        stored: dict[str, object] = {
             "query_id": transaction.query_id,
             "batch_id": transaction.batch_id,
             "limits": asdict(self.limits),
@@ -76,6 +91,10 @@ class Plan:
             "rule_set": self.rule_set,
             "files": [[file.modified_ms, file.path, file.size] for file in self.files],
         }
+        if self.ranges or self.lost_offsets:
+            stored["ranges"] = [[one.name, one.start, one.end] for one in self.ranges]
+            stored["lost_offsets"] = self.lost_offsets
+        return stored
 
     @classmethod
     def from_commit(cls, commit: Commit) -> Plan:
@@ -86,6 +105,8 @@ class Plan:
             int(stored["campaigns_version"]),
             [LandingFile(*file) for file in stored["files"]],
             stored.get("rule_set"),
+            [OffsetRange(*one) for one in stored.get("ranges", [])],
+            int(stored.get("lost_offsets", 0)),
         )
 
 
@@ -99,6 +120,8 @@ class Batch:
     tasks: list[StageTask]
     splits: list[StagedSplit]
     keys: Keys
+    source: str  # kind of it, as the ledger says
+    regions: list[str]  # that the ledger counts it by
 
     @property
     def row_counts(self) -> list[int]:
@@ -112,9 +135,12 @@ class Batch:
 
     @property
     def first_lines(self) -> list[int]:
-        """The number (from 1) of the first line of each split within its file."""
+        """The number (from 1) of the first line of each split within its file; of a topic's its first offset."""
         lines, before = [], 0
         for task, split in zip(self.tasks, self.splits, strict=True):
+            if isinstance(task.split, OffsetSplit):
+                lines.append(task.split.start)
+                continue
             before = 1 if task.split.start == 0 else before
             lines.append(before)
             before += split.offered
@@ -127,7 +153,7 @@ def _hour(value: int) -> datetime | None:
 
 def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[dict[str, Any]]:
     """The batch's ledger: one dict a region and event hour, in a fixed order (of a region hour None first)."""
-    regions = sorted({task.split.region for task in batch.tasks})
+    regions = batch.regions
     number = {region: i for i, region in enumerate(regions)}
     of_split = [number[task.split.region] for task in batch.tasks]
     region = np.repeat(of_split, batch.row_counts).astype(np.int64)
@@ -149,8 +175,15 @@ def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[d
 
     spend = np.zeros(size, dtype=np.int64)
     np.add.at(spend, valid_at[accepted], batch.column("spend", np.int64)[accepted])
-    received = np.full(size, np.iinfo(np.int64).min)
-    np.maximum.at(received, valid_at[accepted], batch.column("received", np.int64)[accepted])
+    received = np.full(size, _NEVER)
+    arrived = batch.column("received", np.int64)
+    if batch.source == "files":
+        np.maximum.at(received, valid_at[accepted], arrived[accepted])
+    else:
+        # a topic's progress: a duplicate is some too, for another cluster may have been the first with all that it holds. Its
+        # partitions are read apart, so it has come no further than the last of those that it had anything of
+        np.maximum.at(received, valid_at, arrived)
+        np.minimum(received, _least_progress(batch), out=received)
     measures = {
         "offered": np.bincount(at, minlength=size),
         "accepted": count(accepted),
@@ -165,15 +198,27 @@ def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[d
     rows: list[dict[str, Any]] = [
         {
             "stream": stream,
-            "source": "files",
+            "source": batch.source,
             "region": regions[int(cells[i]) // _HOURS],
             "event_hour": _hour(int(cells[i]) % _HOURS + NO_HOUR),
             **{name: int(values[i]) for name, values in measures.items()},
-            "max_received_at": None if received[i] == np.iinfo(np.int64).min else _EPOCH + timedelta(microseconds=int(received[i])),
+            "max_received_at": None if received[i] == _NEVER else _EPOCH + timedelta(microseconds=int(received[i])),
         }
         for i in range(size)
     ]
     if not rows:  # files without a line: the batch still is complete only when it stands in the ledger
-        nothing: dict[str, Any] = {"stream": stream, "source": "files", **dict.fromkeys(measures, 0)}
+        nothing: dict[str, Any] = {"stream": stream, "source": batch.source, **dict.fromkeys(measures, 0)}
         rows = [{**nothing, "region": region} for region in regions]
+    if batch.plan.lost_offsets:
+        rows[0]["lost_offsets"] = batch.plan.lost_offsets
     return rows
+
+
+def _least_progress(batch: Batch) -> int:
+    """Of the partitions with valid records in a batch the earliest of their latest received_at, in microseconds."""
+    latest: dict[str, int] = {}
+    for task, split in zip(batch.tasks, batch.splits, strict=True):
+        arrived = np.frombuffer(split.received, dtype=np.int64)
+        if len(arrived):
+            latest[task.split.name] = max(latest.get(task.split.name, _NEVER), int(arrived.max()))
+    return min(latest.values(), default=_NEVER)

@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 from spark_jobs.config import Settings
 from spark_jobs.errors import UsageError
 from spark_jobs.hours import HOUR, HourRange, floor_hour
-from spark_jobs.sinks.delta import append_closing, ensure_tables
+from spark_jobs.sinks.delta import append_decision, ensure_tables
 from spark_jobs.sources.delta import read_newest
+from spark_jobs.steps import Step
 from spark_jobs.tables import BATCH_LEDGER, HOUR_CLOSINGS, Table
 
 _SOURCE = ("stream", "source", "region")
@@ -102,7 +103,7 @@ def close_by_hand(settings: Settings, through: datetime, *, reason: str, closed_
         raise UsageError(f"the hours through {_text(through)} are closed already", hint=f"through {_text(closing.closed_through)}")
     ensure_tables(settings)
     row = {"closed_through": through, "reason": reason.strip(), "closed_by": closed_by.strip(), "closed_at": now}
-    append_closing(pa.Table.from_pylist([row], HOUR_CLOSINGS.schema), settings)
+    append_decision(HOUR_CLOSINGS, pa.Table.from_pylist([row], HOUR_CLOSINGS.schema), settings, Step.HOUR_CLOSINGS)
     return read_closing(settings)
 
 

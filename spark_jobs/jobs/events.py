@@ -21,6 +21,7 @@ from spark_jobs.rules.invalid_traffic import KIND, InvalidTrafficRules, current_
 from spark_jobs.rules.store import keep_rule_set
 from spark_jobs.sinks.delta import DeltaSink, Transaction
 from spark_jobs.sources.delta import file_paths, read_files
+from spark_jobs.sources.source import Source
 from spark_jobs.steps import Step, durable
 from spark_jobs.tables import EVENTS, MINUTE_METRICS, REJECTED_EVENTS
 from spark_jobs.tasks.write import Written, from_stream
@@ -37,9 +38,16 @@ class EventsJob(StreamJob):
     rejected_step = Step.REJECTED_EVENTS
     ledger_step = Step.EVENTS_LEDGER
 
-    def __init__(self, settings: Settings, report: Callable[[BatchReport], None]) -> None:
-        super().__init__(settings, report)
-        self.index = KeyIndex(settings.key_index_path)
+    def __init__(
+        self,
+        settings: Settings,
+        report: Callable[[BatchReport], None],
+        source: Source | None = None,
+        index: KeyIndex | None = None,
+    ) -> None:
+        """``index``: of several jobs in one process all must have the same."""
+        super().__init__(settings, report, source)
+        self.index = index or KeyIndex(settings.key_index_path)
         self._events = DeltaSink(EVENTS, settings)
         self._metrics = DeltaSink(MINUTE_METRICS, settings)
         self._price_list: tuple[int, pa.Table] | None = None

@@ -1,4 +1,8 @@
-"""Ingest: landing files into Delta, each record once. Starts the streams and ends them."""
+"""Ingest: landing files and Kafka's topics into Delta, each record once. Starts the streams and ends them.
+
+There is a query for the files of each stream, and for its topic in each cluster; they share the write lock and the key index, so
+a record is found again wherever it came from before. A cluster that does not answer holds up its own queries alone.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +11,33 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 from pyspark.sql import SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
 from spark_jobs.config import Settings
-from spark_jobs.errors import AdtallyError, BusyError, InterruptedIngestError
+from spark_jobs.dedupe.index import KeyIndex
+from spark_jobs.errors import AdtallyError, BusyError, InterruptedIngestError, KafkaError
 from spark_jobs.jobs.attribution_stream import AttributionStream
 from spark_jobs.jobs.batch import BatchReport, IngestReport
 from spark_jobs.jobs.campaigns import load_campaigns
 from spark_jobs.jobs.events import EventsJob
 from spark_jobs.jobs.orders import OrdersJob
 from spark_jobs.jobs.stream import StreamJob
+from spark_jobs.kafka.config import KafkaCluster, read_kafka
+from spark_jobs.kafka.raw import RawCopy
+from spark_jobs.kafka.source import KafkaSource
 from spark_jobs.session import build_session
 from spark_jobs.sinks.delta import ensure_tables
 from spark_jobs.tasks.write import load_task_code
 
 INGEST_LOCK = ".ingest.lock"  # in ADTALLY_HOME, held by whoever ingests
+RETRY_SECONDS = 5.0  # between two tries of a cluster that does not answer
 
 
 class _StopRequest:
@@ -56,14 +67,19 @@ def run_ingest(
     continuous: bool = False,
     trigger_seconds: float = 5.0,
     progress: Callable[[BatchReport], None] | None = None,
+    notice: Callable[[str], None] | None = None,
     spark: SparkSession | None = None,
 ) -> IngestReport:
     """Ingest events and orders: all that is there, or, with ``continuous``, until SIGTERM (which ends after the current batch).
 
+    From the landing folders and from the clusters of kafka.toml, of which raw copies are kept too. With ``continuous`` a cluster
+    that does not answer is tried again until it does; ``notice`` is told when that begins and ends.
+
     With ``continuous`` a third query credits orders meanwhile (not on an object store: attribution reads local paths).
     SIGTERM and SIGINT end it after the current batch. ``progress`` is called after each batch. ``spark`` is for callers with a
     session of their own; it is not stopped. Raises BusyError where another ingest runs on the same home, AdtallyError where a
-    batch failed, InterruptedIngestError where it was stopped before all that is there was ingested.
+    batch failed, OffsetGapError where a topic lacks what is to be read next, InterruptedIngestError where it was stopped before
+    all that is there was ingested.
     """
     settings.home_path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(settings.home_path / INGEST_LOCK, timeout=0)
@@ -90,10 +106,9 @@ def run_ingest(
                 threading.Thread(target=_warm_up, args=(session,), daemon=True, name="warm-up").start()
                 ensure_tables(settings)
                 load_campaigns(settings)
-                jobs: list[StreamJob | AttributionStream] = [EventsJob(settings, report), OrdersJob(settings, report)]
-                if continuous and "://" not in settings.lakehouse_uri:
-                    jobs.append(AttributionStream(settings))
-                ended = _run_queries(session, jobs, stop.event, continuous, trigger_seconds)
+                queries = _queries(settings, report, with_attribution=continuous and "://" not in settings.lakehouse_uri)
+                run = _Run(session, continuous, trigger_seconds, notice or (lambda _line: None))
+                ended = run.until_done(queries, stop.event)
         finally:
             if spark is None:
                 session.stop()
@@ -111,30 +126,119 @@ def _warm_up(spark: SparkSession) -> None:
         spark.sparkContext.parallelize(range(tasks), tasks).foreachPartition(load_task_code)
 
 
-def _run_queries(
-    spark: SparkSession,
-    jobs: list[StreamJob | AttributionStream],
-    stop: threading.Event,
-    continuous: bool,
-    trigger_seconds: float,
-) -> bool:
-    """Run the queries to their end, or until ``stop`` is set (then False)."""
-    running = [(job, job.start(spark, continuous=continuous, trigger_seconds=trigger_seconds)) for job in jobs]
-    try:
-        while any(query.isActive for _, query in running) and not stop.is_set():
-            for job, query in running:
-                _raise_failure(job, query)
-            stop.wait(0.2)
-        ended = not any(query.isActive for _, query in running)
-        for _, query in running:
-            _stop_after_batch(query)
-        for job, query in running:
-            _raise_failure(job, query)
-        return ended
-    finally:
-        for _, query in running:
-            if query.isActive:
-                query.stop()
+class _Job(Protocol):
+    """What a query needs."""
+
+    failure: Exception | None
+
+    def start(self, spark: SparkSession, *, continuous: bool, trigger_seconds: float) -> StreamingQuery:
+        """Start the query."""
+
+
+@dataclass
+class _Query:
+    """A query: how its job is made, and the job and the query while there are such.
+
+    One of a ``cluster`` may have to be made again, for the cluster may be away.
+    """
+
+    name: str
+    make: Callable[[], _Job]
+    cluster: KafkaCluster | None = None
+    job: _Job | None = None
+    running: StreamingQuery | None = None
+    retry_at: float = 0.0
+    ended: bool = False
+
+
+def _queries(settings: Settings, report: Callable[[BatchReport], None], *, with_attribution: bool) -> list[_Query]:
+    index = KeyIndex(settings.key_index_path)
+    made = [
+        _Query("events", lambda: EventsJob(settings, report, index=index)),
+        _Query("orders", lambda: OrdersJob(settings, report)),
+    ]
+    for cluster in read_kafka(settings).consumed:
+
+        def of_events(at: KafkaCluster = cluster) -> _Job:
+            return EventsJob(settings, report, KafkaSource(settings, "events", at), index)
+
+        def of_orders(at: KafkaCluster = cluster) -> _Job:
+            return OrdersJob(settings, report, KafkaSource(settings, "orders", at))
+
+        made += [_Query(f"events-{cluster.name}", of_events, cluster), _Query(f"orders-{cluster.name}", of_orders, cluster)]
+        made += [
+            _Query(f"raw_{stream}-{cluster.name}", partial(RawCopy, settings, stream, cluster), cluster)
+            for stream in ("events", "orders")
+        ]
+    if with_attribution:
+        made.append(_Query("attribution", lambda: AttributionStream(settings)))
+    return made
+
+
+class _Run:
+    """Runs queries to their end, or until told to stop."""
+
+    def __init__(self, spark: SparkSession, continuous: bool, trigger_seconds: float, notice: Callable[[str], None]) -> None:
+        self._spark = spark
+        self._continuous = continuous
+        self._trigger_seconds = trigger_seconds
+        self._notice = notice
+        self._away: set[str] = set()
+
+    def until_done(self, queries: list[_Query], stop: threading.Event) -> bool:
+        """Run them; False: ``stop`` came before their end. Raises what a job failed by, and stops the others then."""
+        try:
+            while not stop.is_set() and not all(query.ended for query in queries):
+                for query in queries:
+                    self._look_after(query)
+                stop.wait(0.2)
+            ended = all(query.ended for query in queries)
+            for query in queries:
+                if query.running is not None:
+                    _stop_after_batch(query.running)
+                    self._end_of(query)
+            return ended
+        finally:
+            for query in queries:
+                if query.running is not None and query.running.isActive:
+                    query.running.stop()
+
+    def _look_after(self, query: _Query) -> None:
+        """Start a query that does not run and should, and see what became of one that does."""
+        if query.ended or time.monotonic() < query.retry_at:
+            return
+        try:
+            if query.running is None:
+                query.job = query.make()
+                query.running = query.job.start(self._spark, continuous=self._continuous, trigger_seconds=self._trigger_seconds)
+            elif not query.running.isActive:
+                self._end_of(query)
+                query.ended = True
+            elif query.cluster is not None and query.cluster.name in self._away and query.running.lastProgress is not None:
+                self._away.discard(query.cluster.name)
+                self._notice(f"cluster {query.cluster.name} answers again")
+        except KafkaError as error:
+            if not self._continuous or query.cluster is None:
+                raise
+            query.running, query.retry_at = None, time.monotonic() + RETRY_SECONDS
+            if query.cluster.name not in self._away:
+                self._away.add(query.cluster.name)
+                self._notice(f"{error}; its streams are tried again every {RETRY_SECONDS:.0f} s, the others go on")
+
+    def _end_of(self, query: _Query) -> None:
+        """Raise what a query that has ended failed by."""
+        error = query.running.exception() if query.running is not None else None
+        if error is None or query.job is None:
+            return
+        failure = query.job.failure
+        if isinstance(query.job, StreamJob | RawCopy) and not isinstance(failure, AdtallyError):
+            failure = query.job.explained(failure or error) or failure
+        if isinstance(failure, AdtallyError):
+            raise failure
+        cause = f"{type(failure).__name__}: {failure}" if failure else str(error)
+        raise AdtallyError(
+            f"the {query.name} stream failed: {' '.join(cause.split())[:500]}", hint="run with --debug for all of it"
+        ) from failure or error
 
 
 def _stop_after_batch(query: StreamingQuery) -> None:
@@ -142,15 +246,3 @@ def _stop_after_batch(query: StreamingQuery) -> None:
     while query.isActive and query.status["isTriggerActive"]:
         time.sleep(0.05)
     query.stop()
-
-
-def _raise_failure(job: StreamJob | AttributionStream, query: StreamingQuery) -> None:
-    error = query.exception()
-    if error is None:
-        return
-    if isinstance(job.failure, AdtallyError):
-        raise job.failure
-    cause = f"{type(job.failure).__name__}: {job.failure}" if job.failure else str(error)
-    raise AdtallyError(
-        f"the {query.name} stream failed: {' '.join(cause.split())[:500]}", hint="run with --debug for all of it"
-    ) from job.failure or error

@@ -1,9 +1,9 @@
 """A stream's query, and what is common to the batches of all streams.
 
-Spark's file source lists the files and keeps offsets in the checkpoint; a batch is the list of its files. Its tasks read the
-bytes themselves (``tasks``), for a record's place and its faults must be known to the byte. Per batch, in this order: parse and
-stage; classify on the driver by narrow keys; write data files; commit the accepted records, the rejected and conflicting ones,
-what follows from the accepted, and the ledger.
+Spark's source (of files, or of Kafka) finds what is there and keeps offsets in the checkpoint; a batch is a list of files or of
+ranges of offsets. Its tasks read the bytes themselves (``tasks``), for a record's place and its faults must be known to the byte.
+Per batch, in this order: parse and stage; classify on the driver by narrow keys; write data files; commit the accepted records,
+the rejected and conflicting ones, what follows from the accepted, and the ledger.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ from spark_jobs.contract.spec import Limits, to_micros
 from spark_jobs.dedupe.classify import Classification, Outcome
 from spark_jobs.dedupe.keys import Keys
 from spark_jobs.delta_log import Commit, DeltaLog
-from spark_jobs.errors import ConservationError
+from spark_jobs.errors import AdtallyError, ConservationError
 from spark_jobs.jobs.batch import COUNTS, Batch, BatchReport, Plan, ledger_rows
 from spark_jobs.rules.invalid_traffic import InvalidTrafficRules, no_rules
 from spark_jobs.session import is_one_machine
 from spark_jobs.sinks.delta import DeltaSink, Transaction
-from spark_jobs.sources.checkpoint import read_batch_files
-from spark_jobs.sources.landing import follows_protocol, plan_splits
+from spark_jobs.sources.source import FilesSource, Source
 from spark_jobs.steps import Step, crash_point, watch_checkpoint
 from spark_jobs.tables import BATCH_LEDGER, Table
 from spark_jobs.tasks.stage import StageTask, stage_split
@@ -40,7 +39,6 @@ from spark_jobs.tasks.write import SplitRows, WriteJob, Written, write_splits
 from spark_jobs.transforms.events import CAMPAIGN_SCHEMA
 from spark_jobs.transforms.stamp import Stamp, stamped_records
 
-_FILE_SCHEMA = "path STRING, modificationTime TIMESTAMP, length BIGINT, content BINARY"
 _ROWS_PER_WRITER = 250_000
 
 
@@ -53,10 +51,11 @@ class StreamJob(ABC):
     rejected_step: Step
     ledger_step: Step
 
-    def __init__(self, settings: Settings, report: Callable[[BatchReport], None]) -> None:
+    def __init__(self, settings: Settings, report: Callable[[BatchReport], None], source: Source | None = None) -> None:
         self.settings = settings
         self.report = report
-        self.checkpoint = settings.checkpoints_path / self.stream
+        self.source = source or FilesSource(settings, self.stream)
+        self.checkpoint = self.source.checkpoint
         self._lock = FileLock(settings.home_path / f".{self.stream}.write.lock")
         self._first = True
         self.failure: Exception | None = None
@@ -65,23 +64,13 @@ class StreamJob(ABC):
 
     def start(self, spark: SparkSession, *, continuous: bool, trigger_seconds: float) -> StreamingQuery:
         """Start the streaming query: all that is there, or until stopped."""
-        folder = self.settings.landing_path / self.stream
-        folder.mkdir(parents=True, exist_ok=True)
-        reader = (
-            spark.readStream.format("binaryFile")
-            .schema(_FILE_SCHEMA)
-            .option("pathGlobFilter", "*.{jsonl,jsonl.gz}")
-            .option("recursiveFileLookup", "true")  # or folders such as day=1 would be taken for partitions
-            .option("maxFileAge", "36500d")
-        )
-        if self.settings.max_files_per_batch:
-            reader = reader.option("maxFilesPerTrigger", self.settings.max_files_per_batch)
-        else:
-            reader = reader.option("maxBytesPerTrigger", self.settings.max_bytes_per_batch)
-        files = reader.load(f"file://{_escape_glob(str(folder))}").select("path")
         # said to be local files: a cluster's default file system may be another
-        writer = files.writeStream.queryName(self.stream).foreachBatch(self._run)
-        writer = writer.option("checkpointLocation", f"file://{self.checkpoint}")
+        writer = (
+            self.source.load(spark)
+            .writeStream.queryName(self.source.name)
+            .foreachBatch(self._run)
+            .option("checkpointLocation", f"file://{self.checkpoint}")
+        )
         if continuous:
             writer = writer.trigger(processingTime=f"{int(trigger_seconds * 1000)} milliseconds")
         else:
@@ -121,12 +110,16 @@ class StreamJob(ABC):
         """Commit what follows from the accepted records. Nothing, unless a stream says otherwise."""
         return
 
+    def explained(self, error: Exception) -> AdtallyError | None:
+        """A failure in the words of the source, where that is at fault."""
+        return self.source.explained(error)
+
     def _run(self, frame: DataFrame, batch_id: int) -> None:
         try:
             self._run_batch(frame, batch_id)
         except Exception as error:
-            self.failure = error  # Spark passes on its text only
-            raise
+            self.failure = error if isinstance(error, AdtallyError) else self.source.explained(error) or error
+            raise  # Spark passes on its text only
 
     def _run_batch(self, frame: DataFrame, batch_id: int) -> None:
         spark = frame.sparkSession
@@ -144,12 +137,14 @@ class StreamJob(ABC):
         log = DeltaLog(self.settings.table_uri(self.accepted_table.name))
         done = log.find_transaction(transaction.query_id, transaction.batch_id) if self._first else None
         plan = Plan.from_commit(done) if done else self._plan(transaction)
-        if not plan.files:
+        if plan.is_empty:
             zero = dict.fromkeys(COUNTS, 0)
-            return BatchReport(self.stream, transaction.query_id, transaction.batch_id, seconds=time.monotonic() - started, **zero)
+            return BatchReport(
+                self.source.name, transaction.query_id, transaction.batch_id, seconds=time.monotonic() - started, **zero
+            )
         # the classification of a batch never sees the batch's own rows
         history_version = done.version - 1 if done else log.latest_version() or 0
-        name = f"{self.stream}-{transaction.query_id}-{transaction.batch_id}"
+        name = f"{self.source.name}-{transaction.query_id}-{transaction.batch_id}"
         scratch = self.settings.scratch_path / name
         shutil.rmtree(scratch, ignore_errors=True)
         try:
@@ -168,7 +163,7 @@ class StreamJob(ABC):
         return self._commit_ledger(batch, classified, accepted, started)
 
     def _plan(self, transaction: Transaction) -> Plan:
-        planned = read_batch_files(self.checkpoint, transaction.batch_id)
+        planned = self.source.plan(transaction.batch_id)
         settings = self.settings
         limits = Limits(
             ingested_us=planned.planned_us,
@@ -176,19 +171,17 @@ class StreamJob(ABC):
             future_skew_us=settings.future_skew // timedelta(microseconds=1),
             hour_grace_us=settings.hour_grace // timedelta(microseconds=1),
         )
-        folder = settings.landing_path / self.stream
-        files = [file for file in planned.files if follows_protocol(file.path, folder)]
-        return Plan(limits, self.plan_prices(), files, self.plan_rules())
+        return Plan(limits, self.plan_prices(), planned.files, self.plan_rules(), planned.ranges, planned.lost_offsets)
 
     def _stage(self, spark: SparkSession, plan: Plan, transaction: Transaction, done: Commit | None, scratch: str) -> Batch:
-        splits = plan_splits(plan.files, self.settings.landing_path, self.settings.split_bytes)
+        splits = self.source.splits(plan.input)
         tasks = [StageTask(self.stream, split, plan.limits, scratch) for split in splits]
         prices, rules = self.prices(plan), self.rules(plan)
         context = spark.sparkContext
         slices = max(1, min(len(tasks), context.defaultParallelism * 4))
         results = context.parallelize(tasks, slices).map(lambda task: stage_split(task, prices, rules)).collect()
         keys = Keys.concatenate([Keys.from_bytes(s.keys) for s in results])
-        return Batch(plan, transaction, done, tasks, results, keys)
+        return Batch(plan, transaction, done, tasks, results, keys, self.source.kind, self.source.regions(splits))
 
     def _write(self, spark: SparkSession, batch: Batch, classified: Classification) -> list[Written]:
         job = WriteJob(
@@ -225,7 +218,7 @@ class StreamJob(ABC):
         table = stamped_records(rows, BATCH_LEDGER, stamp_of(batch))
         self._ledger.append_rows(table, self.ledger_step, batch.transaction)
         return BatchReport(
-            stream=self.stream,
+            stream=self.source.name,
             query_id=batch.transaction.query_id,
             batch_id=batch.transaction.batch_id,
             seconds=time.monotonic() - started,
@@ -248,7 +241,3 @@ def split_rows(batch: Batch, classified: Classification) -> list[SplitRows]:
         made.append(SplitRows(task, first_line, np.flatnonzero(outcome), conflicts, fingerprints))
         start += count
     return made
-
-
-def _escape_glob(text: str) -> str:
-    return "".join(f"\\{character}" if character in "*?[]{}\\" else character for character in text)

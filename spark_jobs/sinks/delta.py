@@ -21,7 +21,7 @@ from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.sinks.data_files import DataFile, DataFileWriter
 from spark_jobs.steps import Step, durable
-from spark_jobs.tables import CAMPAIGNS, HOUR_CLOSINGS, ORDERS, TABLES, Table
+from spark_jobs.tables import CAMPAIGNS, ORDERS, TABLES, Table
 
 _MERGE_ATTEMPTS = 5
 
@@ -154,10 +154,10 @@ def replace_campaigns(rows: pa.Table, settings: Settings, metadata: Mapping[str,
         )
 
 
-def append_closing(rows: pa.Table, settings: Settings) -> None:
-    """Add an operator's decision to `hour_closings`."""
-    with durable(Step.HOUR_CLOSINGS):
-        write_deltalake(settings.table_uri(HOUR_CLOSINGS.name), rows, mode="append")
+def append_decision(table: Table, rows: pa.Table, settings: Settings, step: Step) -> None:
+    """Add an operator's decision to a table of such."""
+    with durable(step):
+        write_deltalake(settings.table_uri(table.name), rows, mode="append")
 
 
 def has_seen(held: DeltaTable, transaction: Transaction) -> bool:

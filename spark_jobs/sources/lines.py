@@ -21,12 +21,26 @@ _GZIP_READ_BYTES = 1024 * 1024
 class Lines:
     """Consecutive lines: ``ends[i]`` is the offset in ``data`` just behind line i, its line feed included.
 
-    ``first`` is the number (from 0) of the first line within the split. Only the last line may lack its line feed.
+    ``first`` is the number (from 0) of the first line within the split. Only the last line may lack its line feed. ``numbers`` are
+    those of the lines (ascending, as int64) where they have gaps, as offsets of a topic have.
     """
 
     data: bytes
     ends: npt.NDArray[np.int64]
     first: int
+    numbers: npt.NDArray[np.int64] | None = None
+
+    def number(self, index: int) -> int:
+        """The number of line ``index`` of this chunk within the split."""
+        return self.first + index if self.numbers is None else int(self.numbers[index])
+
+    def find(self, wanted: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+        """(number, index) of those of the lines ``wanted`` (ascending numbers) that are in this chunk."""
+        if self.numbers is None:
+            here = wanted[(wanted >= self.first) & (wanted < self.first + len(self.ends))]
+            return [(number, number - self.first) for number in here.tolist()]
+        found = np.flatnonzero(np.isin(self.numbers, wanted))
+        return list(zip(self.numbers[found].tolist(), found.tolist(), strict=True))
 
     @property
     def terminated(self) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,11 @@ import pyarrow as pa
 from spark_jobs.contract.parse import Reject, encode_raw, parse_all
 from spark_jobs.contract.spec import CONTRACTS, Limits
 from spark_jobs.dedupe.keys import Keys
+from spark_jobs.kafka.ranges import OffsetSplit
+from spark_jobs.kafka.reading import read_records
 from spark_jobs.rules.invalid_traffic import InvalidTrafficRules
 from spark_jobs.sources.landing import Split
-from spark_jobs.sources.lines import FileFault, Lines, read_lines
+from spark_jobs.sources.lines import FileFault, Lines, LongLine, read_lines
 from spark_jobs.tasks.scratch import forget_earlier_batches, scratch_folder
 from spark_jobs.transforms.events import HOUR_US, enrich
 
@@ -42,7 +44,7 @@ class StageTask:
     """One split of a batch and all that its parsing depends on. ``scratch`` names the batch's folder (tasks/scratch.py)."""
 
     stream: str
-    split: Split
+    split: Split | OffsetSplit
     limits: Limits
     scratch: str
 
@@ -115,9 +117,9 @@ def stage_split(task: StageTask, campaigns: pa.Table, rules: InvalidTrafficRules
         n: [] for n in ("hours", "late", "invalid", "unpriced", "spend", "received")
     }
     reject_hours: list[int] = []
-    chunks = read_lines(task.split.path, task.split.start, task.split.end)
     wrote_rows = wrote_rejects = False
-    for parsed in parse_all(chunks, contract, task.split.region, task.limits):
+    is_mirrored = isinstance(task.split, OffsetSplit)  # a topic may hold what other regions have taken in
+    for parsed in parse_all(_chunks(task.split), contract, task.split.region, task.limits, own_region=is_mirrored):
         offered += parsed.offered
         if parsed.valid.num_rows or not wrote_rows:
             table = enrich(parsed.valid, contract, task.limits, campaigns, rules)
@@ -176,12 +178,27 @@ def staged(task: StageTask, part: str, campaigns: pa.Table, rules: InvalidTraffi
             yield pa.Table.from_batches([reader.get_batch(number)], reader.schema)
 
 
-def raw_lines(split: Split, wanted: npt.NDArray[np.int64]) -> Iterator[tuple[int, str, str, int]]:
-    """(n, raw, encoding, size in bytes) of the lines ``wanted`` (ascending numbers within the split), read again from the file."""
-    for chunk in read_lines(split.path, split.start, split.end):
+def _chunks(split: Split | OffsetSplit) -> Iterator[Lines | LongLine | FileFault]:
+    return read_records(split) if isinstance(split, OffsetSplit) else read_lines(split.path, split.start, split.end)
+
+
+def raw_lines(split: Split | OffsetSplit, wanted: npt.NDArray[np.int64]) -> Iterator[tuple[int, str, str, int]]:
+    """(n, raw, encoding, size in bytes) of the lines ``wanted`` (ascending numbers within the split), read again."""
+    if not len(wanted):
+        return
+    if isinstance(split, OffsetSplit):
+        first, last = int(wanted[0]), int(wanted[-1])
+        split = replace(split, start=split.start + first, end=split.start + last + 1)
+        yield from ((number + first, *rest) for number, *rest in _raw_of(split, wanted - first))
+        return
+    yield from _raw_of(split, wanted)
+
+
+def _raw_of(split: Split | OffsetSplit, wanted: npt.NDArray[np.int64]) -> Iterator[tuple[int, str, str, int]]:
+    for chunk in _chunks(split):
         if isinstance(chunk, FileFault):
             return
         if isinstance(chunk, Lines):
-            for number in wanted[(wanted >= chunk.first) & (wanted < chunk.first + len(chunk.ends))].tolist():
-                raw = chunk.raw(number - chunk.first)
+            for number, index in chunk.find(wanted):
+                raw = chunk.raw(index)
                 yield number, *encode_raw(raw), len(raw)

@@ -14,6 +14,7 @@ import pyarrow as pa
 from spark_jobs.contract.spec import CONTRACTS
 from spark_jobs.dedupe.keys import hex_fingerprint
 from spark_jobs.duck import task_connection
+from spark_jobs.kafka.ranges import OffsetSplit
 from spark_jobs.rules.invalid_traffic import InvalidTrafficRules
 from spark_jobs.sinks.data_files import DataFile, DataFileWriter
 from spark_jobs.tables import EVENTS, Table
@@ -111,10 +112,15 @@ def accepted_rows(work: SplitRows, campaigns: pa.Table, rules: InvalidTrafficRul
 def reject_rows(work: SplitRows, job: WriteJob) -> Iterator[pa.Table]:
     """Rejected, then conflicting records of a split, as rows of the rejected table."""
     split = work.task.split
-    place = {"source": "files", "region": split.region, "source_file": split.name}
+    place: dict[str, Any] = {"source": "files", "region": split.region, "source_file": split.name}
+    if isinstance(split, OffsetSplit):
+        place |= {"source": "kafka", "source_topic": split.topic, "source_partition": split.partition}
 
     def rows(records: Iterable[dict[str, Any]]) -> pa.Table:
-        return stamped_records([{**record, **place} for record in records], job.rejected_table, job.stamp)
+        made = [{**record, **place} for record in records]
+        if isinstance(split, OffsetSplit):
+            made = [{**record, "source_offset": record["source_line"]} for record in made]
+        return stamped_records(made, job.rejected_table, job.stamp)
 
     for table in staged(work.task, "rejects", job.campaigns, job.rules):
         if table.num_rows:

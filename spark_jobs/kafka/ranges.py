@@ -1,0 +1,75 @@
+"""Offsets of a topic: what a batch is made of, and what one task reads of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+PREFIX = "kafka"
+_NAME = re.compile(rf"{PREFIX}/([a-z0-9-]{{1,32}})/([a-zA-Z0-9._-]{{1,249}}(?:~[0-9]{{1,6}})?)/([0-9]{{1,9}})")
+SPLIT_OFFSETS = 500_000  # a task's: reading begins anew with each, so they are large
+
+
+class Partition(NamedTuple):
+    """A partition of a topic of a cluster. ``name`` is what tables call it in source_file; source_line is the offset then.
+
+    Offsets of a topic that was deleted and made anew begin at 0 again, so ``topic`` is a label: the name, and from the second
+    topic of that name on ``~2`` and so on, which no name can have.
+    """
+
+    cluster: str
+    topic: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        """kafka/<cluster>/<topic>/<partition>."""
+        return f"{PREFIX}/{self.cluster}/{self.topic}/{self.number}"
+
+
+def partition_of(name: str) -> Partition | None:
+    """The inverse of ``Partition.name``; None: it names a file."""
+    found = _NAME.fullmatch(name)
+    return Partition(found[1], found[2], int(found[3])) if found else None
+
+
+@dataclass(frozen=True, order=True)
+class OffsetRange:
+    """Offsets [start, end) of the partition that ``name`` is the name of. Records of a batch come in the order (name, offset)."""
+
+    name: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class OffsetSplit:
+    """The ``number``-th split of a batch: offsets [start, end) of a partition. ``region`` is that of records that name none.
+
+    ``options`` are the settings by which a client connects; they may hold secrets.
+    """
+
+    number: int
+    name: str
+    region: str
+    topic: str
+    partition: int
+    start: int
+    end: int
+    options: dict[str, str] = field(repr=False)
+
+
+def plan_offset_splits(ranges: Iterable[OffsetRange], options: dict[str, str], size: int = SPLIT_OFFSETS) -> list[OffsetSplit]:
+    """The splits of a batch of one cluster, in the order of its records."""
+    splits: list[OffsetSplit] = []
+    for one in sorted(ranges):
+        partition = partition_of(one.name)
+        assert partition is not None
+        topic = partition.topic.partition("~")[0]
+        for start in range(one.start, one.end, size):
+            end = min(start + size, one.end)
+            made = OffsetSplit(len(splits), one.name, partition.cluster, topic, partition.number, start, end, options)
+            splits.append(made)
+    return splits

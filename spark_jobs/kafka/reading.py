@@ -1,0 +1,113 @@
+"""Records of a partition by their offsets, as tasks read them: committed ones alone, each whole, whatever is in it.
+
+Runs in Spark's Python workers and must stay importable without a session.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import KafkaError as Code
+
+from spark_jobs.errors import KafkaError
+from spark_jobs.kafka.ranges import OffsetSplit
+from spark_jobs.sources.lines import BLOCK_BYTES, Lines
+
+QUIET_SECONDS = 60.0  # without a single record or an end: given up
+_AT_ONCE = 5_000
+_POLL_SECONDS = 0.2
+_CONSUMER = {
+    "group.id": "adtally",  # none is joined, no offset is committed: the checkpoint holds them
+    "enable.auto.commit": "false",
+    "enable.auto.offset.store": "false",
+    "isolation.level": "read_committed",
+    "auto.offset.reset": "error",  # or a gap would be gone past in silence
+    "enable.partition.eof": "true",
+    "log_level": "0",  # what matters comes as an error
+}
+_GONE = (Code.OFFSET_OUT_OF_RANGE, Code._AUTO_OFFSET_RESET)
+_held: dict[tuple[tuple[str, str], ...], Consumer] = {}
+
+
+def open_consumer(options: dict[str, str], **more: str) -> Consumer:
+    """A consumer that reads what it is told to, for who connects by ``options``. Raises KafkaError where they cannot be right."""
+    try:
+        return Consumer({**_CONSUMER, **more, **options})
+    except KafkaException as error:
+        raise KafkaError(f"no client of Kafka can be made: {error.args[0].str()}", hint="docs/kafka.md") from None
+
+
+def _consumer(options: dict[str, str]) -> Consumer:
+    """This process's consumer for a cluster: to connect takes longer than to read a small batch."""
+    key = tuple(sorted(options.items()))
+    if key not in _held:
+        _held[key] = open_consumer(options)
+    return _held[key]
+
+
+def read_records(split: OffsetSplit) -> Iterator[Lines]:
+    """The records of a split; ``numbers`` are offsets from its start. A record without a value is an empty one.
+
+    Raises KafkaError where the broker does not answer for a minute, or no longer has the offsets.
+    """
+    consumer = _consumer(split.options)
+    consumer.assign([TopicPartition(split.topic, split.partition, split.start)])
+    try:
+        yield from _chunks(consumer, split)
+    finally:
+        consumer.unassign()
+
+
+def _chunks(consumer: Consumer, split: OffsetSplit) -> Iterator[Lines]:
+    values: list[bytes] = []
+    offsets: list[int] = []
+    size = 0
+    heard = time.monotonic()
+    ended = split.start >= split.end
+    trouble = ""
+    while not ended:
+        for message in consumer.consume(_AT_ONCE, _POLL_SECONDS):
+            error = message.error()
+            offset: Any = message.offset()
+            if error is not None:
+                if error.code() == Code._PARTITION_EOF:
+                    ended = offset >= split.end
+                elif error.code() in _GONE:
+                    raise KafkaError(
+                        f"{split.name}: the topic does not have offset {split.start} any more", hint="docs/runbooks/offset-gap.md"
+                    )
+                else:
+                    trouble = error.str()
+                if ended:
+                    break
+                continue
+            if offset >= split.end:
+                ended = True
+                break
+            value = message.value() or b""
+            values.append(value)
+            offsets.append(offset)
+            size += len(value)
+            heard = time.monotonic()
+            if offset == split.end - 1:
+                ended = True
+                break
+        if values and (ended or size >= BLOCK_BYTES):
+            yield _lines(values, offsets, split.start)
+            values, offsets, size = [], [], 0
+        if not ended and time.monotonic() - heard > QUIET_SECONDS:
+            raise KafkaError(
+                f"{split.name}: nothing came for {QUIET_SECONDS:.0f} s, with offsets up to {split.end - 1} to come"
+                f"{f' ({trouble})' if trouble else ''}",
+                hint="is the broker up?",
+            )
+
+
+def _lines(values: list[bytes], offsets: list[int], start: int) -> Lines:
+    sizes = np.fromiter(map(len, values), dtype=np.int64, count=len(values))
+    data = b"\n".join([*values, b""])
+    return Lines(data, np.cumsum(sizes + 1), 0, np.array(offsets, dtype=np.int64) - start)
