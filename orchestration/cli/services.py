@@ -91,7 +91,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         """
         with one_line():
             from services.serving.setup import ensure_tables, examine
-            from services.serving.tables import FLUSH_ROWS, table_specs
+            from services.serving.tables import table_specs
             from spark_jobs.rules.attribution import load_attribution_rules
 
             home = settings()
@@ -103,7 +103,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
                 _tell()("no tables are made, for no Kafka is known: name one with --kafka, or `adtally services kafka up`")
             else:
                 window_days = load_attribution_rules(home).window_days
-                specs = table_specs(source, window_days=window_days, flush_rows=flush_rows or FLUSH_ROWS)
+                specs = table_specs(source, window_days=window_days, flush_rows=flush_rows)
                 ensure_tables(pinot.client, specs, _tell())
             _tell()(f"{pinot.name} is {pinot.warning}")
             _print(pinot.status(), as_json)

@@ -71,7 +71,7 @@ class Pinot(Service):
         zookeeper = ("org.apache.zookeeper.server.ZooKeeperServerMain", str(self._conf / "zoo.cfg"))
         return [
             Role("zookeeper", zookeeper, ("-Xmx256m",), stop_seconds=20.0),
-            Role("pinot", (*manager, *where, *parts), ("-Xms256m", f"-Xmx{self._heap}"), stop_seconds=60.0),
+            Role("pinot", (*manager, *where, *parts), ("-Xms256m", f"-Xmx{self._heap}", "-Dzk.session.timeout=12000"), stop_seconds=60.0),
         ]
 
     def addresses(self, ports: dict[str, int]) -> dict[str, str]:

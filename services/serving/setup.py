@@ -90,10 +90,13 @@ def _update_schema(client: PinotClient, spec: TableSpec, tell: Callable[[str], N
 
 def _update_config(client: PinotClient, spec: TableSpec, found: dict[str, Any], tell: Callable[[str], None]) -> None:
     """Replace a configuration that differs. What is being consumed is committed, for a consumer keeps the settings of its start."""
-    old, new = found["tableIndexConfig"]["streamConfigs"], spec.config["tableIndexConfig"]["streamConfigs"]
-    if old == new and _holds(found | {"tableName": spec.name}, spec.config):
+    index = spec.config["tableIndexConfig"]
+    old = found["tableIndexConfig"]["streamConfigs"]
+    new = index["streamConfigs"] | {name: old[name] for name in spec.defaults if name in old}
+    wanted = spec.config | {"tableIndexConfig": index | {"streamConfigs": new}}
+    if old == new and _holds(found | {"tableName": spec.name}, wanted):
         return
-    client.put_table(spec.config)
+    client.put_table(wanted)
     if old != new:
         client.pause(spec.name)
         _await(lambda: _stopped(client, spec.name), spec.name)

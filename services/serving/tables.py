@@ -23,6 +23,7 @@ FLUSH_ROWS = 500_000
 FLUSH_TIME = "6h"
 MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos", "invalid_spend_nanos")
 
+_FLUSH = "realtime.segment.flush.threshold.rows"
 # what decides which messages are read and which of them count: these are not for who names a Kafka to set
 _OURS = frozenset({"bootstrap.servers", "isolation.level", "auto.offset.reset", "group.id", "enable.auto.commit"})
 
@@ -49,12 +50,14 @@ class TableSpec:
     topic: str
     schema: dict[str, Any]
     config: dict[str, Any] = field(repr=False)  # may hold the login to Kafka
+    # settings of the stream that were not asked for: a table that is there keeps its own
+    defaults: tuple[str, ...] = ()
 
 
-def table_specs(source: Source, *, window_days: Iterable[int] = WINDOW_DAYS, flush_rows: int = FLUSH_ROWS) -> list[TableSpec]:
+def table_specs(source: Source, *, window_days: Iterable[int] = WINDOW_DAYS, flush_rows: int | None = None) -> list[TableSpec]:
     """The tables over ``source``: `ads_metrics`, and `attributed_orders` with a column for each model and window.
 
-    A segment is committed after ``flush_rows`` rows of all partitions of a server together, or after 6 hours.
+    A segment is committed after ``flush_rows`` rows (500,000) of all partitions of a server together, or after 6 hours.
     Raises ServiceUsageError where an option of the connection is one that decides what counts.
     """
     wrong = sorted(_OURS & set(source.java_options))
@@ -65,7 +68,13 @@ def table_specs(source: Source, *, window_days: Iterable[int] = WINDOW_DAYS, flu
         (CREDITS_TABLE, source.credits_topic, credits_schema(window_days), ("campaign_id", "store_id", "order_id"), "order_time"),
     )
     return [
-        TableSpec(name, topic, schema, _config(name, topic, source, indexed=indexed, time=time, flush_rows=flush_rows))
+        TableSpec(
+            name,
+            topic,
+            schema,
+            _config(name, topic, source, indexed=indexed, time=time, flush_rows=flush_rows or FLUSH_ROWS),
+            () if flush_rows else (_FLUSH,),
+        )
         for name, topic, schema, indexed, time in tables
     ]
 
@@ -155,7 +164,7 @@ def _config(name: str, topic: str, source: Source, *, indexed: tuple[str, ...], 
                 "stream.kafka.consumer.prop.auto.offset.reset": "smallest",
                 # for Kafka's client itself: where messages that were not read are gone, stop; its own default goes on behind them
                 "auto.offset.reset": "none",
-                "realtime.segment.flush.threshold.rows": str(flush_rows),
+                _FLUSH: str(flush_rows),
                 "realtime.segment.flush.threshold.time": FLUSH_TIME,
                 **source.java_options,
             },
