@@ -6,6 +6,10 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
+
+if not __package__:  # run as a file, as spark-submit does: then Python looks in this folder, not in the one that holds it
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from spark_jobs.config import load_settings
 from spark_jobs.errors import AdtallyError

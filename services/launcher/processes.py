@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -43,9 +43,18 @@ def find(folder: Path, role: str) -> list[psutil.Process]:
 
 
 def spawn(
-    java: Path, folder: Path, role: str, arguments: Sequence[str], *, output: Path, ends_with_parent: bool = False
+    java: Path,
+    folder: Path,
+    role: str,
+    arguments: Sequence[str],
+    *,
+    output: Path,
+    ends_with_parent: bool = False,
+    environment: Mapping[str, str] | None = None,
 ) -> psutil.Process:
     """Start Java in ``folder`` with what it prints in ``output``. With ``ends_with_parent`` it is killed when this thread ends.
+
+    ``environment`` is added to that of this process.
 
     Raises ServiceError if Java cannot be started.
     """
@@ -55,6 +64,7 @@ def spawn(
             child = subprocess.Popen(
                 [str(java), mark(folder, role), *arguments],
                 cwd=folder,
+                env={**os.environ, **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -1,0 +1,151 @@
+"""A Spark standalone cluster on loopback, of the pyspark that is installed: a master, and workers that can be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pyspark
+
+from services.launcher import ports, processes
+
+SPARK_HOME = Path(pyspark.__file__).parent
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker of one core: as good as a machine, with its own address and disk."""
+
+    host: str
+    folder: Path
+    process: psutil.Process
+
+    def everything(self) -> list[psutil.Process]:
+        """The worker, its executors and their Python processes."""
+        with contextlib.suppress(psutil.Error):
+            return [self.process, *self.process.children(recursive=True)]
+        return []
+
+    def writing(self, ending: str) -> psutil.Process | None:
+        """A Python process of a task that has a file open whose path ends so, now stopped in the middle of it."""
+        for process in self.everything():
+            with contextlib.suppress(psutil.Error):
+                if "python" in process.name() and _has_open(process, ending):
+                    process.suspend()
+                    if _has_open(process, ending):
+                        return process
+                    process.resume()
+        return None
+
+    def kill(self) -> None:
+        """Everything at once, as when a machine goes."""
+        for process in reversed(self.everything()):
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGKILL)
+
+
+def _has_open(process: psutil.Process, ending: str) -> bool:
+    return any(file.path.endswith(ending) for file in process.open_files())
+
+
+class Cluster:
+    """A running master; ``workers`` are those that live."""
+
+    def __init__(self, java: Path, folder: Path) -> None:
+        self._java, self._folder = java, folder
+        self._port, self._ui = ports.choose(2)
+        self.workers: list[Worker] = []
+        self._started = 0
+        self._master = self._spawn(
+            "master", "master.Master", "127.0.0.1", "--port", str(self._port), "--webui-port", str(self._ui), folder=folder
+        )
+
+    @property
+    def url(self) -> str:
+        """What jobs are submitted to."""
+        return f"spark://127.0.0.1:{self._port}"
+
+    def add_worker(self) -> Worker:
+        """Start one more, on an address of its own: Spark repeats a slow task only on another host."""
+        self._started += 1
+        name, host = f"worker-{self._started}", f"127.0.0.{self._started}"
+        folder = self._folder / name
+        arguments = ("--cores", "1", "--memory", "1g", "--work-dir", str(folder / "work"), "--webui-port", "0", self.url)
+        worker = Worker(host, folder, self._spawn(name, "worker.Worker", host, *arguments, folder=folder))
+        self.workers.append(worker)
+        return worker
+
+    def kill(self, worker: Worker) -> None:
+        """Kill a worker with all that runs on it."""
+        self.workers.remove(worker)
+        worker.kill()
+
+    def wait(self, seconds: float = 120) -> None:
+        """Until all workers that live are with the master."""
+        end = time.monotonic() + seconds
+        while self._alive() != len(self.workers):
+            assert time.monotonic() < end, [path.read_text()[-2000:] for path in self._folder.glob("*.log")]
+            time.sleep(0.1)
+
+    def catch(self, ending: str, going: Callable[[], bool], seconds: float = 120) -> tuple[Worker, psutil.Process]:
+        """A task that writes a file whose path ends so, stopped in the middle of it, and the worker that it runs on."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and going():
+            for worker in self.workers:
+                process = worker.writing(ending)
+                if process is not None:
+                    return worker, process
+            time.sleep(0.002)
+        raise AssertionError(f"no task was seen writing {ending}")
+
+    def end(self) -> None:
+        """Kill all of it."""
+        for worker in list(self.workers):
+            self.kill(worker)
+        self._master.kill()
+
+    def _alive(self) -> int:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self._ui}/json/", timeout=5) as answer:
+            return int(json.load(answer)["aliveworkers"])
+        return 0
+
+    def _spawn(self, name: str, role: str, host: str, *arguments: str, folder: Path) -> psutil.Process:
+        folder.mkdir(parents=True, exist_ok=True)
+        return processes.spawn(
+            self._java,
+            folder,
+            name,
+            ("-Xmx256m", "-cp", f"{SPARK_HOME}/jars/*", f"org.apache.spark.deploy.{role}", "--host", host, *arguments),
+            output=self._folder / f"{name}.log",
+            ends_with_parent=True,
+            environment={
+                "SPARK_HOME": str(SPARK_HOME),
+                "SPARK_SCALA_VERSION": "2.13",
+                "SPARK_LOCAL_IP": host,
+                "SPARK_LOCAL_DIRS": str(folder / "local"),
+                "PATH": os.defpath,  # none of our environment's: an executor has to be told its Python
+                "PYTHONPATH": "",
+            },
+        )
+
+
+@contextmanager
+def standalone_cluster(java: Path, folder: Path, workers: int = 2) -> Iterator[Cluster]:
+    """A cluster that is gone at the end."""
+    cluster = Cluster(java, folder)
+    try:
+        for _ in range(workers):
+            cluster.add_worker()
+        cluster.wait()
+        yield cluster
+    finally:
+        cluster.end()
