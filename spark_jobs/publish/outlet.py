@@ -250,6 +250,7 @@ class _Notes:
                 "enable.auto.commit": False,
                 "auto.offset.reset": "earliest",
                 "enable.partition.eof": True,
+                "fetch.wait.max.ms": 20,  # the end is met at once
             }
         )
 
@@ -280,15 +281,17 @@ class _Notes:
             while left:
                 if time.monotonic() > deadline:
                     raise KafkaException(Refusal(Refusal._TIMED_OUT, f"{CONTROL_TOPIC} cannot be read to its end"))
-                for message in consumer.consume(1_000, 0.2):
-                    error, partition, offset = message.error(), message.partition(), message.offset()
-                    if error is None:
-                        self._take(message.value())
-                    elif error.code() != Refusal._PARTITION_EOF:
-                        if not error.retriable() and error.code() != Refusal._TRANSPORT:
-                            raise KafkaException(error)
-                    elif partition is not None and offset is not None and offset >= left.get(partition, 0):
-                        left.pop(partition, None)
+                message = consumer.poll(0.2)
+                if message is None:
+                    continue
+                error, partition, offset = message.error(), message.partition(), message.offset()
+                if error is None:
+                    self._take(message.value())
+                elif error.code() != Refusal._PARTITION_EOF:
+                    if not error.retriable() and error.code() != Refusal._TRANSPORT:
+                        raise KafkaException(error)
+                elif partition is not None and offset is not None and offset >= left.get(partition, 0):
+                    left.pop(partition, None)
         finally:
             consumer.close()
 

@@ -84,6 +84,7 @@ def consume(kafka: Kafka, topic: str, isolation: str = "read_committed") -> list
             "isolation.level": isolation,
             "enable.auto.commit": False,
             "enable.partition.eof": True,
+            "fetch.wait.max.ms": 20,
         }
     )
     found: list[tuple[str, bytes]] = []

@@ -1,0 +1,292 @@
+"""``adtally publish`` and ``adtally budget``: increments and credits into Kafka, and an example of what reads them."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.text import Text
+
+from orchestration.cli.options import examples
+from orchestration.cli.status import duration, table
+from spark_jobs.errors import AdtallyError, BusyError, KafkaError, UsageError
+
+if TYPE_CHECKING:
+    from services.budget.report import BudgetStatus
+    from spark_jobs.config import Settings
+    from spark_jobs.jobs.publish import Published, PublishReport, TopicStatus
+
+_BUDGET_TOPIC = "ads-metrics"
+_SHOWN = 20
+
+
+class Format(StrEnum):
+    """How a result is printed."""
+
+    table = "table"
+    json = "json"
+
+
+Form = Annotated[Format, typer.Option("--format", help="How the result is printed.")]
+
+
+def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
+    """Put the commands into ``app``; ``settings`` gives those of the installation that the user named."""
+
+    @app.command(
+        epilog=examples(
+            "adtally publish                               all versions that are not published yet",
+            "adtally publish --continuous                  each soon after its commit, until SIGTERM",
+            "adtally publish --status --format json        how far behind, by Kafka's own notes",
+        )
+    )
+    def publish(
+        continuous: Annotated[bool, typer.Option("--continuous", help="Go on with new versions until stopped.")] = False,
+        only_status: Annotated[bool, typer.Option("--status", help="Publish nothing; say how far behind it is.")] = False,
+        whole: Annotated[
+            bool, typer.Option("--whole", help="All rows as they stand, under the same ids, whatever was published before.")
+        ] = False,
+        adopt: Annotated[
+            bool, typer.Option("--adopt-topic", help="Into a topic that has what another lakehouse published.")
+        ] = False,
+        form: Form = Format.table,
+    ) -> None:
+        """Publish increments and attribution credits to the Kafka topics that HOME/kafka.toml names, each exactly once.
+
+        `adtally ingest` does it too where kafka.toml has [publish]: at its end, and with --continuous soon after each commit.
+        """
+        from orchestration.cli.output import console, print_json
+        from spark_jobs.jobs.publish import PublishLoop, ask_publications, is_publishing, publish_new
+
+        if (continuous and whole) or (only_status and (continuous or whole or adopt)):
+            raise UsageError("--continuous, --whole and --status are for different runs", hint="use one of them")
+        home = settings()
+        if only_status or not is_publishing(home):  # which says that kafka.toml does not say where
+            found = ask_publications(home)
+            if form is Format.json:
+                print_json(found)
+            else:
+                console().print(publications_table(found))
+            return
+        shown = console(stderr=True)
+
+        def on_version(done: Published) -> None:
+            if form is Format.json and continuous:
+                print_json(done, lines=True)
+            elif continuous:
+                shown.print(
+                    f"{done.topic}: version {done.version} of {done.table}, {done.records:,} messages, "
+                    f"{done.lag_seconds:.2f} s after its commit",
+                    soft_wrap=True,
+                )
+
+        if continuous:
+            loop = PublishLoop(
+                home,
+                adopt=adopt,
+                progress=on_version,
+                problem=lambda text: shown.print(text or "Kafka answers again", markup=False),
+            )
+            with _until_told() as stop:
+                loop.run(stop)
+            return
+        report = publish_new(home, whole=whole, adopt=adopt)
+        if form is Format.json:
+            print_json(report)
+            return
+        for line in published_lines(report):
+            console().print(line, soft_wrap=True)
+
+    @app.command(
+        epilog=examples(
+            "adtally budget --once                         all that is there, then end",
+            "adtally budget --campaigns .adtally/landing/campaigns",
+            "adtally budget --status --format json | jq .campaigns",
+            "adtally budget --bootstrap-servers 127.0.0.1:9092 --once",
+        )
+    )
+    def budget(
+        cluster: Annotated[str | None, typer.Option(help="A cluster of HOME/kafka.toml. Default: that of [publish].")] = None,
+        bootstrap_servers: Annotated[str | None, typer.Option(help="In place of --cluster: where a broker is.")] = None,
+        topic: Annotated[str | None, typer.Option(help="Default: the metrics_topic of [publish], else ads-metrics.")] = None,
+        store: Annotated[Path | None, typer.Option(help="The SQLite file. Default: HOME/budget/budget.sqlite.")] = None,
+        once: Annotated[bool, typer.Option("--once", help="End when all that is there is consumed.")] = False,
+        only_status: Annotated[bool, typer.Option("--status", help="Consume nothing; say what is known.")] = False,
+        from_start: Annotated[bool, typer.Option("--from-start", help="Read the topic again; nothing counts twice.")] = False,
+        accept_gap: Annotated[
+            bool, typer.Option("--accept-gap", help="Go on although messages that were never consumed are gone.")
+        ] = False,
+        keep_days: Annotated[
+            int, typer.Option(min=0, max=36_500, help="Ids of so many days are kept, older days are final; 0 keeps all.")
+        ] = 35,
+        campaigns: Annotated[
+            Path | None, typer.Option(help="CSV of the campaigns, or a folder: whose budgets?", exists=True)
+        ] = None,
+        day: Annotated[str | None, typer.Option(help="The day that is shown, as 2025-06-02. Default: the newest.")] = None,
+        form: Form = Format.table,
+    ) -> None:
+        """An example of a consumer: spend per campaign and day from the topic of increments, exactly once, in SQLite.
+
+        It shows how far it is behind the events. Messages that cannot be read are kept aside with their place, and stop nothing.
+        """
+        from orchestration.cli.output import console, print_json
+        from services.budget.campaigns import read_budgets
+        from services.budget.errors import BrokerError
+        from services.budget.report import read_budget_status
+        from services.budget.service import BudgetService
+
+        home = settings()
+        path = store or home.home_path / "budget" / "budget.sqlite"
+        where = _where(home, cluster, bootstrap_servers, topic, is_needed=not only_status)
+        shown = console(stderr=True)
+        with _one_line():
+            behind: dict[int, int] | None = None
+            if where.client:
+                service = BudgetService(path, where.client, where.topic, keep_days=keep_days or None)
+                if not only_status:
+                    with _until_told() as stop:
+                        service.run(stop, once=once, from_start=from_start, accept_gap=accept_gap)
+                try:
+                    behind = service.lags()
+                except BrokerError as error:
+                    shown.print(str(error), markup=False, soft_wrap=True)
+            budgets = read_budgets(campaigns) if campaigns else []
+            found = read_budget_status(
+                path, where.topic, now=datetime.now(UTC), budgets=budgets, day=_day(day), offsets_behind=behind
+            )
+        if form is Format.json:
+            print_json(found)
+            return
+        for part in budget_tables(found):
+            console().print(part, soft_wrap=True)
+
+
+class _Where:
+    """A topic, and how to connect to its cluster; an empty ``client``: nobody said."""
+
+    def __init__(self, client: dict[str, str], topic: str) -> None:
+        self.client, self.topic = client, topic
+
+
+def _where(settings: Settings, cluster: str | None, servers: str | None, topic: str | None, *, is_needed: bool) -> _Where:
+    from spark_jobs.kafka.config import read_kafka
+
+    if servers is not None:
+        if cluster is not None:
+            raise UsageError("--cluster and --bootstrap-servers name two places", hint="use one of them")
+        return _Where({"bootstrap.servers": servers}, topic or _BUDGET_TOPIC)
+    kafka = read_kafka(settings)
+    name = topic or (kafka.publish.metrics_topic if kafka.publish else _BUDGET_TOPIC)
+    if cluster is not None:
+        return _Where(kafka.cluster(cluster).client_options(), name)
+    if kafka.publish is not None:
+        return _Where(kafka.publish.cluster.client_options(), name)
+    if is_needed:
+        raise UsageError(
+            "nobody says where the topic is", hint="use --bootstrap-servers, or --cluster with a cluster of HOME/kafka.toml"
+        )
+    return _Where({}, name)
+
+
+def _day(text: str | None) -> str | None:
+    if text is None:
+        return None
+    try:
+        return datetime.strptime(text, "%Y-%m-%d").date().isoformat()
+    except ValueError:
+        raise UsageError(f"--day {text!r} is not a day", hint="as in 2025-06-02") from None
+
+
+@contextmanager
+def _until_told() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set; a second one interrupts."""
+    stop = threading.Event()
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def told(number: int, _frame: object) -> None:
+        stop.set()
+        signal.signal(number, previous[signal.Signals(number)])
+
+    for number in previous:
+        signal.signal(number, told)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """The service's errors as those of the command."""
+    from services.budget.errors import BrokerError, BudgetBusyError, BudgetError, BudgetUsageError
+
+    kinds: dict[type[BudgetError], type[AdtallyError]] = {
+        BudgetUsageError: UsageError,
+        BudgetBusyError: BusyError,
+        BrokerError: KafkaError,
+    }
+    try:
+        yield
+    except BudgetError as error:
+        raise kinds.get(type(error), AdtallyError)(error.message, hint=error.hint) from None
+
+
+def published_lines(report: PublishReport) -> Iterator[str]:
+    """A PublishReport, a line a topic."""
+    for each in report.topics:
+        if each.versions:
+            yield (
+                f"{each.topic}: {each.records:,} messages of {each.versions:,} versions, "
+                f"up to version {each.version} of {each.table}"
+            )
+        else:
+            yield f"{each.topic}: nothing new in {each.table}"
+
+
+def publications_table(found: list[TopicStatus]) -> RenderableType:
+    """How far each topic is."""
+    shown = table("Published", "topic", "table", "cluster", "up to version", "of", "versions behind", "behind", "messages", left=3)
+    for each in found:
+        numbers = ("-" if number is None else f"{number:,}" for number in (each.version, each.table_version, each.versions_behind))
+        total = "-" if each.total_records is None else f"{each.total_records:,}"
+        shown.add_row(escape(each.topic), each.table, each.cluster, *numbers, duration(each.seconds_behind), total)
+    return shown
+
+
+def budget_tables(found: BudgetStatus) -> Iterator[RenderableType]:
+    """A BudgetStatus: the campaigns by spend, those over their budget first, and how far behind it is."""
+    day = found.campaigns[0].event_date if found.campaigns else "-"
+    spend = table(f"Spend of {day}", "campaign", "store", "impressions", "clicks", "spend", "budget", "", left=2)
+    rows = sorted(found.campaigns, key=lambda each: (not each.is_over, -each.spend_nanos))
+    for row in rows[:_SHOWN]:
+        amounts = (
+            f"{row.spend_micros / 1e6:,.2f} {row.currency}",
+            "-" if row.budget_micros is None else f"{row.budget_micros / 1e6:,.2f}",
+        )
+        over = Text("over", style="red") if row.is_over else Text("")
+        spend.add_row(escape(row.campaign_id), escape(row.store_id), f"{row.impressions:,}", f"{row.clicks:,}", *amounts, over)
+    yield spend
+    if len(rows) > _SHOWN:
+        yield f"and {len(rows) - _SHOWN} more campaigns"
+    if found.event_minute is None or found.committed_at is None:
+        yield "nothing consumed yet"
+    else:
+        yield (
+            f"events up to {found.event_minute:%Y-%m-%d %H:%M} UTC, {duration(found.events_seconds_behind)} behind; the newest "
+            f"increment was committed at {found.committed_at:%H:%M:%S} and consumed {duration(found.consumed_seconds_after)} later"
+        )
+    if found.offsets_behind is not None:
+        behind = ", ".join(f"{partition}: {offsets:,}" for partition, offsets in sorted(found.offsets_behind.items()))
+        yield f"offsets behind, by partition of {found.topic}: {behind}"
+    for reason, count in sorted(found.aside.items()):
+        yield Text(f"{count:,} messages put aside: {reason}", style="red")
