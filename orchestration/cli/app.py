@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestration.cli import compare, explain, maintenance, services, settlement, simulating
+from orchestration.cli import compare, explain, maintenance, publish, services, settlement, simulating
 from orchestration.cli.options import examples, seconds
 from spark_jobs.errors import AdtallyError, UsageError
 
@@ -317,6 +317,7 @@ maintenance.add_commands(app, _settings)
 settlement.add_commands(app, _settings)
 explain.add_commands(app, _settings)
 compare.add_commands(app, _settings)
+publish.add_commands(app, _settings)
 services.add_commands(app, _settings)
 
 
