@@ -6,7 +6,6 @@ so whatever is killed, a reader of committed messages sees each once. Versions t
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import pyarrow as pa
-from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 from filelock import FileLock, Timeout
 
@@ -23,8 +21,9 @@ from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import BusyError, KafkaConfigurationError, KafkaError, PublicationError
 from spark_jobs.kafka.config import Publish, read_kafka
-from spark_jobs.publish.messages import CreditsMessages, MetricsMessages, committed_ms, table_id
+from spark_jobs.publish.messages import CreditsMessages, MetricsMessages
 from spark_jobs.publish.outlet import Outlet, Position, read_positions
+from spark_jobs.publish.progress import TopicStatus, committed_ms, status_of, table_id, told_by, topics_of
 from spark_jobs.sinks.data_files import DataFileWriter
 from spark_jobs.sinks.delta import DeltaSink, Transaction, ensure_tables
 from spark_jobs.steps import Step
@@ -69,23 +68,6 @@ class PublishReport:
 
     topics: list[TopicReport] = field(default_factory=list)
     seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class TopicStatus:
-    """How far a table is published. ``versions_behind``: those with rows that are not; ``seconds_behind``: since the first of them.
-
-    ``version`` None: nothing is published.
-    """
-
-    table: str
-    topic: str
-    cluster: str
-    version: int | None
-    table_version: int | None
-    versions_behind: int
-    seconds_behind: float
-    total_records: int | None
 
 
 @dataclass(frozen=True)
@@ -233,6 +215,7 @@ class _Publisher:
         if identity is None:
             return
         with self._outlet(identity, adopt) as outlet:
+            self._require_same(outlet)
             if whole:
                 self._whole(outlet, self._log.latest_version() or 0)
             self._catch_up(outlet, None)
@@ -245,11 +228,12 @@ class _Publisher:
             return
         pause = REMOTE_POLL_SECONDS if "://" in self._uri else POLL_SECONDS
         with self._outlet(identity, adopt) as outlet:
-            looked = 0.0
+            looked = -math.inf
             while not stop.is_set():
                 if time.monotonic() - looked > _LOOK_AROUND_SECONDS:
                     if table_id(self._uri) != identity:
                         return
+                    self._require_same(outlet)
                     self._require_next(outlet)
                     looked = time.monotonic()
                 self._catch_up(outlet, stop)
@@ -279,7 +263,7 @@ class _Publisher:
             else:
                 quiet += 1
                 if quiet == _QUIET_VERSIONS:
-                    outlet.publish(version, iter(()))
+                    outlet.publish(version, iter(()), committed_ms=committed_ms(commit))
                     quiet = 0
             version += 1
 
@@ -299,7 +283,7 @@ class _Publisher:
     ) -> None:
         before = outlet.position
         try:
-            records = outlet.publish(version, messages(), is_whole=is_whole)
+            records = outlet.publish(version, messages(), committed_ms=at, is_whole=is_whole)
         except (FileNotFoundError, DeltaError) as error:
             raise PublicationError(
                 f"version {version} of {self._target.name} cannot be published: {' '.join(str(error).split())[:200]}", hint=_WHOLE
@@ -311,17 +295,22 @@ class _Publisher:
             self.told.add(outlet.position, records, 0 if before is None else _next(before))
         self._progress(Published(self._target.name, self._target.topic, version, records, time.time() - at / 1000))
 
+    def _require_same(self, outlet: Outlet) -> None:
+        """Raises PublicationError where the version that was published last is no more, or another one has its number."""
+        at, latest = outlet.position, self._log.latest_version()
+        if at is None or latest is None:
+            return
+        held = self._log.commit(at.version)
+        if latest < at.version or (held is not None and committed_ms(held) != at.committed_ms):
+            raise PublicationError(
+                f"{self._target.name} is not what it was when version {at.version} of it was published",
+                hint="an older copy of it was put back: publish into new topics, see docs/runbooks/publishing-behind.md",
+            )
+
     def _require_next(self, outlet: Outlet) -> None:
         """Raises PublicationError where the log goes on behind the next version, but no longer has it."""
         wanted, latest = _next(outlet.position), self._log.latest_version()
-        if latest is None:
-            return
-        if latest + 1 < wanted:
-            raise PublicationError(
-                f"{self._target.name} is at version {latest}, but version {wanted - 1} of it was published",
-                hint=f"was an older copy of it put back? {_WHOLE}",
-            )
-        if latest >= wanted and self._log.commit(wanted) is None:
+        if latest is not None and latest >= wanted and self._log.commit(wanted) is None:
             raise PublicationError(
                 f"version {wanted} of {self._target.name} is to be published next, and its log does not have it any more",
                 hint=_WHOLE,
@@ -385,38 +374,10 @@ class _Told:
         }
         with DataFileWriter(uri, PUBLICATIONS) as writer:
             writer.write(pa.Table.from_pylist([row], PUBLICATIONS.schema))
-        transaction = Transaction(_told_by(self._cluster, newest.key), newest.version)
+        transaction = Transaction(told_by(self._cluster, newest.key), newest.version)
         DeltaSink(PUBLICATIONS, self._settings).append(
             writer.files, Step.PUBLICATIONS, transaction, {"total_records": newest.total_records}
         )
-
-
-def _told_by(cluster: str, key: str) -> str:
-    """The transaction's app id: a cluster, table and topic; its version is the table's that was published."""
-    return f"publications:{cluster}/{key}"
-
-
-def read_publications(settings: Settings, *, now: datetime | None = None) -> list[TopicStatus]:
-    """How far publishing is behind, as table `publications` tells it (some seconds late); empty where nothing is to be published.
-
-    Asks no broker. Raises KafkaConfigurationError where kafka.toml cannot be right.
-    """
-    publish = read_kafka(settings).publish
-    if publish is None:
-        return []
-    uri = settings.table_uri(PUBLICATIONS.name)
-    told = DeltaTable(uri) if DeltaLog(uri).exists() else None
-    found = []
-    for target in _targets(publish):
-        identity = table_id(settings.table_uri(target.name))
-        app = _told_by(publish.cluster.name, f"{identity}/{target.topic}")
-        version = None if told is None else told.transaction_version(app)
-        total = None
-        if version is not None:
-            commit = DeltaLog(uri).find_transaction(app, version)
-            total = json.loads(commit.user_metadata or "{}").get("total_records") if commit else None
-        found.append(_status(settings, publish, target, version, total, now or datetime.now(UTC)))
-    return found
 
 
 def ask_publications(settings: Settings, *, now: datetime | None = None) -> list[TopicStatus]:
@@ -429,29 +390,16 @@ def ask_publications(settings: Settings, *, now: datetime | None = None) -> list
     for target in _targets(publish):
         at = held.get(f"{table_id(settings.table_uri(target.name))}/{target.topic}")
         version = None if at is None or _next(at) == 0 else _next(at) - 1
-        found.append(_status(settings, publish, target, version, at.total_records if at else None, now or datetime.now(UTC)))
+        total = at.total_records if at else None
+        found.append(status_of(settings, publish, target.name, target.topic, version, total, now or datetime.now(UTC)))
     return found
 
 
-def _status(
-    settings: Settings, publish: Publish, target: _Target, version: int | None, total: int | None, now: datetime
-) -> TopicStatus:
-    log = DeltaLog(settings.table_uri(target.name))
-    latest = log.latest_version()
-    waiting = []
-    for behind in range(0 if version is None else version + 1, 0 if latest is None else latest + 1):
-        commit = log.commit(behind)
-        if commit is None or commit.changes_rows:
-            waiting.append(commit)
-    first = next((committed_ms(commit) for commit in waiting if commit is not None), None)
-    seconds = 0.0 if first is None else max(0.0, now.timestamp() - first / 1000)
-    return TopicStatus(target.name, target.topic, publish.cluster.name, version, latest, len(waiting), seconds, total)
-
-
 def _targets(publish: Publish) -> list[_Target]:
+    (_, metrics), (_, credits) = topics_of(publish)
     return [
-        _Target(MetricsMessages, publish.metrics_topic, Step.PUBLISHED_METRICS),
-        _Target(CreditsMessages, publish.credits_topic, Step.PUBLISHED_CREDITS),
+        _Target(MetricsMessages, metrics, Step.PUBLISHED_METRICS),
+        _Target(CreditsMessages, credits, Step.PUBLISHED_CREDITS),
     ]
 
 

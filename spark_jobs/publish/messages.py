@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 from deltalake import DeltaTable
 
 from spark_jobs.config import Settings
-from spark_jobs.delta_log import Commit, DeltaLog
+from spark_jobs.delta_log import Commit
 from spark_jobs.duck import task_connection
+from spark_jobs.publish.progress import committed_ms
 from spark_jobs.rules.attribution import MODELS
 from spark_jobs.sources.delta import file_paths, read_batches, read_files
 from spark_jobs.tables import ATTRIBUTED_ORDERS, MINUTE_METRICS, Table
@@ -25,11 +26,6 @@ Messages = Iterator[tuple[list[str], list[str]]]
 """Keys and values, a batch at a time."""
 
 _ROWS = 50_000  # made into messages at a time
-
-
-def committed_ms(commit: Commit) -> int:
-    """When a commit was made, in milliseconds since the epoch; 0 where it does not say."""
-    return int(commit.info.get("timestamp", 0))
 
 
 def uuid_sql(parts: str) -> str:
@@ -326,12 +322,3 @@ def _may_hold(action: dict[str, Any], start: Any, end: Any) -> bool:
         return True
     low, high = (at if at.tzinfo else at.replace(tzinfo=UTC) for at in (low, high))
     return bool(low <= end and high + timedelta(milliseconds=1) >= start)
-
-
-def table_id(uri: str) -> str | None:
-    """A table's own id, None where there is no table: one that was deleted and made anew has another."""
-    log = DeltaLog(uri)
-    first = log.commit(0)
-    if first is not None and first.table_id:
-        return first.table_id
-    return None if log.latest_version() is None else str(DeltaTable(uri).metadata().id)

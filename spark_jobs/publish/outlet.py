@@ -40,7 +40,8 @@ Options = dict[str, str | int | float | bool]
 class Position:
     """How far a table is published in a topic: up to ``version``, and of that ``records`` messages, all where ``is_complete``.
 
-    ``is_whole``: all rows of that version were published, not what it added. ``total_records``: ever.
+    ``is_whole``: all rows of that version were published, not what it added. ``total_records``: ever. ``committed_ms``: when the
+    version was committed, by which it is known from one of the same number in a table that was put back and went on otherwise.
     """
 
     table: str
@@ -51,6 +52,7 @@ class Position:
     is_complete: bool
     is_whole: bool
     total_records: int
+    committed_ms: int
 
     @property
     def key(self) -> str:
@@ -76,7 +78,7 @@ class Outlet:
 
     def __init__(self, cluster: KafkaCluster, table: str, table_id: str, topic: str, step: Step, *, adopt: bool = False) -> None:
         self._cluster, self._step, self._adopt = cluster, step, adopt
-        self._named = Position(table, table_id, topic, -1, 0, True, False, 0)
+        self._named = Position(table, table_id, topic, -1, 0, True, False, 0, 0)
         self.topic = topic
         self.position: Position | None = None
         self._producer: Producer | None = None
@@ -101,21 +103,21 @@ class Outlet:
     def __exit__(self, _kind: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None) -> None:
         self._producer = None
 
-    def publish(self, version: int, messages: Messages, *, is_whole: bool = False) -> int:
+    def publish(self, version: int, messages: Messages, *, committed_ms: int = 0, is_whole: bool = False) -> int:
         """Publish a version's messages, or, if a part of them is published, the others. Returns how many.
 
         A transaction a MESSAGES_A_TRANSACTION at most. Raises as ``__enter__``; what is not committed then was not published.
         """
         with _kafka_errors():
             try:
-                return self._publish(version, messages, is_whole)
+                return self._publish(version, messages, committed_ms, is_whole)
             except BaseException:
                 with suppress(KafkaException):  # readers need not wait until it has timed out
                     self._held.purge()
                     self._held.abort_transaction(_ABORT_SECONDS)
                 raise
 
-    def _publish(self, version: int, messages: Messages, is_whole: bool) -> int:
+    def _publish(self, version: int, messages: Messages, committed_ms: int, is_whole: bool) -> int:
         before = self.position or self._named
         is_rest = before.version == version and before.is_whole == is_whole and not before.is_complete
         done = before.records if is_rest else 0
@@ -130,20 +132,21 @@ class Outlet:
             self._send(self.topic, key, value)
             sent, done = sent + 1, done + 1
             if sent % MESSAGES_A_TRANSACTION == 0:
-                self._commit(version, done, False, is_whole)
+                self._commit(version, done, committed_ms, is_complete=False, is_whole=is_whole)
                 in_transaction = False
         if not in_transaction:
             self._held.begin_transaction()
-        self._commit(version, done, True, is_whole)
+        self._commit(version, done, committed_ms, is_complete=True, is_whole=is_whole)
         return sent
 
-    def _commit(self, version: int, done: int, is_complete: bool, is_whole: bool) -> None:
+    def _commit(self, version: int, done: int, committed_ms: int, *, is_complete: bool, is_whole: bool) -> None:
         before = self.position or self._named
         already = before.records if before.version == version and not before.is_complete and before.is_whole == is_whole else 0
         named = self._named
         note = Position(
             *(named.table, named.table_id, named.topic, version, done, is_complete, is_whole),
             before.total_records + done - already,
+            committed_ms,
         )
         self._send(CONTROL_TOPIC, note.key, json.dumps(asdict(note), sort_keys=True))
         if self._held.flush(TRANSACTION_SECONDS):
