@@ -95,6 +95,10 @@ class Settings(BaseSettings):
     max_mart_age: Annotated[
         timedelta, Field(gt=timedelta(0), le=_LONGEST, description="Alert: the published marts lag the ledger by more than this.")
     ] = timedelta(minutes=15)
+    max_publish_lag: Annotated[
+        timedelta,
+        Field(gt=timedelta(0), le=_LONGEST, description="Alert: Delta versions older than this wait to be published to Kafka."),
+    ] = timedelta(minutes=2)
     max_rejected_share: Annotated[
         float, Field(gt=0, le=1, description="Alert: rejected share of what was offered in the last hour of ingestion.")
     ] = 0.05
@@ -109,7 +113,8 @@ class Settings(BaseSettings):
     ] = datetime(2000, 1, 1, tzinfo=UTC)
 
     @field_validator(
-        *("future_skew", "hour_grace", "silent_after", "vacuum_retention", "max_stream_lag", "max_mart_age"), mode="before"
+        *("future_skew", "hour_grace", "silent_after", "vacuum_retention", "max_stream_lag", "max_mart_age", "max_publish_lag"),
+        mode="before",
     )
     @classmethod
     def _seconds(cls, value: object) -> object:

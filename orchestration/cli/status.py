@@ -13,6 +13,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from spark_jobs.jobs.status import Status
+    from spark_jobs.publish.progress import TopicStatus
 
 OUTCOMES = ("offered", "accepted", "duplicate", "conflict", "rejected", "late")
 
@@ -45,6 +46,16 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def publications_table(found: list[TopicStatus]) -> Table:
+    """How far each topic is published."""
+    shown = table("Published", "topic", "table", "cluster", "up to version", "of", "versions behind", "behind", "messages", left=3)
+    for each in found:
+        numbers = ("-" if number is None else f"{number:,}" for number in (each.version, each.table_version, each.versions_behind))
+        total = "-" if each.total_records is None else f"{each.total_records:,}"
+        shown.add_row(escape(each.topic), each.table, each.cluster, *numbers, duration(each.seconds_behind), total)
+    return shown
+
+
 def status_tables(status: Status) -> Iterator[RenderableType]:
     """Sources, tables, quarantined files, and the verdict."""
     if status.sources:
@@ -64,6 +75,8 @@ def status_tables(status: Status) -> Iterator[RenderableType]:
         for entry in status.tables:
             tables.add_row(entry.name, str(entry.version), f"{entry.rows:,}", f"{entry.files:,}", size(entry.bytes))
         yield tables
+    if status.publications:
+        yield publications_table(status.publications)
     if status.quarantined_files:
         files = table("Files that could not be read", "file", "reasons", "ingested", left=3)
         for file in status.quarantined_files:

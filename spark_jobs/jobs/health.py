@@ -21,6 +21,7 @@ from spark_jobs.config import Settings
 from spark_jobs.delta_log import Commit, DeltaLog
 from spark_jobs.errors import AdtallyError
 from spark_jobs.jobs.status import read_recent_problems
+from spark_jobs.publish.progress import read_publications
 from spark_jobs.sources.checkpoint import read_finished_files
 from spark_jobs.sources.delta import read_files
 from spark_jobs.sources.landing import follows_protocol
@@ -126,6 +127,19 @@ def _pinned_version(settings: Settings) -> int | None:
     return None if row is None or row[0] is None else int(row[0])
 
 
+def _publishing_behind(settings: Settings, now: datetime) -> tuple[float, str]:
+    """Seconds since the first version that is not published; 0 where all are, or nothing is to be published."""
+    found = read_publications(settings, now=now)
+    if not found:
+        return 0.0, "nothing is to be published"
+    parts = [
+        f"{each.topic}: {'nothing' if each.version is None else f'version {each.version}'} of {each.table} is published, "
+        f"{each.versions_behind} behind"
+        for each in found
+    ]
+    return max(each.seconds_behind for each in found), "; ".join(parts)
+
+
 def _rejected_share(settings: Settings, now: datetime) -> tuple[float, str]:
     return _share(settings, now, "rejected")
 
@@ -186,6 +200,7 @@ def _disk_space(settings: Settings, now: datetime) -> tuple[float, str]:
 _SIGNALS: dict[str, tuple[Callable[[Settings, datetime], tuple[float, str]], Callable[[Settings], float], str]] = {
     "stream_lag": (_stream_lag, lambda settings: settings.max_stream_lag.total_seconds(), "seconds"),
     "freshness": (_freshness, lambda settings: settings.max_mart_age.total_seconds(), "seconds"),
+    "publishing_behind": (_publishing_behind, lambda settings: settings.max_publish_lag.total_seconds(), "seconds"),
     "rejected_share": (_rejected_share, lambda settings: settings.max_rejected_share, "share"),
     "duplicate_share": (_duplicate_share, lambda settings: settings.max_duplicate_share, "share"),
     "conservation": (_conservation, lambda settings: 0.0, "contradictions"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +16,7 @@ from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.duck import connect_delta
 from spark_jobs.errors import TableCorruptionError, UsageError
+from spark_jobs.publish.progress import TopicStatus, read_publications
 from spark_jobs.tables import TABLES
 
 FILE_REASONS = ("empty_gzip", "truncated_gzip", "corrupt_gzip", "unreadable_file")
@@ -68,13 +69,14 @@ class QuarantinedFile:
 
 @dataclass(frozen=True)
 class Status:
-    """All of it. ``problems`` are one line each; ``conservation_holds`` is false where rows and books contradict each other."""
+    """All of it. ``problems`` are one line each; ``publications`` how far behind publishing is; ``conservation_holds`` is false where rows and books contradict each other."""
 
     sources: list[SourceStatus] = field(default_factory=list)
     tables: list[TableStatus] = field(default_factory=list)
     quarantined_files: list[QuarantinedFile] = field(default_factory=list)
     conservation_holds: bool = True
     problems: list[str] = field(default_factory=list)
+    publications: list[TopicStatus] = field(default_factory=list)
 
 
 def read_status(settings: Settings) -> Status:
@@ -95,7 +97,8 @@ def read_status(settings: Settings) -> Status:
     with TemporaryDirectory(prefix="adtally-status-") as spill:
         lake = connect_delta({"temp_directory": spill, "memory_limit": _MEMORY})
         try:
-            return _Reader(lake, settings, versions).status()
+            found_now = _Reader(lake, settings, versions).status()
+            return replace(found_now, publications=read_publications(settings))
         except duckdb.Error as error:
             raise _unreadable(settings, error) from error
         finally:
