@@ -17,13 +17,13 @@ from rich.markup import escape
 from rich.text import Text
 
 from orchestration.cli.options import examples
-from orchestration.cli.status import duration, table
+from orchestration.cli.status import duration, publications_table, table
 from spark_jobs.errors import AdtallyError, BusyError, KafkaError, UsageError
 
 if TYPE_CHECKING:
     from services.budget.report import BudgetStatus
     from spark_jobs.config import Settings
-    from spark_jobs.jobs.publish import Published, PublishReport, TopicStatus
+    from spark_jobs.jobs.publish import Published, PublishReport
 
 _BUDGET_TOPIC = "ads-metrics"
 _SHOWN = 20
@@ -60,9 +60,9 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         ] = False,
         form: Form = Format.table,
     ) -> None:
-        """Publish increments and attribution credits to the Kafka topics that HOME/kafka.toml names, each exactly once.
+        r"""Publish increments and attribution credits to the Kafka topics that HOME/kafka.toml names, each exactly once.
 
-        `adtally ingest` does it too where kafka.toml has [publish]: at its end, and with --continuous soon after each commit.
+        `adtally ingest` does it too where kafka.toml has \[publish]: at its end, and with --continuous soon after each commit.
         """
         from orchestration.cli.output import console, print_json
         from spark_jobs.jobs.publish import PublishLoop, ask_publications, is_publishing, publish_new
@@ -115,9 +115,9 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         )
     )
     def budget(
-        cluster: Annotated[str | None, typer.Option(help="A cluster of HOME/kafka.toml. Default: that of [publish].")] = None,
+        cluster: Annotated[str | None, typer.Option(help="A cluster of HOME/kafka.toml. Default: that of \\[publish].")] = None,
         bootstrap_servers: Annotated[str | None, typer.Option(help="In place of --cluster: where a broker is.")] = None,
-        topic: Annotated[str | None, typer.Option(help="Default: the metrics_topic of [publish], else ads-metrics.")] = None,
+        topic: Annotated[str | None, typer.Option(help="Default: the metrics_topic of \\[publish], else ads-metrics.")] = None,
         store: Annotated[Path | None, typer.Option(help="The SQLite file. Default: HOME/budget/budget.sqlite.")] = None,
         once: Annotated[bool, typer.Option("--once", help="End when all that is there is consumed.")] = False,
         only_status: Annotated[bool, typer.Option("--status", help="Consume nothing; say what is known.")] = False,
@@ -251,16 +251,6 @@ def published_lines(report: PublishReport) -> Iterator[str]:
             )
         else:
             yield f"{each.topic}: nothing new in {each.table}"
-
-
-def publications_table(found: list[TopicStatus]) -> RenderableType:
-    """How far each topic is."""
-    shown = table("Published", "topic", "table", "cluster", "up to version", "of", "versions behind", "behind", "messages", left=3)
-    for each in found:
-        numbers = ("-" if number is None else f"{number:,}" for number in (each.version, each.table_version, each.versions_behind))
-        total = "-" if each.total_records is None else f"{each.total_records:,}"
-        shown.add_row(escape(each.topic), each.table, each.cluster, *numbers, duration(each.seconds_behind), total)
-    return shown
 
 
 def budget_tables(found: BudgetStatus) -> Iterator[RenderableType]:
