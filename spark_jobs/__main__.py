@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and run; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m spark_jobs", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    ingest = commands.add_parser("ingest", help="events and orders from the landing folder into the lakehouse")
+    ingest = commands.add_parser("ingest", help="events and orders from landing folders and Kafka into the lakehouse")
     ingest.add_argument("--continuous", action="store_true", help="until SIGTERM instead of all that is there")
     ingest.add_argument("--trigger", type=float, default=5.0, metavar="SECONDS", help="time between two batches")
     ingest.add_argument("--json", action="store_true", help="one JSON line a batch on standard output")
@@ -32,7 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(line, flush=True)
 
     try:
-        run_ingest(load_settings(), continuous=options.continuous, trigger_seconds=options.trigger, progress=progress)
+        run_ingest(
+            load_settings(),
+            continuous=options.continuous,
+            trigger_seconds=options.trigger,
+            progress=progress,
+            notice=lambda line: print(f"adtally: {line}", file=sys.stderr, flush=True),
+        )
     except AdtallyError as error:
         print(f"adtally: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestration.cli import compare, explain, maintenance, publish, services, settlement, simulating
+from orchestration.cli import compare, explain, gaps, maintenance, publish, services, settlement, simulating
 from orchestration.cli.options import examples, seconds
 from spark_jobs.errors import AdtallyError, UsageError
 
@@ -164,14 +164,17 @@ def ingest(
         else:
             shown.print(batch_line(batch), soft_wrap=True)
 
-    report = run_ingest(settings, continuous=continuous, trigger_seconds=every, progress=on_batch)
+    def on_notice(line: str) -> None:
+        typer.echo(f"adtally: {line}", err=True)
+
+    report = run_ingest(settings, continuous=continuous, trigger_seconds=every, progress=on_batch, notice=on_notice)
     if is_settled and not continuous:
         settle_at_end(settings)
     if as_json:
         print_json({"type": "end", **_fields(report)} if continuous else _fields(report), lines=continuous)
         return
     if report.batches == 0:
-        console().print("nothing new in the landing folder", soft_wrap=True)
+        console().print("nothing new to ingest", soft_wrap=True)
         return
     console().print(
         f"{report.batches} batches: {report.offered:,} offered = {report.accepted:,} accepted + "
@@ -314,6 +317,7 @@ def status(as_json: Json = False) -> None:
 
 
 maintenance.add_commands(app, _settings)
+gaps.add_commands(app, _settings)
 settlement.add_commands(app, _settings)
 explain.add_commands(app, _settings)
 compare.add_commands(app, _settings)

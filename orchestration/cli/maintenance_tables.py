@@ -67,8 +67,13 @@ def reconciliation_table(report: ReconcileReport) -> Iterator[RenderableType]:
         yield shown
         if len(report.differences) > SHOWN:
             yield Text(f"and {len(report.differences) - SHOWN} more; --json prints all")
+    for left in report.waiting[:SHOWN]:
+        span = f"offsets {left.first_offset} to {left.end_offset - 1} of {left.source}"
+        yield Text(f"left out: batch {left.batch_id}, for raw_events lacks {span} yet", style="yellow")
     events = sum(hour.events_expected for hour in report.hours)
     counted = f"{len(report.hours)} hours, {events:,} accepted events, in {report.seconds:.1f} s"
+    if report.waiting:
+        counted += f", without {len({(left.query_id, left.batch_id) for left in report.waiting})} batches that wait for raw records"
     if report.remaining:
         yield Text(f"recount of {counted}: {len(report.remaining)} differences remain", style="bold red")
     elif report.differences:
@@ -147,5 +152,6 @@ def _sources(closing: Closing) -> Table:
         behind = (newest - source.progress_at).total_seconds() if newest and source.progress_at else None
         state = "retired" if source.is_retired else "silent" if source.is_silent else "running"
         progress = f"{source.progress_at:%Y-%m-%d %H:%M:%S}" if source.progress_at else "-"
-        shown.add_row(source.stream, source.region, progress, duration(behind), state)
+        region = f"{source.region} (kafka)" if source.source == "kafka" else source.region
+        shown.add_row(source.stream, region, progress, duration(behind), state)
     return shown

@@ -2,8 +2,8 @@
 
 Hour H is closed when every source has come past H + 1 h + ADTALLY_HOUR_GRACE. A source is a stream and a region of the ledger; its
 progress is what it has received, never beyond when that was ingested, so a sender whose clock runs ahead closes nothing. The wall
-clock closes nothing either: a source that falls silent holds the hours open until it speaks again, is retired
-(ADTALLY_RETIRED_SOURCES), or an operator closes them by hand (table `hour_closings`).
+clock closes nothing either: a source that falls silent, and a cluster of kafka.toml of which no event has come yet, hold the hours
+open until they speak, are retired (ADTALLY_RETIRED_SOURCES), or an operator closes them by hand (table `hour_closings`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from spark_jobs.config import Settings
 from spark_jobs.errors import UsageError
 from spark_jobs.hours import HOUR, HourRange, floor_hour
+from spark_jobs.kafka.config import read_kafka
 from spark_jobs.sinks.delta import append_decision, ensure_tables
 from spark_jobs.sources.delta import read_newest
 from spark_jobs.steps import Step
@@ -28,15 +29,19 @@ _LEDGER_COLUMNS = (*_SOURCE, "event_hour", "accepted", "max_received_at", "inges
 
 @dataclass(frozen=True)
 class SourceProgress:
-    """How far one source has come. ``progress_at`` None: nothing of it was accepted yet, so nothing waits for it."""
+    """How far one source has come. ``progress_at`` None: nothing of it was accepted yet.
+
+    Nothing waits for such a one, unless it ``is_awaited``: a cluster of kafka.toml of which no event has come yet.
+    """
 
     stream: str
     source: str
     region: str
     progress_at: datetime | None
-    last_ingested_at: datetime
+    last_ingested_at: datetime | None
     is_silent: bool
     is_retired: bool
+    is_awaited: bool = False
 
     @property
     def name(self) -> str:
@@ -73,7 +78,8 @@ def read_closing(settings: Settings) -> Closing:
     sources = _sources(settings, ledger)
     # a source without progress has sent nothing that an hour could lack
     progress = [source.progress_at for source in sources if source.progress_at is not None and not source.is_retired]
-    through = floor_hour(min(progress) - settings.hour_grace) if progress else None
+    is_held = any(source.is_awaited and not source.is_retired for source in sources)
+    through = floor_hour(min(progress) - settings.hour_grace) if progress and not is_held else None
     by_hand = pc.max(_read(settings, HOUR_CLOSINGS, ("closed_through",))["closed_through"]).as_py()
     hours = ledger.filter(pc.greater(ledger["accepted"], 0))["event_hour"]
     return Closing(
@@ -114,7 +120,10 @@ def require_closed(settings: Settings, hours: HourRange) -> None:
     if first_open is None:
         return
     closed = f"closed through {_text(closing.closed_through)}" if closing.closed_through else "no hour is closed yet"
-    silent = ", ".join(f"{source.name} (since {source.progress_at:%Y-%m-%dT%H:%MZ})" for source in closing.silent)
+    silent = ", ".join(
+        f"{source.name} ({f'since {source.progress_at:%Y-%m-%dT%H:%MZ}' if source.progress_at else 'nothing came yet'})"
+        for source in closing.silent
+    )
     waits = f"; silent: {silent}, see docs/runbooks/silent-source.md" if silent else ""
     raise UsageError(f"hour {_text(first_open)} is not closed", hint=f"{closed}{waits}")
 
@@ -133,7 +142,7 @@ def _sources(settings: Settings, ledger: pa.Table) -> list[SourceProgress]:
         at = row["progress_at_max"]
         return newest is not None and at is not None and newest - at > settings.silent_after
 
-    return [
+    known = [
         SourceProgress(
             stream=row["stream"],
             source=row["source"],
@@ -145,6 +154,13 @@ def _sources(settings: Settings, ledger: pa.Table) -> list[SourceProgress]:
         )
         for row in found
     ]
+    came = {source.region for source in known if (source.stream, source.source) == ("events", "kafka") and source.progress_at}
+    awaited = [cluster.name for cluster in read_kafka(settings).consumed if cluster.name not in came]
+    for name in awaited:
+        is_retired = f"events/{name}" in settings.retired_sources
+        known = [source for source in known if (source.stream, source.source, source.region) != ("events", "kafka", name)]
+        known.append(SourceProgress("events", "kafka", name, None, None, not is_retired, is_retired, is_awaited=True))
+    return known
 
 
 def _read(settings: Settings, table: Table, names: tuple[str, ...]) -> pa.Table:

@@ -300,7 +300,7 @@ def test_continuous_ingest_with_json_prints_a_line_a_batch(adtally: Adtally, ing
 def test_ingest_of_nothing(adtally: Adtally, ingest: SimpleNamespace) -> None:
     ingest.batches = []
     done = adtally("ingest")
-    assert (done.status, done.out, done.err) == (0, "nothing new in the landing folder\n", "")
+    assert (done.status, done.out, done.err) == (0, "nothing new to ingest\n", "")
 
 
 def test_ingest_without_java(tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""The command that goes on behind records which a topic no longer has: accept-gap."""
+
+from __future__ import annotations
+
+import getpass
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestration.cli.options import examples
+from spark_jobs.errors import UsageError
+
+if TYPE_CHECKING:
+    from spark_jobs.config import Settings
+    from spark_jobs.kafka.gaps import Gap
+
+
+def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
+    """Put the command into ``app``; ``settings`` gives those of the installation that the user named."""
+
+    @app.command(
+        "accept-gap",
+        epilog=examples(
+            "adtally accept-gap events eu-west --dry-run",
+            "adtally accept-gap events eu-west --reason 'retention passed while the ingest was down'",
+        ),
+    )
+    def accept_gap(
+        stream: Annotated[str, typer.Argument(help="events or orders.")],
+        cluster: Annotated[str, typer.Argument(help="A cluster of kafka.toml.")],
+        reason: Annotated[str, typer.Option(help="Why; it is kept.")] = "",
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what is missing.")] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")] = False,
+    ) -> None:
+        """Go on behind Kafka records that are gone before they were read. Nobody can count them any more.
+
+        Shows which offsets are missing and keeps the decision in the table source_gaps; the ledger of the next batch counts them
+        as lost_offsets. What the raw copy still holds of them, `adtally reconcile --repair` brings in.
+        """
+        from orchestration.cli.output import console, print_json
+        from spark_jobs.kafka.config import read_kafka
+        from spark_jobs.kafka.gaps import accept_gap as decide
+        from spark_jobs.kafka.gaps import missing_now
+
+        if stream not in ("events", "orders"):
+            raise UsageError(f"{stream!r} is no stream", hint="events or orders")
+        if not dry_run and not reason.strip():
+            raise UsageError("--reason is empty", hint="say why records are given up; --dry-run only shows which")
+        held = settings()
+        at = read_kafka(held).cluster(cluster)
+        if dry_run:
+            gaps = missing_now(held, stream, at)[2]
+        else:
+            gaps = decide(held, stream, at, reason=reason, accepted_by=getpass.getuser())
+        if as_json:
+            print_json({"accepted": not dry_run, "gaps": [_fields(gap) for gap in gaps]})
+            return
+        for gap in gaps:
+            console().print(f"missing: {gap.partition.topic} of {cluster}, {gap}", soft_wrap=True)
+        done = "nothing is missing" if not gaps else "only shown" if dry_run else "accepted: adtally ingest goes on behind them"
+        console().print(done, soft_wrap=True)
+
+
+def _fields(gap: Gap) -> dict[str, object]:
+    return {**gap.partition._asdict(), "first_offset": gap.first, "end_offset": gap.end}
