@@ -119,7 +119,8 @@ def _load_related(connection: duckdb.DuckDBPyConnection, suite: Suite, related: 
 _RELATED = {
     "campaigns": ("distinct campaign_id, currency", "true"),
     "batch_ledger": (
-        "_query_id, _batch_id, region, accepted, invalid_traffic, spend_nanos, coalesce(event_hour = {start}, false) as in_hour",
+        "_query_id, _batch_id, source, region, accepted, invalid_traffic, spend_nanos, "
+        "coalesce(event_hour = {start}, false) as in_hour",
         "stream = 'events'",
     ),
 }

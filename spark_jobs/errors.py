@@ -80,3 +80,9 @@ class OffsetGapError(AdtallyError):
 
 class TableCorruptionError(AdtallyError):
     """A Delta table is not what the registry says, or contradicts what was derived from it."""
+
+
+class RawBehindError(AdtallyError):
+    """The table of raw records does not have yet what is to be recounted."""
+
+    retryable = True

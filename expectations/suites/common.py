@@ -17,14 +17,18 @@ ID_LENGTH = "{0} = '' or (strlen({0}) > 128 and length({0}) > 128)"  # bytes are
 def against_ledger(measure: str, ours: str, booked: str, what: str) -> Check:
     """Per batch and region, a sum over the hour's groups is what the ledger says of the hour.
 
-    A batch that is nowhere in the ledger is not complete yet, and left out: the versions are pinned with the ledger first.
+    A batch of a Kafka topic is booked by its cluster, while its records may name other regions: it is compared as a whole. A batch
+    that is nowhere in the ledger is not complete yet, and left out: the versions are pinned with the ledger first.
     """
     cells = f"""
-        with held as (
-            select _query_id, _batch_id, region, {ours} as held from grouped
-            where (_query_id, _batch_id) in (select (_query_id, _batch_id) from batch_ledger) group by all
+        with of_clusters as (
+            select _query_id, _batch_id, bool_or(source = 'kafka') as is_whole from batch_ledger group by all
+        ), held as (
+            select _query_id, _batch_id, if(is_whole, 'all', region) as region, {ours} as held
+            from grouped join of_clusters using (_query_id, _batch_id) group by all
         ), booked as (
-            select _query_id, _batch_id, region, sum({booked}) as booked from batch_ledger where in_hour group by all
+            select _query_id, _batch_id, if(is_whole, 'all', region) as region, sum({booked}) as booked
+            from batch_ledger join of_clusters using (_query_id, _batch_id) where in_hour group by all
         )
         select _query_id, _batch_id, region, coalesce(held, 0) as held, coalesce(booked, 0) as booked
         from held full join booked using (_query_id, _batch_id, region)

@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from spark_jobs.config import Settings
-from spark_jobs.errors import AdtallyError
+from spark_jobs.errors import AdtallyError, RawBehindError
 from spark_jobs.hours import HourRange
 from spark_jobs.jobs.campaigns import Campaign, load_campaigns, read_campaigns
 from spark_jobs.jobs.closing import require_closed
@@ -114,7 +114,8 @@ def backfill(
     """Judge ``hours`` anew by today's rules and restate what differs; with ``dry_run`` say what would change.
 
     An ingest and other backfills may go on: they wait for each other. Run again it changes nothing. Raises UsageError for an hour
-    that is not closed, AdtallyError for one that differs from the recount by its own rules.
+    that is not closed, AdtallyError for one that differs from the recount by its own rules, RawBehindError where Kafka's records
+    are yet to come.
     """
     started = time.monotonic()
     require_local(settings)
@@ -152,7 +153,14 @@ def _exclusive(settings: Settings, *, dry_run: bool) -> Iterator[None]:
 
 
 def _require_right(settings: Settings, hours: set[int], now: datetime, say: Callable[[str], None]) -> None:
-    wrong = [found for found in compare_hours(settings, hours, now, say).findings if is_correctable(found)]
+    found_now = compare_hours(settings, hours, now, say)
+    if found_now.waiting:
+        one = found_now.waiting[0]
+        raise RawBehindError(
+            f"raw_events lacks offsets {one.first_offset} to {one.end_offset - 1} of {one.source} yet",
+            hint="run adtally ingest, which copies them",
+        )
+    wrong = [found for found in found_now.findings if is_correctable(found)]
     if wrong:
         hour = hour_moment(min(found.hour for found in wrong))
         raise AdtallyError(

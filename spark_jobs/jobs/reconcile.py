@@ -31,6 +31,7 @@ from spark_jobs.tables import RECONCILIATIONS
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _RECORDS_AT_ONCE = 1_500_000  # what one comparison holds; more hours than that take turns
+_PATIENCE_SECONDS = 20.0  # twice what lies between two batches of raw records
 _HOURS_AT_ONCE = 6  # put right in one go, for which an ingest waits
 
 
@@ -67,14 +68,30 @@ class HourResult:
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """What is left out because the table of raw records does not have it yet: offsets [first_offset, end_offset) of ``source``.
+
+    ``hours`` are those in which the batch has records, by the ledger; none: it is not in the ledger.
+    """
+
+    query_id: str
+    batch_id: int
+    source: str
+    first_offset: int
+    end_offset: int
+    hours: list[datetime]
+
+
+@dataclass(frozen=True)
 class ReconcileReport:
-    """A reconciliation. ``versions`` are those of the Delta tables that were compared."""
+    """A reconciliation. ``versions`` are those of the Delta tables that were compared, ``waiting`` is what was left out of it."""
 
     run_id: str
     hours: list[HourResult]
     differences: list[Difference]
     versions: dict[str, int]
     seconds: float
+    waiting: list[Waiting] = field(default_factory=list)
 
     @property
     def remaining(self) -> list[Difference]:
@@ -187,11 +204,14 @@ def reconcile(
     run_id: str | None = None,
     progress: Callable[[str], None] | None = None,
     now: datetime | None = None,
+    patience_seconds: float = _PATIENCE_SECONDS,
 ) -> ReconcileReport:
     """Recount ``hours`` (None: everything) and compare; with ``repair`` put right what differs, each difference once.
 
-    An ingest may go on meanwhile: it waits only while some hours are put right. Marts are not built here: theirs are reported as
-    not repaired. Raises UsageError for a lakehouse that is not a local path, TableCorruptionError where a table cannot be read.
+    Where hours are named, Kafka's raw records of them are waited for up to ``patience_seconds``; batches that still lack some are
+    left out, and named in the report. An ingest may go on meanwhile: it waits only while some hours are put right. Marts are not
+    built here: theirs are reported as not repaired. Raises UsageError for a lakehouse that is not a local path,
+    TableCorruptionError where a table cannot be read.
     """
     started = time.monotonic()
     require_local(settings)
@@ -200,7 +220,12 @@ def reconcile(
     run_id = run_id or uuid.uuid4().hex
     now = now or datetime.now(UTC)
     with correcting(settings):
-        pass_ = compare_hours(settings, None if hours is None else {hour_number(hour) for hour in hours}, now, say)
+        wanted = None if hours is None else {hour_number(hour) for hour in hours}
+        pass_ = compare_hours(settings, wanted, now, say)
+        while pass_.waiting and hours is not None and time.monotonic() - started < patience_seconds:
+            say("waiting for raw records")
+            time.sleep(1.0)
+            pass_ = compare_hours(settings, wanted, now, say)
         findings, repaired = pass_.findings, []
         wrong = sorted({found.hour for found in findings if is_correctable(found)})
         if repair and wrong:
@@ -226,7 +251,7 @@ def reconcile(
         token = f"reconcile:{run_id}:{hours or 'all'}"
         table = pa.Table.from_pylist(rows, RECONCILIATIONS.schema)
         append_once(settings, RECONCILIATIONS, table, Step.RECONCILIATIONS, token)
-    return ReconcileReport(run_id, results, differences, pass_.versions, time.monotonic() - started)
+    return ReconcileReport(run_id, results, differences, pass_.versions, time.monotonic() - started, pass_.waiting)
 
 
 @dataclass(frozen=True)
@@ -236,6 +261,7 @@ class Pass:
     findings: list[Finding]
     sums: list[HourSums]
     versions: dict[str, int]
+    waiting: list[Waiting]
 
 
 def compare_hours(settings: Settings, hours: set[int] | None, now: datetime, say: Callable[[str], None]) -> Pass:
@@ -255,7 +281,31 @@ def compare_hours(settings: Settings, hours: set[int] | None, now: datetime, say
             done += len(group)
         if hours is None:
             findings += gone_without_rows(recount)
-    return Pass(findings, sums, inputs.versions)
+        waiting = _waiting(recount, hours)
+    return Pass(findings, sums, inputs.versions, waiting)
+
+
+def _waiting(recount: Recount, hours: set[int] | None) -> list[Waiting]:
+    """What waits for raw records and may have some in ``hours`` (None: in any)."""
+    inputs = recount.inputs
+    if not inputs.waiting:
+        return []
+    held: dict[tuple[str, int], set[int]] = {}
+    for query, batch, hour in recount.rows(
+        f"""
+        select _query_id, _batch_id, hour_of(epoch_us(event_hour)) from {recount.scan("batch_ledger")}
+        where stream = 'events' and source = 'kafka' and offered != 0
+        """
+    ):
+        held.setdefault((query, batch), set()).add(hour)
+    found = []
+    for one in inputs.waiting:
+        plan = inputs.plans[one.batch]
+        own = held.get((plan.query_id, plan.batch_id), set())
+        if inputs.states[one.batch] == "waiting" and (hours is None or not own or own & hours):
+            moments = [moment for hour in sorted(own) if (moment := hour_moment(hour)) is not None]
+            found.append(Waiting(plan.query_id, plan.batch_id, one.name, one.start, one.end, moments))
+    return found
 
 
 def gone_without_rows(recount: Recount) -> list[Finding]:

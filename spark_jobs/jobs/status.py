@@ -150,6 +150,7 @@ class _Reader:
                 return Status(tables=tables, problems=[NOTHING_INGESTED])
             return Status(tables=tables, conservation_holds=False, problems=lost)
         lake.execute(_BATCHES)
+        lake.execute(_OF_CLUSTERS)
         lake.execute(_CELLS)
         broken = [*self._ledger_rows(), *self._cells(), *self._unique(), *self._orders()]
         never, unfinished = self._unbooked()
@@ -170,6 +171,7 @@ class _Reader:
         self._load_ledger(f"where {key} in ({recent})")
         lake = self._lake
         lake.execute(_BATCHES)
+        lake.execute(_OF_CLUSTERS)
         batches, low, high = self._rows("select count(*), min(_batch_id), max(_batch_id) from batches")[0]
         lost = self._lost() if batches else []
         if lost or not batches:
@@ -381,12 +383,19 @@ select stream, _query_id, _batch_id,
 from (select distinct stream, _query_id, _batch_id from batch_ledger)
 """
 
+# A batch of a topic is booked by its cluster, while its records may name other regions: it is held to the tables as a whole.
+_OF_CLUSTERS = """
+create temp table of_clusters as
+select stream, _query_id, _batch_id, string_agg(distinct region, ', ' order by region) as clusters
+from batch_ledger group by all having bool_or(source = 'kafka')
+"""
+
 _KEPT = """
     count(*) filter (outcome = 'conflict') as kept_conflict, count(*) filter (outcome = 'rejected') as kept_rejected
 """
 _CELLS = f"""
 create temp table cells as
-select stream, _query_id, _batch_id, region, event_hour,
+select stream, _query_id, _batch_id, coalesce(clusters, region) as region, event_hour,
     {", ".join(f"coalesce(sum({name}), 0)::bigint as {name}" for name in _SUMMED)}
 from (
     from batch_ledger
@@ -404,6 +413,6 @@ from (
     union all by name
     select 'orders' as stream, _query_id, _batch_id, region, hour_of(record_time) as event_hour, {_KEPT}
     from rejected_orders group by all
-)
-group by stream, _query_id, _batch_id, region, event_hour
+) left join of_clusters using (stream, _query_id, _batch_id)
+group by stream, _query_id, _batch_id, coalesce(clusters, region), event_hour
 """

@@ -92,8 +92,8 @@ def ensure_parsed(
     """
     tasks = [_task(settings, stream, raw) for raw in files]
     found = {task.target: entry for task in tasks if (entry := _entry(task, verify=verify)) and not entry["is_unreadable"]}
-    missing = {task.target: task for task in tasks if task.target not in found}
-    present = [task for task in missing.values() if isinstance(task, ChunkTask) or is_as_said(task.path, task.mtime_ms, task.size)]
+    missing = {task.target: (raw, task) for raw, task in zip(files, tasks, strict=True) if task.target not in found}
+    present = [there for raw, task in missing.values() if (there := _there(raw, task)) is not None]
     _parse(present, progress)
     for task in present:
         if (entry := _entry(task)) is not None:

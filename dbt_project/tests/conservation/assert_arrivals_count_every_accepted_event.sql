@@ -1,8 +1,21 @@
 -- Per hour and region fct_late_arrivals has the accepted and late events of the ledger. A warning: the events
 -- themselves are held against the ledger by `adtally status` and the recount, and no money is made from these.
+-- Where there is a Kafka topic, per hour only: the ledger has its cluster there, an event the region that it names.
 {{ config(severity='warn') }}
 
 with
+
+booked as (
+
+    select
+        event_hour,
+        case when not coalesce(bool_or(record_source = 'kafka') over (), false) then region end as region,
+        accepted,
+        late
+    from {{ ref('stg_lakehouse__batch_ledger') }}
+    where stream = 'events'
+
+),
 
 ledger as (
 
@@ -11,8 +24,7 @@ ledger as (
         region,
         sum(accepted) as events,
         sum(late) as late
-    from {{ ref('stg_lakehouse__batch_ledger') }}
-    where stream = 'events'
+    from booked
     group by event_hour, region
     having sum(accepted) <> 0
 
@@ -22,10 +34,11 @@ arrivals as (
 
     select
         event_hour,
-        region,
-        events,
-        late
+        case when (select count(booked.region) from booked) > 0 then region end as region,
+        sum(events) as events,
+        sum(late) as late
     from {{ ref('fct_late_arrivals') }}
+    group by all
 
 )
 
@@ -40,7 +53,7 @@ from ledger
 full outer join arrivals
     on
         ledger.event_hour = arrivals.event_hour
-        and ledger.region = arrivals.region
+        and ledger.region is not distinct from arrivals.region
 where
     ledger.events is distinct from arrivals.events
     or ledger.late is distinct from arrivals.late

@@ -1,42 +1,64 @@
--- Per batch, hour and region the increments count each accepted event once, and their spend is the ledger's.
+-- Per batch, hour and region the increments count each accepted event once, and their spend is the ledger's. A batch
+-- of a Kafka topic is booked by its cluster, while its records may name other regions, so it is compared as a whole.
 {{ config(severity='error') }}
 
 with
 
+of_clusters as (
+
+    select distinct
+        query_id,
+        batch_id,
+        true as is_whole
+    from {{ ref('stg_lakehouse__batch_ledger') }}
+    where
+        stream = 'events'
+        and record_source = 'kafka'
+
+),
+
 ledger as (
 
     select
-        query_id,
-        batch_id,
-        region,
-        event_hour,
-        sum(accepted) as accepted,
-        sum(invalid_traffic) as invalid_traffic,
-        sum(spend_nanos) as spend_nanos
-    from {{ ref('stg_lakehouse__batch_ledger') }}
-    where stream = 'events'
-    group by query_id, batch_id, region, event_hour
-    having sum(accepted) <> 0 or sum(invalid_traffic) <> 0 or sum(spend_nanos) <> 0
+        booked.query_id,
+        booked.batch_id,
+        case when of_clusters.is_whole is null then booked.region end as region,
+        booked.event_hour,
+        sum(booked.accepted) as accepted,
+        sum(booked.invalid_traffic) as invalid_traffic,
+        sum(booked.spend_nanos) as spend_nanos
+    from {{ ref('stg_lakehouse__batch_ledger') }} as booked
+    left join of_clusters
+        on
+            booked.query_id = of_clusters.query_id
+            and booked.batch_id = of_clusters.batch_id
+    where booked.stream = 'events'
+    group by all
+    having sum(booked.accepted) <> 0 or sum(booked.invalid_traffic) <> 0 or sum(booked.spend_nanos) <> 0
 
 ),
 
 increments as (
 
     select
-        query_id,
-        batch_id,
-        region,
-        date_trunc('hour', event_minute) as event_hour,
-        sum(impressions + clicks + invalid_impressions + invalid_clicks) as accepted,
-        sum(invalid_impressions + invalid_clicks) as invalid_traffic,
-        sum(spend_nanos) as spend_nanos
-    from {{ ref('int_increments__completed') }}
-    group by query_id, batch_id, region, date_trunc('hour', event_minute)
+        counted.query_id,
+        counted.batch_id,
+        case when of_clusters.is_whole is null then counted.region end as region,
+        date_trunc('hour', counted.event_minute) as event_hour,
+        sum(counted.impressions + counted.clicks + counted.invalid_impressions + counted.invalid_clicks) as accepted,
+        sum(counted.invalid_impressions + counted.invalid_clicks) as invalid_traffic,
+        sum(counted.spend_nanos) as spend_nanos
+    from {{ ref('int_increments__completed') }} as counted
+    left join of_clusters
+        on
+            counted.query_id = of_clusters.query_id
+            and counted.batch_id = of_clusters.batch_id
+    group by all
     -- compensated to nothing: as if it were not there
     having
-        sum(impressions + clicks + invalid_impressions + invalid_clicks) <> 0
-        or sum(invalid_impressions + invalid_clicks) <> 0
-        or sum(spend_nanos) <> 0
+        sum(counted.impressions + counted.clicks + counted.invalid_impressions + counted.invalid_clicks) <> 0
+        or sum(counted.invalid_impressions + counted.invalid_clicks) <> 0
+        or sum(counted.spend_nanos) <> 0
 
 ),
 

@@ -12,6 +12,7 @@ from datetime import UTC, date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -21,7 +22,16 @@ from spark_jobs.contract.exact import validate_line
 from spark_jobs.contract.parse import parse_all
 from spark_jobs.contract.spec import CONTRACTS, MAX_LINE_BYTES
 from spark_jobs.recount import parser
-from spark_jobs.recount.parser import judge_line, parse_block, parse_file, payload_rules, read_time, read_times, record_schema
+from spark_jobs.recount.parser import (
+    judge_line,
+    parse_block,
+    parse_file,
+    parse_values,
+    payload_rules,
+    read_time,
+    read_times,
+    record_schema,
+)
 from spark_jobs.sources.lines import read_lines
 from tests.spark_jobs.contract.cases import LIMITS, base, load
 from tests.spark_jobs.contract.test_agreement import CHUNKS, REGION, STREAMS, TIMES, VALUES
@@ -35,14 +45,16 @@ def line(stream: str = "events", **changes: Any) -> bytes:
     return json.dumps({**base(stream), **changes}, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def expected(raw: bytes, stream: str, folder: str, number: int, *, terminated: bool = True) -> dict[str, Any]:
+def expected(
+    raw: bytes, stream: str, folder: str, number: int, *, terminated: bool = True, own_region: bool = False
+) -> dict[str, Any]:
     """The record of a line by the ingest's exact validator, but for what hangs on limits."""
-    verdict = validate_line(raw, CONTRACTS[stream], folder, LIMITS, terminated=terminated)
+    verdict = validate_line(raw, CONTRACTS[stream], folder, LIMITS, terminated=terminated, own_region=own_region)
     reasons = [reason for reason in verdict.reasons if not reason.endswith(OF_THE_LIMITS)]
     values = verdict.values
     if values is None and not reasons:  # valid but for the limits: what its fields are, by limits that refuse nothing
         wide = type(LIMITS)(ingested_us=2**60, earliest_us=-(2**60), future_skew_us=2**60, hour_grace_us=0)
-        values = validate_line(raw, CONTRACTS[stream], folder, wide, terminated=terminated).values
+        values = validate_line(raw, CONTRACTS[stream], folder, wide, terminated=terminated, own_region=own_region).values
         assert values is not None
     payload = {rule.name: None if values is None else values[rule.name] for rule in payload_rules(stream)}
     return {
@@ -57,8 +69,8 @@ def expected(raw: bytes, stream: str, folder: str, number: int, *, terminated: b
 
 
 def found(table: pa.Table) -> list[dict[str, Any]]:
-    """Records without the hash, of which nothing else knows."""
-    return list(table.drop_columns(["id_hash"]).to_pylist())
+    """Records without the hash, of which nothing else knows, and the region, which a value alone has."""
+    return list(table.drop_columns(["id_hash", "region"]).to_pylist())
 
 
 def assert_agreement(stream: str, raws: list[bytes], *, terminated: bool = True, first: int = 1, folder: str = REGION) -> None:
@@ -68,6 +80,21 @@ def assert_agreement(stream: str, raws: list[bytes], *, terminated: bool = True,
     last = len(raws) - 1
     assert found(table) == [
         expected(raw, stream, folder, first + at, terminated=terminated or not raw or at < last) for at, raw in enumerate(raws)
+    ]
+
+
+def assert_values_agree(stream: str, values: list[bytes | None]) -> None:
+    """Of records of a topic, at offsets with holes between them."""
+    offsets = np.arange(len(values), dtype=np.int64) * 3 + 5
+    table = parse_values(values, offsets, stream)
+    assert table.schema == record_schema(stream)
+    assert found(table) == [
+        expected(value or b"", stream, "a-cluster", int(at), own_region=True) for at, value in zip(offsets, values, strict=True)
+    ]
+    own = [validate_line(value or b"", CONTRACTS[stream], "a-cluster", LIMITS, own_region=True).values for value in values]
+    regions = [record["region"] if record["is_valid"] else None for record in table.to_pylist()]
+    assert [region or "a-cluster" for region, held in zip(regions, own, strict=True) if held] == [
+        held["region"] for held in own if held
     ]
 
 
@@ -104,6 +131,20 @@ def test_every_case_in_one_block(stream: str) -> None:
 def test_a_block_is_what_the_ingest_says_of_its_lines(chunk: tuple[str, list[bytes]], terminated: bool, first: int) -> None:
     stream, raws = chunk
     assert_agreement(stream, raws, terminated=terminated, first=first)
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_values_are_judged_as_lines_are_but_for_the_region(stream: str) -> None:
+    raws: list[bytes | None] = [case.raw for case in load(stream)]
+    odd = [
+        *(None, b"", b"\n", b" \n\r", line(stream) + b"\n", line(stream) + b"\r", line(stream).replace(b",", b",\n"), b"\xff\n"),
+        *(line(stream) + b"\n" + line(stream), line(stream, region="elsewhere"), line(stream, region="Elsewhere"), b"x" * 70_000),
+        *(line(stream, region=None), line(stream, region="e\n"), line(stream, region="")),
+    ]
+    for value in [*raws, *odd]:
+        assert_values_agree(stream, [value])
+    assert_values_agree(stream, [*raws, *odd, *raws])
+    assert parse_values([], np.empty(0, dtype=np.int64), stream).num_rows == 0
 
 
 @pytest.mark.parametrize("stream", STREAMS)
