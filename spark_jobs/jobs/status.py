@@ -69,7 +69,10 @@ class QuarantinedFile:
 
 @dataclass(frozen=True)
 class Status:
-    """All of it. ``problems`` are one line each; ``publications`` how far behind publishing is; ``conservation_holds`` is false where rows and books contradict each other."""
+    """All of it. ``problems`` are one line each; ``conservation_holds`` is false where rows and books contradict each other.
+
+    ``publications``: how far behind publishing is, where kafka.toml says where to publish.
+    """
 
     sources: list[SourceStatus] = field(default_factory=list)
     tables: list[TableStatus] = field(default_factory=list)
@@ -97,8 +100,8 @@ def read_status(settings: Settings) -> Status:
     with TemporaryDirectory(prefix="adtally-status-") as spill:
         lake = connect_delta({"temp_directory": spill, "memory_limit": _MEMORY})
         try:
-            found_now = _Reader(lake, settings, versions).status()
-            return replace(found_now, publications=read_publications(settings))
+            whole = _Reader(lake, settings, versions).status()
+            return replace(whole, publications=read_publications(settings))
         except duckdb.Error as error:
             raise _unreadable(settings, error) from error
         finally:
