@@ -47,7 +47,9 @@ class SignalSensor:
 SIGNAL_SENSORS = (
     SignalSensor("stream_lag", "ad_events", "Landing files wait longer than ADTALLY_MAX_STREAM_LAG to be ingested.", 30),
     SignalSensor("freshness", "mart_build", "The published marts lag the ledger by more than ADTALLY_MAX_MART_AGE."),
-    SignalSensor("publishing_behind", "minute_metrics", "Versions wait longer than ADTALLY_MAX_PUBLISH_LAG to be published to Kafka."),
+    SignalSensor(
+        "publishing_behind", "minute_metrics", "Versions wait longer than ADTALLY_MAX_PUBLISH_LAG to be published to Kafka."
+    ),
     SignalSensor(
         "rejected_share", "rejected_events", "More than ADTALLY_MAX_REJECTED_SHARE of the last hour's records are rejected."
     ),

@@ -6,6 +6,7 @@ so whatever is killed, a reader of committed messages sees each once. Versions t
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
