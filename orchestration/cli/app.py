@@ -144,12 +144,14 @@ def ingest(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Take events and orders from the landing folder into the Delta tables, each exactly once; then settle what follows from them.
+    """Take events and orders into the Delta tables, each exactly once; then settle what follows from them, and publish it.
 
-    With --continuous orders are credited while it runs, and Dagster reviews and bills hours that close. With --json one object at
-    the end; with --continuous --json also a line for each batch.
+    They come from the landing folder and from the Kafka clusters of HOME/kafka.toml, which also says where to publish. With
+    --continuous orders are credited while it runs, and Dagster reviews and bills hours that close. With --json one object at the
+    end; with --continuous --json also a line for each batch.
     """
     from orchestration.cli.output import console, print_json
+    from orchestration.cli.publish import publish_at_end
     from orchestration.cli.settlement import settle_at_end
 
     every = seconds(trigger, "--trigger")
@@ -170,6 +172,8 @@ def ingest(
     report = run_ingest(settings, continuous=continuous, trigger_seconds=every, progress=on_batch, notice=on_notice)
     if is_settled and not continuous:
         settle_at_end(settings)
+    if not continuous:
+        publish_at_end(settings)
     if as_json:
         print_json({"type": "end", **_fields(report)} if continuous else _fields(report), lines=continuous)
         return

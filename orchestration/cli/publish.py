@@ -170,6 +170,17 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
             console().print(part, soft_wrap=True)
 
 
+def publish_at_end(settings: Settings) -> None:
+    """Publish what an ingest brought, where kafka.toml says where; a line for each topic that got something on standard error."""
+    from orchestration.cli.output import console
+    from spark_jobs.jobs.publish import is_publishing, publish_new
+
+    if not is_publishing(settings):
+        return
+    for line in published_lines(publish_new(settings)):
+        console(stderr=True).print(line, soft_wrap=True)
+
+
 class _Where:
     """A topic, and how to connect to its cluster; an empty ``client``: nobody said."""
 

@@ -10,7 +10,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
@@ -28,6 +28,7 @@ from spark_jobs.jobs.batch import BatchReport, IngestReport
 from spark_jobs.jobs.campaigns import load_campaigns
 from spark_jobs.jobs.events import EventsJob
 from spark_jobs.jobs.orders import OrdersJob
+from spark_jobs.jobs.publish import PublishLoop, is_publishing
 from spark_jobs.jobs.stream import StreamJob
 from spark_jobs.kafka.config import KafkaCluster, read_kafka
 from spark_jobs.kafka.raw import RawCopy
@@ -73,7 +74,8 @@ def run_ingest(
     """Ingest events and orders: all that is there, or, with ``continuous``, until SIGTERM (which ends after the current batch).
 
     From the landing folders and from the clusters of kafka.toml, of which raw copies are kept too. With ``continuous`` a cluster
-    that does not answer is tried again until it does; ``notice`` is told when that begins and ends.
+    that does not answer is tried again until it does; ``notice`` is told when that begins and ends. With ``continuous`` what is
+    committed is also published, where kafka.toml says where (jobs/publish.py).
 
     With ``continuous`` a third query credits orders meanwhile (not on an object store: attribution reads local paths).
     SIGTERM and SIGINT end it after the current batch. ``progress`` is called after each batch. ``spark`` is for callers with a
@@ -108,7 +110,8 @@ def run_ingest(
                 load_campaigns(settings)
                 queries = _queries(settings, report, with_attribution=continuous and "://" not in settings.lakehouse_uri)
                 run = _Run(session, continuous, trigger_seconds, notice or (lambda _line: None))
-                ended = run.until_done(queries, stop.event)
+                with _publishing(settings, run.notice) if continuous else contextlib.nullcontext():
+                    ended = run.until_done(queries, stop.event)
         finally:
             if spark is None:
                 session.stop()
@@ -124,6 +127,35 @@ def _warm_up(spark: SparkSession) -> None:
     tasks = spark.sparkContext.defaultParallelism
     with contextlib.suppress(Exception):  # whatever is wrong is said by the first batch
         spark.sparkContext.parallelize(range(tasks), tasks).foreachPartition(load_task_code)
+
+
+@contextlib.contextmanager
+def _publishing(settings: Settings, notice: Callable[[str], None]) -> Iterator[None]:
+    """Publish what is committed meanwhile, and at the end what was, where kafka.toml says where.
+
+    What is wrong with it is told, and stops no ingest: what is not published yet is published later, under the same ids.
+    """
+    if not is_publishing(settings):
+        yield
+        return
+    stop = threading.Event()
+
+    def told(problem: str) -> None:
+        notice(f"publishing waits: {problem}" if problem else "publishing goes on")
+
+    def run() -> None:
+        try:
+            PublishLoop(settings, problem=told).run(stop)
+        except AdtallyError as error:
+            notice(f"publishing ended: {error}")
+
+    thread = threading.Thread(target=run, name="publishing", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 class _Job(Protocol):
@@ -182,7 +214,7 @@ class _Run:
         self._spark = spark
         self._continuous = continuous
         self._trigger_seconds = trigger_seconds
-        self._notice = notice
+        self.notice = notice
         self._away: set[str] = set()
 
     def until_done(self, queries: list[_Query], stop: threading.Event) -> bool:
@@ -216,14 +248,14 @@ class _Run:
                 query.ended = True
             elif query.cluster is not None and query.cluster.name in self._away and query.running.lastProgress is not None:
                 self._away.discard(query.cluster.name)
-                self._notice(f"cluster {query.cluster.name} answers again")
+                self.notice(f"cluster {query.cluster.name} answers again")
         except KafkaError as error:
             if not self._continuous or query.cluster is None:
                 raise
             query.running, query.retry_at = None, time.monotonic() + RETRY_SECONDS
             if query.cluster.name not in self._away:
                 self._away.add(query.cluster.name)
-                self._notice(f"{error}; its streams are tried again every {RETRY_SECONDS:.0f} s, the others go on")
+                self.notice(f"{error}; its streams are tried again every {RETRY_SECONDS:.0f} s, the others go on")
 
     def _end_of(self, query: _Query) -> None:
         """Raise what a query that has ended failed by."""
