@@ -9,13 +9,17 @@ import pyarrow as pa
 
 from spark_jobs.errors import MachineError
 
+_is_verified = False
+
 
 def connect_delta(config: dict[str, str | bool | int | float | list[str]] | None = None) -> duckdb.DuckDBPyConnection:
     """A connection of its own, in memory, that can ``delta_scan``.
 
     Raises MachineError when the package of the extension is missing or does not fit this DuckDB.
     """
-    connection = duckdb.connect(":memory:", config=config or {})
+    global _is_verified
+    # DuckDB checks the extension's signature on each load, a quarter of a second: once a process is enough
+    connection = duckdb.connect(":memory:", config={**(config or {}), "allow_unsigned_extensions": _is_verified})
     try:
         from duckdb_extensions import import_extension
 
@@ -27,6 +31,7 @@ def connect_delta(config: dict[str, str | bool | int | float | list[str]] | None
             f"DuckDB's delta extension cannot be loaded: {' '.join(str(error).split())[:300]}",
             hint="install duckdb-extension-delta in the version of duckdb",
         ) from error
+    _is_verified = True
     return connection
 
 
