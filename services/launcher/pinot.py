@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import socket
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -71,7 +73,12 @@ class Pinot(Service):
         zookeeper = ("org.apache.zookeeper.server.ZooKeeperServerMain", str(self._conf / "zoo.cfg"))
         return [
             Role("zookeeper", zookeeper, ("-Xmx256m",), stop_seconds=20.0),
-            Role("pinot", (*manager, *where, *parts), ("-Xms256m", f"-Xmx{self._heap}", "-Dzk.session.timeout=12000"), stop_seconds=60.0),
+            Role(
+                "pinot",
+                (*manager, *where, *parts),
+                ("-Xms256m", f"-Xmx{self._heap}", "-Dzk.session.timeout=12000"),
+                stop_seconds=60.0,
+            ),
         ]
 
     def addresses(self, ports: dict[str, int]) -> dict[str, str]:
@@ -174,7 +181,7 @@ class PinotClient:
 
     def force_commit(self, table: str) -> None:
         """Have what is being consumed committed, and consumption go on in new segments."""
-        _call(f"{self.controller}/tables/{table}/forceCommit", {})
+        _call(f"{self.controller}/tables/{table}/forceCommit", {}, is_json=False)
 
     def pause(self, table: str) -> None:
         """Have what is being consumed committed, and consume nothing more."""
@@ -196,6 +203,20 @@ class PinotClient:
             found[name] = str(_call(f"{self.controller}/segments/{table}/{name}/metadata").get("segment.realtime.status"))
         return found
 
+    def consumed(self, table: str) -> dict[int, int]:
+        """The offset that each partition of a table's topic has been read up to, exclusive.
+
+        Raises ServiceError where a partition is not being read.
+        """
+        found = _call(f"{self.controller}/tables/{table}/consumingSegmentsInfo?type=REALTIME")
+        offsets: dict[int, int] = {}
+        for segment, consumers in found["_segmentToConsumingInfoMap"].items():
+            for consumer in consumers:
+                if consumer["consumerState"] != "CONSUMING":
+                    raise ServiceError(f"table {table} has stopped reading its topic at segment {segment}")
+                offsets |= {int(partition): int(offset) for partition, offset in consumer["partitionToOffsetMap"].items()}
+        return offsets
+
     def missing(self, server_admin: str) -> str | None:
         """None if every part lives and every table answers, else what does not."""
         live = _call(f"{self.controller}/instances")["instances"]
@@ -206,7 +227,17 @@ class PinotClient:
         self.query("select 1")
         for table in self.tables():
             self.query(f'select count(*) from "{table}"')
+            self._require_reading(table)
         return None
+
+    def _require_reading(self, table: str) -> None:
+        """Queries go on answering where reading has stopped. While a segment is handed over it may look so for a moment."""
+        for pause in (0.5, 2.0, 5.0):
+            with contextlib.suppress(ServiceError):
+                self.consumed(table)
+                return
+            time.sleep(pause)
+        self.consumed(table)
 
 
 def _reason(message: str) -> str:

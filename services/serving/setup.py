@@ -31,7 +31,7 @@ def examine(source: Source) -> Source:
         ) from None
     for topic in (source.metrics_topic, source.credits_topic):
         if topic not in found.topics or found.topics[topic].error is not None:
-            raise ServiceError(f"Kafka at {source.bootstrap_servers} has no topic {topic}", hint="make it, then try again")
+            raise ServiceError(f"Kafka at {source.bootstrap_servers} has no topic {topic}", hint="`adtally publish` makes it")
     return replace(source, identity=str(found.cluster_id))
 
 
