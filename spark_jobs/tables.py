@@ -164,6 +164,8 @@ RAW_ORDERS = Table(
     stats_columns=RAW_EVENTS.stats_columns,
 )
 
+RAW_TABLES = {"events": RAW_EVENTS, "orders": RAW_ORDERS}
+
 SOURCE_GAPS = Table(
     name="source_gaps",
     grain="one row an operator's decision to go on behind records that a topic no longer has: offsets [first_offset, end_offset) "

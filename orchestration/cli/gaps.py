@@ -41,7 +41,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         from orchestration.cli.output import console, print_json
         from spark_jobs.kafka.config import read_kafka
         from spark_jobs.kafka.gaps import accept_gap as decide
-        from spark_jobs.kafka.gaps import missing_now
+        from spark_jobs.kafka.gaps import copied_records, missing_now
 
         if stream not in ("events", "orders"):
             raise UsageError(f"{stream!r} is no stream", hint="events or orders")
@@ -53,11 +53,14 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
             gaps = missing_now(held, stream, at)[2]
         else:
             gaps = decide(held, stream, at, reason=reason, accepted_by=getpass.getuser())
+        copied = [copied_records(held, stream, gap) for gap in gaps]
         if as_json:
-            print_json({"accepted": not dry_run, "gaps": [_fields(gap) for gap in gaps]})
+            found = [{**_fields(gap), "in_raw_copy": count} for gap, count in zip(gaps, copied, strict=True)]
+            print_json({"accepted": not dry_run, "gaps": found})
             return
-        for gap in gaps:
-            console().print(f"missing: {gap.partition.topic} of {cluster}, {gap}", soft_wrap=True)
+        for gap, count in zip(gaps, copied, strict=True):
+            line = f"missing: {gap.partition.topic} of {cluster}, {gap}; the raw copy holds {count:,} records of it"
+            console().print(line, soft_wrap=True)
         done = "nothing is missing" if not gaps else "only shown" if dry_run else "accepted: adtally ingest goes on behind them"
         console().print(done, soft_wrap=True)
 

@@ -14,12 +14,15 @@ from typing import Any
 
 import msgspec
 import pyarrow as pa
+import pyarrow.dataset as ds
 from confluent_kafka import IsolationLevel, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka import KafkaError as Code
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._listoffsets import OffsetSpec
+from deltalake import DeltaTable
 
 from spark_jobs.config import Settings
+from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import KafkaError, OffsetGapError, UsageError
 from spark_jobs.kafka.config import KafkaCluster
 from spark_jobs.kafka.offsets import read_batch_offsets
@@ -27,7 +30,7 @@ from spark_jobs.kafka.ranges import OffsetRange, Partition, partition_of
 from spark_jobs.sinks.delta import append_decision, ensure_tables
 from spark_jobs.sources.delta import read_newest
 from spark_jobs.steps import Step
-from spark_jobs.tables import SOURCE_GAPS
+from spark_jobs.tables import RAW_TABLES, SOURCE_GAPS
 
 ANSWER_SECONDS = 10.0
 _ENDS = {"earliest": OffsetSpec.earliest(), "latest": OffsetSpec.latest()}  # type: ignore[no-untyped-call]
@@ -261,6 +264,23 @@ def accept_gap(settings: Settings, stream: str, cluster: KafkaCluster, *, reason
     ]
     append_decision(SOURCE_GAPS, pa.Table.from_pylist(rows, SOURCE_GAPS.schema), settings, Step.SOURCE_GAPS)
     return gaps
+
+
+def copied_records(settings: Settings, stream: str, gap: Gap) -> int:
+    """How many records of a gap the raw copy holds, so that `adtally reconcile --repair` can bring them in."""
+    uri = settings.table_uri(RAW_TABLES[stream].name)
+    if gap.first == gap.end or not DeltaLog(uri).exists():
+        return 0
+    offset = ds.field("source_offset")
+    is_there = (
+        (ds.field("cluster") == gap.partition.cluster)
+        & (ds.field("source_topic") == gap.partition.topic)
+        & (ds.field("source_partition") == gap.partition.number)
+        & (offset >= gap.first)
+        & (offset < gap.end)
+    )
+    found = DeltaTable(uri).to_pyarrow_dataset().to_table(columns=["source_offset"], filter=is_there)
+    return len(found["source_offset"].unique())
 
 
 def held_topic(checkpoint: Path) -> KnownTopic | None:

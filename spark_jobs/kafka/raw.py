@@ -15,10 +15,9 @@ from spark_jobs.errors import AdtallyError
 from spark_jobs.kafka.config import KafkaCluster
 from spark_jobs.kafka.gaps import checkpoint_of, keep_topic, read_topic, refuse_gaps, topic_label
 from spark_jobs.kafka.source import explain_failure, spark_reader_options
-from spark_jobs.tables import RAW_EVENTS, RAW_ORDERS
+from spark_jobs.tables import RAW_TABLES
 
 TRIGGER_SECONDS = 10.0  # at least: nobody waits for it, and a commit through Spark takes a second
-_TABLES = {"events": RAW_EVENTS, "orders": RAW_ORDERS}
 
 
 class RawCopy:
@@ -68,7 +67,7 @@ class RawCopy:
             writer = writer.trigger(processingTime=f"{int(max(TRIGGER_SECONDS, trigger_seconds) * 1000)} milliseconds")
         else:
             writer = writer.trigger(availableNow=True)
-        return writer.start(self._settings.table_uri(_TABLES[self._stream].name))
+        return writer.start(self._settings.table_uri(RAW_TABLES[self._stream].name))
 
     def explained(self, error: Exception) -> AdtallyError | None:
         """The error in our own words, where the cluster is at fault."""

@@ -12,7 +12,7 @@ from spark_jobs.config import Settings
 from spark_jobs.errors import OffsetGapError, UsageError
 from spark_jobs.jobs.ingest import run_ingest
 from spark_jobs.kafka.config import KafkaCluster, read_kafka
-from spark_jobs.kafka.gaps import accept_gap, missing_now
+from spark_jobs.kafka.gaps import Gap, accept_gap, copied_records, missing_now
 
 
 @pytest.fixture
@@ -52,6 +52,8 @@ def test_what_retention_took_stops_the_ingest_until_somebody_decides(
     with pytest.raises(UsageError, match="a reason"):
         accept_gap(settings, "events", cluster(settings), reason=" ", accepted_by="me")
     gaps = accept_gap(settings, "events", cluster(settings), reason="the ingest was down", accepted_by="me")
+    assert copied_records(settings, "events", gaps[0]) == 0
+    assert copied_records(settings, "events", Gap(gaps[0].partition, 1, 5)) == 2  # what was copied before
     assert [(gap.partition.name, gap.first, gap.end) for gap in gaps] == [(f"kafka/eu-west/{events.name}/0", 3, 7)]
     assert run_ingest(settings, spark=spark).accepted == 3
     assert ids(spark, settings) == ["e0", "e1", "e2", "e7", "e8", "e9"]
