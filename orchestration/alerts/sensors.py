@@ -45,7 +45,11 @@ class SignalSensor:
 
 
 SIGNAL_SENSORS = (
-    SignalSensor("stream_lag", "ad_events", "Landing files wait longer than ADTALLY_MAX_STREAM_LAG to be ingested.", 30),
+    SignalSensor(
+        "stream_lag", "ad_events", "Landing files or records of a topic wait longer than ADTALLY_MAX_STREAM_LAG to be ingested.", 30
+    ),
+    # twice: a broker that is started anew does not answer for some seconds
+    SignalSensor("kafka_clusters", "ad_events", "A cluster of Kafka does not answer, or lacks a topic.", 60, bad_ticks=2),
     SignalSensor("freshness", "mart_build", "The published marts lag the ledger by more than ADTALLY_MAX_MART_AGE."),
     SignalSensor(
         "publishing_behind", "minute_metrics", "Versions wait longer than ADTALLY_MAX_PUBLISH_LAG to be published to Kafka."

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from spark_jobs.config import Settings, load_settings
@@ -39,6 +40,7 @@ def examine(home: Path | None, *, fix: bool = False) -> list[Check]:
         _check("duckdb extension", _extension),
         _check("home", lambda: _writable(settings.home_path)),
         _check("landing", lambda: _landing(settings)),
+        *([Check("kafka", False, kafka)] if (kafka := _wrong_kafka(settings)) else _topics(settings)),
         _check("disk", lambda: _disk(settings.home_path)),
     ]
 
@@ -94,6 +96,45 @@ def _landing(settings: Settings) -> str:
     if not os.access(folder, os.R_OK | os.X_OK):
         raise MachineError(f"{folder} cannot be read", hint="give this user the right to read it")
     return str(folder)
+
+
+def _wrong_kafka(settings: Settings) -> str | None:
+    """What is wrong with kafka.toml; never a value of it."""
+    from spark_jobs.kafka.config import read_kafka
+
+    try:
+        read_kafka(settings)
+    except AdtallyError as error:
+        return str(error)
+    return None
+
+
+def _topics(settings: Settings) -> list[Check]:
+    """Each cluster: whether it answers, and has the topics that are ingested. Those that are published to are made when needed."""
+    from confluent_kafka import KafkaException
+    from confluent_kafka.admin import AdminClient
+
+    from spark_jobs.errors import KafkaError
+    from spark_jobs.jobs.topics import ASK_SECONDS, STREAMS
+    from spark_jobs.kafka.config import KafkaCluster, read_kafka
+    from spark_jobs.kafka.gaps import read_topic
+
+    kafka = read_kafka(settings)
+    clusters = {cluster.name: cluster for cluster in kafka.consumed}
+    if kafka.publish is not None:
+        clusters.setdefault(kafka.publish.cluster.name, kafka.publish.cluster)
+
+    def ask(cluster: KafkaCluster) -> str:
+        try:
+            AdminClient({"log_level": "0", **cluster.client_options()}).list_topics(timeout=ASK_SECONDS)
+        except KafkaException as error:
+            where = f"cluster {cluster.name} at {cluster.bootstrap_servers}"
+            raise KafkaError(f"{where} does not answer: {error.args[0].str()}", hint="is the broker up?") from None
+        found = [read_topic(cluster, cluster.topic(stream), ASK_SECONDS) for stream in STREAMS] if cluster.consume else []
+        parts = ", ".join(f"{state.topic} ({len(state.latest)} partitions)" for state in found)
+        return f"{cluster.bootstrap_servers} has {parts}" if parts else f"{cluster.bootstrap_servers} answers"
+
+    return [_check(f"kafka {name}", partial(ask, cluster)) for name, cluster in clusters.items()]
 
 
 def _disk(home: Path) -> str:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from spark_jobs.jobs.status import Status
+    from spark_jobs.jobs.topics import TopicSource
     from spark_jobs.publish.progress import TopicStatus
 
 OUTCOMES = ("offered", "accepted", "duplicate", "conflict", "rejected", "late")
@@ -56,6 +57,19 @@ def publications_table(found: list[TopicStatus]) -> Table:
     return shown
 
 
+def topics_table(found: list[TopicSource]) -> Table:
+    """How far each topic is read and copied, in offsets over all its partitions."""
+    columns = ("offsets read", "wait", "wait to be copied", "gaps", "offsets given up", "state")
+    shown = table("Topics", "stream", "cluster", "topic", *columns, left=3)
+    for each in found:
+        numbers = (sum(each.read_to.values()), each.lag, each.copy_lag, each.gaps, each.lost_offsets)
+        texts = ("-" if number is None else f"{number:,}" for number in numbers)
+        shown.add_row(
+            each.stream, each.cluster, escape(each.topic), *texts, "answers" if each.problem is None else "DOES NOT ANSWER"
+        )
+    return shown
+
+
 def status_tables(status: Status) -> Iterator[RenderableType]:
     """Sources, tables, quarantined files, and the verdict."""
     if status.sources:
@@ -63,13 +77,15 @@ def status_tables(status: Status) -> Iterator[RenderableType]:
         for row in status.sources:
             sources.add_row(
                 row.stream,
-                row.region,
+                f"{row.region} (kafka)" if row.source == "kafka" else row.region,
                 *(f"{getattr(row, name):,}" for name in OUTCOMES),
                 duration(row.lag_seconds),
                 str(row.last_batch_id),
                 f"{row.last_ingested_at:%Y-%m-%d %H:%M:%S}" if row.last_ingested_at else "-",
             )
         yield sources
+    if status.topics:
+        yield topics_table(status.topics)
     if status.tables:
         tables = table("Tables", "table", "version", "rows", "files", "size")
         for entry in status.tables:
@@ -82,6 +98,8 @@ def status_tables(status: Status) -> Iterator[RenderableType]:
         for file in status.quarantined_files:
             files.add_row(escape(file.source_file), ", ".join(file.reason_codes), f"{file.ingested_at:%Y-%m-%d %H:%M:%S}")
         yield files
+    for trouble in dict.fromkeys(each.problem for each in status.topics if each.problem):
+        yield Text(trouble, style="yellow")
     for problem in status.problems:
         yield Text(problem, style="red")
     if status.conservation_holds:

@@ -21,6 +21,8 @@ from spark_jobs.config import Settings
 from spark_jobs.delta_log import Commit, DeltaLog
 from spark_jobs.errors import AdtallyError
 from spark_jobs.jobs.status import read_recent_problems
+from spark_jobs.jobs.topics import oldest_waiting, read_topic_sources
+from spark_jobs.kafka.config import read_kafka
 from spark_jobs.publish.progress import read_publications
 from spark_jobs.sources.checkpoint import read_finished_files
 from spark_jobs.sources.delta import read_files
@@ -66,16 +68,42 @@ def read_signal(settings: Settings, name: str, *, now: datetime | None = None) -
 
 
 def _stream_lag(settings: Settings, now: datetime) -> tuple[float, str]:
-    """Seconds since the oldest landing file arrived that no finished batch has read; 0 where none waits."""
-    waiting = {stream: list(waiting_files(settings, stream)) for stream in _STREAMS}
-    oldest = {stream: min(files) for stream, files in waiting.items() if files}
-    if not oldest:
-        return 0.0, "no landing file waits"
-    lags = {stream: max(0.0, now.timestamp() - arrived) for stream, (arrived, _) in oldest.items()}
-    parts = [
-        f"{stream}: {len(waiting[stream])} files wait, the oldest is {oldest[stream][1]}, {lags[stream]:.0f} s" for stream in lags
-    ]
-    return max(lags.values()), "; ".join(parts)
+    """Seconds since the oldest landing file, or record of a topic, arrived that no finished batch has read; 0 where none waits.
+
+    Topics of a cluster that does not answer are left out: `kafka_clusters` tells of it.
+    """
+    found = [*_waiting_files(settings, now), *_waiting_records(settings, now)]
+    if not found:
+        return 0.0, "no landing file waits" + (", no record of a topic" if read_kafka(settings).consumed else "")
+    return max(seconds for seconds, _ in found), "; ".join(said for _, said in found)
+
+
+def _waiting_files(settings: Settings, now: datetime) -> Iterator[tuple[float, str]]:
+    for stream in _STREAMS:
+        waiting = list(waiting_files(settings, stream))
+        if waiting:
+            arrived, path = min(waiting)
+            seconds = max(0.0, now.timestamp() - arrived)
+            yield seconds, f"{stream}: {len(waiting)} files wait, the oldest is {path}, {seconds:.0f} s"
+
+
+def _waiting_records(settings: Settings, now: datetime) -> Iterator[tuple[float, str]]:
+    for source in read_topic_sources(settings):
+        arrived = oldest_waiting(settings, source)
+        if arrived is not None:
+            seconds = max(0.0, now.timestamp() - arrived)
+            where = f"topic {source.topic} of cluster {source.cluster}"
+            yield seconds, f"{source.stream}: {source.lag:,} offsets of {where} wait, the oldest for {seconds:.0f} s"
+
+
+def _kafka_clusters(settings: Settings, now: datetime) -> tuple[float, str]:
+    """How many topics cannot be asked: their cluster does not answer, or does not have them."""
+    found = read_topic_sources(settings)
+    away = [source for source in found if source.problem is not None]
+    if not found:
+        return 0.0, "no cluster of Kafka is ingested"
+    said = "; ".join(dict.fromkeys(source.problem or "" for source in away))
+    return float(len(away)), said or f"{len(found)} topics answer"
 
 
 def waiting_files(settings: Settings, stream: str) -> Iterator[tuple[float, str]]:
@@ -199,6 +227,7 @@ def _disk_space(settings: Settings, now: datetime) -> tuple[float, str]:
 
 _SIGNALS: dict[str, tuple[Callable[[Settings, datetime], tuple[float, str]], Callable[[Settings], float], str]] = {
     "stream_lag": (_stream_lag, lambda settings: settings.max_stream_lag.total_seconds(), "seconds"),
+    "kafka_clusters": (_kafka_clusters, lambda settings: 0.0, "topics"),
     "freshness": (_freshness, lambda settings: settings.max_mart_age.total_seconds(), "seconds"),
     "publishing_behind": (_publishing_behind, lambda settings: settings.max_publish_lag.total_seconds(), "seconds"),
     "rejected_share": (_rejected_share, lambda settings: settings.max_rejected_share, "share"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from tempfile import TemporaryDirectory
@@ -16,6 +17,7 @@ from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.duck import connect_delta
 from spark_jobs.errors import TableCorruptionError, UsageError
+from spark_jobs.jobs.topics import TopicSource, read_topic_sources
 from spark_jobs.publish.progress import TopicStatus, read_publications
 from spark_jobs.tables import TABLES
 
@@ -32,9 +34,10 @@ _MEMORY = "1GB"  # more is spilled: an ingest may need the rest
 
 @dataclass(frozen=True)
 class SourceStatus:
-    """Sums of one stream and region. ``lag_seconds``: newest ingestion less newest receipt."""
+    """Sums of one stream, source ('files' or 'kafka') and region. ``lag_seconds``: newest ingestion less newest receipt."""
 
     stream: str
+    source: str
     region: str
     offered: int
     accepted: int
@@ -71,7 +74,7 @@ class QuarantinedFile:
 class Status:
     """All of it. ``problems`` are one line each; ``conservation_holds`` is false where rows and books contradict each other.
 
-    ``publications``: how far behind publishing is, where kafka.toml says where to publish.
+    ``publications``: how far behind publishing is, where kafka.toml says where to publish; ``topics``: how far its topics are read.
     """
 
     sources: list[SourceStatus] = field(default_factory=list)
@@ -80,6 +83,7 @@ class Status:
     conservation_holds: bool = True
     problems: list[str] = field(default_factory=list)
     publications: list[TopicStatus] = field(default_factory=list)
+    topics: list[TopicSource] = field(default_factory=list)
 
 
 def read_status(settings: Settings) -> Status:
@@ -96,12 +100,12 @@ def read_status(settings: Settings) -> Status:
     found = {name: DeltaLog(settings.table_uri(name)).latest_version() for name in order}
     versions = {name: version for name, version in found.items() if version is not None}
     if not versions:
-        return Status(problems=[NOTHING_INGESTED])
+        return Status(problems=[NOTHING_INGESTED], topics=read_topic_sources(settings))
     with TemporaryDirectory(prefix="adtally-status-") as spill:
         lake = connect_delta({"temp_directory": spill, "memory_limit": _MEMORY})
         try:
             whole = _Reader(lake, settings, versions).status()
-            return replace(whole, publications=read_publications(settings))
+            return replace(whole, publications=read_publications(settings), topics=read_topic_sources(settings))
         except duckdb.Error as error:
             raise _unreadable(settings, error) from error
         finally:
@@ -218,10 +222,10 @@ class _Reader:
     def _sources(self) -> list[SourceStatus]:
         found = self._rows(
             """
-            select stream, region, sum(offered)::bigint, sum(accepted)::bigint, sum(duplicate)::bigint, sum(conflict)::bigint,
-                sum(rejected)::bigint, sum(late)::bigint, epoch(max(ingested_at) - max(max_received_at)),
+            select stream, source, region, sum(offered)::bigint, sum(accepted)::bigint, sum(duplicate)::bigint,
+                sum(conflict)::bigint, sum(rejected)::bigint, sum(late)::bigint, epoch(max(ingested_at) - max(max_received_at)),
                 arg_max(_batch_id, (ingested_at, _batch_id)), max(ingested_at)
-            from batch_ledger group by stream, region order by stream, region
+            from batch_ledger group by stream, source, region order by stream, source, region
             """
         )
         return [SourceStatus(*row) for row in found]
@@ -348,19 +352,20 @@ class _Reader:
                 continue
             if not is_last:
                 never.append(f"batch {batch} of {stream}: {rows} rows in the tables, but none in batch_ledger")
-            elif query != self._running_query(stream):
+            elif query not in self._running_queries(stream):
                 never.append(f"batch {batch} of {stream} is incomplete, and its checkpoint is gone: no ingest will finish it")
             else:
                 unfinished.append(f"batch {batch} of {stream} is incomplete; it will be finished by the next ingest")
         return never, unfinished
 
-    def _running_query(self, stream: str) -> str | None:
-        """The id of the query that goes on with the checkpoint of ``stream``."""
-        try:
-            metadata = json.loads((self._settings.checkpoints_path / stream / "metadata").read_text("utf-8"))
-            return str(metadata["id"])
-        except (OSError, ValueError, KeyError):
-            return None
+    def _running_queries(self, stream: str) -> set[str]:
+        """The ids of the queries that go on with a checkpoint of ``stream``: that of files, and those of topics."""
+        folders = (self._settings.checkpoints_path / stream, *self._settings.checkpoints_path.glob(f"{stream}-*"))
+        found = set()
+        for folder in folders:
+            with suppress(OSError, ValueError, KeyError):
+                found.add(str(json.loads((folder / "metadata").read_text("utf-8"))["id"]))
+        return found
 
 
 # A place in the ledger as a reader of a problem needs it; the query only where batches of several have the same number.
