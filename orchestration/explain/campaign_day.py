@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import date
 from typing import Any
 
-from orchestration.explain.lake import MEASURES, Lake, corrections, increments, open_lake, quoted, reviews_of, sums
+from orchestration.explain.lake import KAFKA, MEASURES, Lake, corrections, increments, open_lake, quoted, reviews_of, sums
 from orchestration.explain.node import Node
 from orchestration.marts import query_marts
 from spark_jobs.config import Settings
@@ -82,12 +82,6 @@ def _check_gross(node: Node, row: dict[str, Any]) -> None:
 
 def _events(lake: Lake, day: date, campaign: str, store: str, currency: str) -> list[dict[str, Any]]:
     """Per batch, file, rule set and mark what the events of completed batches come to."""
-    places = [name for name in lake.place() if name not in ("source_line", "source_offset")]
-    ranges = [
-        f"min({name})::bigint as first_{short}, max({name})::bigint as last_{short}"
-        for name, short in (("source_line", "line"), ("source_offset", "offset"))
-        if name in lake.place()
-    ]
     kinds = (("impressions", "impression"), ("clicks", "click"))
     counts = [
         f"count(*) filter (event_type = '{kind}' and invalid_traffic_rule is {'not ' if part else ''}null)::bigint as {part}{name}"
@@ -96,14 +90,15 @@ def _events(lake: Lake, day: date, campaign: str, store: str, currency: str) -> 
     ]
     return lake.rows(
         f"""
-        select _query_id, _batch_id, {", ".join(places)}, rule_set, invalid_traffic_rule, {", ".join((*ranges, *counts))},
+        select _query_id, _batch_id, source_file, rule_set, invalid_traffic_rule, {", ".join(counts)},
+            min(source_line)::bigint as first_line, max(source_line)::bigint as last_line,
             count(*)::bigint as events, sum(coalesce(spend_nanos, 0))::bigint as spend_nanos,
             sum(coalesce(invalid_spend_nanos, 0))::bigint as invalid_spend_nanos,
             count(*) filter (is_late)::bigint as late, coalesce(sum(spend_nanos) filter (is_late), 0)::bigint as late_spend_nanos
         from {lake.scan(EVENTS.name)}
         semi join (select distinct _query_id, _batch_id from {lake.scan(BATCH_LEDGER.name)}) using (_query_id, _batch_id)
         where event_date = ? and campaign_id = ? and store_id = ? and currency = ?
-        group by all order by {", ".join(places)}
+        group by all order by source_file
         """,
         [day, campaign, store, currency],
     )
@@ -137,24 +132,24 @@ def _batch(
         else:
             correction.facts |= {name: why[name] for name in ("kinds", "reasons", "causes", "restated_at")}
         node.add(correction)
-    node.add(*_files(lake, events))
+    node.add(*_files(events))
     if sample:
         node.add(_sample(lake, query, batch, day, campaign, store, currency, sample))
     return node
 
 
-def _files(lake: Lake, events: list[dict[str, Any]]) -> list[Node]:
-    """The files (or topics and partitions) of a batch, with the range of lines (offsets) and what lies in them."""
-    places = [name for name in lake.place() if name not in ("source_line", "source_offset")]
+def _files(events: list[dict[str, Any]]) -> list[Node]:
+    """The files, or partitions of topics, of a batch, with the range of lines (offsets) and what lies in them."""
     nodes = []
-    for place in dict.fromkeys(tuple(row[name] for name in places) for row in events):
-        mine = [row for row in events if tuple(row[name] for name in places) == place]
-        facts: dict[str, Any] = {name: value for name, value in zip(places[1:], place[1:], strict=True) if value is not None}
-        for name, pick in (("first_line", min), ("last_line", max), ("first_offset", min), ("last_offset", max)):
-            values = [row[name] for row in mine if row.get(name) is not None]
-            if values:
-                facts[name] = pick(values)
-        nodes.append(Node(f"file {place[0]}" if place[0] else "topic", facts | sums(mine, ("events", *_COUNTED))))
+    for name in dict.fromkeys(row["source_file"] for row in events):
+        mine = [row for row in events if row["source_file"] == name]
+        unit = "offset" if name.startswith(KAFKA) else "line"
+        facts = {
+            f"first_{unit}": min(row["first_line"] for row in mine),
+            f"last_{unit}": max(row["last_line"] for row in mine),
+        }
+        kind = "partition" if name.startswith(KAFKA) else "file"
+        nodes.append(Node(f"{kind} {name}", facts | sums(mine, ("events", *_COUNTED))))
     return nodes
 
 
@@ -163,19 +158,32 @@ def _sample(lake: Lake, query: str, batch: int, day: date, campaign: str, store:
     rows = lake.rows(
         f"""
         select event_id, event_type, event_time, received_at, user_id, ad_id, spend_nanos, coalesce(invalid_spend_nanos, 0) as
-            invalid_spend_nanos, invalid_traffic_rule, invalid_traffic_rules, is_late, {", ".join(lake.place())}
+            invalid_spend_nanos, invalid_traffic_rule, invalid_traffic_rules, is_late, source_file, source_line
         from {lake.scan(EVENTS.name)}
         where event_date = ? and campaign_id = ? and store_id = ? and currency = ? and _query_id = ? and _batch_id = ?
         order by invalid_traffic_rule is null, not is_late, spend_nanos desc, event_id limit ?
         """,
         [day, campaign, store, currency, query, batch, count],
     )
-    return Node(f"{len(rows)} of its events", parts=[event_node(row) for row in rows])
+    return Node(f"{len(rows)} of its events", parts=event_nodes(lake, rows))
 
 
-def event_node(row: dict[str, Any]) -> Node:
-    """An event with its place and its mark."""
-    facts = {name: value for name, value in row.items() if name not in ("event_id", "event_type") and value is not None}
+def event_nodes(lake: Lake, rows: list[dict[str, Any]]) -> list[Node]:
+    """Events with their places and marks; those of a topic with the message that they came as."""
+    held = lake.messages((row["source_file"], row["source_line"]) for row in rows)
+    return [_event(row, held.get((row["source_file"], row["source_line"]))) for row in rows]
+
+
+def _event(row: dict[str, Any], message: str | None) -> Node:
+    of_kafka = row["source_file"].startswith(KAFKA)
+    renamed = {"source_line": "offset"} if of_kafka else {}
+    facts = {
+        renamed.get(name, name): value
+        for name, value in row.items()
+        if name not in ("event_id", "event_type") and value is not None
+    }
+    if of_kafka:
+        facts["message"] = message if message is not None else "raw_events does not have it"
     return Node(f"{row['event_type']} {row['event_id']}", facts)
 
 

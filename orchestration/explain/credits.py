@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from orchestration.explain.campaign_day import event_node
+from orchestration.explain.campaign_day import event_nodes
 from orchestration.explain.lake import Lake, open_lake, quoted, revisions_of
 from orchestration.explain.node import Node
 from spark_jobs.config import Settings
@@ -109,15 +109,14 @@ def _touches(lake: Lake, order: str, latest: dict[str, Any], credits: list[dict[
     rows = lake.rows(
         f"""
         select event_id, event_type, event_time, received_at, campaign_id, ad_id, user_id, store_id, spend_nanos,
-            invalid_traffic_rule, rule_set, is_late, {", ".join(lake.place())}, _query_id, _batch_id, _run_id
+            invalid_traffic_rule, rule_set, is_late, source_file, source_line, _query_id, _batch_id, _run_id
         from {lake.scan(EVENTS.name)}
         where event_date between ?::date and ?::date and event_id in (select unnest(?)) order by event_time, event_id
         """,
         [min(times), max(times), ids],
     )
     node = Node("touches", {"number": len(ids)})
-    for row in rows:
-        part = event_node(row)
+    for row, part in zip(rows, event_nodes(lake, rows), strict=True):
         if row["invalid_traffic_rule"] is not None:
             part.problems.append("it is invalid traffic, and credited")
         if (row["user_id"], row["store_id"]) != (latest["user_id"], latest["store_id"]):

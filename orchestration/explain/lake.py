@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Any
 
 import duckdb
-from deltalake import DeltaTable
 
 from orchestration.explain.node import Node
 from orchestration.marts import query_marts
@@ -19,10 +18,21 @@ from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.duck import connect_delta
 from spark_jobs.errors import AdtallyError, UsageError
-from spark_jobs.tables import ATTRIBUTED_ORDERS, BATCH_LEDGER, EVENTS, MINUTE_METRICS, RESTATEMENTS, RULE_SETS, TRAFFIC_REVIEWS
+from spark_jobs.tables import (
+    ATTRIBUTED_ORDERS,
+    BATCH_LEDGER,
+    MINUTE_METRICS,
+    RAW_EVENTS,
+    RESTATEMENTS,
+    RULE_SETS,
+    TRAFFIC_REVIEWS,
+)
 
 MEASURES = ("impressions", "clicks", "spend_nanos", "invalid_impressions", "invalid_clicks", "invalid_spend_nanos")
 GROUP_OF_MART = {"fct_campaign_day": "near_real_time", "fct_billing_ledger": "near_real_time", "fct_attribution_credits": "hourly"}
+
+KAFKA = "kafka/"
+"""What the source_file of a record of a topic begins with; its source_line is the offset."""
 
 _HASH_SHOWN = 12
 _LONG_LISTS = ("crawler_patterns", "users", "networks")
@@ -50,7 +60,6 @@ class Lake:
     settings: Settings
     build: Build
     connection: duckdb.DuckDBPyConnection
-    _columns: dict[str, set[str]] = field(default_factory=dict)
 
     def marts(self, sql: str) -> list[dict[str, Any]]:
         """Rows of the published marts."""
@@ -80,17 +89,23 @@ class Lake:
                 hint="build the marts again with `adtally marts build`",
             ) from error
 
-    def has_column(self, table: str, column: str) -> bool:
-        """Whether the table has such a column at the build's version."""
-        if table not in self._columns:
-            held = DeltaTable(self.settings.table_uri(table), version=self.version(table))
-            self._columns[table] = {found.name for found in held.schema().fields}
-        return column in self._columns[table]
-
-    def place(self) -> list[str]:
-        """Columns that say where an event lies: file and line, and topic, partition and offset where the table has them."""
-        names = ("source_file", "source_line", "source_topic", "source_partition", "source_offset")
-        return [name for name in names if self.has_column(EVENTS.name, name)]
+    def messages(self, places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], str]:
+        """What Kafka's records at (kafka/<cluster>/<topic>/<partition>, offset) hold, as table raw_events has it; text, or hex."""
+        wanted = [(name.split("/")[1:], offset) for name, offset in places if name.startswith(KAFKA)]
+        if not wanted or DeltaLog(self.settings.table_uri(RAW_EVENTS.name)).latest_version() is None:
+            return {}
+        tests = " or ".join(
+            f"(cluster = {quoted(cluster)} and source_topic = {quoted(topic)} and source_partition = {int(partition)} "
+            f"and source_offset = {offset})"
+            for (cluster, topic, partition), offset in wanted
+        )
+        rows = self.rows(
+            f"""
+            select '{KAFKA}' || cluster || '/' || source_topic || '/' || source_partition as name, source_offset, value
+            from {self.scan(RAW_EVENTS.name)} where {tests}
+            """
+        )
+        return {(row["name"], row["source_offset"]): _text_of(row["value"]) for row in rows if row["value"] is not None}
 
     def rule_set(self, name: str) -> Node:
         """A rule set: its hash and what it says, in short."""
@@ -201,6 +216,13 @@ def revisions_of(lake: Lake, order: str) -> list[dict[str, Any]]:
         """,
         [order],
     )
+
+
+def _text_of(value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.hex()
 
 
 def _naive(value: Any) -> Any:
