@@ -128,9 +128,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         keep_days: Annotated[
             int, typer.Option(min=0, max=36_500, help="Ids of so many days are kept, older days are final; 0 keeps all.")
         ] = 35,
-        campaigns: Annotated[
-            Path | None, typer.Option(help="CSV of the campaigns, or a folder: whose budgets?", exists=True)
-        ] = None,
+        campaigns: Annotated[Path | None, typer.Option(help="CSV of the campaigns, or a folder: whose budgets?")] = None,
         day: Annotated[str | None, typer.Option(help="The day that is shown, as 2025-06-02. Default: the newest.")] = None,
         form: Form = Format.table,
     ) -> None:
