@@ -25,6 +25,7 @@ from spark_jobs.duck import connect_delta
 from spark_jobs.hours import HourRange
 from spark_jobs.jobs.correct import Run, correcting, table_rows, writing
 from spark_jobs.jobs.reconcile import hour_moment, hour_number, require_local, told_plainly
+from spark_jobs.kafka.ranges import PREFIX
 from spark_jobs.recount.plans import read_plans
 from spark_jobs.recount.truth import keep_table, quoted, scan
 from spark_jobs.rules.invalid_traffic import BITS, InvalidTrafficRules, Mode, keep_rules, marks, rules_of
@@ -435,10 +436,11 @@ def _metrics_change(lake: duckdb.DuckDBPyConnection, run: Run) -> TableChange:
 
 
 def _ledger_change(settings: Settings, lake: duckdb.DuckDBPyConnection, run: Run) -> TableChange:
-    """A run has one row a cell: one that it has written before is replaced by the sum."""
+    """A run has one row a cell: one that it has written before is replaced by the sum. A topic's batch is booked by its cluster."""
     rows = lake.execute(
         f"""
-        select _query_id, _batch_id, region, hour,
+        select _query_id, _batch_id, if(starts_with(source_file, '{PREFIX}/'), 'kafka', 'files') as source,
+            if(starts_with(source_file, '{PREFIX}/'), split_part(source_file, '/', 2), region) as booked_in, hour,
             sum((new_rule is not null)::int - (old_rule is not null)::int)::bigint as invalid,
             sum(new_spend - old_spend)::bigint as spend, any_value(ingested_at) as ingested_at
         from changed where {_FLIPPED} group by all having invalid != 0 or spend != 0
@@ -452,10 +454,10 @@ def _ledger_change(settings: Settings, lake: duckdb.DuckDBPyConnection, run: Run
         held = {tuple(row[name] for name in BATCH_LEDGER.key): row for row in of_run.to_pylist()}
     nothing = dict.fromkeys(("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced"), 0)
     remove, add = [], []
-    for query_id, batch_id, region, hour, invalid, spend, ingested_at in rows:
+    for query_id, batch_id, source, region, hour, invalid, spend, ingested_at in rows:
         row: dict[str, object] = {
             "stream": "events",
-            "source": "files",
+            "source": source,
             "region": region,
             "event_hour": hour_moment(hour),
             **nothing,

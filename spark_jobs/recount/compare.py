@@ -407,7 +407,7 @@ class Comparison:
 
     def _gone(self) -> list[Finding]:
         """Rows that cannot be recounted because their file, or raw record, is gone or has changed."""
-        if not self._recount.inputs.gone:
+        if not self._recount.inputs.gone and not self._recount.inputs.lacking:
             return []
         return self._findings(
             EVENTS.name,

@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ class Inputs:
     states: list[str]  # of each plan: booked, waiting (for raw records), pending, unfinished, unbooked or missed
     lost: frozenset[int]  # plans made anew from rows, by number
     occurrences: list[Occurrence]  # in the order of reading
+    lacking: frozenset[int] = frozenset()  # batches of which the raw table has fewer records than they were offered, by number
 
     @cached_property
     def gone(self) -> list[Occurrence]:
@@ -175,7 +177,8 @@ def read_inputs(
         occurrences += of_ranges
     if ranges.version is not None:
         versions[RAW_EVENTS.name] = ranges.version
-    return Inputs(versions, plans, states, lost, occurrences)
+    lacking = _lacking(plans, states, offered, [found for found in occurrences if is_of_kafka(found.name)])
+    return Inputs(versions, plans, states, lost, occurrences, lacking - lost)
 
 
 def _states(
@@ -279,6 +282,39 @@ class _Ranges:
             if chunk.start >= span[1]:
                 return
             yield parsed[chunk], (max(span[0], chunk.start), min(span[1], chunk.end))
+
+
+def _lacking(
+    plans: list[BatchPlan], states: list[str], offered: dict[tuple[str, int], int], occurrences: list[Occurrence]
+) -> frozenset[int]:
+    """Batches whose ranges all are there, and in them fewer records than the batch was offered: somebody has taken some away.
+
+    Batch by batch only where all records together are too few: to count those of a batch they have to be read.
+    """
+    absent = {found.batch for found in occurrences if found.entry is None}
+    whole = [found for found in occurrences if states[found.batch] == "booked" and found.batch not in absent]
+    numbers = sorted({found.batch for found in whole})
+    wanted = {number: offered[plans[number].query_id, plans[number].batch_id] for number in numbers}
+    by_entry: dict[Path, list[tuple[ParsedFile, Span]]] = {}
+    for found in whole:
+        if found.entry is not None:
+            by_entry.setdefault(found.entry.parquet, []).append((found.entry, (found.start, found.end)))
+    if sum(map(_count_all, by_entry.values())) >= sum(wanted.values()):
+        return frozenset()
+    held = dict.fromkeys(numbers, 0)
+    for found in whole:
+        if found.entry is not None:
+            held[found.batch] += _count(found.entry, found.start, found.end)
+    return frozenset(number for number in numbers if held[number] < wanted[number])
+
+
+def _count_all(taken: list[tuple[ParsedFile, Span]]) -> int:
+    """How many records of one chunk were taken, by each of the spans."""
+    entry, spans = taken[0][0], sorted(span for _, span in taken)
+    joined = all(before[1] == after[0] for before, after in pairwise(spans))
+    if joined and isinstance(entry.raw, RawChunk) and (spans[0][0], spans[-1][1]) == (entry.raw.start, entry.raw.end):
+        return entry.records
+    return sum(_count(entry, *span) for span in spans)
 
 
 def _count(entry: ParsedFile, start: int, end: int) -> int:
@@ -515,32 +551,55 @@ class Recount:
 
     def _load_trusted(self) -> None:
         """Rows of raw input that is not there stand for what they say themselves: nothing is taken back because it is gone."""
-        batch = """
+        nothing = " limit 0" if not (self.inputs.gone or self.inputs.waiting) else ""
+        place = """
             join batches on _query_id = query_id and _batch_id = batch_id
             join absent on absent.b = batches.b and name = source_file and source_line >= first_line and source_line < end_line
         """
-        limit = "" if self.inputs.gone or self.inputs.waiting else " limit 0"
+        self.lake.execute(f"create temp table trusted as {self._rows_as_they_are('absent', place, nothing)}")
+        self._trust_unbacked()
+        ids = [name for (name,) in self.rows("select distinct record_id from trusted where is_valid")]
+        hashes = [xxh3_64_intdigest(name.encode()) for name in ids]
+        self.keep("trusted_ids", pa.table({"record_id": pa.array(ids, pa.string()), "id_hash": pa.array(hashes, pa.uint64())}))
+        self.lake.execute("update trusted set id_hash = i.id_hash from trusted_ids i where i.record_id = trusted.record_id")
+
+    def _rows_as_they_are(self, place: str, joins: str, limit: str = "") -> str:
+        """SQL for rows of events and rejects as records; ``joins`` finds their places in table ``place``."""
         events, rejects = (f"(from {self.scan(table.name)}{limit})" for table in (EVENTS, REJECTED_EVENTS))
-        self.lake.execute(
-            f"""
-            create temp table trusted as
-            select o, absent.b as b, name, region, source_line as line, true as is_valid, event_id as record_id,
+        return f"""
+            select o, {place}.b as b, name, e.region, source_line as line, true as is_valid, event_id as record_id,
                 null::ubigint as id_hash, epoch_us(received_at) as received_us, event_type, epoch_us(event_time) as time_us,
                 campaign_id, ad_id, store_id, user_id, impression_id, placement, price_micros, currency, user_agent,
                 'accepted' as outcome, billing_model, is_late,
                 coalesce(spend_nanos, 0) + coalesce(invalid_spend_nanos, 0) as spend_nanos,
                 invalid_traffic_rule, invalid_traffic_rules, e.rule_set
-            from {events} e {batch}
+            from {events} e {joins}
             union all by name
-            select o, absent.b as b, name, region, source_line as line, false as is_valid, record_id,
+            select o, {place}.b as b, name, e.region, source_line as line, false as is_valid, record_id,
                 epoch_us(record_time) as time_us, outcome
-            from {rejects} {batch}
+            from {rejects} e {joins}
+        """
+
+    def _trust_unbacked(self) -> None:
+        """Rows of batches that lack raw records: those whose place has none stand for themselves, for theirs was taken away."""
+        lacking = [found for found in self.inputs.occurrences if found.batch in self.inputs.lacking and found.entry is not None]
+        if not lacking:
+            return
+        files = {str(found.entry.parquet) for found in lacking if found.entry is not None}
+        numbers = ", ".join(str(number) for number in sorted(self.inputs.lacking))
+        place = f"""
+            join batches on _query_id = query_id and _batch_id = batch_id and batches.b in ({numbers})
+            join occurrences on occurrences.b = batches.b and name = source_file and source_line >= first_line
+                and source_line < end_line
+            anti join (select filename, line from read_parquet({listed(files)}, filename = true)) r
+                on r.filename = parquet and r.line = source_line
+        """
+        self.lake.execute(
+            f"""
+            insert into trusted by name {self._rows_as_they_are("occurrences", place)};
+            update batches set is_partial = true where b in ({numbers}) and b in (select b from trusted)
             """
         )
-        ids = [name for (name,) in self.rows("select distinct record_id from trusted where is_valid")]
-        hashes = [xxh3_64_intdigest(name.encode()) for name in ids]
-        self.keep("trusted_ids", pa.table({"record_id": pa.array(ids, pa.string()), "id_hash": pa.array(hashes, pa.uint64())}))
-        self.lake.execute("update trusted set id_hash = i.id_hash from trusted_ids i where i.record_id = trusted.record_id")
 
     def all_files(self) -> list[str]:
         """What the store has of all planned files and ranges."""
