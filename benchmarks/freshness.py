@@ -1,5 +1,9 @@
 """Freshness in continuous mode: from the rename of a landing file to its increments readable in `minute_metrics`.
 
+    python -m benchmarks.run ingest --scenario freshness              that
+    python -m benchmarks.freshness --from kafka --to pinot            from a topic to Delta and Pinot, at 1,000 and 5,000 events/s
+    python -m benchmarks.freshness --from kafka --to marts            and on to the marts, built without a pause
+
 Every file has a `placement` of its own. Placement is a dimension of the increments, so a file is readable at the moment
 when the increments read with its placement add up to its lines; nothing else has to be trusted for that.
 The reader follows the Delta log and reads the data files that each version adds, every tenth of a second.
@@ -7,18 +11,23 @@ The reader follows the Delta log and reads the data files that each version adds
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
+from rich.console import Console
 
 from benchmarks import delta_log
 from benchmarks.contestants import Job, adtally_command, adtally_environment
@@ -170,3 +179,70 @@ def run_freshness(
         "stop_seconds": round(stop_seconds, 2),
         "exit_status": status,
     }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m benchmarks.freshness`: from a topic; see freshness_kafka.py. From files it is a scenario of benchmarks.run."""
+    from benchmarks import run
+    from benchmarks.freshness_kafka import STAGES, run_kafka_freshness
+
+    parser = argparse.ArgumentParser(prog="benchmarks.freshness", description=main.__doc__)
+    parser.add_argument("--from", dest="source", choices=["kafka", "files"], default="kafka")
+    parser.add_argument("--to", choices=STAGES, default="marts", help="how far; marts: through Delta and Pinot too")
+    parser.add_argument("--rates", default="1000,5000", help="events a second, one run each")
+    parser.add_argument("--seconds", type=float, default=120.0, help="measured time of a run")
+    parser.add_argument("--warm-up", type=float, default=60.0, help="time before it that is not counted")
+    parser.add_argument("--trigger", help="seconds between two batches, passed on")
+    parser.add_argument("--keep", action="store_true", help="keep what the last run wrote")
+    run.common_options(parser)
+    args = parser.parse_args(argv)
+    if args.source == "files":
+        return run.main(["ingest", "--scenario", "freshness", "--work", args.work, "--results", args.results])
+    work = Path(args.work).absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    host, runs, targets = run.machine(), [], []
+    try:
+        with FileLock(work / "lock", timeout=0):
+            for rate in (float(text) for text in args.rates.split(",")):
+                found = run_kafka_freshness(
+                    work,
+                    rate=rate,
+                    seconds=args.seconds,
+                    warm_up=args.warm_up,
+                    to=args.to,
+                    trigger=args.trigger,
+                    adtally_env=dict(args.adtally_env),
+                    keep=args.keep,
+                )
+                runs.append(found)
+                for stage, figures in found["stages"].items():
+                    note(f"{rate:.0f}/s to {stage}: {figures}")
+                    if stage != "marts":
+                        targets.append(run.Target(f"{rate:.0f}/s to {stage}, p95 s", float(figures["p95_seconds"]), 10.0))
+    except Timeout:
+        print(f"benchmark: another one is running in {work}", file=sys.stderr)
+        return 1
+    except BenchmarkError as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 1
+    document = {
+        "scenario": "freshness-kafka",
+        "machine": host,
+        "parameters": {k: v for k, v in vars(args).items() if k not in ("work", "results", "keep", "name")},
+        "summary": {f"{found['rate']:.0f}": found["stages"] for found in runs},
+        "targets": [asdict(target) | {"met": target.met} for target in targets],
+        "runs": runs,
+    }
+    path = Path(args.results) / f"{args.name or f'freshness-kafka-{args.to}'}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    run.show_targets(document, Console())
+    print(f"written: {path}")
+    wrong = [problem for found in runs for problem in found["wrong"]]
+    for problem in wrong:
+        print(f"wrong: {problem}", file=sys.stderr)
+    return 1 if wrong or (args.check and not all(target.met for target in targets)) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -92,10 +92,11 @@ def feed_files(servers: str, topic: str, files: Iterable[Path]) -> int:
 
 
 def new_events(world: World, seed: int, first: int, count: int, *, placement: str, region: str) -> list[bytes]:
-    """Impressions numbered from ``first`` on, that happen and are received now."""
+    """Impressions numbered from ``first`` on, of ads by Zipf's law and each of another user, that happen and are received now."""
     rng = np.random.default_rng([seed, first])
     ids = uuid_text(np.arange(first, first + count, dtype=np.uint64), seed)
-    ads = rng.integers(0, len(world.ad_fields), count)
+    rank = np.searchsorted(world.ad_bounds, rng.random(count))
+    ads = world.by_popularity[np.minimum(rank, len(world.by_popularity) - 1)]
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     head = f'"event_type":"impression","event_time":"{now}","received_at":"{now}","region":"{region}"'
     rest = f'"placement":"{placement}","price_micros":1000000,"currency":"EUR","user_agent":"ShopWeb/41"'
