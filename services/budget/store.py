@@ -20,6 +20,7 @@ from services.budget.messages import BadMessage, Increment, parse
 _APPLICATION = 0x61647462  # "adtb": whose file it is
 _FORMAT = 1
 _SEALED = "its day is sealed"
+_TOO_LARGE = "the sum of its campaign's day would not fit into 64 bits"
 _OTHER_VALUES = "same record_uuid and version as one before, other values"
 
 _SCHEMA = """
@@ -175,6 +176,7 @@ class Store:
             "select version, key, impressions, clicks, spend_nanos from increments where record_uuid = ?", (told.uuid,)
         ).fetchone()
         measures = (told.impressions, told.clicks, told.spend_nanos)
+        changes = [(key, measures)]
         if before is not None:
             if told.version <= before[0]:
                 if told.version == before[0] and (key, *measures) != before[1:]:
@@ -182,11 +184,12 @@ class Store:
                 else:
                     done.again += 1
                 return
-            self._add(before[1], *(-measure for measure in before[2:]))
-            done.replaced += 1
-        else:
-            done.added += 1
-        self._add(key, *measures)
+            changes.insert(0, (before[1], (-before[2], -before[3], -before[4])))
+        if not self._add(changes):
+            done.aside += self._put_aside(topic, topic_id, message, _TOO_LARGE, now)
+            return
+        done.added += before is None
+        done.replaced += before is not None
         self.db.execute("insert or replace into increments values (?, ?, ?, ?, ?, ?)", (told.uuid, told.version, key, *measures))
 
     def _key(self, told: Increment) -> int:
@@ -198,11 +201,18 @@ class Store:
             row = self.db.execute(insert, names).fetchone()
         return int(row[0])
 
-    def _add(self, key: int, impressions: int, clicks: int, spend_nanos: int) -> None:
-        self.db.execute(
-            "update keys set impressions = impressions + ?, clicks = clicks + ?, spend_nanos = spend_nanos + ? where id = ?",
-            (impressions, clicks, spend_nanos, key),
-        )
+    def _add(self, changes: Sequence[tuple[int, tuple[int, int, int]]]) -> bool:
+        """Add to the sums of keys; False, and nothing is added, where a sum would not fit into 64 bits."""
+        sums: dict[int, tuple[int, int, int]] = {}
+        for key, (impressions, clicks, nanos) in changes:
+            if key not in sums:
+                sums[key] = self.db.execute("select impressions, clicks, spend_nanos from keys where id = ?", (key,)).fetchone()
+            sums[key] = (sums[key][0] + impressions, sums[key][1] + clicks, sums[key][2] + nanos)
+        if any(not -(2**63) <= measure < 2**63 for held in sums.values() for measure in held):
+            return False
+        for key, held in sums.items():
+            self.db.execute("update keys set impressions = ?, clicks = ?, spend_nanos = ? where id = ?", (*held, key))
+        return True
 
     def _put_aside(self, topic: str, topic_id: str, message: Message, reason: str, now: datetime) -> int:
         made = self.db.execute(

@@ -23,7 +23,7 @@ from services.budget.errors import BudgetBusyError, BudgetUsageError, GapError
 from services.budget.service import BudgetService
 from services.budget.store import Loaded, Store
 from services.launcher.kafka import Kafka
-from tests.services.budget.messages import DAY, increment, make_topic, send, sums
+from tests.services.budget.messages import DAY, MINUTE_MS, increment, make_topic, send, sums
 
 ROOT = Path(__file__).resolve().parents[3]
 NOON = datetime(2025, 7, 1, 12, tzinfo=UTC)
@@ -70,6 +70,14 @@ def test_a_later_version_replaces_and_an_earlier_one_does_not(tmp_path: Path, ka
     send(servers, topic, [increment(2, clicks=77)])
     assert once(path, kafka, topic) == Loaded(aside=1), "two truths of one version are for a person to judge"
     assert held(path) == sums([right, increment(2)])
+
+
+def test_a_sum_beyond_64_bits_stops_nothing(tmp_path: Path, kafka: Kafka) -> None:
+    servers, path = kafka.bootstrap_servers, tmp_path / "budget.sqlite"
+    topic = make_topic(servers, partitions=1)
+    send(servers, topic, [increment(7 * n, store_id="s", event_minute=MINUTE_MS, spend_nanos=10**18) for n in range(12)])
+    assert once(path, kafka, topic) == Loaded(added=9, aside=3)
+    assert [row[2] for row in held(path).values()] == [9 * 10**18]
 
 
 def test_bad_messages_are_put_aside_with_their_place(tmp_path: Path, kafka: Kafka) -> None:
