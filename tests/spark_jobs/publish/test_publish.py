@@ -313,6 +313,28 @@ def test_credits_and_the_touches_that_an_order_loses(settings: Settings, kafka: 
     }
 
 
+def test_rows_of_orders_that_are_changed_in_place_or_taken_out(settings: Settings, kafka: Kafka) -> None:
+    _, credits = publishing(settings, kafka)
+    add_events(settings, [event("e1", 30), event("e2", 2)])
+    add_orders(settings, [order("o"), order("p", user_id="nobody")])
+    attribute(settings)
+    mark(settings, "e1")
+    attribute(settings)
+    publish_new(settings)
+    before = state(told(kafka, credits))
+    attributed = DeltaTable(settings.table_uri("attributed_orders"))
+    attributed.update(predicate="user_id = 'u'", updates={"user_id": "'erased'"})
+    assert publish_new(settings).topics[1].records == 1, "only the latest revision's"
+    held = state(told(kafka, credits))
+    assert held == before | {
+        uuid_of("o", "e2"): before[uuid_of("o", "e2")] | {"user_id": "erased", "delta_version": attributed.version()}
+    }
+    attributed.delete("order_id = 'o'")
+    assert publish_new(settings).topics[1].records == 1
+    gone = state(told(kafka, credits))[uuid_of("o", "e2")]
+    assert (gone["is_current"], gone["last_click_30d_micros"], gone["version"]) == (0, 0, 2)
+
+
 def test_nothing_to_publish_where_nobody_says_where(tmp_path: Path) -> None:
     settings = load_settings(home=tmp_path)
     assert publish_new(settings).topics == []
