@@ -38,7 +38,7 @@ def run_query(
             return _run_named(settings, named, _parameters(params), engine, broker)
         assert sql is not None
         if engine == "pinot":
-            return _ask_pinot(_pinot(settings, broker), sql)
+            return _ask_pinot(settings, broker, sql)
     from orchestration.marts import query_marts
 
     return query_marts(settings(), sql)
@@ -74,7 +74,7 @@ def _run_named(
     return columns, rows
 
 
-def _ask_pinot(client: PinotClient, sql: str) -> tuple[list[str], list[list[Any]]]:
+def _ask_pinot(settings: Callable[[], Settings], broker: str | None, sql: str) -> tuple[list[str], list[list[Any]]]:
     from services.launcher.errors import PinotQueryError
     from services.serving.named import explained
 
@@ -82,7 +82,7 @@ def _ask_pinot(client: PinotClient, sql: str) -> tuple[list[str], list[list[Any]
     if not words or words[0].lower() not in ("select", "explain", "set"):
         raise UsageError("Pinot is only read: the statement begins with SELECT, EXPLAIN or SET")
     try:
-        answer = client.ask(sql)
+        answer = _pinot(settings, broker).ask(sql)
     except PinotQueryError as error:
         told = explained(error)
         raise UsageError(f"Pinot: {told.message.removeprefix('query failed: ')}", hint=told.hint) from None

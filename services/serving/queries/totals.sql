@@ -1,4 +1,4 @@
--- Everything, by currency: the numbers to hold beside the marts. Sums of nanos are exact (sum() would be a double).
+-- Everything, by currency: the numbers to hold beside the marts. Sums of nanos are exact; as plain sums they would be doubles.
 select
     currency,
     sum(impressions) as impressions,

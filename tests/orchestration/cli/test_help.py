@@ -128,6 +128,6 @@ def test_what_the_docs_say_can_be_typed(line: str) -> None:
 def test_this_test_sees_wrong_examples() -> None:
     line = "ADTALLY_HOME=x adtally query 'a | b  c' --format csv | adtally status --json  # for a program"
     assert invocations(line) == [["query", "a | b  c", "--format", "csv"], ["status", "--json"]]
-    for wrong in (["simulat"], ["query"], ["status", "--jsn"], ["simulate", "--out", "x", "--events", "many"], ["marts"]):
+    for wrong in (["simulat"], ["explain"], ["status", "--jsn"], ["simulate", "--out", "x", "--events", "many"], ["marts"]):
         with pytest.raises(module._ClickException):
             parse(wrong)
