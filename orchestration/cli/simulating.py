@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from enum import StrEnum
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _LONGEST_DAYS = 36_500
 _HIGHEST_RATE = 1_000_000_000
 _KAFKA = "Into Kafka"
+_REGION = re.compile(r"[a-z0-9-]{1,32}")
 
 
 class Target(StrEnum):
@@ -135,20 +137,20 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
 def _clusters(named: list[str], settings: Callable[[], Settings]) -> list[Cluster]:
     """The clusters of --bootstrap-servers, else those of kafka.toml that are consumed. Raises UsageError where there are none."""
     from services.simulator.kafka import Cluster
-    from spark_jobs.kafka.config import KafkaCluster, read_kafka
+    from spark_jobs.kafka.config import read_kafka
 
-    if named:
-        pairs = [text.partition("=") for text in named]
-        for region, sign, servers in pairs:
-            if not (sign and region and servers):
-                wrong = f"{region}{sign}{servers}"
-                raise UsageError(f"--bootstrap-servers {wrong!r} is not REGION=HOST:PORT", hint="as in eu-west=127.0.0.1:9092")
-        found = [KafkaCluster(name=region, bootstrap_servers=servers) for region, _, servers in pairs]
-    else:
-        found = list(read_kafka(settings()).consumed)
+    found = [
+        Cluster(one.name, one.client_options(), one.events_topic, one.orders_topic)
+        for one in (() if named else read_kafka(settings()).consumed)
+    ]
+    for text in named:
+        region, _, servers = text.partition("=")
+        if not servers or _REGION.fullmatch(region) is None:
+            raise UsageError(f"--bootstrap-servers {text!r} is not REGION=HOST:PORT", hint="as in eu-west=127.0.0.1:9092")
+        found.append(Cluster(region, {"bootstrap.servers": servers}))
     if not found:
         raise UsageError("no Kafka is configured", hint="name it with --bootstrap-servers REGION=HOST:PORT, or in kafka.toml")
-    return [Cluster(one.name, one.client_options(), one.events_topic, one.orders_topic) for one in found]
+    return found
 
 
 def _numbers(named: list[str], option: str) -> dict[str, float]:

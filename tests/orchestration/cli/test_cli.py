@@ -80,7 +80,7 @@ def marts(tmp_path: Path) -> Path:
         (["simulate", "--out", "x", "--events", "5", "--start", "2025-06-02T08:00"], "has no zone (as in 2025-06-02T08:00:00Z)"),
         (["simulate", "--out", "x", "--events", "5", "--mirror", "0.5"], "these options are for Kafka (add --to kafka)"),
         (["simulate", "--to", "kafka", "--events", "5"], "no Kafka is configured (name it with --bootstrap-servers"),
-        (["simulate", "--to", "kafka", "--events", "5", "--bootstrap-servers", "host:1"], "is not REGION=HOST:PORT"),
+        (["simulate", "--to", "kafka", "--events", "5", "--bootstrap-servers", "No Name=host:1"], "is not REGION=HOST:PORT"),
         (
             ["simulate", "--to", "kafka", "--events", "5", "--bootstrap-servers", "a=h:1", "--mirror", "1"],
             "a mirror needs two clusters",
