@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from urllib.parse import unquote
@@ -106,24 +107,30 @@ def _needed_versions(settings: Settings, name: str, of_marts: list[int]) -> dict
     """Versions of a table that must stay readable, and why. Such as the log no longer has cannot be read anyway."""
     found: dict[int, str] = dict.fromkeys(of_marts, "the published marts were built from it")
     if name in _STREAMS:
-        before = _before_last_batch(settings, name)
-        if before is not None:
-            found[before] = f"the last batch of {_STREAMS[name]} is decided by it, should it run again"
+        for query, before in _before_last_batches(settings, name).items():
+            found[before] = f"the last batch of {query} is decided by it, should it run again"
     if name == EVENTS.name:
         found |= dict.fromkeys(_versions_of_index(settings), "the key index reads files of it to catch up")
     return {version: reason for version, reason in sorted(found.items()) if _is_readable(settings.table_uri(name), version)}
 
 
-def _before_last_batch(settings: Settings, name: str) -> int | None:
-    """The version that the stream's last batch was decided by: it is read again where that batch was killed."""
-    try:
-        metadata = json.loads((settings.checkpoints_path / _STREAMS[name] / "metadata").read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    for commit in DeltaLog(settings.table_uri(name)).commits_backwards():
-        if commit.txn is not None and commit.txn[0] == metadata["id"]:
-            return commit.version - 1
-    return None
+def _before_last_batches(settings: Settings, name: str) -> dict[str, int]:
+    """The versions that the last batches of the stream's queries (of files, of topics) were decided by, by the queries' names.
+
+    They are read again where such a batch was killed.
+    """
+    stream = _STREAMS[name]
+    queries = {}
+    for folder in (settings.checkpoints_path / stream, *sorted(settings.checkpoints_path.glob(f"{stream}-*"))):
+        with suppress(FileNotFoundError):
+            queries[json.loads((folder / "metadata").read_text("utf-8"))["id"]] = folder.name
+    found: dict[str, int] = {}
+    for commit in DeltaLog(settings.table_uri(name)).commits_backwards() if queries else ():
+        if commit.txn is not None and commit.txn[0] in queries:
+            found[queries.pop(commit.txn[0])] = commit.version - 1
+            if not queries:
+                break
+    return found
 
 
 def _versions_of_index(settings: Settings) -> list[int]:

@@ -212,6 +212,12 @@ def test_the_index_catches_up_from_files_that_a_compaction_removed(
     assert run_ingest(home, spark=spark).duplicate == 48
 
 
+def test_the_last_batch_of_a_topic_is_kept_too(home: Settings) -> None:
+    (home.checkpoints_path / "events").rename(home.checkpoints_path / "events-eu-west")
+    reasons = of(vacuum(home, dry_run=True, retention=HOUR), "events").reasons
+    assert any("last batch of events-eu-west" in reason for reason in reasons.values())
+
+
 def test_a_killed_batch_is_finished_after_a_vacuum(spark: SparkSession, home: Settings) -> None:
     lake.land(home, "events/eu/x.jsonl", [*traffic(8, range(8, 12)), *traffic(1, range(8, 9))])
     log = home.home_path / "run.log"
