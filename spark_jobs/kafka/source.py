@@ -38,6 +38,8 @@ def spark_reader_options(cluster: KafkaCluster, topic: str, max_offsets: int) ->
     return {
         "kafka.request.timeout.ms": "15000",
         "kafka.default.api.timeout.ms": "20000",
+        # else two minutes, in which a task that waits for a broker that is gone has the core that another cluster's could use
+        "kafkaConsumer.pollTimeoutMs": "15000",
         **cluster.spark_options(),
         "kafka.isolation.level": "read_committed",
         "subscribe": topic,
