@@ -215,7 +215,7 @@ class _Run:
         self._continuous = continuous
         self._trigger_seconds = trigger_seconds
         self.notice = notice
-        self._away: set[str] = set()
+        self._away: dict[str, str] = {}  # query -> its cluster
 
     def until_done(self, queries: list[_Query], stop: threading.Event) -> bool:
         """Run them; False: ``stop`` came before their end. Raises what a job failed by, and stops the others then."""
@@ -246,15 +246,17 @@ class _Run:
             elif not query.running.isActive:
                 self._end_of(query)
                 query.ended = True
-            elif query.cluster is not None and query.cluster.name in self._away and query.running.lastProgress is not None:
-                self._away.discard(query.cluster.name)
-                self.notice(f"cluster {query.cluster.name} answers again")
+            elif query.cluster is not None and query.name in self._away and query.running.lastProgress is not None:
+                del self._away[query.name]
+                if query.cluster.name not in self._away.values():
+                    self.notice(f"cluster {query.cluster.name} answers again")
         except KafkaError as error:
             if not self._continuous or query.cluster is None:
                 raise
             query.running, query.retry_at = None, time.monotonic() + RETRY_SECONDS
-            if query.cluster.name not in self._away:
-                self._away.add(query.cluster.name)
+            is_told = query.cluster.name in self._away.values()
+            self._away[query.name] = query.cluster.name
+            if not is_told:
                 self.notice(f"{error}; its streams are tried again every {RETRY_SECONDS:.0f} s, the others go on")
 
     def _end_of(self, query: _Query) -> None:
