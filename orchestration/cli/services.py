@@ -96,14 +96,12 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
 
             home = settings()
             source, pinot = _source(home, kafka), pinot_service(home, heap)
-            if source is not None:
-                source = examine(source)
             pinot.up(_tell(), fresh=fresh)
             if source is None:
                 _tell()("no tables are made, for no Kafka is known: name one with --kafka, or `adtally services kafka up`")
             else:
                 window_days = load_attribution_rules(home).window_days
-                specs = table_specs(source, window_days=window_days, flush_rows=flush_rows)
+                specs = table_specs(examine(source), window_days=window_days, flush_rows=flush_rows)
                 ensure_tables(pinot.client, specs, _tell())
             _tell()(f"{pinot.name} is {pinot.warning}")
             _print(pinot.status(), as_json)

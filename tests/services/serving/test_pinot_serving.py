@@ -43,7 +43,7 @@ class Served:
 
     def send(self, topic: str, messages: Iterable[Message]) -> None:
         options = {"bootstrap.servers": self.kafka.bootstrap_servers, "enable.idempotence": True, "partitioner": "murmur2"}
-        producer = Producer(options)  # type: ignore[arg-type]
+        producer = Producer(options)
         for message in messages:
             producer.produce(topic, key=message["record_uuid"], value=traffic.as_value(message))
             self.sent[topic].append(message)
