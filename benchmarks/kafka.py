@@ -159,7 +159,7 @@ def catch_up(bench: Bench) -> Outcome:
 
             def caught_up() -> bool:
                 sent = backlog + sum(feed.sent for feed in feeds)
-                return sent - counted.totals["offered"] <= args.lag * args.rate * len(feeds)
+                return bool(sent - counted.totals["offered"] <= args.lag * args.rate * len(feeds))
 
             wait_for(caught_up, args.timeout, "the backlog was caught up with", lambda: process.poll() is None)
             seconds, at_then = time.monotonic() - started, dict(counted.totals)
