@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -120,7 +120,7 @@ class PublishLoop:
     """Publishes each version soon after it is committed. Raises KafkaConfigurationError where kafka.toml does not say where.
 
     ``problem`` is told once when the broker does not answer any more (an empty text when it does again); publishing is tried
-    again until it does.
+    again until it does. It is told too when one topic cannot be gone on with; the other one is.
     """
 
     def __init__(
@@ -141,12 +141,11 @@ class PublishLoop:
     def run(self, stop: threading.Event) -> None:
         """Publish until ``stop`` is set; then what was committed before that, and end.
 
-        Raises as ``publish_new``, but for a broker that does not answer.
+        Raises as ``publish_new``, but for a broker that does not answer, and at the end; sooner where no topic can be gone on with.
         """
         with _locked(self._settings):
-            ended = threading.Event()
             threads = [
-                threading.Thread(target=self._run, args=(target, stop, ended), name=f"publish-{target.name}", daemon=True)
+                threading.Thread(target=self._run, args=(target, stop), name=f"publish-{target.name}", daemon=True)
                 for target in _targets(self._publish)
             ]
             for thread in threads:
@@ -156,46 +155,33 @@ class PublishLoop:
         if self._failure is not None:
             raise self._failure
 
-    def _run(self, target: _Target, stop: threading.Event, ended: threading.Event) -> None:
+    def _run(self, target: _Target, stop: threading.Event) -> None:
         publisher = _Publisher(self._settings, self._publish, target, self._progress)
         pause, is_told = _FIRST_PAUSE, False
+
+        def goes_on() -> None:
+            nonlocal pause, is_told
+            pause = _FIRST_PAUSE
+            if is_told:
+                self._problem("")
+            is_told = False
+
         try:
-            while not (stop.is_set() or ended.is_set()):
+            while not stop.is_set():
                 try:
-                    publisher.follow(_Either(stop, ended), adopt=self._adopt)
-                    pause = _FIRST_PAUSE
-                    if is_told:
-                        self._problem("")
-                        is_told = False
+                    publisher.follow(stop, goes_on, adopt=self._adopt)
                 except KafkaError as error:
                     if not is_told:
                         self._problem(f"{target.topic}: {error}")
                         is_told = True
-                    _Either(stop, ended).wait(pause)
+                    stop.wait(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE)
         except Exception as error:
             self._failure = self._failure or error
-            ended.set()
+            self._problem(f"{target.topic}: {error}")
         finally:
-            try:
+            with suppress(DeltaError, OSError):  # for people; the next row tells of it
                 publisher.told.write()
-            except Exception as error:
-                self._failure = self._failure or error
-
-
-class _Either:
-    """Set when one of two events is."""
-
-    def __init__(self, *events: threading.Event) -> None:
-        self._events = events
-
-    def is_set(self) -> bool:
-        return any(event.is_set() for event in self._events)
-
-    def wait(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while not self.is_set() and (left := end - time.monotonic()) > 0:
-            self._events[0].wait(min(left, 0.2))
 
 
 class _Publisher:
@@ -221,7 +207,7 @@ class _Publisher:
                 self._whole(outlet, self._log.latest_version() or 0)
             self._catch_up(outlet, None)
 
-    def follow(self, stop: _Either, *, adopt: bool) -> None:
+    def follow(self, stop: threading.Event, opened: Callable[[], None], *, adopt: bool) -> None:
         """Each version as it is committed, until ``stop`` is set or the table is another one."""
         identity = table_id(self._uri)
         if identity is None:
@@ -229,6 +215,7 @@ class _Publisher:
             return
         pause = REMOTE_POLL_SECONDS if "://" in self._uri else POLL_SECONDS
         with self._outlet(identity, adopt) as outlet:
+            opened()
             looked = -math.inf
             while not stop.is_set():
                 if time.monotonic() - looked > _LOOK_AROUND_SECONDS:
@@ -239,14 +226,14 @@ class _Publisher:
                     looked = time.monotonic()
                 self._catch_up(outlet, stop)
                 self.told.write_in_time()
-                stop.wait(pause) if pause >= 1 else time.sleep(pause)
+                stop.wait(pause)
             self._catch_up(outlet, _Deadline(_LAST_SECONDS))
 
     def _outlet(self, identity: str, adopt: bool) -> Outlet:
         target = self._target
         return Outlet(self._publish.cluster, target.name, identity, target.topic, target.step, adopt=adopt)
 
-    def _catch_up(self, outlet: Outlet, stop: _Either | _Deadline | None) -> None:
+    def _catch_up(self, outlet: Outlet, stop: threading.Event | _Deadline | None) -> None:
         at = outlet.position
         if at is not None and at.is_whole and not at.is_complete:
             self._whole(outlet, at.version)
@@ -352,7 +339,8 @@ class _Told:
     def write_in_time(self) -> None:
         """Write the row if it is time."""
         if time.monotonic() - self._written >= _TELL_SECONDS:
-            self.write()
+            with suppress(DeltaError, OSError):
+                self.write()
 
     def write(self) -> None:
         """Write the row, once per version, if there is something to tell."""

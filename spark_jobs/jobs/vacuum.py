@@ -2,8 +2,8 @@
 
 A file goes when it was removed from its table (or, named by no commit, was written: a killed batch leaves such) longer ago than the
 retention, which is what time travel is promised. Whatever its age, a file stays that is needed by a batch which was killed and is
-decided again by the version before it, by the key index while it catches up, and by the published marts. Table `campaigns` is left
-alone: a recount judges each batch by the prices of its time.
+decided again by the version before it, by the key index while it catches up, by publishing where it is behind, and by the published
+marts. Table `campaigns` is left alone: a recount judges each batch by the prices of its time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from spark_jobs.dedupe.index import KeyIndex
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import TableCorruptionError, UsageError
 from spark_jobs.locks import rewriting
+from spark_jobs.publish.progress import read_publications
 from spark_jobs.sinks.removal import delete_unneeded_files, unneeded_files
 from spark_jobs.storage import open_root
 from spark_jobs.tables import CAMPAIGNS, EVENTS, ORDERS, TABLES
@@ -111,6 +112,7 @@ def _needed_versions(settings: Settings, name: str, of_marts: list[int]) -> dict
             found[before] = f"the last batch of {query} is decided by it, should it run again"
     if name == EVENTS.name:
         found |= dict.fromkeys(_versions_of_index(settings), "the key index reads files of it to catch up")
+    found |= dict.fromkeys(_versions_to_publish(settings, name), "files of it are still to be published")
     return {version: reason for version, reason in sorted(found.items()) if _is_readable(settings.table_uri(name), version)}
 
 
@@ -145,6 +147,19 @@ def _versions_of_index(settings: Settings) -> list[int]:
             break
         if commit.removed:
             behind.append(commit.version - 1)
+    return behind
+
+
+def _versions_to_publish(settings: Settings, name: str) -> list[int]:
+    """Versions with the files that commits which are not published yet added, and others have removed since."""
+    behind = []
+    for topic in read_publications(settings):
+        if topic.table == name:
+            for commit in DeltaLog(settings.table_uri(name)).commits_backwards():
+                if topic.version is not None and commit.version <= topic.version:
+                    break
+                if commit.removed:
+                    behind.append(commit.version - 1)
     return behind
 
 

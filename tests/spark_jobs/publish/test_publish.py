@@ -26,6 +26,7 @@ from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import BusyError, PublicationError
 from spark_jobs.jobs.attribute import attribute
 from spark_jobs.jobs.publish import PublishLoop, ask_publications, publish_new
+from spark_jobs.jobs.vacuum import vacuum
 from spark_jobs.kafka.config import read_kafka
 from spark_jobs.publish import outlet
 from spark_jobs.publish.outlet import CONTROL_TOPIC, Outlet
@@ -161,11 +162,14 @@ def test_versions_that_are_gone_and_a_topic_that_is_gone(settings: Settings, kaf
     assert commit is not None
     uri = settings.table_uri("minute_metrics")
     rearrange(DeltaTable(uri), (("event_date", "2025-06-30"),), 10**8, "run")
-    (Path(uri) / commit.added[0]["path"]).unlink()  # as vacuum does with files that a compaction replaced
+    kept = {each.table: each.reasons for each in vacuum(settings, dry_run=True).tables}
+    assert kept["minute_metrics"] == {2: "files of it are still to be published"}
+    (Path(uri) / commit.added[0]["path"]).unlink()  # as another vacuum may, which does not know of publishing
     with pytest.raises(PublicationError, match=r"version 2 of minute_metrics .*adtally publish --whole"):
         publish_new(settings)
     assert consume(kafka, metrics) == first, "nothing of a version that cannot be read"
     assert publish_new(settings, whole=True).topics[0].records == 2
+    assert not any(each.reasons for each in vacuum(settings, dry_run=True).tables)
     assert {name: each["impressions"] for name, each in state(told(kafka, metrics)).items()} == {
         row(n)["record_uuid"]: n for n in (1, 2)
     }
@@ -250,6 +254,59 @@ def test_one_publisher_and_what_it_does_while_an_ingest_commits(settings: Settin
         stop.set()
         running.join(60)
     assert lags[-2] < 5, "seconds; far below one on an idle machine"
+
+
+def test_a_broker_that_is_away_is_told_once_and_one_topic_stops_no_other(settings: Settings, kafka: Kafka) -> None:
+    metrics, credits = publishing(settings, kafka)
+    where = settings.kafka_path.read_text()
+    add(settings, 1)
+    add_events(settings, [event("e1", 3)])
+    add_orders(settings, [order("o")])
+    attribute(settings)
+    attributed = Path(settings.table_uri("attributed_orders"))
+    for file in attributed.glob("*.parquet"):
+        file.unlink()
+    said: list[str] = []
+    settings.kafka_path.write_text(where.replace(kafka.bootstrap_servers, "127.0.0.1:1"))
+    away = PublishLoop(settings, problem=said.append)
+    settings.kafka_path.write_text(where)
+    stop = threading.Event()
+    outlet_seconds, outlet._ANSWER_SECONDS = outlet._ANSWER_SECONDS, 0.3
+    try:
+        running = threading.Thread(target=away.run, args=(stop,))
+        running.start()
+        end = time.monotonic() + 60
+        while len(said) < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(1.5)  # further attempts are not told
+        stop.set()
+        running.join(60)
+    finally:
+        stop.set()
+        outlet._ANSWER_SECONDS = outlet_seconds
+    assert sorted(each.split(":")[0] for each in said) == sorted((metrics, credits))
+    assert all("Kafka: " in each for each in said)
+    said.clear()
+    there, stop = PublishLoop(settings, problem=said.append), threading.Event()
+    failed: list[Exception] = []
+
+    def follow() -> None:
+        try:
+            there.run(stop)
+        except PublicationError as error:
+            failed.append(error)
+
+    running = threading.Thread(target=follow)
+    running.start()
+    end = time.monotonic() + 60
+    while not said and time.monotonic() < end:
+        time.sleep(0.05)
+    add(settings, 2)
+    stop.set()
+    running.join(60)
+    assert [str(error) for error in failed] == [said[0].partition(": ")[2]]
+    assert "cannot be published" in said[0]
+    assert len(consume(kafka, metrics)) == 2
 
 
 def test_who_is_shut_out_publishes_nothing_more(settings: Settings, kafka: Kafka) -> None:
