@@ -80,8 +80,11 @@ class KnownTopic(msgspec.Struct, frozen=True):
 def read_topic(cluster: KafkaCluster, topic: str, seconds: float = ANSWER_SECONDS) -> TopicState:
     """Ask a cluster for a topic. Raises KafkaError where it does not answer in ``seconds`` or has no such topic."""
     where = f"cluster {cluster.name} at {cluster.bootstrap_servers}"
+    told: list[str] = []  # why: a refused login, a port where nobody listens
+    options: dict[str, Any] = {"log_level": "0", "error_cb": lambda error: told.append(error.str()), **cluster.client_options()}
+    admin: AdminClient | None = None
     try:
-        admin = AdminClient({"log_level": "0", **cluster.client_options()})
+        admin = AdminClient(options)
         described = admin.describe_topics(TopicCollection([topic]), request_timeout=seconds)[topic].result(timeout=seconds)
         parts = [TopicPartition(topic, one.id) for one in described.partitions]
         found = {}
@@ -93,10 +96,22 @@ def read_topic(cluster: KafkaCluster, topic: str, seconds: float = ANSWER_SECOND
     except KafkaException as error:
         if error.args[0].code() == Code.UNKNOWN_TOPIC_OR_PART:
             raise KafkaError(f"{where} has no topic {topic}", hint="make it, or correct kafka.toml") from None
-        raise KafkaError(f"{where} does not answer: {error.args[0].str()}", hint="is the broker up?") from None
+        raise KafkaError(
+            f"{where} does not answer: {_cause(admin, told) or error.args[0].str()}", hint="is the broker up?"
+        ) from None
     except TimeoutError:
-        raise KafkaError(f"{where} does not answer within {seconds:.0f} s", hint="is the broker up?") from None
+        raise KafkaError(
+            f"{where} does not answer within {seconds:.0f} s{_cause(admin, told, ': ')}", hint="is the broker up?"
+        ) from None
     return TopicState(cluster.name, topic, str(described.topic_id), found["earliest"], found["latest"])
+
+
+def _cause(admin: AdminClient | None, told: list[str], before: str = "") -> str:
+    """What the client told last but for that all brokers are down, which says nothing."""
+    if admin is not None:
+        admin.poll(0.1)  # so that it tells
+    said = [line for line in told if "brokers are down" not in line]
+    return f"{before}{said[-1]}" if said else ""
 
 
 def topic_label(settings: Settings, stream: str, state: TopicState) -> str:

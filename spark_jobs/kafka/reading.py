@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 from confluent_kafka import KafkaError as Code
 
 from spark_jobs.errors import KafkaError
@@ -70,7 +70,15 @@ def _chunks(consumer: Consumer, split: OffsetSplit) -> Iterator[Lines]:
     ended = split.start >= split.end
     trouble = ""
     while not ended:
-        for message in consumer.consume(_AT_ONCE, _POLL_SECONDS):
+        messages = consumer.consume(_AT_ONCE, _POLL_SECONDS)
+        plain = _plain(messages, split.end)
+        if plain is not None:  # nearly always, at two thirds of the cost of looking at each
+            values += plain[0]
+            offsets += plain[1]
+            size += sum(map(len, plain[0]))
+            heard = time.monotonic()
+            messages = []
+        for message in messages:
             error = message.error()
             offset: Any = message.offset()
             if error is not None:
@@ -105,6 +113,18 @@ def _chunks(consumer: Consumer, split: OffsetSplit) -> Iterator[Lines]:
                 f"{f' ({trouble})' if trouble else ''}",
                 hint="is the broker up?",
             )
+
+
+def _plain(messages: list[Message], end: int) -> tuple[list[bytes], list[int]] | None:
+    """Values and offsets of messages that are all records before the last one of a split; None: they are not."""
+    errors = [message.error() for message in messages]
+    if not messages or errors.count(None) < len(errors):
+        return None
+    offsets: list[Any] = [message.offset() for message in messages]
+    if offsets[-1] >= end - 1:
+        return None
+    found: list[Any] = [message.value() for message in messages]
+    return [value or b"" for value in found], offsets
 
 
 def _lines(values: list[bytes], offsets: list[int], start: int) -> Lines:
