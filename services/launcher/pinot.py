@@ -11,13 +11,14 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from secrets import token_urlsafe
 from typing import Any
 
 from services.launcher.errors import PinotQueryError, ServiceError
-from services.launcher.service import Role, Service
+from services.launcher.service import Role, Service, Status
 
 _ANSWER_SECONDS = 10.0
 # loopback: a proxy of the environment is not asked
@@ -90,6 +91,19 @@ class Pinot(Service):
         where = self.addresses(ports)
         client = PinotClient(where["controller"], where["broker"])
         return {table: int(client.query(f'select count(*) from "{table}"')[0][0]) for table in sorted(client.tables())}
+
+    def status(self) -> Status:
+        """As of any service. A table that lacks messages is a problem too, though it answers."""
+        found = super().status()
+        if not found.running or found.problem:
+            return found
+        client = PinotClient(found.addresses["controller"], found.addresses["broker"])
+        for table in sorted(found.holds):
+            for partition, first, end in client.lost(table):
+                lacks = f"table {table} lacks messages {first} to {end - 1} of partition {partition}"
+                cure = "`adtally publish --whole`, then `adtally services pinot up --fresh`"
+                return replace(found, problem=f"{lacks}, which were gone before it read them: {cure}")
+        return found
 
     @property
     def client(self) -> PinotClient:
@@ -197,11 +211,31 @@ class PinotClient:
 
     def segments(self, table: str) -> dict[str, str]:
         """Status (IN_PROGRESS, DONE) of each realtime segment of a table."""
+        return {name: str(held.get("segment.realtime.status")) for name, held in self._segments(table).items()}
+
+    def lost(self, table: str) -> list[tuple[int, int, int]]:
+        """Messages that were gone from the topic before they were read: partition, first offset, and the one behind the last.
+
+        Pinot goes on behind them after a minute and says so in its log only. But each segment should begin where the one before
+        it in the partition ended, or, where that was given up, began.
+        """
+        by_partition: dict[int, list[tuple[int, int, int]]] = {}
+        for name, held in self._segments(table).items():
+            partition, sequence = (int(part) for part in name.rsplit("__", 3)[1:3])
+            start = int(held["segment.realtime.startOffset"])
+            is_done = held.get("segment.realtime.status") == "DONE"
+            end = int(held["segment.realtime.endOffset"]) if is_done else start
+            by_partition.setdefault(partition, []).append((sequence, start, end))
+        return [
+            (partition, end, start)
+            for partition, found in sorted(by_partition.items())
+            for (_, _, end), (_, start, _) in pairwise(sorted(found))
+            if start > end
+        ]
+
+    def _segments(self, table: str) -> dict[str, dict[str, Any]]:
         names = [name for part in _call(f"{self.controller}/segments/{table}?type=REALTIME") for name in part.get("REALTIME", [])]
-        found = {}
-        for name in names:
-            found[name] = str(_call(f"{self.controller}/segments/{table}/{name}/metadata").get("segment.realtime.status"))
-        return found
+        return {name: _call(f"{self.controller}/segments/{table}/{name}/metadata") for name in names}
 
     def consumed(self, table: str) -> dict[int, int]:
         """The offset that each partition of a table's topic has been read up to, exclusive.

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from services.launcher.errors import ServiceError, ServiceUsageError
 from services.launcher.kafka import PARTITIONS, Kafka
@@ -83,14 +84,17 @@ class Served:
         wait_until(lambda: self.found() == expected, seconds=20)
         assert self.found() == expected
 
-    def has_read(self, topic: str) -> bool:
-        """Whether Pinot has read all that is in a topic."""
+    def ends(self, topic: str) -> dict[int, int]:
         consumer = Consumer({"bootstrap.servers": self.kafka.bootstrap_servers, "group.id": "tests"})
         try:
-            ends = {at: consumer.get_watermark_offsets(TopicPartition(topic, at), timeout=20)[1] for at in range(PARTITIONS)}
+            return {at: consumer.get_watermark_offsets(TopicPartition(topic, at), timeout=20)[1] for at in range(PARTITIONS)}
         finally:
             consumer.close()
-        return self.client.consumed({METRICS_TOPIC: METRICS_TABLE, CREDITS_TOPIC: CREDITS_TABLE}[topic]) == ends
+
+    def has_read(self, topic: str) -> bool:
+        """Whether Pinot has read all that is in a topic."""
+        table = {METRICS_TOPIC: METRICS_TABLE, CREDITS_TOPIC: CREDITS_TABLE}[topic]
+        return self.client.consumed(table) == self.ends(topic)
 
     def committed(self, table: str) -> int:
         return list(self.client.segments(table).values()).count("DONE")
@@ -181,3 +185,22 @@ def test_what_is_right_is_left_alone_and_what_cannot_be_changed_is_refused(serve
             ensure_tables(served.client, table_specs(changed), told.append)
     with pytest.raises(ServiceError, match="has no topic missing"):
         examine(Source(servers, "missing"))
+
+
+def test_messages_that_went_before_they_were_read_are_told(served: Served) -> None:
+    assert served.pinot.status().problem is None
+    client = served.client
+    client.pause(METRICS_TABLE)
+    assert wait_until(lambda: not client.consuming_segments(METRICS_TABLE), seconds=60)
+    served.send(METRICS_TOPIC, [traffic.increment(at, version=1, draw=random.Random(2)) for at in range(8000, 8100)])
+    admin = AdminClient({"bootstrap.servers": served.kafka.bootstrap_servers})
+    ends = served.ends(METRICS_TOPIC)
+    admin.delete_records([TopicPartition(METRICS_TOPIC, 1, ends[1] - 5)])[TopicPartition(METRICS_TOPIC, 1)].result(30)
+    client.resume(METRICS_TABLE)
+    assert wait_until(lambda: served.has_read(METRICS_TOPIC), seconds=120)
+    [(partition, first, end)] = client.lost(METRICS_TABLE)
+    assert (partition, end) == (1, ends[1] - 5) and first < end
+    problem = served.pinot.status().problem
+    assert (
+        problem is not None and f"table ads_metrics lacks messages {first} to {end - 1} of partition 1, which were gone" in problem
+    )
