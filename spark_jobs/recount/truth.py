@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -295,34 +296,40 @@ def _lacking(
     whole = [found for found in occurrences if states[found.batch] == "booked" and found.batch not in absent]
     numbers = sorted({found.batch for found in whole})
     wanted = {number: offered[plans[number].query_id, plans[number].batch_id] for number in numbers}
-    by_entry: dict[Path, list[tuple[ParsedFile, Span]]] = {}
+    by_entry: dict[Path, list[tuple[ParsedFile, Occurrence]]] = {}
     for found in whole:
         if found.entry is not None:
-            by_entry.setdefault(found.entry.parquet, []).append((found.entry, (found.start, found.end)))
+            by_entry.setdefault(found.entry.parquet, []).append((found.entry, found))
     if sum(map(_count_all, by_entry.values())) >= sum(wanted.values()):
         return frozenset()
     held = dict.fromkeys(numbers, 0)
-    for found in whole:
-        if found.entry is not None:
-            held[found.batch] += _count(found.entry, found.start, found.end)
+    for taken in by_entry.values():
+        for (_, found), count in zip(taken, _counts(taken), strict=True):
+            held[found.batch] += count
     return frozenset(number for number in numbers if held[number] < wanted[number])
 
 
-def _count_all(taken: list[tuple[ParsedFile, Span]]) -> int:
-    """How many records of one chunk were taken, by each of the spans."""
-    entry, spans = taken[0][0], sorted(span for _, span in taken)
+def _count_all(taken: list[tuple[ParsedFile, Occurrence]]) -> int:
+    """How many records of one chunk were taken, each time that they were."""
+    entry, spans = taken[0][0], sorted((found.start, found.end) for _, found in taken)
     joined = all(before[1] == after[0] for before, after in pairwise(spans))
     if joined and isinstance(entry.raw, RawChunk) and (spans[0][0], spans[-1][1]) == (entry.raw.start, entry.raw.end):
         return entry.records
-    return sum(_count(entry, *span) for span in spans)
+    return sum(_counts(taken))
+
+
+def _counts(taken: list[tuple[ParsedFile, Occurrence]]) -> list[int]:
+    """How many records of one chunk each occurrence has."""
+    lines = pq.read_table(taken[0][0].parquet, columns=["line"])["line"].to_numpy()  # ascending
+    ends = np.searchsorted(lines, [(found.start, found.end) for _, found in taken])
+    return [int(end - start) for start, end in ends]
 
 
 def _count(entry: ParsedFile, start: int, end: int) -> int:
     """How many records of a chunk lie at offsets [start, end)."""
     if isinstance(entry.raw, RawChunk) and start <= entry.raw.start and end >= entry.raw.end:
         return entry.records
-    lines = pq.read_table(entry.parquet, columns=["line"])["line"].to_numpy()
-    return int(((lines >= start) & (lines < end)).sum())
+    return _counts([(entry, Occurrence(0, entry.name, start, end))])[0]
 
 
 def quoted(path: Path | str) -> str:
@@ -551,21 +558,27 @@ class Recount:
 
     def _load_trusted(self) -> None:
         """Rows of raw input that is not there stand for what they say themselves: nothing is taken back because it is gone."""
-        nothing = " limit 0" if not (self.inputs.gone or self.inputs.waiting) else ""
         place = """
             join batches on _query_id = query_id and _batch_id = batch_id
             join absent on absent.b = batches.b and name = source_file and source_line >= first_line and source_line < end_line
         """
-        self.lake.execute(f"create temp table trusted as {self._rows_as_they_are('absent', place, nothing)}")
+        numbers = {found.batch for found in (*self.inputs.gone, *self.inputs.waiting)}
+        self.lake.execute(f"create temp table trusted as {self._rows_as_they_are('absent', place, numbers)}")
         self._trust_unbacked()
         ids = [name for (name,) in self.rows("select distinct record_id from trusted where is_valid")]
         hashes = [xxh3_64_intdigest(name.encode()) for name in ids]
         self.keep("trusted_ids", pa.table({"record_id": pa.array(ids, pa.string()), "id_hash": pa.array(hashes, pa.uint64())}))
         self.lake.execute("update trusted set id_hash = i.id_hash from trusted_ids i where i.record_id = trusted.record_id")
 
-    def _rows_as_they_are(self, place: str, joins: str, limit: str = "") -> str:
-        """SQL for rows of events and rejects as records; ``joins`` finds their places in table ``place``."""
-        events, rejects = (f"(from {self.scan(table.name)}{limit})" for table in (EVENTS, REJECTED_EVENTS))
+    def _rows_as_they_are(self, place: str, joins: str, numbers: Collection[int]) -> str:
+        """SQL for rows of events and rejects of some batches as records; ``joins`` finds their places in table ``place``."""
+        plans = [self.inputs.plans[number] for number in numbers]
+        # by which Delta's statistics skip the files of the others
+        low, high = (pick((plan.batch_id for plan in plans), default=-1) for pick in (min, max))
+        events, rejects = (
+            f"(from {self.scan(table.name)} where _batch_id >= {low} and _batch_id <= {high})"
+            for table in (EVENTS, REJECTED_EVENTS)
+        )
         return f"""
             select o, {place}.b as b, name, e.region, source_line as line, true as is_valid, event_id as record_id,
                 null::ubigint as id_hash, epoch_us(received_at) as received_us, event_type, epoch_us(event_time) as time_us,
@@ -596,7 +609,7 @@ class Recount:
         """
         self.lake.execute(
             f"""
-            insert into trusted by name {self._rows_as_they_are("occurrences", place)};
+            insert into trusted by name {self._rows_as_they_are("occurrences", place, self.inputs.lacking)};
             update batches set is_partial = true where b in ({numbers}) and b in (select b from trusted)
             """
         )
