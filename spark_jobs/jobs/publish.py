@@ -38,6 +38,8 @@ _TELL_SECONDS = 10.0  # between two rows of `publications`
 _LAST_SECONDS = 20.0  # what was committed before the end is published within, or by the next run
 _QUIET_VERSIONS = 50  # versions without rows after which the position is noted all the same
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+# who stood still for longer than a transaction may take is shut out as if by another publisher, so once is no proof of one
+_FENCED_PAUSE, _FENCED_AGAIN_SECONDS = 5.0, 600.0
 _WHOLE = "`adtally publish --whole` publishes all rows as they stand, under the same ids"
 
 
@@ -157,7 +159,7 @@ class PublishLoop:
 
     def _run(self, target: _Target, stop: threading.Event) -> None:
         publisher = _Publisher(self._settings, self._publish, target, self._progress)
-        pause, is_told = _FIRST_PAUSE, False
+        pause, is_told, fenced = _FIRST_PAUSE, False, -math.inf
 
         def goes_on() -> None:
             nonlocal pause, is_told
@@ -176,6 +178,12 @@ class PublishLoop:
                         is_told = True
                     stop.wait(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE)
+                except BusyError as error:
+                    if time.monotonic() - fenced < _FENCED_AGAIN_SECONDS:
+                        raise
+                    fenced, is_told = time.monotonic(), True
+                    self._problem(f"{target.topic}: {error}")
+                    stop.wait(_FENCED_PAUSE)
         except Exception as error:
             self._failure = self._failure or error
             self._problem(f"{target.topic}: {error}")

@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +324,49 @@ def test_who_is_shut_out_publishes_nothing_more(settings: Settings, kafka: Kafka
             with pytest.raises(BusyError, match="another publisher"):
                 old.publish(2, iter([(["b"], ["2"])]))
     assert sorted(consume(kafka, metrics)) == [("a", b"1"), ("b", b"2")]
+
+
+def test_shut_out_once_a_loop_goes_on_and_twice_it_ends(settings: Settings, kafka: Kafka, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics, _ = publishing(settings, kafka)
+    monkeypatch.setattr("spark_jobs.jobs.publish._FENCED_PAUSE", 0.1)
+    publish = read_kafka(settings).publish
+    assert publish is not None
+    identity = table_id(settings.table_uri(MINUTE_METRICS.name)) or ""
+    said: list[str] = []
+    sent: list[int] = []
+    stop = threading.Event()
+    loop = PublishLoop(settings, problem=said.append, progress=lambda done: sent.append(done.version))
+    failed: list[Exception] = []
+
+    def follow() -> None:
+        try:
+            loop.run(stop)
+        except BusyError as error:
+            failed.append(error)
+
+    def wait(is_done: Callable[[], bool]) -> None:
+        end = time.monotonic() + 60
+        while not is_done() and time.monotonic() < end:
+            time.sleep(0.02)
+        assert is_done(), (said, sent)
+
+    running = threading.Thread(target=follow)
+    running.start()
+    try:
+        add(settings, 1)
+        wait(lambda: sent == [1])
+        for number, told_of in ((2, 2), (3, 3)):  # the second time there is one line, and no "" behind it
+            with Outlet(publish.cluster, MINUTE_METRICS.name, identity, metrics, Step.PUBLISHED_METRICS):
+                add(settings, number)
+                wait(lambda told_of=told_of: len(said) == told_of)  # type: ignore[misc]
+    finally:
+        stop.set()
+        running.join(60)
+    assert sent == [1, 2]
+    assert [bool(line) for line in said] == [True, False, True]
+    assert len(failed) == 1
+    assert publish_new(settings).topics[0].records == 1
+    assert len(consume(kafka, metrics)) == 3
 
 
 def uuid_of(order_id: str, touch: str | None) -> str:
