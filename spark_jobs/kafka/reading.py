@@ -117,8 +117,7 @@ def _chunks(consumer: Consumer, split: OffsetSplit) -> Iterator[Lines]:
 
 def _plain(messages: list[Message], end: int) -> tuple[list[bytes], list[int]] | None:
     """Values and offsets of messages that are all records before the last one of a split; None: they are not."""
-    errors = [message.error() for message in messages]
-    if not messages or errors.count(None) < len(errors):
+    if not messages or any(message.error() is not None for message in messages):  # an error cannot be compared with None
         return None
     offsets: list[Any] = [message.offset() for message in messages]
     if offsets[-1] >= end - 1:
