@@ -43,7 +43,7 @@ def build_session(settings: Settings, app_name: str = "adtally", extra: dict[str
         "spark.driver.memory": settings.driver_memory,
         # serial collector: two cores are worth more to the tasks than to the collector, and it keeps the heap small
         "spark.driver.extraJavaOptions": (
-            "-XX:+UseSerialGC -XX:TieredStopAtLevel=4 "
+            "-XX:+UseSerialGC "
             f"-Dderby.system.home={scratch} -Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties').as_uri()}"
         ),
         "spark.executorEnv.PYTHONPATH": paths,  # where the executors see these folders; elsewhere the package is installed

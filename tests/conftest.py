@@ -17,6 +17,9 @@ from spark_jobs.java import require_java
 from spark_jobs.session import build_session
 from spark_jobs.sinks.delta import ensure_tables
 
+# Every Spark of a test, also in processes that it starts: what runs for seconds is not worth Java's second compiler.
+os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1")
+
 
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:

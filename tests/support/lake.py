@@ -10,9 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from duckdb import DuckDBPyConnection
 from pyspark.sql import SparkSession
 
 from spark_jobs.config import Settings
+from spark_jobs.duck import connect_delta
 
 _clock = 1_700_000_000_000
 
@@ -77,10 +79,17 @@ def campaigns(settings: Settings, *rows: str) -> None:
     path.write_text("\n".join([header, *(rows or default)]) + "\n")
 
 
-def rows(spark: SparkSession, settings: Settings, table: str, columns: str, where: str = "true") -> list[tuple[Any, ...]]:
-    """Columns of a table, sorted."""
-    frame = spark.read.format("delta").load(settings.table_uri(table)).where(where)
-    return sorted((tuple(row) for row in frame.selectExpr(*columns.split("; ")).collect()), key=repr)
+def rows(_spark: SparkSession, settings: Settings, table: str, columns: str, where: str = "true") -> list[tuple[Any, ...]]:
+    """Columns of a table, sorted; by DuckDB, which needs a tenth of Spark's time."""
+    with connect_delta() as lake:
+        return _rows(lake, settings, table, columns, where)
+
+
+def _rows(lake: DuckDBPyConnection, settings: Settings, table: str, columns: str, where: str = "true") -> list[tuple[Any, ...]]:
+    lake.execute("set timezone = 'UTC'")
+    chosen = columns.replace(";", ",")
+    held = lake.execute(f"select {chosen} from delta_scan('{settings.table_uri(table)}') where {where}").fetchall()
+    return sorted(held, key=repr)
 
 
 def ledger(spark: SparkSession, settings: Settings, stream: str = "events") -> Counter[str]:
@@ -100,31 +109,25 @@ EVENT_COLUMNS = (
 )
 
 
-def everything(spark: SparkSession, settings: Settings) -> dict[str, Any]:
+def everything(_spark: SparkSession, settings: Settings) -> dict[str, Any]:
     """All tables, free of query ids, batch ids and times of ingestion: equal for equal input, however it was ingested."""
-    metrics = (
-        "event_minute; region; campaign_id; ad_id; store_id; placement; currency; sum(impressions); sum(clicks); sum(spend_nanos)"
-    )
-    keys = metrics.split("; ")[:7]
-    frame = spark.read.format("delta").load(settings.table_uri("minute_metrics"))
-    increments = frame.groupBy(*keys).sum("impressions", "clicks", "spend_nanos").collect()
-    book = spark.read.format("delta").load(settings.table_uri("batch_ledger")).groupBy("stream", "region", "event_hour")
+    keys = "event_minute, region, campaign_id, ad_id, store_id, placement, currency"
+    minutes = f"{keys}; sum(impressions); sum(clicks); sum(spend_nanos)"
     measures = ("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced", "spend_nanos")
+    hours = f"stream; region; event_hour; {'; '.join(f'sum({name})' for name in measures)}"
     rejected = (
         "outcome; reason_codes; region; source_file; source_line; raw; raw_encoding; record_id; fingerprint; accepted_fingerprint"
     )
-    return {
-        "events": rows(spark, settings, "events", EVENT_COLUMNS),
-        "minute_metrics": sorted((tuple(row) for row in increments), key=repr),
-        "record_uuids_unique": frame.count() == frame.select("record_uuid").distinct().count(),
-        "batch_ledger": sorted((tuple(row) for row in book.sum(*measures).collect()), key=repr),
-        "rejected_events": rows(spark, settings, "rejected_events", rejected),
-        "rejected_orders": rows(spark, settings, "rejected_orders", rejected),
-        "orders": rows(
-            spark,
-            settings,
-            "orders",
-            "order_id; order_time; received_at; region; user_id; store_id; total_micros; currency; status; cancelled_at; "
-            "has_placed",
-        ),
-    }
+    orders = (
+        "order_id; order_time; received_at; region; user_id; store_id; total_micros; currency; status; cancelled_at; has_placed"
+    )
+    with connect_delta() as lake:
+        return {
+            "events": _rows(lake, settings, "events", EVENT_COLUMNS),
+            "minute_metrics": _rows(lake, settings, "minute_metrics", minutes, "true group by all"),
+            "record_uuids_twice": _rows(lake, settings, "minute_metrics", "record_uuid", "true group by all having count(*) > 1"),
+            "batch_ledger": _rows(lake, settings, "batch_ledger", hours, "true group by all"),
+            "rejected_events": _rows(lake, settings, "rejected_events", rejected),
+            "rejected_orders": _rows(lake, settings, "rejected_orders", rejected),
+            "orders": _rows(lake, settings, "orders", orders),
+        }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from orchestration.marts.pins import SOURCES, latest_version, pin_versions
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, BusyError, TableCorruptionError, UsageError
 from spark_jobs.tables import ATTRIBUTED_ORDERS, BATCH_LEDGER, BILLING_LINES, CAMPAIGNS, MINUTE_METRICS, RECONCILIATIONS
-from tests.orchestration.marts.delta_files import commit, utc
+from tests.orchestration.marts.delta_files import commit
 from tests.orchestration.marts.lakes import first_batch, increment, late_batch, ledger_row, money, touched
 
 NOW = datetime(2026, 3, 12, 8, 0, tzinfo=UTC)
@@ -51,11 +52,20 @@ def litter(settings: Settings) -> list[str]:
 # A quote and braces in the path: they pass through SQL, YAML and a format string on their way.
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, build.MartBuild, list[str]]:
-    """A build of the first batch in a folder with an awkward name; read only."""
+    """The first build of the first batch, in a folder with an awkward name and in another zone; read only."""
     settings = settings_in(tmp_path_factory.mktemp("marts") / "a {b} o'clock")
     first_batch(lake_of(settings), int96=True)
     lines: list[str] = []
-    return settings, build_marts(settings, progress=lines.append, now=NOW, with_unit_tests=True), lines
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", "America/New_York")
+        return settings, build_marts(settings, "near_real_time", progress=lines.append, now=NOW, with_unit_tests=True), lines
+
+
+@pytest.fixture
+def built(published: tuple[Settings, build.MartBuild, list[str]], tmp_path: Path) -> Settings:
+    """A copy of it, to go on from."""
+    shutil.copytree(published[0].home_path, tmp_path / "home")
+    return settings_in(tmp_path / "home")
 
 
 def test_contents(published: tuple[Settings, build.MartBuild, list[str]]) -> None:
@@ -85,6 +95,7 @@ def test_contents(published: tuple[Settings, build.MartBuild, list[str]]) -> Non
 
 def test_build_describes_itself(published: tuple[Settings, build.MartBuild, list[str]]) -> None:
     settings, result, lines = published
+    assert result.groups == build.GROUPS  # one was asked for, but nothing was published: all of it
     assert result.versions == {table.name: 0 for table in SOURCES}
     rows = query_marts(settings, "select mart_group, build_id, built_at, git_revision, table_name, delta_version from mart_build")[
         1
@@ -115,10 +126,10 @@ def test_published_file_stands_alone(published: tuple[Settings, build.MartBuild,
     assert litter(settings) == []
 
 
-def test_second_build_adds_late_events_and_readers_keep_theirs(tmp_path: Path) -> None:
-    settings = settings_in(tmp_path)
-    first_batch(lake_of(settings))
-    first = build_marts(settings, now=NOW)
+def test_second_build_adds_late_events_and_readers_keep_theirs(
+    built: Settings, published: tuple[Settings, build.MartBuild, list[str]]
+) -> None:
+    settings, first = built, published[1]
     with duckdb.connect(str(settings.marts_path), read_only=True) as reader:
         assert reader.execute(f"{DAYS} order by all").fetchall() == FIRST_DAYS
         late_batch(lake_of(settings))
@@ -131,11 +142,8 @@ def test_second_build_adds_late_events_and_readers_keep_theirs(tmp_path: Path) -
     assert litter(settings) == []
 
 
-def test_a_group_is_built_and_the_other_stays(tmp_path: Path) -> None:
-    settings = settings_in(tmp_path)
-    lake = lake_of(settings)
-    first_batch(lake)
-    assert build_marts(settings, "near_real_time", now=NOW).groups == build.GROUPS  # nothing is published: all of it
+def test_a_group_is_built_and_the_other_stays(built: Settings) -> None:
+    settings, lake = built, lake_of(built)
     # a click on a campaign that no dimension knows yet
     commit(lake, MINUTE_METRICS, [increment("u5", 1, "2026-03-10T10:05", clicks=1, campaign_id="c5", ad_id="a5", store_id="s5")])
     commit(lake, BATCH_LEDGER, [ledger_row(1, "2026-03-10T10:00", accepted=1)])
@@ -145,12 +153,12 @@ def test_a_group_is_built_and_the_other_stays(tmp_path: Path) -> None:
     assert not any(node.unique_id.startswith(("unit_test.", "model.adtally.dim_")) for node in result.nodes)
     assert (date(2026, 3, 10), "c5", 0, 1, 0, 0, 0) in days(settings)
     assert query_marts(settings, "select campaign_id from dim_campaign order by 1")[1] == [("c1",), ("c9",)]
-    built = "select mart_group, built_at, delta_version from mart_build where table_name = 'batch_ledger' order by 1"
+    told = "select mart_group, built_at, delta_version from mart_build where table_name = 'batch_ledger' order by 1"
     moment = NOW.replace(tzinfo=None)
-    assert query_marts(settings, built)[1] == [("hourly", moment, 0), ("near_real_time", moment + timedelta(minutes=5), 1)]
+    assert query_marts(settings, told)[1] == [("hourly", moment, 0), ("near_real_time", moment + timedelta(minutes=5), 1)]
     build_marts(settings, "hourly", now=later)
     assert query_marts(settings, "select campaign_id from dim_campaign order by 1")[1] == [("c1",), ("c5",), ("c9",)]
-    assert query_marts(settings, built)[1] == [(group, moment + timedelta(minutes=5), 1) for group in sorted(build.GROUPS)]
+    assert query_marts(settings, told)[1] == [(group, moment + timedelta(minutes=5), 1) for group in sorted(build.GROUPS)]
     assert litter(settings) == []
 
 
@@ -177,27 +185,22 @@ def test_an_unknown_group_is_refused(tmp_path: Path) -> None:
         build_marts(settings_in(tmp_path), "daily")
 
 
-def test_half_written_batch_is_not_shown(tmp_path: Path) -> None:
-    settings = settings_in(tmp_path)
-    first_batch(lake_of(settings))
-    late_batch(lake_of(settings), with_ledger=False)
-    assert build_marts(settings, now=NOW).versions["minute_metrics"] == 1
-    assert days(settings) == FIRST_DAYS
-
-
-def test_pinned_versions_are_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is committed after the pins, a whole batch with its ledger rows, stays out."""
-    settings = settings_in(tmp_path)
-    first_batch(lake_of(settings))
+def test_only_batches_that_were_whole_when_it_began_are_shown(built: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch is half written when the versions are pinned; its ledger row and another whole batch come right after."""
+    lake = lake_of(built)
+    late_batch(lake, with_ledger=False)
 
     def pin_then_write(given: Settings) -> dict[str, int]:
         pins = pin_versions(given)
-        late_batch(lake_of(settings))
+        commit(lake, BATCH_LEDGER, [ledger_row(1, "2026-03-10T10:00", accepted=1, late=1, spend_nanos=500)])
+        commit(lake, MINUTE_METRICS, [increment("u6", 2, "2026-03-10T10:05", clicks=1, spend_nanos=700)])
+        commit(lake, BATCH_LEDGER, [ledger_row(2, "2026-03-10T10:00", accepted=1, spend_nanos=700)])
         return pins
 
     monkeypatch.setattr(build, "pin_versions", pin_then_write)
-    assert set(build_marts(settings, now=NOW).versions.values()) == {0}
-    assert days(settings) == FIRST_DAYS
+    versions = build_marts(built, now=NOW).versions
+    assert (versions["minute_metrics"], versions["batch_ledger"]) == (1, 0)
+    assert days(built) == FIRST_DAYS
 
 
 def test_tables_are_pinned_before_what_they_tell_of() -> None:
@@ -205,11 +208,9 @@ def test_tables_are_pinned_before_what_they_tell_of() -> None:
     assert SOURCES[:2] == (BILLING_LINES, BATCH_LEDGER)
 
 
-def test_failed_conservation_leaves_the_published_marts(tmp_path: Path) -> None:
+def test_failed_conservation_leaves_the_published_marts(built: Settings) -> None:
     """The ledger says two clicks, the increments one: the build names the test and publishes nothing."""
-    settings = settings_in(tmp_path)
-    first_batch(lake_of(settings))
-    build_marts(settings, now=NOW)
+    settings = built
     before = settings.marts_path.read_bytes()
     commit(lake_of(settings), MINUTE_METRICS, [increment("u5", 1, "2026-03-10T10:05", clicks=1, spend_nanos=500)])
     commit(lake_of(settings), BATCH_LEDGER, [ledger_row(1, "2026-03-10T10:00", accepted=2, spend_nanos=500)])
@@ -344,11 +345,3 @@ def test_latest_version_reads_the_names_of_the_log(tmp_path: Path) -> None:
     assert latest_version(tmp_path) == 11
     (log / f"{15:020d}.checkpoint.0000000001.0000000002.parquet").touch()
     assert latest_version(tmp_path) == 15
-
-
-def test_times_do_not_depend_on_the_local_zone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TZ", "America/New_York")
-    settings = settings_in(tmp_path)
-    first_batch(lake_of(settings), int96=True)
-    build_marts(settings, now=utc("2026-03-12T08:00"))
-    assert days(settings) == FIRST_DAYS

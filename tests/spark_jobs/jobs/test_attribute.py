@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -17,6 +14,7 @@ from typing import Any
 import pytest
 from deltalake import DeltaTable
 from filelock import FileLock
+from killed import run_code
 
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.delta_log import DeltaLog
@@ -296,14 +294,8 @@ def test_killed_and_run_again(settings: Settings, moment: str) -> None:
     program = (
         "from spark_jobs.config import load_settings; from spark_jobs.jobs.attribute import attribute; attribute(load_settings())"
     )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "ADTALLY_HOME": str(settings.home_path),
-        CRASH_VARIABLE: f"{moment}:attributed_orders:0",
-    }
-    killed = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, timeout=120, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
+    environment = {"ADTALLY_HOME": str(settings.home_path), CRASH_VARIABLE: f"{moment}:attributed_orders:0"}
+    assert run_code(program, **environment) == -signal.SIGKILL
     report = attribute(settings)
     assert report.revisions == (3 if moment == "before" else 0)
     assert linear(settings) == {name: {"a": 500, "b": 500} for name in ("o", "p", "q")}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import correct
 import lake
 import pytest
+from killed import run_code
 from pyspark.sql import SparkSession
 
 from spark_jobs.config import Settings, load_settings
@@ -223,8 +222,6 @@ STEPS = [
 @pytest.mark.parametrize(("moment", "step"), STEPS)
 def test_killed_in_the_middle(home: Settings, ideal: dict[str, Any], moment: str, step: Step) -> None:
     environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
         "ADTALLY_FUTURE_SKEW": "3600",
         "ADTALLY_HOUR_GRACE": "1800",
         CRASH_VARIABLE: f"{moment}:{step}:0",
@@ -237,8 +234,7 @@ from spark_jobs.jobs.backfill import backfill
 hours = HourRange(datetime(2025, 6, 2, 9, tzinfo=UTC), datetime(2025, 6, 2, 11, tzinfo=UTC))
 backfill(load_settings(home={str(home.home_path)!r}), hours)
 """
-    killed = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    assert run_code(code, **environment) == -signal.SIGKILL
     backfill(home, BOTH)
     assert correct.contents(home, identity=False) == ideal
     assert reconcile(home, None).differences == []

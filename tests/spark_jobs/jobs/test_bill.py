@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import uuid
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -21,6 +18,7 @@ from deltalake import DeltaTable, write_deltalake
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from killed import run_code
 
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.delta_log import DeltaLog
@@ -389,11 +387,9 @@ def test_lines_of_a_run_stand_in_one_commit_and_an_idle_run_makes_none(lake: Lak
 def test_a_killed_run_has_posted_all_or_nothing(lake: Lake, moment: str, lines: int) -> None:
     lake.ingest(("c1", 1000), ("c2", 1000))
     lake.close()
-    imports = "import sys; from spark_jobs.config import load_settings; from spark_jobs.jobs.bill import bill"
-    code = f"{imports}; bill(load_settings(home=sys.argv[1]))"
-    killed = {**os.environ, CRASH_VARIABLE: f"{moment}:{Step.BILLING_LINES}:{(lake.version() or 0) + 1}"}
-    done = subprocess.run([sys.executable, "-c", code, str(lake.settings.home_path)], env=killed, cwd=ROOT, timeout=60, check=False)
-    assert done.returncode == -signal.SIGKILL
+    code = "from spark_jobs.config import load_settings; from spark_jobs.jobs.bill import bill; bill(load_settings())"
+    point = f"{moment}:{Step.BILLING_LINES}:{(lake.version() or 0) + 1}"
+    assert run_code(code, **{"ADTALLY_HOME": str(lake.settings.home_path), CRASH_VARIABLE: point}) == -signal.SIGKILL
     assert len(lake.lines()) == lines
     assert len(lake.bill()) == 2 - lines
     assert lake.billed() == lake.recount()

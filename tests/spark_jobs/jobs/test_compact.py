@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +15,7 @@ import lake
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
+from killed import run_code
 from pyspark.sql import SparkSession
 
 from spark_jobs.config import Settings, load_settings
@@ -321,10 +319,8 @@ def test_a_killed_compaction_loses_nothing(home: Settings, moment: str) -> None:
     script = (
         "from spark_jobs.config import load_settings; from spark_jobs.jobs.compact import compact; compact(load_settings(), None)"
     )
-    where = {"PYTHONPATH": str(ROOT), "ADTALLY_HOME": str(home.home_path), CRASH_VARIABLE: f"{moment}:compaction:0"}
-    environment = {**os.environ, **where}
-    killed = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, timeout=120, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    environment = {"ADTALLY_HOME": str(home.home_path), CRASH_VARIABLE: f"{moment}:compaction:0"}
+    assert run_code(script, **environment) == -signal.SIGKILL
     assert everything(home) == before
     assert len(compact(home, None).tables) == (3 if moment == "before" else 2)
     assert everything(home) == before

@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import shutil
+from typing import Any
 
 import lake
 import pytest
@@ -21,22 +22,25 @@ def test_truth_of_simulated_traffic_to_the_row_and_the_nano(spark: SparkSession,
     truth = json.loads(simulate(settings.landing_path, 6_000, seed=11, lines_per_file=600).as_json())
     report = run_ingest(settings.model_copy(update={"max_files_per_batch": 4}), spark=spark)
 
+    def read(table: str, *columns: str, where: str = "true") -> list[Any]:  # by Spark: others of the lake's readers are Spark
+        return spark.read.format("delta").load(settings.table_uri(table)).where(where).selectExpr(*columns).collect()
+
     total = lake.ledger(spark, settings)
     for name in ("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced"):
         assert total[name] == truth["totals"][name], name
     assert report.batches > 3
-    hours = "region; date_format(event_hour, \"yyyy-MM-dd'T'HH:mm:ss'Z'\")"
+    hours = ("region", "date_format(event_hour, \"yyyy-MM-dd'T'HH:mm:ss'Z'\")")
     measures = ("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced")
     held: dict[tuple[str, str], list[int]] = {}
-    for region, hour, *values in lake.rows(spark, settings, "batch_ledger", f"{hours}; {'; '.join(measures)}", "stream = 'events'"):
+    for region, hour, *values in read("batch_ledger", *hours, *measures, where="stream = 'events'"):
         cell = held.setdefault((region, hour), [0] * len(measures))
         held[region, hour] = [a + b for a, b in zip(cell, values, strict=True)]
     assert held == {(row["region"], row["event_hour"]): [row[name] for name in measures] for row in truth["accounting"]}
     spend: dict[tuple[str, str, str, str], list[int]] = {}
-    keys = "campaign_id; region; date_format(date_trunc('hour', event_minute), \"yyyy-MM-dd'T'HH:mm:ss'Z'\"); currency"
+    hour = "date_format(date_trunc('hour', event_minute), \"yyyy-MM-dd'T'HH:mm:ss'Z'\")"
     sums = ("impressions", "clicks", "spend_nanos")
-    gross = "; ".join(f"{name} + invalid_{name}" for name in sums)  # what rules of activity find is the review's
-    for *key, impressions, clicks, nanos in lake.rows(spark, settings, "minute_metrics", f"{keys}; {gross}"):
+    gross = [f"{name} + invalid_{name}" for name in sums]  # what rules of activity find is the review's
+    for *key, impressions, clicks, nanos in read("minute_metrics", "campaign_id", "region", hour, "currency", *gross):
         cell = spend.setdefault((key[0], key[1], key[2], key[3]), [0, 0, 0])
         for at, value in enumerate((impressions, clicks, nanos)):
             cell[at] += value
@@ -46,7 +50,7 @@ def test_truth_of_simulated_traffic_to_the_row_and_the_nano(spark: SparkSession,
         ]
         for row in truth["campaign_hours"]
     }
-    orders = lake.rows(spark, settings, "orders", "status")
+    orders = read("orders", "status")
     assert orders.count(("cancelled",)) == truth["orders"]["cancelled"]
     assert orders.count(("placed",)) == truth["orders"]["placed"]
 

@@ -29,7 +29,7 @@ from tests.spark_jobs.jobs.held import Held, check_accepted, check_increments, c
 from tests.spark_jobs.jobs.oracle import Books, Landed
 from tests.spark_jobs.jobs.traffic import CAMPAIGNS, Shape, Traffic
 
-EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "8"))
+EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "6"))
 
 # the first of each is what the first example has, so it is none of the trivial ones
 shapes = st.builds(

@@ -18,6 +18,7 @@ import correct
 import duckdb
 import lake
 import pytest
+from killed import run_code
 from pyspark.sql import SparkSession
 
 from orchestration.marts import build_marts
@@ -232,13 +233,11 @@ def test_killed_at_every_step_of_a_repair(home: Settings, truth: dict[str, Any],
     correct.delete(home, "minute_metrics", OF_ONE)
     correct.delete(home, "rejected_events", "source_line = 0")
     correct.delete(home, "batch_ledger", "stream = 'events' and event_hour = '2025-06-02T10:00:00Z'")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), CRASH_VARIABLE: f"{moment}:{step}:0"}
     code = (
         "from spark_jobs.config import load_settings; from spark_jobs.jobs.reconcile import reconcile; "
         f"reconcile(load_settings(home={str(home.home_path)!r}), None, repair=True, run_id='killed')"
     )
-    killed = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    assert run_code(code, **{CRASH_VARIABLE: f"{moment}:{step}:0"}) == -signal.SIGKILL
     reconcile(home, None, repair=True, run_id="after")
     assert correct.contents(home) == truth
     assert reconcile(home, None).differences == []

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from itertools import count
@@ -20,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as with_settings
 from hypothesis import strategies as st
+from killed import run_code
 from local import LocalEvents
 
 from spark_jobs.config import Settings, load_settings
@@ -283,9 +281,8 @@ def test_a_review_that_is_killed_anywhere_comes_to_the_same(homes: Callable[[], 
     points = [("before", Step.CORRECTION_DECIDED), *(("after", step) for step in STEPS)]  # after one is before the next
     for number, (moment, step) in enumerate(points):
         killed = correct.copied(home, tmp_path / f"killed-{number}")
-        environment = {**os.environ, "ADTALLY_HOME": str(killed.home_path), CRASH_VARIABLE: f"{moment}:{step}:0"}
-        done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, check=False, timeout=120)
-        assert done.returncode == -signal.SIGKILL, (moment, step)
+        environment = {"ADTALLY_HOME": str(killed.home_path), CRASH_VARIABLE: f"{moment}:{step}:0"}
+        assert run_code(script, **environment) == -signal.SIGKILL, (moment, step)
         review(killed, run_id="r")
         assert correct.contents(killed) == good and restated(killed) == summed, (moment, step)
         assert not review(killed).hours
