@@ -36,6 +36,7 @@ BATCH_LEDGER = Suite(
         "event_hour": TIME,
         **dict.fromkeys(_COUNTS, NUMBER),
         "spend_nanos": NUMBER,
+        "lost_offsets": NUMBER,
         "max_received_at": TIME,
         "ingested_at": TIME,
         **BATCH_COLUMNS,

@@ -462,6 +462,8 @@ def test_status_of_an_empty_home(adtally: Adtally, tmp_path: Path) -> None:
         "quarantined_files": [],
         "conservation_holds": True,
         "problems": [NOTHING_INGESTED],
+        "publications": [],
+        "topics": [],
     }
     assert list(tmp_path.iterdir()) == []
 
@@ -484,7 +486,7 @@ def test_status_where_the_books_do_not_balance(built: tuple[Path, Done], adtally
 
 def test_status_prints_times_and_lags(adtally: Adtally, monkeypatch: pytest.MonkeyPatch) -> None:
     at = datetime(2026, 3, 10, 12, 0, 5, tzinfo=UTC)
-    source = status_module.SourceStatus("events", "eu-west", 1234567, 1234567, 0, 0, 0, 0, 3725.0, 9, at)
+    source = status_module.SourceStatus("events", "files", "eu-west", 1234567, 1234567, 0, 0, 0, 0, 3725.0, 9, at)
     table = status_module.TableStatus("events", 3, 1234567, 12, 1_500_000)
     lost = status_module.QuarantinedFile("eu/[x].jsonl.gz", ["truncated_gzip"], at)
     found = status_module.Status([source], [table], [lost], True, ["[red]as it is[/]"])
