@@ -196,6 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keep", action="store_true", help="keep what the last run wrote")
     run.common_options(parser)
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends too
     if args.source == "files":
         return run.main(["ingest", "--scenario", "freshness", "--work", args.work, "--results", args.results])
     work = Path(args.work).absolute()

@@ -251,6 +251,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
     args = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends too
     console = Console()
     args.adtally_env = dict(args.adtally_env)
     runner = {"throughput": throughput, "catch-up": catch_up}[args.scenario]
