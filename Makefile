@@ -53,8 +53,8 @@ test-long: setup ## Set up and run the last two, side by side
 	@$(RUN) pytest -n $(WORKERS) --dist load --maxschedchunk 1 -m "soak or e2e" $(PYTEST_ARGS)
 
 .PHONY: test-services
-test-services: setup ## Set up and start a real Kafka and a real Pinot (their jars are downloaded once)
-	@$(RUN) pytest -m services $(PYTEST_ARGS)
+test-services: setup ## Set up and run on real Kafkas, a real Pinot and a Spark cluster (jars are downloaded once)
+	@$(RUN) pytest -n $(WORKERS) --dist loadfile -m services $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: setup ## ruff, mypy, sqlfluff, dbt parse, dagster definitions

@@ -18,6 +18,7 @@ from spark_jobs.kafka.ranges import OffsetSplit
 from spark_jobs.sources.lines import BLOCK_BYTES, Lines
 
 QUIET_SECONDS = 60.0  # without a single record or an end: given up
+DOWN_SECONDS = 10.0  # the same where no broker of the cluster can be reached: the batch holds a lock that others wait for
 _AT_ONCE = 5_000
 _POLL_SECONDS = 0.2
 _CONSUMER = {
@@ -68,7 +69,7 @@ def _chunks(consumer: Consumer, split: OffsetSplit) -> Iterator[Lines]:
     size = 0
     heard = time.monotonic()
     ended = split.start >= split.end
-    trouble = ""
+    trouble, patience = "", QUIET_SECONDS
     while not ended:
         messages = consumer.consume(_AT_ONCE, _POLL_SECONDS)
         plain = _plain(messages, split.end)
@@ -76,7 +77,7 @@ def _chunks(consumer: Consumer, split: OffsetSplit) -> Iterator[Lines]:
             values += plain[0]
             offsets += plain[1]
             size += sum(map(len, plain[0]))
-            heard = time.monotonic()
+            heard, patience = time.monotonic(), QUIET_SECONDS
             messages = []
         for message in messages:
             error = message.error()
@@ -90,6 +91,8 @@ def _chunks(consumer: Consumer, split: OffsetSplit) -> Iterator[Lines]:
                     )
                 else:
                     trouble = error.str()
+                    if error.code() == Code._ALL_BROKERS_DOWN:
+                        patience = DOWN_SECONDS
                 if ended:
                     break
                 continue
@@ -100,16 +103,16 @@ def _chunks(consumer: Consumer, split: OffsetSplit) -> Iterator[Lines]:
             values.append(value)
             offsets.append(offset)
             size += len(value)
-            heard = time.monotonic()
+            heard, patience = time.monotonic(), QUIET_SECONDS
             if offset == split.end - 1:
                 ended = True
                 break
         if values and (ended or size >= BLOCK_BYTES):
             yield _lines(values, offsets, split.start)
             values, offsets, size = [], [], 0
-        if not ended and time.monotonic() - heard > QUIET_SECONDS:
+        if not ended and time.monotonic() - heard > patience:
             raise KafkaError(
-                f"{split.name}: nothing came for {QUIET_SECONDS:.0f} s, with offsets up to {split.end - 1} to come"
+                f"{split.name}: nothing came for {patience:.0f} s, with offsets up to {split.end - 1} to come"
                 f"{f' ({trouble})' if trouble else ''}",
                 hint="is the broker up?",
             )
