@@ -189,7 +189,8 @@ def raw_lines(split: Split | OffsetSplit, wanted: npt.NDArray[np.int64]) -> Iter
     if isinstance(split, OffsetSplit):
         first, last = int(wanted[0]), int(wanted[-1])
         split = replace(split, start=split.start + first, end=split.start + last + 1)
-        yield from ((number + first, *rest) for number, *rest in _raw_of(split, wanted - first))
+        for number, raw, encoding, size in _raw_of(split, wanted - first):
+            yield number + first, raw, encoding, size
         return
     yield from _raw_of(split, wanted)
 
