@@ -13,7 +13,6 @@ Results go to benchmarks/results/attribution.json. Exit status 1: a credit is wr
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -30,7 +29,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import BenchmarkError, machine, note
+from benchmarks.measure import BenchmarkError, machine, note, verdict, write_result
 from benchmarks.run import common_options
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.duck import connect_delta
@@ -265,14 +264,10 @@ def main(argv: list[str] | None = None) -> int:
         "summary": summary,
         "targets": [target | {"met": value >= PEER_ORDERS_PER_SECOND}],
     }
-    path = Path(args.results) / f"{args.name or 'attribution'}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    write_result(args.results, args.name or "attribution", document)
     show(document, Console())
     wrong = [f"{found['clicks']:,} clicks: {problem}" for found in summary for problem in found["wrong"]]
-    for problem in wrong:
-        print(f"wrong numbers: {problem}", file=sys.stderr)
-    return 1 if wrong or (args.check and value < PEER_ORDERS_PER_SECOND) else 0
+    return verdict(wrong, is_missed=args.check and value < PEER_ORDERS_PER_SECOND)
 
 
 if __name__ == "__main__":

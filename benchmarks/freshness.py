@@ -32,7 +32,7 @@ from rich.console import Console
 from benchmarks import delta_log
 from benchmarks.contestants import Job, adtally_command, adtally_environment
 from benchmarks.make_input import REGIONS, World, uuid_text
-from benchmarks.measure import BenchmarkError, TreeSampler, end_tree, note, tail
+from benchmarks.measure import BenchmarkError, TreeSampler, end_tree, note, tail, verdict, write_result
 
 POLL_SECONDS = 0.1
 COUNTS = ["impressions", "clicks", "invalid_impressions", "invalid_clicks"]
@@ -234,15 +234,11 @@ def main(argv: list[str] | None = None) -> int:
         "targets": [asdict(target) | {"met": target.met} for target in targets],
         "runs": runs,
     }
-    path = Path(args.results) / f"{args.name or f'freshness-kafka-{args.to}'}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    path = write_result(args.results, args.name or f"freshness-kafka-{args.to}", document)
     run.show_targets(document, Console())
     print(f"written: {path}")
     wrong = [problem for found in runs for problem in found["wrong"]]
-    for problem in wrong:
-        print(f"wrong: {problem}", file=sys.stderr)
-    return 1 if wrong or (args.check and not all(target.met for target in targets)) else 0
+    return verdict(wrong, is_missed=args.check and not all(target.met for target in targets))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ contestant failed or gave wrong numbers, or, with --check, a target was missed.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import signal
 import statistics
@@ -36,7 +35,18 @@ from benchmarks.contestants import (
 )
 from benchmarks.kafka_topics import SteadyFeed, broker, feed_files, kafka_toml, wait_for
 from benchmarks.make_input import InputSpec, input_file
-from benchmarks.measure import BenchmarkError, TreeSampler, end_tree, json_object, machine, note, run_measured, tail
+from benchmarks.measure import (
+    BenchmarkError,
+    TreeSampler,
+    end_tree,
+    json_object,
+    machine,
+    note,
+    run_measured,
+    tail,
+    verdict,
+    write_result,
+)
 from benchmarks.run import GIB, Bench, Outcome, Target, common_options, median_or_none, show_targets, whole_batches
 from services.launcher.kafka import Kafka
 
@@ -276,9 +286,7 @@ def main(argv: list[str] | None = None) -> int:
         "runs": runs,
     }
     size = args.events if args.scenario == "throughput" else args.backlog
-    path = Path(args.results) / f"{args.name or f'kafka-{args.scenario}-{size}'}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    path = write_result(args.results, args.name or f"kafka-{args.scenario}-{size}", document)
     for way, figures in summary.get("by_way", {}).items():
         shown = {name: f"{value / GIB:.2f} GiB" if name.endswith("bytes") else value for name, value in figures.items() if value}
         console.print(f"{way}: {shown}")
@@ -288,9 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     show_targets(document, console)
     console.print(f"written: {path}")
     wrong = [f"{run.get('way', args.scenario)}: {problem}" for run in runs for problem in run["wrong"]]
-    for problem in wrong:
-        print(f"wrong numbers: {problem}", file=sys.stderr)
-    return 1 if wrong or (args.check and not all(target.met for target in targets)) else 0
+    return verdict(wrong, is_missed=args.check and not all(target.met for target in targets))
 
 
 if __name__ == "__main__":

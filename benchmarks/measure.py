@@ -190,3 +190,18 @@ def _lines(path: str) -> list[str]:
 def note(text: str) -> None:
     """Progress for the person who waits, on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def write_result(results: str | Path, name: str, document: dict[str, Any]) -> Path:
+    """Write what a benchmark found as ``<results>/<name>.json``; returns the path."""
+    path = Path(results) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path
+
+
+def verdict(wrong: list[str], *, is_missed: bool) -> int:
+    """The exit status of a benchmark: 1 where a number was wrong, which is said, or a target that counts was missed."""
+    for problem in wrong:
+        print(f"wrong numbers: {problem}", file=sys.stderr)
+    return 1 if wrong or is_missed else 0

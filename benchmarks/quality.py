@@ -31,7 +31,7 @@ from rich.table import Table
 
 from benchmarks.contestants import CONTESTANTS, Job, adtally_environment, event_batches
 from benchmarks.make_input import START_MICROS, InputSpec, make_input, prefix_view
-from benchmarks.measure import BenchmarkError, machine, note, run_measured
+from benchmarks.measure import BenchmarkError, machine, note, run_measured, verdict, write_result
 from benchmarks.run import Target, common_options, show_targets
 from spark_jobs.config import load_settings
 from spark_jobs.delta_log import DeltaLog
@@ -232,14 +232,10 @@ def main(argv: list[str] | None = None) -> int:
         "targets": [asdict(target) | {"met": target.met} for target in targets],
         "runs": runs,
     }
-    path = Path(args.results) / f"{args.name or f'quality-{bench.events}'}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    write_result(args.results, args.name or f"quality-{bench.events}", document)
     show(document, Console())
     wrong = [f"{run['what']}, round {run['round']}: {problem}" for run in runs for problem in run["wrong"]]
-    for problem in wrong:
-        print(f"wrong numbers: {problem}", file=sys.stderr)
-    return 1 if wrong or (args.check and not all(target.met for target in targets)) else 0
+    return verdict(wrong, is_missed=args.check and not all(target.met for target in targets))
 
 
 if __name__ == "__main__":

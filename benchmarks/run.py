@@ -33,7 +33,7 @@ from rich.table import Table
 from benchmarks.contestants import CONTESTANTS, Job, event_batches
 from benchmarks.freshness import run_freshness
 from benchmarks.make_input import RESENT_SHARE, InputSpec, make_input, prefix_view
-from benchmarks.measure import BenchmarkError, Measured, machine, note, run_measured
+from benchmarks.measure import BenchmarkError, Measured, machine, note, run_measured, verdict, write_result
 
 HERE = Path(__file__).parent
 GIB = 2**30
@@ -425,15 +425,11 @@ def main(argv: list[str] | None = None) -> int:
     }
     size = {"throughput": args.events, "memory": args.events, "history": args.high, "batch10": args.batch * 10}
     name = args.name or f"ingest-{args.scenario}-{size.get(args.scenario, int(args.rate))}"
-    path = Path(args.results) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    path = write_result(args.results, name, document)
     show(document, console)
     console.print(f"written: {path}")
     wrong = [f"{r.get('contestant', args.scenario)}: {problem}" for r in runs for problem in r["wrong"]]
-    for problem in wrong:
-        print(f"wrong numbers: {problem}", file=sys.stderr)
-    return 1 if wrong or (args.check and not all(t.met for t in targets)) else 0
+    return verdict(wrong, is_missed=args.check and not all(t.met for t in targets))
 
 
 if __name__ == "__main__":

@@ -222,20 +222,22 @@ class _Run:
         try:
             while not stop.is_set() and not all(query.ended for query in queries):
                 for query in queries:
-                    self._look_after(query)
+                    self._look_after(query, queries)
                 stop.wait(0.2)
             ended = all(query.ended for query in queries)
             for query in queries:
                 if query.running is not None:
                     _stop_after_batch(query.running)
-                    self._end_of(query)
+                    is_away = query.cluster is not None and self._continuous  # which is told, and no failure
+                    with contextlib.suppress(*((KafkaError,) if is_away else ())):
+                        self._end_of(query)
             return ended
         finally:
             for query in queries:
                 if query.running is not None and query.running.isActive:
                     query.running.stop()
 
-    def _look_after(self, query: _Query) -> None:
+    def _look_after(self, query: _Query, queries: list[_Query]) -> None:
         """Start a query that does not run and should, and see what became of one that does."""
         if query.ended or time.monotonic() < query.retry_at:
             return
@@ -253,7 +255,10 @@ class _Run:
         except KafkaError as error:
             if not self._continuous or query.cluster is None:
                 raise
-            query.running, query.retry_at = None, time.monotonic() + RETRY_SECONDS
+            query.running = None
+            for other in queries:  # each that is not running would wait as long to be told the same
+                if other.cluster == query.cluster and other.running is None:
+                    other.retry_at = time.monotonic() + RETRY_SECONDS
             is_told = query.cluster.name in self._away.values()
             self._away[query.name] = query.cluster.name
             if not is_told:
