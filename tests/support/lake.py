@@ -88,7 +88,8 @@ def rows(_spark: SparkSession, settings: Settings, table: str, columns: str, whe
 def _rows(lake: DuckDBPyConnection, settings: Settings, table: str, columns: str, where: str = "true") -> list[tuple[Any, ...]]:
     lake.execute("set timezone = 'UTC'")
     chosen = columns.replace(";", ",")
-    held = lake.execute(f"select {chosen} from delta_scan('{settings.table_uri(table)}') where {where}").fetchall()
+    path = settings.table_uri(table).replace("'", "''")
+    held = lake.execute(f"select {chosen} from delta_scan('{path}') where {where}").fetchall()
     return sorted(held, key=repr)
 
 

@@ -273,7 +273,11 @@ def ingest(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stands in for the job: two batches, and what it was called with."""
     seen = SimpleNamespace(batches=[BATCH, BATCH], options={})
 
-    def run_ingest(settings: Any, *, progress: Callable[[BatchReport], None], **options: Any) -> IngestReport:
+    def run_ingest(
+        settings: Any, *, progress: Callable[[BatchReport], None], notice: Callable[[str], None], **options: Any
+    ) -> IngestReport:
+        if options["continuous"]:
+            notice("cluster eu-west answers again")
         seen.options = {"home": settings.home_path, **options}
         report = IngestReport()
         for batch in seen.batches:
@@ -305,6 +309,7 @@ def test_continuous_ingest_with_json_prints_a_line_a_batch(adtally: Adtally, ing
     lines = [json.loads(line) for line in done.out.splitlines()]
     assert [line["type"] for line in lines] == ["batch", "batch", "end"]
     assert (lines[0]["batch_id"], lines[0]["seconds"], lines[-1]["offered"]) == (0, 0.5, 20)
+    assert done.err == "adtally: cluster eu-west answers again\n"
     assert (ingest.options["continuous"], ingest.options["trigger_seconds"]) == (True, 0.5)
 
 
