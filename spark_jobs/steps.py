@@ -34,6 +34,7 @@ class Step(StrEnum):
     COMMITS = "commits"  # Spark's: the batch is done (checkpoint commits/N)
     HOUR_CLOSINGS = "hour_closings"
     SOURCE_GAPS = "source_gaps"
+    RAW_COPY = "raw_copy"  # of a topic, by a query of its own
     COMPACTION = "compaction"
     RESTORE = "restore"  # what a compaction did is taken back
     VACUUM = "vacuum"
@@ -61,7 +62,7 @@ CORRECTION: tuple[Step, ...] = (
     *(Step.RESTATEMENTS, Step.HOUR_RULES, Step.RECONCILIATIONS, Step.CORRECTION_DONE),
 )
 MAINTENANCE: tuple[Step, ...] = (
-    *(Step.HOUR_CLOSINGS, Step.SOURCE_GAPS, Step.COMPACTION, Step.RESTORE, Step.VACUUM, *CORRECTION),
+    *(Step.HOUR_CLOSINGS, Step.SOURCE_GAPS, Step.RAW_COPY, Step.COMPACTION, Step.RESTORE, Step.VACUUM, *CORRECTION),
     *(Step.RULE_SETS, Step.TRAFFIC_REVIEWS, Step.ATTRIBUTED_ORDERS, Step.BILLING_LINES),
     *(Step.PUBLISHED_METRICS, Step.PUBLISHED_CREDITS, Step.PUBLICATIONS),
 )

@@ -224,13 +224,6 @@ def gaps_of(checkpoint: Path, label: str, state: TopicState) -> list[Gap]:
     return gaps
 
 
-def refuse_gaps(settings: Settings, stream: str, checkpoint: Path, label: str, state: TopicState) -> bool:
-    """Whether anything is missing for the next batch of a query. Raises OffsetGapError where nobody decided to go on behind it."""
-    gaps = gaps_of(checkpoint, label, state)
-    _refuse_open(settings, stream, state, gaps)
-    return bool(gaps)
-
-
 def missing_now(settings: Settings, stream: str, cluster: KafkaCluster) -> tuple[TopicState, str, list[Gap]]:
     """The topic, its label from now on, and what is missing of it for the ingest or for the raw copy, decided or not.
 

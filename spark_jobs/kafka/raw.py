@@ -1,74 +1,154 @@
 """The raw copy of a topic: every record as it came, by a query of its own, into `raw_events` or `raw_orders`.
 
-Spark's source reads it and Delta's own sink writes it: no line of the ingest's reading is in its way, so that what the one loses
-the other has, and a recount needs neither the ingest nor the topic's retention.
+It has offsets of its own and does its own reading: no line of the ingest's is in its way, so that what the one loses the other has,
+and a recount needs neither the ingest nor the topic's retention. Its tasks write data files, which a commit a batch names.
 """
 
 from __future__ import annotations
 
-from pyspark.sql import SparkSession
-from pyspark.sql import functions as f
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from confluent_kafka import KafkaError as Code
+from confluent_kafka import TopicPartition
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
 from spark_jobs.config import Settings
-from spark_jobs.errors import AdtallyError
+from spark_jobs.errors import AdtallyError, KafkaError
 from spark_jobs.kafka.config import KafkaCluster
-from spark_jobs.kafka.gaps import checkpoint_of, keep_topic, read_topic, refuse_gaps, topic_label
-from spark_jobs.kafka.source import explain_failure, spark_reader_options
-from spark_jobs.tables import RAW_TABLES
+from spark_jobs.kafka.ranges import OffsetSplit, partition_of
+from spark_jobs.kafka.reading import open_consumer
+from spark_jobs.kafka.source import KafkaSource
+from spark_jobs.sinks.data_files import DataFile, DataFileWriter
+from spark_jobs.sinks.delta import DeltaSink, Transaction
+from spark_jobs.steps import Step, watch_checkpoint
+from spark_jobs.tables import RAW_TABLES, Table
+from spark_jobs.transforms.stamp import Stamp, stamped
 
-TRIGGER_SECONDS = 10.0  # at least: nobody waits for it, and a commit through Spark takes a second
+TRIGGER_SECONDS = 10.0  # at least: nobody waits for it
+_QUIET_SECONDS = 30.0
+_AT_ONCE = 10_000
+_BATCH_FACTOR = 4  # a batch is written as it is read, and never held
+
+
+@dataclass(frozen=True)
+class CopyJob:
+    """What the tasks of a batch write, and where."""
+
+    table: Table
+    uri: str
+    stamp: Stamp
 
 
 class RawCopy:
     """The query that copies the topic of a stream of one cluster."""
 
     def __init__(self, settings: Settings, stream: str, cluster: KafkaCluster) -> None:
-        """Raises KafkaError where the cluster does not answer or lacks the topic, OffsetGapError where records of it are gone."""
-        self.cluster = cluster
-        self.topic = cluster.topic(stream)
+        """Raises KafkaError where the cluster does not answer or lacks the topic, OffsetGapError where it is another topic."""
         self.failure: Exception | None = None
         self._settings = settings
-        self._stream = stream
-        state = read_topic(cluster, self.topic)
-        self.label = topic_label(settings, stream, state)
-        self.checkpoint = checkpoint_of(settings, f"raw_{stream}", cluster.name, self.topic, self.label)
-        self.stream = self.checkpoint.name
-        self._goes_past_a_gap = refuse_gaps(settings, stream, self.checkpoint, self.label, state)
-        self.checkpoint.mkdir(parents=True, exist_ok=True)
-        keep_topic(self.checkpoint, state)
+        self._source = KafkaSource(settings, stream, cluster, f"raw_{stream}", _BATCH_FACTOR)
+        self._sink = DeltaSink(RAW_TABLES[stream], settings)
 
     def start(self, spark: SparkSession, *, continuous: bool, trigger_seconds: float) -> StreamingQuery:
         """Start it: all that is there, or until stopped."""
-        options = spark_reader_options(self.cluster, self.topic, 4 * self.cluster.max_offsets_per_batch)
-        if self._goes_past_a_gap:  # all of it by decision: it was looked at just now
-            options["failOnDataLoss"] = "false"
-        reader = spark.readStream.format("kafka")
-        for name, value in options.items():
-            reader = reader.option(name, value)
-        now = f.current_timestamp()
-        rows = reader.load().select(
-            f.lit(self.cluster.name).alias("cluster"),
-            f.lit(self.label).alias("source_topic"),
-            f.col("partition").alias("source_partition"),
-            f.col("offset").alias("source_offset"),
-            f.col("timestamp").alias("source_timestamp"),
-            f.col("value"),
-            now.alias("ingested_at"),
-            f.to_date(now).alias("ingested_date"),
-        )
         writer = (
-            rows.writeStream.queryName(self.stream)
-            .format("delta")
-            .outputMode("append")
-            .option("checkpointLocation", f"file://{self.checkpoint}")
+            self._source.load(spark)
+            .writeStream.queryName(self._source.name)
+            .foreachBatch(self._run)
+            .option("checkpointLocation", f"file://{self._source.checkpoint}")
         )
         if continuous:
             writer = writer.trigger(processingTime=f"{int(max(TRIGGER_SECONDS, trigger_seconds) * 1000)} milliseconds")
         else:
             writer = writer.trigger(availableNow=True)
-        return writer.start(self._settings.table_uri(RAW_TABLES[self._stream].name))
+        watch_checkpoint(self._source.checkpoint)
+        return writer.start()
 
     def explained(self, error: Exception) -> AdtallyError | None:
         """The error in our own words, where the cluster is at fault."""
-        return explain_failure(self.cluster, error)
+        return self._source.explained(error)
+
+    def _run(self, frame: DataFrame, batch_id: int) -> None:
+        try:
+            self._copy(frame.sparkSession, batch_id)
+        except Exception as error:
+            self.failure = error if isinstance(error, AdtallyError) else self._source.explained(error) or error
+            raise  # Spark passes on its text only
+
+    def _copy(self, spark: SparkSession, batch_id: int) -> None:
+        planned = self._source.plan(batch_id)
+        splits = self._source.splits(planned)
+        if not splits:
+            return
+        query_id = json.loads((self._source.checkpoint / "metadata").read_text("utf-8"))["id"]
+        job = CopyJob(self._sink.table, self._sink.uri, Stamp(query_id, batch_id, planned.planned_us))
+        context = spark.sparkContext
+        slices = min(len(splits), context.defaultParallelism)
+        written = context.parallelize(splits, slices).mapPartitions(lambda part: [copy_splits(part, job)]).collect()
+        files = [file for part in written for file in part]
+        self._sink.append(files, Step.RAW_COPY, Transaction(query_id, batch_id))
+
+
+def copy_splits(splits: Iterable[OffsetSplit], job: CopyJob) -> list[DataFile]:
+    """Write the records of splits as data files of the raw table; one task's work.
+
+    Raises KafkaError where the broker does not answer, or no longer has the offsets.
+    """
+    with DataFileWriter(job.uri, job.table) as writer:
+        for split in splits:
+            _copy_split(split, job, writer)
+    return writer.files
+
+
+def _copy_split(split: OffsetSplit, job: CopyJob, writer: DataFileWriter) -> None:
+    place = partition_of(split.name)
+    assert place is not None
+    consumer = open_consumer(split.options)
+    try:
+        consumer.assign([TopicPartition(split.topic, split.partition, split.start)])
+        position, heard = split.start, time.monotonic()
+        while position < split.end:
+            messages = consumer.consume(_AT_ONCE, 1.0)
+            # where a partition ends is told as a message with the offset behind its last record
+            told = [(message.error(), message.offset()) for message in messages]
+            reached = [offset for error, offset in told if error is None or error.code() == Code._PARTITION_EOF]
+            for error, _ in told:
+                if error is not None and error.code() in (Code.OFFSET_OUT_OF_RANGE, Code._AUTO_OFFSET_RESET):
+                    raise KafkaError(f"{split.name}: the topic does not have offset {position} any more")
+            records: list[Any] = [
+                message
+                for message, (error, offset) in zip(messages, told, strict=True)
+                if error is None and offset is not None and offset < split.end
+            ]
+            if records:
+                writer.write(stamped(_columns(records, place.cluster, place.topic, split.partition), job.table, job.stamp))
+                position = records[-1].offset() + 1
+            behind = [offset for offset in reached if offset is not None and offset >= split.end]
+            if behind:
+                return
+            if records:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > _QUIET_SECONDS:
+                raise KafkaError(f"{split.name}: nothing came for {_QUIET_SECONDS:.0f} s", hint="is the broker up?")
+    finally:
+        consumer.close()
+
+
+def _columns(records: list[Any], cluster: str, topic: str, partition: int) -> pa.Table:
+    count = len(records)
+    return pa.table(
+        {
+            "cluster": pa.repeat(pa.scalar(cluster), count),
+            "source_topic": pa.repeat(pa.scalar(topic), count),
+            "source_partition": pa.repeat(pa.scalar(partition, pa.int32()), count),
+            "source_offset": pa.array([record.offset() for record in records], pa.int64()),
+            "source_timestamp": pa.array([record.timestamp()[1] for record in records], pa.timestamp("ms", "UTC")),
+            "value": pa.array([record.value() for record in records], pa.binary()),
+        }
+    )

@@ -33,7 +33,7 @@ _BROKER_WORDS = (
 )
 
 
-def spark_reader_options(cluster: KafkaCluster, topic: str, max_offsets: int) -> dict[str, str]:
+def _reader_options(cluster: KafkaCluster, topic: str, max_offsets: int) -> dict[str, str]:
     """Options of Spark's Kafka source for a topic: from its beginning, committed records alone, and a gap is a failure."""
     return {
         "kafka.request.timeout.ms": "15000",
@@ -54,20 +54,27 @@ class KafkaSource(Source):
 
     kind = "kafka"
 
-    def __init__(self, settings: Settings, stream: str, cluster: KafkaCluster) -> None:
-        """Raises KafkaError where the cluster does not answer or lacks the topic, OffsetGapError where it is another topic."""
+    def __init__(
+        self, settings: Settings, stream: str, cluster: KafkaCluster, query: str | None = None, batch_factor: int = 1
+    ) -> None:
+        """``query``: how the query's name begins, where it is not the ingest's of the stream. ``batch_factor``: so many times as
+        large are its batches.
+
+        Raises KafkaError where the cluster does not answer or lacks the topic, OffsetGapError where it is another topic.
+        """
         self.cluster = cluster
         self.topic = cluster.topic(stream)
         self.label = topic_label(settings, stream, read_topic(cluster, self.topic))
-        self.checkpoint = checkpoint_of(settings, stream, cluster.name, self.topic, self.label)
+        self.checkpoint = checkpoint_of(settings, query or stream, cluster.name, self.topic, self.label)
         self.name = self.checkpoint.name
         self._settings = settings
         self._stream = stream
+        self._max_offsets = batch_factor * cluster.max_offsets_per_batch
 
     def load(self, spark: SparkSession) -> DataFrame:
         """See Source."""
         reader = spark.readStream.format("kafka")
-        for name, value in spark_reader_options(self.cluster, self.topic, self.cluster.max_offsets_per_batch).items():
+        for name, value in _reader_options(self.cluster, self.topic, self._max_offsets).items():
             reader = reader.option(name, value)
         return reader.load().select("partition")
 

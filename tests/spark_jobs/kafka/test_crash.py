@@ -48,18 +48,26 @@ def test_a_killed_batch_of_a_topic_counts_once(spark: SparkSession, settings: Se
         assert _run(settings, f"{moment}:{step}:{batch}") == -signal.SIGKILL, f"{moment} {step} was never reached"
     assert _run(settings) == 0, (settings.home_path / "run.log").read_text()[-3000:]
 
+    for moment in ("before", "after"):  # the copy, which has batches of its own
+        events.send([b"poison"], 0)
+        done = (settings.checkpoints_path / "raw_events-eu-west" / "commits").glob("[0-9]*")
+        batch = max(int(path.name) for path in done) + 1
+        assert _run(settings, f"{moment}:{Step.RAW_COPY}:{batch}") == -signal.SIGKILL, f"{moment} the copy was never reached"
+        assert _run(settings) == 0, (settings.home_path / "run.log").read_text()[-3000:]
+
     assert lake.rows(spark, settings, "events", "event_id") == sorted(((f"e{n}",) for n in set(sent)), key=repr)
     totals = lake.ledger(spark, settings)
     assert [totals[name] for name in ("offered", "accepted", "duplicate", "conflict", "rejected")] == [
-        len(sent) + 2,
+        len(sent) + 4,
         len(set(sent)),
         len(sent) - len(set(sent)),
         0,
-        2,
+        4,
     ]
     places = lake.rows(spark, settings, "rejected_events", "source_partition; source_offset")
-    assert places == [(partition, len(sent) // 2) for partition in (0, 1)]
+    last = len(sent) // 2
+    assert places == [(0, last), (0, last + 1), (0, last + 2), (1, last)]
     impressions = lake.rows(spark, settings, "minute_metrics", "impressions")
     assert sum(row[0] for row in impressions) == len(set(sent))
     raw = Counter(lake.rows(spark, settings, "raw_events", "source_partition; source_offset"))
-    assert raw == Counter((partition, offset) for partition in (0, 1) for offset in range(len(sent) // 2 + 1))
+    assert raw == Counter([*((0, offset) for offset in range(last + 3)), *((1, offset) for offset in range(last + 1))])
