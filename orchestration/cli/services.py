@@ -57,12 +57,18 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
     ) -> None:
         """Start Kafka, wait until it answers, and make the topics that are missing. One that runs is left as it is.
 
-        Its folder is HOME/services/kafka. The jars are downloaded once and checked on every start.
+        Its folder is HOME/services/kafka. The jars are downloaded once and checked on every start. Where there is no HOME/kafka.toml
+        yet, one is written that names it.
         """
         with one_line():
-            kafka = _kafka(settings(), heap)
+            home = settings()
+            kafka = _kafka(home, heap)
             kafka.partitions = partitions
-            _print(kafka.up(_tell(), fresh=fresh, wanted_ports={} if port is None else {"broker": port}), as_json)
+            found = kafka.up(_tell(), fresh=fresh, wanted_ports={} if port is None else {"broker": port})
+            if not home.kafka_path.exists():
+                home.kafka_path.write_text(_KAFKA_FILE.format(servers=found.addresses["bootstrap_servers"]), "utf-8")
+                _tell()(f"wrote {home.kafka_path}: adtally reads its topics and publishes to it from now on")
+            _print(found, as_json)
 
     @pinot_app.command(
         name="up",
@@ -108,6 +114,16 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
 
     _add_down_and_status(kafka_app, "kafka", lambda: _kafka(settings()))
     _add_down_and_status(pinot_app, "pinot", lambda: pinot_service(settings()))
+
+
+_KAFKA_FILE = """# docs/kafka.md lists the entries.
+[[clusters]]
+name = "local"
+bootstrap_servers = "{servers}"
+
+[publish]
+cluster = "local"
+"""
 
 
 def _add_down_and_status(group: typer.Typer, name: str, service: Callable[[], Service]) -> None:

@@ -67,6 +67,7 @@ def test_kafka_up_status_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert run([*command, "up", "--heap", "512m", "--partitions", "1"]) == 0
         said = capsys.readouterr()
         assert "starting kafka" in said.err and "bootstrap servers: 127.0.0.1:" in said.out
+        assert 'bootstrap_servers = "127.0.0.1:' in (tmp_path / "kafka.toml").read_text()
         assert run([*command, "status", "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found["running"] and set(found["holds"].values()) == {1}
