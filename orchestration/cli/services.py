@@ -57,8 +57,8 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
     ) -> None:
         """Start Kafka, wait until it answers, and make the topics that are missing. One that runs is left as it is.
 
-        Its folder is HOME/services/kafka. The jars are downloaded once and checked on every start. Where there is no HOME/kafka.toml
-        yet, one is written that names it.
+        Its folder is HOME/services/kafka. The jars are downloaded once and checked on every start. A HOME/kafka.toml that names it
+        is written where there is none.
         """
         with one_line():
             home = settings()
