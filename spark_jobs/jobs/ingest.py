@@ -29,12 +29,12 @@ from spark_jobs.jobs.campaigns import load_campaigns
 from spark_jobs.jobs.events import EventsJob
 from spark_jobs.jobs.orders import OrdersJob
 from spark_jobs.jobs.publish import PublishLoop, is_publishing
-from spark_jobs.jobs.stream import StreamJob
 from spark_jobs.kafka.config import KafkaCluster, read_kafka
 from spark_jobs.kafka.raw import RawCopy
 from spark_jobs.kafka.source import KafkaSource
 from spark_jobs.session import build_session
 from spark_jobs.sinks.delta import ensure_tables
+from spark_jobs.sources.query import SourceQuery
 from spark_jobs.tasks.write import load_task_code
 
 INGEST_LOCK = ".ingest.lock"  # in ADTALLY_HOME, held by whoever ingests
@@ -270,7 +270,7 @@ class _Run:
         if error is None or query.job is None:
             return
         failure = query.job.failure
-        if isinstance(query.job, StreamJob | RawCopy) and not isinstance(failure, AdtallyError):
+        if isinstance(query.job, SourceQuery) and not isinstance(failure, AdtallyError):
             failure = query.job.explained(failure or error) or failure
         if isinstance(failure, AdtallyError):
             raise failure

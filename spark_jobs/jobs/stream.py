@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -19,20 +19,20 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql.streaming.query import StreamingQuery
 
 from spark_jobs.config import Settings
 from spark_jobs.contract.spec import Limits, to_micros
 from spark_jobs.dedupe.classify import Classification, Outcome
 from spark_jobs.dedupe.keys import Keys
 from spark_jobs.delta_log import Commit, DeltaLog
-from spark_jobs.errors import AdtallyError, ConservationError
+from spark_jobs.errors import ConservationError
 from spark_jobs.jobs.batch import COUNTS, Batch, BatchReport, Plan, ledger_rows
 from spark_jobs.rules.invalid_traffic import InvalidTrafficRules, no_rules
 from spark_jobs.session import is_one_machine
 from spark_jobs.sinks.delta import DeltaSink, Transaction
+from spark_jobs.sources.query import SourceQuery
 from spark_jobs.sources.source import FilesSource, Source
-from spark_jobs.steps import Step, crash_point, watch_checkpoint
+from spark_jobs.steps import Step, crash_point
 from spark_jobs.tables import BATCH_LEDGER, Table
 from spark_jobs.tasks.stage import StageTask, stage_split
 from spark_jobs.tasks.write import SplitRows, WriteJob, Written, write_splits
@@ -42,7 +42,7 @@ from spark_jobs.transforms.stamp import Stamp, stamped_records
 _ROWS_PER_WRITER = 250_000
 
 
-class StreamJob(ABC):
+class StreamJob(SourceQuery):
     """One stream: its query, and what a batch of it does. Sub-classes say where the accepted records go."""
 
     stream: str
@@ -52,31 +52,13 @@ class StreamJob(ABC):
     ledger_step: Step
 
     def __init__(self, settings: Settings, report: Callable[[BatchReport], None], source: Source | None = None) -> None:
+        super().__init__(source or FilesSource(settings, self.stream))
         self.settings = settings
         self.report = report
-        self.source = source or FilesSource(settings, self.stream)
-        self.checkpoint = self.source.checkpoint
         self._lock = FileLock(settings.home_path / f".{self.stream}.write.lock")
         self._first = True
-        self.failure: Exception | None = None
         self._rejected = DeltaSink(self.rejected_table, settings)
         self._ledger = DeltaSink(BATCH_LEDGER, settings)
-
-    def start(self, spark: SparkSession, *, continuous: bool, trigger_seconds: float) -> StreamingQuery:
-        """Start the streaming query: all that is there, or until stopped."""
-        # said to be local files: a cluster's default file system may be another
-        writer = (
-            self.source.load(spark)
-            .writeStream.queryName(self.source.name)
-            .foreachBatch(self._run)
-            .option("checkpointLocation", f"file://{self.checkpoint}")
-        )
-        if continuous:
-            writer = writer.trigger(processingTime=f"{int(trigger_seconds * 1000)} milliseconds")
-        else:
-            writer = writer.trigger(availableNow=True)
-        watch_checkpoint(self.checkpoint)
-        return writer.start()
 
     @abstractmethod
     def plan_prices(self) -> int:
@@ -109,17 +91,6 @@ class StreamJob(ABC):
     def commit_derived(self, batch: Batch, written: list[Written]) -> None:
         """Commit what follows from the accepted records. Nothing, unless a stream says otherwise."""
         return
-
-    def explained(self, error: Exception) -> AdtallyError | None:
-        """A failure in the words of the source, where that is at fault."""
-        return self.source.explained(error)
-
-    def _run(self, frame: DataFrame, batch_id: int) -> None:
-        try:
-            self._run_batch(frame, batch_id)
-        except Exception as error:
-            self.failure = error if isinstance(error, AdtallyError) else self.source.explained(error) or error
-            raise  # Spark passes on its text only
 
     def _run_batch(self, frame: DataFrame, batch_id: int) -> None:
         spark = frame.sparkSession

@@ -15,22 +15,21 @@ from typing import Any
 import pyarrow as pa
 from confluent_kafka import KafkaError as Code
 from confluent_kafka import TopicPartition
-from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql.streaming.query import StreamingQuery
+from pyspark.sql import DataFrame
 
 from spark_jobs.config import Settings
-from spark_jobs.errors import AdtallyError, KafkaError
+from spark_jobs.errors import KafkaError
 from spark_jobs.kafka.config import KafkaCluster
 from spark_jobs.kafka.ranges import OffsetSplit, partition_of
 from spark_jobs.kafka.reading import open_consumer
 from spark_jobs.kafka.source import KafkaSource
 from spark_jobs.sinks.data_files import DataFile, DataFileWriter
 from spark_jobs.sinks.delta import DeltaSink, Transaction
-from spark_jobs.steps import Step, watch_checkpoint
+from spark_jobs.sources.query import SourceQuery
+from spark_jobs.steps import Step
 from spark_jobs.tables import RAW_TABLES, Table
 from spark_jobs.transforms.stamp import Stamp, stamped
 
-TRIGGER_SECONDS = 10.0  # at least: nobody waits for it
 _QUIET_SECONDS = 30.0
 _AT_ONCE = 10_000
 _BATCH_FACTOR = 4  # a batch is written as it is read, and never held
@@ -45,50 +44,25 @@ class CopyJob:
     stamp: Stamp
 
 
-class RawCopy:
+class RawCopy(SourceQuery):
     """The query that copies the topic of a stream of one cluster."""
+
+    min_trigger_seconds = 10.0  # nobody waits for it
 
     def __init__(self, settings: Settings, stream: str, cluster: KafkaCluster) -> None:
         """Raises KafkaError where the cluster does not answer or lacks the topic, OffsetGapError where it is another topic."""
-        self.failure: Exception | None = None
-        self._settings = settings
-        self._source = KafkaSource(settings, stream, cluster, f"raw_{stream}", _BATCH_FACTOR)
+        self._topic = KafkaSource(settings, stream, cluster, f"raw_{stream}", _BATCH_FACTOR)
+        super().__init__(self._topic)
         self._sink = DeltaSink(RAW_TABLES[stream], settings)
 
-    def start(self, spark: SparkSession, *, continuous: bool, trigger_seconds: float) -> StreamingQuery:
-        """Start it: all that is there, or until stopped."""
-        writer = (
-            self._source.load(spark)
-            .writeStream.queryName(self._source.name)
-            .foreachBatch(self._run)
-            .option("checkpointLocation", f"file://{self._source.checkpoint}")
-        )
-        if continuous:
-            writer = writer.trigger(processingTime=f"{int(max(TRIGGER_SECONDS, trigger_seconds) * 1000)} milliseconds")
-        else:
-            writer = writer.trigger(availableNow=True)
-        watch_checkpoint(self._source.checkpoint)
-        return writer.start()
-
-    def explained(self, error: Exception) -> AdtallyError | None:
-        """The error in our own words, where the cluster is at fault."""
-        return self._source.explained(error)
-
-    def _run(self, frame: DataFrame, batch_id: int) -> None:
-        try:
-            self._copy(frame.sparkSession, batch_id)
-        except Exception as error:
-            self.failure = error if isinstance(error, AdtallyError) else self._source.explained(error) or error
-            raise  # Spark passes on its text only
-
-    def _copy(self, spark: SparkSession, batch_id: int) -> None:
-        planned = self._source.plan(batch_id)
-        splits = self._source.splits(planned)
+    def _run_batch(self, frame: DataFrame, batch_id: int) -> None:
+        planned = self._topic.plan(batch_id)
+        splits = self._topic.splits(planned)
         if not splits:
             return
-        query_id = json.loads((self._source.checkpoint / "metadata").read_text("utf-8"))["id"]
+        query_id = json.loads((self.checkpoint / "metadata").read_text("utf-8"))["id"]
         job = CopyJob(self._sink.table, self._sink.uri, Stamp(query_id, batch_id, planned.planned_us))
-        context = spark.sparkContext
+        context = frame.sparkSession.sparkContext
         slices = min(len(splits), context.defaultParallelism)
         written = context.parallelize(splits, slices).mapPartitions(lambda part: [copy_splits(part, job)]).collect()
         files = [file for part in written for file in part]
