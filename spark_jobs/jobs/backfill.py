@@ -45,6 +45,7 @@ from spark_jobs.tables import EVENTS, HOUR_RULES
 
 CAUSE = "rules_changed"
 _HOURS_AT_ONCE = 6
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,11 @@ def backfill(
     ensure_tables(settings)
     say = progress or (lambda _: None)
     run_id = run_id or uuid.uuid4().hex
-    now = now or datetime.now(UTC)
     wanted = {hour_number(hour) for hour in hours}
     changes: dict[tuple[date, str, str], Restated] = {}
     changed = 0
     with correcting(settings):
+        now = now or datetime.now(UTC)
         _require_right(settings, wanted, now, say)
         today = _today(settings, dry_run=dry_run)
         for group in _groups(settings, wanted, now):
@@ -216,7 +217,7 @@ def _restate(
         changes = _changes(recount)
         if not dry_run:
             correction = decide(recount, run)
-            told = _hour_rules(sorted(changed & group), rules, run)
+            told = _hour_rules(recount, sorted(changed & group), rules, run)
             correction = replace(correction, changes=[*correction.changes, told])
             write_ahead(settings, correction)
             carry_out(settings, correction)
@@ -265,14 +266,17 @@ def _sum(one: Restated, other: Restated) -> Restated:
     return replace(one, **{name: getattr(one, name) + getattr(other, name) for name in names})
 
 
-def _hour_rules(hours: list[int], rules: Rules, run: Run) -> TableChange:
+def _hour_rules(recount: Recount, hours: list[int], rules: Rules, run: Run) -> TableChange:
+    # the latest set_at holds: what is set later is later, also where the clock was put back or who waited began earlier
+    ((before,),) = recount.rows(f"select epoch_us(max(set_at)) from {recount.scan(HOUR_RULES.name)}")
+    set_at = run.now if before is None else max(run.now, _EPOCH + timedelta(microseconds=before + 1))
     made: list[dict[str, Any]] = [
         {
             **asdict(rules),
             "run_id": run.run_id,
             "event_hour": hour_moment(hour),
             "rule_set": run.rule_set,
-            "set_at": run.now,
+            "set_at": set_at,
         }
         for hour in hours
     ]

@@ -218,8 +218,8 @@ def reconcile(
     ensure_tables(settings)
     say = progress or (lambda _: None)
     run_id = run_id or uuid.uuid4().hex
-    now = now or datetime.now(UTC)
     with correcting(settings):
+        now = now or datetime.now(UTC)
         wanted = None if hours is None else {hour_number(hour) for hour in hours}
         pass_ = compare_hours(settings, wanted, now, say)
         while pass_.waiting and hours is not None and time.monotonic() - started < patience_seconds:

@@ -120,15 +120,16 @@ def review(
     """
     started = time.monotonic()
     require_local(settings)
-    run = Run(run_id or uuid.uuid4().hex, "review", "invalid traffic", now or datetime.now(UTC))
+    run_id = run_id or uuid.uuid4().hex
     wanted = None if hours is None else {hour_number(hour) for hour in hours}
     done: list[ReviewedHour] = []
     is_unfinished = settings.corrections_path.exists() and any(settings.corrections_path.iterdir())
     if is_unfinished or _has_work(settings, wanted):
         ensure_tables(settings)
         with correcting(settings):
+            run = Run(run_id, "review", "invalid traffic", now or datetime.now(UTC))
             done = review_outdated(settings, wanted, run, progress or (lambda _: None))
-    return ReviewReport(run.run_id, done, time.monotonic() - started)
+    return ReviewReport(run_id, done, time.monotonic() - started)
 
 
 def _has_work(settings: Settings, wanted: Collection[int] | None) -> bool:

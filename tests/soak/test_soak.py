@@ -165,7 +165,8 @@ def test_all_at_once_and_exact_at_the_end(tmp_path: Path) -> None:
         log.close()
     print({f"{loop.name} {number}": loop.runs for number, loop in enumerate(loops)})
     assert status == 0, (tmp_path / "ingest.log").read_text()[-3000:]
-    assert not [failure for loop in loops for failure in loop.failures]
+    failures = [failure for loop in loops for failure in loop.failures]
+    assert not failures, "\n".join(failures)
     assert all(loop.runs for loop in loops), [(loop.name, loop.runs) for loop in loops]
 
     # what landed last, then every hour closed by an operator and judged by the prices as they are now

@@ -195,6 +195,19 @@ def test_taken_back_by_the_old_rules(base: Settings, home: Settings) -> None:
     assert reconcile(old, None).differences == []
 
 
+def test_the_rules_of_whoever_came_last_hold_though_it_began_earlier(home: Settings) -> None:
+    began = datetime.now(UTC)
+    review(home, BOTH)
+    before = correct.contents(home)
+    backfill(home, BOTH, now=began + timedelta(minutes=5))
+    lake.campaigns(home, *OLD)
+    old = load_settings(home=home.home_path, max_files_per_batch=1)
+    backfill(old, BOTH, now=began)  # it waited for the other one, or a clock was put back
+    assert correct.contents(old) == before
+    assert reconcile(old, None).differences == []
+    assert backfill(old, BOTH, now=began).hours_changed == 0
+
+
 def test_hours_that_are_open_or_wrong_are_refused(home: Settings) -> None:
     versions = _versions(home)
     with pytest.raises(UsageError):
