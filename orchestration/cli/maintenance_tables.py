@@ -150,7 +150,7 @@ def _sources(closing: Closing) -> Table:
     newest = max((source.progress_at for source in closing.sources if source.progress_at), default=None)
     for source in closing.sources:
         behind = (newest - source.progress_at).total_seconds() if newest and source.progress_at else None
-        state = "retired" if source.is_retired else "silent" if source.is_silent else "running"
+        state = "retired" if source.is_retired else "silent" if source.is_silent else "awaited" if source.is_awaited else "running"
         progress = f"{source.progress_at:%Y-%m-%d %H:%M:%S}" if source.progress_at else "-"
         region = f"{source.region} (kafka)" if source.source == "kafka" else source.region
         shown.add_row(source.stream, region, progress, duration(behind), state)

@@ -3,7 +3,8 @@
 Hour H is closed when every source has come past H + 1 h + ADTALLY_HOUR_GRACE. A source is a stream and a region of the ledger; its
 progress is what it has received, never beyond when that was ingested, so a sender whose clock runs ahead closes nothing. The wall
 clock closes nothing either: a source that falls silent, and a cluster of kafka.toml of which no event has come yet, hold the hours
-open until they speak, are retired (ADTALLY_RETIRED_SOURCES), or an operator closes them by hand (table `hour_closings`).
+open until they speak, are retired (ADTALLY_RETIRED_SOURCES), or an operator closes them by hand (table `hour_closings`). So does a
+region of which files have landed and none was read yet.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from spark_jobs.hours import HOUR, HourRange, floor_hour
 from spark_jobs.kafka.config import read_kafka
 from spark_jobs.sinks.delta import append_decision, ensure_tables
 from spark_jobs.sources.delta import read_newest
+from spark_jobs.sources.landing import landed_regions
 from spark_jobs.steps import Step
 from spark_jobs.tables import BATCH_LEDGER, HOUR_CLOSINGS, Table
 
@@ -31,7 +33,8 @@ _LEDGER_COLUMNS = (*_SOURCE, "event_hour", "accepted", "max_received_at", "inges
 class SourceProgress:
     """How far one source has come. ``progress_at`` None: nothing of it was accepted yet.
 
-    Nothing waits for such a one, unless it ``is_awaited``: a cluster of kafka.toml of which no event has come yet.
+    Nothing waits for such a one, unless it ``is_awaited``: a cluster of kafka.toml of which no event has come yet, or a region whose
+    first files lie in the landing folder and were not ingested yet.
     """
 
     stream: str
@@ -79,6 +82,7 @@ def read_closing(settings: Settings) -> Closing:
     # a source without progress has sent nothing that an hour could lack
     progress = [source.progress_at for source in sources if source.progress_at is not None and not source.is_retired]
     is_held = any(source.is_awaited and not source.is_retired for source in sources)
+    is_held |= not any(source.stream == "events" and source.progress_at for source in sources)  # orders alone close nothing
     through = floor_hour(min(progress) - settings.hour_grace) if progress and not is_held else None
     by_hand = pc.max(_read(settings, HOUR_CLOSINGS, ("closed_through",))["closed_through"]).as_py()
     hours = ledger.filter(pc.greater(ledger["accepted"], 0))["event_hour"]
@@ -125,6 +129,9 @@ def require_closed(settings: Settings, hours: HourRange) -> None:
         for source in closing.silent
     )
     waits = f"; silent: {silent}, see docs/runbooks/silent-source.md" if silent else ""
+    unread = [source.name for source in closing.sources if source.is_awaited and not (source.is_silent or source.is_retired)]
+    if unread:
+        waits += f"; landed and not ingested yet: {', '.join(unread)}"
     raise UsageError(f"hour {_text(first_open)} is not closed", hint=f"{closed}{waits}")
 
 
@@ -153,6 +160,13 @@ def _sources(settings: Settings, ledger: pa.Table) -> list[SourceProgress]:
             is_retired=row not in held,
         )
         for row in found
+    ]
+    spoken = {(source.stream, source.source, source.region) for source in known}
+    known += [
+        SourceProgress(stream, "files", region, None, None, False, f"{stream}/{region}" in settings.retired_sources, is_awaited=True)
+        for stream in ("events", "orders")
+        for region in landed_regions(settings.landing_path / stream)
+        if (stream, "files", region) not in spoken
     ]
     came = {source.region for source in known if (source.stream, source.source) == ("events", "kafka") and source.progress_at}
     awaited = [cluster.name for cluster in read_kafka(settings).consumed if cluster.name not in came]

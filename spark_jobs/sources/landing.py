@@ -6,6 +6,7 @@ rename into ``<landing>/<stream>/<region>/``. A file is read once, whole, after 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,23 @@ def follows_protocol(path: str, stream_folder: Path) -> bool:
     except ValueError:
         return False
     return len(parts) == 2 and parts[1].endswith((".jsonl", ".jsonl.gz")) and not any(part.startswith((".", "_")) for part in parts)
+
+
+def landed_regions(stream_folder: Path) -> list[str]:
+    """The regions of which a file lies in the folder of a stream, whether it was read or not."""
+    return sorted(region for region in _names(stream_folder) if _has_a_file(stream_folder, region))
+
+
+def _has_a_file(stream_folder: Path, region: str) -> bool:
+    return any(follows_protocol(str(stream_folder / region / name), stream_folder) for name in _names(stream_folder / region))
+
+
+def _names(folder: Path) -> Iterator[str]:
+    try:
+        with os.scandir(folder) as entries:
+            yield from (entry.name for entry in entries)
+    except OSError:  # none, or a file
+        return
 
 
 def plan_splits(files: Iterable[LandingFile], landing: Path, split_bytes: int) -> list[Split]:

@@ -65,6 +65,8 @@ CASES: dict[str, tuple[list[dict[str, Any]], str | None]] = {
     "nothing but rejects closes nothing": ([{"accepted": 0, "max_received_at": None}], None),
     "a correction does not move a source": ([progress("10:15"), progress("20:00", _run_id="r")], "10:00"),
     "nor does it make one": ([progress("10:15"), progress("08:00", _run_id="r", **US)], "10:00"),
+    "orders alone close nothing": ([progress("18:30", **ORDERS)], None),
+    "nor do orders whose events are all rejected": ([progress("18:30", **ORDERS), {"accepted": 0, "max_received_at": None}], None),
     "midnight": ([progress("00:15")], "00:00"),
 }
 
@@ -167,6 +169,25 @@ def test_require_closed_names_the_first_open_hour_and_who_is_silent(settings: Se
     require_closed(settings, HourRange(at("01:00"), at("10:00")))
     with pytest.raises(UsageError, match=r"2025-06-02T10Z is not closed \(closed through 2025-06-02T10Z; silent: events/us"):
         require_closed(settings, HourRange(at("08:00"), at("12:00")))
+
+
+def test_a_region_whose_first_files_are_yet_to_be_read_holds_hours_open(settings: Settings) -> None:
+    booked(settings, progress("18:30"), progress("18:30", **ORDERS))
+    for name in ("events/us/.tmp.jsonl", "events/us/note.txt", "events/_old/1.jsonl", "events/loose.jsonl", "events/eu/2.jsonl"):
+        lake.land(settings, name, [])  # no region has come by these that was not read
+    assert closed(read_closing(settings)) == "18:00"
+    lake.land(settings, "events/us/1.jsonl.gz", [])
+    lake.land(settings, "orders/us/1.jsonl", [])
+    closing = read_closing(settings)
+    assert closed(closing) is None
+    assert [source.name for source in closing.sources if source.is_awaited] == ["events/us", "orders/us"]
+    assert not closing.silent
+    with pytest.raises(UsageError, match=r"\(no hour is closed yet; landed and not ingested yet: events/us, orders/us\)"):
+        require_closed(settings, HourRange.of(at("08:00")))
+    retired = settings.model_copy(update={"retired_sources": ("events/us", "orders/us")})
+    assert closed(read_closing(retired)) == "18:00"
+    booked(settings, progress("10:15", **US), progress("12:30", **US, **ORDERS))
+    assert closed(read_closing(settings)) == "10:00"
 
 
 def test_a_home_of_an_older_adtally(settings: Settings) -> None:
