@@ -91,11 +91,20 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
 
 
 def settle_at_end(settings: Settings) -> None:
-    """Review, credit and bill what an ingest brought; a line for each that found something on standard error."""
+    """Review, credit and bill what an ingest brought; a line for each that found something on standard error.
+
+    On an object store nothing of it is done, which is said.
+    """
     from orchestration.cli.output import console
     from spark_jobs.jobs.settle import settle
 
     shown = console(stderr=True)
+    if "://" in settings.lakehouse_uri:
+        shown.print(
+            f"not settled: reviews, credits and bills read a lakehouse in a local path, not {settings.lakehouse_uri}",
+            soft_wrap=True,
+        )
+        return
     with shown.status("settling") as status:
         done = settle(settings, progress=status_line(status, shown.width))
     if done.review.hours:

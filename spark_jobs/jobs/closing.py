@@ -33,8 +33,8 @@ _LEDGER_COLUMNS = (*_SOURCE, "event_hour", "accepted", "max_received_at", "inges
 class SourceProgress:
     """How far one source has come. ``progress_at`` None: nothing of it was accepted yet.
 
-    Nothing waits for such a one, unless it ``is_awaited``: a cluster of kafka.toml of which no event has come yet, or a region whose
-    first files lie in the landing folder and were not ingested yet.
+    Nothing waits for such a one, unless it ``is_awaited``: a cluster of kafka.toml of which no event has come yet, or a region
+    whose first files lie in the landing folder and were not ingested yet.
     """
 
     stream: str
@@ -163,7 +163,9 @@ def _sources(settings: Settings, ledger: pa.Table) -> list[SourceProgress]:
     ]
     spoken = {(source.stream, source.source, source.region) for source in known}
     known += [
-        SourceProgress(stream, "files", region, None, None, False, f"{stream}/{region}" in settings.retired_sources, is_awaited=True)
+        SourceProgress(
+            stream, "files", region, None, None, False, f"{stream}/{region}" in settings.retired_sources, is_awaited=True
+        )
         for stream in ("events", "orders")
         for region in landed_regions(settings.landing_path / stream)
         if (stream, "files", region) not in spoken
