@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 from spark_jobs.config import Settings
 from spark_jobs.errors import BusyError
 
+STREAMS = ("events", "orders")
 REWRITE_LOCK = ".events.rewrite.lock"
 PATIENCE_SECONDS = 600.0
 
@@ -35,3 +36,8 @@ def rewriting(settings: Settings, *, patience_seconds: float | None = None) -> I
         yield
     finally:
         lock.release()
+
+
+def write_lock(settings: Settings, stream: str) -> FileLock:
+    """Held by whoever writes the tables of a stream, for a batch at most. That of events is `campaigns`' too."""
+    return FileLock(settings.home_path / f".{stream}.write.lock")

@@ -27,7 +27,7 @@ from spark_jobs.contract.parse import encode_raw, parse_all
 from spark_jobs.contract.spec import EVENT_CONTRACT, Limits
 from spark_jobs.dedupe.keys import hash_keys, hex_fingerprint
 from spark_jobs.errors import AdtallyError
-from spark_jobs.locks import rewriting
+from spark_jobs.locks import STREAMS, rewriting, write_lock
 from spark_jobs.recount.compare import LEDGER_MEASURES, METRIC_MEASURES
 from spark_jobs.recount.raw import cluster_of
 from spark_jobs.recount.store import RawChunk
@@ -41,7 +41,6 @@ from spark_jobs.tasks.stage import raw_lines
 from spark_jobs.transforms.events import INCREMENT_SCHEMA, increment_columns
 
 CORRECTIONS_LOCK = ".corrections.lock"  # in ADTALLY_HOME, held by whoever repairs or backfills; others wait
-_WRITE_LOCKS = (".events.write.lock", ".orders.write.lock")  # of the streams: both write the ledger
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,8 @@ def writing(settings: Settings) -> Iterator[None]:
     """Nobody else writes the tables of events meanwhile: a batch of an ingest waits, or is waited for."""
     with ExitStack() as stack:
         stack.enter_context(rewriting(settings))
-        for name in _WRITE_LOCKS:
-            stack.enter_context(FileLock(settings.home_path / name))
+        for stream in STREAMS:  # both write the ledger
+            stack.enter_context(write_lock(settings, stream))
         yield
 
 

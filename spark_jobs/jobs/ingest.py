@@ -32,6 +32,7 @@ from spark_jobs.jobs.publish import PublishLoop, is_publishing
 from spark_jobs.kafka.config import KafkaCluster, read_kafka
 from spark_jobs.kafka.raw import RawCopy
 from spark_jobs.kafka.source import KafkaSource
+from spark_jobs.locks import write_lock
 from spark_jobs.session import build_session
 from spark_jobs.sinks.delta import ensure_tables
 from spark_jobs.sources.query import SourceQuery
@@ -107,7 +108,8 @@ def run_ingest(
             with _StopRequest() as stop:  # now: a new session takes SIGINT for itself
                 threading.Thread(target=_warm_up, args=(session,), daemon=True, name="warm-up").start()
                 ensure_tables(settings)
-                load_campaigns(settings)
+                with write_lock(settings, "events"):
+                    load_campaigns(settings)
                 queries = _queries(settings, report, with_attribution=continuous and "://" not in settings.lakehouse_uri)
                 run = _Run(session, continuous, trigger_seconds, notice or (lambda _line: None))
                 with _publishing(settings, run.notice) if continuous else contextlib.nullcontext():

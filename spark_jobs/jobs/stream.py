@@ -17,7 +17,6 @@ from datetime import timedelta
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 from pyspark.sql import DataFrame, SparkSession
 
 from spark_jobs.config import Settings
@@ -27,6 +26,7 @@ from spark_jobs.dedupe.keys import Keys
 from spark_jobs.delta_log import Commit, DeltaLog
 from spark_jobs.errors import ConservationError
 from spark_jobs.jobs.batch import COUNTS, Batch, BatchReport, Plan, ledger_rows
+from spark_jobs.locks import write_lock
 from spark_jobs.rules.invalid_traffic import InvalidTrafficRules, no_rules
 from spark_jobs.session import is_one_machine
 from spark_jobs.sinks.delta import DeltaSink, Transaction
@@ -55,7 +55,7 @@ class StreamJob(SourceQuery):
         super().__init__(source or FilesSource(settings, self.stream))
         self.settings = settings
         self.report = report
-        self._lock = FileLock(settings.home_path / f".{self.stream}.write.lock")
+        self._lock = write_lock(settings, self.stream)
         self._first = True
         self._rejected = DeltaSink(self.rejected_table, settings)
         self._ledger = DeltaSink(BATCH_LEDGER, settings)

@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import shutil
+import threading
 from typing import Any
 
 import lake
@@ -16,6 +17,7 @@ from services.simulator import simulate
 from spark_jobs.config import Settings
 from spark_jobs.errors import BusyError, CampaignFileError
 from spark_jobs.jobs.ingest import run_ingest
+from spark_jobs.locks import write_lock
 
 
 def test_truth_of_simulated_traffic_to_the_row_and_the_nano(spark: SparkSession, settings: Settings) -> None:
@@ -274,3 +276,15 @@ def test_a_wrong_campaign_file_stops_before_anything_is_written(spark: SparkSess
     with pytest.raises(CampaignFileError, match="overlap"):
         run_ingest(settings, spark=spark)
     assert lake.rows(spark, settings, "events", "event_id") == []
+
+
+def test_campaigns_are_brought_in_when_nobody_else_writes(spark: SparkSession, settings: Settings) -> None:
+    lake.campaigns(settings)
+    with write_lock(settings, "events"):  # as a backfill does, which brings them in too
+        ingest = threading.Thread(target=run_ingest, args=(settings,), kwargs={"spark": spark})
+        ingest.start()
+        ingest.join(3)
+        assert ingest.is_alive()
+        assert lake.rows(spark, settings, "campaigns", "campaign_id") == []
+    ingest.join()
+    assert lake.rows(spark, settings, "campaigns", "campaign_id") == [("c-cpc",), ("c-cpm",)]
