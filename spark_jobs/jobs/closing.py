@@ -3,14 +3,15 @@
 Hour H is closed when every source has come past H + 1 h + ADTALLY_HOUR_GRACE. A source is a stream and a region of the ledger; its
 progress is what it has received, never beyond when that was ingested, so a sender whose clock runs ahead closes nothing. The wall
 clock closes nothing either: a source that falls silent, and a cluster of kafka.toml of which no event has come yet, hold the hours
-open until they speak, are retired (ADTALLY_RETIRED_SOURCES), or an operator closes them by hand (table `hour_closings`). So does a
-region of which files have landed and none was read yet.
+open until they speak, are retired (ADTALLY_RETIRED_SOURCES), or an operator closes them by hand (table `hour_closings`). A region
+of which files have landed and none was read yet has come as far as the oldest of them, which is read first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,12 +20,14 @@ from spark_jobs.config import Settings
 from spark_jobs.errors import UsageError
 from spark_jobs.hours import HOUR, HourRange, floor_hour
 from spark_jobs.kafka.config import read_kafka
+from spark_jobs.locks import STREAMS
 from spark_jobs.sinks.delta import append_decision, ensure_tables
 from spark_jobs.sources.delta import read_newest
-from spark_jobs.sources.landing import landed_regions
+from spark_jobs.sources.landing import landed_regions, oldest_file_ms
 from spark_jobs.steps import Step
 from spark_jobs.tables import BATCH_LEDGER, HOUR_CLOSINGS, Table
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _SOURCE = ("stream", "source", "region")
 _LEDGER_COLUMNS = (*_SOURCE, "event_hour", "accepted", "max_received_at", "ingested_at", "_run_id")
 
@@ -33,8 +36,8 @@ _LEDGER_COLUMNS = (*_SOURCE, "event_hour", "accepted", "max_received_at", "inges
 class SourceProgress:
     """How far one source has come. ``progress_at`` None: nothing of it was accepted yet.
 
-    Nothing waits for such a one, unless it ``is_awaited``: a cluster of kafka.toml of which no event has come yet, or a region
-    whose first files lie in the landing folder and were not ingested yet.
+    Nothing waits for such a one, unless it ``is_awaited``: a cluster of kafka.toml of which no event has come yet. A region whose
+    first files lie in the landing folder unread is awaited too; its progress is when the oldest of them was modified.
     """
 
     stream: str
@@ -81,7 +84,7 @@ def read_closing(settings: Settings) -> Closing:
     sources = _sources(settings, ledger)
     # a source without progress has sent nothing that an hour could lack
     progress = [source.progress_at for source in sources if source.progress_at is not None and not source.is_retired]
-    is_held = any(source.is_awaited and not source.is_retired for source in sources)
+    is_held = any(source.is_awaited and not source.progress_at and not source.is_retired for source in sources)
     is_held |= not any(source.stream == "events" and source.progress_at for source in sources)  # orders alone close nothing
     through = floor_hour(min(progress) - settings.hour_grace) if progress and not is_held else None
     by_hand = pc.max(_read(settings, HOUR_CLOSINGS, ("closed_through",))["closed_through"]).as_py()
@@ -161,15 +164,7 @@ def _sources(settings: Settings, ledger: pa.Table) -> list[SourceProgress]:
         )
         for row in found
     ]
-    spoken = {(source.stream, source.source, source.region) for source in known}
-    known += [
-        SourceProgress(
-            stream, "files", region, None, None, False, f"{stream}/{region}" in settings.retired_sources, is_awaited=True
-        )
-        for stream in ("events", "orders")
-        for region in landed_regions(settings.landing_path / stream)
-        if (stream, "files", region) not in spoken
-    ]
+    known += _unread(settings, {(source.stream, source.source, source.region) for source in known})
     came = {source.region for source in known if (source.stream, source.source) == ("events", "kafka") and source.progress_at}
     awaited = [cluster.name for cluster in read_kafka(settings).consumed if cluster.name not in came]
     for name in awaited:
@@ -177,6 +172,18 @@ def _sources(settings: Settings, ledger: pa.Table) -> list[SourceProgress]:
         known = [source for source in known if (source.stream, source.source, source.region) != ("events", "kafka", name)]
         known.append(SourceProgress("events", "kafka", name, None, None, not is_retired, is_retired, is_awaited=True))
     return known
+
+
+def _unread(settings: Settings, spoken: set[tuple[str, str, str]]) -> Iterator[SourceProgress]:
+    """The regions of which files have landed and none was read yet. Files are read in the order of their times of modification."""
+    for stream in STREAMS:
+        folder = settings.landing_path / stream
+        for region in landed_regions(folder):
+            if (stream, "files", region) not in spoken and (oldest := oldest_file_ms(folder, region)) is not None:
+                is_retired = f"{stream}/{region}" in settings.retired_sources
+                yield SourceProgress(
+                    stream, "files", region, _EPOCH + timedelta(milliseconds=oldest), None, False, is_retired, is_awaited=True
+                )
 
 
 def _read(settings: Settings, table: Table, names: tuple[str, ...]) -> pa.Table:

@@ -6,6 +6,7 @@ rename into ``<landing>/<stream>/<region>/``. A file is read once, whole, after 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -64,11 +65,21 @@ def follows_protocol(path: str, stream_folder: Path) -> bool:
 
 def landed_regions(stream_folder: Path) -> list[str]:
     """The regions of which a file lies in the folder of a stream, whether it was read or not."""
-    return sorted(region for region in _names(stream_folder) if _has_a_file(stream_folder, region))
+    return sorted(region for region in _names(stream_folder) if next(_files(stream_folder, region), None))
 
 
-def _has_a_file(stream_folder: Path, region: str) -> bool:
-    return any(follows_protocol(str(stream_folder / region / name), stream_folder) for name in _names(stream_folder / region))
+def oldest_file_ms(stream_folder: Path, region: str) -> int | None:
+    """When the oldest file of a region was modified, in milliseconds since the epoch: it is read first. None: there is none."""
+    found = []
+    for path in _files(stream_folder, region):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            found.append(path.stat().st_mtime_ns // 1_000_000)
+    return min(found, default=None)
+
+
+def _files(stream_folder: Path, region: str) -> Iterator[Path]:
+    paths = (stream_folder / region / name for name in _names(stream_folder / region))
+    return (path for path in paths if follows_protocol(str(path), stream_folder))
 
 
 def _names(folder: Path) -> Iterator[str]:

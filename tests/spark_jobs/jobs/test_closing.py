@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -171,23 +172,36 @@ def test_require_closed_names_the_first_open_hour_and_who_is_silent(settings: Se
         require_closed(settings, HourRange(at("08:00"), at("12:00")))
 
 
+def landed(settings: Settings, name: str, moment: str) -> None:
+    path = lake.land(settings, name, [])
+    os.utime(path, times=(at(moment).timestamp(),) * 2)
+
+
 def test_a_region_whose_first_files_are_yet_to_be_read_holds_hours_open(settings: Settings) -> None:
     booked(settings, progress("18:30"), progress("18:30", **ORDERS))
     for name in ("events/us/.tmp.jsonl", "events/us/note.txt", "events/_old/1.jsonl", "events/loose.jsonl", "events/eu/2.jsonl"):
-        lake.land(settings, name, [])  # no region has come by these that was not read
+        landed(settings, name, "09:30")  # no region has come by these that was not read
     assert closed(read_closing(settings)) == "18:00"
-    lake.land(settings, "events/us/1.jsonl.gz", [])
-    lake.land(settings, "orders/us/1.jsonl", [])
+    landed(settings, "events/us/1.jsonl.gz", "12:20")
+    landed(settings, "events/us/2.jsonl", "11:20")
+    landed(settings, "orders/us/1.jsonl", "12:20")
     closing = read_closing(settings)
-    assert closed(closing) is None
+    assert closed(closing) == "11:00"  # as it will be when the oldest is read, which is the first to be
     assert [source.name for source in closing.sources if source.is_awaited] == ["events/us", "orders/us"]
     assert not closing.silent
-    with pytest.raises(UsageError, match=r"\(no hour is closed yet; landed and not ingested yet: events/us, orders/us\)"):
-        require_closed(settings, HourRange.of(at("08:00")))
+    with pytest.raises(UsageError, match=r"closed through 2025-06-02T11Z; landed and not ingested yet: events/us, orders/us\)"):
+        require_closed(settings, HourRange.of(at("11:00")))
     retired = settings.model_copy(update={"retired_sources": ("events/us", "orders/us")})
     assert closed(read_closing(retired)) == "18:00"
-    booked(settings, progress("10:15", **US), progress("12:30", **US, **ORDERS))
-    assert closed(read_closing(settings)) == "10:00"
+    booked(settings, progress("14:15", **US), progress("14:30", **US, **ORDERS))
+    assert closed(read_closing(settings)) == "14:00"
+
+
+def test_orders_that_were_read_first_close_no_hour_of_events_that_were_not(settings: Settings) -> None:
+    booked(settings, progress("18:30", **ORDERS))
+    landed(settings, "events/eu/1.jsonl", "09:20")
+    landed(settings, "events/us/1.jsonl", "10:20")
+    assert closed(read_closing(settings)) == "09:00"
 
 
 def test_a_home_of_an_older_adtally(settings: Settings) -> None:
