@@ -10,18 +10,20 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from confluent_kafka import KafkaError as Code
-from confluent_kafka import TopicPartition
+from confluent_kafka import Message, TopicPartition
 from pyspark.sql import DataFrame
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import KafkaError
 from spark_jobs.kafka.config import KafkaCluster
-from spark_jobs.kafka.ranges import OffsetSplit, partition_of
-from spark_jobs.kafka.reading import open_consumer
+from spark_jobs.kafka.ranges import OffsetSplit, Partition, partition_of
+from spark_jobs.kafka.reading import GONE, open_consumer, plain_offsets, uncollected
 from spark_jobs.kafka.source import KafkaSource
 from spark_jobs.sinks.data_files import DataFile, DataFileWriter
 from spark_jobs.sinks.delta import DeltaSink, Transaction
@@ -74,7 +76,7 @@ def copy_splits(splits: Iterable[OffsetSplit], job: CopyJob) -> list[DataFile]:
 
     Raises KafkaError where the broker does not answer, or no longer has the offsets.
     """
-    with DataFileWriter(job.uri, job.table) as writer:
+    with DataFileWriter(job.uri, job.table) as writer, uncollected():
         for split in splits:
             _copy_split(split, job, writer)
     return writer.files
@@ -86,43 +88,60 @@ def _copy_split(split: OffsetSplit, job: CopyJob, writer: DataFileWriter) -> Non
     consumer = open_consumer(split.options)
     try:
         consumer.assign([TopicPartition(split.topic, split.partition, split.start)])
-        position, heard = split.start, time.monotonic()
-        while position < split.end:
-            messages = consumer.consume(_AT_ONCE, 1.0)
-            # where a partition ends is told as a message with the offset behind its last record
-            told = [(message.error(), message.offset()) for message in messages]
-            reached = [offset for error, offset in told if error is None or error.code() == Code._PARTITION_EOF]
-            for error, _ in told:
-                if error is not None and error.code() in (Code.OFFSET_OUT_OF_RANGE, Code._AUTO_OFFSET_RESET):
-                    raise KafkaError(f"{split.name}: the topic does not have offset {position} any more")
-            records: list[Any] = [
-                message
-                for message, (error, offset) in zip(messages, told, strict=True)
-                if error is None and offset is not None and offset < split.end
-            ]
+        position, heard, ended = split.start, time.monotonic(), split.start >= split.end
+        while not ended:
+            records: list[Any] = consumer.consume(_AT_ONCE, 1.0)
+            offsets = plain_offsets(records, split.end)
+            if offsets is None:  # seldom; to look at each takes three times as long
+                records, offsets, ended = _looked_at(records, split, position)
             if records:
-                writer.write(stamped(_columns(records, place.cluster, place.topic, split.partition), job.table, job.stamp))
-                position = records[-1].offset() + 1
-            behind = [offset for offset in reached if offset is not None and offset >= split.end]
-            if behind:
-                return
-            if records:
-                heard = time.monotonic()
-            elif time.monotonic() - heard > _QUIET_SECONDS:
+                writer.write(stamped(_columns(records, offsets, split, place), job.table, job.stamp))
+                position, heard = offsets[-1] + 1, time.monotonic()
+            elif not ended and time.monotonic() - heard > _QUIET_SECONDS:
                 raise KafkaError(f"{split.name}: nothing came for {_QUIET_SECONDS:.0f} s", hint="is the broker up?")
     finally:
         consumer.close()
 
 
-def _columns(records: list[Any], cluster: str, topic: str, partition: int) -> pa.Table:
+def _looked_at(messages: list[Message], split: OffsetSplit, position: int) -> tuple[list[Message], list[int], bool]:
+    """The records of a split among messages, their offsets, and whether its end is reached.
+
+    Raises KafkaError where the topic does not have ``position``, which is read next.
+    """
+    records, offsets, ended = [], [], False
+    for message in messages:
+        error = message.error()
+        offset: Any = message.offset()
+        if error is None:
+            if offset < split.end:
+                records.append(message)
+                offsets.append(offset)
+            ended |= offset >= split.end - 1
+        elif error.code() in GONE:
+            raise KafkaError(f"{split.name}: the topic does not have offset {position} any more")
+        elif error.code() == Code._PARTITION_EOF:  # its offset is the one behind the last record
+            ended |= offset >= split.end
+    return records, offsets, ended
+
+
+def _columns(records: list[Any], offsets: list[int], split: OffsetSplit, place: Partition) -> pa.Table:
     count = len(records)
     return pa.table(
         {
-            "cluster": pa.repeat(pa.scalar(cluster), count),
-            "source_topic": pa.repeat(pa.scalar(topic), count),
-            "source_partition": pa.repeat(pa.scalar(partition, pa.int32()), count),
-            "source_offset": pa.array([record.offset() for record in records], pa.int64()),
-            "source_timestamp": pa.array([record.timestamp()[1] for record in records], pa.timestamp("ms", "UTC")),
-            "value": pa.array([record.value() for record in records], pa.binary()),
+            "cluster": pa.repeat(pa.scalar(place.cluster), count),
+            "source_topic": pa.repeat(pa.scalar(place.topic), count),
+            "source_partition": pa.repeat(pa.scalar(split.partition, pa.int32()), count),
+            "source_offset": pa.array(offsets, pa.int64()),
+            "source_timestamp": pa.array([told[1] for told in map(Message.timestamp, records)], pa.timestamp("ms", "UTC")),
+            "value": _binary(list(map(Message.value, records))),
         }
     )
+
+
+def _binary(values: list[Any]) -> pa.Array:
+    """Bytes as a column; null where there are none. Joined, which takes a third of the time of a value at a time."""
+    if None in values:
+        return pa.array(values, pa.binary())
+    ends = np.cumsum(np.fromiter(chain((0,), map(len, values)), dtype=np.int64, count=len(values) + 1))
+    buffers = [None, pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b"".join(values))]
+    return pa.Array.from_buffers(pa.binary(), len(values), buffers)
