@@ -4,7 +4,8 @@ Hour H is closed when every source has come past H + 1 h + ADTALLY_HOUR_GRACE. A
 progress is what it has received, never beyond when that was ingested, so a sender whose clock runs ahead closes nothing. The wall
 clock closes nothing either: a source that falls silent, and a cluster of kafka.toml of which no event has come yet, hold the hours
 open until they speak, are retired (ADTALLY_RETIRED_SOURCES), or an operator closes them by hand (table `hour_closings`). A region
-of which files have landed and none was read yet has come as far as the oldest of them, which is read first.
+of which files have landed and none was read yet has come as far as the oldest of them, which is read first. Nothing closes before an
+event was read.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def read_closing(settings: Settings) -> Closing:
     # a source without progress has sent nothing that an hour could lack
     progress = [source.progress_at for source in sources if source.progress_at is not None and not source.is_retired]
     is_held = any(source.is_awaited and not source.progress_at and not source.is_retired for source in sources)
-    is_held |= not any(source.stream == "events" and source.progress_at for source in sources)  # orders alone close nothing
+    # orders alone close nothing, nor does what was not read
+    is_held |= not any(source.stream == "events" and source.progress_at and not source.is_awaited for source in sources)
     through = floor_hour(min(progress) - settings.hour_grace) if progress and not is_held else None
     by_hand = pc.max(_read(settings, HOUR_CLOSINGS, ("closed_through",))["closed_through"]).as_py()
     hours = ledger.filter(pc.greater(ledger["accepted"], 0))["event_hour"]

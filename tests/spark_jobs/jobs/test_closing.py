@@ -197,10 +197,13 @@ def test_a_region_whose_first_files_are_yet_to_be_read_holds_hours_open(settings
     assert closed(read_closing(settings)) == "14:00"
 
 
-def test_orders_that_were_read_first_close_no_hour_of_events_that_were_not(settings: Settings) -> None:
-    booked(settings, progress("18:30", **ORDERS))
+def test_nothing_closes_before_an_event_was_read(settings: Settings) -> None:
     landed(settings, "events/eu/1.jsonl", "09:20")
     landed(settings, "events/us/1.jsonl", "10:20")
+    assert closed(read_closing(settings)) is None
+    booked(settings, progress("18:30", **ORDERS))
+    assert closed(read_closing(settings)) is None
+    booked(settings, progress("12:30", **US))
     assert closed(read_closing(settings)) == "09:00"
 
 
