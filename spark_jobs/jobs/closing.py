@@ -4,8 +4,8 @@ Hour H is closed when every source has come past H + 1 h + ADTALLY_HOUR_GRACE. A
 progress is what it has received, never beyond when that was ingested, so a sender whose clock runs ahead closes nothing. The wall
 clock closes nothing either: a source that falls silent, and a cluster of kafka.toml of which no event has come yet, hold the hours
 open until they speak, are retired (ADTALLY_RETIRED_SOURCES), or an operator closes them by hand (table `hour_closings`). A region
-of which files have landed and none was read yet has come as far as the oldest of them, which is read first. Nothing closes before an
-event was read.
+of which files have landed and none was read yet has come as far as the oldest of them, which is read first. Nothing closes before
+an event was read.
 """
 
 from __future__ import annotations
