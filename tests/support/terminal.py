@@ -11,6 +11,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = (sys.executable, "-m", "orchestration.cli")
+# Python code by which a process hears signals, whatever it was started by: a job in the background is started deaf to SIGINT.
+HEARS_SIGNALS = """
+import signal
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
+"""
+_HEARING = (sys.executable, "-c", f"{HEARS_SIGNALS}import os, sys\nos.execv(sys.argv[1], sys.argv[1:])")
 
 
 @dataclass(frozen=True)
@@ -40,9 +48,9 @@ def environment(**changes: str | None) -> dict[str, str]:
 
 
 def spawn(*arguments: str, cwd: Path, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
-    """Start the command with all its streams as pipes."""
+    """Start the command with all its streams as pipes. It hears signals."""
     streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen([*PROGRAM, *arguments], cwd=cwd, env=env or environment(), text=True, **streams)
+    return subprocess.Popen([*_HEARING, *PROGRAM, *arguments], cwd=cwd, env=env or environment(), text=True, **streams)
 
 
 def run(*arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 120) -> Done:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from terminal import HEARS_SIGNALS
 
 from orchestration.up.guard import BoundedLog
 from orchestration.up.supervisor import Backoff, Service, Supervisor, last_error
@@ -214,7 +215,7 @@ def test_what_a_crashed_process_leaves_behind_is_ended_before_the_next_start(des
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_outlives_a_supervisor_that_is_killed(tmp_path: Path, number: signal.Signals) -> None:
     code = (
-        "import os, sys, time\n"
+        f"{HEARS_SIGNALS}import os, sys, time\n"
         "from pathlib import Path\n"
         "from orchestration.up.supervisor import Service, Supervisor\n"
         f"made = Supervisor(Path({str(tmp_path)!r}), dict(os.environ), lambda *_: None)\n"
