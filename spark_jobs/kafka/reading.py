@@ -20,7 +20,8 @@ from spark_jobs.kafka.ranges import OffsetSplit
 from spark_jobs.sources.lines import BLOCK_BYTES, Lines
 
 QUIET_SECONDS = 60.0  # without a single record or an end: given up
-DOWN_SECONDS = 10.0  # the same where no broker of the cluster can be reached: the batch holds a lock that others wait for
+ASK_SECONDS = 10.0  # then the broker is asked whether it is there, and given up if not: the batch holds a lock that others wait for
+_ANSWER_SECONDS = 5.0
 _AT_ONCE = 5_000
 _POLL_SECONDS = 0.2
 _CONSUMER = {
@@ -56,7 +57,7 @@ def _consumer(options: dict[str, str]) -> Consumer:
 def read_records(split: OffsetSplit) -> Iterator[Lines]:
     """The records of a split; ``numbers`` are offsets from its start. A record without a value is an empty one.
 
-    Raises KafkaError where the broker does not answer for a minute, or no longer has the offsets.
+    Raises KafkaError where the broker does not answer or sends nothing for a minute, or no longer has the offsets.
     """
     consumer = _consumer(split.options)
     consumer.assign([TopicPartition(split.topic, split.partition, split.start)])
@@ -70,9 +71,9 @@ def _chunks(consumer: Consumer, split: OffsetSplit) -> Iterator[Lines]:
     values: list[bytes] = []
     offsets: list[int] = []
     size = 0
-    heard = time.monotonic()
+    heard = asked = time.monotonic()
     ended = split.start >= split.end
-    trouble, patience = "", QUIET_SECONDS
+    trouble = ""
     while not ended:
         with uncollected():
             messages = consumer.consume(_AT_ONCE, _POLL_SECONDS)
@@ -85,7 +86,7 @@ def _chunks(consumer: Consumer, split: OffsetSplit) -> Iterator[Lines]:
             values += filled
             offsets += plain
             size += sum(map(len, filled))
-            heard, patience = time.monotonic(), QUIET_SECONDS
+            heard = time.monotonic()
         for message in messages:
             error = message.error()
             offset: Any = message.offset()
@@ -98,8 +99,6 @@ def _chunks(consumer: Consumer, split: OffsetSplit) -> Iterator[Lines]:
                     )
                 else:
                     trouble = error.str()
-                    if error.code() == Code._ALL_BROKERS_DOWN:
-                        patience = DOWN_SECONDS
                 if ended:
                     break
                 continue
@@ -110,19 +109,33 @@ def _chunks(consumer: Consumer, split: OffsetSplit) -> Iterator[Lines]:
             values.append(value)
             offsets.append(offset)
             size += len(value)
-            heard, patience = time.monotonic(), QUIET_SECONDS
+            heard = time.monotonic()
             if offset == split.end - 1:
                 ended = True
                 break
         if values and (ended or size >= BLOCK_BYTES):
             yield _lines(values, offsets, split.start)
             values, offsets, size = [], [], 0
-        if not ended and time.monotonic() - heard > patience:
+        if ended or time.monotonic() - max(heard, asked) < ASK_SECONDS:
+            continue
+        asked = time.monotonic()
+        silence = asked - heard
+        problem = _problem(consumer, split)  # not every broker that goes is told as an error
+        if problem or silence > QUIET_SECONDS:
+            why = f" ({problem or trouble})" if problem or trouble else ""
             raise KafkaError(
-                f"{split.name}: nothing came for {patience:.0f} s, with offsets up to {split.end - 1} to come"
-                f"{f' ({trouble})' if trouble else ''}",
+                f"{split.name}: nothing came for {silence:.0f} s, with offsets up to {split.end - 1} to come{why}",
                 hint="is the broker up?",
             )
+
+
+def _problem(consumer: Consumer, split: OffsetSplit) -> str:
+    """Why the broker of a partition does not answer; empty: it does."""
+    try:
+        consumer.get_watermark_offsets(TopicPartition(split.topic, split.partition), timeout=_ANSWER_SECONDS, cached=False)
+    except KafkaException as error:
+        return str(error.args[0].str())
+    return ""
 
 
 @contextmanager
