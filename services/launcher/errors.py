@@ -32,3 +32,7 @@ class PinotQueryError(ServiceError):
     def __init__(self, message: str, *, code: int, hint: str | None = None) -> None:
         super().__init__(f"query failed: {message}", hint=hint)
         self.code = code
+
+
+class PartitionIdleError(ServiceError):
+    """Pinot answers, and no part of it reads a partition of a table's topic."""

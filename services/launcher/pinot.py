@@ -17,8 +17,8 @@ from pathlib import Path
 from secrets import token_urlsafe
 from typing import Any
 
-from services.launcher.errors import PinotQueryError, ServiceError
-from services.launcher.service import Role, Service, Status
+from services.launcher.errors import PartitionIdleError, PinotQueryError, ServiceError
+from services.launcher.service import Progress, Role, Service, Status, silent
 
 _ANSWER_SECONDS = 10.0
 # loopback: a proxy of the environment is not asked
@@ -39,6 +39,16 @@ class Pinot(Service):
         "for trials and tests: it asks nobody for a password, and the port by which its broker asks its server is open on all "
         "interfaces, though only to who has the key of this installation; everything else is on loopback"
     )
+
+    _mends = False
+
+    def up(self, progress: Progress = silent, *, fresh: bool = False, wanted_ports: dict[str, int] | None = None) -> Status:
+        """As of any service. Partitions that nothing reads are read again."""
+        self._mends = True
+        try:
+            return super().up(progress, fresh=fresh, wanted_ports=wanted_ports)
+        finally:
+            self._mends = False
 
     def secrets(self, java: Path) -> dict[str, str]:
         """A key pair by which broker and server know each other, for the server's port cannot be bound to loopback.
@@ -123,7 +133,8 @@ class Pinot(Service):
             return None
         where = self.addresses(ports)
         try:
-            return PinotClient(where["controller"], where["broker"]).missing(f"http://127.0.0.1:{ports['server_admin']}")
+            client = PinotClient(where["controller"], where["broker"])
+            return client.missing(f"http://127.0.0.1:{ports['server_admin']}", mends=self._mends)
         except ServiceError as error:
             return str(error)
 
@@ -234,13 +245,15 @@ class PinotClient:
         ]
 
     def _segments(self, table: str) -> dict[str, dict[str, Any]]:
-        names = [name for part in _call(f"{self.controller}/segments/{table}?type=REALTIME") for name in part.get("REALTIME", [])]
-        return {name: _call(f"{self.controller}/segments/{table}/{name}/metadata") for name in names}
+        return {name: _call(f"{self.controller}/segments/{table}/{name}/metadata") for name in self._segment_names(table)}
+
+    def _segment_names(self, table: str) -> list[str]:
+        return [name for part in _call(f"{self.controller}/segments/{table}?type=REALTIME") for name in part.get("REALTIME", [])]
 
     def consumed(self, table: str) -> dict[int, int]:
         """The offset that each partition of a table's topic has been read up to, exclusive.
 
-        Raises ServiceError where a partition is not being read.
+        Raises ServiceError where a partition is not being read, PartitionIdleError where nothing even tries to.
         """
         found = _call(f"{self.controller}/tables/{table}/consumingSegmentsInfo?type=REALTIME")
         offsets: dict[int, int] = {}
@@ -249,10 +262,20 @@ class PinotClient:
                 if consumer["consumerState"] != "CONSUMING":
                     raise ServiceError(f"table {table} has stopped reading its topic at segment {segment}")
                 offsets |= {int(partition): int(offset) for partition, offset in consumer["partitionToOffsetMap"].items()}
+        idle = {int(name.rsplit("__", 3)[1]) for name in self._segment_names(table)} - offsets.keys()
+        if idle and not _call(f"{self.controller}/tables/{table}/pauseStatus").get("pauseFlag"):
+            raise PartitionIdleError(
+                f"table {table} does not read partition {min(idle)} of its topic",
+                hint="`adtally services pinot up` has it read again",
+            )
         return offsets
 
-    def missing(self, server_admin: str) -> str | None:
-        """None if every part lives and every table answers, else what does not."""
+    def missing(self, server_admin: str, *, mends: bool = False) -> str | None:
+        """None if every part lives and every table answers and reads, else what does not.
+
+        With ``mends`` partitions that nothing reads are read again: a kill between the end of a segment and the next leaves such,
+        and Pinot itself looks for them once an hour.
+        """
         live = _call(f"{self.controller}/instances")["instances"]
         for part in ("Controller_", "Broker_", "Server_"):
             if not any(name.startswith(part) for name in live):
@@ -261,16 +284,23 @@ class PinotClient:
         self.query("select 1")
         for table in self.tables():
             self.query(f'select count(*) from "{table}"')
-            self._require_reading(table)
+            self._require_reading(table, mends=mends)
         return None
 
-    def _require_reading(self, table: str) -> None:
+    def _require_reading(self, table: str, *, mends: bool) -> None:
         """Queries go on answering where reading has stopped. While a segment is handed over it may look so for a moment."""
         for pause in (0.5, 2.0, 5.0):
             with contextlib.suppress(ServiceError):
                 self.consumed(table)
                 return
             time.sleep(pause)
+        try:
+            self.consumed(table)
+        except PartitionIdleError:
+            if not mends:
+                raise
+            self.resume(table)
+            time.sleep(5.0)
         self.consumed(table)
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+import urllib.request
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any
@@ -185,6 +186,24 @@ def test_what_is_right_is_left_alone_and_what_cannot_be_changed_is_refused(serve
             ensure_tables(served.client, table_specs(changed), told.append)
     with pytest.raises(ServiceError, match="has no topic missing"):
         examine(Source(servers, "missing"))
+
+
+def test_a_partition_that_nothing_reads_is_told_and_read_again(served: Served) -> None:
+    client = served.client
+    client.force_commit(METRICS_TABLE)
+    done = f"{METRICS_TABLE}__1__"
+    assert wait_until(
+        lambda: any(n.startswith(done) and s == "DONE" for n, s in client.segments(METRICS_TABLE).items()), seconds=60
+    )
+    assert wait_until(lambda: any(name.startswith(done) for name in client.consuming_segments(METRICS_TABLE)), seconds=60)
+    segment = next(name for name in client.consuming_segments(METRICS_TABLE) if name.startswith(done))
+    url = f"{client.controller}/segments/{METRICS_TABLE}_REALTIME/{segment}"
+    # what a kill between two segments leaves
+    urllib.request.urlopen(urllib.request.Request(url, method="DELETE"), timeout=30).close()
+    assert wait_until(lambda: "does not read partition 1 of its topic" in str(served.pinot.status().problem), seconds=60)
+    served.send(METRICS_TOPIC, [traffic.increment(at, version=1, draw=random.Random(3)) for at in range(7100, 7200)])
+    assert served.pinot.up().problem is None
+    served.equals_the_recount()
 
 
 def test_messages_that_went_before_they_were_read_are_told(served: Served) -> None:
