@@ -10,7 +10,6 @@ from filelock import FileLock, Timeout
 from spark_jobs.config import Settings
 from spark_jobs.errors import BusyError
 
-STREAMS = ("events", "orders")
 REWRITE_LOCK = ".events.rewrite.lock"
 PATIENCE_SECONDS = 600.0
 

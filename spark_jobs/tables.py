@@ -11,6 +11,9 @@ from functools import cached_property
 
 import pyarrow as pa
 
+STREAMS = ("events", "orders")
+"""What is ingested; each has its tables."""
+
 _TYPES = {
     "STRING": pa.string(),
     "BIGINT": pa.int64(),

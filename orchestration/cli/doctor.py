@@ -115,9 +115,10 @@ def _topics(settings: Settings) -> list[Check]:
     from confluent_kafka.admin import AdminClient
 
     from spark_jobs.errors import KafkaError
-    from spark_jobs.jobs.topics import ASK_SECONDS, STREAMS
+    from spark_jobs.jobs.topics import ASK_SECONDS
     from spark_jobs.kafka.config import KafkaCluster, read_kafka
     from spark_jobs.kafka.gaps import read_topic
+    from spark_jobs.tables import STREAMS
 
     kafka = read_kafka(settings)
     clusters = {cluster.name: cluster for cluster in kafka.consumed}

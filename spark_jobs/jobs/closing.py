@@ -21,12 +21,11 @@ from spark_jobs.config import Settings
 from spark_jobs.errors import UsageError
 from spark_jobs.hours import HOUR, HourRange, floor_hour
 from spark_jobs.kafka.config import read_kafka
-from spark_jobs.locks import STREAMS
 from spark_jobs.sinks.delta import append_decision, ensure_tables
 from spark_jobs.sources.delta import read_newest
-from spark_jobs.sources.landing import landed_regions, oldest_file_ms
+from spark_jobs.sources.landing import oldest_file_ms, region_folders
 from spark_jobs.steps import Step
-from spark_jobs.tables import BATCH_LEDGER, HOUR_CLOSINGS, Table
+from spark_jobs.tables import BATCH_LEDGER, HOUR_CLOSINGS, STREAMS, Table
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _SOURCE = ("stream", "source", "region")
@@ -180,7 +179,7 @@ def _unread(settings: Settings, spoken: set[tuple[str, str, str]]) -> Iterator[S
     """The regions of which files have landed and none was read yet. Files are read in the order of their times of modification."""
     for stream in STREAMS:
         folder = settings.landing_path / stream
-        for region in landed_regions(folder):
+        for region in region_folders(folder):
             if (stream, "files", region) not in spoken and (oldest := oldest_file_ms(folder, region)) is not None:
                 is_retired = f"{stream}/{region}" in settings.retired_sources
                 yield SourceProgress(

@@ -27,7 +27,7 @@ from spark_jobs.contract.parse import encode_raw, parse_all
 from spark_jobs.contract.spec import EVENT_CONTRACT, Limits
 from spark_jobs.dedupe.keys import hash_keys, hex_fingerprint
 from spark_jobs.errors import AdtallyError
-from spark_jobs.locks import STREAMS, rewriting, write_lock
+from spark_jobs.locks import rewriting, write_lock
 from spark_jobs.recount.compare import LEDGER_MEASURES, METRIC_MEASURES
 from spark_jobs.recount.raw import cluster_of
 from spark_jobs.recount.store import RawChunk
@@ -36,7 +36,7 @@ from spark_jobs.recount.worker import ChunkTask, raw_values
 from spark_jobs.sinks.corrections import Correction, TableChange, carry_out, forget, is_overtaken, unfinished_corrections
 from spark_jobs.sources.landing import Split
 from spark_jobs.sources.lines import read_lines
-from spark_jobs.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, REJECTED_EVENTS, RESTATEMENTS, Table
+from spark_jobs.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, REJECTED_EVENTS, RESTATEMENTS, STREAMS, Table
 from spark_jobs.tasks.stage import raw_lines
 from spark_jobs.transforms.events import INCREMENT_SCHEMA, increment_columns
 

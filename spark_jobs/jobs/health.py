@@ -27,11 +27,10 @@ from spark_jobs.publish.progress import read_publications
 from spark_jobs.sources.checkpoint import read_finished_files
 from spark_jobs.sources.delta import read_files
 from spark_jobs.sources.landing import follows_protocol
-from spark_jobs.tables import BATCH_LEDGER
+from spark_jobs.tables import BATCH_LEDGER, STREAMS
 
 RECENT = timedelta(hours=1)
 MIN_OFFERED = 1_000  # a share of fewer records says nothing
-_STREAMS = ("events", "orders")
 _PROBLEMS_SHOWN = 5
 
 
@@ -79,7 +78,7 @@ def _stream_lag(settings: Settings, now: datetime) -> tuple[float, str]:
 
 
 def _waiting_files(settings: Settings, now: datetime) -> Iterator[tuple[float, str]]:
-    for stream in _STREAMS:
+    for stream in STREAMS:
         waiting = list(waiting_files(settings, stream))
         if waiting:
             arrived, path = min(waiting)

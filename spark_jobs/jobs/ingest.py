@@ -36,6 +36,7 @@ from spark_jobs.locks import write_lock
 from spark_jobs.session import build_session
 from spark_jobs.sinks.delta import ensure_tables
 from spark_jobs.sources.query import SourceQuery
+from spark_jobs.tables import STREAMS
 from spark_jobs.tasks.write import load_task_code
 
 INGEST_LOCK = ".ingest.lock"  # in ADTALLY_HOME, held by whoever ingests
@@ -200,10 +201,7 @@ def _queries(settings: Settings, report: Callable[[BatchReport], None], *, with_
             return OrdersJob(settings, report, KafkaSource(settings, "orders", at))
 
         made += [_Query(f"events-{cluster.name}", of_events, cluster), _Query(f"orders-{cluster.name}", of_orders, cluster)]
-        made += [
-            _Query(f"raw_{stream}-{cluster.name}", partial(RawCopy, settings, stream, cluster), cluster)
-            for stream in ("events", "orders")
-        ]
+        made += [_Query(f"raw_{stream}-{cluster.name}", partial(RawCopy, settings, stream, cluster), cluster) for stream in STREAMS]
     if with_attribution:
         made.append(_Query("attribution", lambda: AttributionStream(settings)))
     return made

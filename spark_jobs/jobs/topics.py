@@ -15,9 +15,8 @@ from spark_jobs.kafka.gaps import TopicState, checkpoint_of, read_topic
 from spark_jobs.kafka.offsets import finished_offsets
 from spark_jobs.kafka.reading import open_consumer
 from spark_jobs.sources.delta import read_newest
-from spark_jobs.tables import SOURCE_GAPS
+from spark_jobs.tables import SOURCE_GAPS, STREAMS
 
-STREAMS = ("events", "orders")
 ASK_SECONDS = 3.0
 
 

@@ -63,9 +63,9 @@ def follows_protocol(path: str, stream_folder: Path) -> bool:
     return len(parts) == 2 and parts[1].endswith((".jsonl", ".jsonl.gz")) and not any(part.startswith((".", "_")) for part in parts)
 
 
-def landed_regions(stream_folder: Path) -> list[str]:
-    """The regions of which a file lies in the folder of a stream, whether it was read or not."""
-    return sorted(region for region in _names(stream_folder) if next(_files(stream_folder, region), None))
+def region_folders(stream_folder: Path) -> list[str]:
+    """What lies in the folder of a stream by name; not all of it need be regions."""
+    return sorted(_names(stream_folder))
 
 
 def oldest_file_ms(stream_folder: Path, region: str) -> int | None:

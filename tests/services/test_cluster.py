@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import correct
 import pytest
 from deltalake import DeltaTable
 from spark_cluster import SPARK_HOME, Cluster, standalone_cluster
 from terminal import ROOT, environment
 from topics import Topic, point_at
-from truths import assert_truth
+from truths import assert_copied_once, assert_truth
 
 from services.launcher.kafka import Kafka
 from services.simulator import simulate
@@ -128,10 +127,7 @@ def test_two_machines_die_while_they_read_topics(home: Settings, cluster: Cluste
     kill_two(cluster, job)
     assert_truth(home, json.loads(truth.as_json()))
     # the copy of the raw records is made by the same machines: each record once, none lacks that was offered
-    copied = "select count(*), count(distinct (source_partition, source_offset)) from raw_events"
-    offered = "select sum(offered)::bigint from batch_ledger where stream = 'events'"
-    ((rows, places),), ((records,),) = correct.rows(home, copied), correct.rows(home, offered)
-    assert rows == places == records
+    assert_copied_once(home)
 
 
 def test_a_task_that_runs_twice_leaves_its_rows_once(home: Settings, cluster: Cluster, tmp_path: Path) -> None:

@@ -34,3 +34,11 @@ def assert_truth(home: Settings, truth: dict[str, Any]) -> None:
     assert correct.rows(home, "select status, count(*) from orders group by all") == sorted(
         (status, truth["orders"][status]) for status in ("placed", "cancelled")
     )
+
+
+def assert_copied_once(home: Settings) -> None:
+    """Each record that was offered is in the raw copy, once."""
+    copies = "select count(*), count(distinct (source_partition, source_offset)) from raw_events"
+    offered = "select sum(offered)::bigint from batch_ledger where stream = 'events'"
+    ((rows, places),), ((records,),) = correct.rows(home, copies), correct.rows(home, offered)
+    assert rows == places == records
