@@ -17,7 +17,8 @@ unexport VIRTUAL_ENV
 # The uv of the machine, or one of our own in .uv-bootstrap.
 UV := $(shell if uv --version >/dev/null 2>&1; then echo uv; else echo .uv-bootstrap/bin/uv; fi)
 RUN := $(UV) run --frozen --no-sync
-STAMP := .venv/.synced-$(shell cat uv.lock pyproject.toml | (sha256sum 2>/dev/null || shasum -a 256) | cut -c1-16)
+STAMP := .venv/.compiled-$(shell cat uv.lock pyproject.toml | (sha256sum 2>/dev/null || shasum -a 256) | cut -c1-16)
+OWN_CODE := orchestration spark_jobs expectations services samples
 PYTEST_ARGS ?=
 # Two test processes: each has a Spark session of its own. A file's tests stay together, for they share what takes long to make.
 WORKERS ?= 2
@@ -34,11 +35,18 @@ demo: setup ## Set up, run the main job on the samples and simulated traffic, co
 
 .PHONY: test
 test: setup lint ## Set up, lint, and run the tests (without the long ones below)
-	@$(RUN) pytest -n $(WORKERS) --dist loadfile -m "not crash and not services and not soak and not e2e" $(PYTEST_ARGS)
+	@$(RUN) pytest -n $(WORKERS) --dist loadfile -m "not homes and not crash and not services and not soak and not e2e" $(PYTEST_ARGS)
+
+# What takes minutes a test comes first, so that no process is left with a long one at the end (tests/conftest.py).
+LONG := $(RUN) pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
+.PHONY: test-homes
+test-homes: setup ## Set up and break and repair whole homes: reviews, recounts, backfills, marts
+	@$(LONG) -m "homes and not crash and not services and not e2e" $(PYTEST_ARGS)
 
 .PHONY: test-crash
 test-crash: setup ## Set up and kill a real process at every durable step of a batch
-	@$(RUN) pytest -n $(WORKERS) --dist load --maxschedchunk 1 -m crash $(PYTEST_ARGS)
+	@$(LONG) -m crash $(PYTEST_ARGS)
 
 .PHONY: test-soak
 test-soak: setup ## Set up and run everything at once for minutes: ingest, compaction, recounts, backfills, mart builds
@@ -46,15 +54,15 @@ test-soak: setup ## Set up and run everything at once for minutes: ingest, compa
 
 .PHONY: test-e2e
 test-e2e: setup ## Set up and run whole programs: adtally up with files that land, marts and Ctrl-C; small benchmarks
-	@$(RUN) pytest -n $(WORKERS) --dist load --maxschedchunk 1 -m e2e $(PYTEST_ARGS)
-
-.PHONY: test-long
-test-long: setup ## Set up and run the last two, side by side
-	@$(RUN) pytest -n $(WORKERS) --dist load --maxschedchunk 1 -m "soak or e2e" $(PYTEST_ARGS)
+	@$(LONG) -m e2e $(PYTEST_ARGS)
 
 .PHONY: test-services
 test-services: setup ## Set up and run on real Kafkas, a real Pinot and a Spark cluster (jars are downloaded once)
-	@$(RUN) pytest -n $(WORKERS) --dist loadfile -m services $(PYTEST_ARGS)
+	@$(LONG) -m services $(PYTEST_ARGS)
+
+.PHONY: test-long
+test-long: setup ## Set up and run what make test leaves out, but for the trials of services that take many minutes each
+	@$(LONG) -m "(homes or crash or services or soak or e2e) and not trial" $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: setup ## ruff, mypy, sqlfluff, dbt parse, dagster definitions
@@ -74,18 +82,26 @@ bench: setup ## Measure the ingest against its contestants (see benchmarks/READM
 	@$(RUN) adtally bench ingest
 
 .PHONY: audit
-audit: setup ## Look for known vulnerabilities in the locked packages (needs a network)
-	@$(UV) export --frozen --all-groups --no-emit-project --no-hashes --quiet | $(RUN) pip-audit --no-deps --disable-pip -r /dev/stdin
+audit: setup ## Look for known vulnerabilities of all packages and jars; fails where it cannot (needs a network)
+	@$(RUN) python scripts/audit.py
+	@$(UV) export --frozen --all-groups --no-emit-project --no-hashes --quiet | $(RUN) pip-audit --strict --no-deps --disable-pip -r /dev/stdin
+
+.PHONY: sbom
+sbom: setup ## Build the bill of materials of packages and jars (CycloneDX, dist/adtally.cdx.json) and check it
+	@$(RUN) python scripts/sbom.py
 
 .PHONY: setup
 setup: $(filter-out uv,$(UV)) $(STAMP) ## Environment, Java, jars, DuckDB extension: what the other targets do by themselves
 	@$(RUN) python scripts/setup_machine.py
 
-# The stamp's name holds the hash of the lock: another lock, another stamp, so nothing is done twice.
+# The stamp's name holds the hash of the lock: another lock, another stamp, so nothing is done twice. All code is compiled here,
+# once: where PYTHONDONTWRITEBYTECODE is set, every start of a command would compile it again. What is edited later is compiled
+# by Python itself, as ever.
 $(STAMP): | $(filter-out uv,$(UV))
 	@echo "adtally: making the locked environment in .venv"
-	@$(UV) sync --frozen --quiet
-	@rm -f .venv/.synced-* && touch $@
+	@$(UV) sync --frozen --quiet --compile-bytecode
+	@.venv/bin/python -m compileall -qq -j 0 $(OWN_CODE)
+	@rm -f .venv/.synced-* .venv/.compiled-* && touch $@
 
 .uv-bootstrap/bin/uv:
 	@echo "adtally: uv is not installed; putting uv $(UV_VERSION) into .uv-bootstrap"

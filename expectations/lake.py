@@ -97,8 +97,9 @@ def quoted(text: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text for a person."""
-    return " ".join(str(error).split())[:300]
+    """Return an error's text on one line; of a long one the beginning and the end, for its cause may stand in either."""
+    line = " ".join(str(error).split())
+    return line if len(line) <= 300 else f"{line[:195]} ... {line[-100:]}"
 
 
 def _plain(value: Any) -> Any:

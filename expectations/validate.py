@@ -163,7 +163,7 @@ def _judged(
         )
         for check in suite.checks
     ]
-    failed = [outcome for outcome in outcomes if not outcome.success]
+    failed = sorted((each for each in outcomes if not each.success), key=lambda each: each.severity is not Severity.ERROR)
     errors = sum(outcome.severity is Severity.ERROR for outcome in failed)
     page = None
     if docs is not None:
@@ -179,7 +179,7 @@ def _judged(
             warnings=len(failed) - errors,
             validated_at=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         )
-        page = DataDocs(docs).add(entry, result, failing)
+        page = DataDocs(docs).add(entry, result, {each.name: each.failing_rows for each in failed})
     seconds = time.perf_counter() - began
     return HourValidation(suite.table, hour, version, not failed, errors > 0, outcomes, profile.rows, seconds, page)
 

@@ -8,31 +8,31 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column
+from rich.text import Text
 
-from orchestration.cli.status import table
+from orchestration.cli.tables import RecordTable, table
 from orchestration.listening import Listener, listening
 from orchestration.marts import query_marts
 from orchestration.up.up import UP_LOCK
-from samples.land import land
+from samples import DAYS, START, events_by_hour, land, read_truth, weeks_until
 from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, BusyError, UsageError
 from spark_jobs.jobs.batch import BatchReport
 from spark_jobs.jobs.ingest import INGEST_LOCK
+from spark_jobs.texts import money
 
 DEFAULT_HOME = Path(".adtally-demo")
 MARKER = ".adtally-demo-home"
 BATCH_BYTES = 16 * 1024 * 1024
-TRAFFIC_START = datetime(2019, 12, 1, tzinfo=UTC)  # where the samples end, so that the hours of the demo have no gap
-
 LIMITS = ("future_skew", "hour_grace", "earliest_event_time")
 
 LISTED_USERS = 12
@@ -40,10 +40,29 @@ LISTED_USERS = 12
 
 ACCOUNTING = ("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced", "invalid_traffic")
 MEASURES = ("impressions", "clicks", "spend_nanos", "invalid_impressions", "invalid_clicks", "invalid_spend_nanos")
+MONEY = ("spend_nanos", "invalid_spend_nanos")
+BILLED = ("spend_micros",)
 CREDIT = ("credit_micros", "orders")
 MODELS = ("last_click", "first_click", "linear", "position_based", "time_decay")
 LISTED_MODELS = MODELS[:3]
 LISTED_WINDOW = 7
+
+TOP = 3
+_CONSERVATION = (
+    f"select region, {', '.join(f'sum({name})::bigint' for name in ACCOUNTING[:6])} "
+    "from fct_event_accounting group by region order by region"
+)
+_NET = (
+    "select currency, sum(impressions)::bigint, sum(clicks)::bigint, sum(spend_micros), "
+    "sum(invalid_impressions)::bigint, sum(invalid_clicks)::bigint, sum(invalid_spend_micros) "
+    "from fct_campaign_day group by currency order by currency"
+)
+_TOP = f"""
+select campaign_id, currency, sum(impressions)::bigint, sum(clicks)::bigint, sum(spend_micros)
+from fct_campaign_day group by campaign_id, currency
+qualify row_number() over (partition by currency order by sum(spend_micros) desc, campaign_id) <= {TOP}
+order by currency, sum(spend_micros) desc, campaign_id
+"""
 
 Cells = dict[tuple[Any, ...], Counter[str]]
 RunJob = Callable[[str, Listener], None]
@@ -93,35 +112,65 @@ def demo_settings(home: Path) -> Settings:
     )
 
 
-def run_demo(home: Path | None, *, events: int, seed: int, console: Console) -> bool:
-    """Run the demo in ``home`` (default .adtally-demo); True if every figure equals the truth."""
+class Steps(Progress):
+    """The steps of the demo: a bar and a clock each, and below them what it is at, so that a narrow terminal has room for both."""
+
+    def __init__(self, console: Console) -> None:
+        description = TextColumn("{task.description}", table_column=Column(min_width=34, no_wrap=True))
+        super().__init__(description, BarColumn(bar_width=14), TimeElapsedColumn(), console=console)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """A line or two for each step."""
+        for task in self.tasks:
+            yield self.make_tasks_table([task])
+            if task.fields["note"]:
+                yield Text(f"    {task.fields['note']}", style="dim")
+
+
+def run_demo(home: Path | None, *, events: int, seed: int, console: Console, now: datetime | None = None) -> bool:
+    """Run the demo in ``home`` (default .adtally-demo); True if every figure equals the truth.
+
+    Its week is the last one, from Sunday to Saturday, that was over at ``now``. The figures are the same in any week.
+    """
+    weeks = weeks_until(now or datetime.now(UTC))
     folder = (home or DEFAULT_HOME).absolute()
     settings = demo_settings(folder)  # first: a setting that is refused deletes nothing
     clean_home(folder)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        truths = _land(settings, events, seed, progress)
+    with Steps(console) as progress:
+        truths = _land(settings, events, seed, weeks, progress)
         offered = sum(int(truth["totals"]["offered"]) for truth in truths)
         with _dagster(settings) as run_job:
             _ingest(run_job, offered, progress)
             _settle(run_job, progress)
             _build(run_job, progress)
-    _print_conservation(settings, console)
-    equal = _print_differences(settings, truths, console)
-    _print_invalid(settings, console)
-    _print_campaigns(settings, console)
-    _print_places(settings, console)
-    return equal
+    counts, credit = _compare_counts(settings, truths), _compare_credit(settings, truths)
+    for shown in (
+        conservation_table(query_marts(settings, _CONSERVATION)[1]),
+        figures_table("Against the known truth, per hour and region, per campaign, per bill of a day", counts),
+        figures_table("Credit of orders against the known truth, per campaign and lookback window, per order and touch", credit),
+        net_table(query_marts(settings, _NET)[1]),
+        campaigns_table(query_marts(settings, _TOP)[1]),
+    ):
+        console.print(shown)
+    _print_places(settings, weeks, console)
+    console.print(verdict(counts | credit))
+    return not any(cells for *_, cells in (counts | credit).values())
 
 
-def _land(settings: Settings, events: int, seed: int, progress: Progress) -> list[dict[str, Any]]:
+def _land(settings: Settings, events: int, seed: int, weeks: int, progress: Progress) -> list[dict[str, Any]]:
+    """Put the samples, shifted by so many weeks, and simulated traffic of the same hours into place; returns their truths.
+
+    The traffic is spread over the hours as the samples are, so that no hour looks unlike those before it.
+    """
     task = progress.add_task("1/4 land samples and traffic", total=events, note="")
     simulated = settings.home_path / "simulated"
     truth = simulate(
         simulated,
         events,
         seed,
-        start=TRAFFIC_START,
+        start=START + timedelta(weeks=weeks),
+        days=DAYS,
+        hourly_weights=events_by_hour(),
         listed_users=LISTED_USERS,
         progress=lambda done, total: progress.update(task, completed=done, total=total),
     )
@@ -132,9 +181,9 @@ def _land(settings: Settings, events: int, seed: int, progress: Progress) -> lis
         target.parent.mkdir(parents=True, exist_ok=True)
         source.rename(target)
     shutil.rmtree(simulated)
-    sample_truth = land(settings.landing_path)
+    land(settings.landing_path, weeks)
     progress.update(task, completed=events, total=events, note=f"{events:,} simulated lines, 60,287 real events")
-    return [json.loads(truth.as_json()), json.loads(sample_truth.read_text("utf-8"))]
+    return [json.loads(truth.as_json()), read_truth(weeks)]
 
 
 @contextmanager
@@ -150,7 +199,7 @@ def _dagster(settings: Settings) -> Iterator[RunJob]:
         os.environ.update({f"ADTALLY_{name}": str(value) for name, value in own.items()})
         for name in others & set(os.environ):
             del os.environ[name]
-        with home_instance(settings) as instance:
+        with home_instance(settings, captures_output=False) as instance:
             from orchestration.definitions import build_definitions
 
             definitions = build_definitions(settings)
@@ -194,27 +243,23 @@ def _ingest(run_job: RunJob, offered: int, progress: Progress) -> None:
 
 def _settle(run_job: RunJob, progress: Progress) -> None:
     task = progress.add_task("3/4 invalid traffic, credit, bills", total=None, note="")
-    run_job("settlement", lambda line: progress.update(task, note=str(line)[:60]))
+    run_job("settlement", lambda line: progress.update(task, note=str(line)))
     progress.update(task, total=1, completed=1, note="settled")
 
 
 def _build(run_job: RunJob, progress: Progress) -> None:
     task = progress.add_task("4/4 build the marts", total=None, note="")
-    run_job("marts_near_real_time", lambda line: progress.update(task, note=str(line)[:60]))  # the first build is of all marts
+    run_job("marts_near_real_time", lambda line: progress.update(task, note=str(line)))  # the first build is of all marts
     progress.update(task, total=1, completed=1, note="published")
 
 
-def _print_conservation(settings: Settings, console: Console) -> None:
-    _, rows = query_marts(
-        settings,
-        "select region, sum(offered)::bigint, sum(accepted)::bigint, sum(duplicate)::bigint, sum(conflict)::bigint, "
-        "sum(rejected)::bigint, sum(late)::bigint from fct_event_accounting group by region order by region",
-    )
+def conservation_table(rows: Iterable[tuple[Any, ...]]) -> RecordTable:
+    """Region and the first six of ACCOUNTING: what was offered, and what became of it."""
     shown = table("Every record ends in exactly one place", "region", *ACCOUNTING[:6], "offered - all four")
     for region, *counts in rows:
         rest = counts[0] - sum(counts[1:5])
         shown.add_row(region, *(f"{count:,}" for count in counts), str(rest))
-    console.print(shown)
+    return shown
 
 
 def difference(expected: Cells, got: Cells, names: Iterable[str]) -> dict[str, tuple[int, int, int]]:
@@ -231,59 +276,77 @@ def difference(expected: Cells, got: Cells, names: Iterable[str]) -> dict[str, t
     }
 
 
-def _print_differences(settings: Settings, truths: list[dict[str, Any]], console: Console) -> bool:
-    """Every figure beside the truth's, and in how many places they differ; True if in none."""
+Figures = dict[str, tuple[int, int, int]]
+
+
+def _currencies(*parts: Cells) -> list[str]:
+    """Those of cells whose key has the currency in its fourth place."""
+    return sorted({key[3] for cells in parts for key in cells})
+
+
+def by_currency(expected: Cells, got: Cells, names: Iterable[str], currencies: Iterable[str]) -> Figures:
+    """As `difference`, a line a currency, the fourth of a key: amounts of two currencies have no sum."""
+    found: Figures = {}
+    for currency in currencies:
+        truth, marts = ({key: cell for key, cell in cells.items() if key[3] == currency} for cells in (expected, got))
+        found |= {f"{name} {currency}": figures for name, figures in difference(truth, marts, names).items()}
+    return found
+
+
+def _compare_counts(settings: Settings, truths: list[dict[str, Any]]) -> Figures:
+    """Per hour and region, per campaign, per bill of a day."""
     hours = difference(
         truth_cells(truths, "accounting", ("region", "event_hour"), ACCOUNTING), accounting_cells(settings), ACCOUNTING
     )
-    campaigns = difference(
+    campaigns = (
         truth_cells(truths, "campaign_hours", ("campaign_id", "region", "event_hour", "currency"), MEASURES),
         campaign_hour_cells(settings),
-        MEASURES,
     )
-    bills = difference(
-        truth_cells(truths, "billing", ("event_date", "campaign_id", "store_id", "currency"), ("spend_micros",)),
-        billing_cells(settings),
-        ("spend_micros",),
-    )
-    shown = table(
-        "Against the known truth, per hour and region, per campaign, per bill of a day",
-        "measure",
-        "truth",
-        "marts",
-        "cells that differ",
-    )
-    found = {**hours, **campaigns, "billed_micros": bills["spend_micros"]}
-    for name, figures in found.items():
-        _add_figures(shown, name, figures)
-    console.print(shown)
-    return all([not any(cells for *_, cells in found.values()), _print_credit(settings, truths, console)])
+    bills = truth_cells(truths, "billing", ("event_date", "campaign_id", "store_id", "currency"), BILLED), billing_cells(settings)
+    counts = [name for name in MEASURES if name not in MONEY]
+    billed = {
+        name.replace("spend", "billed"): figures for name, figures in by_currency(*bills, BILLED, _currencies(*bills)).items()
+    }
+    return hours | difference(*campaigns, counts) | by_currency(*campaigns, MONEY, _currencies(*campaigns)) | billed
 
 
-def _add_figures(shown: Table, name: str, figures: tuple[int, int, int]) -> None:
-    truth, marts, cells = figures
-    shown.add_row(name, f"{truth:,}", f"{marts:,}", str(cells), style="red" if cells else "")
-
-
-def _print_credit(settings: Settings, truths: list[dict[str, Any]], console: Console) -> bool:
+def _compare_credit(settings: Settings, truths: list[dict[str, Any]]) -> Figures:
     """Credit of orders per model: of each campaign and window, and of each order and touch where the truth lists them."""
     credits = [truth["attribution"] for truth in truths]
     key = ("model", "window_days", "campaign_id", "currency")
     expected, got = truth_cells(credits, "campaigns", key, CREDIT), credit_cells(settings)
-    shown = table(
-        "Credit of orders against the known truth, per campaign and lookback window, per order and touch",
-        *("measure", "truth", "marts", "cells that differ"),
-    )
-    equal = True
+    currencies = _currencies(expected, got)
+    found: Figures = {}
     for model in MODELS:
         of_model = [{key: cell for key, cell in cells.items() if key[0] == model} for cells in (expected, got)]
-        for name, figures in difference(of_model[0], of_model[1], CREDIT).items():
-            _add_figures(shown, f"{model}_{name}", figures)
-            equal &= not figures[2]
-    by_touch = difference(truth_touch_cells(credits), touch_cells(settings), ("credit_micros",))
-    _add_figures(shown, "credit_of_touches", by_touch["credit_micros"])
-    console.print(shown)
-    return equal and not by_touch["credit_micros"][2]
+        orders = difference(of_model[0], of_model[1], ("orders",))["orders"]
+        credit = by_currency(of_model[0], of_model[1], ("credit_micros",), currencies)
+        found |= {f"{model}_orders": orders} | {f"{model}_{name}": figures for name, figures in credit.items()}
+    listed, touches = truth_touch_cells(credits), touch_cells(settings)
+    differ = difference(listed, touches, ("credit_micros",))["credit_micros"][2]  # over all currencies: no sum to show
+    return found | {"credited_touches": (len(listed), len(touches), differ)}
+
+
+def figures_table(title: str, found: Figures) -> RecordTable:
+    """Every figure beside the truth's, and in how many places they differ."""
+    shown = table(title, "measure", "truth", "marts", "cells that differ")
+    for name, (truth, marts, cells) in found.items():
+        measure, _, currency = name.partition(" ")
+        unit = 1 if measure.endswith("_nanos") else 1000
+        texts = [f"{figure:,}" for figure in (truth, marts)]
+        if measure.endswith(("_nanos", "_micros")):
+            texts = [money(figure * unit, currency) for figure in (truth, marts)]
+            name = f"{measure.rpartition('_')[0]} {currency}"
+        shown.add_row(name, *texts, str(cells), style="red" if cells else "")
+    return shown
+
+
+def verdict(found: Figures) -> Text:
+    """The whole comparison on one line."""
+    differ = [name for name, (*_, cells) in found.items() if cells]
+    if not differ:
+        return Text(f"{len(found)} measures, 0 differ: the marts equal the known truth", style="bold green")
+    return Text(f"{len(found)} measures, {len(differ)} differ: {', '.join(differ)}", style="bold red")
 
 
 def truth_cells(truths: list[dict[str, Any]], part: str, key: tuple[str, ...], names: tuple[str, ...]) -> Cells:
@@ -321,7 +384,7 @@ def billing_cells(settings: Settings) -> Cells:
         "select strftime(event_date, '%Y-%m-%d'), campaign_id, store_id, currency, sum(amount_micros) "
         "from fct_billing_ledger group by all"
     )
-    return _cells(query_marts(settings, sql)[1], 4, ("spend_micros",))
+    return _cells(query_marts(settings, sql)[1], 4, BILLED)
 
 
 def credit_cells(settings: Settings) -> Cells:
@@ -354,40 +417,34 @@ def truth_touch_cells(credits: list[dict[str, Any]]) -> Cells:
     }
 
 
-def _print_invalid(settings: Settings, console: Console) -> None:
-    """What is billed and what is not, per currency."""
-    _, rows = query_marts(
-        settings,
-        "select currency, sum(impressions)::bigint, sum(clicks)::bigint, sum(spend_micros)::bigint, "
-        "sum(invalid_impressions)::bigint, sum(invalid_clicks)::bigint, sum(invalid_spend_micros)::bigint "
-        "from fct_campaign_day group by currency order by currency",
-    )
+def net_table(rows: Iterable[tuple[Any, ...]]) -> RecordTable:
+    """What is billed and what is not: currency, impressions, clicks and micros, then those of invalid traffic."""
     names = ("impressions", "clicks", "spend")
     shown = table("Net and invalid", "currency", *names, *(f"invalid {name}" for name in names))
-    for currency, impressions, clicks, micros, invalid_shown, invalid_clicked, invalid_micros in rows:
-        net = (f"{impressions:,}", f"{clicks:,}", _money(micros))
-        shown.add_row(currency, *net, f"{invalid_shown:,}", f"{invalid_clicked:,}", _money(invalid_micros))
-    console.print(shown)
+    for currency, *figures in rows:
+        sides = figures[:3], figures[3:]
+        net, invalid = ((f"{seen:,}", f"{clicks:,}", money(micros * 1000, currency)) for seen, clicks, micros in sides)
+        shown.add_row(currency, *net, *invalid)
+    return shown
 
 
-def _money(micros: int) -> str:
-    return f"{micros // 10**6:,}.{micros % 10**6:06d}"
-
-
-def _print_campaigns(settings: Settings, console: Console) -> None:
-    _, rows = query_marts(
-        settings,
-        "select campaign_id, currency, sum(impressions)::bigint, sum(clicks)::bigint, sum(spend_micros)::bigint "
-        "from fct_campaign_day group by all order by sum(spend_micros) desc, 1 limit 5",
+def campaigns_table(rows: Iterable[tuple[Any, ...]]) -> RecordTable:
+    """The campaigns with the highest spend of each currency: campaign, currency, impressions, clicks, micros."""
+    shown = table(
+        f"Top {TOP} campaigns by spend, in each currency", "currency", "campaign", "impressions", "clicks", "spend", left=2
     )
-    shown = table("Top campaigns by spend", "campaign", "currency", "impressions", "clicks", "spend", left=2)
     for campaign, currency, impressions, clicks, micros in rows:
-        shown.add_row(campaign, currency, f"{impressions:,}", f"{clicks:,}", _money(micros))
-    console.print(shown)
+        shown.add_row(currency, campaign, f"{impressions:,}", f"{clicks:,}", money(micros * 1000, currency))
+    return shown
 
 
-def _print_places(settings: Settings, console: Console) -> None:
+def _print_places(settings: Settings, weeks: int, console: Console) -> None:
     home = settings.home_path
+    first = START + timedelta(weeks=weeks)
+    last = first + timedelta(days=DAYS - 1)
+    console.print(
+        f"days           {first:%Y-%m-%d} to {last:%Y-%m-%d}: the samples' week of 2019, {weeks} weeks later", soft_wrap=True
+    )
     console.print(f"landing files  {settings.landing_path}", soft_wrap=True)
     console.print(f"Delta tables   {settings.lakehouse_uri}", soft_wrap=True)
     console.print(f"marts          {settings.marts_path}", soft_wrap=True)

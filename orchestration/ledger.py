@@ -21,8 +21,8 @@ from spark_jobs.tables import BATCH_LEDGER, MINUTE_METRICS
 LONGEST_GAP = timedelta(days=31)
 """A longer time without a record is no row of empty hours, but a time in which nothing was sent."""
 
-_COUNTS = ("offered", "accepted", "duplicate", "conflict", "rejected", "late", "spend_nanos")
-_SUMS = ", ".join(f"coalesce(sum({name}), 0)::bigint as {name}" for name in _COUNTS)
+_COUNTS = ("offered", "accepted", "duplicate", "conflict", "rejected", "late")
+_SUMS = ", ".join(f"coalesce(sum({name}), 0)::hugeint as {name}" for name in _COUNTS)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ class Cell:
     conflict: int
     rejected: int
     late: int
-    spend_nanos: int
 
 
 @cache
@@ -104,11 +103,13 @@ class Ledger:
         ).fetchall()
         return {hour.astimezone(UTC): rows for hour, rows in found}
 
-    def first_hour(self, version: int) -> datetime | None:
-        """The earliest hour with an accepted record, None where there is none."""
-        found = self._lake.execute(f"select min(event_hour) from {self._scan(version)} where accepted > 0 and _run_id is null")
-        (hour,) = found.fetchall()[0]
-        return None if hour is None else hour.astimezone(UTC)
+    def held_hours(self, version: int, until: datetime) -> list[datetime]:
+        """The hours until ``until`` with an accepted record, ascending."""
+        found = self._lake.execute(
+            f"select distinct event_hour from {self._scan(version)} where accepted > 0 and _run_id is null "
+            f"and event_hour <= timestamptz '{until.isoformat()}' order by 1"
+        )
+        return [hour.astimezone(UTC) for (hour,) in found.fetchall()]
 
     def hours(self, version: int, start: datetime, end: datetime) -> list[datetime]:
         """The hours from ``start`` until before ``end`` with rows at ``version``, and the empty ones between them.
@@ -142,7 +143,7 @@ class Ledger:
         found = self._lake.execute(
             f"""
             select stream, event_hour, count(*), count(distinct (_query_id, _batch_id)), count(distinct _run_id),
-                max(epoch(ingested_at) - epoch(max_received_at)), {_SUMS}
+                greatest(max(epoch(ingested_at) - epoch(max_received_at)), if(max(max_received_at) is null, null, 0)), {_SUMS}
             from {source} where {where} group by stream, event_hour order by event_hour nulls first, stream
             """
         ).fetchall()
@@ -150,12 +151,6 @@ class Ledger:
 
     def _scan(self, version: int) -> str:
         return f"delta_scan({_text(self._uri)}, version = {version})"
-
-
-def micros(nanos: int) -> int:
-    """Nanos as micros, rounded half away from zero."""
-    whole = (abs(nanos) + 500) // 1000
-    return whole if nanos >= 0 else -whole
 
 
 def _text(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 
 import dagster as dg
@@ -15,6 +15,7 @@ from spark_jobs.hours import HOUR, HourRange
 from spark_jobs.tables import BATCH_LEDGER
 
 KEY_FORMAT = "%Y-%m-%d-%H:%M"
+HOURS_A_RECORD = 1_000
 RANGE_START_TAG = "dagster/asset_partition_range_start"
 RANGE_END_TAG = "dagster/asset_partition_range_end"
 
@@ -22,20 +23,38 @@ RANGE_END_TAG = "dagster/asset_partition_range_end"
 def hourly_partitions(settings: Settings, *, now: datetime | None = None) -> dg.HourlyPartitionsDefinition:
     """Every hour from the day of ``settings.start_date`` on, the running one included: the stream writes into it.
 
-    Without a start date: from the day of the first accepted record, or today where nothing has been ingested. Decided once, when
-    the code location loads; load it again when older hours were ingested since.
+    Without a start date: from the day of ``first_of`` the hours with accepted records, or today where nothing has been ingested.
+    Decided once, when the code location loads; load it again when older hours were ingested since.
     """
-    start = settings.start_date or _first_hour(settings) or now or datetime.now(UTC)
+    now = now or datetime.now(UTC)
+    start = settings.start_date or first_of(_held_hours(settings, now)) or now
     day = start.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     return dg.HourlyPartitionsDefinition(start_date=day, timezone="UTC", fmt=KEY_FORMAT, end_offset=1)
 
 
-def _first_hour(settings: Settings) -> datetime | None:
+def first_of(held: Sequence[datetime]) -> datetime | None:
+    """The first of ``held`` (ascending) that deserves a partition; None where there is none.
+
+    From the newest hour backwards, older hours are taken in while at least one in HOURS_A_RECORD of the hours that this adds is
+    held. So one event of the year 2000 does not make a partition of each hour since: a clock that lies decides nothing.
+    """
+    if not held:
+        return None
+    first, found = held[-1], 0
+    for hour in reversed(held[:-1]):
+        found += 1
+        if found * HOURS_A_RECORD >= (first - hour) // HOUR:
+            first, found = hour, 0
+    return first
+
+
+def _held_hours(settings: Settings, now: datetime) -> list[datetime]:
+    """The hours with accepted records, without those that the clock has not come to."""
     version = DeltaLog(settings.table_uri(BATCH_LEDGER.name)).latest_version()
     if version is None:
-        return None
+        return []
     with Ledger.open(settings) as ledger:
-        return ledger.first_hour(version)
+        return ledger.held_hours(version, now)
 
 
 def key_of(hour: datetime) -> str:

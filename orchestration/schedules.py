@@ -22,12 +22,15 @@ from spark_jobs.hours import HOUR, HourRange
 if TYPE_CHECKING:
     from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
+    Job = UnresolvedAssetJobDefinition | dg.JobDefinition
+
 _RUNNING = dg.DefaultScheduleStatus.RUNNING
 PRIORITY_TAG = "dagster/priority"
 _BUILT_AGAIN_AFTER = timedelta(minutes=30)
-_MINUTES_BETWEEN_IDLE_RUNS = 30
+_BETWEEN_IDLE_RUNS = timedelta(minutes=30)
+_SECONDS_TO_MARTS = 15
 RECOUNTED_AGAIN = 48 * HOUR
-CLOSED_HOURS = ("reviewed_hours", "compacted_events", "reconciled_hours", "attributed_orders", "billing_lines")
+CLOSED_HOURS = ("reviewed_hours", "compacted_events", "reconciled_hours", "attributed_orders")
 
 ingest_job = dg.define_asset_job(
     "ingest", dg.AssetSelection.assets(LANDING_INGEST), description="All that is in the landing folder, once."
@@ -38,6 +41,9 @@ compaction_job = dg.define_asset_job(
 vacuum_job = dg.define_asset_job(
     "vacuum", dg.AssetSelection.assets("vacuumed_tables"), description="Data files that nothing needs any more."
 )
+storage_check_job = dg.define_asset_job(
+    "storage_check", dg.AssetSelection.assets("checked_storage"), description="Every byte that adtally keeps, checked or repaired."
+)
 settlement_job = dg.define_asset_job(
     "settlement",
     dg.AssetSelection.assets("settled_records"),
@@ -45,18 +51,55 @@ settlement_job = dg.define_asset_job(
 )
 
 
-def closed_hours_job(hours: dg.HourlyPartitionsDefinition, manifest: Manifest) -> UnresolvedAssetJobDefinition:
+def closed_hours_job(hours: dg.HourlyPartitionsDefinition) -> UnresolvedAssetJobDefinition:
     """All that an hour needs once it is closed: the checks first, and what they hold up after them."""
-    models = [node["name"] for node in manifest["nodes"].values() if node["resource_type"] == "model"]
-    checks = [dg.AssetCheckKey(dg.AssetKey(key), EXPECTATIONS_CHECK) for key in (*CHECKED, *MARTS_CHECKED)]
-    selection = dg.AssetSelection.assets(*CLOSED_HOURS, *models) | dg.AssetSelection.checks(*checks)
+    checks = [dg.AssetCheckKey(dg.AssetKey(key), EXPECTATIONS_CHECK) for key in CHECKED]
     return dg.define_asset_job(
         "closed_hours",
-        selection,
+        dg.AssetSelection.assets(*CLOSED_HOURS) | dg.AssetSelection.checks(*checks),
         partitions_def=hours,
         description="Closed hours: the expectations; where no error was found, the review for invalid traffic, compaction, the "
-        "recount, attribution, billing, and the marts after them.",
+        "recount and attribution. When it succeeds, `closed_hours_marts` runs.",
     )
+
+
+def closed_hours_marts_job(manifest: Manifest) -> UnresolvedAssetJobDefinition:
+    """What follows closed hours and has no hours itself, in a run without partitions.
+
+    In a run with 48 of them, Dagster plans 48 executions of each check that has none, of which it sees one end.
+    """
+    models = [node["name"] for node in manifest["nodes"].values() if node["resource_type"] == "model"]
+    expectations = [dg.AssetCheckKey(dg.AssetKey(name), EXPECTATIONS_CHECK) for name in MARTS_CHECKED]
+    tests = [
+        dg.AssetCheckKey(dg.AssetKey(manifest["nodes"][attached]["name"]), node["name"])
+        for unique_id, node in manifest["nodes"].items()
+        if node["resource_type"] == "test" and (attached := _attached(manifest, unique_id))
+    ]
+    return dg.define_asset_job(
+        "closed_hours_marts",
+        dg.AssetSelection.assets("billing_lines", *models).without_checks() | dg.AssetSelection.checks(*tests, *expectations),
+        description="After closed hours: billing, all marts, their tests and expectations.",
+    )
+
+
+def closed_hours_marts_sensor(closed_hours: Job, marts: Job) -> dg.SensorDefinition:
+    """The sensor that runs ``marts`` when a run of ``closed_hours`` has succeeded."""
+
+    @dg.run_status_sensor(
+        name="closed_hours_marts_sensor",
+        run_status=dg.DagsterRunStatus.SUCCESS,
+        monitored_jobs=[closed_hours],
+        request_job=marts,
+        minimum_interval_seconds=_SECONDS_TO_MARTS,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Bills and builds the marts when closed hours have passed their checks and are recounted.",
+    )
+    def sensor(context: dg.RunStatusSensorContext) -> dg.RunRequest | dg.SkipReason:
+        if waits_already(context.instance, marts.name):
+            return dg.SkipReason("a run waits in the queue already")
+        return dg.RunRequest(run_key=context.dagster_run.run_id)
+
+    return sensor
 
 
 def reconciliation_job(hours: dg.HourlyPartitionsDefinition) -> UnresolvedAssetJobDefinition:
@@ -104,32 +147,34 @@ def _attached(manifest: Manifest, test: str) -> str | None:
     return node.get("attached_node") or (models[0] if len(models) == 1 else None)
 
 
-@dg.schedule(
+@dg.sensor(
     job=ingest_job,
-    cron_schedule="* * * * *",
-    default_status=_RUNNING,
+    minimum_interval_seconds=60,
+    default_status=dg.DefaultSensorStatus.RUNNING,
     description="Ingests what has landed, where no continuous ingest does. Each half hour also where nothing has: campaigns may "
     "have changed.",
 )
-def ingest_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-    """One run of the ingest, unless somebody ingests already or nothing waits."""
-    from spark_jobs.jobs.health import waiting_files
+def ingest_sensor(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+    """One run of the ingest, unless somebody ingests already or nothing waits. The cursor is when one was asked for last."""
+    from spark_jobs.jobs.landing import read_landing
 
     settings = load_settings()
     if ingest_runs(settings):
         return dg.SkipReason("another ingest runs on this home: nothing to do here")
-    if waits_already(context, ingest_job.name):
+    if waits_already(context.instance, ingest_job.name):
         return dg.SkipReason("a run waits in the queue already")
-    waits = any(True for stream in ("events", "orders") for _ in waiting_files(settings, stream))
-    if not waits and context.scheduled_execution_time.minute % _MINUTES_BETWEEN_IDLE_RUNS:
+    now = datetime.now(UTC)
+    is_idle = context.cursor is not None and now - datetime.fromisoformat(context.cursor) < _BETWEEN_IDLE_RUNS
+    if is_idle and not read_landing(settings).waiting:
         return dg.SkipReason("no landing file waits")
+    context.update_cursor(now.isoformat())
     return dg.RunRequest()
 
 
-def waits_already(context: dg.ScheduleEvaluationContext, job: str) -> bool:
+def waits_already(instance: dg.DagsterInstance, job: str) -> bool:
     """Whether a run of the job is asked for and has not started: it will see what a further one would."""
     statuses = [dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.STARTING]
-    return context.instance.get_runs_count(dg.RunsFilter(job_name=job, statuses=statuses)) > 0
+    return instance.get_runs_count(dg.RunsFilter(job_name=job, statuses=statuses)) > 0
 
 
 def ingest_runs(settings: Settings) -> bool:
@@ -155,7 +200,7 @@ def marts_schedule(group: str, cron: str, job: UnresolvedAssetJobDefinition) -> 
         description=f"Builds the {group.replace('_', ' ')} marts when their tables have changed, and every half hour without that.",
     )
     def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-        if waits_already(context, job.name):
+        if waits_already(context.instance, job.name):
             return dg.SkipReason("a run waits in the queue already")
         reason = nothing_to_build(load_settings(), group, now=datetime.now(UTC))
         return dg.RunRequest() if reason is None else dg.SkipReason(reason)

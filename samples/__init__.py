@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from samples.land import land
+from samples.land import DAYS, START, events_by_hour, land, read_truth, weeks_until
 
-__all__ = ["land"]
+__all__ = ["DAYS", "START", "events_by_hour", "land", "read_truth", "weeks_until"]

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from services.simulator.broken import EVENT_BREAKAGES, ORDER_BREAKAGES, Record, dump
 from services.simulator.credit import credit_orders
-from services.simulator.landing import campaigns_csv, compress, increasing_mtimes, put_file
+from services.simulator.landing import campaigns_csv, compress, increasing_mtimes, names_csv, put_file
 from services.simulator.traffic import AGENTS, CRAWLER_AGENTS, PEOPLE_AGENTS
 from services.simulator.truth import (
     HOUR_US,
@@ -48,6 +48,8 @@ CURRENCIES = ("EUR", "JPY", "USD")
 CURRENCY_OF_SHOP = {"all": "JPY", "men": "EUR", "women": "USD"}
 CENT_MICROS = {"EUR": 10_000, "JPY": 1_000_000, "USD": 10_000}
 """Prices are drawn in cents, and in whole yen."""
+BUDGET_CENTS = {("women", "bts"): 400}
+"""Daily budgets that are not 1,000 cents or yen: women-bts spends more than it has on its last two days."""
 FILES_PER_REGION = {"events": 4, "orders": 2}
 LATE, RESENT, CONFLICTS, BROKEN, FUTURE = 0.010, 0.010, 0.001, 0.001, 0.0005
 """Parts of the real impressions that are made to arrive late, sent again, contradicted, broken or before their time."""
@@ -90,13 +92,27 @@ def campaign_rows() -> list[CampaignRow]:
             f"{shop}-{policy}",
             f"store-{shop}",
             model,
-            700 * CENT_MICROS[CURRENCY_OF_SHOP[shop]],
+            BUDGET_CENTS.get((shop, policy), 1_000) * CENT_MICROS[CURRENCY_OF_SHOP[shop]],
             CURRENCY_OF_SHOP[shop],
             begin,
             stop,
         )
         for (shop, policy), found in ranges.items()
         for model, begin, stop in found
+    ]
+
+
+def names(ads: Iterable[str]) -> list[tuple[str, str, str]]:
+    """(kind, id, name) of the stores, the campaigns and these ads, whose ids make_events makes."""
+    shops = {"all": "Everyone", "men": "Men", "women": "Women"}
+    policies = {"bts": "learned choice", "random": "random choice"}
+    stores = [("store", f"store-{shop}", f"Fashion for {name.lower()}") for shop, name in shops.items()]
+    campaigns = {f"{shop}-{policy}": f"{name}, {chosen}" for shop, name in shops.items() for policy, chosen in policies.items()}
+    split = sorted((ad.rpartition("-item-") for ad in set(ads)), key=lambda parts: (parts[0], int(parts[2])))
+    return [
+        *stores,
+        *(("campaign", campaign, name) for campaign, name in campaigns.items()),
+        *(("ad", f"{campaign}-item-{item}", f"{campaigns[campaign]}: item {item}") for campaign, _, item in split),
     ]
 
 
@@ -317,15 +333,15 @@ def make(impressions: Path, out: Path) -> Truth:
     orders = make_orders(events, orders_rng)
     slices = sorted([*_cut(events, "events"), *_cut(orders, "orders")], key=lambda item: item[:2])
     campaigns = campaign_rows()
-    names = sorted({row.campaign_id for row in campaigns})
+    campaign_ids = sorted({row.campaign_id for row in campaigns})
 
     event_lines = [line for _, name, part in slices if name.startswith("events/") for line in part]
-    columns = _event_columns(event_lines, names)
+    columns = _event_columns(event_lines, campaign_ids)
     stores = {row.campaign_id: row.store_id for row in campaigns}
     counted = account_events(
         columns,
         regions=REGIONS,
-        campaigns=names,
+        campaigns=campaign_ids,
         currencies=CURRENCIES,
         agents=AGENTS,
         stores=stores,
@@ -339,7 +355,7 @@ def make(impressions: Path, out: Path) -> Truth:
                 order_truth.add(REGIONS[line.region], line.record)
     args: Row = {"impressions": len(rows), "sha256": hashlib.sha256(impressions.read_bytes()).hexdigest()}
     touches = touches_by_journey(
-        columns, counted.touches, names, stores, [*dict.fromkeys(_user(line) for line in event_lines)].__getitem__
+        columns, counted.touches, campaign_ids, stores, [*dict.fromkeys(_user(line) for line in event_lines)].__getitem__
     )
     credit = credit_orders(order_truth.final_orders(), touches)
     truth = Truth(
@@ -347,7 +363,11 @@ def make(impressions: Path, out: Path) -> Truth:
     )
 
     first_ms = min(line.received_us for line in events) // 1000 // 3_600_000 * 3_600_000
-    contents = [("campaigns/campaigns.csv", campaigns_csv(campaigns), first_ms, len(campaigns))]
+    named = names(line.record["ad_id"] for line in events if line.record is not None)
+    contents = [
+        ("campaigns/campaigns.csv", campaigns_csv(campaigns), first_ms, len(campaigns)),
+        ("names/names.csv", names_csv(named), first_ms + 1, len(named)),
+    ]
     mtimes = increasing_mtimes([end_us for end_us, _, _ in slices])
     for (_, name, part), mtime_ms in zip(slices, mtimes, strict=True):
         contents.append((name, b"".join(line.text + b"\n" for line in part), mtime_ms, len(part)))

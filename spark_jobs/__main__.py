@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,8 +14,10 @@ if not __package__:  # run as a file, as spark-submit does: then Python looks in
 
 from spark_jobs.config import load_settings
 from spark_jobs.errors import AdtallyError
+from spark_jobs.failure import MESSAGE_LENGTH, failure_cause, one_line
 from spark_jobs.jobs.batch import BatchReport
 from spark_jobs.jobs.ingest import run_ingest
+from spark_jobs.private import keep_files_private
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     ingest.add_argument("--continuous", action="store_true", help="until SIGTERM instead of all that is there")
     ingest.add_argument("--trigger", type=float, default=5.0, metavar="SECONDS", help="time between two batches")
     ingest.add_argument("--json", action="store_true", help="one JSON line a batch on standard output")
+    ingest.add_argument("--debug", action="store_true", help="show the stack trace of an error")
     options = parser.parse_args(arguments)
+    keep_files_private()
 
     def progress(batch: BatchReport) -> None:
         line = json.dumps(asdict(batch)) if options.json else f"{batch.stream} batch {batch.batch_id}: {batch.accepted} accepted"
@@ -39,9 +44,14 @@ def main(arguments: list[str] | None = None) -> int:
             progress=progress,
             notice=lambda line: print(f"adtally: {line}", file=sys.stderr, flush=True),
         )
-    except AdtallyError as error:
-        print(f"adtally: error: {error}", file=sys.stderr)
-        return error.exit_code
+    except Exception as error:
+        if options.debug:
+            traceback.print_exc()
+        cause = failure_cause(error)
+        hint = f" ({cause.hint})" if cause.hint else ""
+        text = str(error) if isinstance(error, AdtallyError) else f"{cause}{hint}"
+        print(f"adtally: error: {one_line(text, MESSAGE_LENGTH)}", file=sys.stderr)
+        return error.exit_code if isinstance(error, AdtallyError) else 1
     return 0
 
 

@@ -56,6 +56,26 @@ class Settings(BaseSettings):
     split_bytes: Annotated[int, Field(ge=4096, description="Bytes of a plain file that one task parses at a time.")] = (
         16 * 1024 * 1024
     )
+    batch_timeout: Annotated[
+        timedelta,
+        Field(gt=timedelta(0), le=_LONGEST, description="The workers of a batch that makes no progress for so long are ended."),
+    ] = timedelta(minutes=5)
+    max_reject_rows: Annotated[
+        int,
+        Field(
+            ge=1, description="Rejected records of a file with the same reasons and hour that get a row each; a further row counts."
+        ),
+    ] = 1000
+    max_rejects_per_file: Annotated[
+        int,
+        Field(ge=1, description="A landing file with more rejects is quarantined, if they are max_rejects_per_file_share of it."),
+    ] = 1_000_000
+    max_rejects_per_file_share: Annotated[
+        float, Field(ge=0, le=1, description="The share of rejects above which max_rejects_per_file quarantines a landing file.")
+    ] = 0.95
+    max_gzip_ratio: Annotated[
+        int, Field(ge=1, description="A gzip file that unpacks to over 1 GiB and this many times its size is quarantined.")
+    ] = 250
     future_skew: Annotated[
         timedelta, Field(ge=timedelta(0), le=_LONGEST, description="How far event_time may lie after received_at.")
     ] = timedelta(minutes=5)
@@ -88,6 +108,28 @@ class Settings(BaseSettings):
     webserver_port: Annotated[
         int, Field(ge=0, le=65535, description="Port of the Dagster UI on 127.0.0.1; 0 takes a free one.")
     ] = 3000
+    webserver_hosts: Annotated[
+        tuple[str, ...],
+        NoDecode,
+        Field(description="Names beside the loopback address by which browsers may call the Dagster UI, as tally.example."),
+    ] = ()
+    webserver_token: Annotated[
+        SecretStr | None,
+        Field(min_length=16, description="What every request to the Dagster UI must have: ?token=... once a browser."),
+    ] = None
+    query_memory: Annotated[str, Field(pattern=r"^[1-9]\d*[mg]$", description="Memory of a query of the marts, as 512m or 2g.")] = (
+        "1g"
+    )
+    query_spill: Annotated[
+        str, Field(pattern=r"^[1-9]\d*[mg]$", description="Disk space that a query of the marts may take beyond its memory.")
+    ] = "4g"
+    query_timeout: Annotated[
+        timedelta, Field(gt=timedelta(0), le=_LONGEST, description="A query of the marts that takes longer is ended.")
+    ] = timedelta(minutes=2)
+    reports_url: Annotated[
+        str | None,
+        Field(pattern="^https?://", description="Where data docs and runbooks are served, for links; `adtally up` sets it."),
+    ] = None
     alert_webhook: Annotated[SecretStr | None, Field(description="URL that alerts are posted to as JSON, beside the log.")] = None
     max_stream_lag: Annotated[
         timedelta, Field(gt=timedelta(0), le=_LONGEST, description="Alert: landing files older than this wait to be ingested.")
@@ -105,6 +147,9 @@ class Settings(BaseSettings):
     max_duplicate_share: Annotated[
         float, Field(gt=0, le=1, description="Alert: duplicate share of what was offered in the last hour of ingestion.")
     ] = 0.25
+    max_user_share: Annotated[
+        float, Field(gt=0, le=1, description="Alert: share of one user in the events of the last hour of ingestion.")
+    ] = 0.2
     min_free_bytes: Annotated[int, Field(ge=0, description="Alert: less free disk space than this under ADTALLY_HOME.")] = (
         2 * 1024**3
     )
@@ -113,14 +158,24 @@ class Settings(BaseSettings):
     ] = datetime(2000, 1, 1, tzinfo=UTC)
 
     @field_validator(
-        *("future_skew", "hour_grace", "silent_after", "vacuum_retention", "max_stream_lag", "max_mart_age", "max_publish_lag"),
+        *(
+            "future_skew",
+            "hour_grace",
+            "silent_after",
+            "vacuum_retention",
+            "max_stream_lag",
+            "max_mart_age",
+            "max_publish_lag",
+            "batch_timeout",
+            "query_timeout",
+        ),
         mode="before",
     )
     @classmethod
     def _seconds(cls, value: object) -> object:
         return float(value) if isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?", value) else value
 
-    @field_validator("retired_sources", mode="before")
+    @field_validator("retired_sources", "webserver_hosts", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
         return tuple(part for part in (p.strip() for p in value.split(",")) if part) if isinstance(value, str) else value
@@ -131,6 +186,14 @@ class Settings(BaseSettings):
         for name in value:
             if not re.fullmatch(r"(events|orders)/[a-z0-9-]{1,32}", name):
                 raise ValueError(f"{name!r} is not a source, as in events/eu-west")
+        return value
+
+    @field_validator("webserver_hosts")
+    @classmethod
+    def _host_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?", name):
+                raise ValueError(f"{name!r} is not the name of a host, without a port, as in tally.example")
         return value
 
     @field_validator("earliest_event_time", "start_date", mode="before")
@@ -157,30 +220,30 @@ class Settings(BaseSettings):
 
     @cached_property
     def home_path(self) -> Path:
-        """ADTALLY_HOME as an absolute path."""
-        return self.home.expanduser().absolute()
+        """ADTALLY_HOME as an absolute path, without links, ``..`` or ``//``, as all paths here are."""
+        return _canonical(self.home)
 
     @cached_property
     def lakehouse_uri(self) -> str:
         """Root of the Delta tables, absolute when it is a path."""
         if self.lakehouse is None:
             return str(self.home_path / "lakehouse")
-        return self.lakehouse.rstrip("/") if "://" in self.lakehouse else str(Path(self.lakehouse).expanduser().absolute())
+        return self.lakehouse.rstrip("/") if "://" in self.lakehouse else str(_canonical(Path(self.lakehouse)))
 
     @cached_property
     def landing_path(self) -> Path:
         """Root of the landing folders, absolute."""
-        return (self.landing or self.home_path / "landing").expanduser().absolute()
+        return _canonical(self.landing or self.home_path / "landing")
 
     @cached_property
     def rules_path(self) -> Path:
         """Folder of the rule files, absolute."""
-        return (self.rules or self.home_path / "rules").expanduser().absolute()
+        return _canonical(self.rules or self.home_path / "rules")
 
     @cached_property
     def kafka_path(self) -> Path:
         """The file that names the Kafka clusters, absolute."""
-        return (self.kafka or self.home_path / "kafka.toml").expanduser().absolute()
+        return _canonical(self.kafka or self.home_path / "kafka.toml")
 
     @cached_property
     def checkpoints_path(self) -> Path:
@@ -196,6 +259,11 @@ class Settings(BaseSettings):
     def scratch_path(self) -> Path:
         """Working files that may be deleted whenever no command runs."""
         return self.home_path / "scratch"
+
+    @cached_property
+    def attempts_path(self) -> Path:
+        """How often the last batch of each query was begun: a file a query. May be deleted at any time."""
+        return self.home_path / "attempts"
 
     @cached_property
     def recount_path(self) -> Path:
@@ -226,11 +294,16 @@ class Settings(BaseSettings):
     def jar_cache_path(self) -> Path:
         """Folder of the resolved jars."""
         base = self.cache_dir or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "adtally"
-        return Path(base).expanduser().absolute() / "jars"
+        return _canonical(Path(base)) / "jars"
 
     def table_uri(self, name: str) -> str:
         """Path of a Delta table of the registry."""
         return f"{self.lakehouse_uri}/{name}"
+
+
+def _canonical(path: Path) -> Path:
+    """The one spelling of a path. Spark, Java and the tables compare paths as text: two spellings would be two files."""
+    return Path(os.path.realpath(path.expanduser()))
 
 
 # variables that other parts read: the crash tests, dbt's profile
@@ -246,6 +319,21 @@ def _refuse_unknown() -> None:
             raise ConfigurationError(f"wrong settings: there is no setting {name}", hint=meant)
 
 
+# The library of the tables (delta-rs) takes paths for parts of URIs: these it reads as another path, or ends with a panic.
+_IMPOSSIBLE = re.compile(r"[\[\]\\|^%\x00-\x1f\x7f]")
+
+
+def _refuse_paths(settings: Settings) -> None:
+    """Raise ConfigurationError where a path has a character with which no table can be opened."""
+    for variable, path in (("ADTALLY_HOME", str(settings.home_path)), ("ADTALLY_LAKEHOUSE", settings.lakehouse_uri)):
+        found = None if "://" in path else _IMPOSSIBLE.search(path)
+        if found is not None:
+            raise ConfigurationError(
+                f"wrong settings: {variable}: {path!r} has the character {found[0]!r}, with which tables cannot be opened",
+                hint="choose a folder without [ ] \\ | ^ % and control characters in its path",
+            )
+
+
 def load_settings(**overrides: object) -> Settings:
     """Settings from the environment, with overrides.
 
@@ -253,7 +341,9 @@ def load_settings(**overrides: object) -> Settings:
     """
     _refuse_unknown()
     try:
-        return Settings(**{k: v for k, v in overrides.items() if v is not None})  # type: ignore[arg-type]
+        made = Settings(**{k: v for k, v in overrides.items() if v is not None})  # type: ignore[arg-type]
+        _refuse_paths(made)
+        return made
     except ValidationError as error:
         problems = "; ".join(
             f"ADTALLY_{'.'.join(str(part) for part in item['loc']).upper()}: {item['msg']}" for item in error.errors()

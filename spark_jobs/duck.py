@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import os
 from functools import cache
+from importlib.metadata import distribution
+from importlib.resources import files
+from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 
 from spark_jobs.errors import MachineError
-
-_is_verified = False
+from spark_jobs.failure import one_line
 
 
 def connect_delta(config: dict[str, str | bool | int | float | list[str]] | None = None) -> duckdb.DuckDBPyConnection:
@@ -17,22 +22,34 @@ def connect_delta(config: dict[str, str | bool | int | float | list[str]] | None
 
     Raises MachineError when the package of the extension is missing or does not fit this DuckDB.
     """
-    global _is_verified
-    # DuckDB checks the extension's signature on each load, a quarter of a second: once a process is enough
-    connection = duckdb.connect(":memory:", config={**(config or {}), "allow_unsigned_extensions": _is_verified})
     try:
-        from duckdb_extensions import import_extension
-
-        import_extension("delta", con=connection)
-        connection.execute("load delta")
-    except (ImportError, OSError, RuntimeError, duckdb.Error) as error:
-        connection.close()
+        path = Path(str(files("duckdb_extension_delta"))) / "extensions" / f"v{duckdb.__version__}" / "delta.duckdb_extension"
+        found = path.stat()
+        # DuckDB checks a signature on each load, a quarter of a second. A file with the hash that its package names needs none.
+        is_pinned = _is_as_packaged(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+        connection = duckdb.connect(":memory:", config={**(config or {}), "allow_unsigned_extensions": is_pinned})
+        try:
+            connection.execute("load '{}'".format(str(path).replace("'", "''")))
+        except BaseException:
+            connection.close()
+            raise
+    except (ImportError, OSError, duckdb.Error) as error:
         raise MachineError(
-            f"DuckDB's delta extension cannot be loaded: {' '.join(str(error).split())[:300]}",
+            f"DuckDB's delta extension cannot be loaded: {one_line(error)}",
             hint="install duckdb-extension-delta in the version of duckdb",
         ) from error
-    _is_verified = True
     return connection
+
+
+@cache
+def _is_as_packaged(path: Path, _signature: tuple[int, ...]) -> bool:
+    """Whether a file of the extension's package has the hash that the package names; asked again when the file changes."""
+    for packaged in distribution("duckdb-extension-delta").files or ():
+        if packaged.hash is not None and packaged.hash.mode == "sha256" and os.path.samefile(packaged.locate(), path):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").digest()
+            return base64.urlsafe_b64encode(digest).decode().rstrip("=") == packaged.hash.value
+    return False
 
 
 @cache

@@ -7,10 +7,11 @@ class AdtallyError(Exception):
     """Base of all errors that reach a user as one line.
 
     ``exit_code`` is the process's exit status: 1 the data or a check failed, 2 wrong use.
-    ``hint`` is what the reader can do about it; it is printed after the message.
+    ``hint`` is what the reader can do about it; it is printed after the message. ``excerpt`` goes below that line as it is.
     """
 
     exit_code = 1
+    excerpt = ""
     retryable = False
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
@@ -48,12 +49,32 @@ class InterruptedIngestError(AdtallyError):
     retryable = True
 
 
+class JavaLostError(AdtallyError):
+    """Java, in which Spark runs, has ended while it was needed. A batch that was cut off is made again as it was."""
+
+    retryable = True
+
+
+class StoppedError(AdtallyError):
+    """A batch was not begun, for the ingest was told to stop. It is made at the next start."""
+
+    retryable = True
+
+
 class ConservationError(AdtallyError):
     """offered = accepted + duplicate + conflict + rejected does not hold. The batch is not committed."""
 
 
 class CampaignFileError(AdtallyError):
     """A campaigns CSV breaks the contract; the message names the file, the line and the rule."""
+
+
+class NamesFileError(AdtallyError):
+    """A CSV of names breaks the contract; the message names the file, the line and the rule."""
+
+
+class LandingPathError(AdtallyError):
+    """A file that Spark planned to read cannot be found in the landing folder; the message names it."""
 
 
 class RuleFileError(UsageError):

@@ -16,6 +16,12 @@ def floor_hour(moment: datetime) -> datetime:
     return moment.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
 
 
+def earlier(moment: datetime, by: timedelta) -> datetime:
+    """``moment`` less ``by``, and no earlier than the year 1, with which time begins here."""
+    start = datetime.min.replace(tzinfo=moment.tzinfo)
+    return start if moment - start < by else moment - by
+
+
 @dataclass(frozen=True, order=True)
 class HourRange:
     """The hours from ``start`` until before ``end``, both whole hours with a zone. Raises UsageError where it is none or empty."""

@@ -6,6 +6,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -47,6 +50,30 @@ def require_java() -> Java:
         version = "does not tell its version" if major is None else f"is Java {major}"
         raise _unusable(f"{executable} {version}")
     return Java(executable, major)
+
+
+def require_utf8_names() -> None:
+    """Raises MachineError where Python does not take file names for UTF-8: it would call a file otherwise than Java does."""
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8":
+        raise MachineError(f"file names are {encoding} in this locale, not UTF-8", hint="set LC_ALL=C.UTF-8, or PYTHONUTF8=1")
+
+
+@contextmanager
+def utf8_for_java() -> Iterator[None]:
+    """Let a Java that is started meanwhile take file names for UTF-8.
+
+    It goes by the locale alone. In another one (LC_ALL=C) it would not list a file whose name is not ASCII.
+    """
+    before = os.environ.get("LC_ALL")
+    os.environ["LC_ALL"] = "C.UTF-8"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LC_ALL"]
+        else:
+            os.environ["LC_ALL"] = before
 
 
 def _major_version(executable: Path) -> int | None:

@@ -32,16 +32,22 @@ class Step(StrEnum):
     REJECTED_ORDERS = "rejected_orders"
     ORDERS_LEDGER = "orders_ledger"
     COMMITS = "commits"  # Spark's: the batch is done (checkpoint commits/N)
+    TYPES_CHANGED = "types_changed"  # a table of an older adtally is written anew, with the types of this one
+    NAMES = "names"
     HOUR_CLOSINGS = "hour_closings"
     SOURCE_GAPS = "source_gaps"
+    RELEASES = "releases"  # of quarantined files
     RAW_COPY = "raw_copy"  # of a topic, by a query of its own
     COMPACTION = "compaction"
     RESTORE = "restore"  # what a compaction did is taken back
     VACUUM = "vacuum"
+    DAMAGE_REMOVED = "damage_removed"  # damaged data files are taken out of a table
     CORRECTION_DECIDED = "correction_decided"  # a correction stands under ADTALLY_HOME, whole
     CORRECTED_EVENTS = "corrected_events"
     CORRECTED_REJECTS = "corrected_rejects"
     CORRECTED_METRICS = "corrected_metrics"
+    CORRECTED_ORDERS = "corrected_orders"
+    CORRECTED_ORDER_REJECTS = "corrected_order_rejects"
     CORRECTED_LEDGER = "corrected_ledger"
     RESTATEMENTS = "restatements"
     HOUR_RULES = "hour_rules"
@@ -58,11 +64,15 @@ class Step(StrEnum):
 
 # The steps of a correction, in their order; and all that are no part of a batch: no ingest comes by them.
 CORRECTION: tuple[Step, ...] = (
-    *(Step.CORRECTION_DECIDED, Step.CORRECTED_EVENTS, Step.CORRECTED_REJECTS, Step.CORRECTED_METRICS, Step.CORRECTED_LEDGER),
+    *(Step.CORRECTION_DECIDED, Step.CORRECTED_EVENTS, Step.CORRECTED_REJECTS, Step.CORRECTED_METRICS),
+    *(Step.CORRECTED_ORDERS, Step.CORRECTED_ORDER_REJECTS, Step.CORRECTED_LEDGER),
     *(Step.RESTATEMENTS, Step.HOUR_RULES, Step.RECONCILIATIONS, Step.CORRECTION_DONE),
 )
 MAINTENANCE: tuple[Step, ...] = (
-    *(Step.HOUR_CLOSINGS, Step.SOURCE_GAPS, Step.RAW_COPY, Step.COMPACTION, Step.RESTORE, Step.VACUUM, *CORRECTION),
+    Step.TYPES_CHANGED,
+    Step.DAMAGE_REMOVED,
+    Step.NAMES,
+    *(Step.HOUR_CLOSINGS, Step.SOURCE_GAPS, Step.RELEASES, Step.RAW_COPY, Step.COMPACTION, Step.RESTORE, Step.VACUUM, *CORRECTION),
     *(Step.RULE_SETS, Step.TRAFFIC_REVIEWS, Step.ATTRIBUTED_ORDERS, Step.BILLING_LINES),
     *(Step.PUBLISHED_METRICS, Step.PUBLISHED_CREDITS, Step.PUBLICATIONS),
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 from pyarrow import fs
 
 from spark_jobs.errors import ConfigurationError
+from spark_jobs.failure import one_line
 
 
 @cache
@@ -21,5 +23,10 @@ def open_root(uri: str) -> tuple[fs.FileSystem, str]:
     try:
         filesystem, path = fs.FileSystem.from_uri(uri.replace("s3a://", "s3://", 1))
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{uri} cannot be opened: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigurationError(f"{uri} cannot be opened: {one_line(error)}") from error
     return filesystem, path
+
+
+def local_path(uri: str) -> Path | None:
+    """The folder of a local root; None for an object store."""
+    return Path(uri) if "://" not in uri else None

@@ -6,6 +6,7 @@ wrote it, null where the batch itself did.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +18,7 @@ STREAMS = ("events", "orders")
 _TYPES = {
     "STRING": pa.string(),
     "BIGINT": pa.int64(),
+    "DECIMAL(38,0)": pa.decimal128(38, 0),  # a sum of money; the amount of one record, 10^15 nanos at most, is a BIGINT
     "INT": pa.int32(),
     "BOOLEAN": pa.bool_(),
     "DATE": pa.date32(),
@@ -45,10 +47,14 @@ class Table:
     stats_columns: tuple[str, ...]
 
     @cached_property
+    def types(self) -> dict[str, str]:
+        """The columns and their types as the DDL names them."""
+        return dict(column.split() for column in re.split(r",\s+", self.columns.strip()))
+
+    @cached_property
     def schema(self) -> pa.Schema:
         """The columns as an Arrow schema."""
-        pairs = (column.split() for column in self.columns.split(","))
-        return pa.schema([(name, _TYPES[kind]) for name, kind in pairs])
+        return pa.schema([(name, _TYPES[kind]) for name, kind in self.types.items()])
 
 
 EVENTS = Table(
@@ -75,14 +81,15 @@ REJECTED_COLUMNS = """
     source_file STRING, source_line BIGINT, source_topic STRING, source_partition INT, source_offset BIGINT,
     raw STRING, raw_encoding STRING, raw_size_bytes BIGINT,
     record_id STRING, record_time TIMESTAMP, fingerprint STRING, accepted_fingerprint STRING,
-    ingested_at TIMESTAMP, ingested_date DATE, _query_id STRING, _batch_id BIGINT, _run_id STRING
+    ingested_at TIMESTAMP, ingested_date DATE, _query_id STRING, _batch_id BIGINT, _run_id STRING, records BIGINT
 """
 
 REJECTED_EVENTS = Table(
     name="rejected_events",
     grain="one row a record that was not accepted and is not a duplicate: outcome 'rejected' (with its reason codes) or "
     "'conflict' (same id, other payload: both fingerprints as 16 hex digits). A file that cannot be read has one row "
-    "with line 0",
+    "with line 0. records: how many records the row stands for (null: one). A row for more has no raw text; its place and "
+    "time are those of the first of them. Count records by sum(coalesce(records, 1))",
     columns=REJECTED_COLUMNS,
     key=("source_file", "source_line"),
     partition_by=("ingested_date",),
@@ -104,7 +111,7 @@ MINUTE_METRICS = Table(
     columns="""
         record_uuid STRING, event_minute TIMESTAMP, region STRING, campaign_id STRING, ad_id STRING, store_id STRING,
         placement STRING, currency STRING, impressions BIGINT, clicks BIGINT, invalid_impressions BIGINT,
-        invalid_clicks BIGINT, spend_nanos BIGINT, invalid_spend_nanos BIGINT,
+        invalid_clicks BIGINT, spend_nanos DECIMAL(38,0), invalid_spend_nanos DECIMAL(38,0),
         event_date DATE, _query_id STRING, _batch_id BIGINT, _run_id STRING
     """,
     key=("record_uuid",),
@@ -121,7 +128,7 @@ BATCH_LEDGER = Table(
     columns="""
         stream STRING, source STRING, region STRING, event_hour TIMESTAMP,
         offered BIGINT, accepted BIGINT, duplicate BIGINT, conflict BIGINT, rejected BIGINT,
-        late BIGINT, invalid_traffic BIGINT, unpriced BIGINT, spend_nanos BIGINT,
+        late BIGINT, invalid_traffic BIGINT, unpriced BIGINT, spend_nanos DECIMAL(38,0),
         lost_offsets BIGINT, max_received_at TIMESTAMP, ingested_at TIMESTAMP, _query_id STRING, _batch_id BIGINT, _run_id STRING
     """,
     key=("_query_id", "_batch_id", "_run_id", "source", "region", "event_hour"),
@@ -168,6 +175,7 @@ RAW_ORDERS = Table(
 )
 
 RAW_TABLES = {"events": RAW_EVENTS, "orders": RAW_ORDERS}
+REJECTED_TABLES = {"events": REJECTED_EVENTS, "orders": REJECTED_ORDERS}
 
 SOURCE_GAPS = Table(
     name="source_gaps",
@@ -183,6 +191,19 @@ SOURCE_GAPS = Table(
     stats_columns=("accepted_at",),
 )
 
+RELEASES = Table(
+    name="releases",
+    grain="one row an operator's decision to have a quarantined file read again, under the name released_as. _query_id and "
+    "_batch_id are those of the batch that set it aside",
+    columns="""
+        stream STRING, source_file STRING, released_as STRING, quarantine_reason STRING, reason STRING, released_by STRING,
+        released_at TIMESTAMP, _query_id STRING, _batch_id BIGINT
+    """,
+    key=("source_file", "_query_id", "_batch_id"),
+    partition_by=(),
+    stats_columns=("released_at",),
+)
+
 CAMPAIGNS = Table(
     name="campaigns",
     grain="one row a campaign and validity range, as the CSV files of the landing folder say; replaced when they change",
@@ -195,14 +216,24 @@ CAMPAIGNS = Table(
     stats_columns=("campaign_id",),
 )
 
+NAMES = Table(
+    name="names",
+    grain="one row a campaign, ad or store (kind) that has a name for people to read, as the CSV files of the landing folder say; "
+    "replaced when they change",
+    columns="kind STRING, id STRING, name STRING, source_file STRING",
+    key=("kind", "id"),
+    partition_by=(),
+    stats_columns=("kind",),
+)
+
 RECONCILIATIONS = Table(
     name="reconciliations",
-    grain="one row a run, hour and finding: layer (events, rejected_events, minute_metrics, batch_ledger or marts), cause "
-    "and campaign, with what the recount expects and what was found. An hour without a difference has one row with "
-    "cause 'none'. event_hour null: records without a readable time",
+    grain="one row a run, hour and finding: layer (events, rejected_events, minute_metrics, batch_ledger, orders, rejected_orders, "
+    "orders_ledger (the rows of batch_ledger of stream orders) or marts), cause and campaign, with what the recount expects and "
+    "what was found. An hour without a difference has one row with cause 'none'. event_hour null: records without a readable time",
     columns="""
         run_id STRING, event_hour TIMESTAMP, layer STRING, cause STRING, campaign_id STRING,
-        rows_different BIGINT, rows_expected BIGINT, rows_found BIGINT, nanos_expected BIGINT, nanos_found BIGINT,
+        rows_different BIGINT, rows_expected BIGINT, rows_found BIGINT, nanos_expected DECIMAL(38,0), nanos_found DECIMAL(38,0),
         is_repaired BOOLEAN, detail STRING, delta_versions STRING, run_at TIMESTAMP
     """,
     key=("run_id", "event_hour", "layer", "cause", "campaign_id"),
@@ -218,7 +249,7 @@ RESTATEMENTS = Table(
     columns="""
         run_id STRING, kind STRING, reason STRING, cause STRING, event_hour TIMESTAMP, region STRING, campaign_id STRING,
         currency STRING, impressions BIGINT, clicks BIGINT, invalid_impressions BIGINT, invalid_clicks BIGINT,
-        spend_nanos BIGINT, invalid_spend_nanos BIGINT, rule_set STRING, restated_at TIMESTAMP
+        spend_nanos DECIMAL(38,0), invalid_spend_nanos DECIMAL(38,0), rule_set STRING, restated_at TIMESTAMP
     """,
     key=("run_id", "event_hour", "region", "campaign_id", "currency", "cause"),
     partition_by=(),
@@ -301,8 +332,8 @@ BILLING_LINES = Table(
     "spend_parts (JSON) is the spend in nanos by what it came from: the batches' own increments and each correction run's",
     columns="""
         line_id STRING, line_type STRING, event_date DATE, campaign_id STRING, store_id STRING, currency STRING,
-        amount_micros BIGINT, billed_micros BIGINT, spend_nanos BIGINT, impressions BIGINT, clicks BIGINT,
-        invalid_impressions BIGINT, invalid_clicks BIGINT, invalid_spend_nanos BIGINT,
+        amount_micros DECIMAL(38,0), billed_micros DECIMAL(38,0), spend_nanos DECIMAL(38,0), impressions BIGINT, clicks BIGINT,
+        invalid_impressions BIGINT, invalid_clicks BIGINT, invalid_spend_nanos DECIMAL(38,0),
         reason STRING, run_id STRING, rule_set STRING, metrics_version BIGINT, posting BIGINT, spend_parts STRING,
         billed_at TIMESTAMP
     """,
@@ -328,8 +359,8 @@ PUBLICATIONS = Table(
 TABLES: dict[str, Table] = {
     table.name: table
     for table in (
-        *(EVENTS, REJECTED_EVENTS, MINUTE_METRICS, BATCH_LEDGER, ORDERS, REJECTED_ORDERS, CAMPAIGNS),
-        *(RAW_EVENTS, RAW_ORDERS, SOURCE_GAPS),
+        *(EVENTS, REJECTED_EVENTS, MINUTE_METRICS, BATCH_LEDGER, ORDERS, REJECTED_ORDERS, CAMPAIGNS, NAMES),
+        *(RAW_EVENTS, RAW_ORDERS, SOURCE_GAPS, RELEASES),
         *(RECONCILIATIONS, RESTATEMENTS, HOUR_RULES, HOUR_CLOSINGS),
         *(RULE_SETS, TRAFFIC_REVIEWS, ATTRIBUTED_ORDERS, BILLING_LINES, PUBLICATIONS),
     )

@@ -21,6 +21,27 @@ from spark_jobs.sinks.delta import ensure_tables
 os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """The tests of a file share what takes long to make, so one process runs them; the others are handed out one by one.
+
+    The longest come first: then no process is left with one of them at the end.
+    """
+    alone = ("soak", "e2e", "crash")
+
+    def rank(item: pytest.Item) -> int:
+        names = [*alone, "services", "homes"]
+        return next((at for at, name in enumerate(names) if item.get_closest_marker(name)), len(names))
+
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in alone):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+    items.sort(key=rank)
+    yield  # pytest-xdist puts the groups into the names of the tests
+    if getattr(config.option, "loadgroup", False):
+        assert all("@" in item.nodeid for item in items if item.get_closest_marker("xdist_group")), "groups are not kept together"
+
+
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     """The session of the run, with the project's own settings."""

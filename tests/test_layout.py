@@ -46,7 +46,7 @@ def test_one_module_builds_the_session() -> None:
 
 
 # what the recount may use of spark_jobs: none of it reads, judges, compares or prices a record
-OF_THE_RECOUNT = {"config", "delta_log", "duck", "errors", "hours", "recount", "storage", "tables"}
+OF_THE_RECOUNT = {"config", "delta_log", "disk", "duck", "errors", "failure", "hours", "recount", "storage", "tables", "texts"}
 
 
 def modules_of_spark_jobs(path: Path) -> set[str]:

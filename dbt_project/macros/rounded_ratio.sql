@@ -2,6 +2,6 @@
    Integer arithmetic throughout, in a HUGEINT. b is not negative. #}
 {% macro rounded_ratio(a, b) -%}
     cast(
-        sign({{ a }}) * ((2 * abs(cast({{ a }} as hugeint)) + {{ b }}) // nullif(2 * cast({{ b }} as hugeint), 0)) as bigint
+        sign({{ a }}) * ((2 * abs(cast({{ a }} as hugeint)) + {{ b }}) // nullif(2 * cast({{ b }} as hugeint), 0)) as hugeint
     )
 {%- endmacro %}

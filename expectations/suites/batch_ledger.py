@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from expectations.checks import Check, Kind, Suite, baseline, groups, not_null, rows, schema
-from expectations.suites.common import BATCH_COLUMNS, BATCH_KEYS, NUMBER, REGION, TEXT, TIME
+from expectations.suites.common import BATCH_COLUMNS, BATCH_KEYS, MONEY, NUMBER, REGION, TEXT, TIME
 
 _OUTCOMES = ("accepted", "duplicate", "conflict", "rejected")
 _PARTS = ("late", "invalid_traffic", "unpriced")
 _COUNTS = ("offered", *_OUTCOMES, *_PARTS)
 _CELL = "_query_id, _batch_id, stream, source, region"
-_SUMS = ", ".join(f"sum({name})::bigint as {name}" for name in (*_COUNTS, "spend_nanos"))
+_SUMS = ", ".join(f"sum({name}) as {name}" for name in (*_COUNTS, "spend_nanos"))
 _CELLS = f"select {_CELL}, {_SUMS} from grouped group by {_CELL}"
 _REPEATED = f"select {_CELL}, _run_id, sum(rows)::bigint as rows from grouped group by all having sum(rows) > 1"
 
@@ -35,7 +35,7 @@ BATCH_LEDGER = Suite(
         "region": TEXT,
         "event_hour": TIME,
         **dict.fromkeys(_COUNTS, NUMBER),
-        "spend_nanos": NUMBER,
+        "spend_nanos": MONEY,
         "lost_offsets": NUMBER,
         "max_received_at": TIME,
         "ingested_at": TIME,

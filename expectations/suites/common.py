@@ -5,6 +5,7 @@ from __future__ import annotations
 from expectations.checks import Check, Kind, Severity
 
 TEXT, NUMBER, TIME, DATE, FLAG = "VARCHAR", "BIGINT", "TIMESTAMP WITH TIME ZONE", "DATE", "BOOLEAN"
+MONEY = "DECIMAL(38,0)"  # a sum of it, in a Delta table; the amount of one record is a NUMBER
 
 BATCH_COLUMNS = {"_query_id": TEXT, "_batch_id": NUMBER, "_run_id": TEXT}
 BATCH_KEYS = {"_query_id": "_query_id", "_batch_id": "_batch_id"}

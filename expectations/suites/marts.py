@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 from expectations.checks import Check, Kind, Suite, groups, not_null, rows, schema
 from expectations.suites.common import CURRENCY, DATE, FLAG, NUMBER, REGION, TEXT
 
 _TIME = "TIMESTAMP"
+_MONEY = "HUGEINT"  # but for what one record or one campaign says, which is a NUMBER
+_DECIMAL = "DECIMAL(38,4)"  # money in units of its currency, for people to read
 _COUNTS = ("impressions", "clicks", "invalid_impressions", "invalid_clicks")
 _GROSS = ("gross_impressions", "gross_clicks", "invalid_spend_nanos", "invalid_spend_micros", "gross_spend_micros")
 _MEASURES = (*_COUNTS, "spend_nanos", "spend_micros", *_GROSS)
@@ -19,6 +22,11 @@ _NOT_GROSS = "gross_impressions <> impressions + invalid_impressions or gross_cl
 _REVENUE = ("orders_by_touch_date", "revenue_by_touch_date_micros", "orders_by_order_date", "revenue_by_order_date_micros")
 _COMPLETENESS = tuple(f"completeness_{after}" for after in ("0_min", "1_min", "5_min", "15_min", "60_min", "24_h"))
 _CREDIT = ("order_id", "model", "window_days", "campaign_id", "ad_id", "store_id", "user_id", "touch_event_id", "touch_type")
+
+
+def _types(*names: str) -> dict[str, str]:
+    """The types of counts and of sums of money, told apart by their names."""
+    return {name: _MONEY if re.search("nanos|micros", name) else NUMBER for name in names}
 
 
 def _one_row(key: str) -> Check:
@@ -95,6 +103,23 @@ def _same_at_both_grains() -> Check:
     )
 
 
+def _each_type_has_all() -> Check:
+    """Each invalid event has a source of every type, if only an empty one."""
+    differs = """
+        select event_date, list(events) as events_by_type
+        from (select event_date, source_type, sum(invalid_impressions + invalid_clicks) as events from data group by all)
+        group by event_date having count(*) <> 5 or min(events) <> max(events)
+    """
+    return Check(
+        "source_type.has_every_event",
+        "source_type",
+        Kind.MEASURE,
+        "each source_type of a day has as many events",
+        f"select count(*) from ({differs})",
+        offenders=f"{differs} order by event_date",
+    )
+
+
 MART_SUITES = (
     Suite(
         table="fct_campaign_day",
@@ -103,7 +128,8 @@ MART_SUITES = (
             "campaign_id": TEXT,
             "store_id": TEXT,
             "currency": TEXT,
-            **dict.fromkeys(_MEASURES, NUMBER),
+            **_types(*_MEASURES),
+            "spend": _DECIMAL,
         },
         in_hour="event_date = {date}",
         keys={"currency": "currency"},
@@ -129,7 +155,8 @@ MART_SUITES = (
             "ad_id": TEXT,
             "store_id": TEXT,
             "currency": TEXT,
-            **dict.fromkeys(_MEASURES, NUMBER),
+            **_types(*_MEASURES),
+            "spend": _DECIMAL,
         },
         in_hour="event_minute >= {utc_start} and event_minute < {utc_end}",
         keys={"region": "region", "currency": "currency"},
@@ -177,9 +204,7 @@ MART_SUITES = (
             "layer": TEXT,
             "cause": TEXT,
             "campaign_id": TEXT,
-            **dict.fromkeys(
-                ("rows_different", "rows_expected", "rows_found", "nanos_expected", "nanos_found", "micros_difference"), NUMBER
-            ),
+            **_types("rows_different", "rows_expected", "rows_found", "nanos_expected", "nanos_found", "micros_difference"),
             "is_repaired": FLAG,
             "is_latest": FLAG,
             "detail": TEXT,
@@ -189,7 +214,13 @@ MART_SUITES = (
         shown=("run_id", "event_hour", "layer", "cause", "campaign_id"),
         checks=(
             *schema(),
-            *not_null("run_id", "run_at", "layer", "cause", "rows_different", "is_repaired", "is_latest"),
+            *not_null("run_id", "run_at", "cause", "rows_different", "is_repaired", "is_latest"),
+            rows(
+                "null_where_nothing_differs",
+                "layer",
+                "(layer is null) <> (cause = 'none')",
+                "layer names where it differs, and is null in an hour without a difference",
+            ),
             rows("not_negative", "rows_different", "rows_different < 0", "rows_different is not negative"),
             rows(
                 "none_is_none",
@@ -208,9 +239,9 @@ MART_SUITES = (
             "campaign_id": TEXT,
             "store_id": TEXT,
             "currency": TEXT,
-            "amount_micros": NUMBER,
-            "billed_micros": NUMBER,
-            "spend_nanos": NUMBER,
+            "amount_micros": _MONEY,
+            "billed_micros": _MONEY,
+            "spend_nanos": _MONEY,
             "is_posted": FLAG,
             "reason": TEXT,
             "run_id": TEXT,
@@ -250,11 +281,11 @@ MART_SUITES = (
             "campaign_id": TEXT,
             "currency": TEXT,
             "daily_budget_micros": NUMBER,
-            "spent_micros": NUMBER,
+            "spent_micros": _MONEY,
             "day_share": _RATIO,
             "history_days": NUMBER,
             "expected_share": _RATIO,
-            **dict.fromkeys(("expected_micros", "projected_micros", "overspend_micros", "overspend_from_lag_micros"), NUMBER),
+            **_types("expected_micros", "projected_micros", "overspend_micros", "overspend_from_lag_micros"),
             "budget_known_at": _TIME,
             "is_alert": FLAG,
         },
@@ -319,9 +350,11 @@ MART_SUITES = (
             "model": TEXT,
             "window_days": NUMBER,
             "orders_by_touch_date": _RATIO,
-            "revenue_by_touch_date_micros": NUMBER,
+            "revenue_by_touch_date_micros": _MONEY,
+            "revenue_by_touch_date": _DECIMAL,
             "orders_by_order_date": _RATIO,
-            "revenue_by_order_date_micros": NUMBER,
+            "revenue_by_order_date_micros": _MONEY,
+            "revenue_by_order_date": _DECIMAL,
         },
         in_hour="event_date = {date}",
         keys={"model": "model", "currency": "currency"},
@@ -340,16 +373,19 @@ MART_SUITES = (
             "store_id": TEXT,
             "campaign_id": TEXT,
             "currency": TEXT,
-            **dict.fromkeys((*_COUNTS, "gross_impressions", "gross_clicks", "spend_nanos", "spend_micros"), NUMBER),
-            "invalid_spend_micros": NUMBER,
-            "gross_spend_micros": NUMBER,
+            **_types(*_COUNTS, "gross_impressions", "gross_clicks", "spend_nanos", "spend_micros"),
+            "spend": _DECIMAL,
+            "invalid_spend_micros": _MONEY,
+            "gross_spend_micros": _MONEY,
             "ctr": _RATIO,
-            "cpc_micros": NUMBER,
-            "cpm_micros": NUMBER,
+            "cpc_micros": _MONEY,
+            "cpm_micros": _MONEY,
             "orders_by_touch_date": _RATIO,
-            "revenue_by_touch_date_micros": NUMBER,
+            "revenue_by_touch_date_micros": _MONEY,
+            "revenue_by_touch_date": _DECIMAL,
             "orders_by_order_date": _RATIO,
-            "revenue_by_order_date_micros": NUMBER,
+            "revenue_by_order_date_micros": _MONEY,
+            "revenue_by_order_date": _DECIMAL,
             "roas": _RATIO,
             "roas_by_order_date": _RATIO,
         },
@@ -411,8 +447,8 @@ MART_SUITES = (
             "rule_set": TEXT,
             "restated_at": _TIME,
             "is_after_billing": FLAG,
-            **dict.fromkeys((*_COUNTS, "spend_nanos", "invalid_spend_nanos"), NUMBER),
-            **{f"{name}_{when}": NUMBER for name in ("impressions", "clicks", "spend_micros") for when in ("before", "after")},
+            **_types(*_COUNTS, "spend_nanos", "invalid_spend_nanos"),
+            **_types(*(f"{name}_{when}" for name in ("impressions", "clicks", "spend_micros") for when in ("before", "after"))),
         },
         in_hour="event_date = {date}",
         keys={"kind": "kind", "cause": "cause"},
@@ -428,6 +464,87 @@ MART_SUITES = (
             ),
             groups("known", "kind", "kind not in ('late', 'review', 'repair', 'backfill')", "kind is one of the four"),
             _one_row("event_date, campaign_id, currency, kind, cause, run_id"),
+        ),
+    ),
+    Suite(
+        table="fct_placement_day",
+        columns={
+            "event_date": DATE,
+            "placement": TEXT,
+            "campaign_id": TEXT,
+            "store_id": TEXT,
+            "currency": TEXT,
+            **_types(*_COUNTS, "spend_nanos", "spend_micros"),
+            "spend": _DECIMAL,
+            "ctr": _RATIO,
+        },
+        in_hour="event_date = {date}",
+        keys={"placement": "placement", "currency": "currency"},
+        shown=("event_date", "placement", "campaign_id", "currency"),
+        checks=(
+            *schema(),
+            *not_null("event_date", "campaign_id", "store_id", "currency", *_COUNTS, "spend_nanos", "spend_micros"),
+            *_not_negative(*_COUNTS, "spend_nanos", "spend_micros"),
+            groups("form", "currency", CURRENCY, "currency is three capitals"),
+            rows("rounded", "spend_micros", _ROUNDED, "spend_micros is spend_nanos, rounded once"),
+            rows("of_its_impressions", "ctr", "(ctr is null) <> (impressions = 0)", "there is a ctr where there is an impression"),
+            _one_row("event_date, placement, campaign_id, store_id, currency"),
+        ),
+    ),
+    Suite(
+        table="fct_user_frequency",
+        columns={
+            "period": TEXT,
+            "period_start": DATE,
+            "campaign_id": TEXT,
+            **_types("impressions_per_user", "users", "impressions", "clicks"),
+        },
+        in_hour="period = 'day' and period_start = {date}",
+        keys={"period": "period"},
+        shown=("period", "period_start", "campaign_id", "impressions_per_user"),
+        checks=(
+            *schema(),
+            *not_null("period", "period_start", "campaign_id", "impressions_per_user", "users", "impressions", "clicks"),
+            *_not_negative("impressions_per_user", "clicks"),
+            rows("at_least_one", "users", "users < 1", "a row has a user"),
+            rows(
+                "of_its_users",
+                "impressions",
+                "impressions <> users * impressions_per_user",
+                "impressions are those of the users of the row",
+            ),
+            groups("known", "period", "period not in ('day', 'week')", "period is day or week"),
+            rows("on_a_monday", "period_start", "period = 'week' and isodow(period_start) <> 1", "a week begins on a Monday"),
+            _one_row("period, period_start, campaign_id, impressions_per_user"),
+        ),
+    ),
+    Suite(
+        table="fct_invalid_traffic_sources",
+        columns={
+            "event_date": DATE,
+            "source_type": TEXT,
+            "source": TEXT,
+            "rule": TEXT,
+            "currency": TEXT,
+            **_types("campaigns", "invalid_impressions", "invalid_clicks", "invalid_spend_nanos", "invalid_spend_micros"),
+            "invalid_spend": _DECIMAL,
+        },
+        in_hour="event_date = {date}",
+        keys={"source_type": "source_type", "rule": "rule", "currency": "currency"},
+        shown=("event_date", "source_type", "source", "rule"),
+        checks=(
+            *schema(),
+            *not_null("event_date", "source_type", "rule", "currency", "invalid_impressions", "invalid_clicks"),
+            *_not_negative("invalid_impressions", "invalid_clicks", "invalid_spend_nanos"),
+            groups("form", "currency", CURRENCY, "currency is three capitals"),
+            groups(
+                "known",
+                "source_type",
+                "source_type not in ('user', 'user_agent', 'ad', 'placement', 'region')",
+                "source_type is one of the five",
+            ),
+            _each_type_has_all(),
+            _one_row("event_date, source_type, source, rule, currency"),
         ),
     ),
     Suite(

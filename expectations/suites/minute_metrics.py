@@ -8,6 +8,7 @@ from expectations.suites.common import (
     BATCH_KEYS,
     CURRENCY,
     DATE,
+    MONEY,
     NUMBER,
     REGION,
     TEXT,
@@ -22,7 +23,7 @@ _LATER = ("invalid_spend_nanos",)  # null in rows from before there was this col
 _KEY = "event_minute, region, campaign_id, ad_id, store_id, placement, currency"
 _NEGATIVE = " or ".join(f"{name} < 0" for name in (*_MEASURES, *_LATER))
 _NEGATIVE_SUMS = f"""
-    select {_KEY}, {", ".join(f"sum({name})::bigint as {name}" for name in (*_MEASURES, *_LATER))} from data group by {_KEY}
+    select {_KEY}, {", ".join(f"sum({name}) as {name}" for name in (*_MEASURES, *_LATER))} from data group by {_KEY}
     having {" or ".join(f"sum({name}) < 0" for name in (*_MEASURES, *_LATER))}
 """
 
@@ -37,7 +38,8 @@ MINUTE_METRICS = Suite(
         "store_id": TEXT,
         "placement": TEXT,
         "currency": TEXT,
-        **dict.fromkeys((*_MEASURES, *_LATER), NUMBER),
+        **dict.fromkeys(_COUNTS, NUMBER),
+        **dict.fromkeys(("spend_nanos", *_LATER), MONEY),
         "event_date": DATE,
         **BATCH_COLUMNS,
     },

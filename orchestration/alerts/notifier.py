@@ -1,4 +1,5 @@
-"""Who is told of an alert: always the log, a webhook where ADTALLY_ALERT_WEBHOOK names one, and whatever else is installed.
+"""Who is told of an alert: always the log and the file that `adtally up` reads, a webhook where ADTALLY_ALERT_WEBHOOK names one,
+and whatever else is installed.
 
 Another notifier is a class with a name and ``send``, made by a factory that takes the settings. A package offers the factory under
 the entry point group ``adtally.notifiers``:
@@ -11,6 +12,7 @@ the entry point group ``adtally.notifiers``:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -27,6 +29,7 @@ from typing import IO, Any, Protocol
 from spark_jobs.config import Settings
 
 ENTRY_POINTS = "adtally.notifiers"
+_ALERTS_BYTES = 1024 * 1024  # a full file is kept as alerts.jsonl.1
 _log = logging.getLogger("adtally.alerts")
 
 
@@ -84,6 +87,43 @@ class LogNotifier:
         _log.log(level, "%s: %s%s; see %s", alert.title, alert.detail, run, alert.runbook)
 
 
+class AlertFile:
+    """Appends to HOME/logs/alerts.jsonl, of which ``adtally up`` prints what is new."""
+
+    name = "file"
+
+    def __init__(self, settings: Settings) -> None:
+        self._path = settings.home_path / "logs" / "alerts.jsonl"
+
+    def send(self, alert: Alert) -> None:
+        """See Notifier."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if self._path.stat().st_size > _ALERTS_BYTES:
+                self._path.replace(self._path.with_suffix(".jsonl.1"))
+        with self._path.open("a", encoding="utf-8") as file:  # one write: lines of several processes do not mix
+            file.write(json.dumps(alert.to_json()) + "\n")
+
+    def reader(self) -> Callable[[], list[Alert]]:
+        """A function that returns the alerts appended since its last call, or since now."""
+        seen = self._path.stat().st_size if self._path.exists() else 0
+
+        def read() -> list[Alert]:
+            nonlocal seen
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a line that is no alert is none
+                size = self._path.stat().st_size
+                seen = seen if seen <= size else 0  # smaller: a new file was begun
+                if seen < size:
+                    with self._path.open("rb") as file:
+                        file.seek(seen)
+                        whole = file.read().rpartition(b"\n")[0]
+                    seen += len(whole) + 1 if whole else 0
+                    return [Alert.from_json(json.loads(line)) for line in whole.splitlines()]
+            return []
+
+        return read
+
+
 class WebhookNotifier:
     """Posts an alert as JSON. Tries again, since the other side may be starting. Follows no redirect and logs no address."""
 
@@ -136,7 +176,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def make_notifiers(settings: Settings) -> list[Notifier]:
     """The notifiers of these settings. One that is installed and cannot be made is logged and left out."""
-    made: list[Notifier] = [LogNotifier()]
+    made: list[Notifier] = [LogNotifier(), AlertFile(settings)]
     if settings.alert_webhook is not None:
         made.append(WebhookNotifier(settings.alert_webhook.get_secret_value()))
     for point in entry_points(group=ENTRY_POINTS):

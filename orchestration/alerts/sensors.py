@@ -14,9 +14,12 @@ from dagster._core.storage.asset_check_execution_record import AssetCheckExecuti
 
 from orchestration.alerts.notifier import Alert, AlertSeverity, make_notifiers, notify
 from orchestration.assets.hours import RECOUNT_CHECK
+from orchestration.assets.links import runbook, runbook_link
 from orchestration.assets.quality import EXPECTATIONS_CHECK
 from orchestration.marts.pacing import EarlySpend, early_spends
 from spark_jobs.config import Settings, load_settings
+from spark_jobs.failure import one_line
+from spark_jobs.texts import money
 
 if TYPE_CHECKING:
     from spark_jobs.jobs.health import Signal
@@ -24,7 +27,8 @@ if TYPE_CHECKING:
 PAGED_CHECKS = {RECOUNT_CHECK: "docs/runbooks/reconciliation-difference.md", EXPECTATIONS_CHECK: "docs/runbooks/expectations.md"}
 """Checks whose failure (of severity error) is told, with their runbooks. A failed dbt test fails its run, which is told."""
 
-SECONDS_BETWEEN_OBSERVATIONS = 900
+SECONDS_BETWEEN_EVALUATIONS = 900
+PACING_CHECK, PACING_ASSET = "budget_pacing", "fct_budget_pacing"
 _FAILED_RUN = "docs/runbooks/failed-run.md"
 _BUDGET_PACING = "docs/runbooks/budget-pacing.md"
 _CAMPAIGNS_SHOWN = 5
@@ -48,6 +52,7 @@ SIGNAL_SENSORS = (
     SignalSensor(
         "stream_lag", "ad_events", "Landing files or records of a topic wait longer than ADTALLY_MAX_STREAM_LAG to be ingested.", 30
     ),
+    SignalSensor("ignored_files", "landing_files", "Files lie in the landing folder where nothing reads them."),
     # twice: a broker that is started anew does not answer for some seconds
     SignalSensor("kafka_clusters", "ad_events", "A cluster of Kafka does not answer, or lacks a topic.", 60, bad_ticks=2),
     SignalSensor("freshness", "mart_build", "The published marts lag the ledger by more than ADTALLY_MAX_MART_AGE."),
@@ -58,10 +63,13 @@ SIGNAL_SENSORS = (
         "rejected_share", "rejected_events", "More than ADTALLY_MAX_REJECTED_SHARE of the last hour's records are rejected."
     ),
     SignalSensor("duplicate_share", "batch_ledger", "More than ADTALLY_MAX_DUPLICATE_SHARE of the last hour's records are resent."),
+    SignalSensor("user_share", "ad_events", "One user has more than ADTALLY_MAX_USER_SHARE of the last hour's events.", 300),
     # twice: while a correction is being written, its rows are in one table before they are in the other
     SignalSensor(
         "conservation", "batch_ledger", "Tables contradict each other over the batches of the last hour.", 300, bad_ticks=2
     ),
+    SignalSensor("campaign_file", "campaigns", "A campaign file cannot be read; the prices in force stay."),
+    SignalSensor("rule_file", "ad_events", "A rule file cannot be right; the rules in force stay, or a step waits."),
     SignalSensor("disk_space", "landing_files", "Less than ADTALLY_MIN_FREE_BYTES are free under ADTALLY_HOME."),
 )
 
@@ -72,7 +80,7 @@ class SignalState:
 
     bad_ticks: int = 0
     is_told: bool = False
-    observed_at: float = 0.0
+    evaluated_at: float = 0.0
     pending: dict[str, Any] | None = None
     pending_for: list[str] = field(default_factory=list)
 
@@ -88,6 +96,13 @@ class SignalState:
         """The inverse of ``from_cursor``."""
         return json.dumps(self.__dict__)
 
+    def takes_turn(self, now: float, *, is_new: bool) -> bool:
+        """Whether the check is evaluated at this tick, which is noted: at an alert, and else every SECONDS_BETWEEN_EVALUATIONS."""
+        if not is_new and now - self.evaluated_at < SECONDS_BETWEEN_EVALUATIONS:
+            return False
+        self.evaluated_at = now
+        return True
+
 
 @dataclass
 class PacingState(SignalState):
@@ -98,14 +113,15 @@ class PacingState(SignalState):
 
 
 def signal_sensor(watched: SignalSensor) -> dg.SensorDefinition:
-    """A sensor that tells once when a signal turns bad and once when it is well again, and observes the asset concerned."""
-    runbook = f"docs/runbooks/{'conservation-broken' if watched.signal == 'conservation' else watched.signal.replace('_', '-')}.md"
+    """A sensor that tells once when a signal turns bad and once when it is well again, and evaluates the check of it."""
+    page = "conservation-broken" if watched.signal == "conservation" else watched.signal.replace("_", "-")
 
     @dg.sensor(
         name=f"alert_{watched.signal}",
         minimum_interval_seconds=watched.seconds,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description=f"{watched.description} Told once when it begins and once when it is over.\n\nRunbook: `{runbook}`",
+        description=f"{watched.description} Told once when it begins and once when it is over; the check "
+        f"`{watched.signal}` of `{watched.asset}` fails meanwhile.\n\n{runbook(page)}",
     )
     def sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         """Measure the signal and tell of a change."""
@@ -119,10 +135,8 @@ def signal_sensor(watched: SignalSensor) -> dg.SensorDefinition:
             context.log.info(f"{alert.title}: {alert.detail}")
             state.pending, state.pending_for = alert.to_json(), []
         _deliver(settings, state, is_new=alert is not None)
-        observed = alert is not None or now - state.observed_at >= SECONDS_BETWEEN_OBSERVATIONS
-        if observed:
-            state.observed_at = now
-        events = [_observation(watched.asset, signal)] if observed else []
+        evaluates = state.takes_turn(now, is_new=alert is not None)
+        events = [signal_evaluation(settings, watched.asset, signal, passed=not state.is_told)] if evaluates else []
         reason = f"{signal.name} is {'well' if signal.ok else 'BAD'}: {signal.detail}"
         return dg.SensorResult(skip_reason=reason, cursor=state.to_cursor(), asset_events=events)
 
@@ -161,17 +175,31 @@ def _deliver(settings: Settings, state: SignalState, *, is_new: bool) -> None:
         state.pending = None
 
 
-def _observation(asset: str, signal: Signal) -> dg.AssetObservation:
-    measured = {} if signal.value is None else {signal.name: signal.value}
-    return dg.AssetObservation(
-        asset_key=asset,
+def signal_evaluation(settings: Settings, asset: str, signal: Signal, *, passed: bool) -> dg.AssetCheckEvaluation:
+    """A signal as an evaluation of its check: an error while its alert is on."""
+    return dg.AssetCheckEvaluation(
+        asset_key=dg.AssetKey(asset),
+        check_name=signal.name,
+        passed=passed,
+        severity=dg.AssetCheckSeverity.ERROR,
         description=signal.detail,
         metadata={
-            **measured,
-            f"{signal.name}_ok": signal.ok,
-            f"{signal.name}_threshold": signal.threshold,
-            "runbook": signal.runbook,
+            **({} if signal.value is None else {signal.unit: signal.value}),
+            "threshold": signal.threshold,
+            "runbook": runbook_link(settings, signal.runbook),
         },
+    )
+
+
+def pacing_evaluation(settings: Settings, early: Sequence[EarlySpend]) -> dg.AssetCheckEvaluation:
+    """The check of pacing: an error while a campaign of the newest day spends early."""
+    return dg.AssetCheckEvaluation(
+        asset_key=dg.AssetKey(PACING_ASSET),
+        check_name=PACING_CHECK,
+        passed=not early,
+        severity=dg.AssetCheckSeverity.ERROR,
+        description=_early_spend(early).detail if early else None,
+        metadata={"campaigns": len(early), "runbook": runbook_link(settings, _BUDGET_PACING)},
     )
 
 
@@ -179,18 +207,18 @@ def _observation(asset: str, signal: Signal) -> dg.AssetObservation:
     name="alert_failed_run",
     minimum_interval_seconds=30,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description=f"Tells of every failed run of this code location.\n\nRunbook: `{_FAILED_RUN}`",
+    description=f"Sends an alert for every failed run of this code location.\n\n{runbook('failed-run')}",
 )
 def failed_run_sensor(context: dg.RunFailureSensorContext) -> None:
     """Tell of a run that failed."""
     run = context.dagster_run
     steps = [event.step_key for event in context.get_step_failure_events() if event.step_key]
-    message = " ".join((context.failure_event.message or "").split())[:500]
+    message = one_line(context.failure_event.message or "", 500)
     reasons = [_reason(event) for event in context.get_step_failure_events()]
     alert = Alert(
         name="failed_run",
         title=f"run of {run.job_name} failed" + (f" in {', '.join(sorted(steps))}" if steps else ""),
-        detail="; ".join(reason for reason in reasons if reason)[:1000] or message,
+        detail=one_line("; ".join(reason for reason in reasons if reason), 1000) or message,
         severity=AlertSeverity.CRITICAL,
         runbook=_FAILED_RUN,
         run_id=run.run_id,
@@ -215,8 +243,8 @@ def _reason(event: dg.DagsterEvent) -> str:
     name="alert_failed_check",
     minimum_interval_seconds=30,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Tells once of each failed check of severity error: differences that no repair put right, expectations not met.\n\n"
-    + "\n\n".join(f"Runbook of `{name}`: `{page}`" for name, page in PAGED_CHECKS.items()),
+    description="Tells once of each failed check of severity error: differences that no repair put right, expectations not met."
+    f"\n\n{runbook('reconciliation-difference')}\n\n{runbook('expectations')}",
 )
 def failed_check_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     """Tell of the evaluations that failed since the last tick."""
@@ -264,7 +292,7 @@ def _failed_check(key: dg.AssetCheckKey, records: Sequence[AssetCheckExecutionRe
     return Alert(
         name="failed_check",
         title=f"check {key.name} of {key.asset_key.to_user_string()} failed" + (f" for {shown}" if shown else ""),
-        detail=" ".join((data.description or "see the check's metadata").split())[:1000],
+        detail=one_line(data.description or "see the check's metadata", 1000),
         severity=AlertSeverity.CRITICAL,
         runbook=PAGED_CHECKS[key.name],
         run_id=record.run_id,
@@ -277,30 +305,33 @@ def _failed_check(key: dg.AssetCheckKey, records: Sequence[AssetCheckExecutionRe
     minimum_interval_seconds=60,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Tells once a day of each campaign that has spent more than 90 % of its budget before 80 % of the day is over, by "
-    f"`fct_budget_pacing`.\n\nRunbook: `{_BUDGET_PACING}`",
+    f"`{PACING_ASSET}`, whose check `{PACING_CHECK}` fails meanwhile.\n\n{runbook('budget-pacing')}",
 )
 def budget_pacing_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     """Tell of the campaigns of the data's newest day that were not told yet."""
     settings = load_settings()
-    early, state = early_spends(settings), PacingState.from_cursor(context.cursor)
+    early, state, now = early_spends(settings), PacingState.from_cursor(context.cursor), time.time()
     day = early[0].event_date.isoformat() if early else state.day
     if day != state.day:
         state.day, state.campaigns = day, []
     new = [found for found in early if f"{found.campaign_id} {found.currency}" not in state.campaigns]
+    evaluates = state.takes_turn(now, is_new=bool(new))
     if new:
         alert = _early_spend(new)
         context.log.info(f"{alert.title}: {alert.detail}")
         state.campaigns += [f"{found.campaign_id} {found.currency}" for found in new]
         state.pending, state.pending_for = alert.to_json(), []
     _deliver(settings, state, is_new=bool(new))
+    events = [pacing_evaluation(settings, early)] if evaluates else []
     reason = f"{len(early)} campaigns spend their budget early on {day}" if early else "no campaign spends its budget early"
-    return dg.SensorResult(skip_reason=reason, cursor=state.to_cursor())
+    return dg.SensorResult(skip_reason=reason, cursor=state.to_cursor(), asset_events=events)
 
 
 def _early_spend(found: Sequence[EarlySpend]) -> Alert:
     shown = [
-        f"{each.campaign_id}: {each.spent_micros / 1e6:,.2f} of {each.daily_budget_micros / 1e6:,.2f} {each.currency} spent by "
-        f"{each.event_minute:%H:%M}, {each.projected_micros / 1e6:,.2f} by the end of the day if it goes on so"
+        f"{each.campaign_id}: {money(each.spent_micros * 1000, each.currency)} of "
+        f"{money(each.daily_budget_micros * 1000, each.currency)} {each.currency} spent by {each.event_minute:%H:%M}, "
+        f"{money(each.projected_micros * 1000, each.currency)} by the end of the day if it goes on so"
         for each in found[:_CAMPAIGNS_SHOWN]
     ]
     more = [f"and {len(found) - _CAMPAIGNS_SHOWN} more"] if len(found) > _CAMPAIGNS_SHOWN else []

@@ -1,16 +1,19 @@
 """What is done with hours that are closed: compaction, recount, backfill. One run takes a whole range of them."""
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import dagster as dg
 from pydantic import Field
 
-from orchestration.assets.lakehouse import LANDING_FILES, OWNERS, runbook
+from orchestration.assets.lakehouse import LANDING_FILES, OWNERS
+from orchestration.assets.links import runbook
 from orchestration.assets.outcome import Verdict, evaluations, failing_clearly
 from orchestration.partitions import hours_of, key_of
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.hours import HourRange
+from spark_jobs.texts import counted, money, printable
 
 RECOUNT_CHECK = "recount_equals_stream"
 _DIFFERENCES_SHOWN = 100
@@ -105,7 +108,7 @@ def reconciled_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinitio
         group_name="maintenance",
         kinds={"duckdb", "deltalake"},
         owners=OWNERS,
-        deps=[LANDING_FILES, "ad_events", "rejected_events", "minute_metrics", "batch_ledger", "reviewed_hours"],
+        deps=[LANDING_FILES, "ad_events", "rejected_events", "minute_metrics", "orders", "batch_ledger", "reviewed_hours"],
         partitions_def=hours,
         backfill_policy=dg.BackfillPolicy.single_run(),
         check_specs=[check],
@@ -130,7 +133,7 @@ def reconciled_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinitio
     return reconciled_hours
 
 
-_RECOUNTED = ("events_expected", "events_found", "nanos_expected", "nanos_found")
+_RECOUNTED = ("events_expected", "events_found", "orders_expected", "orders_found")
 
 
 def recount_verdicts(hours: HourRange, remaining: list[Any], waiting: Sequence[Any] = ()) -> Iterator[Verdict]:
@@ -152,10 +155,10 @@ def recount_verdicts(hours: HourRange, remaining: list[Any], waiting: Sequence[A
             for found in own[:_DIFFERENCES_SHOWN]
         ]
         lacking = [found for found in waiting if hour in (found.hours or [hours.start])]
-        says = [f"{len(own)} differences, the first: {own[0].cause} in {own[0].layer}"] if own else []
+        says = [f"{counted(len(own), 'difference')}, the first: {own[0].cause} in {own[0].layer}"] if own else []
         if lacking:
             first = lacking[0]
-            says.append(f"raw_events lacks offsets {first.first_offset} to {first.end_offset - 1} of {first.source} yet")
+            says.append(f"{first.raw_table} lacks offsets {first.first_offset} to {first.end_offset - 1} of {first.source} yet")
         yield Verdict(
             hour,
             passed=not says,
@@ -164,7 +167,6 @@ def recount_verdicts(hours: HourRange, remaining: list[Any], waiting: Sequence[A
                 "differences": len(own),
                 **({"waiting": len(lacking)} if lacking else {}),
                 "rows_different": sum(found.rows_different for found in own),
-                "nanos_difference": sum(found.nanos_found - found.nanos_expected for found in own),
                 **({"found": markdown_table(rows)} if own else {}),
             },
         )
@@ -181,20 +183,22 @@ def backfilled_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinitio
         deps=[LANDING_FILES, "campaigns"],
         partitions_def=hours,
         backfill_policy=dg.BackfillPolicy.single_run(),
+        output_required=False,
         pool="corrections",
         description="Backfill on demand: choose a range of closed hours, and they are recomputed from the raw input with today's "
         "rules. What changes is restated by compensating increments; nothing published is rewritten. `dry_run` in the "
-        "run's configuration tells what would change.\n\n" + runbook("backfill"),
+        "run's configuration observes what would change, and materialises nothing.\n\n" + runbook("backfill"),
     )
-    def backfilled_hours(context: dg.AssetExecutionContext, config: Backfill) -> dg.MaterializeResult[None]:
-        """Recompute the hours of this run."""
+    def backfilled_hours(context: dg.AssetExecutionContext, config: Backfill) -> Iterator[dg.MaterializeResult[None]]:
+        """Recompute the hours of this run; of a dry run, an observation says what would change."""
         from spark_jobs.jobs.backfill import backfill
 
         settings = load_settings()
         with failing_clearly():
+            wanted = closed_hours(context, settings)
             report = backfill(
                 settings,
-                closed_hours(context, settings),
+                wanted,
                 dry_run=config.dry_run,
                 run_id=context.run_id,
                 reason=config.reason,
@@ -208,23 +212,39 @@ def backfilled_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinitio
                 "rows": change.rows,
                 "impressions": change.impressions,
                 "clicks": change.clicks,
-                "nanos before": change.spend_nanos_before,
-                "nanos after": change.spend_nanos_after,
+                "spend before": money(change.spend_nanos_before, change.currency),
+                "spend after": money(change.spend_nanos_after, change.currency),
             }
             for change in report.changes
         ]
-        return dg.MaterializeResult(
-            metadata={
-                "dry_run": report.dry_run,
-                "hours_changed": report.hours_changed,
-                "rows_changed": sum(change.rows for change in report.changes),
-                "nanos_changed": sum(change.spend_nanos_after - change.spend_nanos_before for change in report.changes),
-                "changes": markdown_table(changes),
-                "seconds": report.seconds,
-            }
-        )
+        metadata = {
+            "dry_run": report.dry_run,
+            "hours_changed": report.hours_changed,
+            "rows_changed": sum(change.rows for change in report.changes),
+            "changes": markdown_table(changes),
+            "seconds": report.seconds,
+        }
+        yield from materialized_unless_dry(context, metadata, wanted)
 
     return backfilled_hours
+
+
+def markdown_text(value: object) -> str:
+    """A value as Markdown that shows it and nothing else: no image, link, HTML or cell of its own."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", printable(str(value)))
+
+
+def materialized_unless_dry(
+    context: dg.AssetExecutionContext, metadata: dict[str, Any], hours: HourRange | None = None
+) -> Iterator[dg.MaterializeResult[None]]:
+    """Yield the run's materialisation. Of a dry run there is none: its metadata are logged as an observation of the asset."""
+    if not metadata["dry_run"]:
+        yield dg.MaterializeResult(metadata=metadata)
+        return
+    keys = [key_of(hour) for hour in hours or ()]
+    described = "Dry run, nothing was written" + (f": {keys[0]} to {keys[-1]}" if keys else "")
+    partition = keys[0] if len(keys) == 1 else None
+    context.log_event(dg.AssetObservation(context.asset_key, description=described, metadata=metadata, partition=partition))
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> dg.MarkdownMetadataValue:
@@ -233,8 +253,8 @@ def markdown_table(rows: list[dict[str, Any]]) -> dg.MarkdownMetadataValue:
         return dg.MetadataValue.md("nothing")
 
     def line(cells: Any) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return f"| {' | '.join(map(str, cells))} |"
 
-    shown = [line(row.values()) for row in rows[:_DIFFERENCES_SHOWN]]
+    shown = [line(map(markdown_text, row.values())) for row in rows[:_DIFFERENCES_SHOWN]]
     more = [f"\nand {len(rows) - len(shown)} more"] if len(rows) > len(shown) else []
-    return dg.MetadataValue.md("\n".join([line(rows[0]), line("---" for _ in rows[0]), *shown, *more]))
+    return dg.MetadataValue.md("\n".join([line(map(markdown_text, rows[0])), line("---" for _ in rows[0]), *shown, *more]))

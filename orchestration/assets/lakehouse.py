@@ -10,8 +10,10 @@ from datetime import timedelta
 
 import dagster as dg
 
+from orchestration.assets.links import runbook
 from orchestration.assets.outcome import failing_clearly
 from orchestration.listening import listener
+from spark_jobs.columns import COLUMNS
 from spark_jobs.config import load_settings
 from spark_jobs.errors import BusyError
 from spark_jobs.tables import (
@@ -19,6 +21,7 @@ from spark_jobs.tables import (
     CAMPAIGNS,
     EVENTS,
     MINUTE_METRICS,
+    NAMES,
     ORDERS,
     REJECTED_EVENTS,
     REJECTED_ORDERS,
@@ -48,12 +51,8 @@ TABLE_ASSETS = (
     TableAsset("orders", ORDERS, "stream-lag"),
     TableAsset("rejected_orders", REJECTED_ORDERS, "rejected-share"),
     TableAsset("campaigns", CAMPAIGNS, "ingest-does-not-start", is_hourly=False),
+    TableAsset("names", NAMES, "ignored-files", is_hourly=False),
 )
-
-
-def runbook(name: str) -> str:
-    """The line of a description that says where to look when something is wrong."""
-    return f"Runbook: `docs/runbooks/{name}.md`"
 
 
 def landing_files() -> dg.AssetSpec:
@@ -82,8 +81,10 @@ def landing_ingest(context: dg.AssetExecutionContext) -> Iterator[dg.Materialize
     """Ingest all that is in the landing folder."""
     from spark_jobs.jobs.batch import BatchReport  # Spark: not needed to load the definitions
     from spark_jobs.jobs.ingest import run_ingest
+    from spark_jobs.jobs.landing import read_landing
 
     told = listener()
+    settings = load_settings()
 
     def progress(batch: BatchReport) -> None:
         context.log.info("%s", asdict(batch))
@@ -91,11 +92,13 @@ def landing_ingest(context: dg.AssetExecutionContext) -> Iterator[dg.Materialize
 
     with failing_clearly():
         try:
-            report = run_ingest(load_settings(), progress=progress)
+            report = run_ingest(settings, progress=progress, notice=context.log.warning)
         except BusyError as busy:
             context.log.info("nothing done: %s", busy)
             return
-        yield dg.MaterializeResult(metadata=asdict(report))
+        landing = read_landing(settings)
+        left = {"waiting_files": sum(found.files for found in landing.waiting), "ignored_files": landing.ignored_files}
+        yield dg.MaterializeResult(metadata=asdict(report) | left | {"ignored": landing.ignored_text})
 
 
 def table_specs(hours: dg.HourlyPartitionsDefinition) -> list[dg.AssetSpec]:
@@ -124,10 +127,11 @@ def table_specs(hours: dg.HourlyPartitionsDefinition) -> list[dg.AssetSpec]:
 
 def column_schema(table: Table) -> dg.TableSchema:
     """The columns of the registry as Dagster shows them."""
-    pairs = (column.split() for column in table.columns.split(","))
     return dg.TableSchema(
         columns=[
-            dg.TableColumn(name, kind.lower(), constraints=dg.TableColumnConstraints(unique=(name,) == table.key))
-            for name, kind in pairs
+            dg.TableColumn(
+                name, kind.lower(), COLUMNS.get(name), constraints=dg.TableColumnConstraints(unique=(name,) == table.key)
+            )
+            for name, kind in table.types.items()
         ]
     )

@@ -7,13 +7,14 @@ from typing import Any
 import dagster as dg
 from dagster_dbt import DagsterDbtTranslator, DbtProject, dbt_assets
 
-from orchestration.assets.lakehouse import OWNERS, TABLE_ASSETS, runbook
+from orchestration.assets.lakehouse import OWNERS, TABLE_ASSETS
+from orchestration.assets.links import runbook
 from orchestration.assets.outcome import failing_clearly
 from orchestration.listening import listener
 from orchestration.marts.build import GROUPS, MartBuild, build_marts
-from orchestration.marts.dbt_runner import DbtNode
+from orchestration.marts.dbt_runner import DbtNode, project_dir
 from orchestration.marts.failures import MartsError, Rows
-from orchestration.marts.manifest import Manifest, attach_tests, is_mart
+from orchestration.marts.manifest import COLUMN_LINEAGE, Manifest, attach_tests, is_mart, name_tests
 from spark_jobs.config import load_settings
 
 _ASSET_OF_TABLE = {asset.table.name: asset.key for asset in TABLE_ASSETS} | {
@@ -37,6 +38,9 @@ class MartsTranslator(DagsterDbtTranslator):
         """A model's spec; a mart's says how fresh it has to be."""
         spec = super().get_asset_spec(manifest, unique_id, project)
         props = self.get_resource_props(manifest, unique_id)
+        source = dg.LocalFileCodeReference(file_path=str(project_dir() / props["original_file_path"]), line_number=1)
+        references = dg.CodeReferencesMetadataValue(code_references=[source])
+        spec = spec.merge_attributes(metadata={"dagster/code_references": references})
         if not is_mart(dict(props)) or spec.freshness_policy is not None:
             return spec
         return spec.replace_attributes(freshness_policy=_FRESH[groups_of(props)[0]])
@@ -67,7 +71,7 @@ def groups_of(props: Mapping[str, Any]) -> list[str]:
 
 def marts_asset(manifest: Manifest) -> dg.AssetsDefinition:
     """All models of the project as one computation, of which a run builds the groups that it was asked for."""
-    attached = attach_tests(manifest)
+    attached = name_tests(attach_tests(manifest))
     translator = MartsTranslator()
 
     @dbt_assets(manifest=attached, dagster_dbt_translator=translator, name="marts", pool="marts")
@@ -113,8 +117,8 @@ class _Shown:
         self._checks = {spec.metadata["dagster_dbt/unique_id"]: spec for spec in specs}
         self._keys = {
             unique_id: translator.get_asset_key(node)
-            for unique_id, node in manifest["nodes"].items()
-            if node["resource_type"] == "model"
+            for unique_id, node in (manifest["nodes"] | manifest["sources"]).items()
+            if node["resource_type"] in ("model", "source")
         }
 
     def models(self, built: MartBuild) -> Iterator[dg.MaterializeResult[None]]:
@@ -129,6 +133,7 @@ class _Shown:
                 "delta_versions": built.versions,
                 "published": dg.MetadataValue.path(str(built.path)),
             }
+            metadata["dagster/column_lineage"] = self._lineage(node.unique_id)
             rows = built.rows.get(key.path[-1])
             if rows is not None:
                 metadata["dagster/row_count"] = rows
@@ -136,6 +141,13 @@ class _Shown:
                 yield dg.MaterializeResult(asset_key=key, metadata=metadata)
             else:
                 self._context.log_event(dg.AssetMaterialization(key, metadata=metadata))
+
+    def _lineage(self, unique_id: str) -> dg.TableColumnLineage:
+        deps = {
+            column: [dg.TableColumnDep(self._keys[parent], parents_column) for parent, parents_column in parents]
+            for column, parents in self._manifest[COLUMN_LINEAGE][unique_id].items()
+        }
+        return dg.TableColumnLineage(deps)
 
     def checks(self, nodes: Iterable[DbtNode], rows: Rows) -> Iterator[dg.AssetCheckResult]:
         """An evaluation a test that ran, with the rows that it found."""

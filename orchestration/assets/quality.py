@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from orchestration.assets.hours import closed_hours, markdown_table
-from orchestration.assets.lakehouse import TABLE_ASSETS, runbook
+from orchestration.assets.lakehouse import TABLE_ASSETS
+from orchestration.assets.links import report_link, runbook
 from orchestration.assets.outcome import Verdict, evaluations, failing_clearly
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.delta_log import DeltaLog
@@ -24,6 +25,7 @@ MARTS_CHECKED = (
     *("fct_campaign_day", "fct_campaign_minute", "fct_event_accounting", "fct_reconciliation", "mart_build"),
     *("fct_billing_ledger", "fct_budget_pacing", "fct_attribution_credits", "fct_advertiser_attribution"),
     *("fct_advertiser_performance", "fct_late_arrivals", "fct_restatements"),
+    *("fct_placement_day", "fct_user_frequency", "fct_invalid_traffic_sources"),
 )
 # The ledger first: whatever batch it holds is complete in the versions that are read after it.
 _PINNED = ("batch_ledger", "events", "minute_metrics", "orders", "campaigns")
@@ -136,7 +138,12 @@ def _run_name(run_id: str) -> str:
 
 
 def _failed(found: "HourValidation") -> str | None:
-    return f"failed: {', '.join(result.name for result in found.failed)}" if found.failed else None
+    parts = [
+        f"{severity}: {', '.join(names)}"
+        for severity in ("error", "warn")
+        if (names := [result.name for result in found.failed if result.severity == severity])
+    ]
+    return "; ".join(parts) or None
 
 
 def _results(settings: Settings, found: "HourValidation") -> dict[str, Any]:
@@ -149,15 +156,15 @@ def _results(settings: Settings, found: "HourValidation") -> dict[str, Any]:
             "observed": "not judged" if result.observed is None else result.observed,
             "expected": result.expected,
         }
-        for result in found.results
+        for result in (*found.failed, *(result for result in found.results if result.success))
     ]
     page = settings.quality_path / "index.html" if found.page is None else found.page
     return {
-        "rows": found.rows,
-        "expectations": markdown_table(rows),
-        "seconds": found.seconds,
-        "data_docs": dg.MetadataValue.url(page.as_uri()),
         **{f"rows of {result.name}": _as_json(result.failing_rows) for result in found.failed if result.failing_rows},
+        "expectations": markdown_table(rows),
+        "data_docs": report_link(settings, page),
+        "rows": found.rows,
+        "seconds": found.seconds,
     }
 
 

@@ -5,10 +5,12 @@ from typing import Any
 import dagster as dg
 
 from orchestration.assets.hours import closed_hours, markdown_table
-from orchestration.assets.lakehouse import OWNERS, runbook
+from orchestration.assets.lakehouse import OWNERS
+from orchestration.assets.links import runbook
 from orchestration.assets.outcome import failing_clearly
 from orchestration.partitions import hours_of, key_of
 from spark_jobs.config import load_settings
+from spark_jobs.texts import money
 
 
 def reviewed_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinition:
@@ -42,7 +44,7 @@ def reviewed_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinition:
     return reviewed_hours
 
 
-_REVIEWED = ("events", "invalid", "changed", "spend_nanos_change", "rule_set")
+_REVIEWED = ("events", "invalid", "changed", "rule_set")
 
 
 def attributed_orders(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinition:
@@ -124,7 +126,6 @@ def review_metadata(report: Any) -> dict[str, Any]:
             "events": found.events,
             "invalid": found.invalid,
             "marks changed": found.changed,
-            "spend change in nanos": found.spend_nanos_change,
         }
         for found in report.hours
         if found.changed
@@ -152,7 +153,7 @@ def billing_metadata(report: Any) -> dict[str, Any]:
             "day": str(line.event_date),
             "campaign": line.campaign_id,
             "type": line.line_type,
-            "amount in micros": line.amount_micros,
+            "amount": money(line.amount_micros * 1000, line.currency),
             "currency": line.currency,
             "reason": line.reason,
         }

@@ -1,12 +1,23 @@
-"""What is done with the tables as a whole: compaction of all that is closed, and vacuum."""
+"""What is done with the tables as a whole: compaction of all that is closed, vacuum, and the check of every byte."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
 
 import dagster as dg
 from pydantic import Field
 
-from orchestration.assets.hours import compaction_metadata, markdown_table
-from orchestration.assets.lakehouse import OWNERS, TABLE_ASSETS, runbook
+from orchestration.assets.hours import compaction_metadata, markdown_table, materialized_unless_dry
+from orchestration.assets.lakehouse import OWNERS, TABLE_ASSETS
+from orchestration.assets.links import runbook
 from orchestration.assets.outcome import failing_clearly
 from spark_jobs.config import load_settings
+
+
+class Fsck(dg.Config):
+    """What a run of the check may be told."""
+
+    repair: bool = Field(default=False, description="Put right what can be put right; without it nothing changes.")
 
 
 class Vacuum(dg.Config):
@@ -39,10 +50,11 @@ def compacted_tables(context: dg.AssetExecutionContext) -> dg.MaterializeResult[
     owners=OWNERS,
     deps=["compacted_tables"],
     pool="compaction",
+    output_required=False,
     description="Data files that nothing needs any more are deleted: no running stream, no published mart, no time travel within "
     "ADTALLY_VACUUM_RETENTION. `dry_run` in the run's configuration lists them.\n\n" + runbook("vacuum"),
 )
-def vacuumed_tables(context: dg.AssetExecutionContext, config: Vacuum) -> dg.MaterializeResult[None]:
+def vacuumed_tables(context: dg.AssetExecutionContext, config: Vacuum) -> Iterator[dg.MaterializeResult[None]]:
     """Vacuum every table."""
     from spark_jobs.jobs.vacuum import vacuum
 
@@ -57,12 +69,44 @@ def vacuumed_tables(context: dg.AssetExecutionContext, config: Vacuum) -> dg.Mat
         }
         for found in report.tables
     ]
-    return dg.MaterializeResult(
-        metadata={
-            "dry_run": report.dry_run,
-            "files": sum(found.files for found in report.tables),
-            "bytes": sum(found.bytes for found in report.tables),
-            "tables": markdown_table(rows),
-            "seconds": report.seconds,
-        }
-    )
+    metadata = {
+        "dry_run": report.dry_run,
+        "files": sum(found.files for found in report.tables),
+        "bytes": sum(found.bytes for found in report.tables),
+        "tables": markdown_table(rows),
+        "seconds": report.seconds,
+    }
+    yield from materialized_unless_dry(context, metadata)
+
+
+@dg.asset(
+    group_name="maintenance",
+    kinds={"deltalake"},
+    owners=OWNERS,
+    deps=[asset.key for asset in TABLE_ASSETS],
+    pool="compaction",
+    description="Every byte that adtally keeps is checked: logs, data files, indexes, corrections, books. `repair` in the run's "
+    "configuration puts right what can be put right. No ingest may run during a repair.\n\n" + runbook("fsck"),
+)
+def checked_storage(context: dg.AssetExecutionContext, config: Fsck) -> dg.MaterializeResult[None]:
+    """Check, and with `repair` repair, all that is stored; fails where something is left that is not whole."""
+    from spark_jobs.jobs.fsck import fsck
+
+    with failing_clearly():
+        report = fsck(load_settings(), repair=config.repair, progress=context.log.info)
+    rows = [asdict(found) for found in report.findings]
+    metadata: dict[str, Any] = {
+        "findings": markdown_table(rows),
+        "files": report.files,
+        "bytes": report.bytes,
+        "commits": report.commits,
+        "seconds": report.seconds,
+    }
+    if report.remaining:
+        first = report.remaining[0]
+        raise dg.Failure(
+            f"{len(report.remaining)} findings remain, such as {first.kind} in {first.place}: {first.detail}",
+            metadata=metadata,
+            allow_retries=False,
+        )
+    return dg.MaterializeResult(metadata=metadata)

@@ -15,16 +15,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestration.cli import compare, explain, gaps, maintenance, publish, services, settlement, simulating
+from orchestration.cli import (
+    compare,
+    completion,
+    explain,
+    gaps,
+    maintenance,
+    publish,
+    rejects,
+    release,
+    services,
+    settlement,
+    simulating,
+)
 from orchestration.cli.options import examples, seconds
 from spark_jobs.errors import AdtallyError, UsageError
+from spark_jobs.failure import MESSAGE_LENGTH, failure_cause, one_line
+from spark_jobs.private import keep_files_private
+from spark_jobs.texts import counted
 
 if TYPE_CHECKING:
     from spark_jobs.config import Settings
     from spark_jobs.jobs.batch import BatchReport
     from spark_jobs.jobs.status import Status
 
-_ERROR_LENGTH = 500
 # typer brings a click of its own since 0.2x; its public exceptions lead to the base class in every version.
 _ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
@@ -39,6 +53,7 @@ app = typer.Typer(
         "",
         "Everything lies under ADTALLY_HOME (default: .adtally in the working folder).",
     ),
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -65,6 +80,7 @@ class Format(StrEnum):
     table = "table"
     csv = "csv"
     json = "json"
+    parquet = "parquet"
 
 
 class Engine(StrEnum):
@@ -79,6 +95,14 @@ class _State:
     home: Path | None = None
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version as installed
+
+        print(f"adtally {installed('adtally')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _global(
     debug: Annotated[bool, typer.Option("--debug", help="Show stack traces of errors.")] = False,
@@ -86,9 +110,13 @@ def _global(
         Path | None,
         typer.Option("--home", help="Folder of the installation, in place of ADTALLY_HOME.", file_okay=False),
     ] = None,
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version of adtally.")
+    ] = False,
 ) -> None:
     _State.debug = debug
     _State.home = home
+    keep_files_private()
 
 
 def _settings() -> Settings:
@@ -156,20 +184,26 @@ def ingest(
 
     every = seconds(trigger, "--trigger")
     settings = _settings()
+    named = _State.home is not None or "ADTALLY_HOME" in os.environ
+    if named and not settings.home_path.exists() and not settings.landing_path.exists():
+        raise UsageError(f"there is no home at {settings.home_path}", hint="mistyped? mkdir makes a new one")
     from spark_jobs.jobs.ingest import run_ingest
 
     shown = console(stderr=True)
+    waiting = shown.status("starting Spark")
 
     def on_batch(batch: BatchReport) -> None:
+        waiting.update("ingesting")
         if as_json and continuous:
             print_json({"type": "batch", **_fields(batch)}, lines=True)
         else:
             shown.print(batch_line(batch), soft_wrap=True)
 
     def on_notice(line: str) -> None:
-        typer.echo(f"adtally: {line}", err=True)
+        shown.print(f"adtally: {line}", soft_wrap=True)
 
-    report = run_ingest(settings, continuous=continuous, trigger_seconds=every, progress=on_batch, notice=on_notice)
+    with waiting:
+        report = run_ingest(settings, continuous=continuous, trigger_seconds=every, progress=on_batch, notice=on_notice)
     if is_settled and not continuous:
         settle_at_end(settings)
     if not continuous:
@@ -181,7 +215,7 @@ def ingest(
         console().print("nothing new to ingest", soft_wrap=True)
         return
     console().print(
-        f"{report.batches} batches: {report.offered:,} offered = {report.accepted:,} accepted + "
+        f"{counted(report.batches, 'batch')}: {report.offered:,} offered = {report.accepted:,} accepted + "
         f"{report.duplicate:,} duplicate + {report.conflict:,} conflict + {report.rejected:,} rejected; "
         f"{report.late:,} of the accepted late",
         soft_wrap=True,
@@ -236,17 +270,17 @@ def marts_build(as_json: Json = False) -> None:
 
     A failed model or test leaves the published marts as they are; readers of the old file are not disturbed.
     """
-    from orchestration.cli.output import console, print_json
+    from orchestration.cli.output import console, print_json, status_line
     from orchestration.marts import build_marts
 
     shown = console(stderr=True)
     with shown.status("building the marts") as status:
-        built = build_marts(_settings(), progress=lambda line: status.update(line[: shown.width - 4].replace("[", "\\[")))
+        built = build_marts(_settings(), progress=status_line(status, shown.width))
     if as_json:
         print_json(built)
         return
     console().print(
-        f"build {built.build_id}: {len(built.rows)} tables, {sum(built.rows.values()):,} rows, "
+        f"build {built.build_id}: {counted(len(built.rows), 'table')}, {counted(sum(built.rows.values()), 'row')}, "
         f"{built.nodes_passed} models and tests passed in {built.seconds:.1f} s",
         soft_wrap=True,
     )
@@ -255,7 +289,7 @@ def marts_build(as_json: Json = False) -> None:
 
 @app.command(
     epilog=examples(
-        "adtally query 'select * from fct_campaign_day order by spend_micros desc limit 5'",
+        "adtally query \"from fct_campaign_day where currency = 'USD' order by spend_micros desc limit 5\"",
         "adtally query 'from fct_event_accounting' --format csv > accounting.csv",
         "echo 'show tables' | adtally query -",
         "adtally query --list",
@@ -269,28 +303,44 @@ def query(
         typer.Argument(metavar="SQL", help="One reading statement in the engine's SQL; - reads it from standard input."),
     ] = None,
     engine: Annotated[Engine, typer.Option(help="The marts in DuckDB, or Pinot.")] = Engine.duckdb,
-    named: Annotated[str | None, typer.Option(metavar="NAME", help="In place of SQL: a named query, see --list.")] = None,
+    named: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="In place of SQL: a named query, see --list.", autocompletion=completion.named_queries),
+    ] = None,
     param: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A parameter of a named query.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the named queries, their parameters and columns.")] = False,
     broker: Annotated[
         str | None, typer.Option(metavar="URL", help="Pinot's broker. Default: the one of `adtally services pinot`.")
     ] = None,
     form: Annotated[Format, typer.Option("--format", help="How the result is printed.")] = Format.table,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=0, help="Rows that are printed, 0 for all. Default: 100 of a table, all of other formats."),
+    ] = None,
+    as_json: Json = False,
+    is_raw: Annotated[
+        bool,
+        typer.Option("--raw", help="With csv: texts as they are, which a spreadsheet or a terminal may take for commands."),
+    ] = False,
+    with_build: Annotated[
+        bool, typer.Option("--build/--no-build", help="Not in a table, from the marts: a last column mart_build, their build.")
+    ] = True,
 ) -> None:
     """Ask the published marts, or Pinot.
 
     In DuckDB the statement sees one whole build; it can only read. Pinot gives 10 rows unless the statement says LIMIT, and
     its sum() is a double: sumprecision() is exact.
     """
-    from orchestration.cli.query import listing, run_query
-    from orchestration.marts import render
+    from orchestration.cli.query import run_query, show_listing, show_rows
 
+    chosen = Format.json.value if as_json else form.value
     if list_:
-        print(listing())
+        show_listing(chosen)
         return
     text = sys.stdin.read() if sql == "-" else sql
-    columns, rows = run_query(_settings, text, engine.value, named, param or [], broker)
-    print(render(columns, rows, form.value))
+    is_export = with_build and chosen != Format.table.value
+    columns, rows = run_query(_settings, text, engine.value, named, param or [], broker, is_export=is_export)
+    show_rows(columns, rows, chosen, limit, is_raw=is_raw)
 
 
 @app.command(
@@ -321,7 +371,9 @@ def status(as_json: Json = False) -> None:
 
 
 maintenance.add_commands(app, _settings)
+rejects.add_commands(app, _settings)
 gaps.add_commands(app, _settings)
+release.add_commands(app, _settings)
 settlement.add_commands(app, _settings)
 explain.add_commands(app, _settings)
 compare.add_commands(app, _settings)
@@ -334,7 +386,12 @@ def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="Get what can be got: the jars, DuckDB's extension.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check the machine: settings, Java, jars, DuckDB's extension, a writable home, disk space. Exit status 2 if one fails."""
+    """Check the machine: settings, Java, jars, DuckDB's extension, home, Spark, locale, ports, disk space, speed of fsync.
+
+    Exit status 2 if one fails.
+    """
+    from rich.text import Text
+
     from orchestration.cli.doctor import examine
     from orchestration.cli.output import console, print_json
 
@@ -344,9 +401,8 @@ def doctor(
     else:
         out = console()
         for check in checks:
-            mark = "[green]ok[/]     " if check.ok else "[red]missing[/]"
-            out.print(f"{mark} {check.name}: ", end="", soft_wrap=True)
-            out.print(check.detail, markup=False, soft_wrap=True)
+            mark = ("ok     ", "green") if check.ok else ("missing", "red")
+            out.print(Text.assemble(mark, f" {check.name}: {check.detail}"), soft_wrap=True)
     if not all(check.ok for check in checks):
         raise typer.Exit(2)
 
@@ -410,6 +466,28 @@ def version(as_json: Json = False) -> None:
         print(f"{name} {number}")
 
 
+_PANELS = {
+    "Try it": ("demo", "simulate", "up", "doctor", "version"),
+    "Take in and settle": ("ingest", "review", "attribute", "bill", "publish"),
+    "Ask and look": ("status", "query", "explain", "compare", "rejects", "budget", "marts", "hours"),
+    "Check and put right": ("reconcile", "backfill", "fsck", "release", "accept-gap"),
+    "Keep it small and measure": ("compact", "vacuum", "services", "bench"),
+}
+
+
+def _group_commands() -> None:
+    """Group the commands of the help by what a person wants to do."""
+    panels = {name: panel for panel, names in _PANELS.items() for name in names}
+    commands: list[Any] = [*app.registered_commands, *app.registered_groups]
+    for command in commands:
+        called = getattr(command, "callback", None)
+        name = command.name or (called.__name__ if called is not None else "")
+        command.rich_help_panel = panels[name]
+
+
+_group_commands()
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry of the command. Ends the process with the exit status."""
     sys.exit(run(arguments))
@@ -425,7 +503,7 @@ def run(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except AdtallyError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(str(error), error.exit_code, error.excerpt)
     except typer.Abort:
         return _fail("interrupted", 130)
     except KeyboardInterrupt:
@@ -439,14 +517,23 @@ def run(arguments: list[str] | None = None) -> int:
     except _ClickException as error:
         return _fail(_usage(error), 2)
     except Exception as error:
-        return _fail(_unexpected(error), 1)
+        status = _fail(_unexpected(error), 1)
+        try:
+            sys.stdout.flush()
+        except OSError:  # the disk is full: the interpreter would try again at its end
+            _drop_output()
+        return status
 
 
 def _nobody_reads() -> int:
     """The reader, as `head`, has seen enough. Nothing more can be written, not even by the interpreter at its end."""
+    _drop_output()
+    return 0
+
+
+def _drop_output() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
-    return 0
 
 
 def _usage(error: Any) -> str:
@@ -461,21 +548,20 @@ def _usage(error: Any) -> str:
 
 
 def _unexpected(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else "no message"
-    hint = "" if _State.debug else " (run again as `adtally --debug ...` for the stack trace)"
-    return f"{type(error).__name__}: {text}{hint}"
+    cause = failure_cause(error)
+    debug = "" if _State.debug else "run again as `adtally --debug ...` for the stack trace"
+    hints = "; ".join(filter(None, (cause.hint, debug)))
+    return f"{cause} ({hints})" if hints else str(cause)
 
 
-def _fail(message: str, status: int) -> int:
+def _fail(message: str, status: int, excerpt: str = "") -> int:
     if _State.debug and sys.exc_info()[0] is not None:
         traceback.print_exc()
-    line = " ".join(message.split())
+    line = one_line(message, MESSAGE_LENGTH)
     if line:
-        print(
-            f"adtally: error: {line if len(line) <= _ERROR_LENGTH else line[: _ERROR_LENGTH - 3] + '...'}",
-            file=sys.stderr,
-        )
+        print(f"adtally: error: {line}", file=sys.stderr)
+    if excerpt:
+        print(excerpt, file=sys.stderr)
     return status
 
 

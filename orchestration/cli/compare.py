@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import RenderableType
-from rich.markup import escape
 from rich.text import Text
 
 from orchestration.cli.maintenance import Json
 from orchestration.cli.options import examples
-from orchestration.cli.status import table
+from orchestration.cli.tables import table
 
 if TYPE_CHECKING:
     from orchestration.compare import Comparison
@@ -54,6 +53,7 @@ def comparison_tables(found: Comparison) -> Iterator[RenderableType]:
         f"Ours and theirs, tolerance {found.tolerance:.1%}",
         *("date", "campaign", "measure", "ours", "theirs", "difference", "discrepancy", "explained by"),
         left=3,
+        texts=["explained by"],
     )
     cells = [cell for line in found.lines for cell in line.cells]
     for line in found.lines[:SHOWN]:
@@ -62,7 +62,7 @@ def comparison_tables(found: Comparison) -> Iterator[RenderableType]:
             causes = ", ".join(f"{name} {count:+,}" for name, count in cell.causes.items() if count)
             share = "-" if cell.discrepancy is None else f"{cell.discrepancy:+.2%}"
             lines.add_row(
-                *(line.date.isoformat(), escape(line.campaign), cell.measure, f"{cell.ours:,}", f"{cell.theirs:,}"),
+                *(line.date.isoformat(), line.campaign, cell.measure, f"{cell.ours:,}", f"{cell.theirs:,}"),
                 *(f"{cell.ours - cell.theirs:+,}", share, causes or "-"),
                 style=style,
             )

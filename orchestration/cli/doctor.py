@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +17,9 @@ from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, MachineError
 
 MIN_FREE_BYTES = 2 * 1024**3
+_LOOPBACK = "127.0.0.1"
+_SYNCS = 7
+_SLOW_SYNC_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,14 @@ def examine(home: Path | None, *, fix: bool = False) -> list[Check]:
         _check("java", _java),
         _check("jars", lambda: _jars(settings, fix)),
         _check("duckdb extension", _extension),
-        _check("home", lambda: _writable(settings.home_path)),
+        _check("home", lambda: _writable(settings)),
+        _check("spark", lambda: _spark(settings)),
+        _check("locale", _locale),
+        _check("ports", lambda: _ports(settings)),
         _check("landing", lambda: _landing(settings)),
         *([Check("kafka", False, kafka)] if (kafka := _wrong_kafka(settings)) else _topics(settings)),
         _check("disk", lambda: _disk(settings.home_path)),
+        _check("fsync", lambda: _fsync(settings.home_path)),
     ]
 
 
@@ -77,7 +86,8 @@ def _extension() -> str:
     return f"delta for DuckDB {duckdb.__version__}"
 
 
-def _writable(home: Path) -> str:
+def _writable(settings: Settings) -> str:
+    home = settings.home_path
     place = nearest(home)
     if not place.is_dir():
         raise MachineError(f"{place} is not a folder", hint="set ADTALLY_HOME to another place")
@@ -86,7 +96,17 @@ def _writable(home: Path) -> str:
             pass
     except OSError as error:
         raise MachineError(f"{place} cannot be written: {error.strerror}", hint="set ADTALLY_HOME to another place") from None
-    return f"{home} can be written" if home.exists() else f"{home} will be made"
+    folders = [settings.checkpoints_path, settings.scratch_path, settings.key_index_path]
+    if "://" not in settings.lakehouse_uri:
+        lakehouse = Path(settings.lakehouse_uri)
+        folders += [nearest(lakehouse), *(lakehouse.iterdir() if lakehouse.is_dir() else ())]
+    for folder in folders:  # an earlier run as another user may have left some
+        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+            raise MachineError(f"{folder} cannot be written by this user", hint="give it to the user that ingests")
+    if not home.exists():
+        return f"{home} will be made"
+    is_open = home.stat().st_mode & 0o077
+    return f"{home} can be written" + (f", and others of this machine may look into it: chmod 700 {home}" if is_open else "")
 
 
 def _landing(settings: Settings) -> str:
@@ -136,6 +156,69 @@ def _topics(settings: Settings) -> list[Check]:
         return f"{cluster.bootstrap_servers} has {parts}" if parts else f"{cluster.bootstrap_servers} answers"
 
     return [_check(f"kafka {name}", partial(ask, cluster)) for name, cluster in clusters.items()]
+
+
+def _spark(settings: Settings) -> str:
+    """Whose Spark and Python the ingest would run, where the environment names others."""
+    import pyspark
+
+    from spark_jobs.session import FOREIGN_VARIABLES, is_one_machine
+
+    ours = f"Spark {pyspark.__version__}"
+    named = {name: value for name in FOREIGN_VARIABLES if (value := os.environ.get(name))}
+    if not named:
+        return ours
+    listed = ", ".join(f"{name}={value}" for name, value in named.items())
+    if is_one_machine(settings.spark_master):
+        return f"{ours}; on one machine these are not used: {listed}"
+    for name, value in named.items():
+        if name.startswith("SPARK") and not Path(value).is_dir():
+            raise MachineError(f"{name} is {value}, which is no folder", hint=f"unset {name}, or point it to {ours}")
+        if name.startswith("PYSPARK_PYTHON") and shutil.which(value) is None:
+            raise MachineError(f"{name} is {value}, which is no program", hint=f"unset {name}, or point it to this Python")
+    return f"{ours}; the cluster is reached with {listed}"
+
+
+def _locale() -> str:
+    names = sys.getfilesystemencoding()
+    if names.lower().replace("-", "") != "utf8":
+        raise MachineError(f"file names are {names} in this locale, not UTF-8", hint="set LC_ALL=C.UTF-8")
+    chosen = next((f"{name}={os.environ[name]}" for name in ("LC_ALL", "LC_CTYPE", "LANG") if os.environ.get(name)), "none set")
+    return f"{chosen}, file names are UTF-8"
+
+
+def _ports(settings: Settings) -> str:
+    """Spark and its workers meet on loopback; the UI's port is wanted by `adtally up` alone."""
+    try:
+        with socket.create_server((_LOOPBACK, 0)) as server, socket.create_connection(server.getsockname(), timeout=5):
+            pass
+    except OSError as error:
+        raise MachineError(f"no connection on {_LOOPBACK}: {error}", hint="Spark needs it, and a free port there") from None
+    try:
+        with socket.create_server((_LOOPBACK, settings.webserver_port)):
+            pass
+    except OSError:
+        return f"{_LOOPBACK} works; {settings.webserver_port} is taken: `adtally up --port 0` takes a free one"
+    return f"{_LOOPBACK} works"
+
+
+def _fsync(home: Path) -> str:
+    """How long the disk takes to write a small file through; each batch waits for some dozens of them."""
+    taken = []
+    folder = next(place for place in (home, *home.parents) if place.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for _ in range(_SYNCS):
+                file.write(b"x" * 4096)
+                file.flush()
+                started = time.monotonic()
+                os.fsync(file.fileno())
+                taken.append(time.monotonic() - started)
+    except OSError as error:
+        raise MachineError(f"{folder} cannot be synced: {error.strerror}", hint="set ADTALLY_HOME to another disk") from None
+    median = sorted(taken)[len(taken) // 2]
+    slow = f"; slow: a batch waits {median * 50:.0f} s for the disk" if median > _SLOW_SYNC_SECONDS else ""
+    return f"{median * 1000:.1f} ms a file{slow}"
 
 
 def _disk(home: Path) -> str:

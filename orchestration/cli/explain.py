@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from orchestration.cli import completion
 from orchestration.cli.maintenance import Json
 from orchestration.cli.options import examples, moment
 
@@ -34,7 +35,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         "fct_campaign_day", epilog=examples("adtally explain fct_campaign_day --campaign c00001 --date 2025-06-02")
     )
     def campaign_day(
-        campaign: Annotated[str, typer.Option(help="The campaign_id.")],
+        campaign: Annotated[str, typer.Option(help="The campaign_id.", autocompletion=completion.campaigns)],
         date: Annotated[str, typer.Option(help="The day (UTC), as 2025-06-02.")],
         events: Sample = 5,
         as_json: Json = False,

@@ -1,11 +1,11 @@
-"""Commands that keep the lakehouse right and small: reconcile, backfill, compact, vacuum, hours."""
+"""Commands that keep the lakehouse right and small: reconcile, backfill, compact, vacuum, fsck, hours."""
 
 from __future__ import annotations
 
 import getpass
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -48,7 +48,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         remains: without --repair any, with it what could not be repaired.
         """
         from orchestration.cli.maintenance_tables import reconciliation_table
-        from orchestration.cli.output import console, print_json
+        from orchestration.cli.output import console, print_json, status_line
         from orchestration.reconciliation import run_reconciliation
 
         chosen = hour_range(start, end)
@@ -81,7 +81,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         Nothing published is rewritten: the difference is added as compensating increments. Run again it changes nothing.
         """
         from orchestration.cli.maintenance_tables import backfill_table
-        from orchestration.cli.output import console, print_json
+        from orchestration.cli.output import console, print_json, status_line
         from spark_jobs.jobs.backfill import backfill as run
 
         chosen = hour_range(start, end)
@@ -102,7 +102,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         Without a range: all closed hours that need it. Rows and content are proved to be the same before and after.
         """
         from orchestration.cli.maintenance_tables import compaction_table
-        from orchestration.cli.output import console, print_json
+        from orchestration.cli.output import console, print_json, status_line
         from spark_jobs.jobs.compact import compact as run
 
         chosen = hour_range(start, end)
@@ -124,7 +124,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
     ) -> None:
         """Delete data files that no version needs which a running stream, the published marts or time travel may still read."""
         from orchestration.cli.maintenance_tables import vacuum_table
-        from orchestration.cli.output import console, print_json
+        from orchestration.cli.output import console, print_json, status_line
         from spark_jobs.jobs.vacuum import vacuum as run
 
         keep = None if retention is None else timedelta(seconds=seconds(retention, "--retention", longest=10 * 366 * 86_400))
@@ -135,6 +135,32 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
             print_json(report)
             return
         console().print(vacuum_table(report))
+
+    @app.command(epilog=examples("adtally fsck", "adtally fsck --repair", "adtally fsck --json | jq .findings"))
+    def fsck(
+        repair: Annotated[
+            bool, typer.Option("--repair", help="Put right what can be put right; without it nothing changes.")
+        ] = False,
+        as_json: Json = False,
+    ) -> None:
+        """Check every byte that adtally keeps: logs, data files, indexes, corrections, books; and repair from the raw input.
+
+        For --repair no ingest may run. Exit status 1 where something is left that is not whole; docs/runbooks/fsck.md explains it.
+        """
+        from orchestration.cli.maintenance_tables import fsck_table
+        from orchestration.cli.output import console, print_json, status_line
+        from spark_jobs.jobs.fsck import fsck as run
+
+        shown = console(stderr=True)
+        with shown.status("checking") as status:
+            report = run(settings(), repair=repair, progress=status_line(status, shown.width))
+        if as_json:
+            print_json(report)
+        else:
+            for part in fsck_table(report):
+                console().print(part, soft_wrap=True)
+        if report.remaining:
+            raise typer.Exit(1)
 
     @hours_app.command("list", epilog=examples("adtally hours list", "adtally hours list --json | jq .closed_through"))
     def hours_list(as_json: Json = False) -> None:
@@ -171,8 +197,3 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
             console().print(part)
 
     app.add_typer(hours_app, name="hours")
-
-
-def status_line(status: Any, width: int) -> Callable[[str], None]:
-    """A progress callback that shows its line beside a spinner."""
-    return lambda line: status.update(line[: max(width - 4, 20)].replace("[", "\\["))

@@ -8,27 +8,22 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
-from orchestration.cli.status import duration, size, table
+from orchestration.cli.status import size
+from orchestration.cli.tables import RecordTable, table
+from spark_jobs.texts import counted, duration, money
 
 if TYPE_CHECKING:
     from spark_jobs.jobs.backfill import BackfillReport
     from spark_jobs.jobs.closing import Closing
     from spark_jobs.jobs.compact import CompactReport
+    from spark_jobs.jobs.fsck import FsckReport
     from spark_jobs.jobs.reconcile import ReconcileReport
     from spark_jobs.jobs.vacuum import VacuumReport
 
 SHOWN = 40
-
-
-def money(nanos: int) -> str:
-    """Nanos as whole units with all their digits, so that nothing is rounded away."""
-    sign = "-" if nanos < 0 else ""
-    units, rest = divmod(abs(nanos), 10**9)
-    return f"{sign}{units:,}.{rest:09d}"
+_KEPT = "versions kept for readers"
 
 
 def hour_text(hour: datetime | None) -> str:
@@ -57,11 +52,11 @@ def reconciliation_table(report: ReconcileReport) -> Iterator[RenderableType]:
                 hour_text(found.event_hour),
                 found.layer,
                 found.cause,
-                escape(found.campaign_id or "-"),
+                found.campaign_id or "-",
                 f"{found.rows_different:,}",
                 f"{found.rows_expected:,}",
                 f"{found.rows_found:,}",
-                money(found.nanos_found - found.nanos_expected),
+                money(found.nanos_found - found.nanos_expected, None),
                 "yes" if found.is_repaired else "no",
             )
         yield shown
@@ -69,17 +64,23 @@ def reconciliation_table(report: ReconcileReport) -> Iterator[RenderableType]:
             yield Text(f"and {len(report.differences) - SHOWN} more; --json prints all")
     for left in report.waiting[:SHOWN]:
         span = f"offsets {left.first_offset} to {left.end_offset - 1} of {left.source}"
-        yield Text(f"left out: batch {left.batch_id}, for raw_events lacks {span} yet", style="yellow")
+        yield Text(f"left out: batch {left.batch_id}, for {left.raw_table} lacks {span} yet", style="yellow")
     events = sum(hour.events_expected for hour in report.hours)
-    counted = f"{len(report.hours)} hours, {events:,} accepted events, in {report.seconds:.1f} s"
+    orders = sum(hour.orders_expected for hour in report.hours)
+    looked_at = f"{counted(len(report.hours), 'hour')}, {counted(events, 'accepted event')}, {counted(orders, 'order')}"
+    looked_at += f", in {duration(report.seconds)}"
     if report.waiting:
-        counted += f", without {len({(left.query_id, left.batch_id) for left in report.waiting})} batches that wait for raw records"
+        batches = len({(left.query_id, left.batch_id) for left in report.waiting})
+        looked_at += f", without {counted(batches, 'batch')} without all raw records yet"
     if report.remaining:
-        yield Text(f"recount of {counted}: {len(report.remaining)} differences remain", style="bold red")
+        yield Text(f"recount of {looked_at}: {counted(len(report.remaining), 'difference')} left", style="bold red")
     elif report.differences:
-        yield Text(f"recount of {counted}: {len(report.differences)} differences, all repaired by {report.run_id}", style="yellow")
+        yield Text(
+            f"recount of {looked_at}: {counted(len(report.differences), 'difference')}, all repaired by {report.run_id}",
+            style="yellow",
+        )
     else:
-        yield Text(f"recount of {counted}: equal to the row and the nano", style="green")
+        yield Text(f"recount of {looked_at}: equal to the row and the nano", style="green")
 
 
 def backfill_table(report: BackfillReport) -> Iterator[RenderableType]:
@@ -90,24 +91,24 @@ def backfill_table(report: BackfillReport) -> Iterator[RenderableType]:
         for change in report.changes:
             shown.add_row(
                 f"{change.event_date:%Y-%m-%d}",
-                escape(change.campaign_id),
+                change.campaign_id,
                 change.currency,
                 f"{change.rows:,}",
                 f"{change.impressions:+,}",
                 f"{change.clicks:+,}",
-                money(change.spend_nanos_before),
-                money(change.spend_nanos_after),
+                money(change.spend_nanos_before, change.currency),
+                money(change.spend_nanos_after, change.currency),
             )
         yield shown
     said = "would change" if report.dry_run else "changed"
-    yield Text(f"{report.hours_changed} hours {said}, in {report.seconds:.1f} s")
+    yield Text(f"{counted(report.hours_changed, 'hour')} {said}, in {duration(report.seconds)}")
 
 
 def compaction_table(report: CompactReport) -> RenderableType:
     """Files before and after, by table."""
     if not report.tables:
         return Text("nothing to compact: the closed hours lie in as few files as they should")
-    shown = table("Compacted", "table", "partitions", "rows", "files before", "after", "bytes before", "after")
+    shown = table("Compacted", "table", "partitions", "rows", "files before", "files after", "size before", "size after")
     for name, parts in itertools.groupby(sorted(report.tables, key=lambda part: part.table), key=lambda part: part.table):
         held = list(parts)
         shown.add_row(
@@ -119,18 +120,51 @@ def compaction_table(report: CompactReport) -> RenderableType:
             size(sum(part.bytes_before for part in held)),
             size(sum(part.bytes_after for part in held)),
         )
-    shown.caption = f"rows and content are the same before and after; {report.seconds:.1f} s"
+    shown.caption = f"rows and content are the same before and after; {duration(report.seconds)}"
     shown.caption_justify = "left"
     return shown
 
 
 def vacuum_table(report: VacuumReport) -> RenderableType:
     """Files and bytes by table."""
-    shown = table("Would be deleted" if report.dry_run else "Deleted", "table", "files", "size", "versions kept for readers")
+    shown = table("Would be deleted" if report.dry_run else "Deleted", "table", "files", "size", _KEPT, texts=[_KEPT])
     for entry in report.tables:
-        kept = ", ".join(map(str, entry.kept_versions)) or "-"
-        shown.add_row(entry.table, f"{entry.files:,}", size(entry.bytes), kept)
+        shown.add_row(entry.table, f"{entry.files:,}", size(entry.bytes), runs(entry.kept_versions) or "-")
     return shown
+
+
+def runs(numbers: list[int]) -> str:
+    """Whole numbers in order, neighbours as a range: '3, 5-9, 12'."""
+    found = []
+    for _, run in itertools.groupby(enumerate(sorted(numbers)), key=lambda each: each[1] - each[0]):
+        members = [number for _, number in run]
+        found.append(str(members[0]) if len(members) == 1 else f"{members[0]}-{members[-1]}")
+    return ", ".join(found)
+
+
+def fsck_table(report: FsckReport) -> Iterator[RenderableType]:
+    """What is not whole, a few lines each, and the verdict."""
+    for found in report.findings[:SHOWN]:
+        colour = "yellow" if found.is_repaired else "red"
+        yield Text(f"{'repaired ' if found.is_repaired else ''}{found.kind} in {found.place}", style=f"bold {colour}")
+        yield Text(f"  {found.detail}")
+        if not found.is_repaired:
+            yield Text(f"  what to do: {found.way_out}")
+    if len(report.findings) > SHOWN:
+        yield Text(f"and {len(report.findings) - SHOWN} more; --json prints all")
+    read = f"{report.tables} tables, {report.commits:,} commits, {report.files:,} data files, {size(report.bytes)}"
+    for name in report.left_out:
+        yield Text(f"left out while an ingest runs: {name}", style="yellow")
+    yield Text(f"read {read} in {report.seconds:.1f} s")
+    if report.remaining:
+        can_help = any(found.can_repair for found in report.remaining)
+        yield Text(
+            f"{len(report.remaining)} findings remain" + ("; adtally fsck --repair repairs" if can_help else ""), style="bold red"
+        )
+    elif report.findings:
+        yield Text(f"all {len(report.findings)} findings are repaired", style="yellow")
+    else:
+        yield Text("everything is whole", style="green")
 
 
 def closing_tables(closing: Closing) -> Iterator[RenderableType]:
@@ -145,7 +179,7 @@ def closing_tables(closing: Closing) -> Iterator[RenderableType]:
         yield Text(f"closed by hand through {closing.by_hand_through:%Y-%m-%dT%H:%MZ}")
 
 
-def _sources(closing: Closing) -> Table:
+def _sources(closing: Closing) -> RecordTable:
     shown = table("Sources", "stream", "region", "progress", "behind", "state", left=2)
     newest = max((source.progress_at for source in closing.sources if source.progress_at), default=None)
     for source in closing.sources:

@@ -7,18 +7,19 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import RenderableType
-from rich.markup import escape
 from rich.text import Text
 
+from orchestration.cli.maintenance import Json
 from orchestration.cli.options import examples
-from orchestration.cli.status import duration, publications_table, table
+from orchestration.cli.status import publications_table
+from orchestration.cli.tables import table
 from spark_jobs.errors import AdtallyError, BusyError, KafkaError, UsageError
+from spark_jobs.texts import duration, money
 
 if TYPE_CHECKING:
     from services.budget.report import BudgetStatus
@@ -29,16 +30,6 @@ _BUDGET_TOPIC = "ads-metrics"
 _SHOWN = 20
 
 
-class Format(StrEnum):
-    """How a result is printed."""
-
-    table = "table"
-    json = "json"
-
-
-Form = Annotated[Format, typer.Option("--format", help="How the result is printed.")]
-
-
 def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
     """Put the commands into ``app``; ``settings`` gives those of the installation that the user named."""
 
@@ -46,7 +37,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         epilog=examples(
             "adtally publish                               all versions that are not published yet",
             "adtally publish --continuous                  each soon after its commit, until SIGTERM",
-            "adtally publish --status --format json        how far behind, by Kafka's own notes",
+            "adtally publish --status --json               how far behind, by Kafka's own notes",
         )
     )
     def publish(
@@ -58,7 +49,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         adopt: Annotated[
             bool, typer.Option("--adopt-topic", help="Into a topic that has what another lakehouse published.")
         ] = False,
-        form: Form = Format.table,
+        as_json: Json = False,
     ) -> None:
         r"""Publish increments and attribution credits to the Kafka topics that HOME/kafka.toml names, each exactly once.
 
@@ -72,7 +63,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         home = settings()
         if only_status or not is_publishing(home):  # which says that kafka.toml does not say where
             found = ask_publications(home)
-            if form is Format.json:
+            if as_json:
                 print_json(found)
             else:
                 console().print(publications_table(found))
@@ -80,7 +71,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         shown = console(stderr=True)
 
         def on_version(done: Published) -> None:
-            if form is Format.json and continuous:
+            if as_json and continuous:
                 print_json(done, lines=True)
             elif continuous:
                 shown.print(
@@ -94,13 +85,13 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
                 home,
                 adopt=adopt,
                 progress=on_version,
-                problem=lambda text: shown.print(text or "Kafka answers again", markup=False),
+                problem=lambda text: shown.print(text or "Kafka answers again"),
             )
             with _until_told() as stop:
                 loop.run(stop)
             return
         report = publish_new(home, whole=whole, adopt=adopt)
-        if form is Format.json:
+        if as_json:
             print_json(report)
             return
         for line in published_lines(report):
@@ -110,7 +101,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         epilog=examples(
             "adtally budget --once                         all that is there, then end",
             "adtally budget --campaigns .adtally/landing/campaigns",
-            "adtally budget --status --format json | jq .campaigns",
+            "adtally budget --status --json | jq .campaigns",
             "adtally budget --bootstrap-servers 127.0.0.1:9092 --once",
         )
     )
@@ -130,7 +121,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         ] = 35,
         campaigns: Annotated[Path | None, typer.Option(help="CSV of the campaigns, or a folder: whose budgets?")] = None,
         day: Annotated[str | None, typer.Option(help="The day that is shown, as 2025-06-02. Default: the newest.")] = None,
-        form: Form = Format.table,
+        as_json: Json = False,
     ) -> None:
         """An example of a consumer: spend per campaign and day from the topic of increments, exactly once, in SQLite.
 
@@ -156,12 +147,12 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
                 try:
                     behind = service.lags()
                 except BrokerError as error:
-                    shown.print(str(error), markup=False, soft_wrap=True)
+                    shown.print(str(error), soft_wrap=True)
             budgets = read_budgets(campaigns) if campaigns else []
             found = read_budget_status(
                 path, where.topic, now=datetime.now(UTC), budgets=budgets, day=_day(day), offsets_behind=behind
             )
-        if form is Format.json:
+        if as_json:
             print_json(found)
             return
         for part in budget_tables(found):
@@ -263,17 +254,17 @@ def published_lines(report: PublishReport) -> Iterator[str]:
 
 
 def budget_tables(found: BudgetStatus) -> Iterator[RenderableType]:
-    """A BudgetStatus: the campaigns by spend, those over their budget first, and how far behind it is."""
+    """Tables of a BudgetStatus: campaigns over their budget first, then by currency and spend; and the consumer's lag."""
     day = found.campaigns[0].event_date if found.campaigns else "-"
     spend = table(f"Spend of {day}", "campaign", "store", "impressions", "clicks", "spend", "budget", "", left=2)
-    rows = sorted(found.campaigns, key=lambda each: (not each.is_over, -each.spend_nanos))
+    rows = sorted(found.campaigns, key=lambda each: (not each.is_over, each.currency, -each.spend_nanos))
     for row in rows[:_SHOWN]:
         amounts = (
-            f"{row.spend_micros / 1e6:,.2f} {row.currency}",
-            "-" if row.budget_micros is None else f"{row.budget_micros / 1e6:,.2f}",
+            f"{money(row.spend_micros * 1000, row.currency)} {row.currency}",
+            "-" if row.budget_micros is None else money(row.budget_micros * 1000, row.currency),
         )
         over = Text("over", style="red") if row.is_over else Text("")
-        spend.add_row(escape(row.campaign_id), escape(row.store_id), f"{row.impressions:,}", f"{row.clicks:,}", *amounts, over)
+        spend.add_row(row.campaign_id, row.store_id, f"{row.impressions:,}", f"{row.clicks:,}", *amounts, over)
     yield spend
     if len(rows) > _SHOWN:
         yield f"and {len(rows) - _SHOWN} more campaigns"

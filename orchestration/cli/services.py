@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from orchestration.cli.maintenance import Json
 from orchestration.cli.options import examples
@@ -93,7 +92,8 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         """Start ZooKeeper and Pinot, make its tables, and wait until every table answers a query.
 
         One that runs is left as it is; tables that are missing are made, and changed where their Kafka or settings changed. Without
-        a Kafka no tables are made. For trials and tests: it asks nobody for a password. Its folder is HOME/services/pinot.
+        a Kafka no tables are made. For trials and tests. Its folder is HOME/services/pinot; login.password there is the password
+        of user adtally, for whom controller and broker ask.
         """
         with one_line():
             from services.serving.setup import ensure_tables, examine
@@ -215,7 +215,7 @@ def _tell(*, stderr: bool = True) -> Progress:
     from orchestration.cli.output import console
 
     shown = console(stderr=stderr)
-    return lambda line: shown.print(escape(line), soft_wrap=True)
+    return lambda line: shown.print(line, soft_wrap=True)
 
 
 def _print(found: Status, as_json: bool) -> None:

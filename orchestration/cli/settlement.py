@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import typer
 from rich.console import RenderableType
-from rich.markup import escape
 
-from orchestration.cli.maintenance import From, Json, To, status_line
-from orchestration.cli.maintenance_tables import SHOWN, hour_text, money
+from orchestration.cli.maintenance import From, Json, To
+from orchestration.cli.maintenance_tables import SHOWN, hour_text
 from orchestration.cli.options import examples, hour_range
-from orchestration.cli.status import table
+from orchestration.cli.tables import table
+from spark_jobs.texts import counted, duration, money
 
 if TYPE_CHECKING:
     from spark_jobs.config import Settings
@@ -35,7 +35,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
 
         `adtally ingest` does it at its end; Dagster does it for hours that close, and again where something came late.
         """
-        from orchestration.cli.output import console, print_json
+        from orchestration.cli.output import console, print_json, status_line
         from spark_jobs.jobs.review import review as run
 
         chosen = hour_range(start, end)
@@ -59,7 +59,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
 
         A range is that of the orders' times. Orders whose credits come out the same keep their revision.
         """
-        from orchestration.cli.output import console, print_json
+        from orchestration.cli.output import console, print_json, status_line
         from spark_jobs.jobs.attribute import attribute as run
 
         chosen = hour_range(start, end)
@@ -77,7 +77,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
 
         The ledger only grows; its lines sum to the spend of each day and campaign, rounded once.
         """
-        from orchestration.cli.output import console, print_json
+        from orchestration.cli.output import console, print_json, status_line
         from spark_jobs.jobs.bill import bill as run
 
         shown = console(stderr=True)
@@ -95,7 +95,7 @@ def settle_at_end(settings: Settings) -> None:
 
     On an object store nothing of it is done, which is said.
     """
-    from orchestration.cli.output import console
+    from orchestration.cli.output import console, status_line
     from spark_jobs.jobs.settle import settle
 
     shown = console(stderr=True)
@@ -109,29 +109,32 @@ def settle_at_end(settings: Settings) -> None:
         done = settle(settings, progress=status_line(status, shown.width))
     if done.review.hours:
         changed = sum(found.changed for found in done.review.hours)
-        shown.print(f"reviewed {len(done.review.hours)} hours for invalid traffic, {changed:,} marks changed", soft_wrap=True)
+        hours = counted(len(done.review.hours), "hour")
+        shown.print(f"reviewed {hours} for invalid traffic, {counted(changed, 'mark')} changed", soft_wrap=True)
     if done.attribution.orders:
         shown.print(attribution_text(done.attribution), soft_wrap=True)
     if done.billing.lines:
-        shown.print(f"{len(done.billing.lines):,} billing lines of {done.billing.days} closed days", soft_wrap=True)
+        shown.print(
+            f"{counted(len(done.billing.lines), 'billing line')} of {counted(done.billing.days, 'closed day')}", soft_wrap=True
+        )
 
 
 def review_table(report: ReviewReport) -> Iterator[RenderableType]:
     """The hours in which marks changed, and the sums."""
     changed = [found for found in report.hours if found.changed]
     if changed:
-        shown = table("Hours whose marks changed", "hour", "events", "invalid", "marks changed", "spend change")
+        shown = table("Hours whose marks changed", "hour", "events", "invalid", "marks changed")
         for found in changed[:SHOWN]:
             figures = (f"{count:,}" for count in (found.events, found.invalid, found.changed))
-            shown.add_row(hour_text(found.event_hour), *figures, money(found.spend_nanos_change))
+            shown.add_row(hour_text(found.event_hour), *figures)
         yield shown
     if len(changed) > SHOWN:
-        yield f"and {len(changed) - SHOWN} more hours"
+        yield f"and {counted(len(changed) - SHOWN, 'more hour')}"
     if not report.hours:
         yield "every hour's review is up to date"
         return
     events, invalid = (sum(getattr(found, name) for found in report.hours) for name in ("events", "invalid"))
-    yield f"{len(report.hours)} hours reviewed, {invalid:,} of {events:,} events invalid, {report.seconds:.1f} s"
+    yield f"{counted(len(report.hours), 'hour')} reviewed, {invalid:,} of {events:,} events invalid, {duration(report.seconds)}"
 
 
 def attribution_text(report: AttributionReport) -> str:
@@ -139,8 +142,9 @@ def attribution_text(report: AttributionReport) -> str:
     if not report.orders:
         return "no order is concerned by what came since"
     return (
-        f"{report.orders:,} orders: {report.credited:,} credited to {report.touches:,} touches, {report.unattributed:,} without a "
-        f"touch, {report.cancelled:,} cancelled; {report.revisions:,} new revisions, {report.seconds:.1f} s"
+        f"{counted(report.orders, 'order')}: {report.credited:,} credited to {counted(report.touches, 'touch')}, "
+        f"{report.unattributed:,} without a touch, {report.cancelled:,} cancelled; "
+        f"{counted(report.revisions, 'new revision')}, {duration(report.seconds)}"
     )
 
 
@@ -152,8 +156,8 @@ def billing_table(report: BillingReport) -> Iterator[RenderableType]:
     shown = table("Posted", "day", "campaign", "store", "type", "reason", "amount", "currency", left=5)
     for line in report.lines[:SHOWN]:
         names = (str(line.event_date), line.campaign_id, line.store_id, line.line_type, line.reason)
-        shown.add_row(*(escape(name) for name in names), money(line.amount_micros * 1000)[:-3], line.currency)
+        shown.add_row(*names, money(line.amount_micros * 1000, line.currency), line.currency)
     yield shown
     if len(report.lines) > SHOWN:
-        yield f"and {len(report.lines) - SHOWN} more lines"
-    yield f"{len(report.lines):,} lines of {report.days} closed days, {report.seconds:.1f} s"
+        yield f"and {counted(len(report.lines) - SHOWN, 'more line')}"
+    yield f"{counted(len(report.lines), 'line')} of {counted(report.days, 'closed day')}, {duration(report.seconds)}"

@@ -5,37 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import RenderableType
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
+from orchestration.cli.tables import RecordTable, table
+from spark_jobs.texts import duration
+
 if TYPE_CHECKING:
-    from spark_jobs.jobs.status import Status
+    from spark_jobs.jobs.rejects import ReasonCount
+    from spark_jobs.jobs.status import SourceStatus, Status
     from spark_jobs.jobs.topics import TopicSource
     from spark_jobs.publish.progress import TopicStatus
 
 OUTCOMES = ("offered", "accepted", "duplicate", "conflict", "rejected", "late")
-
-
-def table(title: str, *columns: str, left: int = 1) -> Table:
-    """An empty table; the first ``left`` columns are text, the others numbers."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index < left else "right", no_wrap=index >= left)
-    return made
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as a person reads them, to two units."""
-    if seconds is None:
-        return "-"
-    whole = int(max(seconds, 0))
-    for size, big, small, part in ((86_400, "d", "h", 3600), (3600, "h", "min", 60), (60, "min", "s", 1)):
-        if whole >= size:
-            return f"{whole // size} {big} {whole % size // part} {small}"
-    return f"{seconds:.1f} s"
 
 
 def size(count: float) -> str:
@@ -47,27 +29,39 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def publications_table(found: list[TopicStatus]) -> Table:
+def publications_table(found: list[TopicStatus]) -> RecordTable:
     """How far each topic is published."""
     shown = table("Published", "topic", "table", "cluster", "up to version", "of", "versions behind", "behind", "messages", left=3)
     for each in found:
         numbers = ("-" if number is None else f"{number:,}" for number in (each.version, each.table_version, each.versions_behind))
         total = "-" if each.total_records is None else f"{each.total_records:,}"
-        shown.add_row(escape(each.topic), each.table, each.cluster, *numbers, duration(each.seconds_behind), total)
+        shown.add_row(each.topic, each.table, each.cluster, *numbers, duration(each.seconds_behind), total)
     return shown
 
 
-def topics_table(found: list[TopicSource]) -> Table:
+def topics_table(found: list[TopicSource]) -> RecordTable:
     """How far each topic is read and copied, in offsets over all its partitions."""
     columns = ("offsets read", "wait", "wait to be copied", "gaps", "offsets given up", "state")
-    shown = table("Topics", "stream", "cluster", "topic", *columns, left=3)
+    shown = table("Topics", "stream", "cluster", "topic", *columns, left=3, texts=["state"])
     for each in found:
         numbers = (sum(each.read_to.values()), each.lag, each.copy_lag, each.gaps, each.lost_offsets)
         texts = ("-" if number is None else f"{number:,}" for number in numbers)
-        shown.add_row(
-            each.stream, each.cluster, escape(each.topic), *texts, "answers" if each.problem is None else "DOES NOT ANSWER"
-        )
+        shown.add_row(each.stream, each.cluster, each.topic, *texts, "answers" if each.problem is None else "DOES NOT ANSWER")
     return shown
+
+
+def reasons_table(counts: list[ReasonCount]) -> RecordTable:
+    """How many records were rejected for which reason."""
+    shown = table("Rejected or in conflict, by reason (adtally rejects)", "stream", "reason", "records", "newest ingested", left=2)
+    for each in counts:
+        shown.add_row(each.stream, each.reason, f"{each.records:,}", f"{each.newest_at:%Y-%m-%d %H:%M:%S}")
+    return shown
+
+
+def _lag(source: SourceStatus) -> str:
+    """How far the newest receipt lies behind; a collector whose clock is ahead has none."""
+    ahead = source.clock_ahead_seconds
+    return duration(source.lag_seconds) + (f" (clock ahead by {duration(ahead)})" if ahead and ahead > 1 else "")
 
 
 def status_tables(status: Status) -> Iterator[RenderableType]:
@@ -79,11 +73,18 @@ def status_tables(status: Status) -> Iterator[RenderableType]:
                 row.stream,
                 f"{row.region} (kafka)" if row.source == "kafka" else row.region,
                 *(f"{getattr(row, name):,}" for name in OUTCOMES),
-                duration(row.lag_seconds),
+                _lag(row),
                 str(row.last_batch_id),
                 f"{row.last_ingested_at:%Y-%m-%d %H:%M:%S}" if row.last_ingested_at else "-",
             )
         yield sources
+    if status.rejects:
+        yield reasons_table(status.rejects)
+    if status.waiting:
+        waiting = table("Files that wait", "stream", "region", "oldest", "waiting since", "files", left=3)
+        for each in status.waiting:
+            waiting.add_row(each.stream, each.region, each.oldest, f"{each.waiting_since:%Y-%m-%d %H:%M:%S}", f"{each.files:,}")
+        yield waiting
     if status.topics:
         yield topics_table(status.topics)
     if status.tables:
@@ -94,10 +95,15 @@ def status_tables(status: Status) -> Iterator[RenderableType]:
     if status.publications:
         yield publications_table(status.publications)
     if status.quarantined_files:
-        files = table("Files that could not be read", "file", "reasons", "ingested", left=3)
+        files = table("Files that could not be read", "file", "reasons", "ingested", left=2)
         for file in status.quarantined_files:
-            files.add_row(escape(file.source_file), ", ".join(file.reason_codes), f"{file.ingested_at:%Y-%m-%d %H:%M:%S}")
+            files.add_row(file.source_file, ", ".join(file.reason_codes), f"{file.ingested_at:%Y-%m-%d %H:%M:%S}")
         yield files
+    if status.ignored:
+        ignored = table("Files that nothing reads (docs/runbooks/ignored-files.md)", "source", "why", "such as", "files", left=3)
+        for left in status.ignored:
+            ignored.add_row(left.source, left.meaning, ", ".join(left.examples), f"{left.files:,}")
+        yield ignored
     for trouble in dict.fromkeys(each.problem for each in status.topics if each.problem):
         yield Text(trouble, style="yellow")
     for problem in status.problems:

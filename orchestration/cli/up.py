@@ -17,16 +17,16 @@ def run_up(settings: Settings, *, port: int, trigger_seconds: float, ingest: boo
 
     def say(line: str) -> None:
         with contextlib.suppress(OSError):  # whoever read the lines has gone; what runs goes on
-            out.print(line, markup=False, soft_wrap=True)
+            out.print(line, soft_wrap=True)
             out.file.flush()
 
     def tell(name: str, text: str) -> None:
         say(f"{datetime.now():%H:%M:%S}  {name:<11}  {text}")
 
-    def ready(address: str) -> None:
-        say(f"UI         {address}")
+    def ready(address: str, reports: str) -> None:
+        say(f"UI         {address}" + ("/?token=$ADTALLY_WEBSERVER_TOKEN" if settings.webserver_token else ""))
         say(f"GraphQL    {address}/graphql")
-        say(f"data docs  {settings.quality_path / 'index.html'}")
+        say(f"reports    {reports}  (data docs, runbooks)")
         say(f"logs       {logs_path(settings)}")
         say("Ctrl-C ends all of it.")
 

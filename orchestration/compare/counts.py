@@ -123,7 +123,8 @@ def _duplicates(lake: Lake, begin: datetime, end: datetime) -> list[dict[str, An
                     auto_detect = false, strict_mode = false, ignore_errors = true, max_line_size = 1048576)
                 where json_valid(line) group by all
             ), refused as (
-                select record_id as event_id, count(*) as lines from {lake.scan(REJECTED_EVENTS.name)} group by all
+                select record_id as event_id, count(*) as lines from {lake.scan(REJECTED_EVENTS.name)}
+                where record_id is not null group by all
             ), counted as (
                 select accepted.*, greatest(offered.lines - 1 - coalesce(refused.lines, 0), 0) as weight
                 from accepted join offered using (event_id) left join refused using (event_id)

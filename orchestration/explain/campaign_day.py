@@ -92,9 +92,9 @@ def _events(lake: Lake, day: date, campaign: str, store: str, currency: str) -> 
         f"""
         select _query_id, _batch_id, source_file, rule_set, invalid_traffic_rule, {", ".join(counts)},
             min(source_line)::bigint as first_line, max(source_line)::bigint as last_line,
-            count(*)::bigint as events, sum(coalesce(spend_nanos, 0))::bigint as spend_nanos,
-            sum(coalesce(invalid_spend_nanos, 0))::bigint as invalid_spend_nanos,
-            count(*) filter (is_late)::bigint as late, coalesce(sum(spend_nanos) filter (is_late), 0)::bigint as late_spend_nanos
+            count(*)::bigint as events, sum(coalesce(spend_nanos, 0)) as spend_nanos,
+            sum(coalesce(invalid_spend_nanos, 0)) as invalid_spend_nanos,
+            count(*) filter (is_late)::bigint as late, coalesce(sum(spend_nanos) filter (is_late), 0) as late_spend_nanos
         from {lake.scan(EVENTS.name)}
         semi join (select distinct _query_id, _batch_id from {lake.scan(BATCH_LEDGER.name)}) using (_query_id, _batch_id)
         where event_date = ? and campaign_id = ? and store_id = ? and currency = ?
@@ -204,7 +204,9 @@ def _rules(lake: Lake, events: list[dict[str, Any]]) -> Node:
 
 def _changes(lake: Lake, day: date, campaign: str, currency: str) -> Node:
     """What corrections changed, as `restatements` has it."""
-    totals = ", ".join(f"sum({name})::bigint as {name}" for name in ("impressions", "clicks", "spend_nanos", "invalid_spend_nanos"))
+    totals = ", ".join(
+        f"sum({name})::hugeint as {name}" for name in ("impressions", "clicks", "spend_nanos", "invalid_spend_nanos")
+    )
     rows = lake.rows(
         f"""
         select run_id, kind, reason, cause, rule_set, max(restated_at) as restated_at, {totals}

@@ -13,11 +13,11 @@ import duckdb
 
 from orchestration.explain.node import Node
 from orchestration.marts import query_marts
-from orchestration.marts.dbt_runner import one_line
 from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.duck import connect_delta
 from spark_jobs.errors import AdtallyError, UsageError
+from spark_jobs.failure import one_line
 from spark_jobs.tables import (
     ATTRIBUTED_ORDERS,
     BATCH_LEDGER,
@@ -85,7 +85,7 @@ class Lake:
             return [dict(zip(names, map(_naive, row), strict=True)) for row in cursor.fetchall()]
         except duckdb.Error as error:
             raise AdtallyError(
-                f"the versions that build {self.build.build_id} names cannot be read: {one_line(str(error))[:200]}",
+                f"the versions that build {self.build.build_id} names cannot be read: {one_line(error)}",
                 hint="build the marts again with `adtally marts build`",
             ) from error
 
@@ -159,7 +159,7 @@ def increments(
     lake: Lake, day: date, campaign: str, store: str, currency: str, *, metrics: int | None = None, ledger: int | None = None
 ) -> list[dict[str, Any]]:
     """Per batch and correction run what the increments of completed batches come to, as the marts count them."""
-    totals = ", ".join(f"sum(coalesce({name}, 0))::bigint as {name}" for name in MEASURES)
+    totals = ", ".join(f"sum(coalesce({name}, 0))::hugeint as {name}" for name in MEASURES)
     return lake.rows(
         f"""
         select _query_id, _batch_id, _run_id, count(*)::bigint as increments, min(event_minute) as first_minute,

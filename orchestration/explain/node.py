@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime
 from typing import Any
 
-from rich.markup import escape
+from rich.text import Text
 from rich.tree import Tree
 
 SHOWN = 12
@@ -60,29 +60,30 @@ def _plain(node: Node) -> dict[str, Any]:
 
 def as_tree(node: Node) -> Tree:
     """The node for a person; of long lists the first parts."""
-    tree = Tree(f"[bold]{escape(node.what)}[/]{_facts_text(node)}")
+    tree = Tree(_label(node, "bold"))
     _grow(tree, node)
     problems = list(node.all_problems())
     if problems:
-        tree.add(f"[bold red]it does not add up in {len(problems)} place{'s' if len(problems) > 1 else ''}[/]")
+        tree.add(Text(f"it does not add up in {len(problems)} place{'s' if len(problems) > 1 else ''}", "bold red"))
     else:
-        tree.add("[green]every level adds up to the one above[/]")
+        tree.add(Text("every level adds up to the one above", "green"))
     return tree
 
 
 def _grow(tree: Tree, node: Node) -> None:
     for problem in node.problems:
-        tree.add(f"[red]{escape(problem)}[/]")
+        tree.add(Text(problem, "red"))
     for part in node.parts[:SHOWN]:
-        _grow(tree.add(f"{escape(part.what)}{_facts_text(part)}"), part)
+        _grow(tree.add(_label(part)), part)
     if len(node.parts) > SHOWN:
         tree.add(f"and {len(node.parts) - SHOWN} more (--json has them)")
 
 
-def _facts_text(node: Node) -> str:
+def _label(node: Node, style: str = "") -> Text:
     quiet = {name for name in QUIET if node.facts.get(name) == 0}
     facts = {name: value for name, value in node.facts.items() if value not in (None, "", []) and name not in quiet}
-    return f"  [dim]{escape(', '.join(f'{name} {_text(value)}' for name, value in facts.items()))}[/]" if facts else ""
+    known = ", ".join(f"{name} {_text(value)}" for name, value in facts.items())
+    return Text.assemble((node.what, style), (f"  {known}" if known else "", "dim"))
 
 
 def _text(value: Any) -> str:

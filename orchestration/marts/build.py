@@ -6,7 +6,6 @@ marts of the others stay as they were, and `mart_build` says for each group what
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 import uuid
@@ -25,14 +24,17 @@ from orchestration.marts.dbt_runner import (
     DbtNode,
     git_revision,
     install_delta_extension,
-    one_line,
     project_dir,
     run_dbt,
 )
 from orchestration.marts.failures import MartsError, failing_rows, keep_rows
 from orchestration.marts.pins import pin_versions
+from spark_jobs import disk
 from spark_jobs.config import Settings
-from spark_jobs.errors import AdtallyError, BusyError, UsageError
+from spark_jobs.errors import AdtallyError, BusyError, NamesFileError, UsageError
+from spark_jobs.failure import one_line
+from spark_jobs.jobs.names import load_names
+from spark_jobs.tables import NAMES
 
 GROUPS = ("near_real_time", "hourly")
 """The groups of marts, as dbt's tags name them."""
@@ -91,6 +93,10 @@ def build_marts(
         build_id = f"{built_at:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
         groups = (group,) if group is not None and _has_all_groups(settings.marts_path) else GROUPS
         versions = pin_versions(settings)
+        try:
+            versions[NAMES.name] = load_names(settings)
+        except NamesFileError as error:
+            say(f"{error}; the names stay as they were")
         say("pinned " + ", ".join(f"{name} at version {version}" for name, version in versions.items()))
         install_delta_extension()
         revision = git_revision(project_dir())
@@ -225,16 +231,7 @@ def _seal(path: Path) -> dict[str, int]:
 
 def _publish(new: Path, published: Path) -> None:
     """Makes ``new`` durable and renames it onto ``published``; either the old build or the new one is there, whole."""
-    _fsync(new)
+    disk.sync_file(new)
     # A log that somebody's writing session left beside the old file must not be replayed into the new one.
     published.with_name(published.name + ".wal").unlink(missing_ok=True)
-    new.replace(published)
-    _fsync(published.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    disk.replace(new, published)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from spark_jobs.duck import connect_delta
 from spark_jobs.errors import AdtallyError, MachineError
+from spark_jobs.failure import one_line
 
 _NAMES_SHOWN = 5
 
@@ -54,12 +55,6 @@ def install_delta_extension() -> None:
     Raises MachineError when the package is missing or does not fit this DuckDB.
     """
     connect_delta().close()
-
-
-def one_line(text: str, limit: int = 300) -> str:
-    """``text`` with its white space collapsed, cut to ``limit`` characters."""
-    flat = " ".join(text.split())
-    return flat if len(flat) <= limit else flat[: limit - 3] + "..."
 
 
 @dataclass(frozen=True)

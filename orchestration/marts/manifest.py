@@ -1,4 +1,4 @@
-"""dbt's manifest of the project: parsed once for a state of the project, and kept."""
+"""dbt's manifest of the project: compiled once for a state of the project, and kept."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ import json
 import os
 import tempfile
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from orchestration.marts.dbt_runner import project_dir
+from orchestration.marts.lineage import column_lineage
 from spark_jobs.config import Settings
+from spark_jobs.tables import TABLES
 
 Manifest = dict[str, Any]
 
-_PARSED_BY = ("dbt-core", "dbt-duckdb", "dbt-adapters", "duckdb")
+COLUMN_LINEAGE = "column_lineage"
+"""Where `load_manifest` puts the ColumnLineage of the models."""
+
+_PARSED_BY = ("dbt-core", "dbt-duckdb", "dbt-adapters", "duckdb", "sqlglot")
 _DERIVED = {"target", "logs", "dbt_packages"}
 _KEPT = 3
 
@@ -24,7 +30,9 @@ _KEPT = 3
 def load_manifest(settings: Settings) -> Manifest:
     """The manifest of the project as it is now, from the cache where the same project was parsed by the same dbt before.
 
-    Raises RuntimeError when dbt cannot parse the project.
+    It has the columns that each column is made from under COLUMN_LINEAGE.
+
+    Raises RuntimeError when dbt cannot compile the project.
     """
     project = project_dir()
     folder = settings.jar_cache_path.parent / "dbt"
@@ -32,11 +40,11 @@ def load_manifest(settings: Settings) -> Manifest:
     with contextlib.suppress(OSError, ValueError):
         kept: Manifest = json.loads(path.read_text("utf-8"))
         return kept
-    text = _parse(project)
+    compiled = _compile(project)
+    compiled[COLUMN_LINEAGE] = column_lineage(compiled, {name: list(table.types) for name, table in TABLES.items()})
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-        _keep(text, path)
-    parsed: Manifest = json.loads(text)
-    return parsed
+        _keep(json.dumps(compiled), path)
+    return compiled
 
 
 def attach_tests(manifest: Manifest) -> Manifest:
@@ -51,6 +59,38 @@ def attach_tests(manifest: Manifest) -> Manifest:
         models = sorted((manifest["nodes"][parent] for parent in parents), key=lambda model: (is_mart(model), model["name"]))
         node["config"].setdefault("meta", {}).setdefault("dagster", {}).setdefault("ref", {"name": models[-1]["name"]})
     return manifest
+
+
+def name_tests(manifest: Manifest) -> Manifest:
+    """``manifest`` with tests named and described as a person reads them: `campaign_id_is_in_dim_campaign` of a mart."""
+    for node in manifest["nodes"].values():
+        if node["resource_type"] == "test":
+            name, description = _singular(node) if node.get("test_metadata") is None else _generic(node)
+            node["name"] = name
+            node["meta"] = {**node.get("meta", {}), "description": node.get("description") or description}
+    return manifest
+
+
+def _singular(node: dict[str, Any]) -> tuple[str, str]:
+    """Name and description of a test that is a query: its file's name, and the comment that the file begins with."""
+    lines = takewhile(lambda line: line.startswith("--"), str(node["raw_code"]).splitlines())
+    return str(node["name"]).removeprefix("assert_"), " ".join(line.removeprefix("--").strip() for line in lines)
+
+
+def _generic(node: dict[str, Any]) -> tuple[str, str]:
+    """Name and description of a test with parameters."""
+    kind, of = node["test_metadata"]["name"], node["test_metadata"]["kwargs"]
+    column = of.get("column_name") or ""
+    if kind == "unique_combination":
+        return f"{'_and_'.join(of['columns'])}_are_unique", f"No two rows have the same {', '.join(of['columns'])}."
+    if kind == "relationships":
+        to = str(of["to"]).split("'")[1]
+        return f"{column}_is_in_{to}", f"Each {column} is a {of['field']} of {to}."
+    if kind == "accepted_values":
+        return f"{column}_is_known", f"Each {column} is one of {', '.join(map(str, of['values']))}."
+    if kind in ("unique", "not_null"):
+        return f"{column}_is_{kind}", f"{column} is {'unique' if kind == 'unique' else 'never null'}."
+    return str(node["name"]), f"dbt's test {kind}" + (f" of {column}" if column else "")
 
 
 def is_mart(node: dict[str, Any]) -> bool:
@@ -71,15 +111,17 @@ def _state_of(project: Path) -> str:
     return state.hexdigest()[:32]
 
 
-def _parse(project: Path) -> str:
+def _compile(project: Path) -> Manifest:
     from dbt.cli.main import dbtRunner
 
     with tempfile.TemporaryDirectory(prefix="adtally-dbt-") as work:
-        arguments = ["--quiet", "parse", "--no-partial-parse", "--project-dir", str(project), "--profiles-dir", str(project)]
-        done = dbtRunner().invoke([*arguments, "--target-path", work, "--log-path", work])
+        arguments = ["--quiet", "compile", "--no-partial-parse", "--project-dir", str(project), "--profiles-dir", str(project)]
+        asks_no_database = ["--no-introspect", "--no-populate-cache"]
+        done = dbtRunner().invoke([*arguments, *asks_no_database, "--target-path", work, "--log-path", work])
         if not done.success:
-            raise RuntimeError(f"dbt cannot parse the project: {done.exception}")
-        return (Path(work) / "manifest.json").read_text("utf-8")
+            raise RuntimeError(f"dbt cannot compile the project: {done.exception}")
+        manifest: Manifest = json.loads((Path(work) / "manifest.json").read_text("utf-8"))
+        return manifest
 
 
 def _keep(text: str, path: Path) -> None:

@@ -15,6 +15,7 @@ from spark_jobs.tables import (
     CAMPAIGNS,
     EVENTS,
     MINUTE_METRICS,
+    NAMES,
     RECONCILIATIONS,
     RESTATEMENTS,
     Table,
@@ -22,7 +23,7 @@ from spark_jobs.tables import (
 
 SOURCES: tuple[Table, ...] = (
     *(BILLING_LINES, BATCH_LEDGER, MINUTE_METRICS, CAMPAIGNS, RECONCILIATIONS),
-    *(RESTATEMENTS, EVENTS, ATTRIBUTED_ORDERS),
+    *(RESTATEMENTS, EVENTS, ATTRIBUTED_ORDERS, NAMES),
 )
 """Tables that the dbt project declares as sources, in the order in which they are pinned. The ledger before all that a batch
 writes: a batch's ledger rows are written last, so a batch in the pinned ledger is complete in every version pinned after it.

@@ -2,60 +2,198 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import duckdb
 
-from orchestration.marts.dbt_runner import one_line
+from orchestration.marts.sql_errors import sql_error
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, UsageError
+from spark_jobs.failure import one_line
+from spark_jobs.texts import duration
 
-_READING = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
+_EXPLAIN = re.compile(r"(?:\s|--[^\n]*\n|/\*.*?\*/)*explain\b", re.DOTALL | re.IGNORECASE)
+
+# Functions that give rows without reading a file, running SQL given as text, or changing a setting. `enable_logging`, a table
+# function, changes where DuckDB logs; so only what is listed here is let through.
+_TABLE_FUNCTIONS = re.compile(
+    r"unnest|range|generate_series|repeat|repeat_row|summary|json_each|json_tree|icu_calendar_names|pg_timezone_names"
+    r"|duckdb_\w+|pragma_\w+"
+)
+_ACTING_FUNCTIONS = ("write_log", "setseed", "nextval")
+BUILD_COLUMN = "mart_build"
+_BUILDS = "select build_id from marts.main.mart_build group by build_id order by min(built_at), build_id"
 
 
 def query_marts(
-    settings: Settings, sql: str, parameters: Mapping[str, Any] | None = None
+    settings: Settings, sql: str, parameters: Mapping[str, Any] | None = None, *, with_build: bool = False
 ) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """Column names and rows of one reading statement over the published marts (schema ``main``, times UTC).
+    """Column names and rows of one SELECT over the published marts (schema ``main``, times UTC), or of its EXPLAIN.
 
-    The statement sees one whole build, the newest at the time it starts. It can neither write nor reach files. ``parameters`` are
-    the values of its ``$name``.
+    The statement sees one whole build, the newest at the time it starts. It can neither write nor reach files, and has the memory,
+    spill and time that the settings give it. ``parameters`` are the values of its ``$name``. ``with_build`` adds a last column
+    BUILD_COLUMN: the build_id of mart_build, so that what leaves the house says what it was made from; where the groups of marts
+    come of several builds, all of them, the newest last.
 
-    Raises AdtallyError when nothing has been published yet or the file cannot be read, UsageError when the SQL is
-    wrong, does more than read or is not a single statement.
+    Raises AdtallyError when nothing has been published yet, the file cannot be read, or the statement takes more than it has;
+    UsageError when the SQL is wrong, does more than read or is not a single statement.
     """
     path = settings.marts_path
     if not path.is_file():
         raise AdtallyError(f"there are no marts yet at {path}", hint="run `adtally marts build` first")
-    # Within a process, DuckDB gives every connection to a path the instance that is already open for it: connecting to
-    # the path would show the old build to whoever still holds it open. An instance of its own that attaches the file
-    # opens it anew.
-    config: dict[str, str | bool | int | float | list[str]] = {"temp_directory": str(settings.scratch_path / "query")}
-    with duckdb.connect(":memory:", config=config) as connection:
+    with _own_folder(settings) as folder, _connected(settings, path, folder) as connection:
         try:
-            connection.execute(f"attach '{_quoted(str(path))}' as marts (read_only)")
+            statement = _reading_statement(connection, sql)
+            with _time_limit(connection, settings):
+                connection.execute(statement, dict(parameters) if parameters else None)
+                columns = [str(column[0]) for column in connection.description or []]
+                found = connection.fetchall()
+            if not with_build:
+                return columns, found
+            build = " ".join(row[0] for row in connection.execute(_BUILDS).fetchall())
+            return [*columns, BUILD_COLUMN], [(*row, build) for row in found]
+        except duckdb.OutOfMemoryException as error:
+            raise AdtallyError(
+                f"the query needs more than it may have: {one_line(str(error).splitlines()[0])}",
+                hint="ADTALLY_QUERY_MEMORY and ADTALLY_QUERY_SPILL set what it may",
+            ) from error
+        except duckdb.Error as error:
+            raise sql_error(error, connection) from error
+
+
+@contextmanager
+def _own_folder(settings: Settings) -> Iterator[Path]:
+    """A folder of one query: in the scratch folder, or where nothing can be written there, among the system's temporary files."""
+    place = None
+    with suppress(OSError):
+        settings.scratch_path.mkdir(parents=True, exist_ok=True)
+        place = settings.scratch_path if os.access(settings.scratch_path, os.W_OK) else None
+    with TemporaryDirectory(prefix="query-", dir=place) as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def _connected(settings: Settings, path: Path, folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A DuckDB with the marts attached and everything else locked.
+
+    Within a process, DuckDB gives every connection to a path the instance that is already open for it: connecting to the path
+    would show the old build to whoever still holds it open. An instance of its own that attaches the file opens it anew.
+
+    A file that is attached stays among DuckDB's `allowed_paths`, for writing too, and cannot be taken off. So it is attached by a
+    second name (a hard link) that is then removed: what is allowed is a name of nothing.
+    """
+    config: dict[str, str | bool | int | float | list[str]] = {
+        "temp_directory": str(folder / "spill"),
+        "memory_limit": _bytes(settings.query_memory),
+        "max_temp_directory_size": _bytes(settings.query_spill),
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+        "allow_community_extensions": False,
+        "python_enable_replacements": False,  # a name in the SQL is no variable of this program
+    }
+    with duckdb.connect(":memory:", config=config) as connection:
+        link = folder / path.name
+        with suppress(OSError):  # another file system, or one without hard links: the statement's kind alone keeps it from writing
+            os.link(path, link)
+        name = str(link if link.exists() else path).replace("'", "''")
+        try:
+            connection.execute(f"attach '{name}' as marts (read_only)")
         except duckdb.Error as error:
             raise AdtallyError(
                 f"the marts at {path} cannot be read: {one_line(str(error))}",
                 hint="build them again with `adtally marts build`",
             ) from error
+        link.unlink(missing_ok=True)
         connection.execute("use marts")
         connection.execute("set TimeZone = 'UTC'")
         connection.execute("set enable_external_access = false")
         connection.execute("set lock_configuration = true")
+        yield connection
+
+
+def _bytes(size: str) -> str:
+    """A size of the settings, as 512m or 2g, as DuckDB takes it."""
+    return f"{size[:-1]}{'GiB' if size.endswith('g') else 'MiB'}"
+
+
+def _reading_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
+    """The one statement in ``sql``. Raises UsageError unless it is a SELECT, or EXPLAIN of one without ANALYZE."""
+    statement = _only(connection, sql)
+    if statement.type == duckdb.StatementType.EXPLAIN:
+        explained = _EXPLAIN.sub("", sql, count=1)
         try:
-            statements = connection.extract_statements(sql)
-            if len(statements) != 1:
-                raise UsageError(f"a query is one SQL statement, not {len(statements)}")
-            if statements[0].type not in _READING:
-                raise UsageError(f"the marts are read-only: no {statements[0].type.name} statement")
-            connection.execute(statements[0], dict(parameters) if parameters else None)
-            columns = [str(column[0]) for column in connection.description or []]
-            return columns, connection.fetchall()
-        except duckdb.Error as error:
-            raise UsageError(f"SQL: {one_line(str(error))}") from error
+            _require_select(connection, explained)
+        except (UsageError, duckdb.Error):
+            raise UsageError("only EXPLAIN SELECT is allowed, without ANALYZE and other options: the marts are read-only") from None
+        return _only(connection, f"explain {explained}")
+    _require_select(connection, sql)
+    return statement
 
 
-def _quoted(text: str) -> str:
-    return text.replace("'", "''")
+def _only(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
+    statements = connection.extract_statements(sql)
+    if len(statements) != 1:
+        raise UsageError(f"a query is one SQL statement, not {len(statements)}")
+    return statements[0]
+
+
+def _require_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+    """Raise UsageError unless ``sql`` is one SELECT by DuckDB's own parser, whose functions only give rows and values."""
+    statement = _only(connection, sql)
+    if statement.type != duckdb.StatementType.SELECT:
+        raise UsageError(f"the marts are read-only: no {statement.type.name} statement")
+    [(text,)] = connection.execute("select json_serialize_sql($1::varchar)", [sql]).fetchall()
+    parsed = json.loads(text)
+    if parsed["error"]:  # a PRAGMA that DuckDB makes a SELECT of
+        raise UsageError("the marts are read-only: a query is a SELECT statement")
+    for name in _refused_functions(parsed["statements"]):
+        raise UsageError(f"the function {name} is not available here: a query reads the marts and nothing else")
+
+
+def _refused_functions(node: Any) -> Iterator[str]:
+    if isinstance(node, list):
+        for part in node:
+            yield from _refused_functions(part)
+    elif isinstance(node, dict):
+        name = str(node.get("function_name", "")).lower()
+        if name in _ACTING_FUNCTIONS:
+            yield name
+        if node.get("type") == "TABLE_FUNCTION":
+            table_function = str(node["function"].get("function_name", "")).lower()
+            if not _TABLE_FUNCTIONS.fullmatch(table_function):
+                yield table_function
+        for part in node.values():
+            yield from _refused_functions(part)
+
+
+@contextmanager
+def _time_limit(connection: duckdb.DuckDBPyConnection, settings: Settings) -> Iterator[None]:
+    """Interrupt what the connection does within the context after the time of the settings. Raises AdtallyError then."""
+    limit = settings.query_timeout.total_seconds()
+    passed = threading.Event()
+
+    def interrupt() -> None:
+        passed.set()
+        connection.interrupt()
+
+    timer = threading.Timer(limit, interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except duckdb.InterruptException:
+        if not passed.is_set():
+            raise
+        raise AdtallyError(
+            f"the query took longer than {duration(limit)}", hint="ADTALLY_QUERY_TIMEOUT sets how long it may"
+        ) from None
+    finally:
+        timer.cancel()

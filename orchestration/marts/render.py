@@ -6,30 +6,37 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
 from spark_jobs.errors import UsageError
+from spark_jobs.texts import printable, printable_json
 
 FORMATS = ("table", "csv", "json")
+# the wide signs too: spreadsheets of some languages take them. A number is none: exact sums of Pinot come as text
+_FORMULA = re.compile(r"(?![+-]?[0-9]+(\.[0-9]+)?$)(\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r])")
 
 
-def render(columns: Sequence[str], rows: Sequence[Sequence[Any]], format: str = "table") -> str:
+def render(
+    columns: Sequence[str], rows: Sequence[Sequence[Any]], format: str = "table", width: int | None = None, *, is_raw: bool = False
+) -> str:
     """``rows`` as text, without a line end after the last line.
 
-    table: aligned, numbers to the right, nulls as ``NULL``, with a last line that counts the rows. csv: a header, nulls
-    as nothing, RFC 4180 quoting. json: an array of objects in column order; integers whatever their size stay integers,
-    decimals are strings so that no digit is lost. Timestamps are ISO 8601 with a ``T``.
+    table: aligned, numbers to the right, six digits of a fraction, nulls as ``NULL``, with a last line that counts the rows; a
+    block a row where the columns do not fit into ``width`` (None: they always do). csv: a header, nulls as nothing,
+    RFC 4180 quoting, texts guarded as `_guarded` says unless ``is_raw``. json: an array of objects in column order; integers
+    whatever their size stay integers, decimals are strings so that no digit is lost. Timestamps are ISO 8601 with a ``T``.
 
     Raises UsageError for another format, and for json with two columns of one name.
     """
     if format == "table":
-        return _table(columns, rows)
+        return _table(columns, rows, width)
     if format == "csv":
-        return _csv(columns, rows)
+        return _csv(columns, rows, is_raw=is_raw)
     if format == "json":
         return _json(columns, rows)
     raise UsageError(f"no format {format!r}", hint=f"one of {', '.join(FORMATS)}")
@@ -63,19 +70,21 @@ def _text(value: Any) -> str:
     return str(plain)
 
 
-def _printable(text: str) -> str:
-    """``text`` on one line, without characters that steer a terminal."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
 def _is_number(value: Any) -> bool:
     """Whether a column may keep to the right with ``value`` in it."""
     return value is None or (isinstance(value, int | float | Decimal) and not isinstance(value, bool))
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    cells = [["NULL" if value is None else _printable(_text(value)) for value in row] for row in rows]
-    header = [_printable(column) for column in columns]
+def _shown(value: Any) -> str:
+    """A cell as a person reads it: nobody needs the sixteenth digit of a rate."""
+    if isinstance(value, float) and value == value and abs(value) < 1e15:
+        return f"{value:.6f}".rstrip("0").rstrip(".") if abs(value) >= 1e-4 or not value else f"{value:.6g}"
+    return "NULL" if value is None else printable(_text(value))
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]], room: int | None) -> str:
+    cells = [[_shown(value) for value in row] for row in rows]
+    header = [printable(column) for column in columns]
     widths = [max([len(name), *(len(row[index]) for row in cells)]) for index, name in enumerate(header)]
     numeric = [all(_is_number(row[index]) for row in rows) for index in range(len(header))]
 
@@ -86,15 +95,39 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         return "  ".join(padded).rstrip()
 
     count = f"({len(rows)} row{'' if len(rows) == 1 else 's'})"
+    if room is not None and sum(widths) + 2 * (len(widths) - 1) > room:
+        return "\n".join([*_blocks(header, cells, room), count])
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *(line(row) for row in cells), count])
 
 
-def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def _blocks(header: Sequence[str], cells: Sequence[Sequence[str]], room: int) -> Iterator[str]:
+    """Each row by itself: as many names and values on a line as fit, and none of them cut."""
+    for number, row in enumerate(cells, 1):
+        yield f"row {number}"
+        line = ""
+        for name, value in zip(header, row, strict=True):
+            pair = f"{name} {value}"
+            if line and 2 + len(line) + 3 + len(pair) > room:
+                yield f"  {line}"
+                line = ""
+            line = f"{line}   {pair}" if line else pair
+        yield f"  {line}"
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, is_raw: bool) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(["" if value is None else _text(value) for value in row] for row in rows)
+    as_text = str if is_raw else _guarded
+    writer.writerow(map(as_text, columns))
+    writer.writerows(
+        ["" if value is None else _text(value) if _is_number(value) else as_text(_text(value)) for value in row] for row in rows
+    )
     return buffer.getvalue().removesuffix("\n")
+
+
+def _guarded(text: str) -> str:
+    """A text that no spreadsheet takes for a formula, for it begins with an apostrophe, and no terminal for a command."""
+    return ("'" if _FORMULA.match(text) else "") + printable(text, keep="\n")
 
 
 def _json(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -105,4 +138,4 @@ def _json(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     objects = (
         json.dumps({name: _plain(value) for name, value in zip(columns, row, strict=True)}, ensure_ascii=False) for row in rows
     )
-    return "[\n  " + ",\n  ".join(objects) + "\n]"
+    return printable_json("[\n  " + ",\n  ".join(objects) + "\n]")

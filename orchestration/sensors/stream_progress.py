@@ -15,13 +15,13 @@ from typing import Any
 import dagster as dg
 
 from orchestration.assets.lakehouse import TABLE_ASSETS
-from orchestration.ledger import Cell, Ledger, micros
+from orchestration.ledger import Cell, Ledger
 from orchestration.partitions import hourly_partitions, key_of
 from orchestration.up.instance import request_reload
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.hours import HOUR, floor_hour
-from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, HOUR_CLOSINGS
+from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, HOUR_CLOSINGS, NAMES
 
 SECONDS_BETWEEN = 15
 HOURS_A_TICK = 72
@@ -46,7 +46,7 @@ class Progress:
     ``reported``: the version of the ledger through which all is told. ``until`` and ``after``: the versions up to ``until`` are
     being told, hours through ``after`` are done. ``empty_through``: empty hours before it are told. ``seen``: versions of the
     ledger and of the closings that empty hours were looked for in. ``table_id`` and ``start``: of the ledger and the partitions
-    that this holds for.
+    that this holds for. ``campaigns`` and ``names``: the versions of these tables that were told last.
     """
 
     table_id: str | None = None
@@ -55,6 +55,7 @@ class Progress:
     until: int | None = None
     after: str | None = None
     campaigns: int = -1
+    names: int = -1
     empty_through: str | None = None
     seen: tuple[int, int] = (-1, -1)
 
@@ -91,7 +92,8 @@ def stream_progress_sensor(hours: dg.HourlyPartitionsDefinition) -> dg.SensorDef
             if hourly_partitions(settings).start < hours.start:
                 request_reload(settings)
             context.log.warning(
-                "%d hours lie before the first partition, %s: reload the code location, or set ADTALLY_START_DATE",
+                "%d hours with records lie before the first partition, %s. If they are too few for partitions, `adtally reconcile` "
+                "recounts them; ADTALLY_START_DATE gives them partitions",
                 *(early, hours.start.isoformat()),
             )
         told = f"told {len(events)} times what was committed through version {progress.reported} of the ledger"
@@ -121,7 +123,7 @@ def report_progress(
     progress = replace(progress, table_id=table_id, start=start)
     if progress.reported < newest or progress.until is not None:
         return _report_commits(settings, hours, progress, min(newest, _bound(progress, newest)), now)
-    progress, events = _report_campaigns(settings, progress)
+    progress, events = _report_replaced(settings, progress)
     progress, empty = _report_empty(settings, hours, progress, newest)
     return progress, [*events, *empty], 0
 
@@ -153,12 +155,13 @@ def _report_commits(
     return replace(progress, reported=until, until=None, after=None), events, len(early)
 
 
-def _report_campaigns(settings: Settings, progress: Progress) -> tuple[Progress, list[Event]]:
-    version = DeltaLog(settings.table_uri(CAMPAIGNS.name)).latest_version()
-    if version is None or version == progress.campaigns:
-        return progress, []
-    event = dg.AssetMaterialization("campaigns", metadata={"delta_version": version})
-    return replace(progress, campaigns=version), [event]
+def _report_replaced(settings: Settings, progress: Progress) -> tuple[Progress, list[Event]]:
+    """The tables that files of the landing folder replace as a whole, where their version is a new one."""
+    found = {table.name: DeltaLog(settings.table_uri(table.name)).latest_version() for table in (CAMPAIGNS, NAMES)}
+    told = {"campaigns": progress.campaigns, "names": progress.names}
+    new = {name: version for name, version in found.items() if version is not None and version != told[name]}
+    events: list[Event] = [dg.AssetMaterialization(name, metadata={"delta_version": version}) for name, version in new.items()]
+    return replace(progress, campaigns=new.get("campaigns", progress.campaigns), names=new.get("names", progress.names)), events
 
 
 def _report_empty(
@@ -247,13 +250,11 @@ class _Report:
             added, so_far = cell.conflict + cell.rejected, total.conflict + total.rejected
             outcomes = {"rejected": cell.rejected, "conflict": cell.conflict, "duplicate": cell.duplicate}
             return {"rows_added": added, "rows_in_hour": so_far, **outcomes, **common}
-        money = {"spend_micros": micros(cell.spend_nanos), "spend_micros_in_hour": micros(total.spend_nanos)}
         if key == "minute_metrics":
             rows = self._increments.get(hour, 0)
-            return {"events_added": cell.accepted, "events_in_hour": total.accepted, "rows_in_hour": rows, **money, **common}
+            return {"events_added": cell.accepted, "events_in_hour": total.accepted, "rows_in_hour": rows, **common}
         outcomes = {name: getattr(cell, name) for name in ("offered", "duplicate", "conflict", "rejected", "late")}
-        counted = {"rows_added": cell.accepted, "rows_in_hour": total.accepted, **outcomes, **common}
-        return counted | money if key == "ad_events" else counted
+        return {"rows_added": cell.accepted, "rows_in_hour": total.accepted, **outcomes, **common}
 
     def _event(self, key: str, hour: datetime, figures: dict[str, Any]) -> dg.AssetMaterialization:
         known = {name: value for name, value in {**figures, "delta_version": self._versions[key]}.items() if value is not None}

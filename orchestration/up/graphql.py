@@ -7,6 +7,8 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
+from pydantic import SecretStr
+
 _DIRECT = build_opener(ProxyHandler({}))  # a proxy of the environment is not asked for what is on this machine
 
 _LOCATIONS = """
@@ -45,21 +47,26 @@ class WebserverError(Exception):
 
 
 class Webserver:
-    """The webserver at an address such as http://127.0.0.1:3000."""
+    """The webserver at an address such as http://127.0.0.1:3000, and the token that it wants, if any."""
 
-    def __init__(self, address: str, *, timeout: float = 15.0) -> None:
+    def __init__(self, address: str, *, token: SecretStr | None = None, timeout: float = 15.0) -> None:
         self.address = address
         self._timeout = timeout
+        self._headers = {"Content-Type": "application/json"}
+        if token is not None:
+            self._headers["Authorization"] = f"Bearer {token.get_secret_value()}"
 
     def ask(self, query: str, **variables: Any) -> dict[str, Any]:
         """The data of a query. Raises WebserverError."""
         body = json.dumps({"query": query, "variables": variables}).encode()
-        request = Request(f"{self.address}/graphql", body, {"Content-Type": "application/json"})
+        request = Request(f"{self.address}/graphql", body, self._headers)
         try:
             with _DIRECT.open(request, timeout=self._timeout) as response:
                 answer = json.load(response)
         except HTTPError as error:
             raise WebserverError(f"status {error.code}: {error.read(300).decode('utf-8', 'replace')}") from None
+        except TimeoutError:
+            raise WebserverError(f"no answer in {self._timeout:.0f} s") from None
         except (OSError, ValueError) as error:
             raise WebserverError(str(error)) from None
         if answer.get("errors"):

@@ -6,7 +6,7 @@ import contextlib
 import os
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spark_jobs.config import Settings
 
@@ -34,11 +34,32 @@ def write_instance_config(settings: Settings) -> Path:
     return path
 
 
-def home_instance(settings: Settings) -> DagsterInstance:
-    """The instance of this home, made if it is not there. To be used as a context, or disposed of."""
-    from dagster import DagsterInstance
+_NO_LOGS: Any = {"compute_logs": {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}}
+POOLS = ("attribution", "billing", "compaction", "corrections", "marts", "quality", "spark")
+"""What the definitions share: one run of each at a time."""
 
-    return DagsterInstance.from_config(str(write_instance_config(settings).parent))
+
+def initialize_pool_limits(instance: DagsterInstance) -> None:
+    """Set the limit of each pool before Dagster's queue runs.
+
+    The queue reads the known pools before it adds new ones. So, when it first sees a pool, it applies no limit and starts all
+    runs that wait for it.
+    """
+    for pool in POOLS:
+        instance.event_log_storage.initialize_concurrency_limit_to_default(pool)
+
+
+def home_instance(settings: Settings, *, captures_output: bool = True) -> DagsterInstance:
+    """The instance of this home, made if it is not there. To be used as a context, or disposed of.
+
+    Dagster captures what a step prints by putting files in the place of this process's output. Whoever shows progress in a
+    terminal meanwhile runs steps without ``captures_output``.
+    """
+    from dagster import DagsterInstance
+    from dagster._core.instance.ref import InstanceRef
+
+    folder = str(write_instance_config(settings).parent)
+    return DagsterInstance.from_ref(InstanceRef.from_dir(folder, overrides=None if captures_output else _NO_LOGS))
 
 
 def request_reload(settings: Settings) -> None:

@@ -1,7 +1,8 @@
 """Settles the runs that a killed ``adtally up`` has left behind in its instance, which would hold their pools for ever.
 
 ``python -m orchestration.up.lost_runs SOCKET``: runs that were processes of the code server at this socket, where none listens
-now. They count as failed, so that those that may be retried are.
+now. They count as failed, so that those that may be retried are. Before that, Dagster's databases are made where there are none,
+and the limits of all pools are set.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dagster._core.events import JobFailureData, RunFailureReason
 from dagster._core.storage.dagster_run import IN_PROGRESS_RUN_STATUSES
 from dagster._core.storage.tags import GRPC_INFO_TAG
 
-from orchestration.up.instance import home_instance
+from orchestration.up.instance import home_instance, initialize_pool_limits
 from spark_jobs.config import load_settings
 
 _MESSAGE = "The process of this run ended with the adtally up that it belonged to."
@@ -40,5 +41,6 @@ def settle_lost_runs(instance: dg.DagsterInstance, socket: str) -> list[str]:
 
 if __name__ == "__main__":
     with home_instance(load_settings()) as opened:
+        initialize_pool_limits(opened)
         for run_id in settle_lost_runs(opened, sys.argv[1]):
             print(run_id)

@@ -28,7 +28,7 @@ _NO_TELEMETRY = {
 }
 
 
-def environment(settings: Settings) -> dict[str, str]:
+def environment(settings: Settings, reports_url: str) -> dict[str, str]:
     """That of all processes: this one's, with the homes named whole, and no module taken from the folder one happens to be in."""
     return {
         **os.environ,
@@ -36,6 +36,7 @@ def environment(settings: Settings) -> dict[str, str]:
         **_NO_TELEMETRY,
         "ADTALLY_HOME": str(settings.home_path),
         "DAGSTER_HOME": str(settings.dagster_path),
+        "ADTALLY_REPORTS_URL": settings.reports_url or reports_url,
         "PYTHONUNBUFFERED": "1",
     }
 
@@ -49,7 +50,7 @@ def services(settings: Settings, *, port: int, socket_path: Path, trigger_second
         *("--location-name", LOCATION, "--use-python-environment-entry-point", "--log-level", "info"),
         *("--working-directory", str(_PACKAGES)),  # it is searched first: this code, not the folder one is in
     )
-    web = (python, "-m", "dagster_webserver", "--host", HOST, "--port", str(port), *workspace)
+    web = (python, "-m", "orchestration.up.webserver", "--host", HOST, "--port", str(port), *workspace)
     daemon = (python, "-m", "dagster._daemon", "run", *workspace)
     taking_in = (python, "-m", "orchestration.cli", "ingest", "--continuous", "--trigger", f"{trigger_seconds:g}")
     found = [

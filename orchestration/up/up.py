@@ -15,8 +15,10 @@ from types import FrameType
 
 from filelock import FileLock, Timeout
 
+from orchestration.alerts.notifier import AlertFile
 from orchestration.up.graphql import Webserver, WebserverError
 from orchestration.up.instance import take_reload_request, write_instance_config
+from orchestration.up.reports import serving_reports
 from orchestration.up.services import (
     CODE,
     DAEMON,
@@ -33,26 +35,35 @@ from orchestration.up.services import (
 from orchestration.up.supervisor import NotReadyError, Supervisor, Tell, last_error
 from spark_jobs.config import Settings
 from spark_jobs.errors import BusyError
+from spark_jobs.failure import one_line
 from spark_jobs.jars import ensure_jars
 from spark_jobs.java import require_java
 
+UP = "adtally up"
 UP_LOCK = ".up.lock"  # in ADTALLY_HOME, held by `adtally up`
 START_SECONDS = 180.0
-RUNS_END_SECONDS = 30.0
+END_SECONDS = 7.0
+"""What has not ended of itself by then is killed: nothing is lost, and what was cut off is made again."""
 
 _TURN_SECONDS = 0.2
+_ASK_SECONDS = 2.5  # that a question to the webserver may hold up the end
+
+Ready = Callable[[str, str], None]
+"""Told the addresses of the UI and of the reports."""
 
 
 class Stop:
     """SIGINT, SIGTERM or SIGHUP: end all of it. A second one: at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.asked = threading.Event()
         self._times = 0
+        self._clock = clock
+        self._deadline: float | None = None
 
     def hurry(self) -> bool:
-        """Whether whoever asked will not wait."""
-        return self._times > 1
+        """Whether it is to end now: whoever asked has asked again, or it took END_SECONDS."""
+        return self._times > 1 or (self._deadline is not None and self._clock() >= self._deadline)
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
@@ -69,6 +80,7 @@ class Stop:
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self._times += 1
+        self._deadline = self._deadline or self._clock() + END_SECONDS
         self.asked.set()
 
 
@@ -87,10 +99,11 @@ def up_lock(settings: Settings) -> Iterator[None]:
         lock.release()
 
 
-def up(settings: Settings, *, port: int, trigger_seconds: float, ingest: bool, tell: Tell, ready: Callable[[str], None]) -> None:
+def up(settings: Settings, *, port: int, trigger_seconds: float, ingest: bool, tell: Tell, ready: Ready) -> None:
     """Run Dagster and the continuous ingest until a signal asks for the end; leaves no process.
 
-    ``tell`` is told each change of state, ``ready`` the address of the UI once it answers. Raises UsageError for what the machine
+    ``tell`` is told each change of state, ``ready`` the addresses of the UI and of the
+    reports once the UI answers. Raises UsageError for what the machine
     lacks, BusyError where another ``adtally up`` runs on the home, NotReadyError where Dagster does not come up: nothing is left
     running then.
     """
@@ -100,40 +113,46 @@ def up(settings: Settings, *, port: int, trigger_seconds: float, ingest: bool, t
             require_java()
             ensure_jars(settings, progress=lambda line: tell(INGEST, line))
         write_instance_config(settings)
-        with Stop().listening() as stop:
-            _Up(settings, port, trigger_seconds, ingest, tell, stop).run(ready)
+        with Stop().listening() as stop, serving_reports(settings, port + 1 if port < 65535 else 0) as reports:
+            _Up(settings, port, trigger_seconds, ingest, tell, stop, reports).run(ready)
 
 
 class _Up:
-    def __init__(self, settings: Settings, port: int, trigger_seconds: float, ingest: bool, tell: Tell, stop: Stop) -> None:
-        self._settings, self._tell, self._stop = settings, tell, stop
+    def __init__(
+        self, settings: Settings, port: int, trigger_seconds: float, ingest: bool, tell: Tell, stop: Stop, reports: str
+    ) -> None:
+        self._settings, self._tell, self._stop, self._reports = settings, tell, stop, reports
+        self._alerts = AlertFile(settings).reader()
         self._socket = socket_path(settings)
         self._services = services(settings, port=port, socket_path=self._socket, trigger_seconds=trigger_seconds, ingest=ingest)
-        self._environment = environment(settings)
+        self._environment = environment(settings, reports)
         self._supervisor = Supervisor(settings.home_path / "logs", self._environment, tell)
-        self._webserver = Webserver(f"http://{HOST}:{port}")
+        self._webserver = Webserver(f"http://{HOST}:{port}", token=settings.webserver_token, timeout=_ASK_SECONDS)
         self._interrupted = settings.dagster_path / "interrupted_runs.json"
         self._reloading: threading.Thread | None = None
-        self._has_history = (settings.dagster_path / "history").exists()
 
-    def run(self, ready: Callable[[str], None]) -> None:
+    def run(self, ready: Ready) -> None:
         try:
             if self._start():
-                ready(self._webserver.address)
-                self._run_again()
+                ready(self._webserver.address, self._reports)
+                # beside the loop: on a busy machine the webserver takes its time, and Ctrl-C is heard meanwhile
+                threading.Thread(target=self._run_again, daemon=True, name="again").start()
                 while not self._stop.asked.wait(_TURN_SECONDS):
                     self._supervisor.check()
                     self._reload_on_request()
+                    self._tell_alerts()
         finally:
             self._end()
 
     def _start(self) -> bool:
         """Start all in turn; whether it was not asked to stop meanwhile."""
-        for name in (INGEST, CODE):  # the ingest takes its lock first, so that no scheduled ingest gets in between
-            if name in self._services:
-                self._supervisor.start(self._services[name])
-        if self._has_history:
-            self._settle_lost_runs()
+        if INGEST in self._services:  # it takes its lock first, so that no scheduled ingest gets in between
+            self._supervisor.start(self._services[INGEST])
+        # alone: two processes that make Dagster's databases at once number their version twice, and on those Dagster never starts
+        self._settle_lost_runs()
+        if self._stop.asked.is_set():
+            return False
+        self._supervisor.start(self._services[CODE])
         if not self._wait(CODE, lambda: listens(self._socket)):
             return False
         self._tell(CODE, "ready")
@@ -144,7 +163,7 @@ class _Up:
         self._tell(WEB, "ready")
         error = self._webserver.load_error()
         if error:
-            self._tell(CODE, f"the definitions cannot be loaded: {' '.join(error.split())[:300]}")
+            self._tell(CODE, f"the definitions cannot be loaded: {one_line(error)}")
         return True
 
     def _wait(self, name: str, ready: Callable[[], bool]) -> bool:
@@ -167,33 +186,51 @@ class _Up:
         return True
 
     def _settle_lost_runs(self) -> None:
-        done = subprocess.run(
+        settling = subprocess.Popen(
             [sys.executable, "-m", "orchestration.up.lost_runs", str(self._socket)],
             env=self._environment,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
             start_new_session=True,
         )
-        if done.returncode != 0:
-            self._tell(DAEMON, f"runs of before could not be settled: {done.stderr.strip().splitlines()[-1:]}")
-        for run_id in done.stdout.split():
+        while True:
+            try:
+                out, error = settling.communicate(timeout=_TURN_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                if self._stop.asked.is_set():  # the next start settles them
+                    settling.kill()
+        if self._stop.asked.is_set():
+            return
+        if settling.returncode != 0:
+            self._tell(DAEMON, f"runs of before could not be settled: {error.strip().splitlines()[-1:]}")
+        for run_id in out.split():
             self._tell(DAEMON, f"run {run_id} was lost when adtally up was killed; it counts as failed")
 
     def _run_again(self) -> None:
         """Make the runs again that the last stop has cancelled: what they had to do is not asked for a second time."""
-        try:
-            run_ids = json.loads(self._interrupted.read_text("utf-8"))
-        except (OSError, ValueError):
-            return
-        for run_id in run_ids:
+        webserver = Webserver(self._webserver.address, token=self._settings.webserver_token, timeout=START_SECONDS)
+        while not self._stop.asked.is_set() and (run_ids := self._read_interrupted()):
             try:
-                if again := self._webserver.run_again(run_id):
-                    self._tell(DAEMON, f"run {run_id}, cancelled by the last stop, is made again as {again}")
+                if again := webserver.run_again(run_ids[0]):
+                    self._tell(DAEMON, f"run {run_ids[0]}, cancelled by the last stop, is made again as {again}")
             except WebserverError as error:
-                self._tell(DAEMON, str(error))
-        self._interrupted.unlink()
+                if self._stop.asked.is_set():  # the next start makes it again
+                    return
+                self._tell(DAEMON, f"run {run_ids[0]}, cancelled by the last stop, is perhaps not made again: {error}")
+            self._interrupted.write_text(json.dumps(run_ids[1:]), "utf-8")
+
+    def _read_interrupted(self) -> list[str]:
+        try:
+            return list(json.loads(self._interrupted.read_text("utf-8")))
+        except (OSError, ValueError):
+            return []
+
+    def _tell_alerts(self) -> None:
+        for alert in self._alerts():
+            self._tell("alert", f"{alert.title}: {one_line(alert.detail, 300)}; see {self._reports}/{alert.runbook}")
 
     def _reload_on_request(self) -> None:
         if (self._reloading is None or not self._reloading.is_alive()) and take_reload_request(self._settings):
@@ -203,7 +240,7 @@ class _Up:
     def _reload(self) -> None:
         self._tell(CODE, "loading the definitions again: the lakehouse has hours before the first partition")
         try:
-            Webserver(self._webserver.address, timeout=START_SECONDS).reload(LOCATION)
+            Webserver(self._webserver.address, token=self._settings.webserver_token, timeout=START_SECONDS).reload(LOCATION)
         except WebserverError as error:
             self._tell(CODE, f"the definitions could not be loaded again: {error}")
         else:
@@ -212,6 +249,8 @@ class _Up:
     def _end(self) -> None:
         """End all of it: first what starts work, then the work, then what shows it. The ingest ends its batch meanwhile."""
         hurry = self._stop.hurry
+        if self._stop.asked.is_set() and not hurry():
+            self._tell(UP, "ending, within 10 s; Ctrl-C again ends it at once")
         self._supervisor.ask_to_end(INGEST)
         self._supervisor.ask_to_end(DAEMON)
         self._supervisor.wait_ended(DAEMON, hurry)
@@ -223,21 +262,23 @@ class _Up:
 
     def _end_runs(self) -> None:
         """Ask the runs in progress to end and wait for it, so that they count as cancelled and not as lost."""
-        deadline = time.monotonic() + RUNS_END_SECONDS
-        asked: set[str] = set()
-        try:
-            while self._supervisor.runs(WEB) and self._supervisor.runs(CODE) and not self._stop.hurry():
+        asked = set(self._read_interrupted())  # what the start had not come to
+        running, problem = list[str](), ""
+        while self._supervisor.runs(WEB) and self._supervisor.runs(CODE) and not self._stop.hurry():
+            try:
                 running = self._webserver.runs_of(str(self._socket))
-                if not running or time.monotonic() > deadline:
-                    break
+                if not running:
+                    return
                 if fresh := [run for run in running if run not in asked]:
                     self._tell(DAEMON, f"cancelling {len(fresh)} run{'' if len(fresh) == 1 else 's'} in progress")
                     asked.update(fresh)
                     self._interrupted.write_text(json.dumps(sorted(asked)), "utf-8")
                     self._webserver.terminate(fresh)
-                time.sleep(_TURN_SECONDS)
-        except WebserverError as error:
-            self._tell(DAEMON, f"runs in progress could not be cancelled: {error}")
+            except WebserverError as error:
+                problem = f": {error}"
+            time.sleep(_TURN_SECONDS)
+        if running or problem:
+            self._tell(DAEMON, f"runs in progress count as lost, and are made again{problem}")
 
 
 def logs_path(settings: Settings) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -20,7 +21,11 @@ from typing import Any
 from services.launcher.errors import PartitionIdleError, PinotQueryError, ServiceError
 from services.launcher.service import Progress, Role, Service, Status, silent
 
+USER = "adtally"
+"""Who may ask the Pinot that is started here."""
+
 _ANSWER_SECONDS = 10.0
+_ACCESS_DENIED = 180
 # loopback: a proxy of the environment is not asked
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -36,8 +41,8 @@ class Pinot(Service):
     default_heap = "2g"
     ports_are_kept = True
     warning = (
-        "for trials and tests: it asks nobody for a password, and the port by which its broker asks its server is open on all "
-        "interfaces, though only to who has the key of this installation; everything else is on loopback"
+        "for trials and tests: the port by which its broker asks its server is open on all interfaces, though only to who has the "
+        "key of this installation; everything else is on loopback, and controller and broker ask for its password"
     )
 
     _mends = False
@@ -51,15 +56,15 @@ class Pinot(Service):
             self._mends = False
 
     def secrets(self, java: Path) -> dict[str, str]:
-        """A key pair by which broker and server know each other, for the server's port cannot be bound to loopback.
+        """A key pair by which broker and server know each other, for the server's port cannot be bound to loopback, and a password
+        for who asks controller and broker: they answer pages of any origin.
 
         Raises ServiceError where Java's keytool is missing or fails.
         """
         keys, word = self.folder / "keys.p12", self.folder / "keys.password"
         if not (keys.exists() and word.exists()):
             keys.unlink(missing_ok=True)
-            word.write_text(token_urlsafe(24), "utf-8")
-            word.chmod(0o600)
+            _write_password(word)
             command = [str(java.resolve().with_name("keytool")), "-genkeypair", "-alias", "pinot", "-keyalg", "EC"]
             command += ["-validity", "36500", "-dname", "CN=127.0.0.1", "-storetype", "PKCS12"]
             environment = os.environ | {"KEYS_PASSWORD": word.read_text("utf-8")}  # a command line can be read by all
@@ -74,7 +79,10 @@ class Pinot(Service):
                 )
             except (OSError, subprocess.SubprocessError) as error:
                 raise ServiceError(f"a key for Pinot could not be made: {error}", hint="Java's keytool makes it") from None
-        return {"keys": str(keys), "password": word.read_text("utf-8")}
+        if not self._password_path.exists():
+            _write_password(self._password_path)
+        login = self._login
+        return {"keys": str(keys), "password": word.read_text("utf-8"), "login": _basic(login), "login_password": login[1]}
 
     def roles(self, ports: dict[str, int]) -> list[Role]:
         """ZooKeeper first: the rest is registered there."""
@@ -92,14 +100,24 @@ class Pinot(Service):
             ),
         ]
 
+    @property
+    def _password_path(self) -> Path:
+        return self.folder / "login.password"
+
+    @property
+    def _login(self) -> tuple[str, str]:
+        return USER, self._password_path.read_text("utf-8")
+
+    def _client(self, addresses: dict[str, str]) -> PinotClient:
+        return PinotClient(addresses["controller"], addresses["broker"], self._login if self._password_path.exists() else None)
+
     def addresses(self, ports: dict[str, int]) -> dict[str, str]:
         """The controller's and the broker's URL."""
         return {use: f"http://127.0.0.1:{ports[use]}" for use in ("controller", "broker")}
 
     def holds(self, ports: dict[str, int]) -> dict[str, int]:
         """Rows by table."""
-        where = self.addresses(ports)
-        client = PinotClient(where["controller"], where["broker"])
+        client = self._client(self.addresses(ports))
         return {table: int(client.query(f'select count(*) from "{table}"')[0][0]) for table in sorted(client.tables())}
 
     def status(self) -> Status:
@@ -107,7 +125,7 @@ class Pinot(Service):
         found = super().status()
         if not found.running or found.problem:
             return found
-        client = PinotClient(found.addresses["controller"], found.addresses["broker"])
+        client = self._client(found.addresses)
         for table in sorted(found.holds):
             for partition, first, end in client.lost(table):
                 lacks = f"table {table} lacks messages {first} to {end - 1} of partition {partition}"
@@ -121,7 +139,7 @@ class Pinot(Service):
         addresses = self.status().addresses
         if not addresses:
             raise ServiceError("Pinot does not run", hint="start it: `adtally services pinot up`")
-        return PinotClient(addresses["controller"], addresses["broker"])
+        return self._client(addresses)
 
     def probe(self, role: str, ports: dict[str, int]) -> str | None:
         """ZooKeeper must take connections; of Pinot every part must be alive and every table must answer a query."""
@@ -131,9 +149,8 @@ class Pinot(Service):
             except OSError as error:
                 return f"port {ports['zookeeper']}: {error.strerror or error}"
             return None
-        where = self.addresses(ports)
         try:
-            client = PinotClient(where["controller"], where["broker"])
+            client = self._client(self.addresses(ports))
             return client.missing(f"http://127.0.0.1:{ports['server_admin']}", mends=self._mends)
         except ServiceError as error:
             return str(error)
@@ -148,20 +165,45 @@ class Answer:
 
 
 class PinotClient:
-    """Controller and broker of one Pinot, by HTTP. Every method raises ServiceError where Pinot refuses or does not answer."""
+    """Controller and broker of one Pinot, by HTTP. Every method raises ServiceError where Pinot refuses or does not answer.
 
-    def __init__(self, controller: str, broker: str) -> None:
+    ``login``: user and password, where Pinot asks for them.
+    """
+
+    def __init__(self, controller: str, broker: str, login: tuple[str, str] | None = None) -> None:
         self.controller, self.broker = controller, broker
+        self._headers = {"Authorization": _basic(login)} if login else {}
+
+    def _call(
+        self, url: str, body: object = None, *, is_json: bool = True, method: str | None = None, or_none: bool = False
+    ) -> Any:
+        """The answer of Pinot; with ``or_none`` None where it says that there is no such thing."""
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} | self._headers
+        request = urllib.request.Request(url, data=data, headers=headers, method=method)
+        try:
+            with _OPENER.open(request, timeout=_ANSWER_SECONDS) as answer:
+                text = answer.read().decode("utf-8")
+                return json.loads(text) if is_json else text
+        except urllib.error.HTTPError as error:
+            if or_none and error.code == 404:
+                return None
+            said = " ".join(error.read().decode("utf-8", "replace").split())[:300]
+            raise ServiceError(f"{url.split('?')[0]} answered {error.code}: {said}") from None
+        except (OSError, ValueError) as error:
+            raise ServiceError(f"{url.split('?')[0]} does not answer: {getattr(error, 'reason', error)}") from None
 
     def ask(self, sql: str) -> Answer:
         """What a query comes to that every server concerned has answered in full.
 
         Raises PinotQueryError where Pinot refuses the statement, ServiceError where it does not answer or the answer is not whole.
         """
-        answer = _call(f"{self.broker}/query/sql", {"sql": sql})
+        answer = self._call(f"{self.broker}/query/sql", {"sql": sql})
         if answer.get("exceptions"):
             found = answer["exceptions"][0]
-            raise PinotQueryError(_reason(str(found.get("message"))), code=int(found.get("errorCode") or 0))
+            code = int(found.get("errorCode") or 0)
+            message = "it needs a login that may do this" if code == _ACCESS_DENIED else str(found.get("message"))
+            raise PinotQueryError(_reason(message), code=code)
         if answer.get("numServersResponded") != answer.get("numServersQueried"):
             raise ServiceError("query failed: not every server answered")
         if answer.get("numGroupsLimitReached"):
@@ -176,49 +218,49 @@ class PinotClient:
 
     def tables(self) -> list[str]:
         """Names of the tables, without their type."""
-        return list(_call(f"{self.controller}/tables")["tables"])
+        return list(self._call(f"{self.controller}/tables")["tables"])
 
     def schema(self, name: str) -> dict[str, Any] | None:
         """A schema, None if there is no such."""
-        found: dict[str, Any] | None = _call(f"{self.controller}/schemas/{name}", or_none=True)
+        found: dict[str, Any] | None = self._call(f"{self.controller}/schemas/{name}", or_none=True)
         return found
 
     def put_schema(self, schema: dict[str, Any]) -> None:
         """Make or replace a schema."""
-        _call(f"{self.controller}/schemas?override=true", schema)
+        self._call(f"{self.controller}/schemas?override=true", schema)
 
     def table(self, name: str) -> dict[str, Any] | None:
         """The configuration of a realtime table, None if there is no such."""
-        found: dict[str, Any] | None = (_call(f"{self.controller}/tables/{name}", or_none=True) or {}).get("REALTIME")
+        found: dict[str, Any] | None = (self._call(f"{self.controller}/tables/{name}", or_none=True) or {}).get("REALTIME")
         return found
 
     def add_table(self, config: dict[str, Any]) -> None:
         """Make a table; its schema must be there."""
-        _call(f"{self.controller}/tables", config)
+        self._call(f"{self.controller}/tables", config)
 
     def put_table(self, config: dict[str, Any]) -> None:
         """Replace the configuration of a table. What is being consumed goes on as it began."""
-        _call(f"{self.controller}/tables/{config['tableName']}", config, method="PUT")
+        self._call(f"{self.controller}/tables/{config['tableName']}", config, method="PUT")
 
     def reload(self, table: str) -> None:
         """Have the servers load a table's segments by the schema and configuration as they are now."""
-        _call(f"{self.controller}/segments/{table}/reload?type=REALTIME", {})
+        self._call(f"{self.controller}/segments/{table}/reload?type=REALTIME", {})
 
     def force_commit(self, table: str) -> None:
         """Have what is being consumed committed, and consumption go on in new segments."""
-        _call(f"{self.controller}/tables/{table}/forceCommit", {}, is_json=False)
+        self._call(f"{self.controller}/tables/{table}/forceCommit", {}, is_json=False)
 
     def pause(self, table: str) -> None:
         """Have what is being consumed committed, and consume nothing more."""
-        _call(f"{self.controller}/tables/{table}/pauseConsumption", {})
+        self._call(f"{self.controller}/tables/{table}/pauseConsumption", {})
 
     def resume(self, table: str) -> None:
         """Consume again, by the configuration as it is now."""
-        _call(f"{self.controller}/tables/{table}/resumeConsumption", {})
+        self._call(f"{self.controller}/tables/{table}/resumeConsumption", {})
 
     def consuming_segments(self, table: str) -> list[str]:
         """Segments that are being consumed."""
-        return sorted(_call(f"{self.controller}/tables/{table}/pauseStatus").get("consumingSegments") or [])
+        return sorted(self._call(f"{self.controller}/tables/{table}/pauseStatus").get("consumingSegments") or [])
 
     def segments(self, table: str) -> dict[str, str]:
         """Status (IN_PROGRESS, DONE) of each realtime segment of a table."""
@@ -245,17 +287,19 @@ class PinotClient:
         ]
 
     def _segments(self, table: str) -> dict[str, dict[str, Any]]:
-        return {name: _call(f"{self.controller}/segments/{table}/{name}/metadata") for name in self._segment_names(table)}
+        return {name: self._call(f"{self.controller}/segments/{table}/{name}/metadata") for name in self._segment_names(table)}
 
     def _segment_names(self, table: str) -> list[str]:
-        return [name for part in _call(f"{self.controller}/segments/{table}?type=REALTIME") for name in part.get("REALTIME", [])]
+        return [
+            name for part in self._call(f"{self.controller}/segments/{table}?type=REALTIME") for name in part.get("REALTIME", [])
+        ]
 
     def consumed(self, table: str) -> dict[int, int]:
         """The offset that each partition of a table's topic has been read up to, exclusive.
 
         Raises ServiceError where a partition is not being read, PartitionIdleError where nothing even tries to.
         """
-        found = _call(f"{self.controller}/tables/{table}/consumingSegmentsInfo?type=REALTIME")
+        found = self._call(f"{self.controller}/tables/{table}/consumingSegmentsInfo?type=REALTIME")
         offsets: dict[int, int] = {}
         for segment, consumers in found["_segmentToConsumingInfoMap"].items():
             for consumer in consumers:
@@ -263,7 +307,7 @@ class PinotClient:
                     raise ServiceError(f"table {table} has stopped reading its topic at segment {segment}")
                 offsets |= {int(partition): int(offset) for partition, offset in consumer["partitionToOffsetMap"].items()}
         idle = {int(name.rsplit("__", 3)[1]) for name in self._segment_names(table)} - offsets.keys()
-        if idle and not _call(f"{self.controller}/tables/{table}/pauseStatus").get("pauseFlag"):
+        if idle and not self._call(f"{self.controller}/tables/{table}/pauseStatus").get("pauseFlag"):
             raise PartitionIdleError(
                 f"table {table} does not read partition {min(idle)} of its topic",
                 hint="`adtally services pinot up` has it read again",
@@ -276,11 +320,11 @@ class PinotClient:
         With ``mends`` partitions that nothing reads are read again: a kill between the end of a segment and the next leaves such,
         and Pinot itself looks for them once an hour.
         """
-        live = _call(f"{self.controller}/instances")["instances"]
+        live = self._call(f"{self.controller}/instances")["instances"]
         for part in ("Controller_", "Broker_", "Server_"):
             if not any(name.startswith(part) for name in live):
                 return f"{part.rstrip('_').lower()} is not registered"
-        _call(f"{server_admin}/health/readiness", is_json=False)
+        self._call(f"{server_admin}/health/readiness", is_json=False)
         self.query("select 1")
         for table in self.tables():
             self.query(f'select count(*) from "{table}"')
@@ -311,18 +355,13 @@ def _reason(message: str) -> str:
     return re.sub(r"^(Caused by: )?([\w$]+\.)*[\w$]+(Exception|Error): ", "", told[-1])[:300]
 
 
-def _call(url: str, body: object = None, *, is_json: bool = True, method: str | None = None, or_none: bool = False) -> Any:
-    """The answer of Pinot; with ``or_none`` None where it says that there is no such thing."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"}, method=method)
-    try:
-        with _OPENER.open(request, timeout=_ANSWER_SECONDS) as answer:
-            text = answer.read().decode("utf-8")
-            return json.loads(text) if is_json else text
-    except urllib.error.HTTPError as error:
-        if or_none and error.code == 404:
-            return None
-        said = " ".join(error.read().decode("utf-8", "replace").split())[:300]
-        raise ServiceError(f"{url.split('?')[0]} answered {error.code}: {said}") from None
-    except (OSError, ValueError) as error:
-        raise ServiceError(f"{url.split('?')[0]} does not answer: {getattr(error, 'reason', error)}") from None
+def _write_password(path: Path) -> None:
+    """A new password, for the user alone, and there only once it is whole."""
+    new = path.with_suffix(".new")
+    new.touch(0o600)
+    new.write_text(token_urlsafe(24), "utf-8")
+    new.replace(path)
+
+
+def _basic(login: tuple[str, str]) -> str:
+    return "Basic " + base64.b64encode(":".join(login).encode()).decode("ascii")

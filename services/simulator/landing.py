@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import os
@@ -60,3 +61,12 @@ def campaigns_csv(rows: Iterable[CampaignRow]) -> bytes:
             f"{rfc3339(row.valid_from_us)},{valid_to}"
         )
     return ("\n".join(lines) + "\n").encode()
+
+
+def names_csv(names: Iterable[tuple[str, str, str]]) -> bytes:
+    """The CSV of names for people to read, from (kind, id, name)."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(("kind", "id", "name"))
+    writer.writerows(names)
+    return buffer.getvalue().encode()

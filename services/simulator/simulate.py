@@ -15,11 +15,12 @@ from services.simulator import encode
 from services.simulator.broken import EVENT_BREAKAGES, ORDER_BREAKAGES, Breakage
 from services.simulator.credit import credit_orders
 from services.simulator.errors import SimulationError
-from services.simulator.landing import campaigns_csv, increasing_mtimes, write_file
+from services.simulator.landing import campaigns_csv, increasing_mtimes, names_csv, write_file
 from services.simulator.orders import OrderLine, count_orders, draw_orders, user_name
 from services.simulator.traffic import (
     AGENTS,
     EXTRAS,
+    HOURLY_WEIGHTS,
     INTENTS,
     PLACEMENTS,
     Events,
@@ -79,6 +80,7 @@ def simulate(
     start: datetime = _DEFAULT_START,
     days: float | None = None,
     rate: float | None = None,
+    hourly_weights: Sequence[float] | None = None,
     shares: SimulationShares = _DEFAULT_SHARES,
     campaigns: int = 60,
     ads: int = 600,
@@ -95,7 +97,8 @@ def simulate(
     """Write `events` event lines, their orders and campaigns and truth.json into the folder `out`; returns the truth.
 
     The traffic begins at ``start`` and lasts ``days`` (or ``events / rate`` seconds, with ``rate`` in lines a second; 3
-    days if neither is said). ``users`` is the number of people per region (default: one for 20 lines), ``click_rate``
+    days if neither is said). ``hourly_weights`` are 24 weights of the hours of the day in UTC, in place of each region's own
+    curve. ``users`` is the number of people per region (default: one for 20 lines), ``click_rate``
     clicks per impression, ``conversion`` orders per click. Files hold ``lines_per_file`` lines (default: a 24th of all,
     between 500 and 40,000); the fraction ``gz_share`` of them is compressed. ``future_skew`` and ``hour_grace`` are the
     limits that the truth supposes; else it holds for the default rules. With ``listed_users`` it also supposes a list of
@@ -117,6 +120,7 @@ def simulate(
         start=start,
         days=days,
         rate=rate,
+        hourly_weights=hourly_weights,
         shares=shares,
         campaigns=campaigns,
         ads=ads,
@@ -171,6 +175,7 @@ def draw_traffic(
     start: datetime = _DEFAULT_START,
     days: float | None = None,
     rate: float | None = None,
+    hourly_weights: Sequence[float] | None = None,
     shares: SimulationShares = _DEFAULT_SHARES,
     campaigns: int = 60,
     ads: int = 600,
@@ -186,6 +191,8 @@ def draw_traffic(
 
     ``order_breakages`` are the ways in which order lines are broken. Raises SimulationError for arguments that cannot be right.
     """
+    if hourly_weights is not None and (len(hourly_weights) != 24 or min(hourly_weights) < 0 or not sum(hourly_weights)):
+        raise SimulationError("hourly_weights are 24 numbers of 0 or more, one of them more")
     _check(events, days, rate, campaigns, ads, users, click_rate, conversion, listed_users, start)
     limits = Limits(future_skew, hour_grace)
     span_days = days if days is not None else events / rate / 86_400 if rate is not None else _DEFAULT_DAYS
@@ -206,6 +213,7 @@ def draw_traffic(
         spare_ids=counts.broken,
         users=people,
         click_rate=click_rate,
+        hourly_weights=HOURLY_WEIGHTS if hourly_weights is None else (tuple(hourly_weights),) * len(REGIONS),
         start_us=start_us,
         end_us=end_us,
     )
@@ -228,17 +236,20 @@ def draw_traffic(
         "hour_grace_seconds": hour_grace.total_seconds(),
         "shares": asdict(shares),
     }
+    if hourly_weights is not None:
+        args["hourly_weights"] = list(hourly_weights)
     # Those who turn up at even steps of the numbers, so that frequent and rare users are among them.
     listed = np.linspace(0, people * len(REGIONS) - 1, listed_users).astype(np.int64)
     return Traffic(seed, world, drawn, lines, order_lines, limits, listed, start_us, end_us, args)
 
 
 def write_beside(out: Path, traffic: Traffic) -> None:
-    """What goes with the records: the campaigns, and the rules that the truth supposes if they are not the default ones."""
+    """What goes with the records: campaigns, names, and the rules that the truth supposes if they are not the default ones."""
     if len(traffic.listed):
         write_file(out / "rules" / "invalid_traffic.toml", _RULES.encode())
         write_file(out / "rules" / _LIST, "".join(f"{user_name(code)}\n" for code in traffic.listed.tolist()).encode())
     write_file(out / "campaigns" / "campaigns.csv", campaigns_csv(traffic.world.rows), traffic.start_us // 1000)
+    write_file(out / "names" / "names.csv", names_csv(traffic.world.names()), traffic.start_us // 1000)
 
 
 def _check(

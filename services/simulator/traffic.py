@@ -25,7 +25,7 @@ _DAY_US = 24 * HOUR_US
 _MICROSECONDS_OF_LIMIT = np.timedelta64(1, "us")
 
 # Traffic by hour of the day in UTC: evenings are busy, and come later in the west.
-_HOURLY_WEIGHTS = (
+HOURLY_WEIGHTS = (
     (3, 2, 1, 1, 1, 2, 4, 6, 7, 8, 9, 12, 13, 11, 9, 9, 11, 15, 18, 18, 15, 11, 8, 5),
     (15, 11, 8, 5, 3, 2, 1, 1, 1, 2, 4, 6, 7, 8, 9, 12, 13, 11, 9, 9, 11, 15, 18, 18),
 )
@@ -191,13 +191,19 @@ def _lag_us(u: Floats) -> Ints:
     return ((0.2 + 0.6 * u / (1.05 - u)) * _SECOND_US).astype(np.int64)
 
 
-def _moments(rng: np.random.Generator, region: npt.NDArray[np.uint8], start_us: int, end_us: int) -> Ints:
+def _moments(
+    rng: np.random.Generator,
+    region: npt.NDArray[np.uint8],
+    hourly_weights: Sequence[Sequence[float]],
+    start_us: int,
+    end_us: int,
+) -> Ints:
     """Times between start and end by each region's daily curve."""
     result = np.empty(len(region), np.int64)
     edges = np.arange(start_us // HOUR_US, -(-end_us // HOUR_US) + 1) * HOUR_US
     for code in range(len(REGIONS)):
         inner = np.clip(edges, start_us, end_us)
-        weights = np.array(_HOURLY_WEIGHTS[code])[(edges[:-1] // HOUR_US) % 24] * np.diff(inner)
+        weights = np.array(hourly_weights[code])[(edges[:-1] // HOUR_US) % 24] * np.diff(inner)
         cumulative = np.concatenate([[0.0], np.cumsum(weights)])
         where = np.flatnonzero(region == code)
         u = rng.random(len(where)) * cumulative[-1]
@@ -227,17 +233,18 @@ def draw_events(
     spare_ids: int,
     users: int,
     click_rate: float,
+    hourly_weights: Sequence[Sequence[float]],
     start_us: int,
     end_us: int,
 ) -> Events:
     """So many events between start and end (microseconds): impressions and clicks, with their late and lying ones.
 
-    ``offered`` is the number of lines that the shares refer to.
+    ``offered`` is the number of lines that the shares refer to, ``hourly_weights`` the daily curve of each region.
     """
     clicks = min(round(size * click_rate / (1 + click_rate)), size // 2)
     shown = size - clicks
     region = (rng.random(shown) >= _SHARE_OF_REGION[0]).astype(np.uint8)
-    event_us = _moments(rng, region, start_us, end_us)
+    event_us = _moments(rng, region, hourly_weights, start_us, end_us)
     digits = _draw_digits(rng, size)
     event_us = _truncate(event_us, digits[:shown])
     ad = np.searchsorted(world.ad_cdf, rng.random(shown), side="right").astype(np.int32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +13,11 @@ from services.simulator.truth import CampaignRow
 
 REGIONS = ("eu-west", "us-east")
 CURRENCIES = ("EUR", "USD", "GBP")
+_STORES = (
+    *("Golden Wok", "Pizza Nova", "Café Lumière", "Green Bowl", "Sakura Sushi", "Taco Libre", "Burger Dock", "Nonna's Kitchen"),
+    *("Falafel Corner", "Bombay Spice", "The Soup Bar", "Pho Garden", "Bagel & Co", "Kebab Haus", "Ocean Grill", "Sweet Crumbs"),
+)
+_THEMES = ("Launch", "Lunch deals", "Weekend", "New customers", "Happy hour", "Free delivery", "Seasonal menu", "Come back")
 _DAY_US = 86_400_000_000
 _SECOND_US = 1_000_000
 
@@ -32,6 +39,36 @@ class World:
     ad_cdf: npt.NDArray[np.float64]
     rows: list[CampaignRow]
     switches: dict[int, int]
+
+    def names(self) -> list[tuple[str, str, str]]:
+        """(kind, id, name) of every store, campaign and ad."""
+        stores = [_numbered(_STORES, number) for number in range(len(self.store_ids))]
+        campaigns = [
+            f"{stores[store]}: {_numbered(_THEMES, number)}"
+            for store, number in zip(self.store_of_campaign, _places(self.store_of_campaign), strict=True)
+        ]
+        ads = [
+            f"{campaigns[campaign]}, ad {number + 1}"
+            for campaign, number in zip(self.campaign_of_ad, _places(self.campaign_of_ad), strict=True)
+        ]
+        kinds = (("store", self.store_ids, stores), ("campaign", self.campaign_ids, campaigns), ("ad", self.ad_ids, ads))
+        return [(kind, one, name) for kind, ids, names in kinds for one, name in zip(ids, names, strict=True)]
+
+
+def _numbered(names: Sequence[str], number: int) -> str:
+    """The names one after the other, then again with a number."""
+    again, at = divmod(number, len(names))
+    return f"{names[at]} {again + 1}" if again else names[at]
+
+
+def _places(groups: npt.NDArray[np.int32]) -> list[int]:
+    """For each member how many of its group stand before it."""
+    seen: Counter[int] = Counter()
+    places = []
+    for group in groups.tolist():
+        places.append(seen[group])
+        seen[group] += 1
+    return places
 
 
 def zipf_cdf(size: int) -> npt.NDArray[np.float64]:

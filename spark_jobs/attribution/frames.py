@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from spark_jobs.attribution.credits import credit
 from spark_jobs.duck import task_connection
 from spark_jobs.rules.attribution import MODELS, AttributionRules
+from spark_jobs.rules.exempt import are_exempt
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -40,7 +41,8 @@ def attribute(orders: DataFrame, touches: DataFrame, rules: AttributionRules | N
     Touches have event_id, event_type (click or impression), user_id, store_id, event_time, campaign_id, ad_id; with a column
     ``invalid_traffic_rule`` only those without a rule count. Result: order_id, model, window_days, touch_event_id, campaign_id,
     ad_id, touch_time, order_time, credit_weight, credit_micros, currency; a row a touch with a weight. Of an order, model and
-    window the weights sum to 1 and the micros to total_micros. An order without a touch has no row.
+    window the weights sum to 1 and the micros to total_micros. An order without a touch has no row, nor has one
+    of a user that the rules exempt.
     """
     from pyspark.sql import functions as f
 
@@ -69,6 +71,7 @@ def credit_orders(orders: pa.Table, touches: pa.Table, rules: AttributionRules |
         orders = orders.filter(pc.equal(orders["status"], "placed"))
     if "invalid_traffic_rule" in touches.column_names:
         touches = touches.filter(pc.is_null(touches["invalid_traffic_rule"]))
+    orders = orders.filter(pc.invert(are_exempt(orders["user_id"], chosen.exempt_users)))
     numbered = orders.select(_ORDER_COLUMNS).append_column("number", pa.array(np.arange(orders.num_rows)))
     with task_connection().cursor() as own:
         own.register("orders", numbered)

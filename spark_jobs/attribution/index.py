@@ -1,15 +1,13 @@
 """Sorted runs of rows, found by a 128-bit key and a range of times: derived from a Delta table and tied to its version.
 
 As the key index (``spark_jobs.dedupe.index``) it remembers nothing of its own: it says which version of which table it covers,
-takes what later commits added or changed, and is built anew where it is missing or cannot follow. A run is one Arrow file,
+takes what later commits added or changed, and is built anew where it is missing, damaged or cannot follow. A run is one Arrow file,
 memory-mapped, so a look-up reads the pages of the rows that it finds: its cost grows with what is asked for. Runs outside the times
-that are asked for are passed over.
+that are asked for are passed over. What a look-up reads is checked before it is believed (``spark_jobs.checked``).
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterable
@@ -22,10 +20,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from spark_jobs import disk
+from spark_jobs.checked import CheckedFile, DamagedError, bisect, manifest_text, read_manifest, seal
+
 FANOUT = 4
 MAX_RUN_ROWS = 2_000_000  # what a merge holds in memory, two or three times
 _SMALLEST = 4096
-_FORMAT = 1
+_FORMAT = 2
+_FENCE_ROWS = 512  # the low half of one row of every so many stands in the footer: it says where a key can lie
 
 Words = npt.NDArray[np.uint64]
 Ints = npt.NDArray[np.int64]
@@ -42,12 +44,76 @@ KEY_FIELDS = (
 
 @dataclass(frozen=True)
 class Run:
-    """A file of rows sorted by (low, time_us), and their times from the first to the last."""
+    """A file of rows sorted by (low, time_us), and their times from the first to the last.
+
+    ``size``: bytes of the Arrow file. ``checksum``: of the footer behind it.
+    """
 
     file: str
     rows: int
     first_us: int
     last_us: int
+    size: int
+    checksum: str
+
+
+class _OpenRun:
+    """A run's rows, memory-mapped, and the checks of what is read of them."""
+
+    def __init__(self, path: Path, run: Run) -> None:
+        self.file = CheckedFile(path, run.size, run.checksum)
+        whole = pa.py_buffer(self.file.data)
+        self._base = whole.address
+        try:
+            self.rows = pa.ipc.open_file(whole).read_all()
+        except (pa.ArrowException, OSError) as error:
+            raise DamagedError(f"{path} is damaged: {error}") from error
+        self._columns = {name: self.rows[name].chunk(0) for name in self.rows.column_names}  # a run is one batch
+        buffers = [buffer for column in self._columns.values() for buffer in column.buffers() if buffer is not None]
+        head = min(buffer.address for buffer in buffers) - self._base
+        tail = max(buffer.address + buffer.size for buffer in buffers) - self._base
+        self.file.check(np.array([0, tail]), np.array([head, run.size]))  # what told Arrow where the columns lie
+
+    def values(self, name: str) -> Any:
+        """A column of numbers, as it lies in the file. What is read of it is to be checked."""
+        return self._columns[name].to_numpy(zero_copy_only=True)
+
+    def check_whole(self) -> None:
+        """Check what was not checked before."""
+        self.file.check(np.zeros(1, dtype=np.int64), np.full(1, self.file.size))
+
+    def check_values(self, name: str, left: Ints, right: Ints) -> None:
+        """Check the numbers of a column at places [left, right), none of them empty."""
+        start = self._columns[name].buffers()[1].address - self._base
+        self.file.check(start + 8 * left, start + 8 * right)
+
+    def check_rows(self, at: Ints) -> None:
+        """Check all columns of the rows at some places."""
+        for column in self._columns.values():
+            validity, *buffers = column.buffers()
+            if validity is not None:
+                self._check_bytes(validity, at // 8, at // 8 + 1)
+            if len(buffers) == 2:  # of strings: where each one lies, and the text
+                self._check_bytes(buffers[0], 4 * at, 4 * at + 8)
+                places = np.frombuffer(buffers[0], dtype=np.int32)
+                self._check_bytes(buffers[1], places[at].astype(np.int64), places[at + 1].astype(np.int64))
+            elif pa.types.is_boolean(column.type):
+                self._check_bytes(buffers[0], at // 8, at // 8 + 1)
+            else:
+                self._check_bytes(buffers[0], 8 * at, 8 * at + 8)
+
+    def _check_bytes(self, buffer: pa.Buffer, starts: Ints, ends: Ints) -> None:
+        held = starts < ends
+        start = buffer.address - self._base
+        self.file.check(start + starts[held], start + ends[held])
+
+    def search(self, low: Words, *, after: bool = False) -> Ints:
+        """For ``low`` the first place whose low half is not below it (``after``: is above it). Reads what can hold it only."""
+        fences = self.file.extra
+        left = np.maximum(np.searchsorted(fences, low, "right" if after else "left") - 1, 0) * _FENCE_ROWS
+        right = np.minimum(left + _FENCE_ROWS, self.rows.num_rows)
+        self.check_values("low", left, right)
+        return bisect(self.values("low"), left, right, low, after=after)
 
 
 class RowIndex:
@@ -62,28 +128,34 @@ class RowIndex:
         self._shape = f"{shape}\n{self.schema.to_string()}"
         self.table_id: str | None = None
         self.version = -1
+        self.commit = ""  # identifies the commit of ``version``
         self.runs: list[Run] = []
-        self._tables: dict[str, pa.Table] = {}
+        self.problem: str | None = None  # why what lies in the folder was discarded
+        self._open_runs: dict[str, _OpenRun] = {}
         self._load()
 
-    def rebuild(self, table_id: str, parts: Iterable[pa.Table], version: int) -> None:
+    def rebuild(self, table_id: str, parts: Iterable[pa.Table], version: int, commit: str = "") -> None:
         """Start again with the rows that ``version`` of ``table_id`` holds. Until all are written the index covers nothing."""
         shutil.rmtree(self._folder, ignore_errors=True)
-        self.table_id, self.version, self.runs, self._tables = table_id, -1, [], {}
+        self.table_id, self.version, self.commit, self.runs, self._open_runs = table_id, -1, "", [], {}
+        self.problem = None
         self.runs = [self._write(part) for part in parts if part.num_rows]
-        self.version = version
+        self.version, self.commit = version, commit
         self._save()
 
-    def append(self, rows: pa.Table, version: int) -> None:
-        """Cover ``version``; it and those since the last one covered added or changed ``rows``."""
+    def append(self, rows: pa.Table, version: int, commit: str = "") -> None:
+        """Cover ``version``; it and those since the last one covered added or changed ``rows``. Raises DamagedError."""
         if rows.num_rows:
             self._merge()
             self.runs.append(self._write(rows))
-        self.version = version
+        self.version, self.commit = version, commit
         self._save()
 
     def between(self, low: Words, high: Words, start_us: Ints, end_us: Ints) -> tuple[Ints, pa.Table]:
-        """For queries (key, start <= time < end): the rows found, sorted by (query, time), and the number of each row's query."""
+        """For queries (key, start <= time < end): the rows found, sorted by (query, time), and the number of each row's query.
+
+        Raises DamagedError.
+        """
         if not len(low):
             return np.empty(0, dtype=np.int64), self.schema.empty_table()
         by = np.argsort(low, kind="stable")  # so that neighbouring queries meet the same pages
@@ -91,13 +163,15 @@ class RowIndex:
         numbers, parts = [], []
         runs = [run for run in self.runs if run.last_us >= earliest and run.first_us < latest]
         for run in runs:
-            rows = self._open(run)
-            at, query = _ranges(_column(rows, "low"), _column(rows, "time_us"), low[by], start_us[by], end_us[by])
+            held = self._open(run)
+            at, query = _ranges(held, low[by], start_us[by], end_us[by])
             number = by[query]
-            same = _column(rows, "high")[at] == high[number]
+            held.check_values("high", at, at + 1)
+            same = held.values("high")[at] == high[number]
             if same.any():
                 numbers.append(number[same])
-                parts.append(rows.take(pa.array(at[same])))
+                held.check_rows(at[same])
+                parts.append(held.rows.take(pa.array(at[same])))
         if not parts:
             return np.empty(0, dtype=np.int64), self.schema.empty_table()
         found, number = pa.concat_tables(parts).combine_chunks(), np.concatenate(numbers)
@@ -108,23 +182,22 @@ class RowIndex:
         order = order[found["counts"].to_numpy()[order]]
         return number[order], found.take(pa.array(order))
 
-    def _open(self, run: Run) -> pa.Table:
-        if run.file not in self._tables:
-            with pa.memory_map(str(self._folder / run.file)) as source:
-                self._tables[run.file] = pa.ipc.open_file(source).read_all()
-        return self._tables[run.file]
+    def _open(self, run: Run) -> _OpenRun:
+        if run.file not in self._open_runs:
+            self._open_runs[run.file] = _OpenRun(self._folder / run.file, run)
+        return self._open_runs[run.file]
 
     def _write(self, rows: pa.Table) -> Run:
-        self._folder.mkdir(parents=True, exist_ok=True)
         rows = rows.select(self.schema.names).cast(self.schema)
         time = rows["time_us"].to_numpy()
         rows = rows.take(pa.array(np.lexsort((time, rows["low"].to_numpy())))).combine_chunks()
         name = f"run-{uuid.uuid4().hex}.arrow"
-        temporary = self._folder / f".{name}.tmp"
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, self.schema) as writer:
-            writer.write_table(rows, max_chunksize=max(1, rows.num_rows))
-        os.replace(temporary, self._folder / name)
-        return Run(name, rows.num_rows, int(time.min()), int(time.max()))
+        with disk.replacing(self._folder / name) as temporary:
+            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, self.schema) as writer:
+                writer.write_table(rows, max_chunksize=max(1, rows.num_rows))
+            size = temporary.stat().st_size
+            checksum = seal(temporary, rows["low"].to_numpy()[::_FENCE_ROWS])
+        return Run(name, rows.num_rows, int(time.min()), int(time.max()), size, checksum)
 
     def _merge(self) -> None:
         """Merge neighbouring runs of like size, FANOUT at a time; a run counts as large as any behind it."""
@@ -139,44 +212,56 @@ class RowIndex:
                 return
 
     def _merged(self, group: list[Run]) -> Run:
-        rows = pa.concat_tables([self._open(run) for run in group])
+        held = [self._open(run) for run in group]
+        for each in held:
+            each.check_whole()
+        rows = pa.concat_tables([each.rows for each in held])
         columns = [rows[name].to_numpy() for name in ("low", "high", "time_us", "id")]
         order = np.lexsort(columns[::-1])
         return self._write(rows.take(pa.array(order[_last_of_equal(*(column[order] for column in columns))])))
 
     def _save(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         manifest = {
             "format": _FORMAT,
             "shape": self._shape,
             "table_id": self.table_id,
             "version": self.version,
+            "commit": self.commit,
             "runs": [asdict(run) for run in self.runs],
         }
-        temporary = self._folder / ".manifest.json.tmp"
-        temporary.write_text(json.dumps(manifest, indent=1), "utf-8")
-        os.replace(temporary, self._folder / "manifest.json")
+        disk.write_file(self._folder / "manifest.json", manifest_text(manifest).encode())
         kept = {run.file for run in self.runs}
-        for stale in (*self._folder.glob("run-*.arrow"), *self._folder.glob(".run-*.tmp")):
+        for stale in (*self._folder.glob("run-*.arrow"), *self._folder.glob(".*.tmp")):
             if stale.name not in kept:
                 stale.unlink(missing_ok=True)
-                self._tables.pop(stale.name, None)
+                self._open_runs.pop(stale.name, None)
 
     def _load(self) -> None:
         try:
-            manifest = json.loads((self._folder / "manifest.json").read_text("utf-8"))
-            if manifest["format"] != _FORMAT or manifest["shape"] != self._shape:
+            manifest = read_manifest(self._folder / "manifest.json")
+            if manifest is None or manifest["shape"] != self._shape:
                 return
+            if manifest["format"] != _FORMAT:
+                raise DamagedError(f"{self._folder} has another format")
             runs = [Run(**run) for run in manifest["runs"]]
-            if any(self._open(run).num_rows != run.rows for run in runs):
-                return
-            self.table_id, self.version, self.runs = manifest["table_id"], manifest["version"], runs
-        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
-            self._tables = {}  # unreadable: as if it were not there, it is rebuilt from the table
+            for run in runs:
+                self._open(run)
+            self.table_id, self.version, self.commit = manifest["table_id"], manifest["version"], manifest["commit"]
+            self.runs = runs
+        except (DamagedError, ValueError, KeyError, TypeError) as error:
+            self._open_runs = {}  # as if it were not there: it is rebuilt from the table
+            self.problem = str(error)
 
 
-def _column(rows: pa.Table, name: str) -> Any:
-    return rows[name].chunk(0).to_numpy(zero_copy_only=True)  # a run is one batch
+def check_index(folder: Path) -> None:
+    """Check every byte of the index under ``folder``, whatever shape it has. Raises DamagedError."""
+    manifest = read_manifest(folder / "manifest.json")
+    if manifest is None:
+        return
+    if manifest.get("format") != _FORMAT:
+        raise DamagedError(f"{folder} has another format")
+    for run in (Run(**run) for run in manifest["runs"]):
+        _OpenRun(folder / run.file, run).file.check_all()
 
 
 def _last_of_equal(*columns: npt.NDArray[np.generic]) -> npt.NDArray[np.bool_]:
@@ -186,30 +271,19 @@ def _last_of_equal(*columns: npt.NDArray[np.generic]) -> npt.NDArray[np.bool_]:
     return last
 
 
-def _ranges(keys: Words, times: Words, low: Words, start_us: Ints, end_us: Ints) -> tuple[Ints, Ints]:
-    """Places in a run where (key, start <= time < end) holds, and for each the number of its query. ``low`` is sorted."""
-    left, right = np.searchsorted(keys, low, "left"), np.searchsorted(keys, low, "right")
-    held = np.flatnonzero(left < right)
-    left, right = left[held], right[held]
-    lower = _bisect(times, left, right, start_us[held])
-    upper = _bisect(times, lower, right, end_us[held])
+def _ranges(held: _OpenRun, low: Words, start_us: Ints, end_us: Ints) -> tuple[Ints, Ints]:
+    """Places in a run where (key, start <= time < end) holds, and for each the number of its query."""
+    left, right = held.search(low), held.search(low, after=True)
+    hits = np.flatnonzero(left < right)
+    left, right = left[hits], right[hits]
+    held.check_values("time_us", left, right)
+    times = held.values("time_us")
+    lower = bisect(times, left, right, start_us[hits])
+    upper = bisect(times, lower, right, end_us[hits])
     counts = upper - lower
-    query = np.repeat(held, counts)
+    query = np.repeat(hits, counts)
     before = np.cumsum(counts) - counts
     return np.arange(len(query)) + np.repeat(lower - before, counts), query
-
-
-def _bisect(times: Words, left: Ints, right: Ints, wanted: Ints) -> Ints:
-    """For each slice of sorted ``times`` the first place whose time is not before ``wanted``."""
-    left, right = left.copy(), right.copy()
-    open_ = np.flatnonzero(left < right)
-    while len(open_):
-        middle = (left[open_] + right[open_]) // 2
-        before = times[middle] < wanted[open_]
-        left[open_] = np.where(before, middle + 1, left[open_])
-        right[open_] = np.where(before, right[open_], middle)
-        open_ = open_[left[open_] < right[open_]]
-    return left
 
 
 def _tier(rows: int) -> int:

@@ -18,6 +18,8 @@ from spark_jobs.contract.vectorised import accept_plain, flat_lines, parsed_sche
 from spark_jobs.sources.lines import FileFault, Lines, LongLine
 
 FILE_LEVEL_LINE = 0
+_SHORT = 64  # bytes: the verdict of a line so short is kept, for a flood of them is one line over and over
+_VERDICTS_KEPT = 1000
 
 
 @dataclass
@@ -35,11 +37,16 @@ class Reject:
 
 @dataclass
 class Parsed:
-    """A chunk of a split: ``valid`` has n (line number within the split, int64) and the contract's fields, by n."""
+    """A chunk of a split: ``valid`` has n (line number within the split, int64) and the contract's fields, by n.
+
+    Where only so many rejects of a kind are kept, a line that occurs more often in the chunk is in ``rejects`` as often as
+    it can be kept, and in ``repeats`` once, with how many more there are.
+    """
 
     offered: int
     valid: pa.Table
     rejects: list[Reject] = field(default_factory=list)
+    repeats: list[tuple[Reject, int]] = field(default_factory=list)
 
 
 def encode_raw(raw: bytes) -> tuple[str, str]:
@@ -105,17 +112,38 @@ def _parse_lines(chunk: Lines, contract: Contract, folder_region: str, limits: L
     taken[accepted["n"].to_numpy()] = True
 
     rejects: list[Reject] = []
+    repeats: list[tuple[Reject, int]] = []
     kept: dict[str, list[Any]] = {name: [] for name in parsed_schema(contract).names}
-    for index in np.flatnonzero(~taken).tolist():
+    left = np.flatnonzero(~taken)
+    most = count if limits.rejects_kept is None else limits.rejects_kept + 1  # of lines with the same text
+    blank = left[(sizes[left] == 1) & (chunk.terminated | (left < count - 1))]
+    if len(blank) > most:
+        left = np.setdiff1d(left, blank[most:], assume_unique=True)
+        verdict = validate_line(b"", contract, folder_region, limits, own_region=own_region)
+        repeats.append((_reject(-1, verdict.reasons, b"", verdict=verdict), len(blank) - most))
+    known: dict[bytes, tuple[Verdict, int]] = {}
+    for index in left.tolist():
         raw = chunk.raw(index)
         terminated = chunk.terminated or index < count - 1
-        verdict = validate_line(raw, contract, folder_region, limits, terminated=terminated, own_region=own_region)
+        before = known.get(raw) if terminated else None
+        if before is not None:
+            verdict, seen = before
+            known[raw] = (verdict, seen + 1)
+            if seen >= most:
+                continue
+        else:
+            verdict = validate_line(raw, contract, folder_region, limits, terminated=terminated, own_region=own_region)
+            if verdict.values is None and terminated and len(raw) <= _SHORT and len(known) < _VERDICTS_KEPT:
+                known[raw] = (verdict, 1)
         if verdict.values is None:
             rejects.append(_reject(chunk.number(index), verdict.reasons, raw, verdict=verdict))
             continue
         kept["n"].append(index)
         for name, value in verdict.values.items():
             kept[name].append(value)
+    repeats += [
+        (_reject(-1, verdict.reasons, raw, verdict=verdict), seen - most) for raw, (verdict, seen) in known.items() if seen > most
+    ]
     if kept["n"]:
         extra = pa.table(kept, schema=parsed_schema(contract))
         accepted = pa.concat_tables([accepted, extra]).sort_by("n")
@@ -123,7 +151,7 @@ def _parse_lines(chunk: Lines, contract: Contract, folder_region: str, limits: L
         accepted = accepted.set_column(0, "n", pa.array(chunk.numbers[accepted["n"].to_numpy()]))
     elif chunk.first:
         accepted = accepted.set_column(0, "n", pc.add(accepted["n"], chunk.first))
-    return Parsed(count, accepted, rejects)
+    return Parsed(count, accepted, rejects, repeats)
 
 
 def _valid_utf8(chunk: Lines) -> np.ndarray[Any, np.dtype[np.bool_]]:

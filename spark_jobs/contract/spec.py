@@ -112,12 +112,14 @@ class Limits:
     """By what the records of one batch are judged, fixed when the batch is first tried.
 
     All times are microseconds since the epoch, durations microseconds. ``ingested_us`` stands in for an absent received_at.
+    ``rejects_kept``: so many rejected records of a file get rows of their own, per reasons and event hour (None: all).
     """
 
     ingested_us: int
     earliest_us: int
     future_skew_us: int
     hour_grace_us: int
+    rejects_kept: int | None = None
 
 
 def to_micros(moment: datetime) -> int:

@@ -3,7 +3,9 @@
 It only says yes. A line that it does not take goes to the exact validator, so the meaning of the contract has one home. Arrow's
 reader is strict (a key twice, a wrong type, a number that is no integer: an error) but for two things: it reads objects, not
 lines, which ``flat_lines`` makes the same, and it takes NaN. One line that it refuses spoils its
-block, so a spoilt block is cut into smaller ones, down to SMALLEST_BLOCK lines, which are left to the exact validator.
+block, so a spoilt block is cut into smaller ones, down to SMALLEST_BLOCK lines, which are left to the exact validator. Unknown
+fields are learned from the first lines of a block: a field that they do not have spoils it, for Arrow makes a column of each, over
+all the lines, and a small file may name millions.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from spark_jobs.contract.spec import CURRENCIES, EARLIEST_US, LATEST_US, REGION_
 
 SMALLEST_BLOCK = 32
 _CUT_INTO = 16
+_INFERRED_LINES = 256  # of lines with unknown fields: a field of its own in each line makes so many columns
+_MOST_QUOTES = 200  # of a line, on the average of such a block: all fields of the contract have 56
 _CURRENCIES = pa.array(sorted(CURRENCIES))
 _TIME_PATTERN = r"^\d{4}-\d\d-\d\dT([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)$"
 _ODD = (b"\\", b"[", b"\r", b"\0")
@@ -86,17 +90,50 @@ def _read(lines: pa.StringArray, contract: Contract) -> pa.Table:
     ends = np.frombuffer(offsets, dtype=np.int32)[lines.offset : lines.offset + len(lines) + 1]
     text = data.slice(int(ends[0]), int(ends[-1] - ends[0]))
     schema = pa.schema([(spec.name, pa.int64() if spec.kind is Kind.INTEGER else pa.string()) for spec in contract.fields])
-    made = pj.read_json(
-        pa.BufferReader(text),
-        read_options=pj.ReadOptions(use_threads=False, block_size=text.size + 1),
-        parse_options=pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="infer"),
-    )
+    if len(lines) <= _INFERRED_LINES:
+        made = _read_inferred(text, schema, len(lines))
+    else:
+        try:
+            made = _read_json(text, schema, "error")
+        except pa.ArrowInvalid:
+            end = int(ends[_INFERRED_LINES] - ends[0])
+            wide = _wider(schema, _read_inferred(text.slice(0, end), schema, _INFERRED_LINES))
+            if wide == schema:
+                raise
+            made = _read_json(text, wide, "error")
     if made.num_rows != len(lines):
         raise pa.ArrowInvalid("objects and lines do not agree")
     for name in made.column_names[len(schema) :]:  # unknown fields: read too, for JSON has no NaN and knows no key twice
         if pa.types.is_floating(made[name].type) and not pc.all(pc.is_finite(made[name])).as_py():
             raise pa.ArrowInvalid("a number that JSON does not have")
     return made.select(schema.names)
+
+
+def _read_json(text: pa.Buffer, schema: pa.Schema, unknown: str) -> pa.Table:
+    return pj.read_json(
+        pa.BufferReader(text),
+        read_options=pj.ReadOptions(use_threads=False, block_size=text.size + 1),
+        parse_options=pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior=unknown),
+    )
+
+
+def _read_inferred(text: pa.Buffer, schema: pa.Schema, count: int) -> pa.Table:
+    """A few lines with their unknown fields. Each becomes a column over all the lines, so neither may be many."""
+    if bytes(text).count(b'"') > count * _MOST_QUOTES:
+        raise pa.ArrowInvalid("too many fields")
+    return _read_json(text, schema, "infer")
+
+
+def _wider(schema: pa.Schema, sample: pa.Table) -> pa.Schema:
+    """The schema with the unknown fields of a sample, each of a type that takes more than the sample has."""
+    for unknown in list(sample.schema)[len(schema) :]:
+        kind = unknown.type
+        if pa.types.is_integer(kind):
+            kind = pa.float64()
+        elif pa.types.is_timestamp(kind):
+            kind = pa.string()
+        schema = schema.append(pa.field(unknown.name, kind))
+    return schema
 
 
 def _times(parsed: pa.Table, contract: Contract) -> pa.Table:

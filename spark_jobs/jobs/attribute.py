@@ -8,6 +8,7 @@ run that is killed has done all of it or nothing. The indexes under ADTALLY_HOME
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,15 +19,16 @@ from datetime import UTC, datetime
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from deltalake import DeltaTable
-from deltalake.transaction import AddAction, RemoveAction
 from filelock import FileLock, Timeout
 
 from spark_jobs.attribution.credits import credit, nested, sort_touches
 from spark_jobs.attribution.index import RowIndex
+from spark_jobs.checked import DamagedError
 from spark_jobs.config import Settings
 from spark_jobs.contract.spec import to_micros
-from spark_jobs.delta_log import DeltaLog
+from spark_jobs.delta_log import DeltaLog, commit_identity
 from spark_jobs.errors import BusyError, UsageError
 from spark_jobs.hours import HourRange
 from spark_jobs.jobs.attribution_inputs import (
@@ -37,17 +39,21 @@ from spark_jobs.jobs.attribution_inputs import (
     bring_to,
     changes,
     fingerprints,
+    index_folder,
     order_keys,
     position_of,
     table_parts,
     touches,
 )
+from spark_jobs.jobs.correct import finish_corrections
 from spark_jobs.locks import PATIENCE_SECONDS
 from spark_jobs.rules.attribution import KIND, MODELS, AttributionRules, load_attribution_rules
+from spark_jobs.rules.exempt import are_exempt
 from spark_jobs.rules.store import canonical, keep_rule_set, rule_set_hash, rule_sets_of
+from spark_jobs.sinks.commit import committing
 from spark_jobs.sinks.data_files import DataFile, DataFileWriter
-from spark_jobs.sinks.delta import Transaction, commit_properties, ensure_tables
-from spark_jobs.steps import Step, durable
+from spark_jobs.sinks.delta import Transaction, add_actions, commit_properties, ensure_tables
+from spark_jobs.steps import Step
 from spark_jobs.tables import ATTRIBUTED_ORDERS, EVENTS, ORDERS, RULE_SETS
 from spark_jobs.transforms.stamp import constant
 
@@ -62,8 +68,8 @@ _TIME = pa.timestamp("us", "UTC")
 Ints = npt.NDArray[np.int64]
 
 # why an order is looked at, the weightier the larger: an order has the largest of its causes
-_CAUSES = ("recount", "order_changed", "late_touch", "touch_invalid")
-_RECOUNT, _ORDER, _TOUCH, _INVALID = range(4)
+_CAUSES = ("recount", "order_changed", "late_touch", "touch_invalid", "order_removed")
+_RECOUNT, _ORDER, _TOUCH, _INVALID, _REMOVED = range(5)
 
 
 @dataclass(frozen=True)
@@ -99,8 +105,16 @@ def attribute(
     """
     if "://" in settings.lakehouse_uri:
         raise UsageError(f"attribution reads a local path, not {settings.lakehouse_uri}")
+    finish_corrections(settings)
+    run_id, now = run_id or uuid.uuid4().hex, now or datetime.now(UTC)
     with _locked(settings):
-        return _Run(settings, run_id or uuid.uuid4().hex, now or datetime.now(UTC), progress).run(hours)
+        try:
+            return _Run(settings, run_id, now, progress).run(hours)
+        except DamagedError as damage:  # nothing is committed yet
+            if progress is not None:
+                progress(f"the attribution index is rebuilt: {damage}")
+            shutil.rmtree(index_folder(settings))
+            return _Run(settings, run_id, now, progress).run(hours)
 
 
 @contextmanager
@@ -153,7 +167,10 @@ class _Run:
         self._today = load_attribution_rules(settings)
         self._today_name = rule_set_hash(KIND, canonical(self._today))
         self._rules = {**rule_sets_of(settings, KIND, AttributionRules), self._today_name: self._today}
-        self._touches = touches(with_impressions=any(rules.view_through for rules in self._rules.values()))
+        # touches of a user that all rule sets exempt are not even looked up: one such id may have most of the events
+        exempt = frozenset.intersection(*(frozenset(rules.exempt_users) for rules in self._rules.values()))
+        with_impressions = any(rules.view_through for rules in self._rules.values())
+        self._touches = touches(with_impressions=with_impressions, exempt_users=exempt)
         self._counts = dict.fromkeys(("orders", "credited", "unattributed", "cancelled", "revisions", "touches"), 0)
         self._revised: list[pa.Table] = []
         self._has_news = False
@@ -221,9 +238,8 @@ class _Run:
             causes.append(cause)
         for _, rows in changes(self.settings, ORDERS_SOURCE, done.orders, upto.orders):
             self._has_news = True
-            changed = rows.filter(rows["counts"])
-            found.append(changed)
-            causes.append(np.full(changed.num_rows, _ORDER))
+            found.append(rows)
+            causes.append(np.full(rows.num_rows, _ORDER))
         orders, cause = (
             pa.concat_tables([part.select(found[0].schema.names).cast(found[0].schema) for part in found]),
             np.concatenate(causes),
@@ -233,7 +249,10 @@ class _Run:
         last, weightiest = np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=np.int64)
         np.maximum.at(last, number, np.arange(orders.num_rows))
         np.maximum.at(weightiest, number, cause)
-        return _with_cause(orders.take(pa.array(last)), weightiest)
+        orders = orders.take(pa.array(last))
+        removed = ~orders["counts"].to_numpy(zero_copy_only=False)
+        weightiest[removed] = _REMOVED
+        return _with_cause(orders, weightiest)
 
     def _behind(self, changed: pa.Table) -> tuple[pa.Table, Ints]:
         """The orders that lie behind changed touches by not more than the longest window, and the causes."""
@@ -245,8 +264,11 @@ class _Run:
         return orders.filter(pa.array(kept)), cause[kept]
 
     def _revisions(self, orders: pa.Table, *, is_anew: bool) -> Iterator[pa.Table]:
-        """Rows of `attributed_orders` for those of some orders whose credits are not what their latest revision says."""
-        orders = orders.combine_chunks()
+        """Rows of `attributed_orders` for those of some orders whose credits are not what their latest revision says.
+
+        An order that a repair has removed from `orders` loses its credits as a cancelled one does.
+        """
+        orders = _removed_as_cancelled(orders.combine_chunks())
         low, high = order_keys(orders["order_id"])
         before = _Before.of(self._revision_index, low, high)
         names = np.array([self._today_name if is_anew or name is None else name for name in before.rule_set], dtype=object)
@@ -257,7 +279,8 @@ class _Run:
 
     def _cut(self, orders: pa.Table, chosen: Ints, rules: AttributionRules) -> Iterator[tuple[Ints, Ints, pa.Table]]:
         """Orders, a bounded number of touches at a time: indices of the orders, per touch the index into those, and the touches."""
-        placed = ~orders["is_cancelled"].to_numpy(zero_copy_only=False)[chosen]
+        exempt = are_exempt(orders["user_id"], rules.exempt_users).to_numpy(zero_copy_only=False)
+        placed = ~(orders["is_cancelled"].to_numpy(zero_copy_only=False) | exempt)[chosen]
         asked = chosen[placed]
         low, high, at = (orders[name].to_numpy()[asked] for name in ("low", "high", "time_us"))
         number, found = self._touch_index.between(low, high, at - rules.lookback_us, at)
@@ -289,7 +312,8 @@ class _Run:
         self._count(of, number, rows)
         prints = fingerprints(rows, number)
         is_new = before.revision[chosen] == 0
-        changed = is_new | (prints != before.fingerprint[chosen])
+        removed = of["cause"].to_numpy() == _REMOVED
+        changed = (is_new & ~removed) | (~is_new & (prints != before.fingerprint[chosen]))
         if not changed.any():
             return
         at = np.flatnonzero(changed[number])
@@ -342,7 +366,9 @@ class _Run:
         late, cause = orders["is_late"].to_pylist(), orders["cause"].to_pylist()
         made = []
         for number, at in enumerate(chosen.tolist()):
-            if before.revision[at] == 0:
+            if cause[number] == _REMOVED:
+                made.append(_CAUSES[_REMOVED])
+            elif before.revision[at] == 0:
                 made.append("late_order" if late[number] else "order")
             elif cancelled[number] and not before.is_cancelled[at]:
                 made.append("cancelled")
@@ -354,14 +380,10 @@ class _Run:
         """Write what was found and how far it goes in one commit."""
         if files and any(table["rule_set"][0].as_py() == self._today_name for table in self._revised):
             keep_rule_set(self.settings, KIND, self._today, self.now)
-        now = int(time.time() * 1000)
-        actions: list[AddAction | RemoveAction] = [
-            AddAction(file.path, file.size, file.partition, now, data_change=True, stats=file.stats) for file in files
-        ]
         metadata = {_METADATA: done.to_metadata() if done else {}, "run_id": self.run_id}
-        with durable(Step.ATTRIBUTED_ORDERS):
+        with committing(self.settings.table_uri(ATTRIBUTED_ORDERS.name), self._table, Step.ATTRIBUTED_ORDERS, files=files):
             self._table.create_write_transaction(
-                actions,
+                add_actions(files),
                 mode="append",
                 schema=self._table.schema(),
                 commit_properties=commit_properties(metadata, Transaction(_APP_ID, base)),
@@ -369,9 +391,11 @@ class _Run:
         commit = DeltaLog(self.settings.table_uri(ATTRIBUTED_ORDERS.name)).commit(base + 1)
         if commit is not None and commit.txn == (_APP_ID, base):  # else the next run reads it from the table
             schema = self._revision_index.schema
-            self._revision_index.append(
-                pa.concat_tables([schema.empty_table(), *(rows.cast(schema) for rows in self._revised)]), base + 1
-            )
+            rows = pa.concat_tables([schema.empty_table(), *(rows.cast(schema) for rows in self._revised)])
+            try:
+                self._revision_index.append(rows, base + 1, commit_identity(commit))
+            except DamagedError:  # found while runs were merged: the next run builds it again
+                shutil.rmtree(index_folder(self.settings))
 
 
 @dataclass(frozen=True)
@@ -444,6 +468,12 @@ def credited_rows(orders: pa.Table, order: Ints, found: pa.Table, rules: Attribu
 def _whole(rows: pa.Table, more: dict[str, pa.Array]) -> pa.Table:
     columns = {**{name: rows[name] for name in rows.column_names}, **more}
     return pa.table([columns[field.name].cast(field.type) for field in ATTRIBUTED_ORDERS.schema], schema=ATTRIBUTED_ORDERS.schema)
+
+
+def _removed_as_cancelled(orders: pa.Table) -> pa.Table:
+    removed = pa.array(orders["cause"].to_numpy() == _REMOVED)
+    at = orders.schema.get_field_index("is_cancelled")
+    return orders.set_column(at, "is_cancelled", pc.or_(orders["is_cancelled"], removed))
 
 
 def _with_cause(orders: pa.Table, cause: Ints) -> pa.Table:

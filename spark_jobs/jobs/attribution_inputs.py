@@ -6,8 +6,9 @@ Each of the three has an index (``spark_jobs.attribution.index``) that follows t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -18,9 +19,11 @@ import pyarrow.compute as pc
 from deltalake import DeltaTable
 
 from spark_jobs.attribution.index import KEY_FIELDS, RowIndex
+from spark_jobs.checked import DamagedError
 from spark_jobs.config import Settings
-from spark_jobs.delta_log import Commit, DeltaLog
+from spark_jobs.delta_log import Commit, DeltaLog, commit_identity
 from spark_jobs.duck import query_arrow, task_connection
+from spark_jobs.rules.exempt import is_exempt_sql
 from spark_jobs.sources.delta import read_batches, read_files
 from spark_jobs.tables import ATTRIBUTED_ORDERS, EVENTS, ORDERS, Table
 
@@ -29,6 +32,11 @@ _KEYS = ", ".join(field.name for field in KEY_FIELDS)
 _HALVES = "(digest & 18446744073709551615)::ubigint as low, (digest >> 64)::ubigint as high"
 # the length tells user and store apart, whatever characters they have
 _OF_PAIR = "md5_number(strlen(user_id) || ':' || user_id || store_id) as digest"
+
+
+def index_folder(settings: Settings) -> Path:
+    """The indexes of attribution: derived from the tables, rebuilt from them when missing."""
+    return settings.home_path / "attribution_index"
 
 
 @dataclass(frozen=True)
@@ -57,17 +65,18 @@ class Source:
 
     def index(self, settings: Settings) -> RowIndex:
         """Its index, as far as it has come."""
-        return RowIndex(
-            settings.home_path / "attribution_index" / self.folder, self.payload, f"duckdb {duckdb.__version__}\n{self.sql}"
-        )
+        return RowIndex(index_folder(settings) / self.folder, self.payload, f"duckdb {duckdb.__version__}\n{self.sql}")
 
     def rows(self, uri: str, paths: Sequence[str]) -> pa.Table:
         """The rows of data files."""
         return query_arrow(self.sql, read_files(uri, paths, self.schema))
 
 
-def touches(*, with_impressions: bool) -> Source:
-    """Clicks (and impressions) of `events`; only billable ones count."""
+def touches(*, with_impressions: bool, exempt_users: Collection[str] = ()) -> Source:
+    """Clicks (and impressions) of `events`; only billable ones count, and none of ``exempt_users``."""
+    conditions = [f"not {is_exempt_sql(sorted(exempt_users))}"] if exempt_users else []
+    conditions += [] if with_impressions else ["event_type = 'click'"]
+    chosen = f" where {' and '.join(conditions)}" if conditions else ""
     return Source(
         EVENTS,
         (*("event_id", "event_type", "event_time", "campaign_id", "ad_id", "store_id", "user_id"), "invalid_traffic_rule"),
@@ -75,7 +84,7 @@ def touches(*, with_impressions: bool) -> Source:
         f"""
         select {_HALVES}, epoch_us(event_time) as time_us, md5_number_lower(event_id) as id,
             invalid_traffic_rule is null as counts, event_id, event_type = 'click' as is_click, campaign_id, ad_id
-        from (select *, {_OF_PAIR} from input{"" if with_impressions else " where event_type = 'click'"})
+        from (select *, {_OF_PAIR} from input{chosen})
         """,
         "touches",
     )
@@ -210,24 +219,26 @@ def _told(commit: Commit) -> dict[str, Any]:
 
 def bring_to(settings: Settings, source: Source, index: RowIndex, upto: Position) -> None:
     """Make an index cover ``upto``: by the commits behind it, or from the whole table."""
-    if index.table_id == upto.table_id and index.version == upto.version:
-        return
+    log = DeltaLog(settings.table_uri(source.table.name))
+    commit = commit_identity(log.commit(upto.version))
     try:
-        if index.table_id is None:
+        if index.table_id is None or index.commit != commit_identity(log.commit(index.version)):
             raise CannotFollow
+        if index.table_id == upto.table_id and index.version == upto.version:
+            return
         pending: list[pa.Table] = []
         for version, rows in changes(settings, source, Position(index.table_id, index.version), upto):
             pending.append(rows)
             if sum(part.num_rows for part in pending) >= _PART_ROWS:
-                index.append(pa.concat_tables(pending), version)
+                index.append(pa.concat_tables(pending), version, commit_identity(log.commit(version)))
                 pending = []
-        index.append(pa.concat_tables(pending) if pending else index.schema.empty_table(), upto.version)
-    except CannotFollow:
+        index.append(pa.concat_tables(pending) if pending else index.schema.empty_table(), upto.version, commit)
+    except (CannotFollow, DamagedError):
         parts: Iterator[pa.Table] = (rows.filter(rows["counts"]) for rows in table_parts(settings, source, upto.version))
         if source.whole is not None:
             held = list(parts)
             parts = iter([query_arrow(source.whole, pa.concat_tables(held))] if held else [])
-        index.rebuild(upto.table_id, parts, upto.version)
+        index.rebuild(upto.table_id, parts, upto.version, commit)
 
 
 def table_parts(settings: Settings, source: Source, version: int, where: tuple[str, int, int] | None = None) -> Iterator[pa.Table]:

@@ -253,7 +253,7 @@ def _changes(recount: Recount) -> list[Restated]:
             from found_metrics group by all
         )
         select day, campaign_id, currency, coalesce(rows, 0)::bigint, coalesce(impressions, 0)::bigint, coalesce(clicks, 0)::bigint,
-            coalesce(held.spend_nanos, 0)::bigint, (coalesce(held.spend_nanos, 0) + coalesce(delta.spend_nanos, 0))::bigint
+            coalesce(held.spend_nanos, 0)::hugeint, (coalesce(held.spend_nanos, 0) + coalesce(delta.spend_nanos, 0))::hugeint
         from changed full join delta using (day, campaign_id, currency) left join held using (day, campaign_id, currency)
         """
     )

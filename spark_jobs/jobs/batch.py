@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,12 @@ from spark_jobs.dedupe.keys import Keys
 from spark_jobs.delta_log import Commit
 from spark_jobs.kafka.ranges import OffsetRange, OffsetSplit
 from spark_jobs.sinks.delta import Transaction
+from spark_jobs.sources.fingerprint import FileState
 from spark_jobs.sources.landing import LandingFile
+from spark_jobs.sources.quarantine import Quarantined
 from spark_jobs.sources.source import Planned
-from spark_jobs.tasks.stage import NO_HOUR, StagedSplit, StageTask
+from spark_jobs.tasks.rejects import NO_HOUR
+from spark_jobs.tasks.stage import StagedSplit, StageTask
 
 COUNTS = ("offered", "accepted", "duplicate", "conflict", "rejected", "late")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -70,6 +75,8 @@ class Plan:
     rule_set: str | None = None  # of invalid traffic; None: no rule, as all were before there were rules
     ranges: list[OffsetRange] = field(default_factory=list)
     lost_offsets: int = 0
+    quarantined: list[Quarantined] = field(default_factory=list)  # of its files, or parts of its ranges
+    fingerprints: list[str] = field(default_factory=list)  # of the files (sources/fingerprint.py); empty: of an older adtally
 
     @property
     def is_empty(self) -> bool:
@@ -78,8 +85,14 @@ class Plan:
 
     @property
     def input(self) -> Planned:
-        """What it was planned to read."""
-        return Planned(self.limits.ingested_us, self.files, self.ranges, self.lost_offsets)
+        """What it was planned to read. Offsets that are set aside are ranges of their own."""
+        ranges = [part for one in self.ranges for part in _cut(one, self.quarantined)]
+        return Planned(self.limits.ingested_us, self.files, ranges, self.lost_offsets)
+
+    def changed_files(self, states: Sequence[FileState]) -> list[LandingFile]:
+        """Those of ``files``, whose ``states`` are given, that are not what they were planned as; none of an older adtally's."""
+        known = zip(self.files, self.fingerprints, states, strict=False)
+        return [file for file, planned, state in known if planned != state.fingerprint]
 
     def to_metadata(self, transaction: Transaction) -> dict[str, object]:
         """The plan as it is stored in a commit."""
@@ -91,9 +104,13 @@ class Plan:
             "rule_set": self.rule_set,
             "files": [[file.modified_ms, file.path, file.size] for file in self.files],
         }
+        if self.fingerprints:
+            stored["fingerprints"] = self.fingerprints
         if self.ranges or self.lost_offsets:
             stored["ranges"] = [[one.name, one.start, one.end] for one in self.ranges]
             stored["lost_offsets"] = self.lost_offsets
+        if self.quarantined:
+            stored["quarantined"] = [[one.name, one.reason, one.cause, one.start, one.end] for one in self.quarantined]
         return stored
 
     @classmethod
@@ -107,7 +124,16 @@ class Plan:
             stored.get("rule_set"),
             [OffsetRange(*one) for one in stored.get("ranges", [])],
             int(stored.get("lost_offsets", 0)),
+            [Quarantined(*one) for one in stored.get("quarantined", [])],
+            stored.get("fingerprints", []),
         )
+
+
+def _cut(whole: OffsetRange, quarantined: list[Quarantined]) -> list[OffsetRange]:
+    """A range, cut where offsets that are set aside begin and end."""
+    edges = {edge for one in quarantined if one.name == whole.name for edge in (one.start, one.end)}
+    points = [whole.start, *sorted(edge for edge in edges if whole.start < edge < whole.end), whole.end]
+    return [OffsetRange(whole.name, start, end) for start, end in pairwise(points)]
 
 
 @dataclass
@@ -158,9 +184,11 @@ def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[d
     of_split = [number[task.split.region] for task in batch.tasks]
     region = np.repeat(of_split, batch.row_counts).astype(np.int64)
     hours = batch.column("hours", np.int32).astype(np.int64)
-    reject_counts = [len(split.reject_hours) // 4 for split in batch.splits]
-    reject_region = np.repeat(of_split, reject_counts).astype(np.int64)
-    reject_hours = batch.column("reject_hours", np.int32).astype(np.int64)
+    by_hour = [split.rejects.by_hour for split in batch.splits]
+    reject_region = np.repeat(of_split, [len(hours) for hours, _ in by_hour]).astype(np.int64)
+    none = np.empty(0, dtype=np.int64)
+    reject_hours = np.concatenate([none, *(hours for hours, _ in by_hour)])
+    rejects = np.concatenate([none, *(counts for _, counts in by_hour)])
 
     # a cell is a region and an hour, as one number: NO_HOUR comes first of its region
     code = np.concatenate((region, reject_region)) * _HOURS + (np.concatenate((hours, reject_hours)) - NO_HOUR)
@@ -173,8 +201,9 @@ def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[d
     def count(mask: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.bincount(valid_at[mask], minlength=size)
 
-    spend = np.zeros(size, dtype=np.int64)
-    np.add.at(spend, valid_at[accepted], batch.column("spend", np.int64)[accepted])
+    rejected = np.zeros(size, dtype=np.int64)
+    np.add.at(rejected, reject_at, rejects)
+    spend = _exact_sums(batch.column("spend", np.int64)[accepted], valid_at[accepted], size)
     received = np.full(size, _NEVER)
     arrived = batch.column("received", np.int64)
     if batch.source == "files":
@@ -184,12 +213,12 @@ def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[d
         # partitions are read apart, so it has come no further than the last of those that it had anything of
         np.maximum.at(received, valid_at, arrived)
         np.minimum(received, _least_progress(batch), out=received)
-    measures = {
-        "offered": np.bincount(at, minlength=size),
+    measures: dict[str, Sequence[int] | npt.NDArray[Any]] = {
+        "offered": np.bincount(valid_at, minlength=size) + rejected,
         "accepted": count(accepted),
         "duplicate": count(outcome == Outcome.DUPLICATE),
         "conflict": count(outcome == Outcome.CONFLICT),
-        "rejected": np.bincount(reject_at, minlength=size),
+        "rejected": rejected,
         "late": count(accepted & batch.column("late", np.bool_)),
         "invalid_traffic": count(accepted & batch.column("invalid", np.bool_)),
         "unpriced": count(accepted & batch.column("unpriced", np.bool_)),
@@ -212,6 +241,19 @@ def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[d
     if batch.plan.lost_offsets:
         rows[0]["lost_offsets"] = batch.plan.lost_offsets
     return rows
+
+
+def _exact_sums(amounts: npt.NDArray[np.int64], at: npt.NDArray[Any], size: int) -> list[int]:
+    """The sum of the ``amounts`` of each place 0 to ``size`` - 1, as Python's integers, which no sum overflows.
+
+    The halves of an amount are added up apart: of fewer than 2**31 amounts either sum fits into 64 bits.
+    """
+    halves = []
+    for half in (amounts >> 32, amounts & 0xFFFF_FFFF):
+        sums = np.zeros(size, dtype=np.int64)
+        np.add.at(sums, at, half)
+        halves.append(sums.tolist())
+    return [(high << 32) + low for high, low in zip(*halves, strict=True)]
 
 
 def _least_progress(batch: Batch) -> int:

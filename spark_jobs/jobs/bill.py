@@ -31,6 +31,7 @@ from spark_jobs.delta_log import Commit, DeltaLog
 from spark_jobs.duck import connect_delta
 from spark_jobs.errors import UsageError
 from spark_jobs.jobs.closing import read_closing
+from spark_jobs.jobs.correct import finish_corrections
 from spark_jobs.sinks.data_files import DataFileWriter
 from spark_jobs.sinks.delta import DeltaSink, Transaction, ensure_tables
 from spark_jobs.sources.delta import read_files
@@ -139,6 +140,7 @@ def bill(
         return BillingReport(name)
     ensure_tables(settings)
     settings.home_path.mkdir(parents=True, exist_ok=True)
+    finish_corrections(settings)
     with FileLock(settings.home_path / BILLING_LOCK), connect_delta() as lake:
         lake.execute("set timezone = 'UTC'")
         run = _Run(settings, lake, name, now or datetime.now(UTC))
@@ -230,8 +232,8 @@ class _Run:
                 select distinct _query_id, _batch_id from {self._scan(BATCH_LEDGER.name)}
                 where event_hour >= ?::timestamptz and event_hour < ?::timestamptz
             )
-            select event_date, campaign_id, store_id, currency, _run_id, {", ".join(f"sum({m})::bigint" for m in _MEASURES)},
-                sum(spend_nanos)::bigint
+            select event_date, campaign_id, store_id, currency, _run_id, {", ".join(f"sum({m})::hugeint" for m in _MEASURES)},
+                sum(spend_nanos)::hugeint
             from {self._scan(MINUTE_METRICS.name)} semi join completed using (_query_id, _batch_id)
             where {_among(days)} group by all
             """,
@@ -253,7 +255,7 @@ class _Run:
     def _billed(self, days: list[date]) -> dict[Key, _Billed]:
         rows = self._lake.execute(
             f"""
-            select event_date, campaign_id, store_id, currency, sum(amount_micros)::bigint, arg_max(spend_parts, posting)
+            select event_date, campaign_id, store_id, currency, sum(amount_micros)::hugeint, arg_max(spend_parts, posting)
             from {self._scan(BILLING_LINES.name)} where {_among(days)} group by all
             """
         ).fetchall()
@@ -265,7 +267,7 @@ class _Run:
     def _why(self, days: list[date]) -> _Why:
         rows = self._lake.execute(
             f"""
-            select run_id, event_hour::date as event_date, campaign_id, currency, kind, sum(spend_nanos)::bigint, max(rule_set)
+            select run_id, event_hour::date as event_date, campaign_id, currency, kind, sum(spend_nanos)::hugeint, max(rule_set)
             from {self._scan(RESTATEMENTS.name)} where {_among(days, "event_hour::date")} group by all
             """
         ).fetchall()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -20,6 +22,7 @@ from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import CampaignFileError
 from spark_jobs.sinks.delta import replace_campaigns
 from spark_jobs.sources.delta import file_paths, read_files
+from spark_jobs.sources.landing import CAMPAIGNS_FOLDER, csv_files, open_regular
 from spark_jobs.tables import CAMPAIGNS
 from spark_jobs.transforms.events import CAMPAIGN_SCHEMA
 
@@ -84,13 +87,11 @@ def read_campaigns(landing: Path) -> list[Campaign]:
     Raises CampaignFileError with the file, the line and the rule; ranges of one campaign must not overlap.
     """
     found: dict[tuple[Any, ...], tuple[Campaign, str]] = {}
-    for path in sorted((landing / "campaigns").glob("*.csv")):
-        if path.name.startswith((".", "_")):
-            continue
-        name = path.relative_to(landing).as_posix()
+    for name in csv_files(landing, CAMPAIGNS_FOLDER):
         try:
-            with path.open(encoding="utf-8-sig", newline="") as handle:
+            with io.TextIOWrapper(open_regular(landing / name, depth=2), encoding="utf-8-sig", newline="") as handle:
                 reader = csv.DictReader(handle)
+                _require_each_once(reader.fieldnames or (), name)
                 missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
                 if missing:
                     raise CampaignFileError(f"{name}: columns missing: {', '.join(missing)}")
@@ -111,6 +112,19 @@ def read_campaigns(landing: Path) -> list[Campaign]:
                 hint="end the earlier range (valid_to is exclusive) before the next begins",
             )
     return [campaign for campaign, _ in placed]
+
+
+def _require_each_once(header: Sequence[str], name: str) -> None:
+    """Raise CampaignFileError for a column that is there twice, also with other capitals, blanks or a byte order mark.
+
+    Which of the two a reader takes is chance. Columns without a name, as spreadsheets add them, hold nothing that is read.
+    """
+    plain = [column.replace("\ufeff", "").strip().casefold() for column in header]
+    for at, column in enumerate(plain):
+        if column and column in plain[:at]:
+            first = header[plain.index(column)]
+            other = "" if first == header[at] else f" (as {first!r} and {header[at]!r})"
+            raise CampaignFileError(f"{name}: column {column} is there twice{other}", hint="keep one of them")
 
 
 def _moment(micros: int) -> datetime:
@@ -138,6 +152,13 @@ def load_campaigns(settings: Settings) -> int | None:
         table = pa.Table.from_pylist([{name: row[name] for name in CAMPAIGNS.schema.names} for row in rows], CAMPAIGNS.schema)
         replace_campaigns(table, settings, {"campaigns_sha256": digest})
     return log.latest_version()
+
+
+def prices_in_force(settings: Settings) -> int | None:
+    """The version of table `campaigns` whose prices hold; None where no campaign was ever loaded."""
+    uri = settings.table_uri(CAMPAIGNS.name)
+    version = DeltaLog(uri).latest_version()
+    return version if version is not None and file_paths(uri, version) else None
 
 
 def campaigns_at(settings: Settings, version: int) -> pa.Table:

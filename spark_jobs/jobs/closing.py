@@ -12,22 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import UsageError
-from spark_jobs.hours import HOUR, HourRange, floor_hour
+from spark_jobs.hours import HOUR, HourRange, earlier, floor_hour
 from spark_jobs.kafka.config import read_kafka
 from spark_jobs.sinks.delta import append_decision, ensure_tables
 from spark_jobs.sources.delta import read_newest
-from spark_jobs.sources.landing import oldest_file_ms, region_folders
+from spark_jobs.sources.landing import oldest_file_at, region_folders
 from spark_jobs.steps import Step
 from spark_jobs.tables import BATCH_LEDGER, HOUR_CLOSINGS, STREAMS, Table
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _SOURCE = ("stream", "source", "region")
 _LEDGER_COLUMNS = (*_SOURCE, "event_hour", "accepted", "max_received_at", "ingested_at", "_run_id")
 
@@ -74,7 +73,7 @@ class Closing:
 
     def is_closed(self, hour: datetime) -> bool:
         """Whether the hour that begins at ``hour`` is closed."""
-        return self.closed_through is not None and hour + HOUR <= self.closed_through
+        return self.closed_through is not None and self.closed_through - hour >= HOUR
 
 
 def read_closing(settings: Settings) -> Closing:
@@ -87,7 +86,7 @@ def read_closing(settings: Settings) -> Closing:
     is_held = any(source.is_awaited and not source.progress_at and not source.is_retired for source in sources)
     # orders alone close nothing, nor does what was not read
     is_held |= not any(source.stream == "events" and source.progress_at and not source.is_awaited for source in sources)
-    through = floor_hour(min(progress) - settings.hour_grace) if progress and not is_held else None
+    through = floor_hour(earlier(min(progress), settings.hour_grace)) if progress and not is_held else None
     by_hand = pc.max(_read(settings, HOUR_CLOSINGS, ("closed_through",))["closed_through"]).as_py()
     hours = ledger.filter(pc.greater(ledger["accepted"], 0))["event_hour"]
     return Closing(
@@ -178,13 +177,13 @@ def _sources(settings: Settings, ledger: pa.Table) -> list[SourceProgress]:
 def _unread(settings: Settings, spoken: set[tuple[str, str, str]]) -> Iterator[SourceProgress]:
     """The regions of which files have landed and none was read yet. Files are read in the order of their times of modification."""
     for stream in STREAMS:
-        folder = settings.landing_path / stream
-        for region in region_folders(folder):
-            if (stream, "files", region) not in spoken and (oldest := oldest_file_ms(folder, region)) is not None:
+        for region in region_folders(settings.landing_path / stream):
+            if (stream, "files", region) in spoken:
+                continue
+            oldest = oldest_file_at(settings.landing_path, stream, region)
+            if oldest is not None:
                 is_retired = f"{stream}/{region}" in settings.retired_sources
-                yield SourceProgress(
-                    stream, "files", region, _EPOCH + timedelta(milliseconds=oldest), None, False, is_retired, is_awaited=True
-                )
+                yield SourceProgress(stream, "files", region, oldest, None, False, is_retired, is_awaited=True)
 
 
 def _read(settings: Settings, table: Table, names: tuple[str, ...]) -> pa.Table:

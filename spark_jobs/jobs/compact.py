@@ -26,7 +26,8 @@ from spark_jobs.hours import HourRange
 from spark_jobs.jobs.closing import Closing, read_closing, require_closed
 from spark_jobs.locks import rewriting
 from spark_jobs.sinks.rewrite import COMPACTED_SUFFIX, Partition, rearrange, take_back, version_of_run
-from spark_jobs.tables import EVENTS, HOUR_RULES, TABLES, Table
+from spark_jobs.sinks.torn import mend_tables
+from spark_jobs.tables import EVENTS, HOUR_RULES, NAMES, TABLES, Table
 
 Z_ORDER = ("campaign_id", "user_id")
 LATE_FILES = 4  # so many files may lie beside what was compacted of an hour,
@@ -34,7 +35,7 @@ LATE_SHARE = 0.1  # with up to this share of its bytes
 LOOSE_FILES = 32  # so many more than needed may a partition have that is still written to
 _ATTEMPTS = 6
 # replaced as a whole or hardly written: nothing to gain
-_LEFT_ALONE = ("campaigns", "hour_closings", HOUR_RULES.name)
+_LEFT_ALONE = ("campaigns", NAMES.name, "hour_closings", HOUR_RULES.name)
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def compact(
         raise UsageError(f"compaction proves its work on a local path, not {settings.lakehouse_uri}", hint="run OPTIMIZE there")
     if hours is not None:
         require_closed(settings, hours)
+    mend_tables(settings)
     closing, today = read_closing(settings), (now or datetime.now(UTC)).date()
     run = _Run(settings, hours, closing, today)
     done: list[TableCompaction] = []
@@ -136,7 +138,7 @@ class _Run:
                 run_id = str(uuid.uuid4())
                 try:
                     z_order = Z_ORDER if table is EVENTS else ()
-                    if not rearrange(held, partition, self.settings.compacted_file_bytes, run_id, z_order=z_order):
+                    if not rearrange(uri, held, partition, self.settings.compacted_file_bytes, run_id, z_order=z_order):
                         return None
                     break
                 except CommitFailedError:  # `orders` is merged into, by each of its batches

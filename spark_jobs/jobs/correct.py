@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from spark_jobs.config import Settings
 from spark_jobs.contract.exact import validate_line
 from spark_jobs.contract.parse import encode_raw, parse_all
-from spark_jobs.contract.spec import EVENT_CONTRACT, Limits
+from spark_jobs.contract.spec import CONTRACTS, EVENT_CONTRACT, Contract, Limits
 from spark_jobs.dedupe.keys import hash_keys, hex_fingerprint
 from spark_jobs.errors import AdtallyError
 from spark_jobs.locks import rewriting, write_lock
@@ -36,7 +36,17 @@ from spark_jobs.recount.worker import ChunkTask, raw_values
 from spark_jobs.sinks.corrections import Correction, TableChange, carry_out, forget, is_overtaken, unfinished_corrections
 from spark_jobs.sources.landing import Split
 from spark_jobs.sources.lines import read_lines
-from spark_jobs.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, REJECTED_EVENTS, RESTATEMENTS, STREAMS, Table
+from spark_jobs.tables import (
+    BATCH_LEDGER,
+    EVENTS,
+    MINUTE_METRICS,
+    ORDERS,
+    REJECTED_EVENTS,
+    REJECTED_ORDERS,
+    RESTATEMENTS,
+    STREAMS,
+    Table,
+)
 from spark_jobs.tasks.stage import raw_lines
 from spark_jobs.transforms.events import INCREMENT_SCHEMA, increment_columns
 
@@ -68,14 +78,32 @@ def correcting(settings: Settings) -> Iterator[None]:
     """Held by whoever reconciles or backfills: one at a time, the others wait. What a killed one has left is finished first."""
     settings.home_path.mkdir(parents=True, exist_ok=True)
     with FileLock(settings.home_path / CORRECTIONS_LOCK):
-        if settings.corrections_path.exists() and any(settings.corrections_path.iterdir()):
-            with writing(settings):
-                for correction in list(unfinished_corrections(settings)):
-                    if is_overtaken(settings, correction):
-                        forget(settings, correction)
-                    else:
-                        carry_out(settings, correction)
+        _finish(settings)
         yield
+
+
+def finish_corrections(settings: Settings) -> None:
+    """Finish or discard what a killed correction has left, before its tables are read. Does not wait for one that is alive."""
+    if not _has_any(settings):
+        return
+    lock = FileLock(settings.home_path / CORRECTIONS_LOCK, timeout=0)
+    with suppress(Timeout), lock:
+        _finish(settings)
+
+
+def _has_any(settings: Settings) -> bool:
+    return settings.corrections_path.exists() and any(settings.corrections_path.iterdir())
+
+
+def _finish(settings: Settings) -> None:
+    if not _has_any(settings):
+        return
+    with writing(settings):
+        for correction in list(unfinished_corrections(settings)):
+            if is_overtaken(settings, correction):
+                forget(settings, correction)
+            else:
+                carry_out(settings, correction)
 
 
 @contextmanager
@@ -90,6 +118,10 @@ def writing(settings: Settings) -> Iterator[None]:
 
 def decide(recount: Recount, run: Run) -> Correction:
     """The correction of what a comparison has left in ``recount``: of the hours that it was run for."""
+    if recount.inputs.stream == "orders":
+        changes = [_orders(recount, run), _rejects(recount, run), _ledger(recount, run)]
+        version = recount.inputs.versions[ORDERS.name]
+        return Correction(run.token, run.run_id, None, [c for c in changes if not c.is_nothing], version)
     changes = [_events(recount, run), _rejects(recount, run), _metrics(recount, run), _ledger(recount, run)]
     changes.append(_restatements(recount, run))
     return Correction(run.token, run.run_id, recount.inputs.versions[EVENTS.name], [c for c in changes if not c.is_nothing])
@@ -189,11 +221,31 @@ def _plan_of_missed(recount: Recount, run: Run) -> dict[str, Any]:
     return {}
 
 
-# --- rejected_events
+# --- orders
+
+
+def _orders(recount: Recount, run: Run) -> TableChange:
+    """An order that differs goes, and comes back as all of its records say. Attribution sees both (jobs/attribution_inputs.py)."""
+    lost = _arrow(
+        recount,
+        """
+        select * rename (time_us as order_time, received_us as received_at, cancelled_us as cancelled_at, name as source_file,
+            line as source_line, ingested_us as ingested_at, query_id as _query_id, batch_id as _batch_id) from orders_lost
+        """,
+    )
+    columns = {name: lost[name] for name in ORDERS.schema.names if name in lost.column_names}
+    add = table_rows(ORDERS, columns | {"_run_id": run.run_id}, lost.num_rows)
+    metadata: dict[str, Any] = {"correction": {"run_id": run.run_id, "kind": run.kind}}
+    return TableChange(ORDERS, _held(recount, "orders_over", ORDERS), add, metadata | _plan_of_missed(recount, run))
+
+
+# --- rejected_events and rejected_orders
 
 
 def _rejects(recount: Recount, run: Run) -> TableChange:
-    remove = _held(recount, "rejects_over", REJECTED_EVENTS)
+    stream = recount.inputs.stream
+    table, contract = (REJECTED_ORDERS if stream == "orders" else REJECTED_EVENTS), CONTRACTS[stream]
+    remove = _held(recount, "rejects_over", table)
     lost = _arrow(
         recount,
         """
@@ -201,25 +253,31 @@ def _rejects(recount: Recount, run: Run) -> TableChange:
             coalesce(h.earliest_us, batches.earliest_us) as judged_earliest_us,
             coalesce(h.future_skew_us, batches.future_skew_us) as judged_skew_us
         from rejects_lost l join batches using (b) left join hour_rules h on h.hour = l.hour and version <= events_version
-        where not is_trusted order by o, line
+        where not is_trusted or o < 0 order by o, line
         """,
     ).to_pylist()
-    prints = _conflict_fingerprints(recount)
+    prints = _conflict_fingerprints(recount) if stream == "events" else _fingerprints_of_orders(lost)
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in lost:
         groups.setdefault((row["o"], row["judged_earliest_us"], row["judged_skew_us"]), []).append(row)
     made: list[dict[str, Any]] = []
     for (o, earliest_us, skew_us), rows in groups.items():
+        if o < 0:
+            made += [_set_aside(recount, row, run) for row in rows]
+            continue
         entry = recount.inputs.occurrences[o].entry
         assert entry is not None  # it was judged
         name = entry.name
         limits = Limits(rows[0]["ingested_us"], earliest_us, skew_us, rows[0]["hour_grace_us"])
         if isinstance(entry.raw, RawChunk):
-            raws, of_kafka = _raw_records(entry.raw, rows, limits, recount.settings.scratch_path), True
+            raws, of_kafka = _raw_records(entry.raw, contract, rows, limits, recount.settings.scratch_path), True
         else:
-            raws, of_kafka = _raws(entry.raw.path, name, rows, limits), False
+            raws, of_kafka = _raws(entry.raw.path, name, contract, rows, limits), False
         for row in rows:
             fingerprint, accepted = prints.get((row["o"], row["line"]), (None, None))
+            if row["records"] is not None:  # it stands for more than one record
+                fingerprint = accepted = row["record_id"] = None
+                raws[row["line"]] |= {"raw": None, "raw_encoding": None, "raw_size_bytes": None}
             made.append(
                 {
                     "outcome": row["outcome"],
@@ -238,12 +296,37 @@ def _rejects(recount: Recount, run: Run) -> TableChange:
                     "_query_id": row["query_id"],
                     "_batch_id": row["batch_id"],
                     "_run_id": run.run_id,
+                    "records": row["records"],
                 }
             )
-    return TableChange(REJECTED_EVENTS, remove, pa.Table.from_pylist(made, REJECTED_EVENTS.schema))
+    return TableChange(table, remove, pa.Table.from_pylist(made, table.schema))
 
 
-def _raws(path: str, name: str, rows: list[dict[str, Any]], limits: Limits) -> dict[int, dict[str, Any]]:
+def _set_aside(recount: Recount, row: dict[str, Any], run: Run) -> dict[str, Any]:
+    """The row of what a batch did not read, as its plan says."""
+    plan = next(one for one in recount.inputs.plans if (one.query_id, one.batch_id) == (row["query_id"], row["batch_id"]))
+    (aside,) = (one for one in plan.set_aside if (one.name, one.start) == (row["name"], row["line"]))
+    raw, encoding = encode_raw(aside.cause.encode("utf-8", "backslashreplace"))
+    return {
+        "outcome": "rejected",
+        "reason_codes": [aside.reason],
+        "source": "kafka" if aside.end else "files",
+        "region": row["region"],
+        "source_file": aside.name,
+        "source_line": aside.start,
+        **(_place(aside.name, aside.start) if aside.end else {}),
+        "raw": raw,
+        "raw_encoding": encoding,
+        "raw_size_bytes": len(raw),
+        "ingested_at": row["ingested_us"],
+        "ingested_date": row["ingested_us"] // (24 * HOUR_US),
+        "_query_id": row["query_id"],
+        "_batch_id": row["batch_id"],
+        "_run_id": run.run_id,
+    }
+
+
+def _raws(path: str, name: str, contract: Contract, rows: list[dict[str, Any]], limits: Limits) -> dict[int, dict[str, Any]]:
     """Reasons and raw text of the lines of ``rows``, read again from the file, by line."""
     conflicts = np.array([row["line"] - 1 for row in rows if row["outcome"] == "conflict"], dtype=np.int64)
     region = rows[0]["region"]
@@ -251,10 +334,14 @@ def _raws(path: str, name: str, rows: list[dict[str, Any]], limits: Limits) -> d
         n + 1: {"reason_codes": ["conflict"], "raw": raw, "raw_encoding": encoding, "raw_size_bytes": size}
         for n, raw, encoding, size in raw_lines(Split(0, path, name, region, 0, None), conflicts)
     }
+    wanted = {row["line"] for row in rows}
     if len(conflicts) < len(rows):
-        for parsed in parse_all(read_lines(path), EVENT_CONTRACT, region, limits):
+        for parsed in parse_all(read_lines(path), contract, region, limits):
             for reject in parsed.rejects:
-                found[0 if reject.number < 0 else reject.number + 1] = {
+                line = 0 if reject.number < 0 else reject.number + 1
+                if line not in wanted:
+                    continue
+                found[line] = {
                     "reason_codes": reject.reasons,
                     "raw": reject.raw,
                     "raw_encoding": reject.raw_encoding,
@@ -278,19 +365,26 @@ def _place(name: str, offset: int) -> dict[str, Any]:
     return {"source_topic": topic, "source_partition": int(partition), "source_offset": offset}
 
 
-def _raw_records(chunk: RawChunk, rows: list[dict[str, Any]], limits: Limits, scratch: Path) -> dict[int, dict[str, Any]]:
+def _raw_records(
+    chunk: RawChunk, contract: Contract, rows: list[dict[str, Any]], limits: Limits, scratch: Path
+) -> dict[int, dict[str, Any]]:
     """As ``_raws``, of records of Kafka, read again from the table of raw records, by offset."""
     conflicts = {row["line"] for row in rows if row["outcome"] == "conflict"}
-    task = ChunkTask(chunk.name, chunk.start, chunk.end, chunk.table_id, chunk.paths(), "events", str(scratch / "raw"))
+    task = ChunkTask(chunk.name, chunk.start, chunk.end, chunk.table_id, chunk.paths(), contract.stream, str(scratch / "raw"))
     found = {}
     for offsets, values in raw_values(task, [row["line"] for row in rows], cut=False):
         for offset, value in zip(offsets.tolist(), (value or b"" for value in values), strict=True):
-            verdict = validate_line(value, EVENT_CONTRACT, cluster_of(chunk.name), limits, own_region=True)
+            verdict = validate_line(value, contract, cluster_of(chunk.name), limits, own_region=True)
             reasons = ["conflict"] if offset in conflicts else verdict.reasons
             raw, encoding = encode_raw(value)
             if reasons:
                 found[offset] = {"reason_codes": reasons, "raw": raw, "raw_encoding": encoding, "raw_size_bytes": len(value)}
     return _all_known(chunk.name, rows, found)
+
+
+def _fingerprints_of_orders(lost: list[dict[str, Any]]) -> dict[tuple[int, int], tuple[str, str]]:
+    """As ``_conflict_fingerprints``: a recount of orders has them."""
+    return {(row["o"], row["line"]): (row["fingerprint"], row["accepted_fingerprint"]) for row in lost}
 
 
 def _conflict_fingerprints(recount: Recount) -> dict[tuple[int, int], tuple[str, str]]:
@@ -350,7 +444,7 @@ def _ledger(recount: Recount, run: Run) -> TableChange:
         """
     )
     remove = pa.concat_tables([_held(recount, name, BATCH_LEDGER) for name in ("ledger_over", "ledger_before")])
-    counts = ", ".join(f"(d.{name} + coalesce(t.{name}, 0))::bigint as {name}" for name in LEDGER_MEASURES)
+    counts = ", ".join(f"d.{name} + coalesce(t.{name}, 0) as {name}" for name in LEDGER_MEASURES)
     rows = _arrow(
         recount,
         f"""
@@ -360,7 +454,7 @@ def _ledger(recount: Recount, run: Run) -> TableChange:
         """,
     )
     columns = {
-        "stream": "events",
+        "stream": recount.inputs.stream,
         "source": rows["source"],
         "region": rows["region"],
         "event_hour": rows["hour_us"],
@@ -378,7 +472,7 @@ def _ledger(recount: Recount, run: Run) -> TableChange:
 
 def _restatements(recount: Recount, run: Run) -> TableChange:
     """What the published increments change by, per hour, region, campaign, currency and cause."""
-    sums = ", ".join(f"sum({name})::bigint as {name}" for name in METRIC_MEASURES)
+    sums = ", ".join(f"sum({name}) as {name}" for name in METRIC_MEASURES)
     less = ", ".join(f"-coalesce({name}, 0) as {name}" for name in METRIC_MEASURES)
     rows = _arrow(
         recount,

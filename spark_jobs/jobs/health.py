@@ -4,14 +4,12 @@ half minute: nothing here reads the history, only what the last hour brought and
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from pathlib import Path
 
 import duckdb
 import pyarrow as pa
@@ -20,14 +18,18 @@ import pyarrow.compute as pc
 from spark_jobs.config import Settings
 from spark_jobs.delta_log import Commit, DeltaLog
 from spark_jobs.errors import AdtallyError
-from spark_jobs.jobs.status import read_recent_problems
+from spark_jobs.failure import one_line
+from spark_jobs.jobs.in_force import campaign_file_problems, rule_file_problems
+from spark_jobs.jobs.landing import read_landing
+from spark_jobs.jobs.status import read_recent_problems, read_unaccounted
 from spark_jobs.jobs.topics import oldest_waiting, read_topic_sources
 from spark_jobs.kafka.config import read_kafka
 from spark_jobs.publish.progress import read_publications
-from spark_jobs.sources.checkpoint import read_finished_files
+from spark_jobs.rules.exempt import plain
+from spark_jobs.rules.invalid_traffic import current_rules
 from spark_jobs.sources.delta import read_files
-from spark_jobs.sources.landing import follows_protocol
-from spark_jobs.tables import BATCH_LEDGER, STREAMS
+from spark_jobs.tables import BATCH_LEDGER, EVENTS
+from spark_jobs.texts import counted, duration
 
 RECENT = timedelta(hours=1)
 MIN_OFFERED = 1_000  # a share of fewer records says nothing
@@ -61,7 +63,7 @@ def read_signal(settings: Settings, name: str, *, now: datetime | None = None) -
     try:
         value, detail = measure(settings, now or datetime.now(UTC))
     except (AdtallyError, OSError, duckdb.Error) as error:
-        return Signal(name, False, None, threshold, unit, f"cannot be measured: {' '.join(str(error).split())[:300]}", runbook)
+        return Signal(name, False, None, threshold, unit, f"cannot be measured: {one_line(error)}", runbook)
     ok = value >= threshold if name == "disk_space" else value <= threshold
     return Signal(name, ok, value, threshold, unit, detail, runbook)
 
@@ -78,12 +80,11 @@ def _stream_lag(settings: Settings, now: datetime) -> tuple[float, str]:
 
 
 def _waiting_files(settings: Settings, now: datetime) -> Iterator[tuple[float, str]]:
-    for stream in STREAMS:
-        waiting = list(waiting_files(settings, stream))
-        if waiting:
-            arrived, path = min(waiting)
-            seconds = max(0.0, now.timestamp() - arrived)
-            yield seconds, f"{stream}: {len(waiting)} files wait, the oldest is {path}, {seconds:.0f} s"
+    """A file arrives when it is renamed into place. Files planned into a batch that has not ended count as waiting."""
+    for found in read_landing(settings).waiting:
+        seconds = max(0.0, (now - found.waiting_since).total_seconds())
+        count = counted(found.files, "file")
+        yield seconds, f"{found.stream}/{found.region}: {count} waiting, the oldest is {found.oldest}, {duration(seconds)}"
 
 
 def _waiting_records(settings: Settings, now: datetime) -> Iterator[tuple[float, str]]:
@@ -92,7 +93,7 @@ def _waiting_records(settings: Settings, now: datetime) -> Iterator[tuple[float,
         if arrived is not None:
             seconds = max(0.0, now.timestamp() - arrived)
             where = f"topic {source.topic} of cluster {source.cluster}"
-            yield seconds, f"{source.stream}: {source.lag:,} offsets of {where} wait, the oldest for {seconds:.0f} s"
+            yield seconds, f"{source.stream}: {source.lag:,} offsets of {where} wait, the oldest for {duration(seconds)}"
 
 
 def _kafka_clusters(settings: Settings, now: datetime) -> tuple[float, str]:
@@ -105,28 +106,10 @@ def _kafka_clusters(settings: Settings, now: datetime) -> tuple[float, str]:
     return float(len(away)), said or f"{len(found)} topics answer"
 
 
-def waiting_files(settings: Settings, stream: str) -> Iterator[tuple[float, str]]:
-    """Landing files of a stream that no finished batch has read: (when it arrived, in seconds since the epoch; its path).
-
-    A file arrives when it is renamed into place, which its time of modification does not tell: so the time of its last change of
-    status is taken. Files planned into a batch that has not ended count as waiting.
-    """
-    folder = settings.landing_path / stream
-    found = {entry.path: entry.stat().st_ctime for region in _entries(folder) if region.is_dir() for entry in _entries(region.path)}
-    if not found:
-        return
-    finished = read_finished_files(settings.checkpoints_path / stream)
-    for path, arrived in found.items():
-        if path not in finished and follows_protocol(path, folder):
-            yield arrived, path
-
-
-def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except FileNotFoundError:
-        return []
+def _ignored_files(settings: Settings, now: datetime) -> tuple[float, str]:
+    """How many files lie where nothing reads them."""
+    found = read_landing(settings)
+    return float(found.ignored_files), found.ignored_text or "whatever lies in the landing folder is read"
 
 
 def _freshness(settings: Settings, now: datetime) -> tuple[float, str]:
@@ -204,6 +187,34 @@ def _file_counts(uri: str, path: str) -> Counter[str]:
     return Counter({name: pc.sum(own[name]).as_py() or 0 for name in names[:-1]})
 
 
+def _user_share(settings: Settings, now: datetime) -> tuple[float, str]:
+    """The largest share of one user, who is not exempt, in the events of the last hour's batches; 0 below MIN_OFFERED."""
+    log = DeltaLog(settings.table_uri(EVENTS.name))
+    total, users = 0, Counter[str]()
+    for commit in log.commits_backwards():
+        if _committed(commit) < (now - RECENT).timestamp():
+            break
+        for action in () if commit.data_removed else commit.data_added:  # what a review rewrites is no new event
+            rows, found = _file_users(log.uri, action["path"])
+            total += rows
+            users.update(found)
+    exempt = current_rules(settings).exempt_users
+    known = [(count, user) for user, count in users.items() if plain(user) not in exempt]
+    if total < MIN_OFFERED or not known:
+        return 0.0, f"{counted(total, 'event')} in the last hour"
+    count, user = max(known)
+    return count / total, f"{count:,} of {total:,} events in the last hour are of user {user[:64]!r}"
+
+
+@lru_cache(maxsize=4_096)
+def _file_users(uri: str, path: str) -> tuple[int, dict[str, int]]:
+    """(rows, user -> events) of one data file, which never changes; users with less than a percent of it are left out."""
+    users = read_files(uri, [path], pa.schema([EVENTS.schema.field("user_id")]))["user_id"]
+    counts = pc.value_counts(users.combine_chunks())
+    often = counts.filter(pc.greater_equal(counts.field("counts"), max(2, len(users) / 100)))
+    return len(users), dict(zip(often.field("values").to_pylist(), often.field("counts").to_pylist(), strict=True))
+
+
 def _committed(commit: Commit) -> float:
     """When a commit was made, in seconds since the epoch."""
     return float(commit.info.get("timestamp", 0)) / 1000
@@ -212,9 +223,20 @@ def _committed(commit: Commit) -> float:
 def _conservation(settings: Settings, now: datetime) -> tuple[float, str]:
     """Contradictions among the tables over the batches of the last hour. The whole history is `adtally status`'s."""
     batches, problems = read_recent_problems(settings, now - RECENT)
+    problems = [*problems, *read_unaccounted(settings, now - RECENT)]
     shown = "; ".join(problems[:_PROBLEMS_SHOWN])
     more = f" and {len(problems) - _PROBLEMS_SHOWN} more" if len(problems) > _PROBLEMS_SHOWN else ""
-    return float(len(problems)), f"{shown}{more}" if problems else f"{batches} batches of the last hour add up"
+    return float(len(problems)), f"{shown}{more}" if problems else f"{counted(batches, 'batch')} of the last hour: all adds up"
+
+
+def _campaign_file(settings: Settings, now: datetime) -> tuple[float, str]:
+    problems = campaign_file_problems(settings)
+    return float(len(problems)), "; ".join(problems) or "the campaign files can be read"
+
+
+def _rule_file(settings: Settings, now: datetime) -> tuple[float, str]:
+    problems = rule_file_problems(settings)
+    return float(len(problems)), "; ".join(problems) or "the rule files can be read"
 
 
 def _disk_space(settings: Settings, now: datetime) -> tuple[float, str]:
@@ -226,12 +248,16 @@ def _disk_space(settings: Settings, now: datetime) -> tuple[float, str]:
 
 _SIGNALS: dict[str, tuple[Callable[[Settings, datetime], tuple[float, str]], Callable[[Settings], float], str]] = {
     "stream_lag": (_stream_lag, lambda settings: settings.max_stream_lag.total_seconds(), "seconds"),
+    "ignored_files": (_ignored_files, lambda settings: 0.0, "files"),
     "kafka_clusters": (_kafka_clusters, lambda settings: 0.0, "topics"),
     "freshness": (_freshness, lambda settings: settings.max_mart_age.total_seconds(), "seconds"),
     "publishing_behind": (_publishing_behind, lambda settings: settings.max_publish_lag.total_seconds(), "seconds"),
     "rejected_share": (_rejected_share, lambda settings: settings.max_rejected_share, "share"),
     "duplicate_share": (_duplicate_share, lambda settings: settings.max_duplicate_share, "share"),
+    "user_share": (_user_share, lambda settings: settings.max_user_share, "share"),
     "conservation": (_conservation, lambda settings: 0.0, "contradictions"),
+    "campaign_file": (_campaign_file, lambda settings: 0.0, "problems"),
+    "rule_file": (_rule_file, lambda settings: 0.0, "problems"),
     "disk_space": (_disk_space, lambda settings: float(settings.min_free_bytes), "bytes"),
 }
 SIGNALS = tuple(_SIGNALS)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from spark_jobs.dedupe.classify import Classification, Outcome
+from spark_jobs.dedupe.classify import Classification
 from spark_jobs.jobs.batch import Batch
 from spark_jobs.jobs.stream import StreamJob, stamp_of
 from spark_jobs.rules.invalid_traffic import no_rules
@@ -20,6 +21,8 @@ from spark_jobs.tasks.write import Written
 from spark_jobs.transforms.events import CAMPAIGN_SCHEMA
 from spark_jobs.transforms.orders import Settled, settle_orders
 from spark_jobs.transforms.stamp import stamped_records
+
+_IDENTITY = pa.schema([ORDERS.schema.field(name) for name in ("order_id", "_query_id", "_batch_id")])
 
 
 class OrdersJob(StreamJob):
@@ -57,8 +60,25 @@ class OrdersJob(StreamJob):
         found = read_files(uri, file_paths(uri, version), ORDERS.schema, ("order_id", pa.array(ids)))
         return {row["order_id"]: row for row in found.to_pylist()}
 
-    def commit_accepted(self, batch: Batch, history_version: int, classified: Classification, written: list[Written]) -> int:
+    def contradictions(
+        self, batch: Batch, classified: Classification, written: list[Written], ledger: list[dict[str, Any]]
+    ) -> Iterator[str]:
+        """See StreamJob: where the orders are merged already, they are as they would be merged now."""
+        if batch.committed is None:
+            return
+        rows = stamped_records(self._settled.changed, ORDERS, stamp_of(batch)).to_pylist()
+        known = self._known(sorted(row["order_id"] for row in rows), batch.committed.version)
+        own = (batch.transaction.query_id, batch.transaction.batch_id)
+        changed = [row["order_id"] for row in rows if row != {name: known.get(row["order_id"], {}).get(name) for name in row}]
+        if changed:
+            yield f"order {changed[0]} is not as version {batch.committed.version} of orders has it from this batch"
+        uri = self.settings.table_uri(ORDERS.name)
+        held = read_files(uri, file_paths(uri, batch.committed.version), _IDENTITY, ("_query_id", pa.array([own[0]])))
+        count = sum(1 for row in held.to_pylist() if row["_batch_id"] == own[1])
+        if count != len(rows):
+            yield f"{len(rows)} orders changed, but {count} in version {batch.committed.version} of orders"
+
+    def commit_accepted(self, batch: Batch, history_version: int, classified: Classification, written: list[Written]) -> None:
         """See StreamJob."""
         rows = stamped_records(self._settled.changed, ORDERS, stamp_of(batch))
         merge_orders(rows, self.settings, batch.transaction, batch.plan.to_metadata(batch.transaction))
-        return sum(1 for outcome in self._settled.outcome if outcome == Outcome.ACCEPTED)

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import BusyError, KafkaConfigurationError, KafkaError, PublicationError
+from spark_jobs.failure import one_line
 from spark_jobs.kafka.config import Publish, read_kafka
 from spark_jobs.publish.messages import CreditsMessages, MetricsMessages
 from spark_jobs.publish.outlet import Outlet, Position, read_positions
@@ -282,7 +283,7 @@ class _Publisher:
             records = outlet.publish(version, messages(), committed_ms=at, is_whole=is_whole)
         except (FileNotFoundError, DeltaError) as error:
             raise PublicationError(
-                f"version {version} of {self._target.name} cannot be published: {' '.join(str(error).split())[:200]}", hint=_WHOLE
+                f"version {version} of {self._target.name} cannot be published: {one_line(error)}", hint=_WHOLE
             ) from None
         self.report.version = version
         self.report.versions += 1

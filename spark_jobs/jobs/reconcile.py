@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,16 +19,18 @@ import pyarrow as pa
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import TableCorruptionError, UsageError
+from spark_jobs.failure import one_line
 from spark_jobs.hours import HourRange
 from spark_jobs.jobs.correct import Run, correcting, decide, writing
 from spark_jobs.recount.compare import Comparison, Finding, HourSums
 from spark_jobs.recount.marts import compare_marts
+from spark_jobs.recount.orders import LEDGER_LAYER, OrdersComparison, OrdersRecount
 from spark_jobs.recount.raw import is_of_kafka
 from spark_jobs.recount.truth import NO_HOUR, Inputs, Recount, Rules, read_inputs
 from spark_jobs.sinks.corrections import TableChange, append_once, carry_out, write_ahead
 from spark_jobs.sinks.delta import ensure_tables
 from spark_jobs.steps import Step
-from spark_jobs.tables import RECONCILIATIONS
+from spark_jobs.tables import BATCH_LEDGER, RAW_TABLES, RECONCILIATIONS, STREAMS
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _RECORDS_AT_ONCE = 1_500_000  # what one comparison holds; more hours than that take turns
@@ -57,7 +60,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class HourResult:
-    """An hour that was recounted: its accepted events and their spend by the recount and in `events`, and its differences."""
+    """An hour that was recounted: its accepted events, their spend, and the orders placed in it, by the recount and in the tables;
+    and its differences."""
 
     hour: datetime
     events_expected: int
@@ -65,11 +69,13 @@ class HourResult:
     nanos_expected: int
     nanos_found: int
     differences: list[Difference] = field(default_factory=list)
+    orders_expected: int = 0
+    orders_found: int = 0
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """What is left out because the table of raw records does not have it yet: offsets [first_offset, end_offset) of ``source``.
+    """What is left out because ``raw_table`` does not have it yet: offsets [first_offset, end_offset) of ``source``.
 
     ``hours`` are those in which the batch has records, by the ledger; none: it is not in the ledger.
     """
@@ -80,6 +86,7 @@ class Waiting:
     first_offset: int
     end_offset: int
     hours: list[datetime]
+    raw_table: str = "raw_events"
 
 
 @dataclass(frozen=True)
@@ -113,10 +120,14 @@ def hour_moment(hour: int) -> datetime | None:
 def recounting(
     settings: Settings, inputs: Inputs, rules: dict[int, Rules] | None = None, prices: pa.Table | None = None
 ) -> Iterator[Recount]:
-    """A recount over ``inputs``; see Recount. Raises TableCorruptionError where a table or what was parsed cannot be read."""
+    """A recount over ``inputs``; see Recount and OrdersRecount.
+
+    Raises TableCorruptionError where a table or what was parsed cannot be read.
+    """
     settings.scratch_path.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="recount-", dir=settings.scratch_path) as spill, told_plainly(settings):
-        recount = Recount(settings, inputs, Path(spill), rules, prices)
+        kind = OrdersRecount if inputs.stream == "orders" else Recount
+        recount = kind(settings, inputs, Path(spill), rules, prices)
         try:
             yield recount
         finally:
@@ -130,8 +141,8 @@ def told_plainly(settings: Settings) -> Iterator[None]:
         yield
     except duckdb.Error as error:
         raise TableCorruptionError(
-            f"{settings.home_path} cannot be recounted: {' '.join(str(error).split())[:300]}",
-            hint="restore the file that the message names; what lies under recount/ may be deleted",
+            f"{settings.home_path} cannot be recounted: {one_line(error)}",
+            hint="adtally fsck names what is damaged, and --repair what can be had again; what lies under recount/ may be deleted",
         ) from error
 
 
@@ -157,18 +168,9 @@ def chunks(records: dict[int, int], hours: Collection[int]) -> Iterator[list[int
         yield group
 
 
-def hours_held(recount: Recount) -> set[int]:
-    """All hours of which the raw input or a table has a record."""
-    found = recount.rows(
-        f"""
-        select distinct hour_of(epoch_us(event_hour)) from {recount.scan("batch_ledger")}
-            where stream = 'events' and (offered != 0 or accepted != 0)
-        union select distinct epoch(event_date)::bigint // 3600 + event_hour from {recount.scan("events")}
-        union select distinct hour_of(epoch_us(event_minute)) from {recount.scan("minute_metrics")}
-        union select distinct hour_of(epoch_us(record_time)) from {recount.scan("rejected_events")}
-        """
-    )
-    return {hour for (hour,) in found} | set(recount.records_by_hour())
+def comparison_of(recount: Recount) -> Comparison:
+    """The comparison of a recount with its tables."""
+    return OrdersComparison(recount) if isinstance(recount, OrdersRecount) else Comparison(recount)
 
 
 def check_marts(settings: Settings, hours: HourRange | None) -> list[Difference]:
@@ -221,21 +223,19 @@ def reconcile(
     with correcting(settings):
         now = now or datetime.now(UTC)
         wanted = None if hours is None else {hour_number(hour) for hour in hours}
-        pass_ = compare_hours(settings, wanted, now, say)
-        while pass_.waiting and hours is not None and time.monotonic() - started < patience_seconds:
+        passes = {stream: compare_hours(settings, wanted, now, say, stream) for stream in STREAMS}
+        while any(each.waiting for each in passes.values()) and hours is not None and time.monotonic() - started < patience_seconds:
             say("waiting for raw records")
             time.sleep(1.0)
-            pass_ = compare_hours(settings, wanted, now, say)
-        findings, repaired = pass_.findings, []
-        wrong = sorted({found.hour for found in findings if is_correctable(found)})
-        if repair and wrong:
-            for start in range(0, len(wrong), _HOURS_AT_ONCE):
-                group = wrong[start : start + _HOURS_AT_ONCE]
-                say(f"repairing {len(wrong) - start} hours")
-                repaired += _repair(settings, group, Run(run_id, "repair", "recount differs from the tables", now))
-            again = {*wrong, *(found.hour for found in repaired)}
-            findings = [found for found in findings if found.hour not in again]
-            findings += compare_hours(settings, again, now, say).findings
+            passes = {stream: compare_hours(settings, wanted, now, say, stream) for stream in STREAMS}
+        findings, repaired = [], []
+        for stream, each in passes.items():
+            left, done = _put_right(settings, stream, each, run_id, now, say) if repair else (each.findings, [])
+            findings += left
+            repaired += done
+        sums = [held for each in passes.values() for held in each.sums]
+        versions = {name: version for stream in reversed(STREAMS) for name, version in passes[stream].versions.items()}
+        waiting = [left for each in passes.values() for left in each.waiting]
         tried = {(found.hour, found.layer, found.cause, found.campaign_id) for found in repaired}
         findings = [
             replace(found, cause=f"{found.cause}_after_repair")
@@ -245,13 +245,31 @@ def reconcile(
         ]
         remaining = [difference(found) for found in findings] + check_marts(settings, hours)
         differences = [difference(found, is_repaired=True) for found in repaired] + remaining
-        results = hour_results(pass_.sums, differences)
-        rows = reconciliation_rows(run_id, remaining, pass_.versions, now)
-        rows += [_no_difference(run_id, result, pass_.versions, now) for result in results if not result.differences]
+        results = hour_results(sums, differences)
+        rows = reconciliation_rows(run_id, remaining, versions, now)
+        rows += [_no_difference(run_id, result, versions, now) for result in results if not result.differences]
         token = f"reconcile:{run_id}:{hours or 'all'}"
         table = pa.Table.from_pylist(rows, RECONCILIATIONS.schema)
         append_once(settings, RECONCILIATIONS, table, Step.RECONCILIATIONS, token)
-    return ReconcileReport(run_id, results, differences, pass_.versions, time.monotonic() - started, pass_.waiting)
+    return ReconcileReport(run_id, results, differences, versions, time.monotonic() - started, waiting)
+
+
+def _put_right(
+    settings: Settings, stream: str, found_first: Pass, run_id: str, now: datetime, say: Callable[[str], None]
+) -> tuple[list[Finding], list[Finding]]:
+    """Put right what a comparison of a stream has found; returns what is left after that, and what was put right."""
+    findings, repaired = found_first.findings, []
+    wrong = sorted({found.hour for found in findings if is_correctable(found)})
+    if not wrong:
+        return findings, []
+    for start in range(0, len(wrong), _HOURS_AT_ONCE):
+        group = wrong[start : start + _HOURS_AT_ONCE]
+        say(f"repairing {len(wrong) - start} hours")
+        repaired += _repair(settings, stream, group, Run(run_id, "repair", "recount differs from the tables", now))
+    again = {*wrong, *(found.hour for found in repaired)}
+    findings = [found for found in findings if found.hour not in again]
+    findings += compare_hours(settings, again, now, say, stream).findings
+    return findings, repaired
 
 
 @dataclass(frozen=True)
@@ -264,18 +282,20 @@ class Pass:
     waiting: list[Waiting]
 
 
-def compare_hours(settings: Settings, hours: set[int] | None, now: datetime, say: Callable[[str], None]) -> Pass:
-    """Recount and compare hours (numbers since the epoch; None: all of which there is a record)."""
-    inputs = current_inputs(settings, "missed", now, say)
+def compare_hours(
+    settings: Settings, hours: set[int] | None, now: datetime, say: Callable[[str], None], stream: str = "events"
+) -> Pass:
+    """Recount and compare hours (numbers since the epoch; None: all of which there is a record) of a stream."""
+    inputs = current_inputs(settings, "missed", now, say, stream)
     findings: list[Finding] = []
     sums: list[HourSums] = []
     with recounting(settings, inputs) as recount:
         records = recount.records_by_hour(hours)
-        wanted = hours_held(recount) if hours is None else hours
+        wanted = recount.hours_held() if hours is None else hours
         done = 0
         for group in chunks(records, wanted):
-            say(f"comparing hours: {done} of {len(wanted)}")
-            found, held = Comparison(recount).run(group)
+            say(f"comparing hours of {stream}: {done} of {len(wanted)}")
+            found, held = comparison_of(recount).run(group)
             findings += found
             sums += held
             done += len(group)
@@ -294,7 +314,7 @@ def _waiting(recount: Recount, hours: set[int] | None) -> list[Waiting]:
     for query, batch, hour in recount.rows(
         f"""
         select _query_id, _batch_id, hour_of(epoch_us(event_hour)) from {recount.scan("batch_ledger")}
-        where stream = 'events' and source = 'kafka' and offered != 0
+        where stream = '{inputs.stream}' and source = 'kafka' and offered != 0
         """
     ):
         held.setdefault((query, batch), set()).add(hour)
@@ -304,7 +324,8 @@ def _waiting(recount: Recount, hours: set[int] | None) -> list[Waiting]:
         own = held.get((plan.query_id, plan.batch_id), set())
         if inputs.states[one.batch] == "waiting" and (hours is None or not own or own & hours):
             moments = [moment for hour in sorted(own) if (moment := hour_moment(hour)) is not None]
-            found.append(Waiting(plan.query_id, plan.batch_id, one.name, one.start, one.end, moments))
+            raw_table = RAW_TABLES[inputs.stream].name
+            found.append(Waiting(plan.query_id, plan.batch_id, one.name, one.start, one.end, moments, raw_table))
     return found
 
 
@@ -321,18 +342,20 @@ def gone_without_rows(recount: Recount) -> list[Finding]:
         return []
     first = absent[0]
     detail = (
-        f"raw_events lacks offsets {first.start} to {first.end - 1} of {first.name}"
+        f"{RAW_TABLES[recount.inputs.stream].name} lacks offsets {first.start} to {first.end - 1} of {first.name}"
         if is_of_kafka(first.name)
         else f"{first.name} is gone or has changed since it was read"
     )
-    return [Finding(NO_HOUR, "batch_ledger", "raw_missing", None, len(absent), 0, 0, 0, 0, detail)]
+    layer = LEDGER_LAYER if recount.inputs.stream == "orders" else BATCH_LEDGER.name
+    return [Finding(NO_HOUR, layer, "raw_missing", None, len(absent), 0, 0, 0, 0, detail)]
 
 
-def current_inputs(settings: Settings, missed_as: str, now: datetime, say: Callable[[str], None]) -> Inputs:
-    """What there is to recount now."""
+def current_inputs(settings: Settings, missed_as: str, now: datetime, say: Callable[[str], None], stream: str = "events") -> Inputs:
+    """What there is to recount of a stream now."""
     with told_plainly(settings):
         return read_inputs(
             settings,
+            stream,
             missed_as=missed_as,
             now_us=round(now.timestamp() * 1_000_000),
             progress=lambda done, total: say(f"parsing: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB"),
@@ -344,12 +367,12 @@ def is_correctable(found: Finding) -> bool:
     return found.cause != "raw_missing"
 
 
-def _repair(settings: Settings, hours: list[int], run: Run) -> list[Finding]:
+def _repair(settings: Settings, stream: str, hours: list[int], run: Run) -> list[Finding]:
     """Compare ``hours`` again while nobody else writes, and put them right; what was found."""
     with writing(settings):
-        inputs = current_inputs(settings, run.token, run.now, lambda _: None)
+        inputs = current_inputs(settings, run.token, run.now, lambda _: None, stream)
         with recounting(settings, inputs) as recount:
-            findings, _ = Comparison(recount).run(whole_batches(recount, hours))
+            findings, _ = comparison_of(recount).run(whole_batches(recount, hours))
             findings = [found for found in findings if is_correctable(found)]
             if not findings:
                 return []
@@ -401,12 +424,15 @@ def _no_difference(run_id: str, result: HourResult, versions: dict[str, int], no
 
 
 def hour_results(sums: list[HourSums], differences: list[Difference]) -> list[HourResult]:
-    """The hours, each with its differences."""
-    made = []
+    """The hours, each with its differences. An hour may stand in ``sums`` twice, with its events and with its orders."""
+    names = [spec.name for spec in fields(HourSums)][1:]
+    totals: dict[int, Counter[str]] = {}
     for held in sums:
-        hour = hour_moment(held.hour)
+        totals.setdefault(held.hour, Counter()).update({name: getattr(held, name) for name in names})
+    made = []
+    for number, total in sorted(totals.items()):
+        hour = hour_moment(number)
         if hour is not None:
             own = [found for found in differences if found.event_hour == hour]
-            numbers = (held.events_expected, held.events_found, held.nanos_expected, held.nanos_found)
-            made.append(HourResult(hour, *numbers, own))
+            made.append(HourResult(hour, differences=own, **{name: total[name] for name in names}))
     return made

@@ -28,6 +28,7 @@ from spark_jobs.jobs.reconcile import hour_moment, hour_number, require_local, t
 from spark_jobs.kafka.ranges import PREFIX
 from spark_jobs.recount.plans import read_plans
 from spark_jobs.recount.truth import keep_table, quoted, scan
+from spark_jobs.rules.exempt import is_exempt_sql
 from spark_jobs.rules.invalid_traffic import BITS, InvalidTrafficRules, Mode, keep_rules, marks, rules_of
 from spark_jobs.rules.invalid_traffic import judge_of as record_judge_of
 from spark_jobs.sinks.corrections import Correction, TableChange, carry_out, write_ahead
@@ -45,8 +46,9 @@ _MICROSECOND = timedelta(microseconds=1)
 
 @dataclass(frozen=True)
 class ReviewedHour:
-    """An hour that was reviewed: its events, how many are invalid now, how many changed (a mark, the rule set or the price).
+    """An hour that was reviewed: its events, how many are invalid now, of how many the marks changed.
 
+    ``rewritten``: of how many the marks, the rule set or the price is written anew.
     ``spend_nanos_change`` is what its billable spend changed by; a credit is negative.
     """
 
@@ -54,6 +56,7 @@ class ReviewedHour:
     events: int
     invalid: int
     changed: int
+    rewritten: int
     spend_nanos_change: int
     rule_set: str
 
@@ -252,7 +255,7 @@ def _decide(settings: Settings, state: _State, group: _Group, run: Run, spill: P
         lake.execute("set preserve_insertion_order = false")
         _judge(settings, lake, state, group, spill)
         sums = {hour: rest for hour, *rest in lake.execute(_SUMS).fetchall()}
-        hours = [_reviewed(hour, group.rule_set, *sums.get(hour, (0, 0, 0, 0))) for hour in group.hours]
+        hours = [_reviewed(hour, group.rule_set, *sums.get(hour, (0, 0, 0, 0, 0))) for hour in group.hours]
         parts = [
             _events_change(lake, group, run),
             _metrics_change(lake, run),
@@ -264,15 +267,16 @@ def _decide(settings: Settings, state: _State, group: _Group, run: Run, spill: P
     return Correction(run.token, run.run_id, state.events_version, changes), hours
 
 
-def _reviewed(hour: int, rule_set: str, events: int, invalid: int, changed: int, spend: int) -> ReviewedHour:
+def _reviewed(hour: int, rule_set: str, events: int, invalid: int, changed: int, rewritten: int, spend: int) -> ReviewedHour:
     moment = hour_moment(hour)
     assert moment is not None
-    return ReviewedHour(moment, events, invalid, changed, spend, rule_set)
+    return ReviewedHour(moment, events, invalid, changed, rewritten, spend, rule_set)
 
 
 _SUMS = """
-    select hour, count(*), count(*) filter (new_rule is not null), count(*) filter (is_changed),
-        coalesce(sum(new_spend - old_spend), 0)::bigint
+    select hour, count(*), count(*) filter (new_rule is not null),
+        count(*) filter (old_rule is distinct from new_rule or old_rules is distinct from new_rules), count(*) filter (is_changed),
+        coalesce(sum(new_spend - old_spend), 0)
     from judged group by hour
 """
 
@@ -297,6 +301,7 @@ def _judge(settings: Settings, lake: duckdb.DuckDBPyConnection, state: _State, g
         create temp table seen as
         select event_id, event_type, epoch_us(event_time) as time_us, user_id, ad_id, impression_id, hour,
             if(hour in (from hours), user_agent, null) as user_agent, hour in (from hours) as is_asked,
+            {is_exempt_sql(group.rules.exempt_users)} as is_exempt,
             invalid_traffic_rule as old_rule, invalid_traffic_rules as old_rules, rule_set as old_rule_set,
             coalesce(spend_nanos, 0) as old_spend, coalesce(invalid_spend_nanos, 0) as old_invalid_spend
         from table_rows where hour in (from wide)
@@ -357,7 +362,8 @@ def _activity_codes(lake: duckdb.DuckDBPyConnection, rules: InvalidTrafficRules)
         if rules.mode(name) is not Mode.OFF:
             window_us = getattr(rules, name).window_seconds * 1_000_000
             before = "lag(time_us) over (partition by user_id, ad_id, event_type order by time_us, event_id)"
-            yield f"if(event_type = '{kind}' and coalesce(time_us - {before} < {window_us}, false), {BITS[name]}, 0)"
+            is_repeat = f"coalesce(time_us - {before} < {window_us}, false)"
+            yield f"if(event_type = '{kind}' and not is_exempt and {is_repeat}, {BITS[name]}, 0)"
     if rules.unmatched_click.mode is not Mode.OFF:
         window_us = rules.unmatched_click.window_seconds * 1_000_000
         lake.execute(
@@ -372,7 +378,7 @@ def _activity_codes(lake: duckdb.DuckDBPyConnection, rules: InvalidTrafficRules)
         yield f"if(event_type = 'click' and event_id not in (from matched), {BITS['unmatched_click']}, 0)"
     if rules.click_rate.mode is not Mode.OFF:
         clicks = "count(*) filter (event_type = 'click') over (partition by user_id, hour)"
-        yield f"if(event_type = 'click' and {clicks} > {rules.click_rate.clicks}, {BITS['click_rate']}, 0)"
+        yield f"if(event_type = 'click' and not is_exempt and {clicks} > {rules.click_rate.clicks}, {BITS['click_rate']}, 0)"
 
 
 # --- what becomes of it
@@ -396,9 +402,9 @@ def _events_change(lake: duckdb.DuckDBPyConnection, group: _Group, run: Run) -> 
 def _difference(measure: str) -> str:
     """SQL for the sum of what a measure changes by over rows of `changed`."""
     if measure == "spend_nanos":
-        return "sum(new_spend - old_spend)::bigint as spend_nanos"
+        return "sum(new_spend - old_spend) as spend_nanos"
     if measure == "invalid_spend_nanos":
-        return "sum(new_invalid_spend - old_invalid_spend)::bigint as invalid_spend_nanos"
+        return "sum(new_invalid_spend - old_invalid_spend) as invalid_spend_nanos"
     side = "" if measure.startswith("invalid_") else "-"
     kind = measure.removeprefix("invalid_").removesuffix("s")
     flip = "(new_rule is not null)::int - (old_rule is not null)::int"
@@ -443,7 +449,7 @@ def _ledger_change(settings: Settings, lake: duckdb.DuckDBPyConnection, run: Run
         select _query_id, _batch_id, if(starts_with(source_file, '{PREFIX}/'), 'kafka', 'files') as source,
             if(starts_with(source_file, '{PREFIX}/'), split_part(source_file, '/', 2), region) as booked_in, hour,
             sum((new_rule is not null)::int - (old_rule is not null)::int)::bigint as invalid,
-            sum(new_spend - old_spend)::bigint as spend, any_value(ingested_at) as ingested_at
+            sum(new_spend - old_spend) as spend, any_value(ingested_at) as ingested_at
         from changed where {_FLIPPED} group by all having invalid != 0 or spend != 0
         """
     ).fetchall()
@@ -503,7 +509,7 @@ def _reviews_change(state: _State, group: _Group, run: Run, hours: list[Reviewed
     for hour, done in zip(group.hours, hours, strict=True):
         held = state.reviews.get(hour)
         inputs = state.inputs(hour, group.rules)
-        if held is not None and not done.changed and (held.rule_set, held.inputs) == (group.rule_set, inputs):
+        if held is not None and not done.rewritten and (held.rule_set, held.inputs) == (group.rule_set, inputs):
             continue
         rows.append(
             {

@@ -16,16 +16,24 @@ import numpy as np
 from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.duck import connect_delta
-from spark_jobs.errors import TableCorruptionError, UsageError
+from spark_jobs.errors import AdtallyError, TableCorruptionError, UsageError
+from spark_jobs.failure import one_line
+from spark_jobs.jobs.in_force import campaign_file_problems, rule_file_problems
+from spark_jobs.jobs.landing import IgnoredFiles, WaitingFiles, read_landing, unaccounted_files
+from spark_jobs.jobs.names import names_file_problems
+from spark_jobs.jobs.rejects import OLDER, ReasonCount, counts_sql
 from spark_jobs.jobs.topics import TopicSource, read_topic_sources
 from spark_jobs.publish.progress import TopicStatus, read_publications
-from spark_jobs.tables import TABLES
+from spark_jobs.sources.quarantine import QUARANTINE_REASONS
+from spark_jobs.tables import REJECTED_TABLES, STREAMS, TABLES
+from spark_jobs.texts import counted, printable
 
-FILE_REASONS = ("empty_gzip", "truncated_gzip", "corrupt_gzip", "unreadable_file")
+FILE_REASONS = ("empty_gzip", "truncated_gzip", "corrupt_gzip", "unreadable_file", *QUARANTINE_REASONS)
 NOTHING_INGESTED = "nothing ingested yet: run adtally ingest"
 # The ledger first: whatever batch stands in the version that is read is complete in the tables that are read after it, so
 # that an ingest may go on meanwhile.
 _READ = ("batch_ledger", "events", "minute_metrics", "rejected_events", "orders", "rejected_orders")
+_REJECTED = tuple(table.name for table in REJECTED_TABLES.values())
 _PROBLEMS_SHOWN = 20
 _IDS_PER_PASS = 32_000_000
 _HOUR = 3_600_000_000  # microseconds
@@ -34,7 +42,11 @@ _MEMORY = "1GB"  # more is spilled: an ingest may need the rest
 
 @dataclass(frozen=True)
 class SourceStatus:
-    """Sums of one stream, source ('files' or 'kafka') and region. ``lag_seconds``: newest ingestion less newest receipt."""
+    """Sums of one stream, source ('files' or 'kafka') and region. ``lag_seconds``: newest ingestion less newest receipt.
+
+    Where a collector's clock runs ahead, its receipts lie after their ingestion: the lag is 0 then, and ``clock_ahead_seconds``
+    says by how much.
+    """
 
     stream: str
     source: str
@@ -48,6 +60,7 @@ class SourceStatus:
     lag_seconds: float | None
     last_batch_id: int
     last_ingested_at: datetime | None
+    clock_ahead_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ class TableStatus:
 
 @dataclass(frozen=True)
 class QuarantinedFile:
-    """A landing file that could not be read to its end."""
+    """A landing file that could not be read to its end, or that was set aside; one that is released is none any more."""
 
     source_file: str
     reason_codes: list[str]
@@ -74,7 +87,8 @@ class QuarantinedFile:
 class Status:
     """All of it. ``problems`` are one line each; ``conservation_holds`` is false where rows and books contradict each other.
 
-    ``publications``: how far behind publishing is, where kafka.toml says where to publish; ``topics``: how far its topics are read.
+    ``waiting`` and ``ignored`` are what lies in the landing folder unread, by source. ``publications``: how far behind publishing
+    is, where kafka.toml says where to publish; ``topics``: how far its topics are read.
     """
 
     sources: list[SourceStatus] = field(default_factory=list)
@@ -84,6 +98,9 @@ class Status:
     problems: list[str] = field(default_factory=list)
     publications: list[TopicStatus] = field(default_factory=list)
     topics: list[TopicSource] = field(default_factory=list)
+    waiting: list[WaitingFiles] = field(default_factory=list)
+    ignored: list[IgnoredFiles] = field(default_factory=list)
+    rejects: list[ReasonCount] = field(default_factory=list)
 
 
 def read_status(settings: Settings) -> Status:
@@ -100,16 +117,53 @@ def read_status(settings: Settings) -> Status:
     found = {name: DeltaLog(settings.table_uri(name)).latest_version() for name in order}
     versions = {name: version for name, version in found.items() if version is not None}
     if not versions:
-        return Status(problems=[NOTHING_INGESTED], topics=read_topic_sources(settings))
+        return _with_landing(settings, Status(problems=[NOTHING_INGESTED], topics=read_topic_sources(settings)))
     with TemporaryDirectory(prefix="adtally-status-") as spill:
         lake = connect_delta({"temp_directory": spill, "memory_limit": _MEMORY})
         try:
             whole = _Reader(lake, settings, versions).status()
-            return replace(whole, publications=read_publications(settings), topics=read_topic_sources(settings))
+            whole = replace(
+                whole,
+                problems=[
+                    *whole.problems,
+                    *campaign_file_problems(settings),
+                    *rule_file_problems(settings),
+                    *names_file_problems(settings),
+                ],
+                publications=read_publications(settings),
+                topics=read_topic_sources(settings),
+            )
+            return _with_landing(settings, whole)
         except duckdb.Error as error:
             raise _unreadable(settings, error) from error
         finally:
             lake.close()
+
+
+def _with_landing(settings: Settings, status: Status) -> Status:
+    """The status with what lies in the landing folder, and with what the checkpoints call read and nobody accounts for."""
+    try:
+        unaccounted, landing = read_unaccounted(settings), read_landing(settings)
+    except AdtallyError as error:  # a checkpoint that cannot be read
+        return replace(status, problems=[*status.problems, str(error)])
+    others = [problem for problem in status.problems if not (unaccounted and problem == NOTHING_INGESTED)]
+    return replace(
+        status,
+        problems=[*unaccounted, *others],
+        conservation_holds=status.conservation_holds and not unaccounted,
+        waiting=landing.waiting,
+        ignored=landing.ignored,
+    )
+
+
+def read_unaccounted(settings: Settings, since: datetime | None = None) -> list[str]:
+    """A line a stream for landing files that its checkpoint calls read and no batch has taken; see `unaccounted_files`."""
+    return [
+        f"{stream}: no batch has taken {counted(len(names), 'file')} that the checkpoint calls read, such as "
+        f"{printable(names[0])}: adtally reconcile --repair brings them in"
+        for stream in STREAMS
+        if (names := unaccounted_files(settings, stream, since))
+    ]
 
 
 def read_recent_problems(settings: Settings, since: datetime) -> tuple[int, list[str]]:
@@ -133,8 +187,8 @@ def read_recent_problems(settings: Settings, since: datetime) -> tuple[int, list
 
 def _unreadable(settings: Settings, error: duckdb.Error) -> TableCorruptionError:
     return TableCorruptionError(
-        f"the tables of {settings.lakehouse_uri} cannot be read: {' '.join(str(error).split())[:300]}",
-        hint="restore the files that the message names",
+        f"the tables of {settings.lakehouse_uri} cannot be read: {one_line(error)}",
+        hint="adtally fsck names what is damaged, and --repair what can be had again",
     )
 
 
@@ -169,7 +223,7 @@ class _Reader:
         sources = self._sources()
         if not sources and not problems:
             problems.append(NOTHING_INGESTED)
-        return Status(sources, tables, self._quarantined(), not broken, problems)
+        return Status(sources, tables, self._quarantined(), not broken, problems, rejects=self._rejects())
 
     def recent_problems(self, since: datetime) -> tuple[int, list[str]]:
         """See `read_recent_problems`."""
@@ -199,7 +253,8 @@ class _Reader:
     def _load_others(self, where: str) -> None:
         for name in self._versions:
             if name != "batch_ledger":
-                self._lake.execute(f"create temp view {name} as select * from {self._scan(name)} {where}")
+                older = OLDER if name in _REJECTED else ""
+                self._lake.execute(f"create temp view {name} as select * from {self._scan(name)} {where} {older}")
 
     def _lost(self) -> list[str]:
         missing = [name for name in _READ if name not in self._versions]
@@ -223,20 +278,28 @@ class _Reader:
         found = self._rows(
             """
             select stream, source, region, sum(offered)::bigint, sum(accepted)::bigint, sum(duplicate)::bigint,
-                sum(conflict)::bigint, sum(rejected)::bigint, sum(late)::bigint, epoch(max(ingested_at) - max(max_received_at)),
-                arg_max(_batch_id, (ingested_at, _batch_id)), max(ingested_at)
+                sum(conflict)::bigint, sum(rejected)::bigint, sum(late)::bigint,
+                if(max(max_received_at) is null, null, greatest(epoch(max(ingested_at)) - epoch(max(max_received_at)), 0)),
+                arg_max(_batch_id, (ingested_at, _batch_id)), max(ingested_at),
+                if(max(max_received_at) is null, null, greatest(epoch(max(max_received_at)) - epoch(max(ingested_at)), 0))
             from batch_ledger group by stream, source, region order by stream, source, region
             """
         )
         return [SourceStatus(*row) for row in found]
 
+    def _rejects(self) -> list[ReasonCount]:
+        """Records rejected or in conflict, by stream and reason; those with most first."""
+        counts = " union all ".join(counts_sql(table.name, stream) for stream, table in REJECTED_TABLES.items())
+        return [ReasonCount(*row) for row in self._rows(f"from ({counts}) order by records desc, stream, reason")]
+
     def _quarantined(self) -> list[QuarantinedFile]:
+        columns = "source_file, reason_codes, ingested_at, _query_id, _batch_id"
+        released = "anti join releases using (source_file, _query_id, _batch_id)" if "releases" in self._versions else ""
         found = self._rows(
             f"""
             select source_file, reason_codes, ingested_at from (
-                select source_file, reason_codes, ingested_at from rejected_events
-                union all select source_file, reason_codes, ingested_at from rejected_orders
-            ) where list_has_any(reason_codes, {list(FILE_REASONS)}) order by ingested_at, source_file
+                select {columns} from rejected_events union all select {columns} from rejected_orders
+            ) {released} where list_has_any(reason_codes, {list(FILE_REASONS)}) order by ingested_at, source_file
             """
         )
         return [QuarantinedFile(*row) for row in found]
@@ -399,12 +462,13 @@ from batch_ledger group by all having bool_or(source = 'kafka')
 """
 
 _KEPT = """
-    count(*) filter (outcome = 'conflict') as kept_conflict, count(*) filter (outcome = 'rejected') as kept_rejected
+    sum(coalesce(records, 1)) filter (outcome = 'conflict') as kept_conflict,
+    sum(coalesce(records, 1)) filter (outcome = 'rejected') as kept_rejected
 """
 _CELLS = f"""
 create temp table cells as
 select stream, _query_id, _batch_id, coalesce(clusters, region) as region, event_hour,
-    {", ".join(f"coalesce(sum({name}), 0)::bigint as {name}" for name in _SUMMED)}
+    {", ".join(f"coalesce(sum({name}), 0)::hugeint as {name}" for name in _SUMMED)}
 from (
     from batch_ledger
     union all by name

@@ -25,9 +25,11 @@ from spark_jobs.config import Settings
 from spark_jobs.dedupe.index import KeyIndex
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import TableCorruptionError, UsageError
+from spark_jobs.failure import one_line
 from spark_jobs.locks import rewriting
 from spark_jobs.publish.progress import read_publications
 from spark_jobs.sinks.removal import delete_unneeded_files, unneeded_files
+from spark_jobs.sinks.torn import mend_tables
 from spark_jobs.storage import open_root
 from spark_jobs.tables import CAMPAIGNS, EVENTS, ORDERS, TABLES
 
@@ -82,6 +84,7 @@ def vacuum(
             hint=f"at least {SHORTEST_RETENTION // _HOUR} h",
         )
     done = []
+    mend_tables(settings)
     with rewriting(settings):
         of_marts = _versions_of_marts(settings)
         for name in TABLES:
@@ -172,7 +175,7 @@ def _versions_of_marts(settings: Settings) -> dict[str, list[int]]:
             rows = marts.sql("select distinct table_name, delta_version from mart_build").fetchall()
     except duckdb.Error as error:
         raise TableCorruptionError(
-            f"{settings.marts_path} does not say which versions it needs: {' '.join(str(error).split())[:200]}",
+            f"{settings.marts_path} does not say which versions it needs: {one_line(error)}",
             hint="build the marts again, or move the file away",
         ) from error
     found: dict[str, list[int]] = {}

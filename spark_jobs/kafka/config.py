@@ -206,7 +206,9 @@ def read_kafka(settings: Settings) -> KafkaConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise KafkaConfigurationError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
-        held = _KafkaFile.model_validate(tomllib.loads(text))
+        written = tomllib.loads(text)
+        _refuse_open_secrets(path, written)
+        held = _KafkaFile.model_validate(written)
     except tomllib.TOMLDecodeError as error:
         raise KafkaConfigurationError(f"{path}: {re.sub(r'[^ -~]', '?', str(error))}") from None
     except ValidationError as error:
@@ -217,6 +219,30 @@ def read_kafka(settings: Settings) -> KafkaConfig:
         at = next(cluster for cluster in held.clusters if cluster.name == held.publish.cluster)
         publish = Publish(at, held.publish.metrics_topic, held.publish.credits_topic)
     return KafkaConfig(held.clusters, publish)
+
+
+_SECRET = re.compile(r"password|secret|jaas|token|key\.pem|ssl\.key$", re.IGNORECASE)
+
+
+def _refuse_open_secrets(path: Path, written: dict[str, Any]) -> None:
+    """Raise KafkaConfigurationError where a secret stands in the file itself and others than its owner may read it."""
+    mode = path.stat().st_mode & 0o777
+    if mode & 0o077 and (name := _secret_entry(written)):
+        raise KafkaConfigurationError(
+            f"{path} holds a secret ({name}) and has the mode {mode:03o}: others can read it",
+            hint=f"chmod 600 {path}, or name it as {{ env = ... }} or {{ file = ... }}",
+        )
+
+
+def _secret_entry(value: Any, name: str = "") -> str | None:
+    """The name of an entry that is a secret given as text, if there is one."""
+    if isinstance(value, list):
+        return next(filter(None, (_secret_entry(part, name) for part in value)), None)
+    if isinstance(value, dict):
+        if set(value) in ({"env"}, {"file"}):
+            return None
+        return next(filter(None, (_secret_entry(part, key) for key, part in value.items())), None)
+    return name if isinstance(value, str) and _SECRET.search(name) else None
 
 
 def _plain(message: str) -> str:

@@ -21,6 +21,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._listoffsets import OffsetSpec
 from deltalake import DeltaTable
 
+from spark_jobs import disk
 from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import KafkaError, OffsetGapError, UsageError
@@ -155,9 +156,7 @@ def keep_topic(checkpoint: Path, state: TopicState) -> None:
     """Keep in the checkpoint which topic its offsets are of. Raises OffsetGapError where it is another one by now."""
     held = held_topic(checkpoint)
     if held is None:
-        temporary = checkpoint / f".{TOPIC_FILE}.tmp"
-        temporary.write_bytes(msgspec.json.encode(KnownTopic(state.topic_id)))
-        temporary.replace(checkpoint / TOPIC_FILE)
+        disk.write_file(checkpoint / TOPIC_FILE, msgspec.json.encode(KnownTopic(state.topic_id)))
     elif held.topic_id != state.topic_id:
         raise OffsetGapError(
             f"topic {state.topic} of cluster {state.cluster} was deleted and made anew while it was read", hint=_RUNBOOK

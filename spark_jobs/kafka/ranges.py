@@ -60,6 +60,10 @@ class OffsetSplit:
     end: int
     options: dict[str, str] = field(repr=False)
 
+    def __str__(self) -> str:
+        """The partition by its name, and which offsets of it."""
+        return f"{self.name} offsets {self.start} to {self.end - 1}"
+
 
 def plan_offset_splits(ranges: Iterable[OffsetRange], options: dict[str, str], size: int = SPLIT_OFFSETS) -> list[OffsetSplit]:
     """The splits of a batch of one cluster, in the order of its records."""

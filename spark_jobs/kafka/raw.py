@@ -21,12 +21,14 @@ from pyspark.sql import DataFrame
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import KafkaError
+from spark_jobs.failure import working_on
 from spark_jobs.kafka.config import KafkaCluster
 from spark_jobs.kafka.ranges import OffsetSplit, Partition, partition_of
 from spark_jobs.kafka.reading import GONE, open_consumer, plain_offsets, uncollected
 from spark_jobs.kafka.source import KafkaSource
 from spark_jobs.sinks.data_files import DataFile, DataFileWriter
 from spark_jobs.sinks.delta import DeltaSink, Transaction
+from spark_jobs.sources.agreement import check_agreement
 from spark_jobs.sources.query import SourceQuery
 from spark_jobs.steps import Step
 from spark_jobs.tables import RAW_TABLES, Table
@@ -54,8 +56,13 @@ class RawCopy(SourceQuery):
     def __init__(self, settings: Settings, stream: str, cluster: KafkaCluster) -> None:
         """Raises KafkaError where the cluster does not answer or lacks the topic, OffsetGapError where it is another topic."""
         self._topic = KafkaSource(settings, stream, cluster, f"raw_{stream}", _BATCH_FACTOR)
-        super().__init__(self._topic)
+        super().__init__(self._topic, settings)
+        self._settings = settings
         self._sink = DeltaSink(RAW_TABLES[stream], settings)
+
+    def check_agreement(self) -> None:
+        """See SourceQuery."""
+        check_agreement(self._settings, self.source, [self._sink.table])
 
     def _run_batch(self, frame: DataFrame, batch_id: int) -> None:
         planned = self._topic.plan(batch_id)
@@ -66,7 +73,7 @@ class RawCopy(SourceQuery):
         job = CopyJob(self._sink.table, self._sink.uri, Stamp(query_id, batch_id, planned.planned_us))
         context = frame.sparkSession.sparkContext
         slices = min(len(splits), context.defaultParallelism)
-        written = context.parallelize(splits, slices).mapPartitions(lambda part: [copy_splits(part, job)]).collect()
+        written = self.activity.run(context, splits, slices, lambda part: [copy_splits(part, job)])
         files = [file for part in written for file in part]
         self._sink.append(files, Step.RAW_COPY, Transaction(query_id, batch_id))
 
@@ -78,7 +85,8 @@ def copy_splits(splits: Iterable[OffsetSplit], job: CopyJob) -> list[DataFile]:
     """
     with DataFileWriter(job.uri, job.table) as writer, uncollected():
         for split in splits:
-            _copy_split(split, job, writer)
+            with working_on(split):
+                _copy_split(split, job, writer)
     return writer.files
 
 

@@ -17,7 +17,7 @@ from confluent_kafka import KafkaError as Code
 
 from spark_jobs.errors import KafkaError
 from spark_jobs.kafka.ranges import OffsetSplit
-from spark_jobs.sources.lines import BLOCK_BYTES, Lines
+from spark_jobs.sources.lines import BLOCK_BYTES, MOST_LINES, Lines
 
 QUIET_SECONDS = 60.0  # without a single record or an end: given up
 ASK_SECONDS = 10.0  # then the broker is asked whether it is there, and given up if not: the batch holds a lock that others wait for
@@ -113,7 +113,7 @@ def _chunks(consumer: Consumer, split: OffsetSplit) -> Iterator[Lines]:
             if offset == split.end - 1:
                 ended = True
                 break
-        if values and (ended or size >= BLOCK_BYTES):
+        if values and (ended or size >= BLOCK_BYTES or len(values) >= MOST_LINES):
             yield _lines(values, offsets, split.start)
             values, offsets, size = [], [], 0
         if ended or time.monotonic() - max(heard, asked) < ASK_SECONDS:

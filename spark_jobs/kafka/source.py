@@ -90,6 +90,14 @@ class KafkaSource(Source):
         settled = settle_ranges(self._settings, self._stream, wanted, state)
         return Planned(offsets.planned_us, ranges=settled.ranges, lost_offsets=settled.lost)
 
+    def has_records(self, batch_id: int) -> bool:
+        """See Source."""
+        offsets = self.checkpoint / "offsets"
+        if not (offsets / str(batch_id)).exists() or (batch_id and not (offsets / str(batch_id - 1)).exists()):
+            return False
+        found = read_batch_offsets(self.checkpoint, batch_id, self.topic)
+        return any(end > found.start[number] for number, end in found.end.items())
+
     def splits(self, planned: Planned) -> list[OffsetSplit]:
         """See Source."""
         return plan_offset_splits(planned.ranges, self.cluster.client_options())

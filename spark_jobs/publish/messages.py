@@ -321,4 +321,4 @@ def _may_hold(action: dict[str, Any], start: Any, end: Any) -> bool:
     if low is None or high is None:
         return True
     low, high = (at if at.tzinfo else at.replace(tzinfo=UTC) for at in (low, high))
-    return bool(low <= end and high + timedelta(milliseconds=1) >= start)
+    return bool(low <= end and start - high <= timedelta(milliseconds=1))

@@ -32,6 +32,7 @@ _ABORT_SECONDS = 5.0
 _READ_SECONDS = TRANSACTION_SECONDS + 30.0  # an open transaction of another hides what is behind it
 _TAIL = 2_000  # notes that are read first, from the end
 _FENCED = (Refusal._FENCED, Refusal.INVALID_PRODUCER_EPOCH, Refusal.PRODUCER_FENCED)
+_NO_LEADER = (Refusal.LEADER_NOT_AVAILABLE, Refusal.NOT_LEADER_FOR_PARTITION)
 
 Options = dict[str, str | int | float | bool]
 
@@ -266,12 +267,22 @@ class _Notes:
                 if topic.error.code() == Refusal.UNKNOWN_TOPIC_OR_PART:
                     return {}
                 raise KafkaException(topic.error)
-            return {
-                partition: consumer.get_watermark_offsets(TopicPartition(CONTROL_TOPIC, partition), _ANSWER_SECONDS)
-                for partition in topic.partitions
-            }
+            return {partition: self._bounds(consumer, partition) for partition in topic.partitions}
         finally:
             consumer.close()
+
+    @staticmethod
+    def _bounds(consumer: Consumer, partition: int) -> tuple[int, int]:
+        """A new topic has no leader yet, and one that a broker lost gets another: that is waited for."""
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while True:
+            try:
+                first, end = consumer.get_watermark_offsets(TopicPartition(CONTROL_TOPIC, partition), _ANSWER_SECONDS)
+                return first, end
+            except KafkaException as error:
+                if error.args[0].code() not in _NO_LEADER or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
 
     def _read(self, ranges: Mapping[int, tuple[int, int]]) -> None:
         left = {partition: end for partition, (first, end) in ranges.items() if first < end}

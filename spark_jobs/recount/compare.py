@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from spark_jobs.recount.raw import PREFIX
 from spark_jobs.recount.truth import NO_HOUR, Recount, listed
-from spark_jobs.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, REJECTED_EVENTS
+from spark_jobs.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, RAW_TABLES, REJECTED_EVENTS, Table
 
 METRIC_KEYS = ("region", "campaign_id", "ad_id", "store_id", "placement", "currency")
 METRIC_MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos", "invalid_spend_nanos")
@@ -48,13 +48,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class HourSums:
-    """Accepted events of an hour and their spend, by the recount and in `events`."""
+    """Accepted events of an hour and their spend, and orders placed in it, by the recount and in the tables."""
 
     hour: int
-    events_expected: int
-    events_found: int
-    nanos_expected: int
-    nanos_found: int
+    events_expected: int = 0
+    events_found: int = 0
+    nanos_expected: int = 0
+    nanos_found: int = 0
+    orders_expected: int = 0
+    orders_found: int = 0
 
 
 def _counted(event_type: str, validity: str) -> str:
@@ -80,12 +82,19 @@ class Comparison:
     `metrics_delta`, `ledger_delta` (what is to be added, expected less found).
     """
 
+    rejected: Table = REJECTED_EVENTS
+    ledger_layer = BATCH_LEDGER.name
+    # of a batch whose files are not all there nobody can say how many duplicates it had
+    _compares_partial = True
+    _same_reject = ""  # a condition beside the place and the outcome, for a row k of the table to be the expected record e
+
     def __init__(self, recount: Recount, *, cause: str | None = None) -> None:
         """``cause``: that of all increments that differ, where it is known beforehand."""
         self._recount = recount
         self._lake = recount.lake
         self._cause = "null" if cause is None else f"'{cause}'"
         missed = [plan for plan, state in zip(recount.inputs.plans, recount.inputs.states, strict=True) if state == "missed"]
+        self._raw_table = RAW_TABLES[recount.inputs.stream].name
         self._missed = "'record_missed'" if any(plan.ranges and not plan.files for plan in missed) else "'file_missed'"
 
     def run(self, hours: Collection[int]) -> tuple[list[Finding], list[HourSums]]:
@@ -109,9 +118,7 @@ class Comparison:
             select outcomes.*, query_id, batch_id, ingested_us, state,
                 if(starts_with(name, '{PREFIX}'), 'kafka', 'files') as source,
                 if(starts_with(name, '{PREFIX}'), split_part(name, '/', 2), region) as source_region
-            from outcomes join batches using (b) where not is_left_out;
-            create or replace temp view expected_events as
-            select *, {self._hash(*_PLACE)} as h from expected where outcome = 'accepted'
+            from outcomes join batches using (b) where not is_left_out
             """
         )
 
@@ -130,6 +137,12 @@ class Comparison:
     def _find_events(self, hours: Collection[int]) -> tuple[list[HourSums], list[int]]:
         """The hours' sums, and the hours in which a row differs: told by an order-free sum of hashes."""
         by_partition = "(epoch(event_date)::bigint // 3600 + event_hour)"
+        self._lake.execute(
+            f"""
+            create or replace temp view expected_events as
+            select *, {self._hash(*_PLACE)} as h from expected where outcome = 'accepted'
+            """
+        )
         names = ("event_id", "epoch_us(event_time)", "epoch_us(received_at)", "source_file", "source_line")
         hashed = self._hash(*names, "_query_id", "_batch_id", "epoch_us(ingested_at)", by_partition)
         found = self._found(EVENTS.name, by_partition, self._days("event_date", hours, with_hour="event_hour"))
@@ -235,11 +248,25 @@ class Comparison:
 
     def _rejects(self, hours: Collection[int]) -> list[Finding]:
         moment = self._recount.within("epoch_us(record_time)", hours)
-        found = self._found(REJECTED_EVENTS.name, "hour_of(epoch_us(record_time))", moment)
-        key = """
+        found = self._found(self.rejected.name, "hour_of(epoch_us(record_time))", moment)
+        key = f"""
             k._query_id = e.query_id and k._batch_id = e.batch_id and k.source_file = e.name and k.source_line = e.line
-            and k.outcome = e.outcome and k.hour = e.hour
+            and k.outcome = e.outcome and k.hour = e.hour and coalesce(k.records, 1) = coalesce(e.records, 1){self._same_reject}
         """
+        # of many records with the same reasons and hour the first have rows of their own, the next one stands for all the others
+        self._lake.execute(
+            """
+            create or replace temp table expected_rejects as
+            select * exclude (rank, of_kind, kept)
+                replace (if(not is_trusted and rank = kept + 1, of_kind - kept, records) as records)
+            from (
+                select expected.*, rejects_kept as kept, row_number() over (kind order by o, line) as rank,
+                    count(*) over kind as of_kind
+                from expected join batches using (b) where outcome in ('rejected', 'conflict')
+                window kind as (partition by b, name, outcome, if(outcome = 'rejected', reasons, null), hour, is_trusted)
+            ) where is_trusted or kept is null or rank <= kept + 1
+            """
+        )
         self._lake.execute(
             f"""
             create or replace temp table held_rejects as
@@ -247,15 +274,14 @@ class Comparison:
                 partition by _query_id, _batch_id, source_file, source_line, outcome order by _run_id nulls first) as copy
             from ({found});
             create or replace temp table rejects_lost as
-            select * from expected e where outcome in ('rejected', 'conflict') and not exists (
-                from held_rejects k where {key});
+            select * from expected_rejects e where not exists (from held_rejects k where {key});
             create or replace temp table rejects_over as
             select *, copy > 1 as is_copy from held_rejects k where copy > 1 or not exists (
-                from expected e where e.outcome in ('rejected', 'conflict') and {key})
+                from expected_rejects e where {key})
             """
         )
         return self._findings(
-            REJECTED_EVENTS.name,
+            self.rejected.name,
             f"""
             select hour, case state when 'missed' then {self._missed} when 'unfinished' then 'batch_unfinished_without_checkpoint'
                 else 'rejected_lost' end as cause, campaign_id, 1 as expected, 0 as found, 0 as expected_nanos, 0 as found_nanos,
@@ -281,8 +307,8 @@ class Comparison:
             create or replace temp table metrics_over as select *, true as is_copy from held_metrics where copy > 1;
             create or replace temp table metrics_delta as
             select {keys}, any_value(hour) as hour, any_value(state) as state,
-                {", ".join(f"sum(e_{m} - f_{m})::bigint as {m}" for m in METRIC_MEASURES)},
-                sum(e_spend_nanos)::bigint as expected_nanos, sum(f_spend_nanos)::bigint as found_nanos,
+                {", ".join(f"sum(e_{m} - f_{m})::hugeint as {m}" for m in METRIC_MEASURES)},
+                sum(e_spend_nanos)::hugeint as expected_nanos, sum(f_spend_nanos)::hugeint as found_nanos,
                 sum(e_rows)::bigint as expected_rows, sum(f_rows)::bigint as found_rows,
                 case when {self._cause} is not null then {self._cause}
                     when found_rows = 0 and any_value(state) = 'missed' then {self._missed}
@@ -341,17 +367,20 @@ class Comparison:
         return f"hour in ({', '.join(map(str, sorted(wrong)))})" if wrong else "false"
 
     def _ledger(self) -> list[Finding]:
-        found = self._found(BATCH_LEDGER.name, "hour_of(epoch_us(event_hour))", "stream = 'events'")
+        found = self._found(BATCH_LEDGER.name, "hour_of(epoch_us(event_hour))", f"stream = '{self._recount.inputs.stream}'")
         keys = "query_id, batch_id, source, region, hour"
+        comparable = "" if self._compares_partial else " and not coalesce(is_partial, false)"
         counts = {
-            "offered": "count(*)",
-            **{name: f"count(*) filter (outcome = '{name}')" for name in ("accepted", "duplicate", "conflict", "rejected")},
+            "offered": "sum(coalesce(records, 1))",
+            **{
+                name: f"coalesce(sum(coalesce(records, 1)) filter (outcome = '{name}'), 0)"
+                for name in ("accepted", "duplicate", "conflict", "rejected")
+            },
             "late": "count(*) filter (outcome = 'accepted' and is_late)",
             "invalid_traffic": "count(*) filter (outcome = 'accepted' and invalid_traffic_rule is not null)",
             "unpriced": "count(*) filter (outcome = 'accepted' and billing_model is null)",
             "spend_nanos": "coalesce(sum(spend_nanos) filter (outcome = 'accepted'), 0)",
         }
-        # of a batch whose files are not all there nobody can say how many duplicates it had
         self._lake.execute(
             f"""
             create or replace temp table held_ledger as
@@ -362,7 +391,7 @@ class Comparison:
             create or replace temp table ledger_delta as
             with cells as (
                 select {keys}, any_value(state) as state,
-                    {", ".join(f"sum(e_{m})::bigint as e_{m}, sum(f_{m})::bigint as f_{m}" for m in LEDGER_MEASURES)},
+                    {", ".join(f"sum(e_{m})::hugeint as e_{m}, sum(f_{m})::hugeint as f_{m}" for m in LEDGER_MEASURES)},
                     sum(e_rows)::bigint as expected_rows, sum(f_rows)::bigint as found_rows
                 from (
                     select {keys}, state, {", ".join(f"{sql} as e_{m}" for m, sql in counts.items())}, 1 as e_rows,
@@ -375,7 +404,7 @@ class Comparison:
                     from held_ledger where not (is_copy or is_broken)
                 ) group by {keys}
             ), known as (
-                select cells.* replace (
+                select is_partial, cells.* replace (
                     if(coalesce(is_partial, false), f_duplicate, e_duplicate) as e_duplicate,
                     if(coalesce(is_partial, false), e_accepted + f_duplicate + e_conflict + e_rejected, e_offered) as e_offered
                 ) from cells left join batches using (query_id, batch_id)
@@ -383,11 +412,11 @@ class Comparison:
             select {keys}, state, {", ".join(f"e_{m} - f_{m} as {m}" for m in LEDGER_MEASURES)},
                 e_offered as expected_offered, f_offered as found_offered, e_spend_nanos as expected_nanos,
                 f_spend_nanos as found_nanos, expected_rows, found_rows
-            from known where {" or ".join(f"e_{m} != f_{m}" for m in LEDGER_MEASURES)}
+            from known where ({" or ".join(f"e_{m} != f_{m}" for m in LEDGER_MEASURES)}){comparable}
             """
         )
         return self._findings(
-            BATCH_LEDGER.name,
+            self.ledger_layer,
             f"""
             select hour, case when found_rows = 0 and state = 'missed' then {self._missed}
                 when found_rows = 0 and state = 'unfinished' then 'batch_unfinished_without_checkpoint'
@@ -411,9 +440,9 @@ class Comparison:
             return []
         return self._findings(
             EVENTS.name,
-            """
+            f"""
             select hour, 'raw_missing' as cause, campaign_id, 1 as expected, 1 as found, spend_nanos as expected_nanos,
-                spend_nanos as found_nanos, if(source = 'kafka', 'raw_events lacks records of ' || name,
+                spend_nanos as found_nanos, if(source = 'kafka', '{self._raw_table} lacks records of ' || name,
                     name || ' is gone or has changed since it was read') as example
             from expected where is_trusted and outcome = 'accepted'
             """,
@@ -424,7 +453,7 @@ class Comparison:
         found = self._recount.rows(
             f"""
             select hour, cause, campaign_id, count(*), sum(expected)::bigint, sum(found)::bigint,
-                coalesce(sum(expected_nanos), 0)::bigint, coalesce(sum(found_nanos), 0)::bigint, min(example)
+                coalesce(sum(expected_nanos), 0)::hugeint, coalesce(sum(found_nanos), 0)::hugeint, min(example)
             from ({sql}) group by hour, cause, campaign_id
             """
         )

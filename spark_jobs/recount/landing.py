@@ -1,9 +1,11 @@
-"""What lies in the landing folder of events, and what the running query has seen and done of it."""
+"""What lies in the landing folder of a stream, and what the running query has seen and done of it."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -11,8 +13,9 @@ from urllib.parse import unquote, urlsplit
 from spark_jobs.config import Settings
 from spark_jobs.recount.plans import landing_name
 from spark_jobs.recount.store import RawFile
+from spark_jobs.recount.worker import mtime_ms
 
-_STREAM = "events"
+_REGION = re.compile(r"[a-z0-9-]{1,32}")  # files of another folder are not read
 _CLOCK_SLACK_NS = 10 * 10**9
 
 
@@ -37,20 +40,24 @@ class RunningQuery:
     taken: frozenset[str] = field(default=frozenset())
 
 
-def landed_files(settings: Settings) -> dict[str, LandedFile]:
-    """The files at ``events/<region>/<name>.jsonl[.gz]`` under no hidden name, by their names under the landing folder."""
+def landed_files(settings: Settings, stream: str) -> dict[str, LandedFile]:
+    """The files at ``<stream>/<region>/<name>.jsonl[.gz]`` under no hidden name, by their names under the landing folder."""
     found = {}
-    for region in _entries(settings.landing_path / _STREAM):
-        for path in _entries(Path(region.path)) if region.is_dir() else ():
-            if path.name.endswith((".jsonl", ".jsonl.gz")) and path.is_file():
-                state = path.stat()
-                raw = RawFile(path.path, state.st_mtime_ns // 1_000_000, state.st_size)
-                name = f"{_STREAM}/{region.name}/{path.name}"
-                found[name] = LandedFile(name, raw, state.st_ctime_ns)
+    for region in _entries(settings.landing_path / stream):
+        for path in _entries(Path(region.path)) if region.is_dir(follow_symlinks=False) else ():
+            if path.name.endswith((".jsonl", ".jsonl.gz")) and path.is_file(follow_symlinks=False):
+                with suppress(OSError, UnicodeEncodeError):  # gone meanwhile; a name that Spark cannot read either
+                    name = f"{stream}/{region.name}/{path.name}"
+                    name.encode("utf-8")
+                    state = path.stat(follow_symlinks=False)
+                    raw = RawFile(path.path, mtime_ms(state), state.st_size)
+                    found[name] = LandedFile(name, raw, state.st_ctime_ns)
     return found
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    if folder.is_symlink():  # nothing below the landing folder is followed
+        return []
     try:
         with os.scandir(folder) as entries:
             return sorted((e for e in entries if not e.name.startswith((".", "_"))), key=lambda entry: entry.name)
@@ -58,9 +65,9 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         return []
 
 
-def read_query(settings: Settings) -> RunningQuery:
-    """What the checkpoint of the stream of events says. A checkpoint that cannot be read is none."""
-    folder = settings.checkpoints_path / _STREAM
+def read_query(settings: Settings, stream: str) -> RunningQuery:
+    """What the checkpoint of a stream says. A checkpoint that cannot be read is none."""
+    folder = settings.checkpoints_path / stream
     try:
         query_id = str(json.loads((folder / "metadata").read_text("utf-8"))["id"])
         done = frozenset(int(path.name) for path in (folder / "commits").glob("*") if path.name.isdecimal())
@@ -94,7 +101,7 @@ def missed_files(landed: dict[str, LandedFile], planned: set[str], query: Runnin
     taken = [landed[name] for name in query.taken if name in landed]
     found = []
     for name, file in sorted(landed.items()):
-        if name in planned:
+        if name in planned or not _REGION.fullmatch(name.split("/")[1]):
             continue
         if name in query.taken or any(
             other.renamed_ns > file.renamed_ns + _CLOCK_SLACK_NS and other.raw.mtime_ms > file.raw.mtime_ms for other in taken

@@ -56,7 +56,7 @@ def compare_marts(settings: Settings, spill: Path, hours: Collection[int] | None
                 f"""
                 select hour, 'marts', 'mart_differs', campaign_id, greatest(1, abs(sum(side * ({rows}))))::bigint,
                     coalesce(sum({rows}) filter (side = 1), 0)::bigint, coalesce(sum({rows}) filter (side = -1), 0)::bigint,
-                    coalesce(sum({nanos}) filter (side = 1), 0)::bigint, coalesce(sum({nanos}) filter (side = -1), 0)::bigint,
+                    coalesce(sum({nanos}) filter (side = 1), 0)::hugeint, coalesce(sum({nanos}) filter (side = -1), 0)::hugeint,
                     '{mart} does not say what the versions that it was built from hold'
                 from (select 1 as side, * from {expected} union all by name select -1 as side, * from {held})
                 where {chosen} group by hour, campaign_id having {differ}

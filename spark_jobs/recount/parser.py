@@ -12,7 +12,9 @@ What hangs on the limits of a batch (too early, too far ahead of its receipt) is
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +33,7 @@ from xxhash import xxh3_64_intdigest
 UNREADABLE = "unreadable_file"
 LONGEST_LINE = 65_536  # bytes, without the line feed
 READ_BYTES = 2 * 1024 * 1024  # what it makes stays in the processor's cache
-_STORED_BYTES = 1024 * 1024  # of a gzip file, at a time
+_STORED_BYTES = 16 * 1024  # of a gzip file, at a time: what a member does not need is copied when it ends
 _JUDGED_AT_ONCE = 10_000  # a block of line feeds has two million lines
 
 # ISO 4217, the active codes; neither XXX (no currency) nor XTS (for tests) is money
@@ -97,10 +99,10 @@ def record_schema(stream: str) -> pa.Schema:
     """One row a line (or value) offered.
 
     ``line`` counts from 1; 0 stands for a file of which nothing could be read; of a value it is the record's offset. ``reasons`` is
-    null of a valid record, never empty of another one. ``record_id`` and ``time_us`` (event_time or order_time, microseconds since
-    the epoch) are there wherever they can be read, all other fields of valid records only. ``received_us`` is null where the record
-    has none; an absent price is 0. ``region`` is what a valid value names; it is null of lines, which are of their folder's.
-    ``id_hash`` is xxh3-64 of the id in UTF-8.
+    null of a valid record, never empty of another one. ``record_id``, ``time_us`` (event_time or order_time, microseconds since
+    the epoch) and ``received_us`` are there wherever they can be read, all other fields of valid records only. ``received_us``
+    is null where the record has none; an absent price is 0. ``region`` is what a valid value names; it is null of lines, which are
+    of their folder's. ``id_hash`` is xxh3-64 of the id in UTF-8.
     """
     return pa.schema(
         [
@@ -272,9 +274,8 @@ def judge_line(raw: bytes, stream: str, folder: str | None, *, is_terminated: bo
     if folder is not None and not _REGION_NAME.fullmatch(folder):
         judged.reasons.append("folder_region_format")
     id_name, time_name = ID_AND_TIME[stream]
-    judged.record_id, judged.time_us = fields[id_name], fields[time_name]
+    judged.record_id, judged.time_us, judged.received_us = fields[id_name], fields[time_name], fields["received_at"]
     if not judged.reasons:
-        judged.received_us = fields["received_at"]
         judged.region = fields["region"] if folder is None else None
         judged.fields = {rule.name: fields[rule.name] for rule in payload_rules(stream)}
     return judged
@@ -628,6 +629,39 @@ def _unpacked(blocks: Iterator[bytes]) -> Iterator[bytes]:
         raise _Broken("truncated_gzip")
 
 
+def _open(path: Path) -> BinaryIO:
+    """Open a landing file. A pipe in its place does not block; whatever is not a regular file raises OSError, as a link does."""
+    if path.parent.is_symlink():
+        raise OSError(f"{path.parent} is a symbolic link")
+    handle = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+    if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+        handle.close()
+        raise OSError(f"{path} is not a regular file")
+    return handle
+
+
+def _filled(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Pieces, small ones joined: a file may consist of a million members of a few bytes each."""
+    small: list[bytes] = []
+    size = 0
+    try:
+        for piece in pieces:
+            if small and size + len(piece) > READ_BYTES // 2:
+                yield b"".join(small)
+                small, size = [], 0
+            if len(piece) > READ_BYTES // 2:
+                yield piece
+            else:
+                small.append(piece)
+                size += len(piece)
+    except (_Broken, OSError):
+        if small:
+            yield b"".join(small)
+        raise
+    if small:
+        yield b"".join(small)
+
+
 def parse_file(path: Path, stream: str, folder: str, on_read: Callable[[int], None]) -> Iterator[pa.Table]:
     """All records of a landing file, block by block; ``on_read`` is told of the stored bytes as they are read.
 
@@ -637,10 +671,10 @@ def parse_file(path: Path, stream: str, folder: str, on_read: Callable[[int], No
     rest = b""
     is_in_long_line = False
     try:
-        with path.open("rb") as handle:
+        with _open(path) as handle:
             is_packed = path.name.endswith(".gz")
             stored = _stored(handle, _STORED_BYTES if is_packed else READ_BYTES, on_read)
-            for block in _unpacked(stored) if is_packed else stored:
+            for block in _filled(_unpacked(stored)) if is_packed else stored:
                 if is_in_long_line:
                     at = block.find(b"\n")
                     if at < 0:

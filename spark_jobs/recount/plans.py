@@ -1,5 +1,5 @@
-"""What every batch of events was planned with: its files or ranges of Kafka's offsets in order, its limits and its prices, as the
-commits of `events` say.
+"""What every batch of a stream was planned with: its files or ranges of Kafka's offsets in order, its limits and its prices, as the
+commits of `events` or `orders` say.
 
 Delta cleans its logs after a while, so what was read is kept in a catalogue. It is derived: where it is missing it is read
 again from the commits that are left, and a batch whose plan is gone is planned anew from its rows (``Plans.lost``).
@@ -17,9 +17,9 @@ from deltalake import DeltaTable
 
 from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
-from spark_jobs.tables import EVENTS
+from spark_jobs.tables import EVENTS, Table
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 class PlannedFile(msgspec.Struct, frozen=True, array_like=True, order=True):
@@ -41,11 +41,25 @@ class PlannedRange(msgspec.Struct, frozen=True, array_like=True, order=True):
     end: int
 
 
+class SetAside(msgspec.Struct, frozen=True, array_like=True):
+    """A file that a batch did not read (start and end are 0), or offsets [start, end) of a partition: one rejected record.
+
+    ``name`` is as the tables call it; ``cause`` says in a line why.
+    """
+
+    name: str
+    reason: str
+    cause: str
+    start: int = 0
+    end: int = 0
+
+
 class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
-    """A batch of events. ``version`` is that of `events` which it made; its order among the batches.
+    """A batch. ``version`` is that of `events`, or `orders`, which it made; its order among the batches.
 
     Times are microseconds since the epoch, durations microseconds. ``files`` and ``ranges`` (a batch has one or the other) are in
-    the order of their records, ``rule_set`` is that of invalid traffic (None: no rule).
+    the order of their records, ``rule_set`` is that of invalid traffic (None: no rule). So many rejected records of a file or
+    partition have rows of their own, per reasons and hour, as ``rejects_kept`` says (None: all). ``set_aside`` was not read.
     """
 
     query_id: str
@@ -59,6 +73,12 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
     files: tuple[PlannedFile, ...]
     rule_set: str | None = None
     ranges: tuple[PlannedRange, ...] = ()
+    rejects_kept: int | None = None
+    set_aside: tuple[SetAside, ...] = ()
+
+    def is_set_aside(self, name: str) -> bool:
+        """Whether the batch left a whole file unread."""
+        return any(one.name == name and not one.end for one in self.set_aside)
 
 
 class _Catalogue(msgspec.Struct):
@@ -73,6 +93,7 @@ class _StoredLimits(msgspec.Struct):
     earliest_us: int
     future_skew_us: int
     hour_grace_us: int
+    rejects_kept: int | None = None
 
 
 class _StoredPlan(msgspec.Struct):
@@ -85,19 +106,20 @@ class _StoredPlan(msgspec.Struct):
     files: list[tuple[int, str, int]] = []
     rule_set: str | None = None
     ranges: list[tuple[str, int, int]] = []
+    quarantined: list[SetAside] = []
 
 
 @dataclass(frozen=True)
 class Plans:
-    """The plans up to a version of `events`, in the order of their commits; a batch occurs once."""
+    """The plans up to a version of the table, in the order of their commits; a batch occurs once."""
 
     batches: tuple[BatchPlan, ...]
 
 
-def read_plans(settings: Settings, version: int) -> Plans:
-    """All plans that the commits of `events` up to ``version`` hold or once held."""
-    log = DeltaLog(settings.table_uri(EVENTS.name))
-    path = settings.recount_path / "plans.json"
+def read_plans(settings: Settings, version: int, table: Table = EVENTS) -> Plans:
+    """All plans that the commits of ``table`` (`events` or `orders`) up to ``version`` hold or once held."""
+    log = DeltaLog(settings.table_uri(table.name))
+    path = settings.recount_path / ("plans.json" if table is EVENTS else f"plans-{table.name}.json")
     first = log.commit(0)
     table_id = first.table_id if first and first.table_id else str(DeltaTable(log.uri).metadata().id)
     catalogue = _load(path, table_id)
@@ -137,6 +159,8 @@ def _plan_of(log: DeltaLog, version: int) -> BatchPlan | None:
         files=tuple(sorted(PlannedFile(ms, landing_name(path), size) for ms, path, size in stored.files)),
         rule_set=stored.rule_set,
         ranges=tuple(sorted(PlannedRange(*span) for span in stored.ranges)),
+        rejects_kept=limits.rejects_kept,
+        set_aside=tuple(stored.quarantined),
     )
 
 

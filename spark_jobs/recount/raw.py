@@ -22,7 +22,7 @@ from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.duck import connect_delta
 from spark_jobs.recount.store import RawChunk
-from spark_jobs.tables import RAW_EVENTS
+from spark_jobs.tables import Table
 
 PREFIX = "kafka/"
 _PARTITION = ("cluster", "source_topic", "source_partition")
@@ -122,12 +122,12 @@ def both(span: Span, others: Iterable[Span]) -> list[Span]:
 
 
 class RawTable:
-    """The table of raw events at its newest version, and what it has of each partition."""
+    """A table of raw records at its newest version, and what it has of each partition."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, table: Table) -> None:
         # first how far the queries are: their rows are in the table before
-        self._queries = read_queries(settings, RAW_EVENTS.name)
-        uri = settings.table_uri(RAW_EVENTS.name)
+        self._queries = read_queries(settings, table.name)
+        uri = settings.table_uri(table.name)
         self.version = DeltaLog(uri).latest_version()
         self._table = None if self.version is None else DeltaTable(uri, version=self.version)
         self.table_id = "" if self._table is None else str(self._table.metadata().id)

@@ -38,6 +38,7 @@ class _RuleSet:
         self._patterns: list[re.Pattern[str]] | None = None
         self._crawlers: dict[str, bool] = {}
         self._users = set(content["users"])
+        self._exempt = {_folded(user) for user in content.get("exempt_users", ())}  # rule sets of old have none
         self._networks = [ipaddress.ip_network(text) for text in content["networks"]]
 
     @property
@@ -66,6 +67,10 @@ class _RuleSet:
             return False
         return any(address in network for network in self._networks)
 
+    def exempt_among(self, users: Collection[str]) -> list[str]:
+        """The users that stand for nobody known."""
+        return [user for user in users if _folded(user) in self._exempt]
+
     def hits_of(self, name: str, values: Collection[str]) -> list[str]:
         """The agents, or users, that a record rule hits."""
         if name not in self.on:
@@ -75,6 +80,11 @@ class _RuleSet:
         if name == "listed_user":
             return [value for value in values if value in self._users]
         return [value for value in values if self._networks and self.is_in_network(value)]
+
+
+def _folded(user: str) -> str:
+    """A user id without the blanks around it and in small letters, as far as these are ASCII."""
+    return "".join(letter.lower() if letter.isascii() else letter for letter in user.strip(" "))
 
 
 class TrafficJudge:
@@ -200,6 +210,9 @@ class TrafficJudge:
             """
         )
         self._record_rules(rules, name, "(from round where is_asked)")
+        users = [user for (user,) in self._recount.rows("select distinct user_id from round")]
+        self._recount.keep("exempt_values", pa.table({"value": pa.array(rules.exempt_among(users), pa.string())}))
+        self._lake.execute("create or replace temp view known as from round where user_id not in (from exempt_values)")
         for kind in ("click", "impression"):
             if f"repeat_{kind}" in rules.on:
                 frame = f"range between {rules.window_us(f'repeat_{kind}') - 1} preceding and 1 preceding"
@@ -209,7 +222,7 @@ class TrafficJudge:
                     f"""
                     select *, count(*) over (partition by user_id, ad_id order by time_us {frame}) as near,
                         row_number() over (partition by user_id, ad_id, time_us order by record_id) as nth
-                    from round where event_type = '{kind}' qualify is_asked and (near > 0 or nth > 1)
+                    from known where event_type = '{kind}' qualify is_asked and (near > 0 or nth > 1)
                     """,
                 )
         if "unmatched_click" in rules.on:
@@ -228,8 +241,8 @@ class TrafficJudge:
                 name,
                 "click_rate",
                 f"""
-                select * from round where is_asked and event_type = 'click' and (user_id, hour) in (
-                    select (user_id, hour) from round where event_type = 'click' group by user_id, hour
+                select * from known where is_asked and event_type = 'click' and (user_id, hour) in (
+                    select (user_id, hour) from known where event_type = 'click' group by user_id, hour
                     having count(*) > {int(rules.content["click_rate"]["clicks"])})
                 """,
             )

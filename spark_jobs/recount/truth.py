@@ -39,8 +39,10 @@ from spark_jobs.tables import (
     EVENTS,
     HOUR_RULES,
     MINUTE_METRICS,
-    RAW_EVENTS,
+    ORDERS,
+    RAW_TABLES,
     REJECTED_EVENTS,
+    REJECTED_ORDERS,
     RULE_SETS,
     TRAFFIC_REVIEWS,
     Table,
@@ -53,10 +55,14 @@ NO_HOUR = -(2**31)
 FILES_VERSION = -1
 """Stands for a version of `campaigns`: the price list as its files say it now."""
 
+ACCEPTED: dict[str, Table] = {"events": EVENTS, "orders": ORDERS}
+"""The table of each stream whose commits hold the plans of its batches."""
+
 # The ledger first: a batch that stands in it is whole in what is pinned behind it.
-PINNED: tuple[Table, ...] = (
-    *(BATCH_LEDGER, EVENTS, REJECTED_EVENTS, MINUTE_METRICS, CAMPAIGNS, HOUR_RULES, TRAFFIC_REVIEWS, RULE_SETS),
-)
+PINNED: dict[str, tuple[Table, ...]] = {
+    "events": (BATCH_LEDGER, EVENTS, REJECTED_EVENTS, MINUTE_METRICS, CAMPAIGNS, HOUR_RULES, TRAFFIC_REVIEWS, RULE_SETS),
+    "orders": (BATCH_LEDGER, ORDERS, REJECTED_ORDERS),
+}
 _MEMORY = "1200MB"
 _NO_END = 2**62
 _PAYLOAD = (
@@ -100,6 +106,7 @@ class Occurrence:
 class Inputs:
     """What a recount is made of, at one moment: versions of the tables, plans of the batches, and what those took."""
 
+    stream: str
     versions: dict[str, int]
     plans: list[BatchPlan]
     states: list[str]  # of each plan: booked, waiting (for raw records), pending, unfinished, unbooked or missed
@@ -125,6 +132,7 @@ class Inputs:
 
 def read_inputs(
     settings: Settings,
+    stream: str,
     *,
     missed_as: str,
     now_us: int,
@@ -136,39 +144,45 @@ def read_inputs(
     ``progress(done, total)`` is told of bytes.
     """
     # how far the queries are is read first: what they have ended stands in the versions that are pinned after that
-    query, topics = read_query(settings), read_queries(settings, "events")
-    versions = {table.name: DeltaLog(settings.table_uri(table.name)).latest_version() or 0 for table in PINNED}
-    plans = list(read_plans(settings, versions[EVENTS.name]).batches)
-    offered = _offered(settings, versions[BATCH_LEDGER.name])
-    landed = landed_files(settings)
+    query, topics = read_query(settings, stream), read_queries(settings, stream)
+    versions = {table.name: DeltaLog(settings.table_uri(table.name)).latest_version() or 0 for table in PINNED[stream]}
+    accepted = ACCEPTED[stream]
+    plans = list(read_plans(settings, versions[accepted.name], accepted).batches)
+    offered = _offered(settings, stream, versions[BATCH_LEDGER.name])
+    for plan in plans:
+        if (plan.query_id, plan.batch_id) in offered:  # of what a batch set aside no record is read
+            offered[plan.query_id, plan.batch_id] -= len(plan.set_aside)
+    landed = landed_files(settings, stream)
     known = {(plan.query_id, plan.batch_id) for plan in plans}
     without = sorted(offered.keys() - known)
-    made = _plans_of_rows(settings, versions, without, landed) if without else []
+    made = _plans_of_rows(settings, stream, versions, without, landed) if without else []
     lost = frozenset(range(len(made)))
     plans = made + plans
-    states = _states(settings, plans, offered, query, topics)
-    ranges = _Ranges(settings, plans, offered, {} if lost else topics)
+    states = _states(settings, stream, plans, offered, query, topics)
+    ranges = _Ranges(settings, stream, plans, offered, {} if lost else topics)
     missing = [] if lost else missed_files(landed, {file.name for plan in plans for file in plan.files}, query)
     there = [
         found.raw
         for number, plan in enumerate(plans)
         for file in plan.files
-        if (found := _as_planned(landed, file, is_lost=number in lost)) is not None
+        if not plan.is_set_aside(file.name) and (found := _as_planned(landed, file, is_lost=number in lost)) is not None
     ]
     parsed: dict[RawFile | RawChunk, ParsedFile] = {}
     wanted: list[RawFile | RawChunk] = [*there, *(file.raw for file in missing), *ranges.chunks]
-    for entry in ensure_parsed(settings, "events", list(dict.fromkeys(wanted)), progress):
+    for entry in ensure_parsed(settings, stream, list(dict.fromkeys(wanted)), progress):
         parsed[entry.raw] = entry
     missed = ranges.missed(parsed)
     if missing or missed:
         files = tuple(sorted(PlannedFile(file.raw.mtime_ms, file.name, file.raw.size) for file in missing))
         rules = rules_of(settings, versions)
         limits = (now_us, rules.earliest_us, rules.future_skew_us, rules.hour_grace_us, rules.campaigns_version)
-        plans.append(BatchPlan(missed_as, 0, versions[EVENTS.name] + 1, *limits, files, ranges=missed))
+        plans.append(BatchPlan(missed_as, 0, versions[accepted.name] + 1, *limits, files, ranges=missed))
         states.append("missed")
     occurrences = []
     for number, plan in enumerate(plans):
         for file in plan.files:
+            if plan.is_set_aside(file.name):
+                continue
             found = _as_planned(landed, file, is_lost=number in lost)
             # without an entry: changed or vanished, maybe while it was to be parsed
             occurrences.append(Occurrence(number, file.name, entry=None if found is None else parsed.get(found.raw)))
@@ -177,24 +191,25 @@ def read_inputs(
             states[number] = "waiting"
         occurrences += of_ranges
     if ranges.version is not None:
-        versions[RAW_EVENTS.name] = ranges.version
+        versions[RAW_TABLES[stream].name] = ranges.version
     lacking = _lacking(plans, states, offered, [found for found in occurrences if is_of_kafka(found.name)])
-    return Inputs(versions, plans, states, lost, occurrences, lacking - lost)
+    return Inputs(stream, versions, plans, states, lost, occurrences, lacking - lost)
 
 
 def _states(
     settings: Settings,
+    stream: str,
     plans: list[BatchPlan],
     offered: dict[tuple[str, int], int],
     query: RunningQuery,
     topics: dict[str, TopicQuery],
 ) -> list[str]:
     done = {query.query_id: query.done} | {topic.query_id: topic.done for topic in topics.values()}
-    newer = (topic.query_id for topic in read_queries(settings, "events").values())
-    running = {*done, read_query(settings).query_id, *newer}
+    newer = (topic.query_id for topic in read_queries(settings, stream).values())
+    running = {*done, read_query(settings, stream).query_id, *newer}
     last = {plan.query_id: plan.batch_id for plan in plans}
     unbooked = [plan for plan in plans if (plan.query_id, plan.batch_id) not in offered]
-    later = _offered(settings, None) if unbooked else offered
+    later = _offered(settings, stream, None) if unbooked else offered
     states = []
     for plan in plans:
         identity = (plan.query_id, plan.batch_id)
@@ -221,7 +236,12 @@ class _Ranges:
     """The planned ranges of Kafka's offsets against what the raw table has. ``chunks`` are to be parsed."""
 
     def __init__(
-        self, settings: Settings, plans: list[BatchPlan], offered: dict[tuple[str, int], int], topics: dict[str, TopicQuery]
+        self,
+        settings: Settings,
+        stream: str,
+        plans: list[BatchPlan],
+        offered: dict[tuple[str, int], int],
+        topics: dict[str, TopicQuery],
     ) -> None:
         self._offered = offered
         planned: dict[str, list[Span]] = {}
@@ -236,7 +256,7 @@ class _Ranges:
         self._of_name: dict[str, list[RawChunk]] = {}
         if not planned and not ends:
             return
-        self._raw = RawTable(settings)
+        self._raw = RawTable(settings, RAW_TABLES[stream])
         self.version = self._raw.version
         for name in sorted({*planned, *ends}):
             spans = sorted(planned.get(name, ()))
@@ -258,14 +278,10 @@ class _Ranges:
     def occurrences(self, number: int, plan: BatchPlan, parsed: dict[RawFile | RawChunk, ParsedFile]) -> Iterator[Occurrence]:
         """What there is of a plan's ranges, and what is not, in the order of reading."""
         found: list[Occurrence] = []
-        for part in plan.ranges:
-            span = (part.start, part.end)
-            held = self._held.get(part.name, [])
-            found += [Occurrence(number, part.name, *at, entry) for entry, at in self._parts(part.name, span, parsed)]
-            found += [
-                Occurrence(number, part.name, *rest, is_waiting=self._raw.is_behind(part.name, rest[0]))
-                for rest in minus(span, held)
-            ]
+        for name, span in _read_ranges(plan):
+            held = self._held.get(name, [])
+            found += [Occurrence(number, name, *at, entry) for entry, at in self._parts(name, span, parsed)]
+            found += [Occurrence(number, name, *rest, is_waiting=self._raw.is_behind(name, rest[0])) for rest in minus(span, held)]
         if any(one.entry is None for one in found) and not any(one.is_waiting for one in found):
             here = [one for one in found if one.entry is not None]
             # where no record is missing, what seems to be gone is a hole in the offsets
@@ -283,6 +299,14 @@ class _Ranges:
             if chunk.start >= span[1]:
                 return
             yield parsed[chunk], (max(span[0], chunk.start), min(span[1], chunk.end))
+
+
+def _read_ranges(plan: BatchPlan) -> Iterator[tuple[str, Span]]:
+    """The offsets that a batch read: its ranges without what it set aside."""
+    for part in plan.ranges:
+        aside = sorted((one.start, one.end) for one in plan.set_aside if one.name == part.name)
+        for span in minus((part.start, part.end), aside):
+            yield part.name, span
 
 
 def _lacking(
@@ -342,7 +366,7 @@ def listed(paths: Iterable[str]) -> str:
     return "[" + ", ".join(f"'{quoted(path)}'" for path in sorted(paths)) + "]"
 
 
-def _occurring(files: Iterable[str]) -> str:
+def occurring(files: Iterable[str]) -> str:
     """SQL for the records (``r``) of parsed files, once for each of the `occurrences` that has them."""
     return f"""
         read_parquet({listed(files)}, filename = true) r
@@ -364,19 +388,35 @@ def keep_table(lake: duckdb.DuckDBPyConnection, name: str, table: pa.Table, spil
     path.unlink()
 
 
-def _offered(settings: Settings, version: int | None) -> dict[tuple[str, int], int]:
-    """The batches of events that the ledger holds, with how many records they were offered."""
+def _offered(settings: Settings, stream: str, version: int | None) -> dict[tuple[str, int], int]:
+    """The batches of a stream that the ledger holds, with how many records they were offered."""
     held = DeltaTable(settings.table_uri(BATCH_LEDGER.name), version=version)
     rows = held.to_pyarrow_table(columns=["stream", "_query_id", "_batch_id", "offered"])
-    sums = rows.filter(pc.equal(rows["stream"], "events")).group_by(["_query_id", "_batch_id"]).aggregate([("offered", "sum")])
+    sums = rows.filter(pc.equal(rows["stream"], stream)).group_by(["_query_id", "_batch_id"]).aggregate([("offered", "sum")])
     names = (sums[name].to_pylist() for name in ("_query_id", "_batch_id", "offered_sum"))
     return {(query, batch): offered or 0 for query, batch, offered in zip(*names, strict=True)}
 
 
 def _plans_of_rows(
-    settings: Settings, versions: dict[str, int], batches: list[tuple[str, int]], landed: dict[str, LandedFile]
+    settings: Settings, stream: str, versions: dict[str, int], batches: list[tuple[str, int]], landed: dict[str, LandedFile]
 ) -> list[BatchPlan]:
-    """Plans of batches whose own are gone: the files and offsets that their rows name, today's limits, the newest prices."""
+    """Plans of batches whose own are gone: the files and offsets that their rows name, today's limits, the newest prices.
+
+    A row of `orders` names the last batch that changed the order, not the one whose file it names, so such plans of orders have
+    no files: their rows stand for themselves.
+    """
+    rows_of_events = (
+        f"""
+        select _query_id, _batch_id, ingested_at, source_file, source_line, rule_set
+        from {scan(settings, EVENTS.name, versions["events"])}
+        union all
+        select _query_id, _batch_id, ingested_at, source_file, source_line, null
+        from {scan(settings, REJECTED_EVENTS.name, versions["rejected_events"])}
+        union all
+    """
+        if stream == "events"
+        else ""
+    )
     with connect_delta() as lake:
         lake.register("wanted", pa.table({"_query_id": [q for q, _ in batches], "_batch_id": [b for _, b in batches]}))
         found = lake.execute(
@@ -387,14 +427,10 @@ def _plans_of_rows(
                 select _query_id, _batch_id, epoch_us(min(ingested_at)) as ingested_us, source_file, min(source_line) as first,
                     max(source_line) as last, mode(rule_set) as rule_set
                 from (
-                    select _query_id, _batch_id, ingested_at, source_file, source_line, rule_set
-                    from {scan(settings, EVENTS.name, versions["events"])}
-                    union all
-                    select _query_id, _batch_id, ingested_at, source_file, source_line, null
-                    from {scan(settings, REJECTED_EVENTS.name, versions["rejected_events"])}
-                    union all
-                    select _query_id, _batch_id, ingested_at, null, null, null
-                    from {scan(settings, BATCH_LEDGER.name, versions["batch_ledger"])} where stream = 'events'
+                    {rows_of_events}
+                    select _query_id, _batch_id, ingested_at, null::varchar as source_file, null::bigint as source_line,
+                        null::varchar as rule_set
+                    from {scan(settings, BATCH_LEDGER.name, versions["batch_ledger"])} where stream = '{stream}'
                 ) semi join wanted using (_query_id, _batch_id) group by _query_id, _batch_id, source_file
             ) group by _query_id, _batch_id order by 3, 1, 2
             """
@@ -413,14 +449,14 @@ def _plans_of_rows(
 
 
 def rules_of(settings: Settings, versions: dict[str, int]) -> Rules:
-    """Today's rules: the limits of the settings and the newest prices."""
+    """Today's rules: the limits of the settings and the newest prices (of orders: none)."""
     micros = settings.earliest_event_time.timestamp() * 1_000_000
     return Rules(
-        campaigns_version=versions[CAMPAIGNS.name],
+        campaigns_version=versions.get(CAMPAIGNS.name, 0),
         earliest_us=round(micros),
         future_skew_us=round(settings.future_skew.total_seconds() * 1_000_000),
         hour_grace_us=round(settings.hour_grace.total_seconds() * 1_000_000),
-        events_version=versions[EVENTS.name],
+        events_version=versions.get(EVENTS.name, 0),
     )
 
 
@@ -459,7 +495,10 @@ class Recount:
             f"create macro hour_of(us) as coalesce((us - ((us % {HOUR_US}) + {HOUR_US}) % {HOUR_US}) // {HOUR_US}, {NO_HOUR})"
         )
         self._load_batches()
-        self._load_rules(rules or {})
+        self._load_stream(rules or {}, prices)
+
+    def _load_stream(self, rules: dict[int, Rules], prices: pa.Table | None) -> None:
+        self._load_rules(rules)
         self._load_prices(prices)
         self._load_trusted()
         self._traffic = TrafficJudge(self)
@@ -470,7 +509,13 @@ class Recount:
 
     def scan(self, name: str) -> str:
         """SQL that reads a table at its pinned version."""
-        return scan(self.settings, name, self.inputs.versions[name])
+        held = scan(self.settings, name, self.inputs.versions[name])
+        if name in (
+            REJECTED_EVENTS.name,
+            REJECTED_ORDERS.name,
+        ):  # one of an older version has no column `records` before the next ingest adds it
+            return f"(from {held} union all by name select null::bigint as records where false)"
+        return held
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
         """The rows of a query."""
@@ -493,6 +538,7 @@ class Recount:
                     )
                 },
                 "rule_set": pa.array([plan.rule_set for plan in plans], pa.string()),
+                "rejects_kept": pa.array([plan.rejects_kept for plan in plans], pa.int64()),
                 "state": pa.array(inputs.states, pa.string()),
                 "is_left_out": pa.array([state in ("pending", "waiting") for state in inputs.states], pa.bool_()),
                 "is_partial": pa.array([number in partial for number in range(len(plans))], pa.bool_()),
@@ -565,6 +611,7 @@ class Recount:
         numbers = {found.batch for found in (*self.inputs.gone, *self.inputs.waiting)}
         self.lake.execute(f"create temp table trusted as {self._rows_as_they_are('absent', place, numbers)}")
         self._trust_unbacked()
+        self._trust_what_was_set_aside()
         ids = [name for (name,) in self.rows("select distinct record_id from trusted where is_valid")]
         hashes = [xxh3_64_intdigest(name.encode()) for name in ids]
         self.keep("trusted_ids", pa.table({"record_id": pa.array(ids, pa.string()), "id_hash": pa.array(hashes, pa.uint64())}))
@@ -585,13 +632,38 @@ class Recount:
                 campaign_id, ad_id, store_id, user_id, impression_id, placement, price_micros, currency, user_agent,
                 'accepted' as outcome, billing_model, is_late,
                 coalesce(spend_nanos, 0) + coalesce(invalid_spend_nanos, 0) as spend_nanos,
-                invalid_traffic_rule, invalid_traffic_rules, e.rule_set
+                invalid_traffic_rule, invalid_traffic_rules, e.rule_set, null::varchar[] as reasons, null::bigint as records
             from {events} e {joins}
             union all by name
             select o, {place}.b as b, name, e.region, source_line as line, false as is_valid, record_id,
-                epoch_us(record_time) as time_us, outcome
+                epoch_us(record_time) as time_us, outcome, reason_codes as reasons, records
             from {rejects} e {joins}
         """
+
+    def _trust_what_was_set_aside(self) -> None:
+        """What a batch did not read is one rejected record, as its plan says; o is negative: there is no occurrence."""
+        self._keep_set_aside()
+        self.lake.execute(
+            """
+            insert into trusted by name
+            select *, false as is_valid, 'rejected' as outcome, null::bigint as records from set_aside
+            """
+        )
+
+    def _keep_set_aside(self) -> None:
+        """Table `set_aside`: what the batches did not read, by their plans."""
+        found = [(number, one) for number, plan in enumerate(self.inputs.plans) for one in plan.set_aside]
+        rows = pa.table(
+            {
+                "o": pa.array([-1 - at for at in range(len(found))], pa.int64()),
+                "b": pa.array([number for number, _ in found], pa.int64()),
+                "name": pa.array([one.name for _, one in found], pa.string()),
+                "region": pa.array([one.name.split("/")[1] for _, one in found], pa.string()),
+                "line": pa.array([one.start for _, one in found], pa.int64()),
+                "reasons": pa.array([[one.reason] for _, one in found], pa.list_(pa.string())),
+            }
+        )
+        self.keep("set_aside", rows)
 
     def _trust_unbacked(self) -> None:
         """Rows of batches that lack raw records: those whose place has none stand for themselves, for theirs was taken away."""
@@ -629,12 +701,28 @@ class Recount:
         )
         return {hour: records for hour, records in found if hours is None or hour in hours}
 
+    def hours_held(self) -> set[int]:
+        """All hours of which the raw input or a table has a record."""
+        found = self.rows(
+            f"""
+            select distinct hour_of(epoch_us(event_hour)) from {self.scan("batch_ledger")}
+                where stream = 'events' and (offered != 0 or accepted != 0)
+            union select distinct epoch(event_date)::bigint // 3600 + event_hour from {self.scan("events")}
+            union select distinct hour_of(epoch_us(event_minute)) from {self.scan("minute_metrics")}
+            union select distinct hour_of(epoch_us(record_time)) from {self.scan("rejected_events")}
+            """
+        )
+        return {hour for (hour,) in found} | set(self.records_by_hour()) | self._hours_set_aside()
+
+    def _hours_set_aside(self) -> set[int]:
+        return {NO_HOUR} if any(plan.set_aside for plan in self.inputs.plans) else set()
+
     def hours_of_batch(self, number: int) -> set[int]:
         """The hours that the records of a batch lie in."""
         files = {str(found.entry.parquet) for found in self.inputs.occurrences if found.batch == number and found.entry}
         if not files:
             return set()
-        found = self.rows(f"select distinct hour_of(r.time_us) from {_occurring(files)} where b = {number}")
+        found = self.rows(f"select distinct hour_of(r.time_us) from {occurring(files)} where b = {number}")
         return {hour for (hour,) in found}
 
     # --- what is asked for hours
@@ -655,8 +743,9 @@ class Recount:
         """Make table `outcomes`: each record of ``hours`` with its outcome, its price and whether it is late.
 
         Columns: o, b, name, region, line, hour, record_id, received_us (never null of a valid record), the payload, outcome
-        (accepted, duplicate, conflict, rejected), holder_o and holder_line (the record that holds the id), billing_model,
-        spend_nanos, invalid_spend_nanos, is_late, invalid_traffic_rule, invalid_traffic_rules, rule_set.
+        (accepted, duplicate, conflict, rejected), reasons (of a rejected one), records (of one that stands for more),
+        holder_o and holder_line (the record that holds the id), billing_model, spend_nanos, invalid_spend_nanos, is_late,
+        invalid_traffic_rule, invalid_traffic_rules, rule_set.
         """
         asked, hours = hours, self._traffic.wide(hours)
         self.keep("hours", pa.table({"hour": pa.array(sorted(hours), pa.int64())}))
@@ -664,7 +753,7 @@ class Recount:
         self.lake.execute("create or replace temp table ids as select distinct id_hash from judged where is_ok")
         files = self.all_files()
         elsewhere = "hour_of(time_us) not in (from hours) and id_hash in (from ids)"
-        raw = f"union all select id_hash from {_occurring(files)}"
+        raw = f"union all select id_hash from {occurring(files)}"
         self.lake.execute(
             f"""
             create or replace temp table suspects as select id_hash from (
@@ -696,8 +785,8 @@ class Recount:
                 select o, b, name, coalesce(r.region, occurrences.region) as region, {columns},
                     null as outcome, hour_of(r.time_us) as hour, null as billing_model, null::bigint
                     as spend_nanos, null::boolean as is_late, null as invalid_traffic_rule,
-                    null::varchar[] as invalid_traffic_rules, null as rule_set
-                from {_occurring(files)} where {pushed}
+                    null::varchar[] as invalid_traffic_rules, null as rule_set, r.reasons, null::bigint as records
+                from {occurring(files)} where {pushed}
                 union all by name
             """
         else:
@@ -705,7 +794,13 @@ class Recount:
         self.lake.execute(
             f"""
             create or replace temp table {target} as
-            select r.* exclude (received_us), coalesce(r.received_us, ingested_us) as received_us,
+            select r.* exclude (received_us) replace (if(outcome is not null, r.reasons, list_concat(
+                    coalesce(r.reasons, []),
+                    if(time_us < coalesce(h.earliest_us, batches.earliest_us), ['event_time_out_of_range'], []),
+                    if(time_us > coalesce(r.received_us, ingested_us) + coalesce(h.future_skew_us, batches.future_skew_us),
+                        ['event_time_in_future'], [])
+                )) as reasons),
+                coalesce(r.received_us, ingested_us) as received_us,
                 outcome is not null as is_trusted,
                 case when outcome is not null then outcome = 'accepted'
                     else is_valid and time_us >= coalesce(h.earliest_us, batches.earliest_us)
@@ -745,7 +840,8 @@ class Recount:
             create or replace temp table counted as
             select r.o, r.b, r.name, r.region, r.line, r.hour, r.record_id, r.received_us, {", ".join(f"r.{n}" for n in _PAYLOAD)},
                 case when is_trusted then outcome when not is_ok then 'rejected' else coalesce(told, 'accepted') end as outcome,
-                is_trusted, is_valid, holder_o, holder_line, r.invalid_traffic_rule, r.invalid_traffic_rules, r.rule_set,
+                is_trusted, is_valid, r.reasons, r.records, holder_o, holder_line,
+                r.invalid_traffic_rule, r.invalid_traffic_rules, r.rule_set,
                 case when is_trusted then r.billing_model else prices.billing_model end as billing_model,
                 case when is_trusted then r.spend_nanos
                     when event_type = 'click' and prices.billing_model = 'cpc' then price_micros * 1000

@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import signal
+import stat
 import sys
 import uuid
 from collections.abc import Callable, Collection, Iterator
@@ -28,7 +29,7 @@ import pyarrow.parquet as pq
 
 from spark_jobs.recount.parser import LONGEST_LINE, UNREADABLE, Ints, parse_file, parse_values, record_schema
 
-FORMAT = 2  # raise it when the records or their meaning change: entries of another one are made again
+FORMAT = 3  # raise it when the records or their meaning change: entries of another one are made again
 METADATA_KEY = b"adtally.recount"
 ROW_GROUP_ROWS = 128 * 1024
 RECORD_BYTES = 350  # about so many does a raw record have: for progress only
@@ -84,13 +85,18 @@ class ChunkTask:
 AnyTask = ParseTask | ChunkTask
 
 
-def is_as_said(path: str, mtime_ms: int, size: int) -> bool:
-    """Whether a file is there in this state."""
+def mtime_ms(state: os.stat_result) -> int:
+    """A time of modification in milliseconds, in 64 bits that wrap: as the plans of batches have it."""
+    return int.from_bytes((state.st_mtime_ns // 1_000_000 % 2**64).to_bytes(8), signed=True)
+
+
+def is_as_said(path: str, modified_ms: int, size: int) -> bool:
+    """Whether a regular file is there in this state."""
     try:
-        found = os.stat(path)
+        found = os.lstat(path)
     except OSError:
         return False
-    return (found.st_mtime_ns // 1_000_000, found.st_size) == (mtime_ms, size)
+    return stat.S_ISREG(found.st_mode) and (mtime_ms(found), found.st_size) == (modified_ms, size)
 
 
 class _Facts:

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from spark_jobs.config import Settings
+from spark_jobs.rules.exempt import PLACEHOLDERS, ExemptUsers
 from spark_jobs.rules.store import read_rules
 
 KIND = "attribution"
@@ -29,6 +30,7 @@ class AttributionRules(BaseModel):
     ] = 7.0
     view_through: Annotated[bool, Field(description="Whether impressions count where no click lies in the window.")] = False
     view_through_hours: Annotated[int, Field(ge=1, le=8760, description="How long before an order an impression may lie.")] = 24
+    exempt_users: ExemptUsers = PLACEHOLDERS
 
     @field_validator("window_days")
     @classmethod

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import RuleFileError
+from spark_jobs.rules.exempt import PLACEHOLDERS, ExemptUsers
 from spark_jobs.rules.store import held_rules, keep_rule_set, read_rules
 
 KIND = "invalid_traffic"
@@ -97,7 +98,10 @@ class RateRule(_Frozen):
 
 
 class RuleFile(_Frozen):
-    """What the rule file says. ``list_file`` is a path from the folder of the rules: user ids and networks, one a line."""
+    """What the rule file says. ``list_file`` is a path from the folder of the rules: user ids and networks, one a line.
+
+    ``exempt_users`` share an id that stands for "unknown": rules that compare the events of a user leave them alone.
+    """
 
     crawler_user_agent: Rule = Rule()
     listed_user: Rule = Rule()
@@ -107,6 +111,7 @@ class RuleFile(_Frozen):
     unmatched_click: UnmatchedClick = UnmatchedClick()
     click_rate: RateRule = RateRule()
     list_file: str | None = None
+    exempt_users: ExemptUsers = PLACEHOLDERS
 
 
 class InvalidTrafficRules(_Frozen):
@@ -123,6 +128,7 @@ class InvalidTrafficRules(_Frozen):
     crawler_patterns: tuple[str, ...]
     users: tuple[str, ...]
     networks: tuple[str, ...]
+    exempt_users: ExemptUsers
 
     def mode(self, name: str) -> Mode:
         """The mode of a rule."""
@@ -143,7 +149,7 @@ class InvalidTrafficRules(_Frozen):
 def no_rules() -> InvalidTrafficRules:
     """What a batch without a rule set is judged by: no event is invalid."""
     off = {name: getattr(RuleFile(), name).model_copy(update={"mode": Mode.OFF}) for name in RULE_NAMES}
-    return InvalidTrafficRules(**off, crawler_source="", crawler_patterns=(), users=(), networks=())
+    return InvalidTrafficRules(**off, crawler_source="", crawler_patterns=(), users=(), networks=(), exempt_users=())
 
 
 def current_rules(settings: Settings) -> InvalidTrafficRules:
@@ -158,6 +164,7 @@ def current_rules(settings: Settings) -> InvalidTrafficRules:
         crawler_patterns=tuple(entry["pattern"] for entry in data),
         users=users,
         networks=networks,
+        exempt_users=told.exempt_users,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tomllib
 from datetime import datetime
 from pathlib import Path
@@ -10,17 +11,17 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import write_deltalake
 from pydantic import BaseModel, ValidationError
 
 from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import AdtallyError, RuleFileError
-from spark_jobs.sinks.delta import ensure_tables
+from spark_jobs.sinks.delta import append_decision, ensure_tables
 from spark_jobs.sources.delta import read_newest
-from spark_jobs.steps import Step, durable
+from spark_jobs.steps import Step
 from spark_jobs.tables import RULE_SETS
 
+_EXEMPT = "exempt_users"
 Rules = TypeVar("Rules", bound=BaseModel)
 
 
@@ -42,8 +43,19 @@ def read_rules(path: Path, model: type[Rules], **also: object) -> Rules:
 
 
 def canonical(rules: BaseModel) -> str:
-    """The rules as JSON: the same rules give the same text."""
-    return rules.model_dump_json()
+    """The rules as JSON: the same rules give the same text.
+
+    An empty list of exempt users is left out, as in rule sets from before there were any.
+    """
+    return rules.model_dump_json(exclude=None if getattr(rules, _EXEMPT, ()) else {_EXEMPT})
+
+
+def _of_content(content: str, model: type[Rules]) -> Rules:
+    """The inverse of ``canonical``, whatever the defaults of ``model`` are by now."""
+    told = json.loads(content)
+    if _EXEMPT in model.model_fields:
+        told.setdefault(_EXEMPT, [])
+    return model.model_validate(told)
 
 
 def rule_set_hash(kind: str, content: str) -> str:
@@ -60,8 +72,7 @@ def keep_rule_set(settings: Settings, kind: str, rules: BaseModel, now: datetime
         ensure_tables(settings)
     if name not in _held(settings)["rule_set"].to_pylist():
         row = {"rule_set": name, "kind": kind, "content": content, "set_at": now}
-        with durable(Step.RULE_SETS):
-            write_deltalake(uri, pa.Table.from_pylist([row], RULE_SETS.schema), mode="append")
+        append_decision(RULE_SETS, pa.Table.from_pylist([row], RULE_SETS.schema), settings, Step.RULE_SETS)
     return name
 
 
@@ -69,7 +80,7 @@ def held_rules(settings: Settings, name: str, model: type[Rules]) -> Rules:
     """The rule set with this hash, as it was used. Raises AdtallyError where the table does not have it."""
     held = _held(settings)
     for row in held.filter(pc.equal(held["rule_set"], name)).to_pylist():
-        return model.model_validate_json(row["content"])
+        return _of_content(row["content"], model)
     raise AdtallyError(f"table rule_sets does not have the rule set {name}", hint="it was removed, or the table is of another home")
 
 
@@ -77,7 +88,7 @@ def rule_sets_of(settings: Settings, kind: str, model: type[Rules]) -> dict[str,
     """Every rule set of a kind that was ever used, by its hash."""
     held = _held(settings)
     rows = held.filter(pc.equal(held["kind"], kind)).to_pylist()
-    return {row["rule_set"]: model.model_validate_json(row["content"]) for row in rows}
+    return {row["rule_set"]: _of_content(row["content"], model) for row in rows}
 
 
 def _held(settings: Settings) -> pa.Table:

@@ -1,14 +1,16 @@
 """Corrections: rows put into and taken out of Delta tables by a repair, a backfill or a review, decided first and written ahead.
 
-A correction lies whole under ``corrections_path`` before the first of its commits, and goes when the last one is made. Each of its
-tables changes in one commit, once (Delta's txn has the correction's own token), so a correction that was killed is finished by
-whoever comes next. Callers hold the locks: of rewriting, and the write locks of the streams.
+A correction lies whole and synced under ``corrections_path`` before the first of its commits, and goes when the last one is made.
+Each of its tables changes in one commit, once (Delta's txn has the correction's own token), so a correction that was killed is
+finished by whoever comes next. The manifest has a checksum of each part: what a power cut left of one that was never decided is
+discarded. Callers hold the locks: of rewriting, and the write locks of the streams.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+import logging
 import shutil
 import time
 from collections import Counter
@@ -25,10 +27,14 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.transaction import AddAction, RemoveAction
 
+from spark_jobs import disk
 from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
+from spark_jobs.errors import TableCorruptionError
+from spark_jobs.failure import one_line
+from spark_jobs.sinks.commit import committing
 from spark_jobs.sinks.data_files import DataFile, DataFileWriter
-from spark_jobs.sinks.delta import Transaction, commit_properties, has_seen
+from spark_jobs.sinks.delta import Transaction, add_actions, commit_properties, has_seen
 from spark_jobs.steps import Step, durable
 from spark_jobs.storage import open_root
 from spark_jobs.tables import (
@@ -36,8 +42,10 @@ from spark_jobs.tables import (
     EVENTS,
     HOUR_RULES,
     MINUTE_METRICS,
+    ORDERS,
     RECONCILIATIONS,
     REJECTED_EVENTS,
+    REJECTED_ORDERS,
     RESTATEMENTS,
     TABLES,
     TRAFFIC_REVIEWS,
@@ -49,6 +57,8 @@ _ORDER: dict[str, tuple[Step, str]] = {
     EVENTS.name: (Step.CORRECTED_EVENTS, "event_id"),
     REJECTED_EVENTS.name: (Step.CORRECTED_REJECTS, "source_file"),
     MINUTE_METRICS.name: (Step.CORRECTED_METRICS, "record_uuid"),
+    ORDERS.name: (Step.CORRECTED_ORDERS, "order_id"),
+    REJECTED_ORDERS.name: (Step.CORRECTED_ORDER_REJECTS, "source_file"),
     BATCH_LEDGER.name: (Step.CORRECTED_LEDGER, "_query_id"),
     RESTATEMENTS.name: (Step.RESTATEMENTS, "run_id"),
     HOUR_RULES.name: (Step.HOUR_RULES, "run_id"),
@@ -56,6 +66,7 @@ _ORDER: dict[str, tuple[Step, str]] = {
     RECONCILIATIONS.name: (Step.RECONCILIATIONS, "run_id"),
 }
 _MANIFEST = "manifest.json"
+_log = logging.getLogger("adtally")
 
 
 @dataclass(frozen=True)
@@ -82,13 +93,15 @@ class TableChange:
 class Correction:
     """What a run decided for some hours.
 
-    ``token`` names it in the transactions of the tables; ``events_version`` is the version of `events` that it was decided on.
+    ``token`` names it in the transactions of the tables; ``events_version`` and ``orders_version`` are the versions of `events` and
+    `orders` that it was decided on (None: it does not change the table).
     """
 
     token: str
     run_id: str
-    events_version: int
+    events_version: int | None
     changes: list[TableChange]
+    orders_version: int | None = None
 
 
 def write_ahead(settings: Settings, correction: Correction) -> None:
@@ -96,61 +109,98 @@ def write_ahead(settings: Settings, correction: Correction) -> None:
     folder = settings.corrections_path / correction.token
     hidden = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir(parents=True)
+    disk.make_folder(hidden)
+    parts: dict[str, str] = {}
     for change in correction.changes:
-        pq.write_table(change.remove, hidden / f"{change.table.name}.remove.parquet")
-        pq.write_table(change.add, hidden / f"{change.table.name}.add.parquet")
+        for part, rows in (("remove", change.remove), ("add", change.add)):
+            path = hidden / f"{change.table.name}.{part}.parquet"
+            pq.write_table(rows, path)
+            parts[path.name] = _checksum(path)
+    disk.sync_files(hidden / name for name in parts)
     manifest = {
         "token": correction.token,
         "run_id": correction.run_id,
         "events_version": correction.events_version,
+        "orders_version": correction.orders_version,
         "changes": [[change.table.name, change.metadata, change.by_key] for change in correction.changes],
+        "parts": parts,
     }
-    (hidden / _MANIFEST).write_text(json.dumps(manifest), "utf-8")
+    disk.write_file(hidden / _MANIFEST, json.dumps(manifest).encode())  # which syncs the folder, too
     with durable(Step.CORRECTION_DECIDED):
-        os.replace(hidden, folder)
+        disk.replace(hidden, folder)
 
 
 def unfinished_corrections(settings: Settings) -> Iterator[Correction]:
-    """Corrections that were decided and not carried out to the end. What was never decided whole is removed."""
+    """Corrections that were decided and not carried out to the end. What was never decided whole is removed.
+
+    Raises TableCorruptionError if one was damaged after the first of its commits.
+    """
     if not settings.corrections_path.exists():
         return
     for folder in sorted(settings.corrections_path.iterdir(), key=lambda path: path.stat().st_mtime_ns):
         if folder.name.startswith("."):
             shutil.rmtree(folder, ignore_errors=True)
-        else:
-            yield _read(folder)
+            continue
+        try:
+            correction = _read(folder)
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            _discard(settings, folder, error)
+            continue
+        yield correction
+
+
+def _discard(settings: Settings, folder: Path, error: Exception) -> None:
+    """Remove a correction that cannot be read, if no table has anything of it: it was never decided whole."""
+    begun = [
+        name
+        for name in _ORDER
+        if (log := DeltaLog(settings.table_uri(name))).exists() and has_seen(DeltaTable(log.uri), Transaction(folder.name, 0))
+    ]
+    if begun:
+        raise TableCorruptionError(
+            f"the correction {folder} cannot be read ({one_line(error, 200)}), and {', '.join(begun)} has its changes",
+            hint="remove the folder, then `adtally reconcile --repair` does the rest; docs/runbooks/power-cut.md",
+        )
+    _log.warning("adtally: correction %s was torn by a power cut before its first commit and is discarded", folder.name)
+    shutil.rmtree(folder)
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _read(folder: Path) -> Correction:
+    """A correction. Raises OSError, ValueError, KeyError, TypeError or ArrowException if it is not there whole."""
     manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
+    for name, checksum in manifest.get("parts", {}).items():
+        if _checksum(folder / name) != checksum:
+            raise ValueError(f"{name} is not what was written")
     changes = []
     for name, metadata, *by_key in manifest["changes"]:
         remove, add = (pq.read_table(folder / f"{name}.{part}.parquet") for part in ("remove", "add"))
         changes.append(TableChange(TABLES[name], remove, add, metadata, *by_key))
-    return Correction(manifest["token"], manifest["run_id"], manifest["events_version"], changes)
+    return Correction(manifest["token"], manifest["run_id"], manifest["events_version"], changes, manifest.get("orders_version"))
 
 
 def is_overtaken(settings: Settings, correction: Correction) -> bool:
-    """Whether nothing of a correction was done and `events` has gone on since: then it is to be decided anew.
+    """Whether nothing of a correction was done and `events` (or `orders`) has gone on since: then it is to be decided anew.
 
-    A record that it would put back may have been sent again and accepted meanwhile. Once its events are in, the rest of it holds
-    whatever comes after, for it only concerns batches that have ended.
+    A record that it would put back may have been sent again and accepted meanwhile. Once its events or orders are in, the rest of
+    it holds whatever comes after, for it only concerns batches that have ended.
     """
-    log = DeltaLog(settings.table_uri(EVENTS.name))
-    changes_events = any(change.table is EVENTS for change in correction.changes)
-    return (
-        changes_events
-        and log.latest_version() != correction.events_version
-        and not has_seen(DeltaTable(log.uri), Transaction(correction.token, 0))
-    )
+    for table, version in ((EVENTS, correction.events_version), (ORDERS, correction.orders_version)):
+        if any(change.table is table for change in correction.changes):
+            log = DeltaLog(settings.table_uri(table.name))
+            if log.latest_version() != version and not has_seen(DeltaTable(log.uri), Transaction(correction.token, 0)):
+                return True
+    return False
 
 
 def forget(settings: Settings, correction: Correction) -> None:
     """Remove a correction that is done or overtaken."""
     folder = settings.corrections_path / correction.token
     with durable(Step.CORRECTION_DONE):
-        os.replace(folder, folder.with_name(f".{folder.name}.tmp"))
+        disk.replace(folder, folder.with_name(f".{folder.name}.tmp"))
     shutil.rmtree(folder.with_name(f".{folder.name}.tmp"))
 
 
@@ -185,11 +235,11 @@ def _commit(settings: Settings, change: TableChange, step: Step, transaction: Tr
         rewritten += writer.files
     with DataFileWriter(uri, table) as writer:
         writer.write(change.add)
-    actions += [AddAction(f.path, f.size, f.partition, now, data_change=True, stats=f.stats) for f in [*rewritten, *writer.files]]
+    actions += add_actions([*rewritten, *writer.files])
     # where the rows lie that changed, and those of them in which keys may lie that the table did not have
     changed = [file.path for file in writer.files]
     metadata = {**change.metadata, "changed_files": changed, "added_files": [] if change.by_key else changed}
-    with durable(step):
+    with committing(uri, held, step, files=[*rewritten, *writer.files]):
         held.create_write_transaction(
             actions,
             mode="append",

@@ -12,16 +12,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, Schema, write_deltalake
+from deltalake import CommitProperties, DeltaTable, Schema
 from deltalake import Transaction as AppTransaction
 from deltalake.exceptions import CommitFailedError
 from deltalake.transaction import AddAction, RemoveAction
 
+from spark_jobs import disk
 from spark_jobs.config import Settings
-from spark_jobs.delta_log import DeltaLog
+from spark_jobs.delta_log import RETYPED_KEY, DeltaLog
+from spark_jobs.locks import rewriting
+from spark_jobs.sinks.commit import committing, sync_commits
 from spark_jobs.sinks.data_files import DataFile, DataFileWriter
-from spark_jobs.steps import Step, durable
-from spark_jobs.tables import CAMPAIGNS, ORDERS, TABLES, Table
+from spark_jobs.sinks.torn import mend_tables
+from spark_jobs.steps import Step
+from spark_jobs.tables import CAMPAIGNS, NAMES, ORDERS, TABLES, Table
 
 _MERGE_ATTEMPTS = 5
 
@@ -39,12 +43,22 @@ class Transaction:
 
 
 def ensure_tables(settings: Settings) -> None:
-    """Create the tables that do not exist yet and add the columns that an older adtally did not know. Safe to run again."""
+    """Create the tables that do not exist yet; give those of an older adtally the columns and the types that they lack.
+
+    What a power cut left of a last commit is set aside first. Safe to run again. Takes the rewrite lock where a table has to be
+    written anew for a type. Raises TableCorruptionError if a log is damaged otherwise.
+    """
+    mend_tables(settings)
     for table in TABLES.values():
         uri = settings.table_uri(table.name)
         if DeltaLog(uri).exists():
             _add_columns(uri, table)
+            if _has_other_types(DeltaTable(uri), table):
+                with rewriting(settings):
+                    _change_types(uri, table)
             continue
+        if "://" not in uri:
+            disk.make_folder(f"{uri}/_delta_log")
         DeltaTable.create(
             uri,
             Schema.from_arrow(table.schema),
@@ -53,6 +67,7 @@ def ensure_tables(settings: Settings) -> None:
             description=table.grain,
             configuration={"delta.dataSkippingStatsColumns": ",".join(table.stats_columns)},
         )
+        sync_commits(uri, -1)
 
 
 def _add_columns(uri: str, table: Table) -> None:
@@ -60,7 +75,44 @@ def _add_columns(uri: str, table: Table) -> None:
     known = {field.name for field in held.schema().fields}
     missing = [field for field in Schema.from_arrow(table.schema).fields if field.name not in known]
     if missing:
+        base = int(held.version())
         held.alter.add_columns(missing)
+        sync_commits(uri, base)
+
+
+def _has_other_types(held: DeltaTable, table: Table) -> bool:
+    types = {field.name: field.type for field in held.schema().fields}
+    return any(types[field.name] != field.type for field in Schema.from_arrow(table.schema).fields)
+
+
+def _change_types(uri: str, table: Table) -> None:
+    """Write the rows of a table anew with the types of the registry, in one commit. Earlier versions stay as they were.
+
+    delta-rs takes a new schema only with an overwrite, and marks what that removes as a change of data. RETYPED_KEY in the commit
+    tells the readers of the log that no row has changed.
+    """
+    from spark_jobs.sources.delta import read_batches  # here: it takes pandas along, which the definitions need not load
+
+    held = DeltaTable(uri)
+    if not _has_other_types(held, table):  # another process has done it, while this one waited for the lock
+        return
+    schema = pa.schema([field for field in table.schema if field.name not in table.partition_by])
+    with DataFileWriter(uri, table) as writer:
+        for file in pa.table(held.get_add_actions(flatten=True)).to_pylist():
+            for batch in read_batches(uri, [file["path"]], schema):
+                rows = pa.Table.from_batches([batch])
+                for name in table.partition_by:
+                    value = pa.scalar(file[f"partition.{name}"]).cast(table.schema.field(name).type)
+                    rows = rows.append_column(name, pa.repeat(value, rows.num_rows))
+                writer.write(rows)
+    with committing(uri, held, Step.TYPES_CHANGED, files=writer.files):
+        held.create_write_transaction(
+            add_actions(writer.files, data_change=False),
+            mode="overwrite",
+            schema=Schema.from_arrow(table.schema),
+            partition_by=list(table.partition_by),
+            commit_properties=CommitProperties(custom_metadata={RETYPED_KEY: "true"}),
+        )
 
 
 class DeltaSink:
@@ -78,6 +130,10 @@ class DeltaSink:
             self._held.update_incremental()
         return self._held
 
+    def has(self, transaction: Transaction) -> bool:
+        """Whether the table has the write of a transaction."""
+        return has_seen(self._snapshot(), transaction)
+
     def append(
         self,
         files: Sequence[DataFile],
@@ -86,16 +142,12 @@ class DeltaSink:
         metadata: Mapping[str, object] | None = None,
     ) -> None:
         """Add written files, once per transaction. ``metadata`` goes into the commit as JSON (userMetadata)."""
-        now = int(time.time() * 1000)
-        actions: list[AddAction | RemoveAction] = [
-            AddAction(f.path, f.size, f.partition, now, data_change=True, stats=f.stats) for f in files
-        ]
-        with durable(step, transaction.batch_id):
-            held = self._snapshot()
-            if has_seen(held, transaction):
-                return
+        held = self._snapshot()
+        if has_seen(held, transaction):
+            return
+        with committing(self.uri, held, step, transaction.batch_id, files=files):
             held.create_write_transaction(
-                actions,
+                add_actions(files),
                 mode="append",
                 schema=held.schema(),
                 partition_by=list(self.table.partition_by),
@@ -116,11 +168,11 @@ def merge_orders(rows: pa.Table, settings: Settings, transaction: Transaction, m
     """
     uri = settings.table_uri(ORDERS.name)
     properties = commit_properties(metadata, transaction)
-    with durable(Step.ORDERS, transaction.batch_id):
-        for attempts_left in reversed(range(_MERGE_ATTEMPTS)):
-            held = DeltaTable(uri)
-            if has_seen(held, transaction):
-                return
+    for attempts_left in reversed(range(_MERGE_ATTEMPTS)):
+        held = DeltaTable(uri)
+        if has_seen(held, transaction):
+            return
+        with committing(uri, held, Step.ORDERS, transaction.batch_id):
             if not rows.num_rows:  # the plan has to stand in a commit all the same
                 held.create_write_transaction([], mode="append", schema=held.schema(), commit_properties=properties)
                 return
@@ -145,19 +197,40 @@ def merge_orders(rows: pa.Table, settings: Settings, transaction: Transaction, m
 
 def replace_campaigns(rows: pa.Table, settings: Settings, metadata: Mapping[str, object]) -> None:
     """Replace the whole content of `campaigns` in one commit."""
-    with durable(Step.CAMPAIGNS):
-        write_deltalake(
-            settings.table_uri(CAMPAIGNS.name),
-            rows.select(CAMPAIGNS.schema.names),
-            mode="overwrite",
+    _write(CAMPAIGNS, rows, settings, Step.CAMPAIGNS, "overwrite", metadata)
+
+
+def replace_names(rows: pa.Table, settings: Settings, metadata: Mapping[str, object]) -> None:
+    """Replace the whole content of `names` in one commit."""
+    _write(NAMES, rows, settings, Step.NAMES, "overwrite", metadata)
+
+
+def append_decision(table: Table, rows: pa.Table, settings: Settings, step: Step) -> None:
+    """Append rows to a table in one commit without a transaction: an operator's decision, a rule set."""
+    _write(table, rows, settings, step, "append")
+
+
+def _write(
+    table: Table, rows: pa.Table, settings: Settings, step: Step, mode: str, metadata: Mapping[str, object] | None = None
+) -> None:
+    uri = settings.table_uri(table.name)
+    held = DeltaTable(uri)
+    with DataFileWriter(uri, table) as writer:
+        writer.write(rows)
+    with committing(uri, held, step, files=writer.files):
+        held.create_write_transaction(
+            add_actions(writer.files),
+            mode=mode,
+            schema=held.schema(),
+            partition_by=list(table.partition_by),
             commit_properties=commit_properties(metadata),
         )
 
 
-def append_decision(table: Table, rows: pa.Table, settings: Settings, step: Step) -> None:
-    """Add an operator's decision to a table of such."""
-    with durable(step):
-        write_deltalake(settings.table_uri(table.name), rows, mode="append")
+def add_actions(files: Sequence[DataFile], *, data_change: bool = True) -> list[AddAction | RemoveAction]:
+    """The actions of a commit that adds written files. ``data_change`` False: their rows were in the table before."""
+    now = int(time.time() * 1000)
+    return [AddAction(f.path, f.size, f.partition, now, data_change=data_change, stats=f.stats) for f in files]
 
 
 def has_seen(held: DeltaTable, transaction: Transaction) -> bool:

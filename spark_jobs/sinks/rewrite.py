@@ -16,7 +16,8 @@ from deltalake import CommitProperties, DeltaTable, WriterProperties
 from deltalake.transaction import AddAction, RemoveAction
 
 from spark_jobs.delta_log import DeltaLog
-from spark_jobs.steps import Step, durable
+from spark_jobs.sinks.commit import committing
+from spark_jobs.steps import Step
 from spark_jobs.tables import Table
 
 RUN_KEY = "adtallyCompaction"  # in the commitInfo
@@ -29,8 +30,10 @@ Partition = tuple[tuple[str, str], ...]
 """Partition columns and their values as Delta writes them; empty: all of the table."""
 
 
-def rearrange(held: DeltaTable, partition: Partition, target_bytes: int, run_id: str, *, z_order: Sequence[str] = ()) -> bool:
-    """Rewrite a partition of the snapshot ``held``: all its rows in Z-order of columns; without columns, its small files as one.
+def rearrange(
+    uri: str, held: DeltaTable, partition: Partition, target_bytes: int, run_id: str, *, z_order: Sequence[str] = ()
+) -> bool:
+    """Rewrite a partition of a table's snapshot: all its rows in Z-order of columns; without columns, its small files as one.
 
     Returns whether a commit was made. Raises deltalake's CommitFailedError where rows of the partition were changed meanwhile.
     """
@@ -42,7 +45,7 @@ def rearrange(held: DeltaTable, partition: Partition, target_bytes: int, run_id:
         "writer_properties": _PROPERTIES,
         "commit_properties": CommitProperties(custom_metadata={RUN_KEY: run_id}),
     }
-    with durable(Step.COMPACTION):
+    with committing(uri, held, Step.COMPACTION):
         done = held.optimize.z_order(z_order, **common) if z_order else held.optimize.compact(**common)
     return bool(done["numFilesRemoved"])
 
@@ -74,7 +77,7 @@ def take_back(uri: str, table: Table, version: int) -> None:
         if path not in after
     ]
     held = DeltaTable(uri)
-    with durable(Step.RESTORE):
+    with committing(uri, held, Step.RESTORE, files=()):
         held.create_write_transaction(actions, mode="append", schema=held.schema(), partition_by=list(table.partition_by))
 
 

@@ -12,9 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from spark_jobs.contract.spec import MAX_RAW_BYTES
+from spark_jobs.sources.landing import open_regular
+from spark_jobs.sources.quarantine import GZIP_BOMB, QuarantineLimits
 
 BLOCK_BYTES = 16 * 1024 * 1024
-_GZIP_READ_BYTES = 1024 * 1024
+MOST_LINES = 128 * 1024  # of a chunk: a block of line feeds has sixteen million lines
+_GZIP_READ_BYTES = 16 * 1024  # small: with each member that ends, zlib copies what it did not need
 
 
 @dataclass(frozen=True)
@@ -81,46 +84,75 @@ class _Fault(Exception):
 
 
 def _until_wrong(state: zlib._Decompress, chunk: bytes) -> bytes:
-    """What can be made of ``chunk`` before the byte at which it is wrong."""
+    """What can be made of ``chunk`` before the byte at which it is wrong.
+
+    A call of zlib's that raises loses the output that it has made. So each call here takes one byte of input and returns one
+    byte of output, and the first calls take out what ``state`` still has. The result is the same whatever the earlier reads were.
+    """
     made = []
     try:
-        for at in range(len(chunk)):
-            made.append(state.decompress(chunk[at : at + 1]))
+        for given in (b"", *(chunk[at : at + 1] for at in range(len(chunk)))):
+            while (data := state.decompress(given, 1)) or state.unconsumed_tail:
+                made.append(data)
+                given = state.unconsumed_tail
     except zlib.error:
         pass
     return b"".join(made)
 
 
-def _gzip_reader(handle: BinaryIO) -> Callable[[], bytes]:
-    """A function that returns the next decompressed bytes, b"" at a proper end; raises _Fault(reason) at a wrong one."""
+def _unpacked(handle: BinaryIO, limits: QuarantineLimits | None) -> Iterator[bytes]:
+    """What a gzip file holds, in pieces; raises _Fault(reason) where it is wrong."""
     state = zlib.decompressobj(31)
-    pending = b""
-    started = corrupt = False
-
-    def read() -> bytes:
-        nonlocal state, pending, started, corrupt
-        while not corrupt:
+    room = max(1, BLOCK_BYTES // 16)
+    stored = unpacked = 0
+    while piece := handle.read(_GZIP_READ_BYTES):
+        stored += len(piece)
+        is_full = False
+        while piece or is_full:
             if state.eof:
-                pending = state.unused_data.lstrip(b"\0")  # unconsumed_tail holds stale bytes here
-                while not pending:
-                    block = handle.read(_GZIP_READ_BYTES)
-                    if not block:
-                        return b""
-                    pending = block.lstrip(b"\0")
+                piece = piece.lstrip(b"\0")
+                if not piece:
+                    break
                 state = zlib.decompressobj(31)
-            chunk = pending or handle.read(_GZIP_READ_BYTES)
-            started = started or bool(chunk)
             before = state.copy()
             try:
-                data = state.decompress(chunk, BLOCK_BYTES)  # of no chunk: what an earlier call had no room for
+                data = state.decompress(piece, room)
             except zlib.error:
-                data, corrupt = _until_wrong(before, chunk), True
-            pending = state.unconsumed_tail
+                if data := _until_wrong(before, piece):
+                    yield data
+                raise _Fault("corrupt_gzip") from None
             if data:
-                return data
-            if not chunk:
-                raise _Fault("truncated_gzip" if started else "empty_gzip")
-        raise _Fault("corrupt_gzip")
+                yield data
+            unpacked += len(data)
+            if limits and unpacked > max(limits.unpacked_bytes, limits.gzip_ratio * stored):
+                raise _Fault(GZIP_BOMB)
+            is_full = len(data) == room and not state.eof  # zlib may hold back what there was no room for
+            piece = state.unused_data if state.eof else state.unconsumed_tail
+    if not state.eof:
+        raise _Fault("truncated_gzip" if stored else "empty_gzip")
+
+
+def _gzip_reader(handle: BinaryIO, limits: QuarantineLimits | None) -> Callable[[], bytes]:
+    """A function that returns the next block of what is unpacked, b"" at a proper end; raises _Fault(reason) at a wrong one.
+
+    Blocks are filled: a file may consist of a million members of a few bytes each.
+    """
+    pieces = _unpacked(handle, limits)
+    fault: Exception | None = None
+
+    def read() -> bytes:
+        nonlocal fault
+        made: list[bytes] = []
+        size = 0
+        try:
+            while fault is None and size < BLOCK_BYTES and (data := next(pieces, b"")):
+                made.append(data)
+                size += len(data)
+        except (_Fault, OSError) as error:
+            fault = error
+        if fault is not None and not size:
+            raise fault
+        return b"".join(made)
 
     return read
 
@@ -132,15 +164,33 @@ def _line_ends(data: bytes) -> npt.NDArray[np.int64]:
     return ends
 
 
-def read_lines(path: str | Path, start: int = 0, end: int | None = None) -> Iterator[Lines | LongLine | FileFault]:
+def _cut(data: bytes, first: int) -> Iterator[Lines]:
+    """Whole lines in chunks of at most MOST_LINES lines; ``first`` is the number of the first line."""
+    if data.count(b"\n") < MOST_LINES:
+        yield Lines(data, _line_ends(data), first)
+        return
+    at = 0
+    while at < len(data):  # a piece of MOST_LINES bytes has no more lines than that
+        cut = data.rfind(b"\n", at, at + MOST_LINES) + 1 or data.find(b"\n", at + MOST_LINES) + 1 or len(data)
+        piece = data[at:cut]
+        lines = Lines(piece, _line_ends(piece), first)
+        yield lines
+        first += len(lines.ends)
+        at = cut
+
+
+def read_lines(
+    path: str | Path, start: int = 0, end: int | None = None, limits: QuarantineLimits | None = None
+) -> Iterator[Lines | LongLine | FileFault]:
     """The lines that begin in bytes [start, end) of a plain file, or all lines of a gzip file (name ends in .gz).
 
-    Memory is bounded by BLOCK_BYTES plus MAX_RAW_BYTES whatever the file holds.
+    Memory is bounded by BLOCK_BYTES plus MAX_RAW_BYTES whatever the file holds. With ``limits`` a gzip file ends in a fault
+    GZIP_BOMB where it unpacks to more than they allow.
     """
     try:
-        with Path(path).open("rb") as handle:
+        with open_regular(path) as handle:
             if str(path).endswith(".gz"):
-                yield from _chunks(_gzip_reader(handle), 0, None)
+                yield from _chunks(_gzip_reader(handle, limits), 0, None)
                 return
             position = start
             if start:
@@ -195,7 +245,7 @@ def _chunks(read: Callable[[], bytes], position: int, end: int | None) -> Iterat
         data = rest + block
         if not block:
             if rest:
-                yield Lines(rest, _line_ends(rest), number)
+                yield from _cut(rest, number)
             return
         cut = len(data)
         last = False
@@ -206,10 +256,9 @@ def _chunks(read: Callable[[], bytes], position: int, end: int | None) -> Iterat
         if not last:
             cut = data.rfind(b"\n") + 1
         if cut:
-            whole = data[:cut]
-            ends = _line_ends(whole)
-            yield Lines(whole, ends, number)
-            number += len(ends)
+            for lines in _cut(data[:cut], number):
+                yield lines
+                number += len(lines.ends)
             position += cut
         if last:
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pyspark.sql import DataFrame, SparkSession
@@ -13,8 +13,10 @@ from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError
 from spark_jobs.kafka.ranges import OffsetRange, OffsetSplit
 from spark_jobs.sources.checkpoint import read_batch_files
-from spark_jobs.sources.landing import LandingFile, Split, follows_protocol, plan_splits
+from spark_jobs.sources.landing import LandingFile, Split, name_below, plan_splits, reason_of, relative_name
 
+# Spark measures a file's age from the newest file, whose time may lie centuries ahead; less than this would leave files out
+_NO_AGE = f"{2**63 - 1}ms"
 _FILE_SCHEMA = "path STRING, modificationTime TIMESTAMP, length BIGINT, content BINARY"
 
 
@@ -50,6 +52,10 @@ class Source(ABC):
     def splits(self, planned: Planned) -> Sequence[Split | OffsetSplit]:
         """What the tasks of a batch read, in the order of its records."""
 
+    @abstractmethod
+    def has_records(self, batch_id: int) -> bool:
+        """Whether a batch of the checkpoint was planned to read anything; False where the checkpoint no longer has it."""
+
     def regions(self, splits: Sequence[Split | OffsetSplit]) -> list[str]:
         """The regions that the ledger counts a batch by."""
         return sorted({split.region for split in splits})
@@ -78,7 +84,7 @@ class FilesSource(Source):
             .schema(_FILE_SCHEMA)
             .option("pathGlobFilter", "*.{jsonl,jsonl.gz}")
             .option("recursiveFileLookup", "true")  # or folders such as day=1 would be taken for partitions
-            .option("maxFileAge", "36500d")
+            .option("maxFileAge", _NO_AGE)
         )
         if self._settings.max_files_per_batch:
             reader = reader.option("maxFilesPerTrigger", self._settings.max_files_per_batch)
@@ -87,13 +93,31 @@ class FilesSource(Source):
         return reader.load(f"file://{_escape_glob(str(self._folder))}").select("path")
 
     def plan(self, batch_id: int) -> Planned:
-        """See Source. Files that do not follow the protocol are left alone."""
-        planned = read_batch_files(self.checkpoint, batch_id)
-        return Planned(planned.planned_us, [file for file in planned.files if follows_protocol(file.path, self._folder)])
+        """See Source. Spark lists more than is read: what `reason_of` names is left out, and `adtally status` counts it.
+
+        Raises LandingPathError for a file that lies in no folder of the stream.
+        """
+        planned = read_batch_files(self.checkpoint, batch_id, self._place)
+        landing = self._settings.landing_path
+        taken = [file for file in planned.files if reason_of(landing, relative_name(file.path, landing)) is None]
+        return Planned(planned.planned_us, taken)
+
+    def has_records(self, batch_id: int) -> bool:
+        """See Source."""
+        offsets = self.checkpoint / "offsets"
+        if not (offsets / str(batch_id)).exists() or (batch_id and not (offsets / str(batch_id - 1)).exists()):
+            return False
+        return bool(self.plan(batch_id).files)
 
     def splits(self, planned: Planned) -> list[Split]:
         """See Source."""
-        return plan_splits(planned.files, self._settings.landing_path, self._settings.split_bytes)
+        files = [replace(file, path=self._place(file.path)) for file in planned.files]
+        return plan_splits(files, self._settings.landing_path, self._settings.split_bytes)
+
+    def _place(self, path: str) -> str:
+        """Where a file lies that a checkpoint or a commit calls so."""
+        landing = self._settings.landing_path
+        return f"{landing}/{name_below(path, landing, self.name)}"
 
 
 def _escape_glob(text: str) -> str:

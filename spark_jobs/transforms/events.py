@@ -10,6 +10,7 @@ from spark_jobs.contract.spec import Contract, Limits
 from spark_jobs.dedupe.keys import hash_keys
 from spark_jobs.duck import query_arrow
 from spark_jobs.rules.invalid_traffic import InvalidTrafficRules, judge_of, marks
+from spark_jobs.tables import MINUTE_METRICS
 
 HOUR_US = 3_600_000_000
 
@@ -25,7 +26,11 @@ CAMPAIGN_SCHEMA = pa.schema(
 METRIC_KEYS = ("event_minute_us", "region", "campaign_id", "ad_id", "store_id", "placement", "currency")
 METRIC_MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos", "invalid_spend_nanos")
 INCREMENT_SCHEMA = pa.schema(
-    [("event_minute_us", pa.int64()), *((n, pa.string()) for n in METRIC_KEYS[1:]), *((n, pa.int64()) for n in METRIC_MEASURES)]
+    [
+        ("event_minute_us", pa.int64()),
+        *((n, pa.string()) for n in METRIC_KEYS[1:]),
+        *((n, MINUTE_METRICS.schema.field(n).type) for n in METRIC_MEASURES),
+    ]
 )
 
 
@@ -94,7 +99,7 @@ def price(events: pa.Table, campaigns: pa.Table) -> tuple[pa.Array, pa.Array]:
 
 
 def increments(events: pa.Table) -> pa.Table:
-    """Sums of accepted events (staged columns) per METRIC_KEYS: METRIC_MEASURES as int64."""
+    """Sums of accepted events (staged columns) per METRIC_KEYS, with INCREMENT_SCHEMA: DuckDB adds money up in 128 bits."""
     return query_arrow(
         f"""
         select event_time - event_time % 60000000 as event_minute_us, {", ".join(METRIC_KEYS[1:])},
@@ -102,18 +107,18 @@ def increments(events: pa.Table) -> pa.Table:
             count(*) filter (event_type = 'click' and invalid_traffic_rule is null) as clicks,
             count(*) filter (event_type = 'impression' and invalid_traffic_rule is not null) as invalid_impressions,
             count(*) filter (event_type = 'click' and invalid_traffic_rule is not null) as invalid_clicks,
-            sum(spend_nanos)::bigint as spend_nanos, sum(invalid_spend_nanos)::bigint as invalid_spend_nanos
+            sum(spend_nanos) as spend_nanos, sum(invalid_spend_nanos) as invalid_spend_nanos
         from input group by all
         """,
         events,
-    )
+    ).cast(INCREMENT_SCHEMA)
 
 
 def sum_increments(parts: list[pa.Table]) -> pa.Table:
     """One table of increments from several: the sums per METRIC_KEYS."""
     if not parts:
         return INCREMENT_SCHEMA.empty_table()
-    sums = ", ".join(f"sum({name})::bigint as {name}" for name in METRIC_MEASURES)
+    sums = ", ".join(f"sum({name}) as {name}" for name in METRIC_MEASURES)
     return query_arrow(f"select {', '.join(METRIC_KEYS)}, {sums} from input group by all", pa.concat_tables(parts)).cast(
         INCREMENT_SCHEMA
     )
@@ -144,10 +149,11 @@ def as_timestamp(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(pa.int64()).cast(pa.timestamp("us", "UTC"))
 
 
-def event_columns(staged: pa.Table, source_file: str, first_line: int, rule_set: str | None) -> pa.Table:
-    """The columns of table `events` (but for the batch's own) of accepted staged rows; ``first_line`` is line n = 0's number.
+def event_columns(staged: pa.Table, source_file: pa.ChunkedArray, first_line: pa.ChunkedArray, rule_set: str | None) -> pa.Table:
+    """The columns of table `events` (but for the batch's own) of accepted staged rows.
 
-    ``rule_set`` is the hash of the rules of invalid traffic that they were judged by.
+    ``source_file`` and ``first_line`` (the number of line n = 0) are those of each row's split. ``rule_set`` is the hash of the
+    rules of invalid traffic that they were judged by.
     """
     hours = pc.divide(staged["hour_us"], HOUR_US)
     same = (
@@ -162,7 +168,7 @@ def event_columns(staged: pa.Table, source_file: str, first_line: int, rule_set:
             "received_at": as_timestamp(staged["received_at"]),
             "fingerprint": pa.chunked_array([chunk.view(pa.int64()) for chunk in staged["fingerprint"].chunks], pa.int64()),
             "rule_set": pa.repeat(pa.scalar(rule_set, pa.string()), staged.num_rows),
-            "source_file": pa.repeat(pa.scalar(source_file), staged.num_rows),
+            "source_file": source_file,
             "source_line": pc.add(staged["n"], first_line),
             "event_date": _day(staged["hour_us"]),
             "event_hour": pc.subtract(hours, pc.multiply(pc.divide(hours, 24), 24)).cast(pa.int32()),

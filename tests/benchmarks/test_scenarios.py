@@ -66,7 +66,7 @@ def test_freshness_counts_every_file(tmp_path: Path) -> None:
     summary = document["summary"]
     assert summary["unread_files"] == 0
     assert 25 <= summary["files"] <= 31
-    assert 0 < summary["p50_seconds"] <= summary["p95_seconds"] < 2
+    assert 0 < summary["p50_seconds"] <= summary["p95_seconds"]
 
 
 def test_wrong_numbers_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -61,6 +62,20 @@ def test_severity_is_always_written(manifest: dict[str, Any]) -> None:
 def test_money_and_counts_are_whole_numbers(manifest: dict[str, Any]) -> None:
     """Floating point is for shares and ratios alone."""
     columns = [(name, column["data_type"]) for node in marts(manifest).values() for name, column in node["columns"].items()]
-    assert {kind for _, kind in columns} <= {"varchar", "bigint", "timestamp", "date", "boolean", "double"}
+    assert {kind for _, kind in columns} <= {
+        "varchar",
+        "bigint",
+        "hugeint",
+        "timestamp",
+        "date",
+        "boolean",
+        "double",
+        "decimal(38,4)",
+    }
     assert {name for name, kind in columns if kind == "double"} == RATIOS | {name for name, _ in columns if "completeness" in name}
-    assert {kind for name, kind in columns if "_micros" in name or "_nanos" in name} == {"bigint"}
+    money = {(name, kind) for name, kind in columns if re.search("nanos|micros", name)}
+    rounded = {name for name, kind in columns if kind == "decimal(38,4)"}
+    assert rounded == {"spend", "revenue_by_touch_date", "revenue_by_order_date", "invalid_spend"}, (
+        "whole numbers stand beside them"
+    )
+    assert {name for name, kind in money if kind != "hugeint"} == {"daily_budget_micros", "credit_micros"}, "sums have 128 bits"

@@ -89,5 +89,4 @@ class Lake:
 
 
 def _columns(table: Table) -> str:
-    pairs = [column.split() for column in table.columns.split(",")]
-    return ", ".join(f"{name} {_KINDS.get(kind, kind)}" for name, kind in pairs)
+    return ", ".join(f"{name} {_KINDS.get(kind, kind)}" for name, kind in table.types.items())

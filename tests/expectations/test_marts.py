@@ -67,11 +67,25 @@ select event_date, campaign_id, currency, 'late' as kind, 'late_event' as cause,
     4 as impressions_before, 4 as impressions_after,
     1 as clicks_before, 2 as clicks_after, 1 as spend_micros_before, 3 as spend_micros_after
 from fct_campaign_day;
+insert into fct_placement_day by name
+select event_date, placement, campaign_id, store_id, currency, impressions, clicks, invalid_impressions, invalid_clicks,
+    spend_nanos, spend_micros, 0.1 as ctr
+from fct_campaign_day, (values ('feed'), (null)) as placements(placement);
+insert into fct_user_frequency by name
+select period, period_start, 'c-1' as campaign_id, seen as impressions_per_user, 3 as users, 3 * seen as impressions, 1 as clicks
+from (values ('day', date '2025-06-02'), ('day', date '2025-06-03'), ('week', date '2025-06-02')) as periods(period, period_start),
+    range(3) as times(seen);
+insert into fct_invalid_traffic_sources by name
+select date '2025-06-02' as event_date, source_type, if(source_type = 'placement', null, 's-' || rule) as source, rule,
+    'EUR' as currency, 1 as campaigns, 2 as invalid_impressions, 1 as invalid_clicks, 500 as invalid_spend_nanos
+from (values ('user'), ('user_agent'), ('ad'), ('placement'), ('region')) as types(source_type),
+    (values ('listed_user'), ('repeat_click')) as rules(rule);
 insert into fct_event_accounting values (timestamp '2025-06-02 10:00:00', 'eu', 12, 10, 1, 0, 1, 2, 0, 1);
 insert into fct_reconciliation by name
-select 'r-1' as run_id, timestamp '2025-06-02 12:00:00' as run_at, timestamp '2025-06-02 10:00:00' as event_hour, 'events' as layer,
-    'none' as cause, 0 as rows_different, 10 as rows_expected, 10 as rows_found, 5 as nanos_expected, 5 as nanos_found,
-    false as is_repaired, true as is_latest;
+select 'r-1' as run_id, timestamp '2025-06-02 12:00:00' as run_at, timestamp '2025-06-02 10:00:00' as event_hour, layer, cause,
+    rows_different, 10 as rows_expected, 10 - rows_different as rows_found, 5 as nanos_expected, 5 as nanos_found,
+    false as is_repaired, true as is_latest
+from (values (null, 'none', 0), ('events', 'lost_rows', 2)) as findings(layer, cause, rows_different);
 insert into mart_build by name
 select 'hourly' as mart_group, 'b-1' as build_id, timestamp '2025-06-02 12:00:00' as built_at, table_name, 3 as delta_version
 from (values ('campaigns'), ('batch_ledger')) as tables(table_name);

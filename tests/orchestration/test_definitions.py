@@ -14,11 +14,14 @@ import dagster as dg
 import pytest
 
 from expectations import MARTS
+from orchestration.assets.lakehouse import TABLE_ASSETS
 from orchestration.assets.marts import groups_of
 from orchestration.assets.quality import MARTS_CHECKED
 from orchestration.definitions import build_definitions
 from orchestration.marts.build import GROUPS
 from orchestration.marts.manifest import is_mart, load_manifest
+from orchestration.up.instance import POOLS
+from spark_jobs.columns import COLUMNS
 from spark_jobs.config import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +73,13 @@ def test_the_graph_is_as_written_down(definitions: dg.Definitions) -> None:
         assert not differs, f"{part} (written down, found); if it is meant, renew {GRAPH.relative_to(ROOT)} with `{RENEW}`"
 
 
+def test_the_pools_are_those_whose_limits_are_known_from_the_start(definitions: dg.Definitions) -> None:
+    jobs = definitions.get_repository_def().get_all_jobs()
+    assert {node.definition.pool for job in jobs for node in job.nodes if isinstance(node.definition, dg.OpDefinition)} - {
+        None
+    } == set(POOLS)
+
+
 def test_everything_says_what_it_is(definitions: dg.Definitions) -> None:
     graph = definitions.resolve_asset_graph()
     for key in graph.get_all_asset_keys():
@@ -77,6 +87,7 @@ def test_everything_says_what_it_is(definitions: dg.Definitions) -> None:
         assert node.description, name
         assert list(node.owners) == ["team:ads-data"], name
         assert node.group_name != "default", name
+    assert [key.to_user_string() for key in graph.asset_check_keys if not graph.get_check_spec(key).description] == []
     repository = definitions.get_repository_def()
     described = {found.name: found.description for found in repository.schedule_defs}
     described |= {found.name: found.description for found in repository.sensor_defs}
@@ -109,10 +120,27 @@ def test_every_mart_goes_back_to_the_landing_files(definitions: dg.Definitions) 
 
 def test_columns_of_tables_and_marts_are_shown(definitions: dg.Definitions) -> None:
     graph = definitions.resolve_asset_graph()
-    for name, column, kind in (("ad_events", "spend_nanos", "bigint"), ("fct_campaign_day", "spend_micros", "bigint")):
+    for name, column, kind in (("ad_events", "spend_nanos", "bigint"), ("fct_campaign_day", "spend_micros", "hugeint")):
         schema = graph.get(dg.AssetKey(name)).metadata["dagster/column_schema"]
         columns = {found.name: found.type for found in (schema.value if isinstance(schema, dg.MetadataValue) else schema).columns}
         assert columns[column] == kind
+
+
+def test_every_column_of_a_table_is_described() -> None:
+    lacking = {name for asset in TABLE_ASSETS for name in asset.table.types if not COLUMNS.get(name)}
+    assert lacking == set()
+    assert set(COLUMNS) == {name for asset in TABLE_ASSETS for name in asset.table.types}  # no column that is gone
+
+
+def test_what_is_computed_says_where_its_code_is(definitions: dg.Definitions) -> None:
+    graph = definitions.resolve_asset_graph()
+    for key in graph.get_all_asset_keys():
+        if graph.get(key).is_executable:
+            references = graph.get(key).metadata["dagster/code_references"].code_references
+            paths = [Path(reference.file_path) for reference in references]
+            expected = f"{key.path[-1]}.sql" if "dbt" in graph.get(key).kinds else ".py"
+            assert [path for path in paths if path.is_file() and path.name.endswith(expected)], key
+            assert graph.get(key).code_version, key
 
 
 def test_a_group_of_marts_needs_no_mart_of_another(definitions: dg.Definitions) -> None:
@@ -123,6 +151,25 @@ def test_a_group_of_marts_needs_no_mart_of_another(definitions: dg.Definitions) 
         selected = {key.path[-1] for key in definitions.resolve_job_def(f"marts_{group}").asset_layer.selected_asset_keys}
         assert {name for name, own in groups.items() if group in own} <= selected
         assert not {name for name, own in groups.items() if group not in own} & selected
+
+
+def test_a_run_with_partitions_has_only_checks_with_partitions(definitions: dg.Definitions) -> None:
+    """Of each other check, Dagster would plan an execution a partition, of which all but one are skipped."""
+    for job in definitions.get_repository_def().get_all_jobs():
+        if job.partitions_def is not None and not job.name.startswith("__"):
+            checks = [job.asset_layer.asset_graph.get_check_spec(key) for key in job.asset_layer.asset_graph.asset_check_keys]
+            assert [spec.key.to_user_string() for spec in checks if spec.partitions_def is None] == [], job.name
+
+
+def test_tests_of_dbt_are_named_as_a_person_reads_them(definitions: dg.Definitions) -> None:
+    graph = definitions.resolve_asset_graph()
+    described = {key.to_user_string(): graph.get_check_spec(key).description for key in graph.asset_check_keys}
+    assert described["dim_ad:campaign_id_is_in_dim_campaign"] == "Each campaign_id is a campaign_id of dim_campaign."
+    assert described["fct_event_accounting:event_hour_and_region_are_unique"] == "No two rows have the same event_hour, region."
+    assert str(described["fct_event_accounting:every_offered_event_has_one_outcome"]).startswith("offered = accepted + duplicate")
+    tests = [node for node in load_manifest(load_settings())["nodes"].values() if node["resource_type"] == "test"]
+    of_dbt = [key for key in graph.asset_check_keys if "dagster_dbt/unique_id" in (graph.get_check_spec(key).metadata or {})]
+    assert len(of_dbt) == len(tests) > 40  # no two of an asset have one name
 
 
 def test_the_marts_with_expectations_are_those_with_a_suite() -> None:

@@ -9,7 +9,16 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from orchestration.partitions import RANGE_END_TAG, RANGE_START_TAG, contiguous, hour_of, hourly_partitions, hours_of, range_tags
+from orchestration.partitions import (
+    RANGE_END_TAG,
+    RANGE_START_TAG,
+    contiguous,
+    first_of,
+    hour_of,
+    hourly_partitions,
+    hours_of,
+    range_tags,
+)
 from spark_jobs.config import load_settings
 from spark_jobs.errors import UsageError
 from spark_jobs.hours import HOUR, HourRange
@@ -31,6 +40,37 @@ def test_they_begin_on_the_day_of_the_first_accepted_record(tmp_path: Path) -> N
     assert hourly_partitions(settings, now=NOW).start == utc("2026-03-12T00:00")
     commit(Path(settings.lakehouse_uri), BATCH_LEDGER, [ledger_row(1, "2026-03-10T10:00", accepted=1)])
     assert hourly_partitions(settings, now=NOW).start == utc("2026-03-10T00:00")
+
+
+def test_an_outlier_decides_nothing(tmp_path: Path) -> None:
+    settings = load_settings(home=tmp_path)
+    lake = Path(settings.lakehouse_uri)
+    commit(lake, BATCH_LEDGER, [ledger_row(0, "2000-01-01T00:00", accepted=1), ledger_row(0, "9999-12-31T23:00", accepted=1)])
+    commit(lake, BATCH_LEDGER, [ledger_row(1, "2026-03-11T10:00", accepted=1)])
+    assert hourly_partitions(settings, now=NOW).start == utc("2026-03-11T00:00")
+    rows = [ledger_row(2, "2026-02-01T05:00", accepted=1), ledger_row(2, "2025-01-01T05:00", accepted=1)]
+    commit(lake, BATCH_LEDGER, rows)  # 40 days before are few enough hours, a year before is too many for one
+    assert hourly_partitions(settings, now=NOW).start == utc("2026-02-01T00:00")
+    commit(lake, BATCH_LEDGER, [ledger_row(3, f"2025-01-01T{hour:02}:00", accepted=1) for hour in range(12)])
+    assert hourly_partitions(settings, now=NOW).start == utc("2025-01-01T00:00")
+
+
+def test_where_partitions_begin() -> None:
+    newest = utc("2026-03-10T00:00")
+
+    def before(*hours: int) -> int:
+        found = first_of([newest - hour * HOUR for hour in sorted(hours, reverse=True)])
+        assert found is not None
+        return (newest - found) // HOUR
+
+    assert first_of([]) is None
+    assert before(0) == 0
+    assert before(0, 1000) == 1000
+    assert before(0, 1001) == 0
+    assert before(0, 1500, 1600) == 1600  # two for 1600
+    assert before(0, 900, 1900) == 1900  # one for each thousand
+    assert before(0, 900, 1901) == 900
+    assert before(*range(0, 5000, 7), 230_000) == 4998
 
 
 def test_the_start_date_is_obeyed(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import duckdb
@@ -42,14 +43,10 @@ def _instance() -> Iterator[None]:
         yield
 
 
-def tick(schedule: dg.ScheduleDefinition, minute: int = 31, runs: Sequence[dg.DagsterRun] = ()) -> list[dg.RunRequest] | str:
-    """The runs that are asked for, or why none is. ``runs`` are there already."""
-    for run in runs:
-        Dagster.instance.add_run(run)
-    context = dg.build_schedule_context(instance=Dagster.instance, scheduled_execution_time=NOW.replace(minute=minute))
+def tick(schedule: dg.ScheduleDefinition) -> list[dg.RunRequest] | str:
+    """The runs that are asked for, or why none is."""
+    context = dg.build_schedule_context(instance=Dagster.instance, scheduled_execution_time=NOW)
     result = schedule.evaluate_tick(context)
-    for run in runs:
-        Dagster.instance.delete_run(run.run_id)
     return list(result.run_requests) if result.run_requests else str(result.skip_message)
 
 
@@ -59,23 +56,42 @@ def land(settings: Settings, name: str) -> None:
     path.write_text("{}\n")
 
 
+def sense(cursor: str | None, runs: Sequence[dg.DagsterRun] = ()) -> tuple[bool, str | None, str]:
+    """Whether a run of the ingest is asked for, the cursor after it, and why none is. ``runs`` are there already."""
+    for run in runs:
+        Dagster.instance.add_run(run)
+    context = dg.build_sensor_context(instance=Dagster.instance, cursor=cursor)
+    result = schedules.ingest_sensor(context)
+    for run in runs:
+        Dagster.instance.delete_run(run.run_id)
+    return isinstance(result, dg.RunRequest), context.cursor, str(getattr(result, "skip_message", ""))
+
+
+def ago(minutes: float) -> str:
+    """A cursor: a run was asked for so long ago."""
+    return (datetime.now(UTC) - timedelta(minutes=minutes)).isoformat()
+
+
 def test_ingest_runs_when_a_file_waits(settings: Settings) -> None:
-    assert tick(schedules.ingest_schedule) == "no landing file waits"
+    before = ago(1)
+    assert sense(before) == (False, before, "no landing file waits")
     land(settings, ".hidden.jsonl")
-    assert tick(schedules.ingest_schedule) == "no landing file waits"
+    assert sense(before) == (False, before, "no landing file waits")
     land(settings, "a.jsonl")
-    assert len(tick(schedules.ingest_schedule)) == 1
+    asked, after, _ = sense(before)
+    assert asked
+    assert after is not None and after > before
 
 
 def test_ingest_runs_each_half_hour_for_the_campaigns(settings: Settings) -> None:
-    assert [isinstance(tick(schedules.ingest_schedule, minute), list) for minute in (0, 1, 30, 59)] == [True, False, True, False]
+    assert [sense(cursor)[0] for cursor in (None, ago(29), ago(31))] == [True, False, True]
 
 
 def test_ingest_leaves_the_work_to_a_continuous_one(settings: Settings) -> None:
     land(settings, "a.jsonl")
     with FileLock(settings.home_path / INGEST_LOCK):
-        assert "another ingest runs" in str(tick(schedules.ingest_schedule))
-    assert len(tick(schedules.ingest_schedule)) == 1
+        assert "another ingest runs" in sense(None)[2]
+    assert sense(None)[0]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +101,32 @@ def test_ingest_leaves_the_work_to_a_continuous_one(settings: Settings) -> None:
 def test_ingest_is_not_asked_for_while_a_run_of_it_waits(settings: Settings, job: str, status: str, asked: bool) -> None:
     land(settings, "a.jsonl")
     run = dg.DagsterRun(job_name=job, status=dg.DagsterRunStatus(status))
-    assert isinstance(tick(schedules.ingest_schedule, runs=[run]), list) == asked
+    assert sense(None, [run])[0] == asked
+
+
+def test_marts_follow_closed_hours_unless_a_run_of_them_waits() -> None:
+    @dg.op
+    def nothing() -> None: ...
+
+    @dg.job
+    def hours() -> None:
+        nothing()
+
+    @dg.job
+    def marts() -> None:
+        nothing()
+
+    sensor = schedules.closed_hours_marts_sensor(hours, marts)
+    done = hours.execute_in_process(instance=Dagster.instance)
+
+    def sense() -> Any:
+        event = done.get_run_success_event()
+        return sensor(dg.build_run_status_sensor_context(sensor.name, event, Dagster.instance, done.dagster_run))
+
+    assert sense().run_key == done.run_id
+    waiting = Dagster.instance.add_run(dg.DagsterRun(job_name="marts", status=dg.DagsterRunStatus.STARTING))
+    assert sense().skip_message == "a run waits in the queue already"
+    Dagster.instance.delete_run(waiting.run_id)
 
 
 def publish(settings: Settings, group: str, built_at: str, **versions: int) -> None:

@@ -53,7 +53,7 @@ from spark_jobs.hours import floor_hour
 from spark_jobs.java import require_java
 from spark_jobs.jobs.closing import read_closing
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.services, pytest.mark.trial, pytest.mark.timeout(1200)]
 
 SEED = int(os.environ.get("CHAOS_SEED", "47"))
 START = datetime(2025, 6, 2, tzinfo=UTC)

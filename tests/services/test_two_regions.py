@@ -29,7 +29,7 @@ from spark_jobs.config import Settings, load_settings
 from spark_jobs.java import require_java
 from spark_jobs.jobs.closing import close_by_hand, read_closing
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.services, pytest.mark.trial, pytest.mark.timeout(1800)]
 
 EVENTS = 1_000
 WEST, EAST = "eu-west", "us-east"

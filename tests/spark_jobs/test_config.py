@@ -175,3 +175,17 @@ def test_jars_are_in_the_cache_of_the_user_by_default(tmp_path: Path, monkeypatc
     assert load_settings().jar_cache_path == tmp_path / ".cache" / "adtally" / "jars"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert load_settings().jar_cache_path == tmp_path / "xdg" / "adtally" / "jars"
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a]", "pct%20x", "bs\\x", "pi|pe", "up^", "new\nline"])
+def test_a_path_with_which_tables_cannot_be_opened_is_refused_on_one_line(tmp_path: Path, name: str) -> None:
+    for setting in ("home", "lakehouse"):
+        with pytest.raises(ConfigurationError, match=f"ADTALLY_{setting.upper()}: .* has the character") as caught:
+            load_settings(**{"home": tmp_path, setting: str(tmp_path / name)})
+        assert len(str(caught.value).splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["my ads", "O'Brien", 'a"b', "a$b", "ümlaut", "h#x", "q?x", "{b}", "c,d", "a*b", "a;b", "a&b"])
+def test_any_other_path_is_taken(tmp_path: Path, name: str) -> None:
+    assert load_settings(home=tmp_path / name).table_uri("events") == str(tmp_path / name / "lakehouse" / "events")

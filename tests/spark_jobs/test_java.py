@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from spark_jobs.errors import MachineError
-from spark_jobs.java import INSTALL_JAVA, Java, require_java
+from spark_jobs.java import INSTALL_JAVA, Java, require_java, require_utf8_names, utf8_for_java
 
+OURS = shutil.which("java", path=os.pathsep.join([f"{os.environ.get('JAVA_HOME', '')}/bin", os.environ["PATH"]])) or "java"
 JAVA_17 = 'openjdk version "17.0.11" 2024-04-16'
 JAVA_21 = 'openjdk version "21" 2023-09-19'
 JAVA_8 = 'java version "1.8.0_401"'
@@ -117,3 +121,21 @@ def test_java_is_asked_once_a_process(tmp_path: Path) -> None:
     java_in(tmp_path, JAVA_17, before=f"echo asked >> {tmp_path}/asked")
     assert require_java() is require_java()
     assert (tmp_path / "asked").read_text() == "asked\n"
+
+
+def test_java_takes_file_names_for_utf8_in_any_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it does not list a file with an accent in its name, and nobody is told."""
+    monkeypatch.setenv("LC_ALL", "C")
+    command = [OURS, "-XshowSettings:properties", "-version"]
+    with utf8_for_java():
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "sun.jnu.encoding = UTF-8" in told
+    assert os.environ["LC_ALL"] == "C"
+    assert "sun.jnu.encoding = UTF-8" not in subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def test_a_python_of_another_encoding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_utf8_names()
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "iso8859-1")
+    with pytest.raises(MachineError, match="file names are iso8859-1"):
+        require_utf8_names()

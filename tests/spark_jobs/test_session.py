@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from spark_jobs.session import _of_a_cluster, is_one_machine
+from spark_jobs.session import _java_option, _local_folder, _of_a_cluster, is_one_machine
 
 
 @pytest.mark.parametrize(
@@ -22,3 +24,18 @@ def test_the_driver_is_found_where_it_finds_the_master(monkeypatch: pytest.Monke
     assert _of_a_cluster("k8s://https://127.0.0.1:6443") == {}
     monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.7")  # said already
     assert _of_a_cluster("spark://127.0.0.1:7077") == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "option"),
+    [("/a/b-1", "/a/b-1"), ("/my ads", '"/my ads"'), ("/O'Brien", '"/O\'Brien"'), ('/a"b', '"/a\\"b"'), ("/a$b", '"/a$b"')],
+)
+def test_an_option_of_java_is_quoted_where_spark_would_cut_it(value: str, option: str) -> None:
+    assert _java_option(value) == option
+
+
+def test_sparks_own_folder_has_no_comma_in_its_path() -> None:
+    assert _local_folder(Path("/my ads/scratch")) == Path("/my ads/scratch/spark")
+    elsewhere = [_local_folder(Path("/a,b/scratch")) for _ in range(2)]
+    assert len(set(elsewhere)) == 2 and not any("," in str(folder) for folder in elsewhere)  # nobody can guess the next
+    assert all(folder.stat().st_mode & 0o777 == 0o700 for folder in elsewhere)

@@ -7,13 +7,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import lake
 import pytest
 from delta.tables import DeltaTable
+from local import LocalEvents
 from pyspark.sql import Row, SparkSession
 
+from orchestration.ledger import Ledger
 from services.simulator import simulate
 from services.simulator.truth import Truth
 from spark_jobs.config import Settings, load_settings
@@ -23,6 +26,8 @@ from spark_jobs.jobs import status as module
 from spark_jobs.jobs.ingest import run_ingest
 from spark_jobs.jobs.status import NOTHING_INGESTED, Status, read_status
 from spark_jobs.tables import TABLES
+
+pytestmark = pytest.mark.homes
 
 Break = Callable[[str], DeltaTable]
 
@@ -85,8 +90,23 @@ def test_a_whole_home_holds(made: tuple[Settings, Truth], spark: SparkSession) -
         assert source.last_batch_id == max(row["_batch_id"] for row in rows)
         assert source.last_ingested_at is not None and source.lag_seconds is not None
         assert source.last_ingested_at.timestamp() == max(row["ingested_at"] for row in rows).timestamp()
+        assert source.clock_ahead_seconds == 0
         received = max(row["max_received_at"] for row in rows if row["max_received_at"])
         assert source.lag_seconds == pytest.approx(source.last_ingested_at.timestamp() - received.timestamp())
+
+
+def test_a_clock_that_is_ahead_gives_no_negative_lag(spark: SparkSession, settings: Settings) -> None:
+    lake.campaigns(settings)
+    LocalEvents(settings).take([lake.event("a"), lake.event("b", received_at="2099-01-01T00:00:00Z")])
+    [source] = read_status(settings).sources
+    assert source.lag_seconds == 0
+    assert source.last_ingested_at is not None
+    received = datetime(2099, 1, 1, tzinfo=UTC)
+    assert source.clock_ahead_seconds == pytest.approx((received - source.last_ingested_at).total_seconds())
+    with Ledger.open(settings) as ledger:
+        version = DeltaLog(settings.table_uri("batch_ledger")).latest_version()
+        assert version is not None
+        assert [cell.lag_seconds for cell in ledger.added(-1, version)] == [0]
 
 
 def test_the_sizes_of_the_tables_are_those_of_the_log(made: tuple[Settings, Truth], spark: SparkSession) -> None:
@@ -314,7 +334,9 @@ def test_lost_tables_and_lost_files(home: Settings) -> None:
         read_status(home)
     shutil.rmtree(home.table_uri("minute_metrics"))
     shutil.rmtree(home.table_uri("orders"))
-    assert _broken(home) == [f"table {name} is missing, but others hold rows" for name in ("minute_metrics", "orders")]
+    missing, *lost = reversed(_broken(home))
+    assert [*lost[:1], missing] == [f"table {name} is missing, but others hold rows" for name in ("minute_metrics", "orders")]
+    assert [problem.split(" that ")[0] for problem in lost[1:]] == ["orders: no batch has taken 4 files"]  # the plans went with it
 
 
 def test_a_remote_lakehouse_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the tables of events hold, batch by batch, however it was corrected; and hands that tamper with them."""
+"""What the tables of events and orders hold, batch by batch, however it was corrected; and hands that tamper with them."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def rows(settings: Settings, sql: str) -> list[tuple[Any, ...]]:
     return sorted((tuple(row.values()) for row in select(settings, sql).to_pylist()), key=repr)
 
 
+def select_files(settings: Settings, name: str) -> list[Path]:
+    """The data files of a table."""
+    held = DeltaTable(settings.table_uri(name))
+    return [Path(uri.removeprefix("file://")) for uri in held.file_uris()]
+
+
 def append(settings: Settings, name: str, sql: str) -> None:
     """Add the rows of a query to a table, as a hand would."""
     table = TABLES[name]
@@ -54,7 +60,7 @@ def update(settings: Settings, name: str, where: str, **values: str) -> None:
 
 
 def contents(settings: Settings, *, identity: bool = True) -> dict[str, Any]:
-    """All rows of events and rejects, and what increments and ledger sum up to per batch (``identity``: else over all batches)."""
+    """All rows of events, orders and rejects, and what increments and ledger sum up to per batch; without ``identity`` over all."""
     batch = f", {_BATCH}" if identity else ""
     marks = "_run_id" if identity else f"_run_id, {_BATCH}, ingested_at, ingested_date"
     of_events = marks.replace(", ingested_date", "")
@@ -66,6 +72,8 @@ def contents(settings: Settings, *, identity: bool = True) -> dict[str, Any]:
     return {
         "events": rows(settings, f"select * exclude ({of_events}) from events"),
         "rejected_events": rows(settings, f"select * exclude ({marks}) from rejected_events"),
+        "orders": rows(settings, f"select * exclude ({of_events}) from orders"),
+        "rejected_orders": rows(settings, f"select * exclude ({marks}) from rejected_orders"),
         "minute_metrics": rows(
             settings,
             f"select {minutes}, {sums} from minute_metrics group by all having {counted} != 0",

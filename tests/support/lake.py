@@ -79,7 +79,7 @@ def campaigns(settings: Settings, *rows: str) -> None:
     path.write_text("\n".join([header, *(rows or default)]) + "\n")
 
 
-def rows(_spark: SparkSession, settings: Settings, table: str, columns: str, where: str = "true") -> list[tuple[Any, ...]]:
+def rows(_spark: SparkSession | None, settings: Settings, table: str, columns: str, where: str = "true") -> list[tuple[Any, ...]]:
     """Columns of a table, sorted; by DuckDB, which needs a tenth of Spark's time."""
     with connect_delta() as lake:
         return _rows(lake, settings, table, columns, where)

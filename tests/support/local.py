@@ -1,4 +1,4 @@
-"""Batches of events made by the ingest's own code in this process, one landing file each: what a test with many batches can afford.
+"""Batches of events and of orders made by the ingest's own code in this process, one landing file each: what a test can afford.
 
 Only Spark's part is not there: the checkpoint that plans a batch, and the workers that its tasks run in.
 """
@@ -17,6 +17,8 @@ from spark_jobs.config import Settings
 from spark_jobs.contract.spec import Limits, to_micros
 from spark_jobs.jobs.batch import BatchReport, Plan
 from spark_jobs.jobs.events import EventsJob
+from spark_jobs.jobs.orders import OrdersJob
+from spark_jobs.jobs.stream import StreamJob
 from spark_jobs.sinks.delta import Transaction
 from spark_jobs.sources.landing import LandingFile
 
@@ -47,31 +49,58 @@ class _Here:
         return self._items
 
 
-class LocalEvents(EventsJob):
-    """The stream of events of a home; each call of ``take`` is a batch."""
+class _Local(StreamJob):
+    """A stream of a home; each call of ``take`` is a batch."""
 
     def __init__(self, settings: Settings, query_id: str = "local") -> None:
         super().__init__(settings, lambda _: None)
         self._query_id = query_id
         self._next = 0
-        self._path = Path()
+        self._paths: list[Path] = []
 
     def take(self, records: Iterable[dict[str, Any]], region: str = "eu-west") -> BatchReport:
         """Land the records as a file and ingest it."""
-        name = f"events/{region}/{self._query_id}-{self._next:04d}.jsonl"
-        self._path = lake.land(self.settings, name, list(records))
+        return self.take_content(lake.lines(records), region=region)
+
+    def take_content(self, content: bytes, ending: str = ".jsonl", region: str = "eu-west") -> BatchReport:
+        """Land a file and ingest it."""
+        name = f"{self.stream}/{region}/{self._query_id}-{self._next:04d}{ending}"
+        self._paths = [lake.land(self.settings, name, content)]
+        return self._run_next()
+
+    def take_files(self, files: Iterable[Iterable[dict[str, Any]]], region: str = "eu-west") -> BatchReport:
+        """Land several files and ingest them as one batch."""
+        named = [(f"{self.stream}/{region}/{self._query_id}-{self._next:04d}-{at}.jsonl", file) for at, file in enumerate(files)]
+        self._paths = [lake.land(self.settings, name, list(file)) for name, file in named]
+        return self._run_next()
+
+    def take_landed(self, paths: Iterable[Path]) -> BatchReport:
+        """Ingest files that lie in the landing folder as one batch."""
+        self._paths = list(paths)
+        return self._run_next()
+
+    def _run_next(self) -> BatchReport:
         report = self._batch(_Here(), Transaction(self._query_id, self._next), time.monotonic())  # type: ignore[arg-type]
         self._first = False
         self._next += 1
         return report
 
     def _plan(self, transaction: Transaction) -> Plan:
-        state = self._path.stat()
+        states = [(path, path.stat()) for path in self._paths]
         limits = Limits(
             ingested_us=to_micros(datetime(2025, 6, 2, 12, tzinfo=UTC)) + transaction.batch_id * 1_000_000,
             earliest_us=to_micros(self.settings.earliest_event_time),
             future_skew_us=self.settings.future_skew // timedelta(microseconds=1),
             hour_grace_us=self.settings.hour_grace // timedelta(microseconds=1),
+            rejects_kept=self.settings.max_reject_rows,
         )
-        file = LandingFile(state.st_mtime_ns // 1_000_000, str(self._path), state.st_size)
-        return Plan(limits, self.plan_prices(), [file], self.plan_rules())
+        files = [LandingFile(state.st_mtime_ns // 1_000_000, str(path), state.st_size) for path, state in states]
+        return Plan(limits, self.plan_prices(), files, self.plan_rules())
+
+
+class LocalEvents(_Local, EventsJob):
+    """The stream of events."""
+
+
+class LocalOrders(_Local, OrdersJob):
+    """The stream of orders."""

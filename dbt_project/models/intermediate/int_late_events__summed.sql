@@ -44,10 +44,10 @@ final as (
                     when arrived.run_id is null then arrived.spend_nanos
                     else arrived.spend_nanos + arrived.invalid_spend_nanos
                 end
-            ) as bigint
+            ) as hugeint
         ) as spend_nanos,
         cast(
-            sum(case when arrived.was_invalid then arrived.invalid_spend_nanos else 0 end) as bigint
+            sum(case when arrived.was_invalid then arrived.invalid_spend_nanos else 0 end) as hugeint
         ) as invalid_spend_nanos
     from arrived
     inner join batches

@@ -13,7 +13,7 @@ final as (
         event_minute,
         campaign_id,
         currency,
-        {{ sum_bigint('spend_nanos') }} as spend_nanos
+        {{ sum_money('spend_nanos') }} as spend_nanos
     from increments
     group by event_minute, campaign_id, currency
     having sum(spend_nanos) <> 0

@@ -6,6 +6,12 @@ ads as (
 
 ),
 
+names as (
+
+    select * from {{ ref('stg_lakehouse__names') }}
+
+),
+
 spans as (
 
     select
@@ -35,6 +41,7 @@ final as (
 
     select
         spans.ad_id,
+        names.name as ad_name,
         last_owner.campaign_id,
         last_owner.store_id,
         spans.first_seen_minute,
@@ -42,6 +49,10 @@ final as (
         spans.campaigns_seen
     from spans
     inner join last_owner on spans.ad_id = last_owner.ad_id
+    left join names
+        on
+            spans.ad_id = names.id
+            and names.kind = 'ad'
 
 )
 

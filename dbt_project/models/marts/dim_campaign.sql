@@ -12,6 +12,12 @@ ads as (
 
 ),
 
+names as (
+
+    select * from {{ ref('stg_lakehouse__names') }}
+
+),
+
 seen as (
 
     select
@@ -46,6 +52,7 @@ final as (
 
     select
         campaign_ids.campaign_id,
+        names.name as campaign_name,
         coalesce(priced.store_id, last_store.store_id) as store_id,
         priced.billing_model,
         priced.daily_budget_micros,
@@ -60,6 +67,10 @@ final as (
     left join priced on campaign_ids.campaign_id = priced.campaign_id
     left join seen on campaign_ids.campaign_id = seen.campaign_id
     left join last_store on campaign_ids.campaign_id = last_store.campaign_id
+    left join names
+        on
+            campaign_ids.campaign_id = names.id
+            and names.kind = 'campaign'
 
 )
 

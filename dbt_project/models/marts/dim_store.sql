@@ -12,6 +12,12 @@ ads as (
 
 ),
 
+names as (
+
+    select * from {{ ref('stg_lakehouse__names') }}
+
+),
+
 owned as (
 
     select
@@ -45,12 +51,17 @@ final as (
 
     select
         store_ids.store_id,
+        names.name as store_name,
         coalesce(owned.campaigns, 0) as campaigns,
         seen.first_seen_minute,
         seen.last_seen_minute
     from store_ids
     left join owned on store_ids.store_id = owned.store_id
     left join seen on store_ids.store_id = seen.store_id
+    left join names
+        on
+            store_ids.store_id = names.id
+            and names.kind = 'store'
 
 )
 

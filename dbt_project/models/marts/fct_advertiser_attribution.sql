@@ -36,7 +36,7 @@ dated as (
 
 ),
 
-final as (
+summed as (
 
     select
         event_date,
@@ -47,11 +47,30 @@ final as (
         window_days,
         -- thirds do not add up to the last bit, and not in the same order each time
         round(sum(orders_by_touch_date), 9) as orders_by_touch_date,
-        {{ sum_bigint('revenue_by_touch_date_micros') }} as revenue_by_touch_date_micros,
+        {{ sum_money('revenue_by_touch_date_micros') }} as revenue_by_touch_date_micros,
         round(sum(orders_by_order_date), 9) as orders_by_order_date,
-        {{ sum_bigint('revenue_by_order_date_micros') }} as revenue_by_order_date_micros
+        {{ sum_money('revenue_by_order_date_micros') }} as revenue_by_order_date_micros
     from dated
     group by event_date, store_id, campaign_id, currency, model, window_days
+
+),
+
+final as (
+
+    select
+        event_date,
+        store_id,
+        campaign_id,
+        currency,
+        model,
+        window_days,
+        orders_by_touch_date,
+        revenue_by_touch_date_micros,
+        {{ micros_to_decimal('revenue_by_touch_date_micros', 'currency') }} as revenue_by_touch_date,
+        orders_by_order_date,
+        revenue_by_order_date_micros,
+        {{ micros_to_decimal('revenue_by_order_date_micros', 'currency') }} as revenue_by_order_date
+    from summed
 
 )
 

@@ -27,8 +27,8 @@ delivery as (
         {{ sum_bigint('clicks') }} as clicks,
         {{ sum_bigint('invalid_impressions') }} as invalid_impressions,
         {{ sum_bigint('invalid_clicks') }} as invalid_clicks,
-        {{ sum_bigint('spend_nanos') }} as spend_nanos,
-        {{ sum_bigint('invalid_spend_nanos') }} as invalid_spend_nanos
+        {{ sum_money('spend_nanos') }} as spend_nanos,
+        {{ sum_money('invalid_spend_nanos') }} as invalid_spend_nanos
     from increments
     group by cast(event_minute as date), store_id, campaign_id, currency
 
@@ -77,6 +77,7 @@ final as (
         clicks + invalid_clicks as gross_clicks,
         spend_nanos,
         {{ nanos_to_micros('spend_nanos') }} as spend_micros,
+        {{ nanos_to_decimal('spend_nanos', 'currency') }} as spend,
         {{ nanos_to_micros('invalid_spend_nanos') }} as invalid_spend_micros,
         {{ nanos_to_micros('cast(spend_nanos as hugeint) + invalid_spend_nanos') }} as gross_spend_micros,
         cast(clicks / nullif(impressions, 0) as double) as ctr,
@@ -84,8 +85,10 @@ final as (
         {{ rounded_ratio('spend_nanos', 'impressions') }} as cpm_micros,
         cast(orders_by_touch_date as double) as orders_by_touch_date,
         revenue_by_touch_date_micros,
+        {{ micros_to_decimal('revenue_by_touch_date_micros', 'currency') }} as revenue_by_touch_date,
         cast(orders_by_order_date as double) as orders_by_order_date,
         revenue_by_order_date_micros,
+        {{ micros_to_decimal('revenue_by_order_date_micros', 'currency') }} as revenue_by_order_date,
         cast(1000 * revenue_by_touch_date_micros / nullif(cast(spend_nanos as double), 0) as double) as roas,
         cast(
             1000 * revenue_by_order_date_micros / nullif(cast(spend_nanos as double), 0) as double

@@ -19,7 +19,7 @@ billed as (
         campaign_id,
         store_id,
         currency,
-        {{ sum_bigint('amount_micros') }} as billed_micros
+        {{ sum_money('amount_micros') }} as billed_micros
     from lines
     group by event_date, campaign_id, store_id, currency
 

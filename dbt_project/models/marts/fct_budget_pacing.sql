@@ -194,10 +194,10 @@ final as (
         cast(minutes_passed / 1440 as double) as day_share,
         history_days,
         cast(expected_share as double) as expected_share,
-        cast(round(daily_budget_micros * expected_share) as bigint) as expected_micros,
+        cast(round(daily_budget_micros * expected_share) as hugeint) as expected_micros,
         -- where the curve has no spend yet, the clock has to do
         try_cast(
-            round(spent_nanos / 1000 / coalesce(nullif(expected_share, 0), minutes_passed / 1440)) as bigint
+            round(spent_nanos / 1000 / coalesce(nullif(expected_share, 0), minutes_passed / 1440)) as hugeint
         ) as projected_micros,
         {{ nanos_to_micros('overspend_nanos') }} as overspend_micros,
         {{ nanos_to_micros('least(overspend_nanos, unknown_nanos)') }} as overspend_from_lag_micros,

@@ -19,8 +19,8 @@ summed as (
         {{ sum_bigint('clicks') }} as clicks,
         {{ sum_bigint('invalid_impressions') }} as invalid_impressions,
         {{ sum_bigint('invalid_clicks') }} as invalid_clicks,
-        {{ sum_bigint('spend_nanos') }} as spend_nanos,
-        {{ sum_bigint('invalid_spend_nanos') }} as invalid_spend_nanos
+        {{ sum_money('spend_nanos') }} as spend_nanos,
+        {{ sum_money('invalid_spend_nanos') }} as invalid_spend_nanos
     from increments
     group by event_minute, region, campaign_id, ad_id, store_id, currency
 
@@ -42,6 +42,7 @@ final as (
         invalid_clicks,
         spend_nanos,
         {{ nanos_to_micros('spend_nanos') }} as spend_micros,
+        {{ nanos_to_decimal('spend_nanos', 'currency') }} as spend,
         impressions + invalid_impressions as gross_impressions,
         clicks + invalid_clicks as gross_clicks,
         invalid_spend_nanos,

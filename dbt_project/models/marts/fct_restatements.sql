@@ -40,8 +40,8 @@ changes as (
         {{ sum_bigint('clicks') }} as clicks,
         {{ sum_bigint('invalid_impressions') }} as invalid_impressions,
         {{ sum_bigint('invalid_clicks') }} as invalid_clicks,
-        {{ sum_bigint('spend_nanos') }} as spend_nanos,
-        {{ sum_bigint('invalid_spend_nanos') }} as invalid_spend_nanos
+        {{ sum_money('spend_nanos') }} as spend_nanos,
+        {{ sum_money('invalid_spend_nanos') }} as invalid_spend_nanos
     from restatements
     group by cast(event_hour as date), campaign_id, currency, kind, cause, run_id
     union all
@@ -73,7 +73,7 @@ totals as (
         currency,
         {{ sum_bigint('impressions') }} as impressions,
         {{ sum_bigint('clicks') }} as clicks,
-        {{ sum_bigint('spend_nanos') }} as spend_nanos
+        {{ sum_money('spend_nanos') }} as spend_nanos
     from increments
     group by cast(event_minute as date), campaign_id, currency
 

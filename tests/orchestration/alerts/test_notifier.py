@@ -18,6 +18,7 @@ import pytest
 from orchestration.alerts import notifier as module
 from orchestration.alerts.notifier import (
     Alert,
+    AlertFile,
     AlertSeverity,
     LogNotifier,
     NotDeliveredError,
@@ -163,10 +164,28 @@ def test_one_that_fails_does_not_keep_the_others_from_telling(hook: Hook, caplog
     assert len(hook.got) == 1
 
 
+def test_what_is_appended_is_read_once_and_the_file_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = AlertFile(load_settings(home=tmp_path))
+    file.send(replace(ALERT, title="before"))
+    read = file.reader()
+    assert read() == []
+    file.send(ALERT)
+    file.send(replace(ALERT, title="again", run_id=None))
+    assert [alert.title for alert in read()] == [ALERT.title, "again"]
+    assert read() == []
+    with (tmp_path / "logs" / "alerts.jsonl").open("a") as somebody:
+        somebody.write("no alert\n")
+    assert read() == []
+    monkeypatch.setattr(module, "_ALERTS_BYTES", 100)
+    file.send(replace(ALERT, title="in a new file"))
+    assert [alert.title for alert in read()] == ["in a new file"]
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["alerts.jsonl", "alerts.jsonl.1"]
+
+
 def test_settings_choose_the_notifiers(tmp_path: Path) -> None:
-    assert [each.name for each in make_notifiers(load_settings(home=tmp_path))] == ["log"]
+    assert [each.name for each in make_notifiers(load_settings(home=tmp_path))] == ["log", "file"]
     settings = load_settings(home=tmp_path, alert_webhook="http://127.0.0.1:1/secret-token")
-    assert [each.name for each in make_notifiers(settings)] == ["log", "webhook"]
+    assert [each.name for each in make_notifiers(settings)] == ["log", "file", "webhook"]
     assert "secret-token" not in repr(settings)
 
 
@@ -182,5 +201,5 @@ def test_installed_notifiers_are_used(tmp_path: Path, monkeypatch: pytest.Monkey
     names = {"pager": "make_broken", "other": "not_wanted", "gone": "no_such_name"}
     points = [EntryPoint(name, f"{__name__}:{value}", module.ENTRY_POINTS) for name, value in names.items()]
     monkeypatch.setattr(module, "entry_points", lambda group: [point for point in points if point.group == group])
-    assert [each.name for each in make_notifiers(load_settings(home=tmp_path))] == ["log", "broken"]
+    assert [each.name for each in make_notifiers(load_settings(home=tmp_path))] == ["log", "file", "broken"]
     assert "notifier gone cannot be made" in caplog.text

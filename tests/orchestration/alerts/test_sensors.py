@@ -11,7 +11,8 @@ import dagster as dg
 import duckdb
 import pytest
 
-from orchestration.alerts.sensors import ALERT_SENSORS, SIGNAL_SENSORS, failed_check_sensor, failed_run_sensor
+from orchestration.alerts.checks import signal_checks
+from orchestration.alerts.sensors import ALERT_SENSORS, PACING_CHECK, SIGNAL_SENSORS, failed_check_sensor, failed_run_sensor
 from orchestration.assets.hours import RECOUNT_CHECK
 from orchestration.marts.pacing import early_spends
 from spark_jobs.config import load_settings
@@ -58,16 +59,17 @@ def test_an_alert_is_told_once_when_it_begins_and_once_when_it_is_over(
     home: Path, hook: Hook, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cursor = None
-    observed: list[tuple[str, bool]] = []
+    evaluated: list[tuple[str, str, bool, dg.AssetCheckSeverity]] = []
     for least_free in ("0", "0", str(2**60), str(2**60), "0", "0"):
         monkeypatch.setenv("ADTALLY_MIN_FREE_BYTES", least_free)
         result = tick("alert_disk_space", cursor, instance)
         cursor = result.cursor
-        observed += [(e.asset_key.to_user_string(), e.metadata["disk_space_ok"].value) for e in result.asset_events]
+        evaluated += [(e.asset_key.to_user_string(), e.check_name, e.passed, e.severity) for e in result.asset_events]
     assert told(hook) == [("disk space runs out", "critical"), ("disk_space is well again", "info")]
     assert hook.got[0]["body"]["runbook"] == "docs/runbooks/disk-space.md"
-    # observed at the first tick and at each change
-    assert observed == [("landing_files", True), ("landing_files", False), ("landing_files", True)]
+    # at the first tick and at each change
+    error = dg.AssetCheckSeverity.ERROR
+    assert evaluated == [("landing_files", "disk_space", passed, error) for passed in (True, False, True)]
 
 
 def test_an_alert_that_could_not_be_told_is_told_later(
@@ -88,11 +90,14 @@ def test_conservation_has_to_be_broken_twice_in_a_row(
 ) -> None:
     answers = iter([["x"], [], ["x"], ["x"], ["x"]])
     monkeypatch.setattr("spark_jobs.jobs.health.read_recent_problems", lambda settings, since: (1, next(answers)))
-    cursor, tellings = None, []
+    cursor, tellings, passed = None, [], []
     for _ in range(5):
-        cursor = tick("alert_conservation", cursor, instance).cursor
+        result = tick("alert_conservation", cursor, instance)
+        cursor = result.cursor
         tellings.append(len(hook.got))
+        passed += [each.passed for each in result.asset_events]
     assert tellings == [0, 0, 0, 1, 1]
+    assert passed == [True, False]
 
 
 def pacing(home: Path, *rows: tuple[str, str, str, int, bool]) -> None:
@@ -115,12 +120,15 @@ def test_a_campaign_that_spends_early_is_told_once_a_day(home: Path, hook: Hook,
     later = [*c1, ("c1", "2025-06-02", "10:06", 950_000, True), ("c2", "2025-06-02", "11:00", 990_000, True)]
     next_day = [*later, ("c1", "2025-06-03", "09:00", 100_000, False)]
     again = [*next_day, ("c1", "2025-06-03", "09:30", 920_000, True)]
-    cursor, tellings = None, []
+    cursor, tellings, passed = None, [], []
     for rows in ([], c1[:1], c1, c1, later, next_day, again):
         pacing(home, *rows)
-        cursor = tick("alert_budget_pacing", cursor, instance).cursor
+        result = tick("alert_budget_pacing", cursor, instance)
+        cursor = result.cursor
         tellings.append(len(hook.got))
+        passed += [each.passed for each in result.asset_events]
     assert tellings == [0, 0, 1, 1, 2, 2, 3]
+    assert passed == [True, False, False, False]
     assert [title for title, _ in told(hook)] == [
         "1 campaign spends its budget early on 2025-06-02",
         "1 campaign spends its budget early on 2025-06-02",
@@ -223,6 +231,23 @@ def test_a_failed_check_is_told_once(
     if hook.got:
         assert hook.got[0]["body"]["title"] == "check recount_equals_stream of reconciled_hours failed"
         assert hook.got[0]["body"]["detail"] == "3 rows are lost"
+
+
+def test_every_signal_is_a_check_that_says_where_to_look(
+    home: Path, hook: Hook, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checks that the sensors evaluate are there to be executed as well; one that is bad is red."""
+    monkeypatch.setenv("ADTALLY_MIN_FREE_BYTES", str(2**60))
+    monkeypatch.setenv("ADTALLY_REPORTS_URL", "http://127.0.0.1:3001")
+    checks = signal_checks()
+    assert {spec.name for spec in checks.check_specs} == {*SIGNALS, PACING_CHECK}
+    result = dg.Definitions(asset_checks=[checks]).resolve_implicit_global_asset_job_def().execute_in_process(instance=instance)
+    found = {each.check_name: each for each in result.get_asset_check_evaluations()}
+    assert found.keys() == {*SIGNALS, PACING_CHECK}
+    assert [name for name, each in found.items() if not each.passed] == ["disk_space"]
+    assert found["disk_space"].severity is dg.AssetCheckSeverity.ERROR
+    assert found["disk_space"].metadata["runbook"].value == "http://127.0.0.1:3001/docs/runbooks/disk-space.md"
+    assert hook.got == []
 
 
 def test_sensors_work_on_a_home_that_is_not_there(home: Path, hook: Hook, instance: dg.DagsterInstance) -> None:

@@ -12,16 +12,22 @@ from deltalake import DeltaTable, write_deltalake
 from lake import campaigns, event, land, order
 from pyspark.sql import SparkSession
 
+from expectations import validate_marts
+from orchestration.alerts.checks import signal_checks
 from orchestration.assets.quality import CHECKED, EXPECTATIONS_CHECK
 from orchestration.definitions import build_definitions
 from orchestration.marts import query_marts
-from orchestration.partitions import range_tags
+from orchestration.partitions import key_of, range_tags
+from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.hours import HourRange
+from spark_jobs.jobs.closing import read_closing
 from spark_jobs.jobs.ingest import run_ingest
 from spark_jobs.tables import TABLES
 from tests.orchestration.marts.delta_files import utc
+
+pytestmark = pytest.mark.homes
 
 CLOSED = HourRange(utc("2025-06-02T10:00"), utc("2025-06-02T12:00"))
 OPEN_KEY = "2025-06-02-12:00"
@@ -102,32 +108,61 @@ def duplicate_an_increment(settings: Settings) -> None:
     )
 
 
-def test_closed_hours_are_checked_compacted_recounted_and_published(home: Settings, run: Any) -> None:
-    result = run("closed_hours", CLOSED)
-    assert result.success
-    keys = {"2025-06-02-10:00", "2025-06-02-11:00"}
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory, spark: SparkSession) -> Path:
+    """A home with simulated traffic of four hours: duplicates, conflicts, late, rejected and invalid records, orders.
+
+    Every campaign is known: of seven the simulator leaves none out.
+    """
+    folder = tmp_path_factory.mktemp("healthy")
+    settings = load_settings(home=folder / "home")
+    simulate(settings.landing_path, 2000, 7, start=CLOSED.start, days=1 / 6, campaigns=7, ads=40)
+    run_ingest(settings, spark=spark)
+    return settings.home_path
+
+
+def test_closed_hours_are_checked_compacted_recounted_and_published_and_no_check_fails(
+    healthy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every asset check, dbt test and expectation passes on a healthy home: over the tables, the marts, and each hour of both."""
+    monkeypatch.setenv("ADTALLY_HOME", str(healthy))
+    settings = load_settings()
+    closing = read_closing(settings)
+    assert closing.first_hour is not None and closing.closed_through is not None
+    hours = HourRange(closing.first_hour, closing.closed_through)
+    keys = {key_of(hour) for hour in hours}
+    assert len(keys) >= 3
+    definitions = build_definitions(settings)
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = definitions.resolve_job_def("closed_hours").execute_in_process(
+            instance=instance, raise_on_error=False, tags=range_tags(hours)
+        )
+        assert result.success, why(result)
+        marts_result = definitions.resolve_job_def("closed_hours_marts").execute_in_process(instance=instance, raise_on_error=False)
+        assert marts_result.success, why(marts_result)
+        mart_check = dg.AssetCheckKey(dg.AssetKey("fct_campaign_day"), EXPECTATIONS_CHECK)
+        history = instance.event_log_storage.get_asset_check_execution_history(mart_check, 100)
+        assert [(each.status.value, each.partition) for each in history] == [("SUCCEEDED", None)]  # planned once, ended once
     for key in CHECKED:
         assert checked(result, key, EXPECTATIONS_CHECK).keys() == keys
-    found = checked(result, "ad_events", EXPECTATIONS_CHECK)
-    assert found["2025-06-02-10:00"].passed
-    # a warning, which holds up nothing
-    warned = found["2025-06-02-11:00"]
-    assert (warned.passed, warned.severity) == (False, dg.AssetCheckSeverity.WARN)
-    assert "campaign_id.is_a_campaign" in str(warned.description)
-    # the three of the second hour are of one user, ad and moment: two of them are repeats
-    reviewed = materialized(result, "reviewed_hours")
-    assert [reviewed[key]["invalid"] for key in sorted(keys)] == [0, 2]
     assert materialized(result, "compacted_events").keys() == keys
     recounted = materialized(result, "reconciled_hours")
-    assert {key: (row["events_expected"], row["events_found"]) for key, row in recounted.items()} == {
-        "2025-06-02-10:00": (21, 21),
-        "2025-06-02-11:00": (3, 3),
-    }
-    assert all(each.passed for each in checked(result, "reconciled_hours", "recount_equals_stream").values())
-    sums = "select sum(impressions)::bigint, sum(invalid_impressions)::bigint from fct_campaign_day"
-    assert query_marts(home, sums)[1] == [(22, 2)]
-    assert checked(result, "fct_campaign_day", EXPECTATIONS_CHECK)[None].passed
-    assert materialized(result, "fct_campaign_day")[None]["dagster/row_count"] == 2
+    assert recounted.keys() == keys
+    assert all(row["events_expected"] == row["events_found"] > 0 for row in recounted.values())
+    reviewed = sum(row["invalid"] for row in materialized(result, "reviewed_hours").values())
+    accounted = f"select sum(invalid_traffic)::bigint from fct_event_accounting where event_hour < '{hours.end:%Y-%m-%d %H:%M}'"
+    assert query_marts(settings, accounted)[1] == [(reviewed,)]
+    assert reviewed > 0
+
+    found = [*result.get_asset_check_evaluations(), *marts_result.get_asset_check_evaluations()]
+    assert [(each.asset_check_key.to_user_string(), each.partition, each.description) for each in found if not each.passed] == []
+    signals = {key for check in [signal_checks()] for key in check.check_keys}  # of the running system: no run judges them
+    every = set(definitions.resolve_asset_graph().asset_check_keys) - signals
+    assert every - {each.asset_check_key for each in found} == set()
+    marts = validate_marts(settings.marts_path)
+    assert [mart.table for mart in marts if not mart.rows] == []  # of an empty one no row could fail
+    marts += [each for hour in hours for each in validate_marts(settings.marts_path, hour=hour)]
+    assert [(each.table, each.hour, failed.name) for each in marts for failed in each.failed] == []
 
 
 def test_a_failed_expectation_holds_up_what_comes_after_it(home: Settings, run: Any) -> None:
@@ -141,9 +176,11 @@ def test_a_failed_expectation_holds_up_what_comes_after_it(home: Settings, run: 
         "2025-06-02-11:00": (True, dg.AssetCheckSeverity.WARN),
     }
     assert "record_uuid" in str(found["2025-06-02-10:00"].description)
-    held_up = ("reviewed_hours", "compacted_events", "reconciled_hours", "attributed_orders", "billing_lines", "fct_campaign_day")
+    warned = checked(result, "ad_events", EXPECTATIONS_CHECK)["2025-06-02-11:00"]  # of an unknown campaign
+    assert (warned.passed, warned.severity) == (False, dg.AssetCheckSeverity.WARN)
+    assert "campaign_id.is_a_campaign" in str(warned.description)
+    held_up = ("reviewed_hours", "compacted_events", "reconciled_hours", "attributed_orders")
     assert not [key for key in held_up if materialized(result, key)]
-    assert not home.marts_path.exists()
     after = versions(home)
     assert after == before
 
@@ -155,7 +192,7 @@ def test_differences_fail_the_check_until_they_are_repaired(home: Settings, run:
     found = checked(result, "reconciled_hours", "recount_equals_stream")
     assert {key: each.passed for key, each in found.items()} == {"2025-06-02-10:00": False, "2025-06-02-11:00": True}
     assert "increment_twice" in str(found["2025-06-02-10:00"].description)
-    assert found["2025-06-02-10:00"].metadata["nanos_difference"].value == 1500  # one impression of 1.5 micros a thousand
+    assert "| 1500 |" in str(found["2025-06-02-10:00"].metadata["found"].value)  # one impression of 1.5 micros a thousand
     for repair in (True, False):
         result = run("reconciliation", CLOSED, repair=repair)
         assert result.success, why(result)
@@ -167,11 +204,22 @@ def test_a_dry_run_of_a_backfill_tells_and_writes_nothing(home: Settings, run: A
     before = versions(home)
     assets = [definitions.get_assets_def("backfilled_hours")]
     config = {"ops": {"backfilled_hours": {"config": {"dry_run": True}}}}
-    result = dg.materialize(assets, partition_key="2025-06-02-11:00", run_config=config, raise_on_error=False)
-    assert result.success, why(result)
-    [told] = materialized(result, "backfilled_hours").values()
-    assert (told["dry_run"], told["rows_changed"], told["nanos_changed"]) == (True, 3, 4500)
-    assert "| 2025-06-02 | c-unknown | EUR |" in told["changes"]
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize(
+            assets, partition_key="2025-06-02-11:00", run_config=config, raise_on_error=False, instance=instance
+        )
+        assert result.success, why(result)
+        assert not result.get_asset_materialization_events()
+        assert instance.get_materialized_partitions(dg.AssetKey("backfilled_hours")) == set()
+    [event] = [each for each in result.all_events if each.event_type_value == "ASSET_OBSERVATION"]
+    observed = event.asset_observation_data.asset_observation
+    assert (observed.partition, observed.description) == (
+        "2025-06-02-11:00",
+        "Dry run, nothing was written: 2025-06-02-11:00 to 2025-06-02-11:00",
+    )
+    told: dict[str, Any] = {name: value.value for name, value in observed.metadata.items()}
+    assert (told["dry_run"], told["rows_changed"]) == (True, 3)
+    assert r"| 2025\-06\-02 | c\-unknown | EUR |" in told["changes"] and r"| 0\.0000045 |" in told["changes"]
     assert versions(home)["events"] == before["events"]
     assert versions(home)["minute_metrics"] == before["minute_metrics"]
 

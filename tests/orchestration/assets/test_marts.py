@@ -60,13 +60,13 @@ def test_a_failed_test_shows_its_rows_and_publishes_nothing(tmp_path: Path, monk
     assert result.get_asset_materialization_events() == []
     assert not settings.marts_path.exists()
     checks = {found.check_name: found for found in result.get_asset_check_evaluations()}
-    failed = checks["assert_increments_match_ledger"]
+    failed = checks["increments_match_ledger"]
     assert (failed.passed, failed.severity) == (False, dg.AssetCheckSeverity.ERROR)
     assert failed.description == "test assert_increments_match_ledger (2 rows)"
     assert failed.metadata["failing_rows"].value == 2
     rows: Any = failed.metadata["first_rows"].value
     assert sorted((row["side"], row["accepted"]) for row in rows) == [("increments", 1), ("ledger", 2)]
-    assert checks["unique_int_increments__completed_record_uuid"].passed
+    assert checks["record_uuid_is_unique"].passed
     [failure] = [event.step_failure_data for event in result.all_events if event.is_step_failure]
     assert failure.user_failure_data is not None
     assert "assert_increments_match_ledger (2 rows)" in str(failure.user_failure_data.description)

@@ -23,6 +23,8 @@ from spark_jobs.jobs.ingest import run_ingest
 from spark_jobs.tables import TABLES
 from tests.orchestration.marts.delta_files import utc
 
+pytestmark = pytest.mark.homes
+
 DAY = HourRange(utc("2025-06-02T00:00"), utc("2025-06-03T00:00"))
 PRICE = 2_000_000  # micros a click
 NEXT_DAY = {"event_time": "2025-06-03T02:00:00Z", "received_at": "2025-06-03T02:00:00Z"}
@@ -102,10 +104,11 @@ def test_a_closed_day_is_reviewed_credited_and_billed(home: Settings, definition
         assert result.success, why(result)
         reviewed = metadata(result, "reviewed_hours")
         assert reviewed["2025-06-02-13:00"]["changed"] == 1  # the repeat, a second behind the first, in the next hour
-        assert reviewed["2025-06-02-13:00"]["spend_nanos_change"] == -PRICE * 1000
         assert reviewed["2025-06-02-12:00"]["changed"] == 0
         assert sum(found["orders"] for found in metadata(result, "attributed_orders").values()) >= 1
-        assert metadata(result, "billing_lines")[None]["lines"] == 1
+        marts = definitions.resolve_job_def("closed_hours_marts").execute_in_process(instance=instance, raise_on_error=False)
+        assert marts.success, why(marts)
+        assert metadata(marts, "billing_lines")[None]["lines"] == 1
         assert query_marts(home, LEDGER)[1] == [("charge", "day_closed", 2 * PRICE, True)]
         assert query_marts(home, CREDITS)[1] == [("first", 500_001), ("other-ad", 500_000)]
 
@@ -156,7 +159,7 @@ def test_an_ingest_settles_at_its_end(home: Settings, capsys: pytest.CaptureFixt
     assert before["traffic_reviews"] == 0
     assert app.run(["ingest"]) == 0
     told = capsys.readouterr().err
-    assert "1 marks changed" in told
-    assert "1 orders: 1 credited to 2 touches" in told
-    assert "1 billing lines of 1 closed days" in told
+    assert "1 mark changed" in told
+    assert "1 order: 1 credited to 2 touches" in told
+    assert "1 billing line of 1 closed day" in told
     assert versions(home)["billing_lines"] == 1

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import duckdb
+import pyarrow.parquet as pq
 import pytest
 import terminal
 from terminal import Done, environment
@@ -22,6 +27,7 @@ import spark_jobs.jobs.ingest as ingest_module
 import spark_jobs.jobs.status as status_module
 from orchestration import demo
 from orchestration.cli import app, doctor
+from orchestration.marts import render
 from spark_jobs import jars, java
 from spark_jobs.errors import BusyError, ConservationError, MachineError
 from spark_jobs.jars import LOCK_FILE
@@ -52,6 +58,10 @@ def marts(tmp_path: Path) -> Path:
     (home / "marts").mkdir(parents=True)
     with duckdb.connect(str(home / "marts" / "marts.duckdb")) as connection:
         connection.execute("create table fct as select range as n from range(50000)")
+        connection.execute("create table mart_build (mart_group text, build_id text, built_at timestamp, table_name text)")
+        for group, build, hour in (("hourly", "b1", 8), ("near_real_time", "b2", 9)):
+            for table in ("events", "orders"):
+                connection.execute("insert into mart_build values (?, ?, ?, ?)", [group, build, datetime(2026, 3, 10, hour), table])
     return home
 
 
@@ -119,10 +129,10 @@ def test_without_a_command_the_help_is_shown(adtally: Adtally, arguments: tuple[
     assert "error" not in done.err
 
 
-def test_a_long_message_is_cut(adtally: Adtally) -> None:
+def test_a_long_message_is_cut_in_its_middle(adtally: Adtally) -> None:
     done = adtally("simulate", "--out", "x", "--events", "5", "--start", "long" * 1000)
     assert done.status == 2
-    assert len(done.error) <= 500 and done.error.endswith("...")
+    assert len(done.error) <= 600 and " ... " in done.error and done.error.endswith("2025-06-02T08:00:00Z)")
 
 
 # Settings
@@ -203,7 +213,8 @@ def test_what_nobody_expected_is_one_line_too(adtally: Adtally, monkeypatch: pyt
     monkeypatch.setattr(status_module, "read_status", _raises(RuntimeError("first line\nsecond line")))
     done = adtally("status")
     assert (done.status, done.out) == (1, "")
-    assert done.error == "RuntimeError: first line (run again as `adtally --debug ...` for the stack trace)"
+    said = r"RuntimeError: first line second line at \S+\.py:\d+ \(run again as `adtally --debug \.\.\.` for the stack trace\)"
+    assert re.fullmatch(said, done.error)
 
 
 @pytest.mark.parametrize(("error", "status"), [(RuntimeError("odd"), 1), (MachineError("no Java"), 2)])
@@ -290,6 +301,7 @@ def ingest(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_ingest_prints_progress_and_the_sum(adtally: Adtally, tmp_path: Path, ingest: SimpleNamespace) -> None:
+    (tmp_path / "here").mkdir()
     done = adtally("--home", "here", "ingest")
     assert done.status == 0
     assert done.out == "2 batches: 20 offered = 12 accepted + 4 duplicate + 2 conflict + 2 rejected; 6 of the accepted late\n"
@@ -349,6 +361,7 @@ def test_marts_build_and_query(built: tuple[Path, Done], adtally: Adtally) -> No
         "restatements": 0,
         "attributed_orders": 0,
         "billing_lines": 0,
+        "names": 0,
     }
     assert report["groups"] == ["near_real_time", "hourly"]
     assert report["rows"]["fct_campaign_day"] == 3
@@ -391,7 +404,91 @@ def test_query_before_the_marts_are_built(adtally: Adtally, tmp_path: Path) -> N
 def test_wrong_sql(adtally: Adtally, marts: Path, sql: str, message: str) -> None:
     done = adtally("--home", marts, "query", sql, "--format", "json")
     assert (done.status, done.out) == (2, "")
-    assert message in done.error
+    assert message in done.err and done.err.startswith("adtally: error: ") and "Traceback" not in done.err
+
+
+def test_a_wrong_statement_is_shown_with_a_caret_below_the_fault(adtally: Adtally, marts: Path) -> None:
+    done = adtally("--home", marts, "query", "select n,\n  nothing\nfrom fct")
+    error, line, caret = done.err.splitlines()
+    assert error.startswith("adtally: error: SQL: Binder Error: ") and done.status == 2
+    assert line[caret.index("^") :] == "nothing"
+
+
+def test_our_tables_are_suggested_not_those_of_the_catalogue(adtally: Adtally, marts: Path) -> None:
+    done = adtally("--home", marts, "query", "select * from fctt")
+    error, line, caret = done.err.splitlines()
+    assert error == "adtally: error: SQL: Catalog Error: Table with name fctt does not exist! (did you mean fct?)"
+    assert line[caret.index("^") :] == "fctt"
+    error = adtally("--home", marts, "query", "from pg_enumm").err.splitlines()[0]
+    assert error.endswith("does not exist! (`adtally query 'show tables'` lists the tables)")
+
+
+def test_a_table_has_100_rows_unless_more_are_asked_for(adtally: Adtally, marts: Path) -> None:
+    def rows(*options: str) -> tuple[int, str]:
+        done = adtally("--home", marts, "query", "from fct order by n", *options)
+        assert done.status == 0
+        return len(done.out.splitlines()), done.err
+
+    assert rows() == (103, "100 of 50,000 rows: --limit 0 prints all, --format csv or parquet has all\n")
+    assert rows("--limit", "7")[0] == 10
+    assert rows("--limit", "0") == (50_003, "")
+    assert rows("--format", "csv") == (50_001, "")
+    assert rows("--format", "csv", "--limit", "2")[0] == 3
+    assert adtally("--home", marts, "query", "from range(100)").err == ""
+
+
+def test_json_is_asked_for_in_one_way(adtally: Adtally, marts: Path) -> None:
+    assert adtally("--home", marts, "query", "select 1 as n", "--json", "--no-build").out == '[\n  {"n": 1}\n]\n'
+
+
+def test_query_writes_parquet(marts: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    assert app.run(["--home", str(marts), "query", VALUES, "--format", "parquet", "--no-build"]) == 0
+    found = pq.read_table(io.BytesIO(capfdbinary.readouterr().out)).to_pylist()
+    assert found == [
+        {
+            "gap": None,
+            "price": Decimal("1.10"),
+            "n": 9007199254740993,
+            "big": 3,
+            "at": datetime(2026, 3, 10, 10, 0, 0, 1),
+            "zoned": datetime(2026, 3, 10, 8, tzinfo=UTC),
+            "day": date(2026, 3, 10),
+            "name": 'a, "b"',
+            "yes": True,
+            "list": [1, None],
+        }
+    ]
+    huge = "select 170141183460469231731::hugeint as n union all select null order by 1 nulls last"
+    assert app.run(["--home", str(marts), "query", huge, "--format", "parquet", "--no-build"]) == 0
+    found = pq.read_table(io.BytesIO(capfdbinary.readouterr().out)).to_pylist()
+    assert found == [{"n": Decimal(170141183460469231731)}, {"n": None}]
+
+
+def test_a_narrow_terminal_gets_a_block_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    columns, rows = ["campaign_id", "impressions", "ctr"], [("c00001", 1234567, 0.021634615384615384), ("c00002", 7, None)]
+    assert render(columns, rows, width=80).splitlines()[2].split() == ["c00001", "1234567", "0.021635"]
+    assert render(columns, rows, width=33).splitlines() == [
+        *("row 1", "  campaign_id c00001", "  impressions 1234567", "  ctr 0.021635"),
+        *("row 2", "  campaign_id c00002", "  impressions 7   ctr NULL", "(2 rows)"),
+    ]
+
+
+def test_a_mistyped_home_is_not_made(adtally: Adtally, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = adtally("--home", "tyop", "ingest")
+    assert (done.status, done.error) == (2, f"there is no home at {tmp_path / 'tyop'} (mistyped? mkdir makes a new one)")
+    monkeypatch.setenv("ADTALLY_HOME", str(tmp_path / "tyop"))
+    assert adtally("ingest").status == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_is_short_too(adtally: Adtally, option: str) -> None:
+    for command in ((), ("query",), ("marts", "build")):
+        assert "Usage: adtally" in adtally(*command, option).out
+
+
+def test_the_version_is_an_option_too(adtally: Adtally) -> None:
+    assert adtally("--version").out == f"adtally {version('adtally')}\n"
 
 
 VALUES = """
@@ -417,16 +514,23 @@ def test_query_prints_json_without_loss(adtally: Adtally, marts: Path) -> None:
             "name": 'a, "b"',
             "yes": True,
             "list": [1, None],
+            "mart_build": "b1 b2",
         }
     ]
+    # two groups of one build name it once; without a row there is nothing to name it of
+    with duckdb.connect(str(marts / "marts" / "marts.duckdb")) as connection:
+        connection.execute("update mart_build set build_id = 'b3'")
+    asked = adtally("--home", marts, "query", "select 1 as one", "--format", "json").out
+    assert json.loads(asked) == [{"one": 1, "mart_build": "b3"}]
 
 
 def test_query_prints_csv(adtally: Adtally, marts: Path) -> None:
     assert adtally("--home", marts, "query", VALUES, "--format", "csv").out.splitlines() == [
-        "gap,price,n,big,at,zoned,day,name,yes,list",
-        ',1.10,9007199254740993,3,2026-03-10T10:00:00.000001,2026-03-10T08:00:00+00:00,2026-03-10,"a, ""b""",true,"[1, null]"',
+        "gap,price,n,big,at,zoned,day,name,yes,list,mart_build",
+        ',1.10,9007199254740993,3,2026-03-10T10:00:00.000001,2026-03-10T08:00:00+00:00,2026-03-10,"a, ""b""",true,"[1, null]"'
+        ",b1 b2",
     ]
-    assert adtally("--home", marts, "query", "select n from fct where false", "--format", "csv").out == "n\n"
+    assert adtally("--home", marts, "query", "select n from fct where false", "--format", "csv", "--no-build").out == "n\n"
 
 
 def test_query_prints_a_table(adtally: Adtally, marts: Path) -> None:
@@ -452,7 +556,7 @@ def test_query_prints_a_table(adtally: Adtally, marts: Path) -> None:
 def test_query_from_standard_input(marts: Path) -> None:
     with terminal.spawn("--home", str(marts), "query", "-", "--format", "csv", cwd=marts) as process:
         out, err = process.communicate("select count(*) as rows\nfrom fct;\n", timeout=60)
-    assert (process.returncode, out, err) == (0, "rows\n50000\n", "")
+    assert (process.returncode, out, err) == (0, "rows,mart_build\n50000,b1 b2\n", "")
 
 
 def test_status_of_an_empty_home(adtally: Adtally, tmp_path: Path) -> None:
@@ -469,6 +573,9 @@ def test_status_of_an_empty_home(adtally: Adtally, tmp_path: Path) -> None:
         "problems": [NOTHING_INGESTED],
         "publications": [],
         "topics": [],
+        "waiting": [],
+        "ignored": [],
+        "rejects": [],
     }
     assert list(tmp_path.iterdir()) == []
 
@@ -494,12 +601,14 @@ def test_status_prints_times_and_lags(adtally: Adtally, monkeypatch: pytest.Monk
     source = status_module.SourceStatus("events", "files", "eu-west", 1234567, 1234567, 0, 0, 0, 0, 3725.0, 9, at)
     table = status_module.TableStatus("events", 3, 1234567, 12, 1_500_000)
     lost = status_module.QuarantinedFile("eu/[x].jsonl.gz", ["truncated_gzip"], at)
-    found = status_module.Status([source], [table], [lost], True, ["[red]as it is[/]"])
+    ahead = status_module.SourceStatus("events", "files", "us", 1, 1, 0, 0, 0, 0, 0.0, 9, at, 251_606_474_273.8)
+    found = status_module.Status([source, ahead], [table], [lost], True, ["[red]as it is[/]"])
     monkeypatch.setattr(status_module, "read_status", lambda _settings: found)
     out = adtally("status").out
     for part in (
         "1,234,567",
         "1 h 2 min",
+        "0.0 s (clock ahead by 7,978 y 141 d)",
         "2026-03-10 12:00:05",
         "1.5 MB",
         "eu/[x].jsonl.gz",
@@ -575,7 +684,9 @@ def checks(done: Done) -> dict[str, tuple[bool, str]]:
     return {check["name"]: (check["ok"], check["detail"]) for check in found["checks"]}
 
 
-NAMES = ["settings", "python", "java", "jars", "duckdb extension", "home", "landing", "disk"]
+NAMES = [
+    *("settings", "python", "java", "jars", "duckdb extension", "home", "spark", "locale", "ports", "landing", "disk", "fsync"),
+]
 
 
 @pytest.mark.usefixtures("healthy")
@@ -596,7 +707,7 @@ def test_doctor_tells_every_fault(adtally: Adtally, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("ADTALLY_HOME", str(tmp_path / "file"))
     monkeypatch.setenv("ADTALLY_CACHE_DIR", str(tmp_path / "other-cache"))
     monkeypatch.setenv("JAVA_HOME", str(tmp_path / "no-jdk"))
-    monkeypatch.setitem(sys.modules, "duckdb_extensions", None)
+    monkeypatch.setitem(sys.modules, "duckdb_extension_delta", None)
     monkeypatch.setattr(doctor, "MIN_FREE_BYTES", 10**18)
     done = adtally("doctor", "--json")
     found = checks(done)
@@ -610,6 +721,32 @@ def test_doctor_tells_every_fault(adtally: Adtally, tmp_path: Path, monkeypatch:
     plain = adtally("doctor")
     assert plain.status == 2
     assert [line for line in plain.out.splitlines() if line.startswith("missing java: ")]
+
+
+@pytest.mark.usefixtures("healthy")
+def test_doctor_says_what_is_in_the_way_of_an_ingest(adtally: Adtally, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARK_HOME", str(tmp_path / "another"))
+    monkeypatch.setenv("PYSPARK_PYTHON", "/usr/bin/python2")
+    monkeypatch.setenv("ADTALLY_HOME", str(tmp_path / "my ads"))
+    monkeypatch.setattr(doctor, "_SLOW_SYNC_SECONDS", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("ADTALLY_WEBSERVER_PORT", str(server.getsockname()[1]))
+        found = checks(adtally("doctor", "--json"))
+    assert found["spark"][0] and found["spark"][1].endswith(
+        f"are not used: SPARK_HOME={tmp_path / 'another'}, PYSPARK_PYTHON=/usr/bin/python2"
+    )
+    assert found["ports"][0] and "`adtally up --port 0` takes a free one" in found["ports"][1]
+    assert found["fsync"][0] and "slow: a batch waits" in found["fsync"][1]
+    assert found["home"] == (True, f"{tmp_path / 'my ads'} will be made")
+    monkeypatch.setenv("ADTALLY_SPARK_MASTER", "spark://127.0.0.1:7077")
+    assert checks(adtally("doctor", "--json"))["spark"] == (
+        False,
+        f"SPARK_HOME is {tmp_path / 'another'}, which is no folder (unset SPARK_HOME, or point it to Spark {version('pyspark')})",
+    )
+    monkeypatch.setenv("ADTALLY_HOME", str(tmp_path / "a[1]"))
+    settings = checks(adtally("doctor", "--json"))["settings"]
+    assert settings[0] is False and "has the character '['" in settings[1]
+    assert not (tmp_path / "my ads").exists() and not (tmp_path / "a[1]").exists()
 
 
 @pytest.mark.usefixtures("healthy")
@@ -662,7 +799,7 @@ def test_ctrl_c_is_exit_status_130(marts: Path) -> None:
 
 @pytest.mark.parametrize("sql", ["from fct", "select 1"])
 def test_a_reader_that_has_seen_enough_is_no_error(marts: Path, sql: str) -> None:
-    with terminal.spawn("--home", str(marts), "query", sql, cwd=marts) as process:
+    with terminal.spawn("--home", str(marts), "query", sql, "--limit", "0", cwd=marts) as process:
         assert process.stdout is not None and process.stderr is not None
         if sql == "from fct":
             assert process.stdout.readline().strip() == "n"
@@ -671,12 +808,13 @@ def test_a_reader_that_has_seen_enough_is_no_error(marts: Path, sql: str) -> Non
         assert (process.wait(60), err) == (0, "")
 
 
-def test_an_output_that_is_full_is_an_error(marts: Path) -> None:
+@pytest.mark.parametrize("sql", ["from fct", "select 1"], ids=["while it is written", "at the end"])
+def test_an_output_that_is_full_is_an_error(marts: Path, sql: str) -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("no /dev/full on this system")
     with full.open("w") as output:
-        process = terminal.spawn("--home", str(marts), "query", "from fct", cwd=marts, stdout=output)
+        process = terminal.spawn("--home", str(marts), "query", sql, "--limit", "0", cwd=marts, stdout=output)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert Done(1, "", err).error.startswith("OSError: [Errno 28]")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
 import typer
 
 from orchestration.cli import app as module
+from orchestration.cli import completion
 from orchestration.cli.app import app, run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -113,6 +117,26 @@ def written() -> list[str]:
         lines += re.findall(r"^ {4}((?:\w+=\S+ )?adtally .*)$", text, re.MULTILINE)
         lines += [" ".join(found.split()) for found in re.findall(r"`((?:\w+=\S+ )?adtally [^`]+)`", text)]
     return sorted(set(lines))
+
+
+def test_the_help_groups_every_command_by_what_a_person_wants() -> None:
+    grouped = [name for names in module._PANELS.values() for name in names]
+    assert sorted(grouped) == sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def test_a_shell_completes_campaigns_and_named_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = typer.Context(typer.main.get_command(app))
+    context.params["home"] = str(tmp_path)
+    assert completion.campaigns(context, "c0") == []
+    (tmp_path / "marts").mkdir()
+    with duckdb.connect(str(tmp_path / "marts" / "marts.duckdb")) as marts:
+        marts.execute("create table fct_campaign_day as select unnest(['c02', 'c01', 'c01', 'x%']) as campaign_id")
+    assert completion.campaigns(context, "c0") == ["c01", "c02"]
+    assert completion.campaigns(context, "%") == []
+    assert ("budget_pacing" in dict(completion.named_queries("bud"))) and not completion.named_queries("no such")
+    heavy = {"duckdb", "pyarrow", "dagster", "pyspark", "pandas", "pydantic", "numpy"}
+    code = f"import sys, orchestration.cli.app; print(sorted({heavy!r} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_the_readme_names_commands() -> None:

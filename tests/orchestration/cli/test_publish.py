@@ -29,9 +29,9 @@ def test_from_delta_to_a_budget(settings: Settings, kafka: Kafka, tmp_path: Path
         == f"{metrics}: 20 messages of 1 versions, up to version 1 of minute_metrics\n{credits}: nothing new in attributed_orders\n"
     )
     assert _behind(settings, seconds=300).ok
-    assert run([*home, "publish", "--format", "json"]) == 0
+    assert run([*home, "publish", "--json"]) == 0
     assert [each["records"] for each in json.loads(capsys.readouterr().out)["topics"]] == [0, 0]
-    assert run([*home, "publish", "--status", "--format", "json"]) == 0
+    assert run([*home, "publish", "--status", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)[0]
     assert (told["version"], told["versions_behind"], told["total_records"]) == (1, 0, 20)
     assert run([*home, "status", "--json"]) == 1  # increments without a batch
@@ -43,7 +43,7 @@ def test_from_delta_to_a_budget(settings: Settings, kafka: Kafka, tmp_path: Path
         f"c-1,s,cpc,9000,EUR,{DAY}T00:00:00Z,\nc-3,s,cpc,1,EUR,2000-01-01T00:00:00Z,{DAY}T00:00:00Z\n"
         "c-4,s,cpc,4001,EUR,2000-01-01T00:00:00Z,\n"
     )
-    assert run([*home, "budget", "--once", "--campaigns", str(campaigns), "--format", "json"]) == 0
+    assert run([*home, "budget", "--once", "--campaigns", str(campaigns), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {each["campaign_id"]: (each["spend_micros"], each["budget_micros"], each["is_over"]) for each in found["campaigns"]} == {
         "c-0": (4002, None, False),  # four times 1,000,500 nanos, rounded once

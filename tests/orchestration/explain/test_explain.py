@@ -27,6 +27,8 @@ from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.jobs.ingest import run_ingest
 from spark_jobs.jobs.settle import settle
 
+pytestmark = pytest.mark.homes
+
 DAY = date(2025, 6, 2)
 
 

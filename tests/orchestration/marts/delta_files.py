@@ -26,7 +26,7 @@ def commit(root: Path, table: Table, rows: Sequence[dict[str, Any]], *, int96: b
     log.mkdir(parents=True, exist_ok=True)
     version = len(list(log.glob("*.json")))
     columns = table.schema.names
-    actions: list[dict[str, Any]] = []
+    actions: list[dict[str, Any]] = [{"commitInfo": {"timestamp": 0}}]
     if version == 0:
         actions += [
             {"protocol": {"minReaderVersion": 1, "minWriterVersion": 2}},

@@ -51,6 +51,10 @@ def accepted(batch: int, time: str, received: str, count: int = 1, **values: Any
         "received_at": utc(received),
         "region": "eu",
         "campaign_id": "c1",
+        "ad_id": "a1",
+        "store_id": "s1",
+        "user_id": "u1",
+        "placement": "feed",
         "currency": "EUR",
         "is_late": False,
         "spend_nanos": 0,
@@ -61,7 +65,7 @@ def accepted(batch: int, time: str, received: str, count: int = 1, **values: Any
         "_batch_id": batch,
         **values,
     }
-    return [{"event_id": f"e-{batch}-{time}-{row['region']}-{number}", **row} for number in range(count)]
+    return [{"event_id": f"e-{batch}-{time}-{row['region']}-{row['event_type']}-{number}", **row} for number in range(count)]
 
 
 def ledger_row(batch: int, hour: str | None, **values: Any) -> dict[str, Any]:
@@ -131,8 +135,10 @@ def first_batch(lake: Path, *, int96: bool = False) -> None:
     )
     commit(lake, RECONCILIATIONS, [], int96=int96)
     events = [
-        *accepted(0, "2026-03-10T10:05", "2026-03-10T10:06", 5),
-        *accepted(0, "2026-03-11T00:00", "2026-03-11T00:00:30", invalid_traffic_rule="repeat_click"),
+        *accepted(0, "2026-03-10T10:05", "2026-03-10T10:06", 3, event_type="impression"),
+        *accepted(0, "2026-03-10T10:05", "2026-03-10T10:06", spend_nanos=1250),
+        *accepted(0, "2026-03-10T10:05", "2026-03-10T10:06", spend_nanos=1250, event_id="e-0-none", placement=None),
+        *accepted(0, "2026-03-11T00:00", "2026-03-11T00:00:30", invalid_traffic_rule="repeat_click", invalid_spend_nanos=1250),
         *accepted(0, "2026-03-10T23:59", "2026-03-11T00:00:01", region="us", campaign_id="c9", event_type="impression"),
     ]
     commit(lake, EVENTS, events, int96=int96)

@@ -1,4 +1,4 @@
-"""dbt's manifest is parsed once for a state of the project, and never stale."""
+"""dbt's manifest is compiled once for a state of the project, and never stale."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from orchestration.marts import manifest
 from orchestration.marts.dbt_runner import project_dir
 from spark_jobs.config import Settings, load_settings
 
-TEXT = json.dumps({"nodes": {}})
+EMPTY: dict[str, Any] = {"nodes": {}, "sources": {}}
+KEPT = {**EMPTY, "column_lineage": {}}
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the project, and a count of how often it is parsed, which takes seconds and is not what is tested."""
+    """A copy of the project, and a count of how often it is compiled, which takes seconds and is not what is tested."""
     copy = tmp_path / "dbt_project"
     shutil.copytree(project_dir(), copy)
     monkeypatch.setattr(manifest, "project_dir", lambda: copy)
@@ -26,14 +27,14 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     found: list[Path] = []
 
-    def parse(project: Path) -> str:
+    def compile_it(project: Path) -> dict[str, Any]:
         found.append(project)
-        return TEXT
+        return dict(EMPTY)
 
-    monkeypatch.setattr(manifest, "_parse", parse)
+    monkeypatch.setattr(manifest, "_compile", compile_it)
     return found
 
 
@@ -42,18 +43,18 @@ def settings(tmp_path: Path) -> Settings:
     return load_settings(home=tmp_path / "home", cache_dir=tmp_path / "cache")
 
 
-def test_the_same_project_is_parsed_once(settings: Settings, project: Path, parsed: list[Path]) -> None:
-    assert manifest.load_manifest(settings) == manifest.load_manifest(settings) == json.loads(TEXT)
-    assert len(parsed) == 1
+def test_the_same_project_is_parsed_once(settings: Settings, project: Path, compiled: list[Path]) -> None:
+    assert manifest.load_manifest(settings) == manifest.load_manifest(settings) == KEPT
+    assert len(compiled) == 1
     (project / "target").mkdir(exist_ok=True)
     (project / "target" / "manifest.json").write_text("derived")
     manifest.load_manifest(settings)
-    assert len(parsed) == 1
+    assert len(compiled) == 1
 
 
 @pytest.mark.parametrize("change", ["content", "new file", "renamed", "removed", "another dbt"])
 def test_whatever_changes_is_parsed_anew(
-    settings: Settings, project: Path, parsed: list[Path], change: str, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, project: Path, compiled: list[Path], change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest.load_manifest(settings)
     model = project / "models" / "marts" / "dim_ad.sql"
@@ -68,22 +69,24 @@ def test_whatever_changes_is_parsed_anew(
     else:
         monkeypatch.setattr(manifest, "version", lambda name: "99")
     manifest.load_manifest(settings)
-    assert len(parsed) == 2
+    assert len(compiled) == 2
 
 
-def test_a_cache_that_is_broken_or_cannot_be_written_costs_time_only(settings: Settings, project: Path, parsed: list[Path]) -> None:
+def test_a_cache_that_is_broken_or_cannot_be_written_costs_time_only(
+    settings: Settings, project: Path, compiled: list[Path]
+) -> None:
     manifest.load_manifest(settings)
     [kept] = (settings.jar_cache_path.parent / "dbt").glob("manifest-*.json")
     kept.write_text('{"nodes": ')
-    assert manifest.load_manifest(settings) == json.loads(TEXT)
-    assert json.loads(kept.read_text()) == json.loads(TEXT)
+    assert manifest.load_manifest(settings) == KEPT
+    assert json.loads(kept.read_text()) == KEPT
     shutil.rmtree(kept.parent)
     kept.parent.write_text("a file where the folder should be")
-    assert manifest.load_manifest(settings) == json.loads(TEXT)
-    assert len(parsed) == 3
+    assert manifest.load_manifest(settings) == KEPT
+    assert len(compiled) == 3
 
 
-def test_few_manifests_are_kept(settings: Settings, project: Path, parsed: list[Path]) -> None:
+def test_few_manifests_are_kept(settings: Settings, project: Path, compiled: list[Path]) -> None:
     for number in range(5):
         (project / "models" / "new.sql").write_text(f"select {number}")
         manifest.load_manifest(settings)

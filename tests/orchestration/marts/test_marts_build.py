@@ -17,9 +17,20 @@ from orchestration.marts.failures import MartsError
 from orchestration.marts.pins import SOURCES, latest_version, pin_versions
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, BusyError, TableCorruptionError, UsageError
-from spark_jobs.tables import ATTRIBUTED_ORDERS, BATCH_LEDGER, BILLING_LINES, CAMPAIGNS, MINUTE_METRICS, RECONCILIATIONS
+from spark_jobs.tables import (
+    ATTRIBUTED_ORDERS,
+    BATCH_LEDGER,
+    BILLING_LINES,
+    CAMPAIGNS,
+    EVENTS,
+    MINUTE_METRICS,
+    NAMES,
+    RECONCILIATIONS,
+)
 from tests.orchestration.marts.delta_files import commit
-from tests.orchestration.marts.lakes import first_batch, increment, late_batch, ledger_row, money, touched
+from tests.orchestration.marts.lakes import accepted, first_batch, increment, late_batch, ledger_row, money, touched
+
+pytestmark = pytest.mark.homes
 
 NOW = datetime(2026, 3, 12, 8, 0, tzinfo=UTC)
 DAYS = "select event_date, campaign_id, impressions, clicks, invalid_clicks, spend_nanos, spend_micros from fct_campaign_day"
@@ -55,6 +66,9 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, build
     """The first build of the first batch, in a folder with an awkward name and in another zone; read only."""
     settings = settings_in(tmp_path_factory.mktemp("marts") / "a {b} o'clock")
     first_batch(lake_of(settings), int96=True)
+    names = settings.landing_path / "names" / "n.csv"
+    names.parent.mkdir(parents=True)
+    names.write_text("kind,id,name\ncampaign,c1,Élan\nad,a9,Red shoes\nstore,s1,Nothing\nstore,s1,The shop\n", "utf-8")
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TZ", "America/New_York")
@@ -72,9 +86,9 @@ def test_contents(published: tuple[Settings, build.MartBuild, list[str]]) -> Non
     settings, _, _ = published
     assert days(settings) == FIRST_DAYS
     assert query_marts(settings, "select * from fct_campaign_minute order by all")[1] == [
-        (datetime(2026, 3, 10, 10, 5), date(2026, 3, 10), "eu", "c1", "a1", "s1", "EUR", 3, 2, 0, 0, 2500, 3, 3, 2, 0, 0, 3),
-        (datetime(2026, 3, 10, 23, 59), date(2026, 3, 10), "us", "c9", "a9", "s9", "EUR", 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0),
-        (datetime(2026, 3, 11, 0, 0), date(2026, 3, 11), "eu", "c1", "a1", "s1", "EUR", 0, 0, 0, 1, 0, 0, 0, 1, 1250, 1, 1),
+        (datetime(2026, 3, 10, 10, 5), date(2026, 3, 10), "eu", "c1", "a1", "s1", "EUR", 3, 2, 0, 0, 2500, 3, 0, 3, 2, 0, 0, 3),
+        (datetime(2026, 3, 10, 23, 59), date(2026, 3, 10), "us", "c9", "a9", "s9", "EUR", 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0),
+        (datetime(2026, 3, 11, 0, 0), date(2026, 3, 11), "eu", "c1", "a1", "s1", "EUR", 0, 0, 0, 1, 0, 0, 0, 0, 1, 1250, 1, 1),
     ]
     assert query_marts(settings, "select * from fct_event_accounting order by event_hour nulls last")[1] == [
         (datetime(2026, 3, 10, 10, 0), "eu", 8, 5, 2, 0, 1, 0, 0, 0),
@@ -82,26 +96,44 @@ def test_contents(published: tuple[Settings, build.MartBuild, list[str]]) -> Non
         (datetime(2026, 3, 11, 0, 0), "eu", 1, 1, 0, 0, 0, 0, 1, 0),
         (None, "eu", 2, 0, 0, 0, 2, 0, 0, 0),
     ]
-    assert query_marts(settings, "select campaign_id, store_id, is_priced, is_current from dim_campaign order by 1")[1] == [
-        ("c1", "s1", True, True),
-        ("c9", "s9", False, False),
+    assert query_marts(settings, "select campaign_id, campaign_name, store_id, is_priced, is_current from dim_campaign order by 1")[
+        1
+    ] == [
+        ("c1", "Élan", "s1", True, True),
+        ("c9", None, "s9", False, False),
     ]
-    assert query_marts(settings, "select ad_id, campaign_id, campaigns_seen from dim_ad order by 1")[1] == [
-        ("a1", "c1", 1),
-        ("a9", "c9", 1),
+    assert query_marts(settings, "select ad_id, ad_name, campaign_id, campaigns_seen from dim_ad order by 1")[1] == [
+        ("a1", None, "c1", 1),
+        ("a9", "Red shoes", "c9", 1),
     ]
-    assert query_marts(settings, "select store_id, campaigns from dim_store order by 1")[1] == [("s1", 1), ("s9", 1)]
+    stores = query_marts(settings, "select store_id, store_name, campaigns from dim_store order by 1")[1]
+    assert stores == [("s1", "The shop", 1), ("s9", None, 1)]
+    placements = "select placement, campaign_id, impressions, clicks, ctr from fct_placement_day where clicks + impressions > 0"
+    assert query_marts(settings, f"{placements} order by 1, 2")[1] == [
+        ("feed", "c1", 3, 1, 1 / 3),
+        ("feed", "c9", 1, 0, 0),
+        (None, "c1", 0, 1, None),
+    ]
+    sources = "select source_type, source, rule, invalid_clicks, invalid_spend_nanos from fct_invalid_traffic_sources order by 1"
+    assert query_marts(settings, sources)[1] == [
+        (kind, source, "repeat_click", 1, 1250)
+        for kind, source in (("ad", "a1"), ("placement", "feed"), ("region", "eu"), ("user", "u1"), ("user_agent", None))
+    ]
+    frequency = (
+        "select period_start, impressions_per_user, users from fct_user_frequency where period = 'week' and campaign_id = 'c1'"
+    )
+    assert query_marts(settings, frequency)[1] == [(date(2026, 3, 9), 3, 1)]
 
 
 def test_build_describes_itself(published: tuple[Settings, build.MartBuild, list[str]]) -> None:
     settings, result, lines = published
     assert result.groups == build.GROUPS  # one was asked for, but nothing was published: all of it
-    assert result.versions == {table.name: 0 for table in SOURCES}
+    assert result.versions == {table.name: int(table is NAMES) for table in SOURCES}
     rows = query_marts(settings, "select mart_group, build_id, built_at, git_revision, table_name, delta_version from mart_build")[
         1
     ]
     assert sorted(rows) == sorted(
-        (group, result.build_id, NOW.replace(tzinfo=None), result.git_revision, name, 0)
+        (group, result.build_id, NOW.replace(tzinfo=None), result.git_revision, name, int(name == "names"))
         for name in result.versions
         for group in ("near_real_time", "hourly")
     )
@@ -121,8 +153,13 @@ def test_published_file_stands_alone(published: tuple[Settings, build.MartBuild,
     )[1]
     assert {(schema, kind) for schema, _, kind in objects} == {("main", "BASE TABLE")}
     assert not [name for _, name, _ in objects if name.startswith(("stg_", "int_"))]
+    undescribed = (
+        "select table_name, null from duckdb_tables() where database_name = 'marts' and coalesce(comment, '') = '' union all "
+        "select table_name, column_name from duckdb_columns() where database_name = 'marts' and coalesce(comment, '') = ''"
+    )
+    assert query_marts(settings, undescribed)[1] == [], "descriptions reach the file as comments"
     types = query_marts(settings, "select distinct data_type from information_schema.columns")[1]
-    assert not {kind for (kind,) in types} & {"FLOAT", "HUGEINT", "TIMESTAMP WITH TIME ZONE"}
+    assert not {kind for (kind,) in types} & {"FLOAT", "TIMESTAMP WITH TIME ZONE"}
     assert litter(settings) == []
 
 
@@ -137,7 +174,7 @@ def test_second_build_adds_late_events_and_readers_keep_theirs(
         assert reader.execute(f"{DAYS} order by all").fetchall() == FIRST_DAYS
         assert days(settings) == LATE_DAYS
     assert second.build_id != first.build_id
-    grown = ("batch_ledger", "minute_metrics", "events")
+    grown = ("batch_ledger", "minute_metrics", "events", "names")
     assert second.versions == {table.name: int(table.name in grown) for table in SOURCES}
     assert litter(settings) == []
 
@@ -146,6 +183,7 @@ def test_a_group_is_built_and_the_other_stays(built: Settings) -> None:
     settings, lake = built, lake_of(built)
     # a click on a campaign that no dimension knows yet
     commit(lake, MINUTE_METRICS, [increment("u5", 1, "2026-03-10T10:05", clicks=1, campaign_id="c5", ad_id="a5", store_id="s5")])
+    commit(lake, EVENTS, accepted(1, "2026-03-10T10:05", "2026-03-10T10:06", campaign_id="c5"))
     commit(lake, BATCH_LEDGER, [ledger_row(1, "2026-03-10T10:00", accepted=1)])
     later = NOW + timedelta(minutes=5)
     result = build_marts(settings, "near_real_time", now=later)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 
 import duckdb
 import pytest
 
-from orchestration.marts import query_marts, render
+from orchestration.marts import query, query_marts, render
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, UsageError
 
@@ -47,14 +47,69 @@ def test_explain_and_describe_read(settings: Settings) -> None:
         ("copy fct to 'out.csv'", "read-only: no COPY"),
         ("attach 'other.duckdb'", "read-only: no ATTACH"),
         ("set enable_external_access = true", "read-only: no SET"),
-        ("select * from read_text('/etc/hostname')", "disabled by configuration"),
+        ("select * from read_text('/etc/hostname')", "read_text is not available"),
+        ("select * from '/etc/hostname.csv'", "disabled by configuration"),
+        ("select * from settings", "Table with name settings does not exist"),  # a variable of the caller
+        ("explain analyze select * from fct", "only EXPLAIN SELECT"),
+        ("/* a */ EXPLAIN -- b\n (ANALYZE, format json) select 1", "only EXPLAIN SELECT"),
+        ("explain insert into fct values (2, null, null)", "only EXPLAIN SELECT"),
+        ("explain analyze create table memory.main.t as select 1", "only EXPLAIN SELECT"),
+        ("explain analyze copy (select 'evil') to '{marts}'", "only EXPLAIN SELECT"),
+        ("explain analyze copy (select 'evil') to '{marts}.wal' (use_tmp_file false)", "only EXPLAIN SELECT"),
+        ("copy (select 'evil') to '{marts}'", "read-only: no COPY"),
+        ("pragma database_list", "a query is a SELECT"),
+        ("call checkpoint()", "read-only: no CALL"),
+        ("prepare p as insert into fct values (2, null, null)", "read-only: no PREPARE"),
+        ("execute p", "read-only: no EXECUTE"),
+        ("with a as (insert into fct values (2, null, null) returning *) from a", "A CTE needs a SELECT"),
+        ("select * from system.main.enable_logging(storage = 'file', storage_path = '{marts}.wal')", "enable_logging is not"),
+        ("from (summarize (from force_checkpoint()))", "force_checkpoint is not"),
+        ("select * from query('from enable_logging()')", "query is not available"),
+        ("explain select * from enable_logging()", "only EXPLAIN SELECT"),
+        ("select n, write_log('x') from fct", "write_log is not available"),
     ],
 )
 def test_refused_on_one_line(settings: Settings, sql: str, message: str) -> None:
+    before = files_below(settings.home_path)
     with pytest.raises(UsageError, match=message) as caught:
-        query_marts(settings, sql)
+        query_marts(settings, sql.replace("{marts}", str(settings.marts_path).replace("'", "''")))
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+    assert files_below(settings.home_path) == before
+
+
+def test_what_reads_and_looks_like_more(settings: Settings) -> None:
+    assert query_marts(settings, "/* explain analyze */ select 'copy', unnest([n]) from fct, range(2)")[1] == [("copy", 1)] * 2
+    assert ("fct",) in query_marts(settings, "select table_name from duckdb_tables()")[1]
+    assert query_marts(settings, "-- plan\nexplain (select n from fct)")[1]
+
+
+def test_no_path_may_be_written_even_if_a_statement_came_through(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(query, "_reading_statement", query._only)
+    before = files_below(settings.home_path)
+    marts = str(settings.marts_path).replace("'", "''")
+    for path in (marts, f"{marts}.wal", str(settings.home_path / "new").replace("'", "''")):
+        for option in ("", " (use_tmp_file false)"):
+            with pytest.raises(UsageError, match="disabled by configuration"):
+                query_marts(settings, f"explain analyze copy (select 'evil') to '{path}'{option}")
+    assert files_below(settings.home_path) == before
+
+
+def files_below(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+LONG = "select count(*) from range(10_000_000) a, range(10_000_000) b where hash(a.range, b.range) = 0"
+
+
+def test_limits(settings: Settings) -> None:
+    with pytest.raises(AdtallyError, match=r"longer than 0\.3 s.*ADTALLY_QUERY_TIMEOUT"):
+        query_marts(settings.model_copy(update={"query_timeout": timedelta(seconds=0.3)}), LONG)
+    little = settings.model_copy(update={"query_memory": "32m", "query_spill": "8m"})
+    with pytest.raises(AdtallyError, match=r"more than it may have.*ADTALLY_QUERY_MEMORY"):
+        query_marts(little, "select list(r::varchar) from range(2_000_000) t(r)")
+    assert query_marts(little, "select current_setting('max_temp_directory_size')")[1] == [("8.0 MiB",)]
+    assert not list(settings.scratch_path.iterdir())
 
 
 def test_no_marts_and_broken_marts(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from pydantic import SecretStr
 from terminal import PROGRAM, environment
 
 from orchestration.up.graphql import Webserver, WebserverError
@@ -114,7 +115,8 @@ class Deployment:
         self.wait_for("the addresses", lambda: bool(self.said("Ctrl-C ends all of it.")), seconds=START_SECONDS)
         address = re.search(r"UI +(http://127\.0\.0\.1:\d+)", "\n".join(self.lines))
         assert address is not None, self.report("no address")
-        return Webserver(address[1])
+        token = self._changes.get("ADTALLY_WEBSERVER_TOKEN")
+        return Webserver(address[1], token=SecretStr(token) if token else None)
 
     def end(self, number: signal.Signals = signal.SIGINT, *, seconds: float = 240) -> int:
         """Send a signal and wait for the end; the exit status."""

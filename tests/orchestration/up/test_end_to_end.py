@@ -13,6 +13,7 @@ from typing import Any
 import lake
 import pytest
 import terminal
+from browser import BROWSER, page_text
 
 from orchestration.marts import query_marts
 from orchestration.up.graphql import Webserver
@@ -27,6 +28,14 @@ FILES = 60
 ACCOUNTING = ("offered", "accepted", "duplicate", "conflict", "rejected", "late")
 # net and invalid, added up: hours that are open when all ends are not reviewed yet
 MEASURES = ("impressions", "clicks", "spend_nanos")
+PAGES = {
+    "/assets/ad_events?view=checks": ("expectations", "Great Expectations over the hour", "stream_lag"),
+    "/assets/reconciled_hours?view=partitions": ("Materialized (", "Failed (0)"),
+    "/assets/fct_campaign_day": ("One row a UTC day", "gross_spend_micros", "closed_hours_marts"),
+    "/runs": ("closed_hours", "marts_near_real_time", "Success"),
+    "/automation": ("alert_conservation", "closed_hours_marts_sensor"),
+}
+"""Pages of the UI, and what a person looks for on them."""
 ENDED = {"SUCCESS", "FAILURE", "CANCELED"}
 
 Cells = dict[tuple[Any, ...], Counter[str]]
@@ -137,11 +146,16 @@ def test_files_land_and_the_marts_hold_the_truth(tmp_path: Path) -> None:
         assert recounted["partitionStats"]["numMaterialized"] >= HOURS - 3
         checks = {check["name"]: check["executionForLatestMaterialization"] for check in recounted["assetChecksOrError"]["checks"]}
         assert checks["recount_equals_stream"] == {"status": "SUCCEEDED"}
+        if BROWSER is not None:
+            for address, says in PAGES.items():
+                text = page_text(f"{web.address}{address}", tmp_path / "browser", seconds=20)
+                assert [words for words in says if words not in text] == [], (address, text)
 
         assert len(processes_of(home)) >= 8  # four guards and what they guard
         assert up.end() == 0, up.report("exit status")
         assert up.lines[-1] == "all ended"
         assert processes_of(home) == []
+    assert open_to_others(home, settings.landing_path) == []
     assert not [line for line in up.lines if "Traceback" in line]
     assert terminal.run("--home", str(home), "status", cwd=tmp_path).status == 0
 
@@ -153,7 +167,8 @@ def test_runs_that_are_cut_off_are_made_again_and_nothing_is_left_behind(tmp_pat
     settings.landing_path.parent.mkdir()
     for n in range(FILES):
         lake.land(settings, f"events/eu/{n}.jsonl", [lake.event(f"e{n}-{m}") for m in range(50)])
-    slowly = {"ADTALLY_MAX_FILES_PER_BATCH": "1"}  # so that there is a middle
+    # small batches, so that there is a middle; and a login, which what adtally itself asks of the webserver needs as well
+    slowly = {"ADTALLY_MAX_FILES_PER_BATCH": "1", "ADTALLY_WEBSERVER_TOKEN": "a-token-of-32-characters-at-least"}
 
     def ingest_starts(up: Deployment, web: Webserver) -> None:
         started = {("ingest", "STARTED")}
@@ -181,6 +196,12 @@ def test_runs_that_are_cut_off_are_made_again_and_nothing_is_left_behind(tmp_pat
         assert up.end(signal.SIGTERM) == 0, up.report("exit status")
         assert processes_of(home) == []
     assert terminal.run("--home", str(home), "status", cwd=tmp_path).status == 0
+
+
+def open_to_others(home: Path, besides: Path) -> list[str]:
+    """What other users could read of a home, but for what this test itself has put into the landing folder."""
+    found = (path for path in [home, *home.rglob("*")] if not path.is_relative_to(besides) and not path.is_symlink())
+    return [f"{path} {path.stat().st_mode:o}" for path in found if path.stat().st_mode & 0o077]
 
 
 def ingested(home: Path, folder: Path) -> int:

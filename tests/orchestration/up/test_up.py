@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,12 +21,13 @@ from filelock import FileLock
 from terminal import environment
 
 from orchestration.up import services as up_services
-from orchestration.up.instance import home_instance, write_instance_config
+from orchestration.up.instance import POOLS, home_instance, initialize_pool_limits, write_instance_config
 from orchestration.up.lost_runs import settle_lost_runs
 from orchestration.up.services import CODE, INGEST, free_port, listens, services, socket_path
-from orchestration.up.up import UP_LOCK
+from orchestration.up.up import END_SECONDS, UP_LOCK, Stop
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import MachineError, UsageError
+from tests.orchestration.up.deployment import Deployment, processes_of
 
 
 @pytest.fixture
@@ -116,10 +119,11 @@ def test_the_definitions_are_named_by_module_and_loaded_by_the_code_server_only(
 
 def test_the_processes_know_the_home_whatever_folder_they_are_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    made = up_services.environment(load_settings(home=Path("home")))
+    made = up_services.environment(load_settings(home=Path("home")), "http://127.0.0.1:3001")
     assert made["ADTALLY_HOME"] == str(tmp_path / "home")
     assert made["DAGSTER_HOME"] == str(tmp_path / "home" / "dagster")
     assert made["DAGSTER_DISABLE_TELEMETRY"] == "yes"
+    assert made["ADTALLY_REPORTS_URL"] == "http://127.0.0.1:3001"
 
 
 def test_the_socket_is_short_and_of_this_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +143,40 @@ def test_the_socket_is_short_and_of_this_user_alone(tmp_path: Path, monkeypatch:
     path.parent.chmod(0o755)
     with pytest.raises(MachineError, match="is not a folder of this user alone"):
         socket_path(deep)
+
+
+# The end
+
+
+def test_the_end_hurries_when_it_is_asked_for_twice_or_takes_too_long() -> None:
+    now = 100.0
+    stop = Stop(clock=lambda: now)
+    with stop.listening():
+        assert not stop.hurry()
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked.is_set()
+        assert not stop.hurry()
+        now += END_SECONDS
+        assert stop.hurry()
+    with Stop(clock=lambda: now).listening() as twice:
+        signal.raise_signal(signal.SIGTERM)
+        assert not twice.hurry()
+        signal.raise_signal(signal.SIGTERM)
+        assert twice.hurry()
+
+
+def test_a_start_ends_within_ten_seconds(tmp_path: Path) -> None:
+    """The code server is loading the definitions: it answers nobody yet."""
+    home = tmp_path / "home"
+    with Deployment(home, "--no-ingest") as up:
+        up.wait_for("the code server starts", lambda: bool(up.said("code-server  starting")), seconds=120)
+        began = time.monotonic()
+        assert up.end(seconds=60) == 0, up.report("exit status")
+        seconds = time.monotonic() - began
+        assert processes_of(home) == []
+    assert up.said("ending, within 10 s; Ctrl-C again ends it at once")
+    print(f"ended in {seconds:.1f} s")
+    assert seconds < END_SECONDS + 8  # the rest is for a machine that does other things as well
 
 
 # The instance
@@ -182,6 +220,15 @@ def test_a_configuration_that_was_changed_is_kept(fresh: Settings) -> None:
         queue = instance.get_concurrency_config().run_queue_config
         assert queue is not None and queue.max_concurrent_runs == 9
     assert [name for name in names(fresh.dagster_path) if name.startswith(".dagster.yaml")] == []
+
+
+def test_dagsters_queue_knows_the_limit_of_each_pool_from_the_start(fresh: Settings) -> None:
+    with home_instance(fresh) as instance:
+        assert instance.event_log_storage.get_concurrency_keys() == set()
+        initialize_pool_limits(instance)
+        initialize_pool_limits(instance)
+        assert instance.event_log_storage.get_concurrency_keys() == set(POOLS)
+        assert {limit.limit for limit in instance.event_log_storage.get_pool_limits()} == {1}
 
 
 # Runs whose adtally up was killed

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import socket
 import ssl
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import psutil
 import pytest
 
 from services.launcher.errors import ServiceError, ServiceUsageError
-from services.launcher.pinot import Pinot
+from services.launcher.pinot import Pinot, PinotClient
 from services.launcher.processes import find
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
@@ -40,6 +42,18 @@ def is_refused(port: int) -> bool:
     return False
 
 
+def status_of(url: str, method: str, body: object = None) -> int:
+    """The HTTP status of a request without a login."""
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, data, {"Content-Type": "text/plain"}, method=method), timeout=30
+        ) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
 def test_it_comes_up_shows_little_and_goes_down(pinot: Pinot) -> None:
     up = pinot.up()
     assert (up.running, up.problem, up.holds, sorted(up.processes)) == (True, None, {}, ["pinot", "zookeeper"])
@@ -52,7 +66,15 @@ def test_it_comes_up_shows_little_and_goes_down(pinot: Pinot) -> None:
     ports = json.loads((pinot.folder / "state.json").read_text("utf-8"))["ports"]
     assert open_to_all == {ports["server"]}  # as the warning says
     assert is_refused(ports["server"])
-    assert (pinot.folder.stat().st_mode & 0o077, (pinot.folder / "keys.password").stat().st_mode & 0o077) == (0, 0)
+    secret = [pinot.folder, *(pinot.folder / name for name in ("keys.password", "login.password"))]
+    assert [path.stat().st_mode & 0o077 for path in secret] == [0, 0, 0]
+
+    # what a web page may send without a question of the browser's, and what CORS would allow it
+    assert [status_of(f"{up.addresses['controller']}/schemas/t", method) for method in ("GET", "DELETE")] == [403, 403]
+    assert status_of(f"{up.addresses['controller']}/sql", "POST", {"sql": "select 1"}) in (401, 403)
+    with pytest.raises(ServiceError, match="it needs a login"):
+        PinotClient(up.addresses["controller"], up.addresses["broker"]).query("select 1")
+    assert pinot.client.query("select 1") == [[1]]
 
     assert pinot.up() == pinot.status()  # finds it running
     with pytest.raises(ServiceUsageError, match="runs on the data that would be deleted"):

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import time
-import urllib.request
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any
@@ -24,7 +23,7 @@ from services.serving.tables import CREDITS_TABLE, CREDITS_TOPIC, METRICS_TABLE,
 from tests.services.serving import traffic
 from tests.services.serving.traffic import CAMPAIGNS, DAYS, Message
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.services, pytest.mark.trial, pytest.mark.timeout(900)]
 
 NOW = datetime(2025, 6, 4, tzinfo=UTC)
 BUDGET = 1440 * 10**8
@@ -197,9 +196,8 @@ def test_a_partition_that_nothing_reads_is_told_and_read_again(served: Served) -
     )
     assert wait_until(lambda: any(name.startswith(done) for name in client.consuming_segments(METRICS_TABLE)), seconds=60)
     segment = next(name for name in client.consuming_segments(METRICS_TABLE) if name.startswith(done))
-    url = f"{client.controller}/segments/{METRICS_TABLE}_REALTIME/{segment}"
     # what a kill between two segments leaves
-    urllib.request.urlopen(urllib.request.Request(url, method="DELETE"), timeout=30).close()
+    client._call(f"{client.controller}/segments/{METRICS_TABLE}_REALTIME/{segment}", method="DELETE")
     assert wait_until(lambda: "does not read partition 1 of its topic" in str(served.pinot.status().problem), seconds=60)
     served.send(METRICS_TOPIC, [traffic.increment(at, version=1, draw=random.Random(3)) for at in range(7100, 7200)])
     assert served.pinot.up().problem is None

@@ -14,6 +14,7 @@ import pytest
 
 import services
 from services.simulator import SimulationError, SimulationShares, Truth, simulate
+from spark_jobs.jobs.names import read_names
 from tests.services.simulator.recount import (
     accepted_events,
     invalid_rules,
@@ -252,6 +253,26 @@ def test_orders_have_every_outcome(truth: Truth) -> None:
     assert truth.orders["placed"] > truth.orders["cancelled"] > 0
 
 
+def test_everything_has_a_name(landing: Path) -> None:
+    named = read_names(landing)  # as the pipeline reads them
+    assert len({(row["kind"], row["name"]) for row in named}) == len(named)
+    seen = {(kind, event[f"{kind}_id"]) for event in accepted_events(landing).values() for kind in ("campaign", "ad", "store")}
+    assert seen <= {(row["kind"], row["id"]) for row in named}
+
+
+def test_hourly_weights_are_those_of_every_region(tmp_path: Path) -> None:
+    weights = [0.0] * 24
+    weights[5], weights[6] = 1.0, 3.0
+    found = simulate(tmp_path / "out", 4_000, 1, days=2.0, hourly_weights=weights)
+    shown: Counter[tuple[str, str]] = Counter()
+    for row in found.campaign_hours:
+        shown[row["region"], row["event_hour"][11:13]] += row["impressions"]
+    for region in ("eu-west", "us-east"):
+        assert shown[region, "06"] / shown[region, "05"] == pytest.approx(3, rel=0.2)
+    assert sum(shown[region, hour] for region, hour in shown if hour in ("05", "06")) > 0.99 * sum(shown.values())
+    assert recount_events(tmp_path / "out")[1] == found.campaign_hours
+
+
 def test_files_follow_the_landing_protocol(landing: Path, truth: Truth) -> None:
     paths = [path for path in landing.rglob("*") if path.is_file()]
     assert not [path for path in paths if path.name.startswith((".", "_"))]
@@ -323,6 +344,9 @@ def test_refuses_a_folder_that_is_not_empty(tmp_path: Path) -> None:
         {"gz_share": -0.1},
         {"listed_users": -1},
         {"lines_per_file": 0},
+        {"hourly_weights": [1.0] * 23},
+        {"hourly_weights": [0.0] * 24},
+        {"hourly_weights": [1.0] * 23 + [-1.0]},
     ],
     ids=str,
 )

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from spark_jobs.attribution import index as module
-from spark_jobs.attribution.index import KEY_FIELDS, RowIndex
+from spark_jobs.attribution.index import KEY_FIELDS, RowIndex, check_index
+from spark_jobs.checked import DamagedError
 
 PAYLOAD = pa.schema([("name", pa.string())])
 Row = tuple[int, int, int, int, bool, str]
@@ -86,3 +87,34 @@ def test_another_shape_or_a_broken_file_is_as_none(tmp_path: Path) -> None:
     (run,) = tmp_path.glob("run-*")
     run.write_bytes(run.read_bytes()[:100])
     assert RowIndex(tmp_path, PAYLOAD, "one").table_id is None
+
+
+@pytest.mark.parametrize("share", range(50))
+@pytest.mark.parametrize("kind", ["bit", "page"])
+def test_no_damaged_byte_is_believed(tmp_path: Path, share: int, kind: str) -> None:
+    rows: list[Row] = [(low, high, low % 7, 1, True, f"name-{low}-{high}") for low in range(0, 6000, 3) for high in (1, 2)]
+    RowIndex(tmp_path, PAYLOAD).rebuild("t", [table(rows)], 3)
+    (path,) = tmp_path.glob("run-*")
+    data = bytearray(path.read_bytes())
+    at = share * len(data) // 50
+    if kind == "bit":
+        data[at] ^= 1 << share % 8
+    else:
+        at -= at % 4096
+        data[at : at + 4096] = bytes(len(data[at : at + 4096]))
+    is_same = bytes(data) == path.read_bytes()
+    path.write_bytes(data)
+    index = RowIndex(tmp_path, PAYLOAD)
+    if index.problem is not None:
+        assert index.table_id is None
+        return
+    for step in (3, 600):
+        queries = [(low, high, 0, 7) for low in range(0, 6000, step) for high in (1, 2)]
+        try:
+            assert asked(RowIndex(tmp_path, PAYLOAD), queries) == [[f"name-{low}-{high}"] for low, high, *_ in queries]
+        except DamagedError:
+            continue
+        assert step == 600 or is_same or at >= index.runs[0].size - 4096  # what pads the file is read by nobody
+    if not is_same:
+        with pytest.raises(DamagedError):
+            check_index(tmp_path)

@@ -18,6 +18,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from spark_jobs.checked import DamagedError
 from spark_jobs.dedupe import index as module
 from spark_jobs.dedupe.index import KeyIndex
 from spark_jobs.dedupe.keys import Keys
@@ -182,7 +183,7 @@ def test_order_of_the_appended_keys_does_not_matter(folder: Path) -> None:
     index = KeyIndex(folder)
     index.append(keys_of(dict(rows)), 0)
     assert look_up(index, list(held)) == held
-    stored = np.load(folder / index.runs[0].file)
+    stored = np.fromfile(folder / index.runs[0].file, dtype="<u8", count=3 * len(held)).reshape(3, -1)
     assert [(int(low), int(high)) for low, high in zip(stored[0], stored[1], strict=True)] == sorted(held)
 
 
@@ -322,12 +323,19 @@ def _manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]
     return damage
 
 
-def _bytes(change: Callable[[bytes], bytes], name: str = "run-*.npy") -> Callable[[Path], None]:
+def _bytes(change: Callable[[bytes], bytes], name: str = "run-*.keys") -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         path = sorted(folder.glob(name))[0]
         path.write_bytes(change(path.read_bytes()))
 
     return damage
+
+
+def _swap(folder: Path) -> None:
+    first, second, *_ = sorted(folder.glob("run-*.keys"))
+    first.rename(folder / "kept")
+    second.rename(first)
+    (folder / "kept").rename(second)
 
 
 def _remove(name: str) -> Callable[[Path], None]:
@@ -347,7 +355,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "manifest without runs": _manifest(lambda held: {k: v for k, v in held.items() if k != "runs"}),
     "manifest with a strange run": _manifest(lambda held: {**held, "runs": [{"file": "x"}]}),
     "rows miscounted": _manifest(lambda held: {**held, "runs": [{**run, "rows": run["rows"] - 1} for run in held["runs"]]}),
-    "run gone": _remove("run-*.npy"),
+    "run gone": _remove("run-*.keys"),
     "run empty": _bytes(lambda _: b""),
     "run cut in its magic": _bytes(lambda data: data[:4]),
     "run cut in its header": _bytes(lambda data: data[:40]),
@@ -355,6 +363,8 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "run short of a byte": _bytes(lambda data: data[:-1]),
     "run of zeros": _bytes(lambda data: b"\0" * len(data)),
     "run of other text": _bytes(lambda data: b"PAR1" * (len(data) // 4)),
+    "runs swapped": lambda folder: _swap(folder),
+    "a bit of the manifest flipped": _bytes(lambda data: data.replace(b'"version": 3', b'"version": 2'), "manifest.json"),
 }
 
 
@@ -370,6 +380,77 @@ def test_a_damaged_index_is_as_if_it_were_not_there(folder: Path, damage: Callab
     reopened = KeyIndex(folder)
     assert (reopened.table_id, reopened.version, look_up(reopened, list(held))) == ("t", 3, held)
     assert files_of(folder) == {"manifest.json", index.runs[0].file}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Id, int]]:
+    """An index of two runs, of several blocks each."""
+    folder = tmp_path_factory.mktemp("large") / "index"
+    return folder, filled(folder, versions=2, rows=3000)
+
+
+# where a byte is damaged: a share of the file, and how
+FLIPS = [pytest.param(share / 40, kind, id=f"{kind} at {share}/40") for share in range(40) for kind in ("bit", "page")]
+
+
+@pytest.mark.parametrize(("share", "kind"), FLIPS)
+def test_no_damaged_byte_is_believed(large: tuple[Path, dict[Id, int]], tmp_path: Path, share: float, kind: str) -> None:
+    """Whatever byte is damaged: the index is discarded, or a look-up that could meet the byte says so. It never answers wrong."""
+    folder, held = large
+    shutil.copytree(folder, tmp_path / "index")
+    path = sorted((tmp_path / "index").glob("run-*.keys"))[0]
+    data = bytearray(path.read_bytes())
+    at = int(share * len(data))
+    if kind == "bit":
+        data[at] ^= 1 << at % 8
+    else:
+        at -= at % 4096
+        data[at : at + 4096] = bytes(len(data[at : at + 4096]))
+    path.write_bytes(data)
+    index = KeyIndex(tmp_path / "index")
+    if index.problem is not None:
+        assert index.version == -1
+        return
+    for some in (list(held), [key for key in held if key[1] % 100 == 0]):  # the whole run is searched, and single blocks
+        try:
+            assert look_up(KeyIndex(tmp_path / "index"), some) == {key: held[key] for key in some}
+        except DamagedError:
+            continue
+        assert len(some) < len(held), "all keys were asked for, so one lies where the damage is"
+    with pytest.raises(DamagedError):
+        index.check()
+    with pytest.raises(DamagedError):
+        list(index.parts())
+
+
+def test_a_damaged_run_is_not_merged(folder: Path) -> None:
+    filled(folder, versions=module.FANOUT)
+    path = sorted(folder.glob("run-*.keys"))[1]
+    data = bytearray(path.read_bytes())
+    data[17] ^= 4
+    path.write_bytes(data)
+    index = KeyIndex(folder)
+    assert index.problem is None
+    with pytest.raises(DamagedError, match="damaged at byte 0"):
+        index.append(keys_of(many(1, 9999)), module.FANOUT)
+
+
+def test_an_older_manifest_with_newer_runs(folder: Path) -> None:
+    filled(folder, versions=module.FANOUT)
+    older = (folder / "manifest.json").read_bytes()
+    KeyIndex(folder).append(keys_of(many(1, 9999)), module.FANOUT)  # merges the runs that the older one names
+    (folder / "manifest.json").write_bytes(older)
+    index = KeyIndex(folder)
+    assert index.version == -1
+    assert "cannot be read" in str(index.problem)
+
+
+def test_what_was_checked_once_is_not_checked_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = filled(folder, versions=2, rows=3000)
+    index = KeyIndex(folder)
+    assert look_up(index, list(held)) == held
+    monkeypatch.setattr("spark_jobs.checked.xxh3_64_intdigest", None)
+    assert look_up(index, list(held)) == held
 
 
 def kill_before_file(patch: pytest.MonkeyPatch, nth: int) -> None:

@@ -105,9 +105,9 @@ def credits(settings: Settings) -> dict[tuple[str, str, int], dict[str, int]]:
     made: dict[tuple[str, str, int], dict[str, int]] = {}
     totals = {}
     for row in rows:
-        totals[row["order_id"]] = row["total_micros"]
         if row["revision"] != latest[row["order_id"]] or row["touch_event_id"] is None:
             continue
+        totals[row["order_id"]] = row["total_micros"]
         for model in MODELS:
             for days, micros in zip(row["window_days"], row[f"{model}_micros"], strict=True):
                 if micros is not None:

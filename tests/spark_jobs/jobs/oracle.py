@@ -68,6 +68,7 @@ class Books:
     refused: dict[tuple[str, int], tuple[str, bytes]] = field(default_factory=dict)  # (file, line): outcome, raw bytes
     ledger: dict[tuple[str, str, datetime | None], Counter[str]] = field(default_factory=dict)  # by stream, region, hour
     minutes: dict[tuple[Any, ...], list[int]] = field(default_factory=dict)  # minute, MINUTE_KEYS: MINUTE_MEASURES
+    unread: set[str] = field(default_factory=set)  # files in a folder whose name is that of no region
 
 
 INGESTED = "ingested"
@@ -132,7 +133,7 @@ def is_amount(value: object, most: int) -> bool:
 def is_valid(stream: str, record: dict[Any, Any], folder: str, now: datetime) -> bool:
     """Whether a record keeps the contract. A null is an absent field; ``now`` stands in for an absent received_at."""
     has = {name: value for name, value in record.items() if value is not None}
-    if None in record or not REGION.fullmatch(folder) or has.get("region", folder) != folder:
+    if None in record or has.get("region", folder) != folder:
         return False
     if stream == "events":
         time = instant(has.get("event_time"))
@@ -219,6 +220,9 @@ def account(runs: Iterable[Iterable[Landed]], campaigns_csv: str, now: datetime)
     books, campaigns = Books(), Campaigns(campaigns_csv)
     for landed in runs:
         for file in sorted(landed, key=lambda f: (f.modified_ms, f.name)):
+            if not REGION.fullmatch(file.region):
+                books.unread.add(file.name)
+                continue
             stream = file.name.split("/")[0]
             for number, line, whole in lines_of(file):
                 _offer(books, campaigns, stream, file, number, line, whole, now)

@@ -56,6 +56,31 @@ def nothing_to_do(settings: Settings) -> None:
     assert (version(settings), rows_of(settings)) == before
 
 
+def test_orders_of_a_user_that_is_nobody_are_credited_to_nobody(settings: Settings) -> None:
+    settings.rules_path.mkdir(parents=True)
+    rules = settings.rules_path / "attribution.toml"
+    rules.write_text("exempt_users = []\n")
+    users = ("u", "Unknown", "00000000-0000-0000-0000-000000000000")
+    add_events(settings, [event(f"t{n}", 1, user_id=user) for n, user in enumerate(users)])
+    add_orders(settings, [order("before", user_id="Unknown")])
+    attribute(settings)
+    assert linear(settings) == {"before": {"t1": 1000}}
+    [stored] = held(settings, RULE_SETS)
+    assert "exempt" not in stored["content"]  # as an older release wrote it
+    rules.unlink()
+    add_orders(settings, [order(f"o{n}", user_id=user) for n, user in enumerate(users)])
+    report = attribute(settings)
+    assert (report.orders, report.credited, report.unattributed) == (3, 1, 2)
+    assert linear(settings) == {"before": {"t1": 1000}, "o0": {"t0": 1000}}
+    add_events(settings, [event("late", 2, user_id="Unknown")])
+    attribute(settings)
+    # an order keeps its rule set, here one that exempts nobody
+    assert linear(settings) == {"before": {"t1": 500, "late": 500}, "o0": {"t0": 1000}}
+    nothing_to_do(settings)
+    attribute(settings, HourRange.of(NOON))
+    assert linear(settings) == {"o0": {"t0": 1000}}
+
+
 def test_orders_are_credited_once(settings: Settings) -> None:
     add_events(settings, [event("a", 30), event("b", 1), event("x", 1, store_id="other"), event("after", -1)])
     add_orders(settings, [order("o"), order("none", user_id="nobody"), order("late", user_id="v", is_late=True)])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -21,6 +20,8 @@ from spark_jobs.jobs.ingest import run_ingest
 from spark_jobs.rules.attribution import MODELS
 from tests.spark_jobs.jobs.attribution_lake import credits, linear, mark, revisions, rows_of
 from tests.spark_jobs.jobs.test_continuous import Ingest
+
+pytestmark = pytest.mark.homes
 
 WINDOWS = (1, 7, 14, 28, 30)
 START = datetime(2011, 3, 1, tzinfo=UTC)
@@ -128,17 +129,22 @@ def test_a_failure_of_it_is_kept_for_the_ingest(spark: SparkSession, settings: S
     lake.land(settings, "orders/eu/1.jsonl", [lake.order("o")])
     run_ingest(settings, spark=spark)
     stream = AttributionStream(settings)
-    settings.rules_path.mkdir()
-    (settings.rules_path / "attribution.toml").write_text("half_life_days = 0\n")
+    (settings.home_path / ".attribution.lock").unlink(missing_ok=True)
+    (settings.home_path / ".attribution.lock").mkdir()
     query = stream.start(spark, continuous=False, trigger_seconds=1)
-    with pytest.raises(Exception, match="half_life_days"):
+    with pytest.raises(Exception, match=r"attribution\.lock"):
         query.awaitTermination(60)
-    assert isinstance(stream.failure, RuleFileError)
-    with pytest.raises(RuleFileError):
+    assert isinstance(stream.failure, OSError)
+
+
+def test_wrong_rules_are_refused_at_its_start(settings: Settings) -> None:
+    settings.rules_path.mkdir(parents=True)
+    (settings.rules_path / "attribution.toml").write_text("half_life_days = 0\n")
+    with pytest.raises(RuleFileError, match="half_life_days"):
         AttributionStream(settings)
 
 
-def test_the_continuous_ingest_credits_orders_and_ends_where_it_cannot(settings: Settings) -> None:
+def test_the_continuous_ingest_credits_orders_and_outlives_files_that_turn_bad(settings: Settings) -> None:
     lake.campaigns(settings)
     lake.land(settings, "events/eu/1.jsonl", [lake.event("a", event_type="click")])
     lake.land(settings, "orders/eu/1.jsonl", [lake.order("o")])
@@ -147,9 +153,26 @@ def test_the_continuous_ingest_credits_orders_and_ends_where_it_cannot(settings:
         lake.land(settings, "events/eu/2.jsonl", [lake.event("b", event_type="click", event_time="2025-06-02T09:30:00Z")])
         ingest.wait_for("late touch", lambda: len(revisions(settings)["o"]) == 2)
         settings.rules_path.mkdir()
-        (settings.rules_path / "attribution.toml").write_text("half_life = 3\n")
+        wrong = settings.rules_path / "attribution.toml", settings.rules_path / "invalid_traffic.toml"
+        wrong[0].write_text("half_life = 3\n")
+        wrong[1].write_text("[click_rate]\nclicks = 0\n")
+        lake.campaigns(settings, "c-cpm,s-1,cpm,many,EUR,2000-01-01T00:00:00Z,")
         lake.land(settings, "events/eu/3.jsonl", [lake.event("c", event_type="click", event_time="2025-06-02T09:40:00Z")])
-        assert ingest._process.wait(60) == 2
-        assert "attribution.toml: half_life: Extra inputs are not permitted" in ingest.errors
+        lake.land(settings, "orders/eu/3.jsonl", [lake.order("p", user_id="v")])
+        said = (
+            "attribution.toml: half_life: Extra inputs are not permitted",
+            "invalid_traffic.toml: click_rate.clicks: Input should be greater than 0",
+            "campaigns/campaigns.csv, line 2: daily_budget_micros is not a whole number",
+        )
+        ingest.wait_for("notices", lambda: all(text in ingest.errors for text in said))
+        ingest.wait_for(
+            "both streams", lambda: Counter(batch["stream"] for batch in ingest.batches()) == {"events": 3, "orders": 2}
+        )
+        for file in wrong:
+            file.unlink()
+        lake.land(settings, "events/eu/4.jsonl", [lake.event("d", event_type="click", event_time="2025-06-02T09:50:00Z")])
+        ingest.wait_for("all touches", lambda: set(linear(settings)["o"]) == {"a", "b", "c", "d"})
+        assert all(ingest.errors.count(text) == 1 for text in said)
+        assert "rules of attribution: all is right again" in ingest.errors
         assert "Traceback" not in ingest.errors
-        assert {json.dumps(batch["stream"]) for batch in ingest.batches()} == {'"events"', '"orders"'}
+        assert ingest.terminate() == 0

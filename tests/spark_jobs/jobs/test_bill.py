@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
+from filelock import FileLock
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import UsageError
 from spark_jobs.jobs import bill as module
 from spark_jobs.jobs.bill import BillingLine, bill, nanos_to_micros
+from spark_jobs.jobs.correct import CORRECTIONS_LOCK
 from spark_jobs.sinks.delta import ensure_tables
 from spark_jobs.steps import CRASH_VARIABLE, Step
 from spark_jobs.tables import BATCH_LEDGER, BILLING_LINES, MINUTE_METRICS, RESTATEMENTS, TABLES, TRAFFIC_REVIEWS
@@ -301,7 +303,8 @@ def test_a_correction_under_way_is_waited_for(lake: Lake) -> None:
     lake.ingest(("c2", 1000))
     pending = lake.settings.corrections_path / "token"
     pending.mkdir(parents=True)
-    assert lake.bill() == [("c2", "adjustment", "late", 1)]
+    with FileLock(lake.settings.home_path / CORRECTIONS_LOCK):  # by another process, which lives
+        assert lake.bill() == [("c2", "adjustment", "late", 1)]
     lake.explain("review", ("c1", -4000), run="review-1")
     pending.rmdir()
     assert lake.bill() == [("c1", "credit", "invalid_traffic", -4)]

@@ -20,6 +20,8 @@ from spark_jobs.jobs.closing import Closing, close_by_hand, read_closing, requir
 from spark_jobs.jobs.ingest import run_ingest
 from spark_jobs.tables import BATCH_LEDGER, HOUR_CLOSINGS
 
+pytestmark = pytest.mark.homes
+
 
 def at(text: str) -> datetime:
     """A time of 2025-06-02."""

@@ -34,6 +34,8 @@ from spark_jobs.tables import ORDERS, TABLES
 from tests.spark_jobs.jobs.held import Held
 from tests.spark_jobs.jobs.test_continuous import Ingest
 
+pytestmark = pytest.mark.homes
+
 ROOT = Path(__file__).resolve().parents[3]
 DAY = "2025-06-02"
 FILES = 4
@@ -246,10 +248,10 @@ def test_a_rewrite_that_doubles_rows_is_found_and_taken_back(home: Settings, mon
     uri = home.table_uri("events")
     before = everything(home)
 
-    def beside(held: DeltaTable, *args: Any, **options: Any) -> bool:
+    def beside(table: str, held: DeltaTable, *args: Any, **options: Any) -> bool:
         DeltaTable(uri).optimize.compact(partition_filters=[("event_date", "=", DAY), ("event_hour", "=", "8")])
         write_deltalake(uri, DeltaTable(uri).to_pyarrow_table().slice(0, 0), mode="append")  # and an ingest goes on
-        return rearrange(held, *args, **options)
+        return rearrange(table, held, *args, **options)
 
     monkeypatch.setattr(module, "rearrange", beside)
     with pytest.raises(TableCorruptionError, match=r"holds 96 rows .* held 48 .* restore version"):
@@ -285,12 +287,12 @@ def _merged_meanwhile(home: Settings, monkeypatch: pytest.MonkeyPatch, times: in
         merge_orders(new, home, Transaction("new", number), {})
     done = 0
 
-    def beside(held: DeltaTable, *args: Any, **options: Any) -> bool:
+    def beside(table: str, held: DeltaTable, *args: Any, **options: Any) -> bool:
         nonlocal done
         if done < times:
             done += 1
             merge_orders(one, home, Transaction("beside", done), {})
-        return rearrange(held, *args, **options)
+        return rearrange(table, held, *args, **options)
 
     monkeypatch.setattr(module, "rearrange", beside)
     monkeypatch.setattr(module, "LOOSE_FILES", -1)

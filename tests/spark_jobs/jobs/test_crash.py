@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import lake
@@ -90,10 +91,19 @@ def _next_batch(settings: Settings, stream: str) -> int:
     return max(done, default=-1) + 1
 
 
-def _chain(tmp_path: Path, spark: SparkSession, points: list[tuple[str, Step]]) -> None:
+def kill_at_each(
+    calm_home: Path,
+    killed_home: Path,
+    spark: SparkSession,
+    points: list[tuple[str, Step]],
+    files_each: int = 1,
+    before_run: Callable[[], None] = lambda: None,
+    after_kill: Callable[[], None] = lambda: None,
+) -> None:
+    """Kill an ingest at each of ``points`` in turn, run it to its end, and compare with one that was never killed."""
     # the run that is never killed takes large batches: what comes out does not depend on how the files are cut
-    calm, killed = load_settings(home=tmp_path / "calm", max_files_per_batch=1000), load_settings(home=tmp_path / "killed")
-    _land(calm, files=len(points) + 6)
+    calm, killed = load_settings(home=calm_home, max_files_per_batch=1000), load_settings(home=killed_home)
+    _land(calm, files=files_each * len(points) + 6)
     shutil.copytree(calm.landing_path / "campaigns", killed.landing_path / "campaigns")
     waiting = {stream: _waiting(calm, stream) for stream in ("events", "orders")}
     assert all(len(files) > len(points) for files in waiting.values())
@@ -101,7 +111,7 @@ def _chain(tmp_path: Path, spark: SparkSession, points: list[tuple[str, Step]]) 
     written: set[str] = set()  # the increments that were there after a kill
     for moment, step in points:
         for files in waiting.values():  # so the batch of the kill has a file, however far the other stream came meanwhile
-            _move(files, calm, killed, 1)
+            _move(files, calm, killed, files_each)
         stream = "orders" if step in ORDER_STEPS else "events"
         # a batch that was begun and not ended is run to its end first; the kill comes in the batch behind it
         begun = settings_offsets(killed, stream)
@@ -109,7 +119,9 @@ def _chain(tmp_path: Path, spark: SparkSession, points: list[tuple[str, Step]]) 
         if step is Step.CAMPAIGNS:
             prices = killed.landing_path / "campaigns" / "campaigns.csv"
             prices.write_text(prices.read_text() + f"c-{moment}-{batch},s,cpc,1,EUR,2030-01-01T00:00:00Z,\n")
+        before_run()
         status = _run(killed, f"{moment}:{step}:{batch}")
+        after_kill()
         assert status == -signal.SIGKILL, f"{moment} {step} of batch {batch} was never reached"
         written |= _increments(killed)
     for files in waiting.values():
@@ -142,14 +154,14 @@ def settings_offsets(settings: Settings, stream: str) -> int:
 
 
 def test_a_killed_batch_is_finished_exactly(tmp_path: Path, spark: SparkSession) -> None:
-    _chain(tmp_path, spark, QUICK)
+    kill_at_each(tmp_path / "calm", tmp_path / "killed", spark, QUICK)
 
 
 @pytest.mark.crash
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("half", [0, 1])  # two chains, so that two cores have something to do
 def test_killed_at_every_durable_step(half: int, tmp_path: Path, spark: SparkSession) -> None:
-    _chain(tmp_path, spark, list(CRASH_POINTS[half::2]))
+    kill_at_each(tmp_path / "calm", tmp_path / "killed", spark, list(CRASH_POINTS[half::2]))
 
 
 COMMITS = {
@@ -159,7 +171,7 @@ COMMITS = {
 
 
 def test_every_durable_write_is_a_named_step() -> None:
-    """Every call that commits to a table stands in a ``with durable(Step...)`` of the sinks, and every step is used."""
+    """Every call that commits to a table stands in a ``with committing(..., Step...)``, which syncs it; every step is used."""
     used: set[str] = set()
     found: set[str] = set()
     for path in (ROOT / "spark_jobs").rglob("*.py"):
@@ -172,13 +184,17 @@ def test_every_durable_write_is_a_named_step() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "Step":
                 used.add(node.attr)
-            if isinstance(node, ast.With) and any("durable(" in ast.unparse(item) for item in node.items):
+            if isinstance(node, ast.With) and any("committing(" in ast.unparse(item) for item in node.items):
                 guarded.update(ast.walk(node))
         for node in ast.walk(tree):
             name = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else None
             name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else name
             if name in commits and deltas:
                 found.add(name)
-                assert node in guarded, f"{path.name}:{getattr(node, 'lineno', 0)} writes outside of a durable step"
-    assert found >= {"create_write_transaction", "write_deltalake", "execute", "compact", "z_order", "vacuum"}
+                assert node in guarded, f"{path.name}:{getattr(node, 'lineno', 0)} commits outside of a durable step"
+            if name == "add_columns" or (name == "create" and ast.unparse(node).startswith("DeltaTable.")):
+                found.add(name)
+                functions = [one for one in ast.walk(tree) if isinstance(one, ast.FunctionDef) and node in ast.walk(one)]
+                assert "sync_commits(" in ast.unparse(functions[-1]), f"{path.name}:{getattr(node, 'lineno', 0)} is not synced"
+    assert found >= {"create", "add_columns", "create_write_transaction", "execute", "compact", "z_order", "vacuum"}
     assert used >= {step.name for step in Step}

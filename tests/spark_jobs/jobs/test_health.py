@@ -14,11 +14,13 @@ import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
 from lake import campaigns, event, land
+from local import LocalEvents
 from pyspark.sql import SparkSession
 
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.jobs.health import SIGNALS, Signal, read_health, read_signal
 from spark_jobs.jobs.ingest import run_ingest
+from spark_jobs.jobs.review import review
 from spark_jobs.tables import BATCH_LEDGER
 
 NOW = datetime.now(UTC)
@@ -44,7 +46,7 @@ def checkpoint(settings: Settings, stream: str, finished: int, batches: list[lis
 
 def book(settings: Settings, **counts: Any) -> None:
     """One row of the ledger, in a commit of its own."""
-    zero = dict.fromkeys((f.name for f in BATCH_LEDGER.schema if f.type == pa.int64()), 0)
+    zero = dict.fromkeys((f.name for f in BATCH_LEDGER.schema if f.type in (pa.int64(), pa.decimal128(38, 0))), 0)
     row = {**zero, "stream": "events", "source": "files", "region": "eu", "ingested_at": NOW, "_query_id": "q", **counts}
     write_deltalake(settings.table_uri("batch_ledger"), pa.Table.from_pylist([row], BATCH_LEDGER.schema), mode="append")
 
@@ -82,15 +84,37 @@ def test_lag_is_that_of_the_oldest_file_that_no_finished_batch_read(settings: Se
     late = signal(settings, "stream_lag", after=timedelta(minutes=3))
     assert not late.ok
     assert late.value == pytest.approx(180, abs=30)
-    assert "events: 3 files wait" in late.detail
+    assert "events/eu: 3 files waiting" in late.detail
     checkpoint(settings, "events", finished=0, batches=[[first], [second, third]])
-    assert "events: 2 files wait" in signal(settings, "stream_lag").detail  # those of a batch that has not ended
+    assert "events/eu: 2 files waiting" in signal(settings, "stream_lag").detail  # those of a batch that has not ended
     checkpoint(settings, "events", finished=1, batches=[[first], [second, third]])
     assert signal(settings, "stream_lag", after=timedelta(days=1)) == Signal(
         "stream_lag", True, 0.0, 120.0, "seconds", "no landing file waits", "docs/runbooks/stream-lag.md"
     )
     land(settings, "orders/eu/1.jsonl", b"{}\n")
-    assert "orders: 1 files wait" in signal(settings, "stream_lag", after=timedelta(days=1)).detail
+    assert "orders/eu: 1 file waiting" in signal(settings, "stream_lag", after=timedelta(days=1)).detail
+
+
+def test_files_that_nothing_reads_are_named(settings: Settings) -> None:
+    well = signal(settings, "ignored_files")
+    assert (well.ok, well.value, well.detail) == (True, 0.0, "whatever lies in the landing folder is read")
+    land(settings, "events/eu/1.jsonl", b"{}\n")
+    land(settings, "events/eu/1.json", b"{}\n")
+    land(settings, "events/eu/day=1/1.jsonl", b"{}\n")
+    bad = signal(settings, "ignored_files")
+    assert (bad.ok, bad.value, bad.runbook) == (False, 2.0, "docs/runbooks/ignored-files.md")
+    assert "1 in events/eu (the name ends in neither .jsonl" in bad.detail
+    assert "such as events/eu/day=1/1.jsonl" in bad.detail
+
+
+def test_a_file_that_was_changed_after_it_was_read_is_named(settings: Settings) -> None:
+    """Spark reads a name once."""
+    file = land(settings, "events/eu/latest.jsonl", b"{}\n")
+    checkpoint(settings, "events", finished=0, batches=[[file]])
+    os.utime(file, (0.001, 0.001))
+    assert signal(settings, "ignored_files").ok
+    os.utime(file, (5, 5))
+    assert "changed after it was read" in signal(settings, "ignored_files").detail
 
 
 def test_files_that_the_compacted_list_names_were_read(settings: Settings) -> None:
@@ -150,6 +174,24 @@ def test_shares_of_what_was_offered_in_the_last_hour(
     assert (later.ok, later.detail) == (True, "0 rejected of 0 offered in the last hour")
 
 
+def test_the_share_of_one_user(settings: Settings) -> None:
+    stream = LocalEvents(settings)
+    stream.take([event(f"a{n}", user_id=f"u-{n}") for n in range(700)] + [event(f"b{n}", user_id="a99f214a") for n in range(299)])
+    few = signal(settings, "user_share")
+    assert (few.ok, few.value) == (True, 0.0)  # too few to say
+    stream.take([event(f"c{n}", user_id="Unknown") for n in range(201)])
+    many = signal(settings, "user_share")
+    assert (many.ok, many.value) == (False, 299 / 1200)
+    assert many.detail == "299 of 1,200 events in the last hour are of user 'a99f214a'"
+    review(settings)  # rewrites rows, which are no new events
+    assert signal(settings, "user_share") == many
+    settings.rules_path.mkdir()
+    (settings.rules_path / "invalid_traffic.toml").write_text('exempt_users = ["A99F214A"]\n')
+    known = signal(settings, "user_share")
+    assert (known.ok, known.value) == (True, 201 / 1200)
+    assert signal(settings, "user_share", after=timedelta(minutes=61)).value == 0
+
+
 def test_conservation_of_the_last_hour(spark: SparkSession, settings: Settings) -> None:
     campaigns(settings)
     land(settings, "events/eu/1.jsonl", [event("e-1"), event("e-2"), event("e-1"), event("e-2", price_micros=7)])
@@ -157,7 +199,7 @@ def test_conservation_of_the_last_hour(spark: SparkSession, settings: Settings) 
     run_ingest(settings, spark=spark)
     assert signal(settings, "stream_lag").detail == "no landing file waits"
     well = signal(settings, "conservation")
-    assert (well.ok, well.value, well.detail) == (True, 0.0, "2 batches of the last hour add up")
+    assert (well.ok, well.value, well.detail) == (True, 0.0, "2 batches of the last hour: all adds up")
     lost = spark.read.format("delta").load(settings.table_uri("events")).where("event_id <> 'e-3'").toArrow()
     write_deltalake(settings.table_uri("events"), lost, mode="overwrite")
     bad = signal(settings, "conservation")
@@ -165,7 +207,7 @@ def test_conservation_of_the_last_hour(spark: SparkSession, settings: Settings) 
     assert (
         "batch 1 of events, eu, hour 2025-06-02T10Z: accepted is 1 in batch_ledger, 0 in events, 1 in minute_metrics" in bad.detail
     )
-    assert signal(settings, "conservation", after=timedelta(hours=2)).detail == "0 batches of the last hour add up"
+    assert signal(settings, "conservation", after=timedelta(hours=2)).detail == "0 batches of the last hour: all adds up"
 
 
 def test_a_table_that_is_gone_breaks_conservation(spark: SparkSession, settings: Settings) -> None:

@@ -5,8 +5,15 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import os
+import re
 import shutil
+import signal
 import threading
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import lake
@@ -15,9 +22,27 @@ from pyspark.sql import SparkSession
 
 from services.simulator import simulate
 from spark_jobs.config import Settings
-from spark_jobs.errors import BusyError, CampaignFileError
+from spark_jobs.delta_log import DeltaLog
+from spark_jobs.errors import (
+    AdtallyError,
+    BusyError,
+    CampaignFileError,
+    ConservationError,
+    InterruptedIngestError,
+    TableCorruptionError,
+)
+from spark_jobs.hours import HourRange
+from spark_jobs.jobs.backfill import backfill
+from spark_jobs.jobs.closing import close_by_hand
+from spark_jobs.jobs.events import EventsJob
+from spark_jobs.jobs.fsck import fsck
+from spark_jobs.jobs.health import read_signal
 from spark_jobs.jobs.ingest import run_ingest
+from spark_jobs.jobs.orders import OrdersJob
+from spark_jobs.jobs.status import read_status
+from spark_jobs.jobs.stream import StreamJob
 from spark_jobs.locks import write_lock
+from spark_jobs.tables import TABLES
 
 
 def test_truth_of_simulated_traffic_to_the_row_and_the_nano(spark: SparkSession, settings: Settings) -> None:
@@ -235,6 +260,166 @@ def test_lost_index_is_rebuilt_from_the_table(spark: SparkSession, settings: Set
     assert (report.accepted, report.duplicate) == (10, 50)
 
 
+def _flip(data: bytearray) -> None:
+    data[100] ^= 1
+
+
+def _zero(data: bytearray) -> None:
+    data[4096:8192] = bytes(4096)
+
+
+@pytest.mark.parametrize("damage", [_flip, _zero])
+def test_a_damaged_index_lets_nothing_count_twice(
+    spark: SparkSession, settings: Settings, damage: Callable[[bytearray], None]
+) -> None:
+    events = [lake.event(f"e{number}") for number in range(1500)]
+    lake.land(settings, "events/eu-west/a.jsonl", events)
+    run_ingest(settings, spark=spark)
+    (path,) = settings.key_index_path.glob("run-*.keys")
+    data = bytearray(path.read_bytes())
+    damage(data)
+    path.write_bytes(data)
+    lake.land(settings, "events/us-east/again.jsonl", events)
+    said: list[str] = []
+    report = run_ingest(settings, spark=spark, notice=said.append)
+    assert (report.accepted, report.duplicate) == (0, 1500)
+    assert len(said) == 1 and "the key index is rebuilt" in said[0] and "damaged at byte" in said[0]
+    lake.land(settings, "events/us-east/more.jsonl", [lake.event("new"), events[0]])
+    report = run_ingest(settings, spark=spark, notice=said.append)
+    assert (report.accepted, report.duplicate, len(said)) == (1, 1, 1)
+
+
+def _versions(settings: Settings) -> dict[str, int | None]:
+    return {name: DeltaLog(settings.table_uri(name)).latest_version() for name in TABLES}
+
+
+def _stop_before(patch: pytest.MonkeyPatch, job: type[StreamJob], step: str) -> None:
+    """Let a batch fail right before a step, as a kill would."""
+
+    def stop(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    patch.setattr(job, step, stop)
+
+
+SOURCES = [
+    pytest.param("events", EventsJob, [lake.event("e1"), lake.event("e2"), {}], id="events"),
+    pytest.param("orders", OrdersJob, [lake.order("o1"), lake.order("o2"), {}], id="orders"),
+]
+
+
+@pytest.mark.parametrize("way_out", ["put back", "fsck"])
+@pytest.mark.parametrize(("stream", "job", "records"), SOURCES)
+def test_a_file_that_changed_between_a_crash_and_the_restart(
+    spark: SparkSession, settings: Settings, stream: str, job: type[StreamJob], records: list[dict[str, Any]], way_out: str
+) -> None:
+    path = lake.land(settings, f"{stream}/eu-west/a.jsonl", records)
+    whole, at = path.read_bytes(), path.stat().st_mtime_ns
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(AdtallyError, match="killed"):
+        _stop_before(patch, job, "commit_derived")
+        run_ingest(settings, spark=spark)
+    before = _versions(settings)
+    path.write_bytes(whole.replace(b"s-1", b"s-2"))  # as long, and as old
+    os.utime(path, ns=(at, at))
+    with pytest.raises(ConservationError, match=f"{stream}/eu-west/a.jsonl changed or vanished after batch 0") as caught:
+        run_ingest(settings, spark=spark)
+    assert "fsck" in str(caught.value)
+    assert [(found.kind, found.place) for found in fsck(settings).findings] == [("batch_file_changed", stream)]
+    if way_out == "put back":
+        assert {name for name, version in _versions(settings).items() if version != before[name]} == set()
+        path.write_bytes(whole)
+    else:
+        path.unlink()
+        assert [found.is_repaired for found in fsck(settings, repair=True).findings] == [True]
+        assert fsck(settings).findings == []
+    run_ingest(settings, spark=spark)
+    lake.land(settings, f"{stream}/eu-west/b.jsonl", records)  # and the stream goes on
+    run_ingest(settings, spark=spark)
+    total = lake.ledger(spark, settings, stream)
+    assert (total["offered"], total["accepted"], total["duplicate"], total["rejected"]) == (6, 2, 2, 2)
+    assert read_status(settings).conservation_holds
+
+
+@pytest.mark.parametrize(("stream", "job", "records"), SOURCES)
+def test_what_runs_again_must_give_what_was_committed(
+    spark: SparkSession, settings: Settings, monkeypatch: pytest.MonkeyPatch, stream: str, job: type[StreamJob], records: Any
+) -> None:
+    """Behind the fingerprint, which sees both ends of a file: the accepted records are held to those in the table."""
+    path = lake.land(settings, f"{stream}/eu-west/a.jsonl", records)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(AdtallyError, match="killed"):
+        _stop_before(patch, job, "commit_derived")
+        run_ingest(settings, spark=spark)
+    before = _versions(settings)
+    monkeypatch.setattr(StreamJob, "_refuse_changed_files", lambda *_: None)
+    path.write_bytes(path.read_bytes().replace(b"s-1", b"s-2"))
+    with pytest.raises(ConservationError, match=r"batch 0 of .*(differ from those|is not as version)"):
+        run_ingest(settings, spark=spark)
+    assert {name for name, version in _versions(settings).items() if version != before[name]} <= {f"rejected_{stream}"}
+    assert _versions(settings) == before
+
+
+@pytest.mark.parametrize(("stream", "job", "records"), SOURCES)
+def test_a_batch_that_does_not_add_up_is_not_committed(
+    spark: SparkSession,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    stream: str,
+    job: type[StreamJob],
+    records: list[dict[str, Any]],
+) -> None:
+    path = lake.land(settings, f"{stream}/eu-west/a.jsonl", records)
+    before = _versions(settings)
+    stage, write = job._stage, job._write
+
+    def line_more(self: StreamJob, *arguments: Any) -> Any:
+        batch = stage(self, *arguments)
+        batch.splits[0] = replace(batch.splits[0], offered=batch.splits[0].offered + 1)
+        return batch
+
+    def reject_less(*arguments: Any) -> Any:
+        return [replace(part, rejected_records=0) for part in write(*arguments)]
+
+    def file_grows(*arguments: Any) -> Any:
+        with path.open("ab") as file:
+            file.write(b"{}\n")
+        return write(*arguments)
+
+    defects = {
+        "_stage": (line_more, "4 lines offered, 3 accounted for"),
+        "_write": (reject_less, "1 conflicting and rejected, but 0"),
+    }
+    for name, (defect, said) in defects.items():
+        with monkeypatch.context() as patch, pytest.raises(ConservationError, match=said):
+            patch.setattr(job, name, defect)
+            run_ingest(settings, spark=spark)
+    with monkeypatch.context() as patch, pytest.raises(ConservationError, match=r"changed while batch 0 of .* read it"):
+        patch.setattr(job, "_write", file_grows)
+        run_ingest(settings, spark=spark)
+    changed = {name for name, version in _versions(settings).items() if version != before[name]}
+    assert changed <= {"campaigns", "rule_sets"}  # by which it was planned
+    run_ingest(settings, spark=spark)
+    total = lake.ledger(spark, settings, stream)
+    assert (total["offered"], total["accepted"], total["rejected"]) == (4, 2, 2)
+
+
+def test_a_lost_commit_of_the_ledger_is_mended_by_fsck(spark: SparkSession, settings: Settings) -> None:
+    for name in "ab":
+        lake.land(settings, f"events/eu-west/{name}.jsonl", [lake.event(f"{name}{number}") for number in range(3)])
+    run_ingest(settings, spark=spark)
+    before = lake.ledger(spark, settings)
+    log = DeltaLog(settings.table_uri("batch_ledger"))
+    Path(log.commit_path(log.latest_version() or 0)).unlink()
+    with pytest.raises(TableCorruptionError, match="fsck"):
+        run_ingest(settings, spark=spark)
+    assert {found.kind for found in fsck(settings).findings} >= {"checkpoint"}
+    report = fsck(settings, repair=True)
+    assert report.remaining == [], report.remaining
+    assert lake.ledger(spark, settings) == before
+    run_ingest(settings, spark=spark)
+    assert lake.ledger(spark, settings)["accepted"] == before["accepted"]
+    assert read_status(settings).conservation_holds
+
+
 def test_rows_deleted_by_hand_are_not_remembered(spark: SparkSession, settings: Settings) -> None:
     lake.land(settings, "events/eu/1.jsonl", [lake.event("kept"), lake.event("deleted")])
     run_ingest(settings, spark=spark)
@@ -276,6 +461,62 @@ def test_a_wrong_campaign_file_stops_before_anything_is_written(spark: SparkSess
     with pytest.raises(CampaignFileError, match="overlap"):
         run_ingest(settings, spark=spark)
     assert lake.rows(spark, settings, "events", "event_id") == []
+
+
+def test_a_failed_batch_says_its_cause_first(spark: SparkSession, settings: Settings) -> None:
+    lake.land(settings, "events/eu/1.jsonl", [lake.event("a")])
+    blocked = Path(settings.table_uri("events")) / "event_date=2025-06-02"
+    blocked.write_bytes(b"")  # where the tasks need a folder
+    with pytest.raises(AdtallyError) as caught:
+        run_ingest(settings, spark=spark)
+    assert re.match(
+        r"\w*Error: [^(]*event_date=2025-06-02.* at spark_jobs/sinks/data_files.py:\d+: the events stream failed", str(caught.value)
+    )
+    blocked.unlink()
+    assert run_ingest(settings, spark=spark).accepted == 1
+
+
+def test_a_signal_in_the_last_batch_has_stopped_nothing_and_one_before_it_has(spark: SparkSession, settings: Settings) -> None:
+    def stop(_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    lake.land(settings, "events/eu/1.jsonl", [lake.event("a")])
+    assert run_ingest(settings, spark=spark, progress=stop).accepted == 1
+    lake.land(settings, "events/eu/2.jsonl", [lake.event("b")])
+    lake.land(settings, "events/eu/3.jsonl", [lake.event("c")])
+    with pytest.raises(InterruptedIngestError):
+        run_ingest(settings, spark=spark, progress=stop)
+    assert lake.rows(spark, settings, "events", "event_id") == [("a",), ("b",)]
+    assert run_ingest(settings, spark=spark).accepted == 1
+
+
+def test_a_campaign_file_that_turns_bad_leaves_the_prices_in_force(spark: SparkSession, settings: Settings) -> None:
+    lake.campaigns(settings)
+    lake.land(settings, "events/eu/1.jsonl", [lake.event("a")])
+    run_ingest(settings, spark=spark)
+    lake.campaigns(settings, "c-cpm,s-1,cpm,1,EUR,2000-01-01,", "c-cpc,s-1,cpc,,EUR,2000-01-01,")
+    for number in (2, 3):  # two batches
+        lake.land(settings, f"events/eu/{number}.jsonl", [lake.event(f"b{number}")])
+    lake.land(settings, "orders/eu/1.jsonl", [lake.order("o")])
+    said: list[str] = []
+    assert run_ingest(settings, spark=spark, notice=said.append).accepted == 3
+    problem = "campaigns/campaigns.csv, line 3: daily_budget_micros must have 1 to 128 characters; the prices in force stay"
+    assert said == [problem]
+    assert lake.rows(spark, settings, "events", "spend_nanos") == [(1500,)] * 3
+    status = read_status(settings)
+    assert (status.conservation_holds, status.problems) == (True, [problem])
+    signal = read_signal(settings, "campaign_file")
+    assert (signal.ok, signal.detail) == (False, problem)
+    close_by_hand(settings, datetime(2025, 6, 2, 12, tzinfo=UTC), reason="test", closed_by="test")
+    with pytest.raises(CampaignFileError, match="daily_budget_micros must have"):  # it is for today's prices
+        backfill(settings, HourRange.of(datetime(2025, 6, 2, 10, tzinfo=UTC)), reason="prices")
+
+    lake.campaigns(settings, "c-cpm,s-1,cpc,1,EUR,2000-01-01,")
+    lake.land(settings, "events/eu/4.jsonl", [lake.event("c")])
+    run_ingest(settings, spark=spark, notice=said.append)
+    assert said == [problem]
+    assert lake.rows(spark, settings, "events", "spend_nanos", "event_id = 'c'") == [(0,)]
+    assert read_status(settings).problems == [] and read_signal(settings, "campaign_file").ok
 
 
 def test_campaigns_are_brought_in_when_nobody_else_writes(spark: SparkSession, settings: Settings) -> None:

@@ -24,10 +24,13 @@ from spark_jobs.config import Settings, load_settings
 from spark_jobs.jobs.ingest import run_ingest
 from spark_jobs.jobs.reconcile import reconcile
 from spark_jobs.jobs.review import review
+from spark_jobs.sources.landing import Reason, walk_landing
 from tests.spark_jobs.jobs import oracle
 from tests.spark_jobs.jobs.held import Held, check_accepted, check_increments, check_ledger, check_minutes, check_refused
 from tests.spark_jobs.jobs.oracle import Books, Landed
 from tests.spark_jobs.jobs.traffic import CAMPAIGNS, Shape, Traffic
+
+pytestmark = pytest.mark.homes
 
 EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "6"))
 
@@ -99,6 +102,7 @@ def test_the_pipeline_agrees_with_the_oracle(spark: SparkSession, homes: Callabl
         if shape.reviews and files is not runs[-1]:
             review(home)
     books = oracle.account(runs, CAMPAIGNS, now=datetime.now(UTC))
+    assert {entry.name for entry in walk_landing(home.landing_path) if entry.reason is Reason.REGION_NAME} == books.unread
     with Held(home) as held:
         check_refused(held, books)
         if not (shape.reviews and len(runs) > 1):

@@ -31,7 +31,9 @@ from spark_jobs.jobs.reconcile import ReconcileReport, reconcile
 from spark_jobs.jobs.review import review
 from spark_jobs.jobs.status import read_status
 from spark_jobs.steps import CORRECTION, CRASH_VARIABLE, Step
-from tests.spark_jobs.jobs.faults import FAULTS, MADE_UP, NOT_TOGETHER, OF_ONE, ONE, Fault
+from tests.spark_jobs.jobs.faults import FAULTS, MADE_UP, NOT_TOGETHER, OF_ONE, ONE, Fault, land_orders
+
+pytestmark = pytest.mark.homes
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -50,6 +52,7 @@ def base(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, empty_la
     )
     lake.land(made, "events/eu-west/broken.jsonl.gz", b"no gzip")
     lake.land(made, "events/eu-west/cut.jsonl.gz", gzip.compress(lake.lines([lake.event("t4"), lake.event("t5")]))[:-9])
+    land_orders(made)
     lake.land(made, "events/eu-west/bad.jsonl", b'{"event_id":"x"}\n\nnonsense\n' + lake.lines([lake.event("t6", currency="none")]))
     run_ingest(made, spark=spark)
     return made
@@ -218,7 +221,9 @@ def test_a_batch_whose_checkpoint_is_gone_is_finished(spark: SparkSession, base:
     assert correct.contents(killed, identity=False)["minute_metrics"] == correct.contents(base, identity=False)["minute_metrics"]
 
 
-STEPS = [(moment, step) for step in CORRECTION for moment in ("before", "after") if step is not Step.HOUR_RULES]
+# those of orders are killed in tests/spark_jobs/recount/test_orders.py
+NOT_OF_EVENTS = (Step.HOUR_RULES, Step.CORRECTED_ORDERS, Step.CORRECTED_ORDER_REJECTS)
+STEPS = [(moment, step) for step in CORRECTION for moment in ("before", "after") if step not in NOT_OF_EVENTS]
 
 
 QUICK = [("after", Step.CORRECTION_DECIDED), ("after", Step.CORRECTED_EVENTS), ("before", Step.RESTATEMENTS)]
@@ -251,7 +256,7 @@ def test_killed_at_every_step_of_a_repair(home: Settings, truth: dict[str, Any],
 
 def test_bad_use_is_refused(home: Settings) -> None:
     with pytest.raises(UsageError, match="local path"):
-        reconcile(home.model_copy(update={"lakehouse": "s3a://bucket/lake"}), None)
+        reconcile(load_settings(home=home.home, lakehouse="s3a://bucket/lake"), None)
 
 
 def test_what_was_parsed_and_the_plans_may_be_deleted(home: Settings) -> None:

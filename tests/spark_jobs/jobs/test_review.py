@@ -28,6 +28,8 @@ from spark_jobs.jobs.reconcile import reconcile
 from spark_jobs.jobs.review import review
 from spark_jobs.steps import CRASH_VARIABLE, Step
 
+pytestmark = pytest.mark.homes
+
 ROOT = Path(__file__).resolve().parents[3]
 CASES = [
     case for path in sorted((ROOT / "tests" / "cases" / "invalid_traffic").glob("*.json")) for case in json.loads(path.read_text())
@@ -210,7 +212,9 @@ def test_an_hour_keeps_the_rules_of_its_first_review_until_a_backfill(homes: Cal
     noon = datetime(2025, 6, 2, 12, tzinfo=UTC)
     close_by_hand(home, noon + timedelta(hours=8), reason="test", closed_by="test")
     done = backfill(home, HourRange.of(noon), run_id="bf", reason="a shorter window")
-    assert [(hour.event_hour, hour.changed, hour.spend_nanos_change) for hour in done.reviewed] == [(noon, 3, 3_000_000)]
+    assert [(hour.event_hour, hour.changed, hour.rewritten, hour.spend_nanos_change) for hour in done.reviewed] == [
+        (noon, 2, 3, 3_000_000)
+    ]
     assert {rule for _, rule in correct.rows(home, marks)} == {None}
     assert len(correct.rows(home, "select distinct rule_set from events")) == 1
     told = "select kind, reason, cause, sum(spend_nanos)::bigint from restatements where run_id = 'bf' group by all"
@@ -218,8 +222,32 @@ def test_an_hour_keeps_the_rules_of_its_first_review_until_a_backfill(homes: Cal
     check_totals(home)
     assert not reconcile(home, None).differences
     before = versions(home)
-    assert not any(hour.changed for hour in backfill(home, HourRange.of(noon)).reviewed)
+    assert not any(hour.rewritten for hour in backfill(home, HourRange.of(noon)).reviewed)
     assert versions(home) == before and not review(home).hours
+
+
+def test_rule_sets_from_before_there_were_exempt_users_judge_as_they_did(homes: Callable[[], Settings]) -> None:
+    home = with_rules(homes(), {"rules": "exempt_users = []\n"})
+    stream = LocalEvents(home)
+    stream.take([click("a", "12:00:00", user="unknown"), click("b", "12:30:00", user="unknown")])
+    review(home)
+    [(content,)] = correct.rows(home, "select content from rule_sets where kind = 'invalid_traffic'")
+    assert "exempt" not in content  # as an older release wrote it
+    (home.rules_path / "invalid_traffic.toml").unlink()
+    later = {"c": "12:40:00", "d": "15:00:00", "e": "15:01:00"}
+    stream.take([click(name, time, user="unknown") for name, time in later.items()])
+    review(home)
+    marks = "select event_id, invalid_traffic_rule from events"
+    repeat = "repeat_click"
+    assert correct.rows(home, marks) == [("a", None), ("b", repeat), ("c", repeat), ("d", None), ("e", None)]
+    assert not reconcile(home, None).differences
+    noon = datetime(2025, 6, 2, 12, tzinfo=UTC)
+    close_by_hand(home, noon + timedelta(hours=8), reason="test", closed_by="test")
+    done = backfill(home, HourRange.of(noon), reason="strangers are no repeats")
+    assert [hour.spend_nanos_change for hour in done.reviewed] == [3_000_000]
+    assert {rule for _, rule in correct.rows(home, marks)} == {None}
+    check_totals(home)
+    assert not reconcile(home, None).differences
 
 
 def test_a_batch_that_has_not_ended_is_left_for_the_next_review(homes: Callable[[], Settings]) -> None:

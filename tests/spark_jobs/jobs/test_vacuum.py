@@ -28,6 +28,8 @@ from spark_jobs.locks import rewriting
 from spark_jobs.steps import CRASH_VARIABLE
 from tests.spark_jobs.jobs.test_compact import FILES, everything, home, ingested, traffic
 
+pytestmark = pytest.mark.homes
+
 __all__ = ["home", "ingested"]  # fixtures
 
 ROOT = Path(__file__).resolve().parents[3]

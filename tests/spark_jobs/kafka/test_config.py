@@ -17,7 +17,31 @@ CASES = Path(__file__).resolve().parents[2] / "cases" / "kafka"
 def written(tmp_path: Path, text: str) -> Settings:
     settings = load_settings(home=tmp_path)
     settings.kafka_path.write_text(text)
+    settings.kafka_path.chmod(0o600)
     return settings
+
+
+@pytest.mark.parametrize(
+    ("entry", "name"),
+    [
+        ('password = "word"', "password"),
+        ('client_options = { "sasl.oauthbearer.client.secret" = "word" }', "sasl.oauthbearer.client.secret"),
+        ('spark_options = { "kafka.sasl.jaas.config" = "word" }', "kafka.sasl.jaas.config"),
+        ('client_options = { "ssl.key.password" = { env = "HOME" } }', None),
+        ('username = "word"', None),
+    ],
+)
+def test_a_file_with_a_secret_is_its_owners_alone(tmp_path: Path, entry: str, name: str | None) -> None:
+    settings = written(tmp_path, f'[[clusters]]\nname = "eu"\nbootstrap_servers = "a:1"\n{entry}\n')
+    assert read_kafka(settings).clusters
+    for mode in (0o640, 0o604):
+        settings.kafka_path.chmod(mode)
+        if name is None:
+            assert read_kafka(settings).clusters
+            continue
+        with pytest.raises(KafkaConfigurationError, match=rf"{name}\) and has the mode {mode:03o}") as caught:
+            read_kafka(settings)
+        assert "word" not in str(caught.value).replace("password", "")
 
 
 def test_no_file_is_no_kafka(tmp_path: Path) -> None:

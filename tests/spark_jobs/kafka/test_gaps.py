@@ -14,6 +14,8 @@ from spark_jobs.jobs.ingest import run_ingest
 from spark_jobs.kafka.config import KafkaCluster, read_kafka
 from spark_jobs.kafka.gaps import Gap, accept_gap, copied_records, missing_now
 
+pytestmark = pytest.mark.homes
+
 
 @pytest.fixture
 def topics(kafka: Kafka, settings: Settings) -> tuple[Topic, Topic]:

@@ -16,6 +16,8 @@ from spark_jobs.jobs.batch import BatchReport
 from spark_jobs.jobs.closing import read_closing
 from spark_jobs.jobs.ingest import run_ingest
 
+pytestmark = pytest.mark.homes
+
 COUNTS = ("offered", "accepted", "duplicate", "conflict", "rejected")
 
 

@@ -40,6 +40,8 @@ from spark_jobs.tables import MINUTE_METRICS
 from tests.spark_jobs.jobs.attribution_lake import add_events, add_orders, event, mark, order
 from tests.spark_jobs.publish.published import NOON, add, consume, correct, publishing, row, state, told
 
+pytestmark = pytest.mark.homes
+
 ROOT = Path(__file__).resolve().parents[3]
 # what a killed process runs: transactions of ten messages, so that a version takes several
 PUBLISH = (
@@ -83,7 +85,7 @@ def test_each_version_is_published_once_and_a_compaction_is_none(settings: Setti
     assert len(sent) == 45
     assert dict(sent) == wanted, "to the byte"
     uri = settings.table_uri("minute_metrics")
-    assert rearrange(DeltaTable(uri), (("event_date", "2025-06-30"),), 10**8, "run")
+    assert rearrange(uri, DeltaTable(uri), (("event_date", "2025-06-30"),), 10**8, "run")
     assert publish_new(settings).topics[0].records == 0
     add(settings, 99)
     assert publish_new(settings).topics[0].records == 1
@@ -162,7 +164,7 @@ def test_versions_that_are_gone_and_a_topic_that_is_gone(settings: Settings, kaf
     commit = DeltaLog(settings.table_uri("minute_metrics")).commit(2)
     assert commit is not None
     uri = settings.table_uri("minute_metrics")
-    rearrange(DeltaTable(uri), (("event_date", "2025-06-30"),), 10**8, "run")
+    rearrange(uri, DeltaTable(uri), (("event_date", "2025-06-30"),), 10**8, "run")
     kept = {each.table: each.reasons for each in vacuum(settings, dry_run=True).tables}
     assert kept["minute_metrics"] == {2: "files of it are still to be published"}
     (Path(uri) / commit.added[0]["path"]).unlink()  # as another vacuum may, which does not know of publishing
@@ -358,7 +360,7 @@ def test_shut_out_once_a_loop_goes_on_and_twice_it_ends(settings: Settings, kafk
         for number, told_of in ((2, 2), (3, 3)):  # the second time there is one line, and no "" behind it
             with Outlet(publish.cluster, MINUTE_METRICS.name, identity, metrics, Step.PUBLISHED_METRICS):
                 add(settings, number)
-                wait(lambda told_of=told_of: len(said) == told_of)  # type: ignore[misc]
+                wait(lambda told_of=told_of: len(said) == told_of and sent == [1, 2])  # type: ignore[misc]
     finally:
         stop.set()
         running.join(60)

@@ -29,6 +29,8 @@ from spark_jobs.jobs.reconcile import ReconcileReport, reconcile
 from spark_jobs.jobs.status import read_status
 from tests.spark_jobs.jobs.faults import FAULTS
 
+pytestmark = pytest.mark.homes
+
 ELSE = {"event_time": "2025-06-02T07:30:00Z", "received_at": "2025-06-02T07:30:01Z"}
 EU: list[Record] = [
     *(b"nonsense", lake.event("t1"), lake.event("t1"), lake.event("t2", campaign_id="nobody"), None, b""),
@@ -39,6 +41,14 @@ US: list[Record] = [
     *(lake.event("t1", **ELSE), lake.event("t1", user_id="u-9"), lake.event("t3", received_at=None), b"\xff", b"x" * 70_000),
     *(lake.event(f"e{n}", ad_id=f"a-{n % 3}", event_type="click" if n % 4 else "impression") for n in range(30, 60)),
     *(lake.event(f"m{n}", region="eu-west", **ELSE) for n in range(10)),
+]
+
+CANCELLED = {"status": "cancelled", "received_at": "2025-06-03T00:00:00Z"}
+ORDERS: list[Record] = [
+    *(lake.order(f"o{n}", order_time=f"2025-06-02T10:{n:02d}:00Z") for n in range(30)),
+    *(lake.order("o1", order_time="2025-06-02T10:01:00Z"), lake.order("o2", total_micros=1), None, b"nonsense"),
+    *(lake.order("o3", **CANCELLED), lake.order("o99", **CANCELLED), lake.order("o99"), lake.order("o4", region="us-west")),
+    *(lake.order("o5", order_time="2025-06-02T10:05:01Z"), lake.order("o100", received_at=None)),
 ]
 
 
@@ -54,6 +64,8 @@ def base(spark: SparkSession, kafka: Kafka, tmp_path_factory: pytest.TempPathFac
     eu.send(EU[:20], 0)
     eu.send([lake.event("never")] * 3, 0, abort=True)  # offsets without a record, as the marker behind them
     eu.send(EU[20:], 1, transaction=True)
+    orders.send(ORDERS[:20], 0)  # both clusters read the same topic, as if one were a mirror of the other
+    orders.send(ORDERS[20:], 1)
     run_ingest(made, spark=spark)
     us.send(US, 0)  # behind the other, so that it is known which is first
     run_ingest(made, spark=spark)
@@ -105,6 +117,69 @@ def test_faults_are_found_and_put_right_once(home: Settings, truth: dict[str, An
     assert set(causes(repaired)) >= {fault.causes[0] for fault in planted}
     assert repaired.remaining == []
     assert correct.contents(home) == truth
+    assert read_status(home).conservation_holds
+    assert reconcile(home, None).differences == []
+
+
+def test_orders_are_found_and_put_right_once(home: Settings, truth: dict[str, Any]) -> None:
+    assert sum(hour.orders_found for hour in reconcile(home, None).hours) == 32
+    correct.delete(home, "orders", "order_id in ('o3', 'o7')")
+    correct.update(home, "orders", "order_id = 'o99'", status="'placed'")
+    correct.append(home, "orders", "select * replace ('made-up' as order_id) from orders where order_id = 'o5'")
+    correct.delete(home, "rejected_orders", "outcome = 'conflict'")
+    correct.append(home, "rejected_orders", "from rejected_orders where outcome = 'rejected'")
+    correct.delete(home, "batch_ledger", "stream = 'orders' and _batch_id = 0")
+    repaired = reconcile(home, None, repair=True)
+    assert set(causes(repaired)) == {
+        *("order_lost", "order_altered", "order_unknown", "rejected_lost", "rejected_twice", "ledger_missing"),
+    }
+    assert repaired.remaining == []
+    assert correct.contents(home) == truth
+    assert read_status(home).conservation_holds
+    assert reconcile(home, None).differences == []
+
+
+def test_orders_whose_raw_records_are_yet_to_come_are_left_out(home: Settings, truth: dict[str, Any]) -> None:
+    """Cancellations and placings are behind what the raw copy has come to: their rows stand for themselves."""
+    ends = {path: path.read_text() for path in (last_batch(home, f"raw_orders-{cluster}") for cluster in ("eu-west", "us-east"))}
+    for path, text in ends.items():
+        *head, offsets = text.splitlines()
+        earlier = {topic: dict.fromkeys(partitions, 10) for topic, partitions in json.loads(offsets).items()}
+        path.write_text("\n".join([*head, json.dumps(earlier)]))
+    found = reconcile(home, None, repair=True)
+    assert found.differences == []
+    assert {left.raw_table for left in found.waiting} == {"raw_orders"}
+    for path, text in ends.items():
+        path.write_text(text)
+    correct.delete(home, "orders", "order_id = 'o3'")
+    assert causes(reconcile(home, None, repair=True)) == ("order_lost",)
+    assert correct.contents(home) == truth
+
+
+def test_raw_records_of_orders_that_a_hand_took_away_take_nothing_back(home: Settings, truth: dict[str, Any]) -> None:
+    shutil.rmtree(home.recount_path, ignore_errors=True)
+    correct.delete(home, "raw_orders", "source_offset in (0, 3, 14)")
+    found = reconcile(home, None, repair=True)
+    assert causes(found) == ("raw_missing",)
+    assert {difference.layer for difference in found.remaining} == {"orders"}
+    assert correct.contents(home) == truth
+
+
+def test_records_of_orders_that_no_batch_took_become_a_batch_once(home: Settings) -> None:
+    row = correct.select(home, "from raw_orders where cluster = 'us-east' and source_partition = 0 limit 1").to_pylist()[0]
+    schema = correct.select(home, "from raw_orders limit 1").schema
+    values = [lake.lines([lake.order("m1")]), lake.lines([lake.order("o7", **CANCELLED)]), b"{}"]
+    more = [{**row, "source_offset": 20 + at, "value": value} for at, value in enumerate(values)]
+    write_deltalake(home.table_uri("raw_orders"), pa.Table.from_pylist(more, schema), mode="append")
+    for query in ("raw_orders-us-east", "orders-us-east"):
+        go_past(home, query, 0, 23)
+    found = reconcile(home, None, repair=True)
+    assert causes(found) == ("record_missed",)
+    assert found.remaining == []
+    assert correct.rows(home, "select order_id, status, source_line from orders where _run_id is not null") == [
+        ("m1", "placed", 20),
+        ("o7", "cancelled", 7),
+    ]
     assert read_status(home).conservation_holds
     assert reconcile(home, None).differences == []
 

@@ -20,6 +20,8 @@ from spark_jobs.recount.plans import read_plans
 from spark_jobs.recount.store import RawFile
 from tests.spark_jobs.jobs.traffic import CAMPAIGNS, Shape, Traffic
 
+pytestmark = pytest.mark.homes
+
 SHAPES = [
     Shape(seed=1, records=120, event_files=5, order_files=1, runs=2, files_per_batch=2, split_bytes=4096),
     Shape(seed=2, records=120, event_files=4, order_files=1, runs=1, files_per_batch=100, split_bytes=16 * 1024 * 1024),
@@ -94,16 +96,23 @@ def _landed(name: str, *, mtime: int, renamed: int) -> LandedFile:
 @pytest.mark.parametrize(
     ("file", "taken", "missed"),
     [
-        (_landed("f", mtime=5, renamed=100), {"f"}, True),  # in a batch that ended, and in no plan
-        (_landed("f", mtime=5, renamed=100), {"late"}, True),  # a file behind it, that came clearly later, was taken
-        (_landed("f", mtime=5, renamed=100), {"early"}, False),  # it may have come after the listing
-        (_landed("f", mtime=9, renamed=100), {"late"}, False),  # it stands behind what was taken
-        (_landed("f", mtime=5, renamed=195), {"late"}, False),  # about the same moment
-        (_landed("f", mtime=5, renamed=100), set(), False),
+        (_landed("events/eu/f", mtime=5, renamed=100), {"events/eu/f"}, True),  # in a batch that ended, and in no plan
+        (
+            _landed("events/eu/f", mtime=5, renamed=100),
+            {"events/eu/late"},
+            True,
+        ),  # a file behind it, that came clearly later, was taken
+        (_landed("events/eu/f", mtime=5, renamed=100), {"events/eu/early"}, False),  # it may have come after the listing
+        (_landed("events/eu/f", mtime=9, renamed=100), {"events/eu/late"}, False),  # it stands behind what was taken
+        (_landed("events/eu/f", mtime=5, renamed=195), {"events/eu/late"}, False),  # about the same moment
+        (_landed("events/eu/f", mtime=5, renamed=100), set(), False),
     ],
 )
 def test_a_missed_file_is_told_from_one_that_waits(file: LandedFile, taken: set[str], missed: bool) -> None:
-    others = {"late": _landed("late", mtime=7, renamed=200), "early": _landed("early", mtime=7, renamed=50)}
+    others = {
+        "events/eu/late": _landed("events/eu/late", mtime=7, renamed=200),
+        "events/eu/early": _landed("events/eu/early", mtime=7, renamed=50),
+    }
     query = RunningQuery("q", frozenset({0}), frozenset(taken))
-    found = missed_files({**others, file.name: file}, {"late", "early"}, query)
+    found = missed_files({**others, file.name: file}, set(others), query)
     assert [entry.name for entry in found] == ([file.name] if missed else [])

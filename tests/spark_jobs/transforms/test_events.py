@@ -275,6 +275,13 @@ def test_columns_of_increments() -> None:
     assert [len(uuids & set(other)) for other in others] == [len(rows), 0, 0]
 
 
+def of_file(rows: int, first_line: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """The file and the first line of so many rows of one file."""
+    return pa.chunked_array([pa.array(["events/eu/1.jsonl"] * rows, pa.string())]), pa.chunked_array(
+        [pa.array([first_line] * rows, pa.int64())]
+    )
+
+
 @pytest.mark.parametrize(
     ("event_time", "day", "hour"),
     [
@@ -288,7 +295,7 @@ def test_columns_of_increments() -> None:
     ],
 )
 def test_partition_of_an_event(event_time: int, day: date, hour: int) -> None:
-    made = event_columns(staged([{"event_time": event_time}]), "events/eu/1.jsonl", 1, None)
+    made = event_columns(staged([{"event_time": event_time}]), *of_file(1, 1), None)
     assert (made["event_date"].to_pylist(), made["event_hour"].to_pylist()) == ([day], [hour])
 
 
@@ -300,7 +307,7 @@ def test_columns_of_events(times: list[int], first_line: int) -> None:
         {"event_id": str(at), "event_time": time, "user_id": users[at % 2]} for at, time in enumerate(times)
     ]
     before = staged(rows).to_pylist()
-    made = event_columns(staged(rows), "events/eu/1.jsonl", first_line, "set")
+    made = event_columns(staged(rows), *of_file(len(rows), first_line), "set")
     own = {"ingested_at", "_query_id", "_batch_id", "_run_id"}
     assert set(made.column_names) == set(EVENTS.schema.names) - own
     assert made["rule_set"].to_pylist() == ["set"] * len(times)

@@ -24,7 +24,7 @@ renamed as (
         late,
         invalid_traffic,
         unpriced,
-        spend_nanos,
+        cast(spend_nanos as hugeint) as spend_nanos,
         {{ utc_timestamp('max_received_at') }} as max_received_at,
         {{ utc_timestamp('ingested_at') }} as ingested_at
     from source

@@ -25,8 +25,8 @@ renamed as (
         clicks,
         invalid_impressions,
         invalid_clicks,
-        spend_nanos,
-        coalesce(invalid_spend_nanos, 0) as invalid_spend_nanos
+        cast(spend_nanos as hugeint) as spend_nanos,
+        cast(coalesce(invalid_spend_nanos, 0) as hugeint) as invalid_spend_nanos
     from source
 
 )

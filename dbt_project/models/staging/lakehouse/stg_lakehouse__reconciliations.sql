@@ -18,8 +18,8 @@ renamed as (
         rows_different,
         rows_expected,
         rows_found,
-        nanos_expected,
-        nanos_found,
+        cast(nanos_expected as hugeint) as nanos_expected,
+        cast(nanos_found as hugeint) as nanos_found,
         is_repaired,
         detail
     from source

@@ -1,0 +1,47 @@
+with
+
+increments as (
+
+    select * from {{ ref('int_increments__completed') }}
+
+),
+
+summed as (
+
+    select
+        cast(event_minute as date) as event_date,
+        placement,
+        campaign_id,
+        store_id,
+        currency,
+        {{ sum_bigint('impressions') }} as impressions,
+        {{ sum_bigint('clicks') }} as clicks,
+        {{ sum_bigint('invalid_impressions') }} as invalid_impressions,
+        {{ sum_bigint('invalid_clicks') }} as invalid_clicks,
+        {{ sum_money('spend_nanos') }} as spend_nanos
+    from increments
+    group by cast(event_minute as date), placement, campaign_id, store_id, currency
+
+),
+
+final as (
+
+    select
+        event_date,
+        placement,
+        campaign_id,
+        store_id,
+        currency,
+        impressions,
+        clicks,
+        invalid_impressions,
+        invalid_clicks,
+        spend_nanos,
+        {{ nanos_to_micros('spend_nanos') }} as spend_micros,
+        {{ nanos_to_decimal('spend_nanos', 'currency') }} as spend,
+        cast(clicks / nullif(impressions, 0) as double) as ctr
+    from summed
+
+)
+
+select * from final

@@ -1,0 +1,19 @@
+with
+
+source as (
+
+    select * from {{ source('lakehouse', 'names') }}
+
+),
+
+renamed as (
+
+    select
+        kind,
+        id,
+        name
+    from source
+
+)
+
+select * from renamed

@@ -1,0 +1,34 @@
+-- Per date and currency fct_placement_day has what the increments have, those without a placement too.
+{{ config(severity='error') }}
+
+with
+
+measured as (
+
+    select
+        event_date,
+        currency,
+        impressions + invalid_impressions as impressions,
+        clicks + invalid_clicks as clicks,
+        spend_nanos
+    from {{ ref('fct_placement_day') }}
+    union all
+    select
+        cast(event_minute as date) as event_date,
+        currency,
+        -(impressions + invalid_impressions) as impressions,
+        -(clicks + invalid_clicks) as clicks,
+        -spend_nanos as spend_nanos
+    from {{ ref('int_increments__completed') }}
+
+)
+
+select
+    event_date,
+    currency,
+    sum(impressions) as impressions_too_many,
+    sum(clicks) as clicks_too_many,
+    sum(spend_nanos) as nanos_too_many
+from measured
+group by event_date, currency
+having sum(impressions) <> 0 or sum(clicks) <> 0 or sum(spend_nanos) <> 0

@@ -1,0 +1,28 @@
+"""Links to data docs and runbooks, which ``adtally up`` serves over http (`orchestration.up.reports`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import dagster as dg
+
+from orchestration.up.reports import QUALITY
+from spark_jobs.config import Settings, load_settings
+
+
+def runbook(name: str) -> str:
+    """The line of a description that says where to look when something is wrong."""
+    page, url = f"docs/runbooks/{name}.md", load_settings().reports_url
+    return f"Runbook: [`{page}`]({url}/{page})" if url else f"Runbook: `{page}`"
+
+
+def runbook_link(settings: Settings, page: str) -> dg.MetadataValue[str]:
+    """A page such as docs/runbooks/stream-lag.md: a link where it is served, else its path."""
+    return dg.MetadataValue.url(f"{settings.reports_url}/{page}") if settings.reports_url else dg.MetadataValue.path(page)
+
+
+def report_link(settings: Settings, page: Path) -> dg.MetadataValue[str]:
+    """A page of the data docs: a link where it is served, else its path."""
+    if not settings.reports_url:
+        return dg.MetadataValue.path(str(page))
+    return dg.MetadataValue.url(f"{settings.reports_url}/{QUALITY}/{page.relative_to(settings.quality_path).as_posix()}")

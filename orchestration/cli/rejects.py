@@ -1,0 +1,88 @@
+"""The command that shows what was rejected or is in conflict: rejects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import RenderableType
+from rich.text import Text
+
+from orchestration.cli.maintenance import Json
+from orchestration.cli.options import examples, moment
+from orchestration.cli.status import reasons_table
+from orchestration.cli.tables import RecordTable, table
+from spark_jobs.texts import counted
+
+if TYPE_CHECKING:
+    from spark_jobs.config import Settings
+    from spark_jobs.jobs.rejects import Reject, RejectReport
+
+_RAW_SHOWN = 300
+
+
+def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
+    """Put the command into ``app``; ``settings`` gives those of the installation that the user named."""
+
+    @app.command(
+        epilog=examples(
+            "adtally rejects",
+            "adtally rejects --reason event_time_in_future --since 2025-06-02T08:00:00Z",
+            "adtally rejects --reason conflict --file eu-west/part-7",
+            "adtally rejects --limit 1000 --json | jq -r '.rejects[].raw'",
+        )
+    )
+    def rejects(
+        reason: Annotated[str | None, typer.Option(help="One reason only, as the first table names it; or conflict.")] = None,
+        since: Annotated[str | None, typer.Option(metavar="T", help="Ingested at or after this time.")] = None,
+        file: Annotated[str | None, typer.Option(help="Part of the name of the landing file or topic.")] = None,
+        limit: Annotated[int, typer.Option(min=0, help="Records shown, the newest first; counts are of all.")] = 20,
+        as_json: Json = False,
+    ) -> None:
+        """Show what was rejected or is in conflict: how many by reason, then each with its place, its reasons and its raw text.
+
+        A conflict is a record whose id came before with another payload. A record with two reasons counts in both.
+        """
+        from orchestration.cli.output import console, print_json
+        from spark_jobs.jobs.rejects import read_rejects
+
+        chosen = None if since is None else moment(since, "--since")
+        found = read_rejects(settings(), reason=reason, since=chosen, file=file, limit=limit)
+        if as_json:
+            print_json(found)
+            return
+        out = console()
+        for part in reject_tables(found):
+            out.print(part)
+
+
+def reject_tables(found: RejectReport) -> Iterator[RenderableType]:
+    """Counts by reason, the records, and how many more there are."""
+    if not found.records:
+        yield Text("nothing is rejected or in conflict", style="green")
+        return
+    yield reasons_table(found.counts)
+    if found.rejects:
+        yield _records_table(found.rejects)
+    shown = sum(each.records for each in found.rejects)
+    more = "" if shown >= found.records else f", {shown:,} of them shown: --limit shows more, --json all of each"
+    yield Text(f"{counted(found.records, 'record')} rejected or in conflict{more}")
+
+
+def _records_table(rejects: list[Reject]) -> RecordTable:
+    from spark_jobs.contract.parse import decode_raw
+    from spark_jobs.texts import printable
+
+    shown = table("The newest", "place", "reasons", "records", "id", "ingested", "raw", texts=["reasons", "id", "raw"])
+    for each in rejects:
+        raw = (
+            "-"
+            if each.raw is None
+            else printable(decode_raw(each.raw, each.raw_encoding or "").decode("utf-8", "backslashreplace"))
+        )
+        if len(raw) > _RAW_SHOWN:
+            raw = f"{raw[:_RAW_SHOWN]} ... ({each.raw_size_bytes:,} bytes; --json has all that is kept)"
+        cells = (printable(each.place), ", ".join(each.reasons), f"{each.records:,}", printable(each.record_id or "-"))
+        shown.add_row(*cells, f"{each.ingested_at:%Y-%m-%d %H:%M:%S}", raw)
+    return shown

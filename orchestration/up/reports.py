@@ -1,0 +1,169 @@
+"""Serves data docs and runbooks over http while ``adtally up`` runs: a browser opens no ``file://`` link from a page of http.
+
+It only reads, listens on the loopback address, and answers requests that name this address: a page of elsewhere that points its own
+name at the loopback address gets nothing.
+"""
+
+from __future__ import annotations
+
+import html
+import mimetypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from socketserver import TCPServer
+from urllib.parse import unquote
+
+from markdown_it import MarkdownIt
+
+from orchestration.up.services import HOST
+from spark_jobs.config import Settings
+
+QUALITY = "quality"
+
+_SERVED = {".html", ".md", ".png", ".svg"}
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src 'self'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; }}
+code, pre {{ font: 13px/1.4 ui-monospace, monospace; }}
+pre {{ background: #8882; overflow-x: auto; padding: .6rem; }}
+table {{ border-collapse: collapse; }}
+th, td {{ border-bottom: 1px solid #8884; padding: .3rem .6rem; text-align: left; vertical-align: top; }}
+img {{ max-width: 100%; }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def docs_dir() -> Path | None:
+    """Folder of the documentation: bundled with the package, or beside it in a checkout; None where it is in neither place."""
+    package = Path(__file__).resolve().parents[1]
+    return next((found for found in (package / "docs", package.parent / "docs") if (found / "runbooks").is_dir()), None)
+
+
+@contextmanager
+def serving_reports(settings: Settings, port: int) -> Iterator[str]:
+    """Serve while in the context; yields the address. Takes a free port where ``port`` is taken."""
+    handler = partial(_Handler, {"docs": docs_dir(), QUALITY: settings.quality_path})
+    try:
+        server = _Server((HOST, port), handler)
+    except OSError:
+        server = _Server((HOST, 0), handler)
+    with server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True, name="reports")
+        thread.start()
+        try:
+            yield f"http://{HOST}:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def server_bind(self) -> None:
+        """As the base class, which asks the name service for a name of the address and waits for it."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = HOST, self.server_address[1]
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Silent, as log_message: a browser that goes in the middle of a page is nobody's concern."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers GET and HEAD below ``/<name>/`` from the folder of that name, and ``/`` with what there is."""
+
+    server_version, sys_version = "adtally", ""
+    timeout = 30.0
+
+    def __init__(self, folders: dict[str, Path | None], *arguments: object) -> None:
+        self._folders = folders
+        super().__init__(*arguments)  # type: ignore[arg-type]  # socketserver's own arguments
+
+    def do_GET(self) -> None:
+        """Answer with a page."""
+        assert isinstance(self.server, ThreadingHTTPServer)
+        if self.headers.get("Host") not in {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}:
+            self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"this server answers to its own address only\n")
+            return
+        path = unquote(self.path.partition("?")[0])
+        if path == "/":
+            self._answer(HTTPStatus.OK, "text/html", self._index().encode())
+            return
+        file = self._file(path)
+        if file is None:
+            self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"there is no such page\n")
+        elif file.suffix == ".md":
+            self._answer(HTTPStatus.OK, "text/html", rendered(file).encode())
+        else:
+            self._answer(HTTPStatus.OK, mimetypes.guess_type(file.name)[0] or "text/plain", file.read_bytes())
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Silent: it speaks in the terminal of ``adtally up``."""
+
+    def _file(self, path: str) -> Path | None:
+        """The file of a path; None for what is not there, lies outside, or is of another kind (validations.json, locks)."""
+        start, _, rest = path.partition("/")[2].partition("/")
+        folder = self._folders.get(start)
+        if folder is None:
+            return None
+        try:
+            root, file = folder.resolve(), (folder / rest.lstrip("/")).resolve()
+            return file if file.is_relative_to(root) and file.suffix in _SERVED and file.is_file() else None
+        except (OSError, ValueError):  # a name that no file can have
+            return None
+
+    def _index(self) -> str:
+        quality, docs = self._folders[QUALITY], self._folders["docs"]
+        assert quality is not None
+        built = (quality / "index.html").is_file()
+        lines = ["# adtally: reports and runbooks"]
+        lines += [f"[Data docs](/{QUALITY}/index.html)" if built else "Data docs: no hour has been validated yet."]
+        if docs is not None:
+            lines += ["[Runbooks](/docs/runbooks/README.md)", "[Dagster: a tour](/docs/dagster.md)"]
+            lines += ["[Measures](/docs/metrics.md)", "[Rules](/docs/rules.md)"]
+        return _page("adtally", "\n\n".join(lines))
+
+    def _answer(self, status: HTTPStatus, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        for name, value in _HEADERS.items():
+            self.send_header(name, value)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8" if kind.startswith("text/") else kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def rendered(file: Path) -> str:
+    """A page of the documentation as HTML."""
+    return _page(file.stem, file.read_text("utf-8"))
+
+
+def _page(title: str, markdown: str) -> str:
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+    return _PAGE.format(title=html.escape(title), body=body)

@@ -1,0 +1,148 @@
+"""Stands in front of Dagster's webserver: only its own pages, and programs on this machine, may operate the pipeline.
+
+Dagster asks nobody for a password, runs mutations sent by GET, and takes any Host, any Origin and any WebSocket. A browser on this
+machine would carry a request of any web page to it. The rules here need no login:
+
+- Host must name the loopback address or a host of ADTALLY_WEBSERVER_HOSTS: a foreign name that resolves to loopback is refused.
+- A page of another origin may send nothing: Origin must be the host itself, and Sec-Fetch-Site must say so. What a person opens by
+  a link is let through, for it only shows.
+- GraphQL by GET is refused, and what is sent by POST must be JSON or GraphQL by its content type, which a form cannot say.
+- No page may show the UI within a frame.
+- Where ADTALLY_WEBSERVER_TOKEN is set, every request must have it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Iterable
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+from urllib.parse import quote, urlencode, urlsplit
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import HTTPConnection
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+COOKIE = "adtally_token"
+
+_HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^:\[\]/@]+)(?::\d{1,5})?")
+_READS = ("GET", "HEAD", "OPTIONS")
+_CONTENT_TYPES = ("application/json", "application/graphql")
+_HEADERS = {
+    "Content-Security-Policy": "frame-ancestors 'none'",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
+
+class RequestFilter:
+    """An ASGI application that passes on what the rules of this module allow."""
+
+    def __init__(self, app: ASGIApp, *, hosts: Iterable[str] = (), token: str | None = None) -> None:
+        self._app = app
+        self._hosts = frozenset(name.lower() for name in (*LOOPBACK, *hosts))
+        self._token = token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request by itself if it is refused, else have the application answer it."""
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        answer = self._answer(HTTPConnection(scope))
+        if answer is not None and scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.append(name, value)  # beside the policy of Dagster's own: both hold
+            await send(message)
+
+        await (answer or self._app)(scope, receive, send_with_headers)
+
+    def _answer(self, request: HTTPConnection) -> Response | None:
+        """What to answer in place of the application; None if the request may go on to it."""
+        refusal = self._foreign(request) or self._wrong_form(request)
+        if refusal is not None:
+            status, reason = refusal
+            return PlainTextResponse(f"adtally refuses this request: {reason}\n", status)
+        return None if self._token is None else self._without_token(request, self._token)
+
+    def _foreign(self, request: HTTPConnection) -> tuple[HTTPStatus, str] | None:
+        """Why a request may be of somebody else's page."""
+        hosts = request.headers.getlist("host")
+        host = hosts[0].lower() if len(hosts) == 1 else ""
+        named = _HOST.fullmatch(host)
+        if named is None or named["name"] not in self._hosts:
+            return HTTPStatus.FORBIDDEN, "its Host is not this machine (ADTALLY_WEBSERVER_HOSTS names others)"
+        if any(_origin_host(origin) != host for origin in request.headers.getlist("origin")):
+            return HTTPStatus.FORBIDDEN, "its Origin is another one"
+        if set(request.headers.getlist("sec-fetch-site")) - {"same-origin", "none"} and not _is_link(request):
+            return HTTPStatus.FORBIDDEN, "a page of another site sends it"
+        return None
+
+    @staticmethod
+    def _wrong_form(request: HTTPConnection) -> tuple[HTTPStatus, str] | None:
+        """Why a request has a form that a page of another site could give it, though it may change something."""
+        if request.scope["type"] == "websocket":
+            return None
+        if request.scope["method"] in _READS:
+            if request.scope["path"].rstrip("/").endswith("/graphql") and "query" in request.query_params:
+                return HTTPStatus.METHOD_NOT_ALLOWED, "GraphQL is asked by POST"
+            return None
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind not in _CONTENT_TYPES:
+            return HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"its Content-Type is none of {', '.join(_CONTENT_TYPES)}"
+        return None
+
+    @staticmethod
+    def _without_token(request: HTTPConnection, token: str) -> Response | None:
+        """What a request without the token gets. One that has it in its address gets a cookie in its place."""
+        cookie = hashlib.sha256(f"{COOKIE}:{token}".encode()).hexdigest()
+        if _same(request.headers.get("authorization", ""), f"Bearer {token}") or _same(request.cookies.get(COOKIE, ""), cookie):
+            return None
+        if request.scope["type"] == "http" and _same(request.query_params.get("token", ""), token):
+            rest = urlencode([(name, value) for name, value in request.query_params.multi_items() if name != "token"])
+            # one slash: two would begin the name of another host
+            answer = RedirectResponse(
+                f"/{quote(request.scope['path'].lstrip('/'))}{'?' if rest else ''}{rest}", HTTPStatus.SEE_OTHER
+            )
+            answer.set_cookie(COOKIE, cookie, httponly=True, samesite="strict")
+            return answer
+        return PlainTextResponse(
+            "adtally refuses this request: it needs the token of ADTALLY_WEBSERVER_TOKEN, once as ?token=... in the address, "
+            "or as the header Authorization: Bearer ...\n",
+            HTTPStatus.UNAUTHORIZED,
+            {"WWW-Authenticate": "Bearer"},
+        )
+
+
+def _origin_host(origin: str) -> str | None:
+    """Host and port of an origin; None for `null` and what is no page of a webserver."""
+    try:
+        parts = urlsplit(origin.lower())
+    except ValueError:
+        return None
+    return parts.netloc if parts.scheme in ("http", "https") else None
+
+
+def _is_link(request: HTTPConnection) -> bool:
+    """Whether a person opens an address in a window: by a link, which can be on any page."""
+    return (
+        request.scope.get("method") == "GET"
+        and request.headers.getlist("sec-fetch-mode") == ["navigate"]
+        and request.headers.getlist("sec-fetch-dest") == ["document"]
+    )
+
+
+def _same(given: str, wanted: str) -> bool:
+    return hmac.compare_digest(given.encode(), wanted.encode())

@@ -1,0 +1,146 @@
+"""Files of derived data that are checked before they are believed.
+
+A sealed file is its data, then a footer: an XXH3 checksum of each block of the data, and whatever else its owner keeps there. The
+owner's manifest holds the checksum of the footer and one of itself, so a flipped bit, a zeroed page, a cut file and a file that
+was put in the place of another are all found. Blocks are checked when they are read for the first time, each once for as long as
+the file is open, so that a look-up costs by what it reads.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64, xxh3_64_hexdigest, xxh3_64_intdigest
+
+BLOCK_BYTES = 4096
+
+Words = npt.NDArray[np.uint64]
+Ints = npt.NDArray[np.int64]
+
+
+class DamagedError(Exception):
+    """A file contradicts its checksums. Its owner discards it and builds it again."""
+
+
+def seal(path: Path, extra: Words | None = None) -> str:
+    """Put the footer behind the data of a file that was just written. ``extra`` goes into it. Returns the footer's checksum."""
+    with open(path, "r+b") as file:
+        size = file.seek(0, 2)
+        sums = np.empty(_count(size), dtype="<u8")
+        if size:
+            with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
+                for number in range(len(sums)):
+                    sums[number] = xxh3_64_intdigest(view[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES])
+        footer = sums.tobytes() + (b"" if extra is None else extra.astype("<u8").tobytes())
+        file.write(footer)
+    return xxh3_64_hexdigest(footer)
+
+
+class CheckedFile:
+    """A sealed file, memory-mapped. ``data`` are its bytes without the footer, ``extra`` the words that `seal` was given."""
+
+    def __init__(self, path: Path, size: int, checksum: str) -> None:
+        """``size``: bytes of data, ``checksum``: what `seal` returned. Raises DamagedError, also where there is no such file."""
+        self._path = path
+        try:
+            with open(path, "rb") as file:
+                if file.seek(0, 2) < size + 8 * _count(size):
+                    raise DamagedError(f"{path} is cut short")
+                file.seek(size)
+                footer = file.read()
+                if xxh3_64_hexdigest(footer) != checksum:
+                    raise DamagedError(f"the checksums of {path} are damaged, or it is another file")
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise DamagedError(f"{path} cannot be read: {error.strerror or error}") from error
+        words = np.frombuffer(footer, dtype="<u8")
+        self.size = size
+        self.data = memoryview(self._map)[:size]
+        self._sums, self.extra = words[: _count(size)], words[_count(size) :]
+        self._is_checked = np.zeros(len(self._sums), dtype=bool)
+
+    def check(self, starts: Ints, ends: Ints) -> None:
+        """Check the blocks of bytes [start, end) of each pair that were not checked before. Raises DamagedError."""
+        first, last = starts // BLOCK_BYTES, (ends - 1) // BLOCK_BYTES
+        wanted = np.zeros(len(self._sums), dtype=bool)
+        wanted[first] = True
+        wanted[last] = True
+        for start, end in zip(*(at[last - first > 1].tolist() for at in (first, last)), strict=True):
+            wanted[start:end] = True
+        self._check(np.flatnonzero(wanted & ~self._is_checked))
+
+    def is_checked(self, end: int) -> bool:
+        """Whether all bytes before ``end`` were checked."""
+        return bool(self._is_checked[: _count(end)].all())
+
+    def check_all(self) -> None:
+        """Check every block again, also those that were checked before. Raises DamagedError."""
+        self._check(np.arange(len(self._sums)))
+
+    def _check(self, blocks: npt.NDArray[Any]) -> None:
+        data, sums = self.data, self._sums[blocks].tolist()
+        for number, checksum in zip(blocks.tolist(), sums, strict=True):
+            start = number * BLOCK_BYTES
+            if xxh3_64_intdigest(data[start : start + BLOCK_BYTES]) != checksum:
+                raise DamagedError(f"{self._path} is damaged at byte {start}")
+        self._is_checked[blocks] = True
+
+    def release(self) -> None:
+        """Give the pages back: they stay in the system's cache, and this process does not grow with the file."""
+        if self.size:
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def file_checksum(path: Path | str) -> str:
+    """The XXH3 checksum of a whole file."""
+    hasher = xxh3_64()
+    with open(path, "rb", buffering=0) as file:
+        while part := file.read(4 * 1024 * 1024):
+            hasher.update(part)
+    return hasher.hexdigest()
+
+
+def _count(size: int) -> int:
+    return -(-size // BLOCK_BYTES)
+
+
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """A manifest as text, with its checksum in it."""
+    return json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=1)
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The inverse of ``manifest_text``. None where there is no such file. Raises DamagedError."""
+    try:
+        manifest = json.loads(path.read_bytes())
+        checksum = manifest.pop("checksum")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{path} is damaged: {type(error).__name__}") from error
+    if checksum != _checksum(manifest):
+        raise DamagedError(f"{path} contradicts its checksum")
+    return dict(manifest)
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    return xxh3_64_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+
+
+def bisect(values: npt.NDArray[Any], left: Ints, right: Ints, wanted: npt.NDArray[Any], *, after: bool = False) -> Ints:
+    """Of each slice [left, right) of sorted ``values`` the first place whose value is not below (``after``: above) ``wanted``."""
+    left, right = left.copy(), right.copy()
+    open_ = np.flatnonzero(left < right)
+    while len(open_):
+        middle = (left[open_] + right[open_]) // 2
+        found, target = values[middle], wanted[open_]
+        below = found <= target if after else found < target
+        left[open_] = np.where(below, middle + 1, left[open_])
+        right[open_] = np.where(below, right[open_], middle)
+        open_ = open_[left[open_] < right[open_]]
+    return left

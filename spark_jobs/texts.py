@@ -1,0 +1,65 @@
+"""Numbers as a person reads them, and texts that come from data as they can be shown."""
+
+from __future__ import annotations
+
+import json
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    r"""``text`` as it may go to a terminal: what steers one, or turns or hides letters, is escaped, as ESC becomes \x1b.
+
+    A byte of a file name that is not UTF-8 becomes \xff. The characters of ``keep`` stay, as line ends.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else _escaped(c) for c in text)
+
+
+def printable_json(text: str) -> str:
+    """JSON with the same escaped as JSON has it: it says the same, to the last character."""
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
+def _escaped(character: str) -> str:
+    number = ord(character)
+    if 0xDC80 <= number <= 0xDCFF:  # how Python has a byte that is not UTF-8
+        return f"\\x{number - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, in the plural where it is not one: '1 file', '2 batches', '1,000 days'."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {noun}{'es' if noun.endswith(('ch', 's', 'x')) else 's'}"
+
+
+_CODES = {0: "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF", 3: "BHD IQD JOD KWD LYD OMR TND", 4: "CLF UYW"}
+_DECIMALS = {code: decimals for decimals, codes in _CODES.items() for code in codes.split()}
+
+
+def money(nanos: int, currency: str | None) -> str:
+    """An amount with the decimals of its currency, and more where it has more digits: nothing is rounded away.
+
+    '5,431' for JPY, '676.20' and '676.200001' for USD. Without a currency all nine digits: it is no amount to pay.
+    """
+    sign = "-" if nanos < 0 else ""
+    units, rest = divmod(abs(nanos), 10**9)
+    least = 9 if currency is None else _DECIMALS.get(currency, 2)
+    digits = f"{rest:09d}".rstrip("0").ljust(least, "0")
+    return f"{sign}{units:,}{'.' if digits else ''}{digits}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in at most two units: '0.3 s', '2 min 5 s', '3 d 1 h', '7,973 y 12 d'; '-' for None. Below zero is 0."""
+    if seconds is None:
+        return "-"
+    seconds = max(seconds, 0.0)
+    whole = int(seconds)
+    for size, big, small, part in (
+        *((31_536_000, "y", "d", 86_400), (86_400, "d", "h", 3600)),
+        *((3600, "h", "min", 60), (60, "min", "s", 1)),
+    ):
+        if whole >= size:
+            return f"{whole // size:,} {big} {whole % size // part} {small}"
+    return f"{seconds:.1f} s"
