@@ -15,8 +15,8 @@ import duckdb
 from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.duck import connect_delta
-from spark_jobs.hours import HOUR
 from spark_jobs.tables import BATCH_LEDGER, MINUTE_METRICS
+from spark_jobs.units import HOUR
 
 LONGEST_GAP = timedelta(days=31)
 """A longer time without a record is no row of empty hours, but a time in which nothing was sent."""
@@ -49,9 +49,7 @@ class Cell:
 @cache
 def _lake() -> duckdb.DuckDBPyConnection:
     """This process's DuckDB for the ledger: loading the extension takes longer than a tick of a sensor."""
-    connection = connect_delta({"threads": 1, "memory_limit": "512MB"})
-    connection.execute("set global timezone = 'UTC'")
-    return connection
+    return connect_delta({"threads": 1, "memory_limit": "512MB"})
 
 
 class Ledger:

@@ -17,7 +17,7 @@ from orchestration.marts.query import query_marts
 from orchestration.partitions import range_tags
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError
-from spark_jobs.hours import HOUR, HourRange
+from spark_jobs.units import HOUR, HourRange
 
 if TYPE_CHECKING:
     from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition

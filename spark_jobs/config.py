@@ -14,8 +14,8 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from spark_jobs.errors import ConfigurationError
+from spark_jobs.units import EPOCH
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LONGEST = timedelta(days=36_500)
 
 
@@ -214,7 +214,7 @@ class Settings(BaseSettings):
             value = value.astimezone(UTC)
         except OverflowError:
             raise ValueError("is not within the years 1 to 9999 in UTC") from None
-        if value < _EPOCH:  # minutes, hours and dates are counted from there
+        if value < EPOCH:  # minutes, hours and dates are counted from there
             raise ValueError("must not be before 1970-01-01T00:00:00Z")
         return value
 
@@ -228,7 +228,7 @@ class Settings(BaseSettings):
         """Root of the Delta tables, absolute when it is a path."""
         if self.lakehouse is None:
             return str(self.home_path / "lakehouse")
-        return self.lakehouse.rstrip("/") if "://" in self.lakehouse else str(_canonical(Path(self.lakehouse)))
+        return str(_canonical(Path(self.lakehouse))) if _is_path(self.lakehouse) else self.lakehouse.rstrip("/")
 
     @cached_property
     def landing_path(self) -> Path:
@@ -301,6 +301,10 @@ class Settings(BaseSettings):
         return f"{self.lakehouse_uri}/{name}"
 
 
+def _is_path(root: str) -> bool:
+    return "://" not in root
+
+
 def _canonical(path: Path) -> Path:
     """The one spelling of a path. Spark, Java and the tables compare paths as text: two spellings would be two files."""
     return Path(os.path.realpath(path.expanduser()))
@@ -326,7 +330,7 @@ _IMPOSSIBLE = re.compile(r"[\[\]\\|^%\x00-\x1f\x7f]")
 def _refuse_paths(settings: Settings) -> None:
     """Raise ConfigurationError where a path has a character with which no table can be opened."""
     for variable, path in (("ADTALLY_HOME", str(settings.home_path)), ("ADTALLY_LAKEHOUSE", settings.lakehouse_uri)):
-        found = None if "://" in path else _IMPOSSIBLE.search(path)
+        found = _IMPOSSIBLE.search(path) if _is_path(path) else None
         if found is not None:
             raise ConfigurationError(
                 f"wrong settings: {variable}: {path!r} has the character {found[0]!r}, with which tables cannot be opened",

@@ -12,13 +12,15 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+from deltalake import DeltaTable
 from pyarrow import fs
 from xxhash import xxh3_64_hexdigest
 
 from spark_jobs.errors import TableCorruptionError
-from spark_jobs.storage import open_root
+from spark_jobs.storage import is_local, open_root
 
 RETYPED_KEY = "adtallyRetyped"  # in the commitInfo of a commit that only wrote the rows anew with other types
 _COMMIT = re.compile(r"(\d{20})\.json")
@@ -39,6 +41,15 @@ class Commit:
     removed: tuple[dict[str, Any], ...] = field(default=())
     table_id: str | None = None
     info: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """The user metadata of our own writers, a JSON object. Empty if the commit has none, or another tool's."""
+        try:
+            found = json.loads(self.user_metadata or "{}")
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
 
     @property
     def changes_rows(self) -> bool:
@@ -105,7 +116,7 @@ class CommitFault:
         """The fault as an error that says what to do."""
         hint = (
             "the last write before a power cut; `adtally ingest` sets it aside and does its work again"
-            if self.is_tail and "://" not in self.path
+            if self.is_tail and is_local(self.path)
             else "`adtally fsck` says what is lost and repairs it; docs/runbooks/power-cut.md"
         )
         return TableCorruptionError(f"{self.path} is not a whole commit: {self.problem}", hint=hint)
@@ -144,6 +155,15 @@ class DeltaLog:
                     self._raise_fault(version)
             self._check_newest(newest)
         return newest
+
+    def table_id(self) -> str:
+        """The id of the table, which tells it from another of the same name. From its first commit, or from a checkpoint."""
+        first = self.commit(0)
+        return first.table_id if first and first.table_id else str(DeltaTable(self.uri).metadata().id)
+
+    def newest_metadata(self) -> dict[str, Any] | None:
+        """The metadata of the newest commit that has some; None if no commit of the log has."""
+        return next((commit.metadata for commit in self.commits_backwards() if commit.metadata), None)
 
     def commit_sizes(self) -> dict[int, int]:
         """The size in bytes of each commit that the log has, by version."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import distribution
 from importlib.resources import files
@@ -12,13 +14,16 @@ from pathlib import Path
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from spark_jobs.errors import MachineError
+from spark_jobs.errors import MachineError, TableCorruptionError
 from spark_jobs.failure import one_line
 
+Config = dict[str, str | bool | int | float | list[str]]
 
-def connect_delta(config: dict[str, str | bool | int | float | list[str]] | None = None) -> duckdb.DuckDBPyConnection:
-    """A connection of its own, in memory, that can ``delta_scan``.
+
+def connect_delta(config: Config | None = None) -> duckdb.DuckDBPyConnection:
+    """Open a database in memory that can ``delta_scan``. Times are in UTC, for all of its connections.
 
     Raises MachineError when the package of the extension is missing or does not fit this DuckDB.
     """
@@ -29,7 +34,8 @@ def connect_delta(config: dict[str, str | bool | int | float | list[str]] | None
         is_pinned = _is_as_packaged(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
         connection = duckdb.connect(":memory:", config={**(config or {}), "allow_unsigned_extensions": is_pinned})
         try:
-            connection.execute("load '{}'".format(str(path).replace("'", "''")))
+            connection.execute(f"load {literal(path)}")
+            connection.execute("set global timezone = 'UTC'")
         except BaseException:
             connection.close()
             raise
@@ -50,6 +56,36 @@ def _is_as_packaged(path: Path, _signature: tuple[int, ...]) -> bool:
                 digest = hashlib.file_digest(file, "sha256").digest()
             return base64.urlsafe_b64encode(digest).decode().rstrip("=") == packaged.hash.value
     return False
+
+
+def literal(value: object) -> str:
+    """The text of ``value`` as an SQL literal, with its quotes."""
+    return "'" + str(value).replace("'", "''") + "'"
+
+
+def delta_scan(uri: str, version: int | None = None) -> str:
+    """SQL that reads the Delta table at ``uri``: ``version``, or the newest."""
+    return f"delta_scan({literal(uri)})" if version is None else f"delta_scan({literal(uri)}, version = {version})"
+
+
+def keep_table(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table, folder: Path) -> None:
+    """Copy Arrow rows into the temporary table ``name``, through a file in ``folder``."""
+    path = folder / f"{name}.parquet"  # to register the rows would import pandas, which takes longer than all else
+    pq.write_table(rows, path)
+    connection.execute(f"create or replace temp table {name} as select * from read_parquet({literal(path)})")
+    path.unlink()
+
+
+@contextmanager
+def translate_duckdb_errors(what: object) -> Iterator[None]:
+    """Raise DuckDB's errors as TableCorruptionError, which names ``what`` could not be read."""
+    try:
+        yield
+    except duckdb.Error as error:
+        raise TableCorruptionError(
+            f"{what} cannot be read: {one_line(error)}",
+            hint="adtally fsck names what is damaged, and --repair what can be had again; what lies under recount/ may be deleted",
+        ) from error
 
 
 @cache

@@ -7,8 +7,14 @@ from pathlib import Path
 
 from pyarrow import fs
 
-from spark_jobs.errors import ConfigurationError
+from spark_jobs.config import Settings
+from spark_jobs.errors import ConfigurationError, UsageError
 from spark_jobs.failure import one_line
+
+
+def is_local(uri: str) -> bool:
+    """Whether a root is a local path, not an object store's URI."""
+    return "://" not in uri
 
 
 @cache
@@ -18,7 +24,7 @@ def open_root(uri: str) -> tuple[fs.FileSystem, str]:
     Credentials come from where the store's own tools look for them (environment, profile, instance). Raises ConfigurationError
     where the store does not answer.
     """
-    if "://" not in uri:
+    if is_local(uri):
         return fs.LocalFileSystem(), uri
     try:
         filesystem, path = fs.FileSystem.from_uri(uri.replace("s3a://", "s3://", 1))
@@ -29,4 +35,12 @@ def open_root(uri: str) -> tuple[fs.FileSystem, str]:
 
 def local_path(uri: str) -> Path | None:
     """The folder of a local root; None for an object store."""
-    return Path(uri) if "://" not in uri else None
+    return Path(uri) if is_local(uri) else None
+
+
+def require_local(settings: Settings, what: str) -> None:
+    """Raise UsageError if the lakehouse is not on a local path. ``what`` names the command that needs one."""
+    if local_path(settings.lakehouse_uri) is None:
+        raise UsageError(
+            f"{what} needs a lakehouse on a local path, not {settings.lakehouse_uri}", hint="set ADTALLY_LAKEHOUSE to a path"
+        )

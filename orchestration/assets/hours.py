@@ -12,8 +12,8 @@ from orchestration.assets.links import runbook
 from orchestration.assets.outcome import Verdict, evaluations, failing_clearly
 from orchestration.partitions import hours_of, key_of
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.hours import HourRange
 from spark_jobs.texts import counted, money, printable
+from spark_jobs.units import HourRange
 
 RECOUNT_CHECK = "recount_equals_stream"
 _DIFFERENCES_SHOWN = 100

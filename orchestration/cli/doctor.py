@@ -15,6 +15,7 @@ from pathlib import Path
 
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, MachineError
+from spark_jobs.storage import is_local
 
 MIN_FREE_BYTES = 2 * 1024**3
 _LOOPBACK = "127.0.0.1"
@@ -97,7 +98,7 @@ def _writable(settings: Settings) -> str:
     except OSError as error:
         raise MachineError(f"{place} cannot be written: {error.strerror}", hint="set ADTALLY_HOME to another place") from None
     folders = [settings.checkpoints_path, settings.scratch_path, settings.key_index_path]
-    if "://" not in settings.lakehouse_uri:
+    if is_local(settings.lakehouse_uri):
         lakehouse = Path(settings.lakehouse_uri)
         folders += [nearest(lakehouse), *(lakehouse.iterdir() if lakehouse.is_dir() else ())]
     for folder in folders:  # an earlier run as another user may have left some

@@ -7,7 +7,7 @@ import re
 from datetime import UTC, datetime
 
 from spark_jobs.errors import UsageError
-from spark_jobs.hours import HourRange
+from spark_jobs.units import HourRange
 
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h)?\s*$")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}

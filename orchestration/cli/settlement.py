@@ -12,6 +12,7 @@ from orchestration.cli.maintenance import From, Json, To
 from orchestration.cli.maintenance_tables import SHOWN, hour_text
 from orchestration.cli.options import examples, hour_range
 from orchestration.cli.tables import table
+from spark_jobs.storage import is_local
 from spark_jobs.texts import counted, duration, money
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def settle_at_end(settings: Settings) -> None:
     from spark_jobs.jobs.settle import settle
 
     shown = console(stderr=True)
-    if "://" in settings.lakehouse_uri:
+    if not is_local(settings.lakehouse_uri):
         shown.print(
             f"not settled: reviews, credits and bills read a lakehouse in a local path, not {settings.lakehouse_uri}",
             soft_wrap=True,

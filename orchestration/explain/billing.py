@@ -117,7 +117,7 @@ def _posting(lake: Lake, line: str, row: dict[str, Any]) -> Node:
         node.problems.append("the line is not in table billing_lines")
         return node
     commit = DeltaLog(lake.settings.table_uri(BILLING_LINES.name)).commit(int(held[0]["posting"]))
-    place = json.loads(commit.user_metadata or "{}").get("billing", {}).get("place") if commit is not None else None
+    place = commit.metadata.get("billing", {}).get("place") if commit is not None else None
     ledger = place["ledger_version"] if place and place["metrics_version"] == row["metrics_version"] else None
     try:
         found = increments(

@@ -18,6 +18,7 @@ from spark_jobs.delta_log import DeltaLog
 from spark_jobs.duck import connect_delta
 from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.failure import one_line
+from spark_jobs.storage import require_local
 from spark_jobs.tables import (
     ATTRIBUTED_ORDERS,
     BATCH_LEDGER,
@@ -122,8 +123,7 @@ def open_lake(settings: Settings, mart: str) -> Iterator[Lake]:
 
     Raises AdtallyError where there is none, UsageError for a lakehouse that is not a local path.
     """
-    if "://" in settings.lakehouse_uri:
-        raise UsageError(f"explain reads a lakehouse in a local path, not {settings.lakehouse_uri}")
+    require_local(settings, "explain")
     group = GROUP_OF_MART[mart]
     names = "build_id, built_at, git_revision, table_name, delta_version"
     rows = mart_rows(settings, f"select {names} from mart_build where mart_group = '{group}' order by table_name")
@@ -132,7 +132,6 @@ def open_lake(settings: Settings, mart: str) -> Iterator[Lake]:
     versions = {str(row["table_name"]): int(row["delta_version"]) for row in rows}
     build = Build(rows[0]["build_id"], rows[0]["built_at"], rows[0]["git_revision"], versions)
     with connect_delta() as connection:
-        connection.execute("set timezone = 'UTC'")
         yield Lake(settings, build, connection)
 
 

@@ -41,7 +41,6 @@ def failing_rows(nodes: Iterable[DbtNode], marts: Path, work: Path) -> Rows:
         return {}
     found: Rows = {}
     with connect_delta() as connection:  # the staging models are views into the lakehouse
-        connection.execute("set timezone = 'UTC'")
         for path, name in ((marts, "marts"), (work, "work")):
             connection.execute(f"attach '{_quoted(str(path))}' as {name} (read_only)")
         for node in failed:

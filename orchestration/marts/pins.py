@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 from spark_jobs.config import Settings
-from spark_jobs.errors import AdtallyError, TableCorruptionError, UsageError
+from spark_jobs.errors import AdtallyError, TableCorruptionError
 from spark_jobs.sinks.delta import ensure_tables
+from spark_jobs.storage import require_local
 from spark_jobs.tables import (
     ATTRIBUTED_ORDERS,
     BATCH_LEDGER,
@@ -56,11 +57,7 @@ def pin_versions(settings: Settings) -> dict[str, int]:
     A lakehouse that an older adtally made gets the tables and columns that it lacks first. Raises UsageError when the lakehouse
     is not a local path, AdtallyError naming the tables that do not exist yet.
     """
-    if "://" in settings.lakehouse_uri:
-        raise UsageError(
-            f"the marts read a lakehouse in a local path, not {settings.lakehouse_uri}",
-            hint="set ADTALLY_LAKEHOUSE to a path",
-        )
+    require_local(settings, "marts build")
     missing = [table.name for table in _INGESTED if latest_version(Path(settings.table_uri(table.name))) is None]
     if missing:
         raise AdtallyError(

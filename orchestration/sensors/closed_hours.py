@@ -11,8 +11,8 @@ from orchestration.ledger import Ledger
 from orchestration.partitions import contiguous, key_of, range_tags
 from spark_jobs.config import load_settings
 from spark_jobs.delta_log import DeltaLog
-from spark_jobs.hours import HourRange
 from spark_jobs.tables import BATCH_LEDGER
+from spark_jobs.units import HourRange
 
 if TYPE_CHECKING:
     from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition

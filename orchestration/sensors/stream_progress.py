@@ -20,8 +20,8 @@ from orchestration.partitions import hourly_partitions, key_of
 from orchestration.up.instance import request_reload
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.delta_log import DeltaLog
-from spark_jobs.hours import HOUR, floor_hour
 from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, HOUR_CLOSINGS, NAMES
+from spark_jobs.units import HOUR, floor_hour
 
 SECONDS_BETWEEN = 15
 HOURS_A_TICK = 72

@@ -9,9 +9,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from spark_jobs.contract.spec import CURRENCIES, EARLIEST_US, LATEST_US, MAX_LINE_BYTES, REGION_FORM, Contract, Field, Kind, Limits
+from spark_jobs.units import EPOCH
 
 _TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)[Tt](\d\d):(\d\d):(\d\d)(?:\.(\d+))?([Zz]|([+-])(\d\d):(\d\d))", flags=re.ASCII)
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -53,7 +53,7 @@ def parse_time(text: str) -> tuple[int | None, str | None]:
         moment = datetime(int(year), int(month), int(day), int(hour), int(minute), int(second), int(digits[:6]), UTC)
     except ValueError:
         return None, "format"
-    micros = (moment - _EPOCH) // timedelta(microseconds=1)
+    micros = (moment - EPOCH) // timedelta(microseconds=1)
     if sign is not None:
         if int(off_hour) > 23 or int(off_minute) > 59:
             return None, "format"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import datetime
 from enum import StrEnum
 
 MAX_LINE_BYTES = 64 * 1024
@@ -120,9 +119,3 @@ class Limits:
     future_skew_us: int
     hour_grace_us: int
     rejects_kept: int | None = None
-
-
-def to_micros(moment: datetime) -> int:
-    """Whole microseconds since the epoch of an aware datetime."""
-    delta = moment - datetime.fromtimestamp(0, tz=moment.tzinfo)
-    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds

@@ -7,7 +7,6 @@ run that is killed has done all of it or nothing. The indexes under ADTALLY_HOME
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 import uuid
@@ -27,10 +26,8 @@ from spark_jobs.attribution.credits import credit, nested, sort_touches
 from spark_jobs.attribution.index import RowIndex
 from spark_jobs.checked import DamagedError
 from spark_jobs.config import Settings
-from spark_jobs.contract.spec import to_micros
 from spark_jobs.delta_log import DeltaLog, commit_identity
-from spark_jobs.errors import BusyError, UsageError
-from spark_jobs.hours import HourRange
+from spark_jobs.errors import BusyError
 from spark_jobs.jobs.attribution_inputs import (
     ORDERS_SOURCE,
     REVISIONS_SOURCE,
@@ -45,7 +42,7 @@ from spark_jobs.jobs.attribution_inputs import (
     table_parts,
     touches,
 )
-from spark_jobs.jobs.correct import finish_corrections
+from spark_jobs.jobs.correcting import finish_corrections
 from spark_jobs.locks import PATIENCE_SECONDS
 from spark_jobs.rules.attribution import KIND, MODELS, AttributionRules, load_attribution_rules
 from spark_jobs.rules.exempt import are_exempt
@@ -54,8 +51,10 @@ from spark_jobs.sinks.commit import committing
 from spark_jobs.sinks.data_files import DataFile, DataFileWriter
 from spark_jobs.sinks.delta import Transaction, add_actions, commit_properties, ensure_tables
 from spark_jobs.steps import Step
+from spark_jobs.storage import require_local
 from spark_jobs.tables import ATTRIBUTED_ORDERS, EVENTS, ORDERS, RULE_SETS
 from spark_jobs.transforms.stamp import constant
+from spark_jobs.units import HourRange, to_micros
 
 LOCK = ".attribution.lock"  # in ADTALLY_HOME
 ORDERS_AT_ONCE = 20_000
@@ -103,8 +102,7 @@ def attribute(
     the same gets no new revision. Raises UsageError for a lakehouse that is not a local path, RuleFileError where the rules are
     wrong, BusyError where another attribution does not end in time.
     """
-    if "://" in settings.lakehouse_uri:
-        raise UsageError(f"attribution reads a local path, not {settings.lakehouse_uri}")
+    require_local(settings, "attribution")
     finish_corrections(settings)
     run_id, now = run_id or uuid.uuid4().hex, now or datetime.now(UTC)
     with _locked(settings):
@@ -145,10 +143,7 @@ class _Done:
     def of(cls, log: DeltaLog, version: int) -> _Done | None:
         """What the newest commit of ours up to ``version`` says."""
         for commit in log.commits_backwards(version):
-            try:
-                told = json.loads(commit.user_metadata or "{}").get(_METADATA)
-            except (ValueError, AttributeError):
-                continue
+            told = commit.metadata.get(_METADATA)
             if told is not None:
                 return cls(Position(*told["events"]), Position(*told["orders"])) if told else None
         return None

@@ -5,11 +5,9 @@ Each of the three has an index (``spark_jobs.attribution.index``) that follows t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import numpy as np
@@ -165,9 +163,7 @@ class CannotFollow(Exception):
 def position_of(settings: Settings, table: Table) -> Position:
     """Where a table stands now."""
     log = DeltaLog(settings.table_uri(table.name))
-    first, version = log.commit(0), log.latest_version()
-    table_id = first.table_id if first and first.table_id else str(DeltaTable(log.uri).metadata().id)
-    return Position(table_id, version or 0)
+    return Position(log.table_id(), log.latest_version() or 0)
 
 
 def changes(settings: Settings, source: Source, since: Position, upto: Position) -> Iterator[tuple[int, pa.Table]]:
@@ -197,9 +193,8 @@ def _changed(uri: str, source: Source, commit: Commit) -> pa.Table:
     if not commit.data_removed:
         rows = source.rows(uri, added)
         return rows.filter(rows["counts"])  # what never counted need not be known
-    told = _told(commit)
-    if told.get("keys") == "kept":  # a correction: what it changed lies in files of its own
-        return source.rows(uri, told.get("changed_files", told["added_files"]))
+    if commit.metadata.get("keys") == "kept":  # a correction: the rows that it changed are in files of their own
+        return source.rows(uri, commit.metadata.get("changed_files", commit.metadata["added_files"]))
     before, after = source.rows(uri, [action["path"] for action in commit.data_removed]), source.rows(uri, added)
     with task_connection().cursor() as own:
         own.register("before", before)
@@ -207,14 +202,6 @@ def _changed(uri: str, source: Source, commit: Commit) -> pa.Table:
         gone = own.execute("select * replace (false as counts) from (from before except from after)").to_arrow_table()
         come = own.execute("from after except from before").to_arrow_table()
     return pa.concat_tables([gone, come.cast(gone.schema)])
-
-
-def _told(commit: Commit) -> dict[str, Any]:
-    try:
-        told = json.loads(commit.user_metadata or "{}")
-    except ValueError:
-        return {}
-    return told if isinstance(told, dict) else {}
 
 
 def bring_to(settings: Settings, source: Source, index: RowIndex, upto: Position) -> None:

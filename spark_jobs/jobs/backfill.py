@@ -21,31 +21,22 @@ import pyarrow as pa
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, RawBehindError
-from spark_jobs.hours import HourRange
 from spark_jobs.jobs.campaigns import Campaign, load_campaigns, read_campaigns
 from spark_jobs.jobs.closing import require_closed
-from spark_jobs.jobs.correct import Run, correcting, decide, writing
-from spark_jobs.jobs.reconcile import (
-    chunks,
-    compare_hours,
-    current_inputs,
-    hour_moment,
-    hour_number,
-    is_correctable,
-    recounting,
-    require_local,
-    whole_batches,
-)
+from spark_jobs.jobs.correct import decide
+from spark_jobs.jobs.correcting import Run, correcting, writing
+from spark_jobs.jobs.reconcile import chunks, compare_hours, current_inputs, is_correctable, recounting, whole_batches
 from spark_jobs.jobs.review import ReviewedHour, review_anew
 from spark_jobs.recount.compare import Comparison
-from spark_jobs.recount.truth import FILES_VERSION, HOUR_US, Inputs, Recount, Rules, rules_of
+from spark_jobs.recount.truth import FILES_VERSION, Inputs, Recount, Rules, rules_of
 from spark_jobs.sinks.corrections import TableChange, carry_out, write_ahead
 from spark_jobs.sinks.delta import ensure_tables
+from spark_jobs.storage import require_local
 from spark_jobs.tables import EVENTS, HOUR_RULES
+from spark_jobs.units import HOUR_US, HourRange, from_micros, hour_moment, hour_number
 
 CAUSE = "rules_changed"
 _HOURS_AT_ONCE = 6
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True)
@@ -119,7 +110,7 @@ def backfill(
     are yet to come.
     """
     started = time.monotonic()
-    require_local(settings)
+    require_local(settings, "a backfill")
     require_closed(settings, hours)
     ensure_tables(settings)
     say = progress or (lambda _: None)
@@ -269,7 +260,7 @@ def _sum(one: Restated, other: Restated) -> Restated:
 def _hour_rules(recount: Recount, hours: list[int], rules: Rules, run: Run) -> TableChange:
     # the latest set_at holds: what is set later is later, also where the clock was put back or who waited began earlier
     ((before,),) = recount.rows(f"select epoch_us(max(set_at)) from {recount.scan(HOUR_RULES.name)}")
-    set_at = run.now if before is None else max(run.now, _EPOCH + timedelta(microseconds=before + 1))
+    set_at = run.now if before is None else max(run.now, from_micros(before + 1))
     made: list[dict[str, Any]] = [
         {
             **asdict(rules),

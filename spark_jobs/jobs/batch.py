@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -22,11 +20,10 @@ from spark_jobs.sources.fingerprint import FileState
 from spark_jobs.sources.landing import LandingFile
 from spark_jobs.sources.quarantine import Quarantined
 from spark_jobs.sources.source import Planned
-from spark_jobs.tasks.rejects import NO_HOUR
 from spark_jobs.tasks.stage import StagedSplit, StageTask
+from spark_jobs.units import NO_HOUR, from_micros, hour_moment
 
 COUNTS = ("offered", "accepted", "duplicate", "conflict", "rejected", "late")
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _HOURS = 2**32  # more than there are hours
 _NEVER = int(np.iinfo(np.int64).min)
 
@@ -116,7 +113,7 @@ class Plan:
     @classmethod
     def from_commit(cls, commit: Commit) -> Plan:
         """The inverse of ``to_metadata``."""
-        stored = json.loads(commit.user_metadata or "{}")
+        stored = commit.metadata
         return cls(
             Limits(**stored["limits"]),
             int(stored["campaigns_version"]),
@@ -173,10 +170,6 @@ class Batch:
         return lines
 
 
-def _hour(value: int) -> datetime | None:
-    return None if value == NO_HOUR else _EPOCH + timedelta(hours=value)
-
-
 def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[dict[str, Any]]:
     """The batch's ledger: one dict a region and event hour, in a fixed order (of a region hour None first)."""
     regions = batch.regions
@@ -229,9 +222,9 @@ def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[d
             "stream": stream,
             "source": batch.source,
             "region": regions[int(cells[i]) // _HOURS],
-            "event_hour": _hour(int(cells[i]) % _HOURS + NO_HOUR),
+            "event_hour": hour_moment(int(cells[i]) % _HOURS + NO_HOUR),
             **{name: int(values[i]) for name, values in measures.items()},
-            "max_received_at": None if received[i] == _NEVER else _EPOCH + timedelta(microseconds=int(received[i])),
+            "max_received_at": None if received[i] == _NEVER else from_micros(int(received[i])),
         }
         for i in range(size)
     ]

@@ -29,13 +29,13 @@ from filelock import FileLock
 from spark_jobs.config import Settings
 from spark_jobs.delta_log import Commit, DeltaLog
 from spark_jobs.duck import connect_delta
-from spark_jobs.errors import UsageError
 from spark_jobs.jobs.closing import read_closing
-from spark_jobs.jobs.correct import finish_corrections
+from spark_jobs.jobs.correcting import finish_corrections
 from spark_jobs.sinks.data_files import DataFileWriter
 from spark_jobs.sinks.delta import DeltaSink, Transaction, ensure_tables
 from spark_jobs.sources.delta import read_files
 from spark_jobs.steps import Step
+from spark_jobs.storage import require_local
 from spark_jobs.tables import BATCH_LEDGER, BILLING_LINES, MINUTE_METRICS, RESTATEMENTS, TRAFFIC_REVIEWS
 
 BILLING_LOCK = ".billing.lock"  # in ADTALLY_HOME
@@ -133,8 +133,7 @@ def bill(
     One run at a time, others wait. All lines of a run stand in one commit: killed, it has posted all of them or none. Run again it
     posts nothing. Raises UsageError where the lakehouse is not a local path.
     """
-    if "://" in settings.lakehouse_uri:
-        raise UsageError(f"billing reads a lakehouse in a local path, not {settings.lakehouse_uri}")
+    require_local(settings, "billing")
     began, name = time.monotonic(), run_id or uuid.uuid4().hex
     if not DeltaLog(settings.table_uri(BATCH_LEDGER.name)).exists():
         return BillingReport(name)
@@ -142,7 +141,6 @@ def bill(
     settings.home_path.mkdir(parents=True, exist_ok=True)
     finish_corrections(settings)
     with FileLock(settings.home_path / BILLING_LOCK), connect_delta() as lake:
-        lake.execute("set timezone = 'UTC'")
         run = _Run(settings, lake, name, now or datetime.now(UTC))
         days = run.days()
         if days and progress:
@@ -412,9 +410,8 @@ def _midnight(day: date) -> datetime:
 def _last_place(settings: Settings) -> _Place | None:
     """The place of the last posting; None where there was none, or the log does not have it any more."""
     for commit in DeltaLog(settings.table_uri(BILLING_LINES.name)).commits_backwards():
-        found: dict[str, Any] = json.loads(commit.user_metadata) if commit.user_metadata else {}
-        if "billing" in found:
-            place = found["billing"]["place"]
+        if "billing" in commit.metadata:
+            place = commit.metadata["billing"]["place"]
             return None if place is None else _Place(**place | {"billed_through": date.fromisoformat(place["billed_through"])})
     return None
 

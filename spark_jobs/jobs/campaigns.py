@@ -8,7 +8,6 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
-from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,9 @@ from spark_jobs.sources.delta import file_paths, read_files
 from spark_jobs.sources.landing import CAMPAIGNS_FOLDER, csv_files, open_regular
 from spark_jobs.tables import CAMPAIGNS
 from spark_jobs.transforms.events import CAMPAIGN_SCHEMA
+from spark_jobs.units import from_micros
 
 COLUMNS = ("campaign_id", "store_id", "billing_model", "daily_budget_micros", "currency", "valid_from", "valid_to")
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, order=True)
@@ -108,7 +107,7 @@ def read_campaigns(landing: Path) -> list[Campaign]:
         if earlier.campaign_id == later.campaign_id and (earlier.valid_to_us is None or earlier.valid_to_us > later.valid_from_us):
             raise CampaignFileError(
                 f"{here}: the range of campaign {later.campaign_id} overlaps that of {there} at "
-                f"{_moment(later.valid_from_us).isoformat()}",
+                f"{from_micros(later.valid_from_us).isoformat()}",
                 hint="end the earlier range (valid_to is exclusive) before the next begins",
             )
     return [campaign for campaign, _ in placed]
@@ -127,10 +126,6 @@ def _require_each_once(header: Sequence[str], name: str) -> None:
             raise CampaignFileError(f"{name}: column {column} is there twice{other}", hint="keep one of them")
 
 
-def _moment(micros: int) -> datetime:
-    return _EPOCH + timedelta(microseconds=micros)
-
-
 def load_campaigns(settings: Settings) -> int | None:
     """Bring table `campaigns` up to the CSV files. Returns its version.
 
@@ -139,13 +134,13 @@ def load_campaigns(settings: Settings) -> int | None:
     log = DeltaLog(settings.table_uri(CAMPAIGNS.name))
     campaigns = read_campaigns(settings.landing_path)
     digest = hashlib.sha256(json.dumps([astuple(c) for c in campaigns]).encode()).hexdigest()
-    held = next((c.user_metadata for c in log.commits_backwards() if c.user_metadata), None)
-    if campaigns and (held is None or json.loads(held).get("campaigns_sha256") != digest):
+    held = log.newest_metadata()
+    if campaigns and (held is None or held.get("campaigns_sha256") != digest):
         rows = [
             {
                 **asdict(c),
-                "valid_from": _moment(c.valid_from_us),
-                "valid_to": None if c.valid_to_us is None else _moment(c.valid_to_us),
+                "valid_from": from_micros(c.valid_from_us),
+                "valid_to": None if c.valid_to_us is None else from_micros(c.valid_to_us),
             }
             for c in campaigns
         ]

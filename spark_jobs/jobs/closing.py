@@ -19,13 +19,13 @@ import pyarrow.compute as pc
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import UsageError
-from spark_jobs.hours import HOUR, HourRange, earlier, floor_hour
 from spark_jobs.kafka.config import read_kafka
 from spark_jobs.sinks.delta import append_decision, ensure_tables
 from spark_jobs.sources.delta import read_newest
 from spark_jobs.sources.landing import oldest_file_at, region_folders
 from spark_jobs.steps import Step
 from spark_jobs.tables import BATCH_LEDGER, HOUR_CLOSINGS, STREAMS, Table
+from spark_jobs.units import HOUR, HourRange, earlier, floor_hour
 
 _SOURCE = ("stream", "source", "region")
 _LEDGER_COLUMNS = (*_SOURCE, "event_hour", "accepted", "max_received_at", "ingested_at", "_run_id")

@@ -21,13 +21,14 @@ from deltalake.exceptions import CommitFailedError
 from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.duck import connect_delta
-from spark_jobs.errors import BusyError, TableCorruptionError, UsageError
-from spark_jobs.hours import HourRange
+from spark_jobs.errors import BusyError, TableCorruptionError
 from spark_jobs.jobs.closing import Closing, read_closing, require_closed
 from spark_jobs.locks import rewriting
 from spark_jobs.sinks.rewrite import COMPACTED_SUFFIX, Partition, rearrange, take_back, version_of_run
 from spark_jobs.sinks.torn import mend_tables
+from spark_jobs.storage import require_local
 from spark_jobs.tables import EVENTS, HOUR_RULES, NAMES, TABLES, Table
+from spark_jobs.units import HourRange
 
 Z_ORDER = ("campaign_id", "user_id")
 LATE_FILES = 4  # so many files may lie beside what was compacted of an hour,
@@ -86,8 +87,7 @@ def compact(
     same afterwards (the rewrite is taken back then).
     """
     started = time.monotonic()
-    if "://" in settings.lakehouse_uri:
-        raise UsageError(f"compaction proves its work on a local path, not {settings.lakehouse_uri}", hint="run OPTIMIZE there")
+    require_local(settings, "compaction")
     if hours is not None:
         require_closed(settings, hours)
     mend_tables(settings)

@@ -8,32 +8,25 @@ recount read.
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from filelock import FileLock, Timeout
 
-from spark_jobs.config import Settings
 from spark_jobs.contract.exact import validate_line
 from spark_jobs.contract.parse import encode_raw, parse_all
 from spark_jobs.contract.spec import CONTRACTS, EVENT_CONTRACT, Contract, Limits
 from spark_jobs.dedupe.keys import hash_keys, hex_fingerprint
 from spark_jobs.errors import AdtallyError
-from spark_jobs.locks import rewriting, write_lock
+from spark_jobs.jobs.correcting import Run, table_rows
 from spark_jobs.recount.compare import LEDGER_MEASURES, METRIC_MEASURES
 from spark_jobs.recount.raw import cluster_of
 from spark_jobs.recount.store import RawChunk
-from spark_jobs.recount.truth import HOUR_US, NO_HOUR, Recount
+from spark_jobs.recount.truth import Recount
 from spark_jobs.recount.worker import ChunkTask, raw_values
-from spark_jobs.sinks.corrections import Correction, TableChange, carry_out, forget, is_overtaken, unfinished_corrections
+from spark_jobs.sinks.corrections import Correction, TableChange
 from spark_jobs.sources.landing import Split
 from spark_jobs.sources.lines import read_lines
 from spark_jobs.tables import (
@@ -44,76 +37,11 @@ from spark_jobs.tables import (
     REJECTED_EVENTS,
     REJECTED_ORDERS,
     RESTATEMENTS,
-    STREAMS,
     Table,
 )
 from spark_jobs.tasks.stage import raw_lines
 from spark_jobs.transforms.events import INCREMENT_SCHEMA, increment_columns
-
-CORRECTIONS_LOCK = ".corrections.lock"  # in ADTALLY_HOME, held by whoever repairs or backfills; others wait
-
-
-@dataclass(frozen=True)
-class Run:
-    """A correction in the making: one of those of a run. ``kind`` is 'repair', 'backfill' or 'review'.
-
-    ``token`` is the correction's own.
-    """
-
-    run_id: str
-    kind: str
-    reason: str
-    now: datetime
-    rule_set: str | None = None
-    token: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-    @property
-    def now_us(self) -> int:
-        """``now`` in microseconds since the epoch."""
-        return round(self.now.timestamp() * 1_000_000)
-
-
-@contextmanager
-def correcting(settings: Settings) -> Iterator[None]:
-    """Held by whoever reconciles or backfills: one at a time, the others wait. What a killed one has left is finished first."""
-    settings.home_path.mkdir(parents=True, exist_ok=True)
-    with FileLock(settings.home_path / CORRECTIONS_LOCK):
-        _finish(settings)
-        yield
-
-
-def finish_corrections(settings: Settings) -> None:
-    """Finish or discard what a killed correction has left, before its tables are read. Does not wait for one that is alive."""
-    if not _has_any(settings):
-        return
-    lock = FileLock(settings.home_path / CORRECTIONS_LOCK, timeout=0)
-    with suppress(Timeout), lock:
-        _finish(settings)
-
-
-def _has_any(settings: Settings) -> bool:
-    return settings.corrections_path.exists() and any(settings.corrections_path.iterdir())
-
-
-def _finish(settings: Settings) -> None:
-    if not _has_any(settings):
-        return
-    with writing(settings):
-        for correction in list(unfinished_corrections(settings)):
-            if is_overtaken(settings, correction):
-                forget(settings, correction)
-            else:
-                carry_out(settings, correction)
-
-
-@contextmanager
-def writing(settings: Settings) -> Iterator[None]:
-    """Nobody else writes the tables of events meanwhile: a batch of an ingest waits, or is waited for."""
-    with ExitStack() as stack:
-        stack.enter_context(rewriting(settings))
-        for stream in STREAMS:  # both write the ledger
-            stack.enter_context(write_lock(settings, stream))
-        yield
+from spark_jobs.units import HOUR_US, NO_HOUR
 
 
 def decide(recount: Recount, run: Run) -> Correction:
@@ -134,17 +62,6 @@ def _arrow(recount: Recount, sql: str) -> pa.Table:
 def _held(recount: Recount, name: str, table: Table) -> pa.Table:
     """Rows that a comparison keeps in table ``name``, as rows of ``table``."""
     return _arrow(recount, f"select {', '.join(table.schema.names)} from {name}").cast(table.schema)
-
-
-def table_rows(table: Table, columns: dict[str, Any], count: int) -> pa.Table:
-    """Rows of ``table``; a column that is one value holds it everywhere, one that lacks is null. Times are microseconds."""
-    made = []
-    for spec in table.schema:
-        value = columns.get(spec.name)
-        if not isinstance(value, pa.Array | pa.ChunkedArray):
-            value = pa.nulls(count, spec.type) if value is None else pa.repeat(pa.scalar(value), count)
-        made.append(value.cast(spec.type) if not pa.types.is_timestamp(spec.type) else value.cast(pa.int64()).cast(spec.type))
-    return pa.Table.from_arrays(made, schema=table.schema)
 
 
 # --- events
@@ -416,11 +333,10 @@ def _metrics(recount: Recount, run: Run) -> TableChange:
     for query_id, batch_id in sorted(identities, key=repr):
         own = deltas.filter(pc.and_(pc.equal(deltas["query_id"], query_id), pc.equal(deltas["batch_id"], batch_id)))
         sums = own.select(INCREMENT_SCHEMA.names).cast(INCREMENT_SCHEMA)
-        quoted = query_id.replace("'", "''")
-        named = increment_columns(sums, quoted, batch_id)
+        named = increment_columns(sums, query_id, batch_id)
         taken = pc.is_in(named["record_uuid"], value_set=pa.array(sorted(present), pa.string()))
         # what the batch should have written is written as the batch would; anything else under a name of the run's own
-        further = increment_columns(sums.filter(taken), f"{run.token}:{quoted}", batch_id)
+        further = increment_columns(sums.filter(taken), f"{run.token}:{query_id}", batch_id)
         for rows in (named.filter(pc.invert(taken)), further):
             columns = {name: rows[name] for name in MINUTE_METRICS.schema.names if name in rows.column_names}
             identity = {"_query_id": query_id, "_batch_id": batch_id, "_run_id": run.run_id}

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import DeltaTable
 
 from spark_jobs.checked import DamagedError
 from spark_jobs.config import Settings
@@ -171,7 +170,7 @@ def bring_index_to(settings: Settings, index: KeyIndex, version: int, notice: Ca
     """
     uri = settings.table_uri(EVENTS.name)
     log = DeltaLog(uri)
-    table_id = _table_id(log, uri)
+    table_id = log.table_id()
     try:
         if index.problem is not None:
             raise DamagedError(index.problem)
@@ -214,16 +213,7 @@ def _files_with_keys(commit: Commit) -> list[str] | None:
     """
     if not commit.data_removed:
         return [action["path"] for action in commit.data_added]
-    try:
-        told = json.loads(commit.user_metadata or "{}")
-    except ValueError:
-        return None
-    return list(told["added_files"]) if isinstance(told, dict) and told.get("keys") == "kept" else None
-
-
-def _table_id(log: DeltaLog, uri: str) -> str:
-    first = log.commit(0)
-    return first.table_id if first and first.table_id else str(DeltaTable(uri).metadata().id)
+    return list(commit.metadata["added_files"]) if commit.metadata.get("keys") == "kept" else None
 
 
 _KEY_SCHEMA = pa.schema([EVENTS.schema.field("event_id"), EVENTS.schema.field("fingerprint")])

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -29,6 +29,7 @@ from spark_jobs.steps import Step
 from spark_jobs.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, ORDERS, REJECTED_TABLES, STREAMS
 from spark_jobs.transforms.events import increment_columns, increments
 from spark_jobs.transforms.stamp import Stamp, stamped, stamped_records
+from spark_jobs.units import floor_hour, from_micros, to_micros
 
 _TABLES = {"events": EVENTS, "orders": ORDERS}
 _LEDGER_STEPS = {"events": Step.EVENTS_LEDGER, "orders": Step.ORDERS_LEDGER}
@@ -118,7 +119,7 @@ def _cells_of_events(rows: pa.Table) -> dict[Cell, dict[str, Any]]:
     names = ("region", "event_time", "received_at", "is_late", "invalid_traffic_rule", "billing_model", "spend_nanos")
     cells: dict[Cell, dict[str, Any]] = {}
     for row in rows.select(names).to_pylist():
-        counts = cells.setdefault((row["region"], _hour(row["event_time"])), Counter())
+        counts = cells.setdefault((row["region"], floor_hour(from_micros(row["event_time"]))), Counter())
         counts["offered"] += 1
         counts["accepted"] += 1
         counts["late"] += bool(row["is_late"])
@@ -136,7 +137,7 @@ def _cells_of_orders(settings: Settings, commit: Commit) -> dict[Cell, dict[str,
     for order_id, row in after.items():
         accepted = _records(row) - _records(before.get(order_id))
         if accepted:
-            counts = cells.setdefault((row["region"], _hour(_micros(row["order_time"]))), Counter())
+            counts = cells.setdefault((row["region"], floor_hour(from_micros(to_micros(row["order_time"])))), Counter())
             counts["offered"] += accepted
             counts["accepted"] += accepted
             counts["late"] += bool(row["is_late"])
@@ -155,7 +156,7 @@ def _count_rejects(settings: Settings, batch: StuckBatch, cells: dict[Cell, dict
     found = read_files(uri, file_paths(uri, version or 0), schema, ("_query_id", pa.array([query_id])))
     for row in found.to_pylist():
         if row["_batch_id"] == batch_id:
-            hour = None if row["record_time"] is None else _hour(_micros(row["record_time"]))
+            hour = None if row["record_time"] is None else floor_hour(from_micros(to_micros(row["record_time"])))
             counts = cells.setdefault((row["region"], hour), Counter())
             records = row["records"] or 1
             counts["offered"] += records
@@ -169,15 +170,3 @@ def _orders(settings: Settings, version: int) -> dict[str, dict[str, Any]]:
 
 def _records(order: dict[str, Any] | None) -> int:
     return 0 if order is None else bool(order["has_placed"]) + (order["cancelled_at"] is not None)
-
-
-_EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
-_HOUR_US = 3_600_000_000
-
-
-def _micros(moment: datetime) -> int:
-    return (moment - _EPOCH) // timedelta(microseconds=1)
-
-
-def _hour(micros: int) -> datetime:
-    return _EPOCH + timedelta(microseconds=micros - micros % _HOUR_US)

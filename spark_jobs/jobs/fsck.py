@@ -33,16 +33,17 @@ from spark_jobs.dedupe.keys import Keys
 from spark_jobs.delta_log import DeltaLog, commit_identity
 from spark_jobs.errors import BusyError, TableCorruptionError
 from spark_jobs.jobs.attribution_inputs import index_folder
-from spark_jobs.jobs.correct import correcting, writing
+from spark_jobs.jobs.correcting import correcting, writing
 from spark_jobs.jobs.events import bring_index_to, keys_of_version
 from spark_jobs.jobs.finish import finish, stuck_batches
 from spark_jobs.jobs.ingest import INGEST_LOCK
-from spark_jobs.jobs.reconcile import reconcile, require_local
+from spark_jobs.jobs.reconcile import reconcile
 from spark_jobs.jobs.status import read_status
 from spark_jobs.sinks.data_files import named_checksum
 from spark_jobs.sinks.removal import take_files_out
 from spark_jobs.sources.agreement import check_agreement
 from spark_jobs.sources.source import FilesSource
+from spark_jobs.storage import require_local
 from spark_jobs.tables import (
     BATCH_LEDGER,
     EVENTS,
@@ -119,7 +120,7 @@ def fsck(settings: Settings, *, repair: bool = False, progress: Say | None = Non
     While an ingest runs, its key index and the batch that it works at are left out, and ``repair`` raises BusyError. Raises
     UsageError for a lakehouse that is not a local path.
     """
-    require_local(settings)
+    require_local(settings, "fsck")
     started, run_id, say = time.monotonic(), uuid.uuid4().hex, progress or (lambda _: None)
     with _ingest_lock(settings) as is_held:
         if repair and not is_held:

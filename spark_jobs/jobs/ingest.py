@@ -41,6 +41,7 @@ from spark_jobs.session import build_session, end_java, is_one_machine, java_has
 from spark_jobs.sinks.delta import ensure_tables
 from spark_jobs.sources.query import SourceQuery
 from spark_jobs.stopping import BATCH_SECONDS, StopNow, StopRequest
+from spark_jobs.storage import is_local
 from spark_jobs.tables import STREAMS
 from spark_jobs.tasks.activity import Activity
 from spark_jobs.tasks.write import load_task_code
@@ -114,7 +115,7 @@ def run_ingest(
                     in_force.rules()
                     for line in look_into_landing(settings):
                         notice(line)
-                    with_attribution = continuous and "://" not in settings.lakehouse_uri
+                    with_attribution = continuous and is_local(settings.lakehouse_uri)
                     queries = _queries(settings, report, in_force, notice, with_attribution=with_attribution)
                 run = _Run(session, settings, continuous, trigger_seconds, notice)
                 with _publishing(settings, run.notice, stop.event) if continuous else contextlib.nullcontext():

@@ -5,7 +5,6 @@ The folder decides, not the checkpoint: whatever lies there is read, waits, or i
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -145,9 +144,8 @@ def _finished_names(settings: Settings, stream: str) -> dict[str, int]:
 def _names_of_plan(commit: Commit, landing: Path, stream: str) -> set[str]:
     """The files that the batch, or the repair, of a commit took."""
     try:
-        files = json.loads(commit.user_metadata or "{}")["files"]
-        return {name_below(str(file[1]), landing, stream) for file in files}
-    except (ValueError, KeyError, TypeError, IndexError):
+        return {name_below(str(file[1]), landing, stream) for file in commit.metadata["files"]}
+    except (KeyError, TypeError, IndexError):
         return set()  # of a compaction, a correction or another tool
 
 

@@ -64,8 +64,8 @@ def load_names(settings: Settings) -> int:
     log = DeltaLog(settings.table_uri(NAMES.name))
     names = read_names(settings.landing_path)
     digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-    held = next((c.user_metadata for c in log.commits_backwards() if c.user_metadata), None)
-    if names if held is None else json.loads(held).get("names_sha256") != digest:
+    held = log.newest_metadata()
+    if names if held is None else held.get("names_sha256") != digest:
         replace_names(pa.Table.from_pylist(names, NAMES.schema), settings, {"names_sha256": digest})
     return log.latest_version() or 0
 

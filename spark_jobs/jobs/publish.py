@@ -29,6 +29,7 @@ from spark_jobs.publish.progress import TopicStatus, committed_ms, status_of, ta
 from spark_jobs.sinks.data_files import DataFileWriter
 from spark_jobs.sinks.delta import DeltaSink, Transaction, ensure_tables
 from spark_jobs.steps import Step
+from spark_jobs.storage import is_local
 from spark_jobs.tables import PUBLICATIONS
 
 PUBLISH_LOCK = ".publish.lock"  # in ADTALLY_HOME, held by whoever publishes
@@ -222,7 +223,7 @@ class _Publisher:
         if identity is None:
             stop.wait(1.0)
             return
-        pause = REMOTE_POLL_SECONDS if "://" in self._uri else POLL_SECONDS
+        pause = POLL_SECONDS if is_local(self._uri) else REMOTE_POLL_SECONDS
         with self._outlet(identity, adopt) as outlet:
             opened()
             looked = -math.inf

@@ -9,30 +9,29 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import duckdb
 import pyarrow as pa
 
 from spark_jobs.config import Settings
-from spark_jobs.errors import TableCorruptionError, UsageError
-from spark_jobs.failure import one_line
-from spark_jobs.hours import HourRange
-from spark_jobs.jobs.correct import Run, correcting, decide, writing
+from spark_jobs.duck import translate_duckdb_errors
+from spark_jobs.jobs.correct import decide
+from spark_jobs.jobs.correcting import Run, correcting, writing
 from spark_jobs.recount.compare import Comparison, Finding, HourSums
 from spark_jobs.recount.marts import compare_marts
 from spark_jobs.recount.orders import LEDGER_LAYER, OrdersComparison, OrdersRecount
 from spark_jobs.recount.raw import is_of_kafka
-from spark_jobs.recount.truth import NO_HOUR, Inputs, Recount, Rules, read_inputs
+from spark_jobs.recount.truth import Inputs, Recount, Rules, read_inputs
 from spark_jobs.sinks.corrections import TableChange, append_once, carry_out, write_ahead
 from spark_jobs.sinks.delta import ensure_tables
 from spark_jobs.steps import Step
+from spark_jobs.storage import require_local
 from spark_jobs.tables import BATCH_LEDGER, RAW_TABLES, RECONCILIATIONS, STREAMS
+from spark_jobs.units import NO_HOUR, HourRange, hour_moment, hour_number, to_micros
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _RECORDS_AT_ONCE = 1_500_000  # what one comparison holds; more hours than that take turns
 _PATIENCE_SECONDS = 20.0  # twice what lies between two batches of raw records
 _HOURS_AT_ONCE = 6  # put right in one go, for which an ingest waits
@@ -106,16 +105,6 @@ class ReconcileReport:
         return [found for found in self.differences if not found.is_repaired]
 
 
-def hour_number(moment: datetime) -> int:
-    """Hours since the epoch."""
-    return (moment - _EPOCH) // timedelta(hours=1)
-
-
-def hour_moment(hour: int) -> datetime | None:
-    """The inverse of ``hour_number``; None for NO_HOUR."""
-    return None if hour == NO_HOUR else _EPOCH + timedelta(hours=hour)
-
-
 @contextmanager
 def recounting(
     settings: Settings, inputs: Inputs, rules: dict[int, Rules] | None = None, prices: pa.Table | None = None
@@ -125,33 +114,13 @@ def recounting(
     Raises TableCorruptionError where a table or what was parsed cannot be read.
     """
     settings.scratch_path.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="recount-", dir=settings.scratch_path) as spill, told_plainly(settings):
+    with TemporaryDirectory(prefix="recount-", dir=settings.scratch_path) as spill, translate_duckdb_errors(settings.home_path):
         kind = OrdersRecount if inputs.stream == "orders" else Recount
         recount = kind(settings, inputs, Path(spill), rules, prices)
         try:
             yield recount
         finally:
             recount.close()
-
-
-@contextmanager
-def told_plainly(settings: Settings) -> Iterator[None]:
-    """DuckDB's errors as ours."""
-    try:
-        yield
-    except duckdb.Error as error:
-        raise TableCorruptionError(
-            f"{settings.home_path} cannot be recounted: {one_line(error)}",
-            hint="adtally fsck names what is damaged, and --repair what can be had again; what lies under recount/ may be deleted",
-        ) from error
-
-
-def require_local(settings: Settings) -> None:
-    """Raises UsageError for a lakehouse that is not a local path."""
-    if "://" in settings.lakehouse_uri:
-        raise UsageError(
-            f"the recount reads a lakehouse on a local path, not {settings.lakehouse_uri}", hint="set ADTALLY_LAKEHOUSE"
-        )
 
 
 def chunks(records: dict[int, int], hours: Collection[int]) -> Iterator[list[int]]:
@@ -176,7 +145,7 @@ def comparison_of(recount: Recount) -> Comparison:
 def check_marts(settings: Settings, hours: HourRange | None) -> list[Difference]:
     """What the published marts have other than the table versions that they name give. Layer marts, cause mart_differs."""
     settings.scratch_path.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="recount-", dir=settings.scratch_path) as spill, told_plainly(settings):
+    with TemporaryDirectory(prefix="recount-", dir=settings.scratch_path) as spill, translate_duckdb_errors(settings.home_path):
         found = compare_marts(settings, Path(spill), None if hours is None else [hour_number(hour) for hour in hours])
     return [difference(finding) for finding in found]
 
@@ -216,7 +185,7 @@ def reconcile(
     TableCorruptionError where a table cannot be read.
     """
     started = time.monotonic()
-    require_local(settings)
+    require_local(settings, "the recount")
     ensure_tables(settings)
     say = progress or (lambda _: None)
     run_id = run_id or uuid.uuid4().hex
@@ -352,12 +321,12 @@ def gone_without_rows(recount: Recount) -> list[Finding]:
 
 def current_inputs(settings: Settings, missed_as: str, now: datetime, say: Callable[[str], None], stream: str = "events") -> Inputs:
     """What there is to recount of a stream now."""
-    with told_plainly(settings):
+    with translate_duckdb_errors(settings.home_path):
         return read_inputs(
             settings,
             stream,
             missed_as=missed_as,
-            now_us=round(now.timestamp() * 1_000_000),
+            now_us=to_micros(now),
             progress=lambda done, total: say(f"parsing: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB"),
         )
 

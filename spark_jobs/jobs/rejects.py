@@ -11,8 +11,9 @@ import duckdb
 from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.duck import connect_delta
-from spark_jobs.errors import TableCorruptionError, UsageError
+from spark_jobs.errors import TableCorruptionError
 from spark_jobs.failure import one_line
+from spark_jobs.storage import require_local
 from spark_jobs.tables import REJECTED_TABLES
 
 OLDER = "union all by name select null::bigint as records where false"
@@ -92,11 +93,9 @@ def read_rejects(
 
     Raises UsageError for a lakehouse that is not a local path, TableCorruptionError where a table cannot be read.
     """
-    if "://" in settings.lakehouse_uri:
-        raise UsageError(f"rejects are read on a local path, not {settings.lakehouse_uri}", hint="read its tables with Spark")
+    require_local(settings, "rejects")
     lake = connect_delta()
     try:
-        lake.execute("set timezone = 'UTC'")
         parts = []
         for stream, table in REJECTED_TABLES.items():
             name = table.name

@@ -21,21 +21,19 @@ import pyarrow as pa
 
 from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
-from spark_jobs.duck import connect_delta
-from spark_jobs.hours import HourRange
-from spark_jobs.jobs.correct import Run, correcting, table_rows, writing
-from spark_jobs.jobs.reconcile import hour_moment, hour_number, require_local, told_plainly
+from spark_jobs.duck import connect_delta, delta_scan, keep_table, literal, translate_duckdb_errors
+from spark_jobs.jobs.correcting import Run, correcting, table_rows, writing
 from spark_jobs.kafka.ranges import PREFIX
-from spark_jobs.recount.plans import read_plans
-from spark_jobs.recount.truth import keep_table, quoted, scan
 from spark_jobs.rules.exempt import is_exempt_sql
 from spark_jobs.rules.invalid_traffic import BITS, InvalidTrafficRules, Mode, keep_rules, marks, rules_of
 from spark_jobs.rules.invalid_traffic import judge_of as record_judge_of
 from spark_jobs.sinks.corrections import Correction, TableChange, carry_out, write_ahead
 from spark_jobs.sinks.delta import ensure_tables
 from spark_jobs.sources.delta import file_paths, read_files, read_newest
+from spark_jobs.storage import require_local
 from spark_jobs.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, RESTATEMENTS, TRAFFIC_REVIEWS, Table
-from spark_jobs.transforms.events import HOUR_US, INCREMENT_SCHEMA, METRIC_KEYS, METRIC_MEASURES, increment_columns
+from spark_jobs.transforms.events import INCREMENT_SCHEMA, METRIC_KEYS, METRIC_MEASURES, increment_columns
+from spark_jobs.units import HOUR_US, HourRange, hour_moment, hour_number
 
 _EVENTS_AT_ONCE = 750_000  # judged in one go, for which an ingest waits
 _GAP_HOURS = 7 * 24  # hours further apart are read by themselves
@@ -122,7 +120,7 @@ def review(
     TableCorruptionError where a table cannot be read.
     """
     started = time.monotonic()
-    require_local(settings)
+    require_local(settings, "the review")
     run_id = run_id or uuid.uuid4().hex
     wanted = None if hours is None else {hour_number(hour) for hour in hours}
     done: list[ReviewedHour] = []
@@ -136,14 +134,14 @@ def review(
 
 
 def _has_work(settings: Settings, wanted: Collection[int] | None) -> bool:
-    with told_plainly(settings):
+    with translate_duckdb_errors(settings.home_path):
         state = _read_state(settings)
         return bool(_outdated(settings, state, wanted))
 
 
 def review_outdated(settings: Settings, wanted: Collection[int] | None, run: Run, say: Callable[[str], None]) -> list[ReviewedHour]:
     """As ``review``, for whoever holds the corrections lock."""
-    with told_plainly(settings):
+    with translate_duckdb_errors(settings.home_path):
         state = _read_state(settings)
         outdated = _outdated(settings, state, wanted)
         fresh = keep_rules(settings, run.now) if any(hour not in state.reviews for hour in outdated) else ""
@@ -156,7 +154,7 @@ def review_anew(settings: Settings, hours: Collection[int], run: Run, say: Calla
 
     For whoever holds the corrections lock.
     """
-    with told_plainly(settings):
+    with translate_duckdb_errors(settings.home_path):
         state = _read_state(settings)
         rule_set = keep_rules(settings, run.now)
         sets = {hour: rule_set for hour in hours if state.accepted.get(hour, 0) or hour in state.reviews}
@@ -175,30 +173,43 @@ def _read(settings: Settings, table: Table, names: tuple[str, ...]) -> pa.Table:
 
 
 def _read_state(settings: Settings) -> _State:
-    # the ledger first: a batch that stands in it is whole in what is read behind it
+    # The ledger first: the versions that are read after it have every batch that it has.
     ledger = _read(settings, BATCH_LEDGER, ("stream", "event_hour", "accepted", "_query_id", "_batch_id")).to_pydict()
-    version = DeltaLog(settings.table_uri(EVENTS.name)).latest_version() or 0
+    log = DeltaLog(settings.table_uri(EVENTS.name))
+    version = log.latest_version() or 0
+    names = ("event_hour", "rule_set", "inputs", "reviewed_at", "events_version")
+    held = _read(settings, TRAFFIC_REVIEWS, names).to_pydict()
     booked = {
         (query, batch)
         for stream, query, batch in zip(ledger["stream"], ledger["_query_id"], ledger["_batch_id"], strict=True)
         if stream == "events"
     }
-    plans = read_plans(settings, version).batches if booked else ()
-    judged = min((plan.version for plan in plans if (plan.query_id, plan.batch_id) not in booked), default=version + 1) - 1
-    booked -= {(plan.query_id, plan.batch_id) for plan in plans if plan.version > judged}
+    # Every batch up to the last review's version was in the ledger at that time, so only later commits are read.
+    reviewed = max((known for known in held["events_version"] if known <= version), default=-1)
+    later = _batches(log, range(reviewed + 1, version + 1)) if booked else {}
+    judged = min((at for batch, at in later.items() if batch not in booked), default=version + 1) - 1
+    booked -= {batch for batch, at in later.items() if at > judged}
     accepted: dict[int, int] = {}
     rows = zip(*(ledger[name] for name in ("event_hour", "accepted", "_query_id", "_batch_id")), strict=True)
     for hour, count, query, batch in rows:
         if hour is not None and count and (query, batch) in booked:
             accepted[hour_number(hour)] = accepted.get(hour_number(hour), 0) + count
-    names = ("event_hour", "rule_set", "inputs", "reviewed_at")
     reviews: dict[int, _Review] = {}
-    held = _read(settings, TRAFFIC_REVIEWS, names).to_pydict()
-    for hour, rule_set, inputs, at in zip(*(held[name] for name in names), strict=True):
+    for hour, rule_set, inputs, at, _ in zip(*(held[name] for name in names), strict=True):
         known = reviews.get(hour_number(hour))
         if known is None or at > known.reviewed_at:
             reviews[hour_number(hour)] = _Review(rule_set, inputs, at)
     return _State(version, judged, accepted, sorted(booked), reviews)
+
+
+def _batches(log: DeltaLog, versions: range) -> dict[tuple[str, int], int]:
+    """The batches whose events the ``versions`` committed, and each one's first version. A commit with limits is a batch's."""
+    found: dict[tuple[str, int], int] = {}
+    for version in versions:
+        commit = log.commit(version)
+        if commit is not None and "limits" in commit.metadata:
+            found.setdefault((str(commit.metadata["query_id"]), int(commit.metadata["batch_id"])), version)
+    return found
 
 
 def _outdated(settings: Settings, state: _State, wanted: Collection[int] | None) -> list[int]:
@@ -251,7 +262,6 @@ def _review(settings: Settings, state: _State, sets: dict[int, str], run: Run, s
 
 def _decide(settings: Settings, state: _State, group: _Group, run: Run, spill: Path) -> tuple[Correction, list[ReviewedHour]]:
     with connect_delta({"temp_directory": str(spill), "memory_limit": _MEMORY}) as lake:
-        lake.execute("set timezone = 'UTC'")
         lake.execute("set preserve_insertion_order = false")
         _judge(settings, lake, state, group, spill)
         sums = {hour: rest for hour, *rest in lake.execute(_SUMS).fetchall()}
@@ -296,7 +306,7 @@ def _judge(settings: Settings, lake: duckdb.DuckDBPyConnection, state: _State, g
         f"""
         create temp view table_rows as
         select *, (epoch(event_date)::bigint // 3600 + event_hour) as hour
-        from {scan(settings, EVENTS.name, state.events_version)} semi join batches using (_query_id, _batch_id)
+        from {delta_scan(settings.table_uri(EVENTS.name), state.events_version)} semi join batches using (_query_id, _batch_id)
         where event_date between date '1970-01-01' + {first} and date '1970-01-01' + {last};
         create temp table seen as
         select event_id, event_type, epoch_us(event_time) as time_us, user_id, ad_id, impression_id, hour,
@@ -390,8 +400,8 @@ def _events_change(lake: duckdb.DuckDBPyConnection, group: _Group, run: Run) -> 
         "invalid_spend_nanos": "new_invalid_spend",
         "invalid_traffic_rule": "new_rule",
         "invalid_traffic_rules": "new_rules",
-        "rule_set": f"'{group.rule_set}'",
-        "_run_id": f"'{run.run_id.replace(chr(39), chr(39) * 2)}'",
+        "rule_set": literal(group.rule_set),
+        "_run_id": literal(run.run_id),
     }
     columns = ", ".join(f"{new.get(name, name)} as {name}" for name in EVENTS.schema.names)
     add = lake.execute(f"select {columns} from changed").to_arrow_table().cast(EVENTS.schema)
@@ -434,7 +444,7 @@ def _metrics_change(lake: duckdb.DuckDBPyConnection, run: Run) -> TableChange:
             end += 1
         query_id, batch_id = names[start]
         own = sums.slice(start, end - start).select(INCREMENT_SCHEMA.names).cast(INCREMENT_SCHEMA)
-        rows = increment_columns(own, f"{run.token}:{quoted(query_id)}", batch_id)
+        rows = increment_columns(own, f"{run.token}:{query_id}", batch_id)
         columns = {name: rows[name] for name in MINUTE_METRICS.schema.names if name in rows.column_names}
         identity = {"_query_id": query_id, "_batch_id": batch_id, "_run_id": run.run_id}
         parts.append(table_rows(MINUTE_METRICS, {**columns, **identity}, rows.num_rows))

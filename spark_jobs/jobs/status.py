@@ -16,7 +16,7 @@ import numpy as np
 from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.duck import connect_delta
-from spark_jobs.errors import AdtallyError, TableCorruptionError, UsageError
+from spark_jobs.errors import AdtallyError, TableCorruptionError
 from spark_jobs.failure import one_line
 from spark_jobs.jobs.in_force import campaign_file_problems, rule_file_problems
 from spark_jobs.jobs.landing import IgnoredFiles, WaitingFiles, read_landing, unaccounted_files
@@ -25,8 +25,10 @@ from spark_jobs.jobs.rejects import OLDER, ReasonCount, counts_sql
 from spark_jobs.jobs.topics import TopicSource, read_topic_sources
 from spark_jobs.publish.progress import TopicStatus, read_publications
 from spark_jobs.sources.quarantine import QUARANTINE_REASONS
+from spark_jobs.storage import is_local, require_local
 from spark_jobs.tables import REJECTED_TABLES, STREAMS, TABLES
 from spark_jobs.texts import counted, printable
+from spark_jobs.units import HOUR_US
 
 FILE_REASONS = ("empty_gzip", "truncated_gzip", "corrupt_gzip", "unreadable_file", *QUARANTINE_REASONS)
 NOTHING_INGESTED = "nothing ingested yet: run adtally ingest"
@@ -36,7 +38,6 @@ _READ = ("batch_ledger", "events", "minute_metrics", "rejected_events", "orders"
 _REJECTED = tuple(table.name for table in REJECTED_TABLES.values())
 _PROBLEMS_SHOWN = 20
 _IDS_PER_PASS = 32_000_000
-_HOUR = 3_600_000_000  # microseconds
 _MEMORY = "1GB"  # more is spilled: an ingest may need the rest
 
 
@@ -109,10 +110,7 @@ def read_status(settings: Settings) -> Status:
     An ingest may run meanwhile. Raises UsageError for a lakehouse that is not a local path, MachineError where DuckDB's delta
     extension is missing, TableCorruptionError where a table cannot be read.
     """
-    if "://" in settings.lakehouse_uri:
-        raise UsageError(
-            f"status reads a lakehouse on a local path, not {settings.lakehouse_uri}", hint="read its tables with Spark"
-        )
+    require_local(settings, "status")
     order = [*_READ, *(name for name in TABLES if name not in _READ)]
     found = {name: DeltaLog(settings.table_uri(name)).latest_version() for name in order}
     versions = {name: version for name, version in found.items() if version is not None}
@@ -173,7 +171,7 @@ def read_recent_problems(settings: Settings, since: datetime) -> tuple[int, list
     """
     found = {name: DeltaLog(settings.table_uri(name)).latest_version() for name in _READ}
     versions = {name: version for name, version in found.items() if version is not None}
-    if "://" in settings.lakehouse_uri or "batch_ledger" not in versions:
+    if not is_local(settings.lakehouse_uri) or "batch_ledger" not in versions:
         return 0, []
     with TemporaryDirectory(prefix="adtally-status-") as spill:
         lake = connect_delta({"temp_directory": spill, "memory_limit": _MEMORY})
@@ -243,9 +241,8 @@ class _Reader:
 
     def _load_ledger(self, where: str) -> None:
         lake = self._lake
-        lake.execute("set timezone = 'UTC'")
         # whole hours since the epoch; date_trunc would do it by the calendar of a time zone and take seven times as long
-        lake.execute(f"create macro hour_of(t) as (epoch_us(t) - (epoch_us(t) % {_HOUR} + {_HOUR}) % {_HOUR}) // {_HOUR}")
+        lake.execute(f"create macro hour_of(t) as (epoch_us(t) - (epoch_us(t) % {HOUR_US} + {HOUR_US}) % {HOUR_US}) // {HOUR_US}")
         hour = "select * replace (hour_of(event_hour) as event_hour)"
         if "batch_ledger" in self._versions:
             lake.execute(f"create temp table batch_ledger as {hour} from {self._scan('batch_ledger')} {where}")
@@ -434,7 +431,7 @@ class _Reader:
 # A place in the ledger as a reader of a problem needs it; the query only where batches of several have the same number.
 _PLACE = f"""
     'batch ' || _batch_id || ' of ' || stream || query || ', ' || region || ', hour '
-    || coalesce(strftime(make_timestamp(event_hour * {_HOUR}), '%Y-%m-%dT%HZ'), 'unknown')
+    || coalesce(strftime(make_timestamp(event_hour * {HOUR_US}), '%Y-%m-%dT%HZ'), 'unknown')
 """
 _PLACE_ORDER = "stream, query, _batch_id, region, event_hour"
 

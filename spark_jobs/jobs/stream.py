@@ -23,7 +23,7 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 
 from spark_jobs.config import Settings
-from spark_jobs.contract.spec import Limits, to_micros
+from spark_jobs.contract.spec import Limits
 from spark_jobs.dedupe.classify import Classification, Outcome
 from spark_jobs.dedupe.keys import Keys
 from spark_jobs.delta_log import Commit, DeltaLog
@@ -50,6 +50,7 @@ from spark_jobs.tasks.stage import StagedSplit, StageTask, flood, stage_splits, 
 from spark_jobs.tasks.write import SplitRows, WriteJob, Written, write_splits
 from spark_jobs.transforms.events import CAMPAIGN_SCHEMA
 from spark_jobs.transforms.stamp import Stamp, stamped_records
+from spark_jobs.units import to_micros
 
 _ROWS_PER_WRITER = 250_000
 

@@ -1,30 +1,32 @@
-"""The raw copy of a topic: every record as it came, by a query of its own, into `raw_events` or `raw_orders`.
+"""The raw copy of a topic: each record as it came, in `raw_events` or `raw_orders`, which the recount reads.
 
-It has offsets of its own and does its own reading: no line of the ingest's is in its way, so that what the one loses the other has,
-and a recount needs neither the ingest nor the topic's retention. Its tasks write data files, which a commit a batch names.
+A streaming query with offsets of its own plans the batches, and the code below reads them. It shares no line with the ingest's
+reader (`reading.py`, `ranges.py`), so a fault in one of them cannot lose the same record on both sides; a test of the layout
+checks the imports. Tasks write data files, and the driver commits them once a batch.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 from confluent_kafka import KafkaError as Code
-from confluent_kafka import Message, TopicPartition
 from pyspark.sql import DataFrame
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import KafkaError
 from spark_jobs.failure import working_on
 from spark_jobs.kafka.config import KafkaCluster
-from spark_jobs.kafka.ranges import OffsetSplit, Partition, partition_of
-from spark_jobs.kafka.reading import GONE, open_consumer, plain_offsets, uncollected
 from spark_jobs.kafka.source import KafkaSource
 from spark_jobs.sinks.data_files import DataFile, DataFileWriter
 from spark_jobs.sinks.delta import DeltaSink, Transaction
@@ -35,8 +37,34 @@ from spark_jobs.tables import RAW_TABLES, Table
 from spark_jobs.transforms.stamp import Stamp, stamped
 
 _QUIET_SECONDS = 30.0
-_AT_ONCE = 10_000
-_BATCH_FACTOR = 4  # a batch is written as it is read, and never held
+_MESSAGES = 10_000  # of one call of the client
+_SLICE_OFFSETS = 1_000_000  # of one task
+_BATCH_FACTOR = 4  # a batch is written while it is read, so a large one needs no memory
+_CONSUMER = {
+    "group.id": "adtally-raw",  # required; no group is joined and no offset is committed
+    "enable.auto.commit": "false",
+    "isolation.level": "read_committed",
+    "auto.offset.reset": "error",  # a missing offset must not be skipped in silence
+    "enable.partition.eof": "true",
+    "log_level": "0",
+}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Offsets [start, end) of a partition, for one task. ``name`` is kafka/<cluster>/<topic>/<partition>.
+
+    ``options`` are the settings of the client; they may hold secrets.
+    """
+
+    name: str
+    start: int
+    end: int
+    options: dict[str, str] = field(repr=False)
+
+    def __str__(self) -> str:
+        """The partition, and which offsets of it."""
+        return f"{self.name} offsets {self.start} to {self.end - 1}"
 
 
 @dataclass(frozen=True)
@@ -66,88 +94,110 @@ class RawCopy(SourceQuery):
 
     def _run_batch(self, frame: DataFrame, batch_id: int) -> None:
         planned = self._topic.plan(batch_id)
-        splits = self._topic.splits(planned)
-        if not splits:
+        options = self._topic.cluster.client_options()
+        slices = [part for one in planned.ranges for part in cut(one.name, one.start, one.end, options)]
+        if not slices:
             return
         query_id = json.loads((self.checkpoint / "metadata").read_text("utf-8"))["id"]
         job = CopyJob(self._sink.table, self._sink.uri, Stamp(query_id, batch_id, planned.planned_us))
         context = frame.sparkSession.sparkContext
-        slices = min(len(splits), context.defaultParallelism)
-        written = self.activity.run(context, splits, slices, lambda part: [copy_splits(part, job)])
+        tasks = min(len(slices), context.defaultParallelism)
+        written = self.activity.run(context, slices, tasks, lambda part: [copy_slices(part, job)])
         files = [file for part in written for file in part]
         self._sink.append(files, Step.RAW_COPY, Transaction(query_id, batch_id))
 
 
-def copy_splits(splits: Iterable[OffsetSplit], job: CopyJob) -> list[DataFile]:
-    """Write the records of splits as data files of the raw table; one task's work.
+def cut(name: str, start: int, end: int, options: dict[str, str], size: int = _SLICE_OFFSETS) -> list[Slice]:
+    """The offsets [start, end) of a partition in slices of at most ``size``."""
+    return [Slice(name, first, min(first + size, end), options) for first in range(start, end, size)]
+
+
+def copy_slices(slices: Iterable[Slice], job: CopyJob) -> list[DataFile]:
+    """Write the records of slices as data files of the raw table; one task's work.
 
     Raises KafkaError where the broker does not answer, or no longer has the offsets.
     """
-    with DataFileWriter(job.uri, job.table) as writer, uncollected():
-        for split in splits:
-            with working_on(split):
-                _copy_split(split, job, writer)
+    with DataFileWriter(job.uri, job.table) as writer, _no_garbage_collection():
+        for part in slices:
+            with working_on(part):
+                for records in read_slice(part):
+                    writer.write(stamped(records, job.table, job.stamp))
     return writer.files
 
 
-def _copy_split(split: OffsetSplit, job: CopyJob, writer: DataFileWriter) -> None:
-    place = partition_of(split.name)
-    assert place is not None
-    consumer = open_consumer(split.options)
+def read_slice(part: Slice) -> Iterator[pa.Table]:
+    """The committed records of a slice, as columns of the raw tables.
+
+    The next offset decides where the slice ends: Kafka's offsets have holes, so the last one may have no record. Then a record
+    behind the slice, or the end of the partition, says that all were read. Raises KafkaError as ``copy_slices`` does.
+    """
+    _, cluster, label, number = part.name.split("/")
+    topic, partition = label.split("~")[0], int(number)
+    consumer = _connect(part.options)
     try:
-        consumer.assign([TopicPartition(split.topic, split.partition, split.start)])
-        position, heard, ended = split.start, time.monotonic(), split.start >= split.end
-        while not ended:
-            records: list[Any] = consumer.consume(_AT_ONCE, 1.0)
-            offsets = plain_offsets(records, split.end)
-            if offsets is None:  # seldom; to look at each takes three times as long
-                records, offsets, ended = _looked_at(records, split, position)
+        consumer.assign([TopicPartition(topic, partition, part.start)])
+        next_offset, answered = part.start, time.monotonic()
+        while next_offset < part.end:
+            messages = consumer.consume(_MESSAGES, 1.0)
+            events = [message for message in messages if message.error() is not None] if any(map(Message.error, messages)) else []
+            records: list[Any] = [message for message in messages if message.error() is None] if events else list(messages)
+            offsets = np.fromiter(map(Message.offset, records), dtype=np.int64, count=len(records))
+            inside = int(np.searchsorted(offsets, part.end))
+            if inside:
+                yield _columns(records[:inside], offsets[:inside], cluster, label, partition)
             if records:
-                writer.write(stamped(_columns(records, offsets, split, place), job.table, job.stamp))
-                position, heard = offsets[-1] + 1, time.monotonic()
-            elif not ended and time.monotonic() - heard > _QUIET_SECONDS:
-                raise KafkaError(f"{split.name}: nothing came for {_QUIET_SECONDS:.0f} s", hint="is the broker up?")
+                next_offset, answered = int(offsets[-1]) + 1, time.monotonic()
+            for event in events:
+                next_offset = max(next_offset, _end_of_partition(event, part, next_offset))
+            if next_offset < part.end and time.monotonic() - answered > _QUIET_SECONDS:
+                raise KafkaError(f"{part.name}: no record for {_QUIET_SECONDS:.0f} s", hint="is the broker up?")
     finally:
         consumer.close()
 
 
-def _looked_at(messages: list[Message], split: OffsetSplit, position: int) -> tuple[list[Message], list[int], bool]:
-    """The records of a split among messages, their offsets, and whether its end is reached.
-
-    Raises KafkaError where the topic does not have ``position``, which is read next.
-    """
-    records, offsets, ended = [], [], False
-    for message in messages:
-        error = message.error()
-        offset: Any = message.offset()
-        if error is None:
-            if offset < split.end:
-                records.append(message)
-                offsets.append(offset)
-            ended |= offset >= split.end - 1
-        elif error.code() in GONE:
-            raise KafkaError(f"{split.name}: the topic does not have offset {position} any more")
-        elif error.code() == Code._PARTITION_EOF:  # its offset is the one behind the last record
-            ended |= offset >= split.end
-    return records, offsets, ended
+def _connect(options: dict[str, str]) -> Consumer:
+    try:
+        return Consumer({**_CONSUMER, **options})
+    except KafkaException as error:
+        raise KafkaError(f"no client of Kafka can be made: {error.args[0].str()}", hint="docs/kafka.md") from None
 
 
-def _columns(records: list[Any], offsets: list[int], split: OffsetSplit, place: Partition) -> pa.Table:
+def _end_of_partition(event: Message, part: Slice, next_offset: int) -> int:
+    """The offset behind the last record where ``event`` says so, else 0. Raises KafkaError where ``next_offset`` is gone."""
+    error: Any = event.error()
+    if error.code() in (Code.OFFSET_OUT_OF_RANGE, Code._AUTO_OFFSET_RESET):
+        raise KafkaError(f"{part.name}: the topic does not have offset {next_offset} any more")
+    return int(event.offset() or 0) if error.code() == Code._PARTITION_EOF else 0
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Switch Python's cyclic collector off: it would visit thousands of messages, which have no cycles."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _columns(records: list[Any], offsets: npt.NDArray[np.int64], cluster: str, topic: str, partition: int) -> pa.Table:
     count = len(records)
     return pa.table(
         {
-            "cluster": pa.repeat(pa.scalar(place.cluster), count),
-            "source_topic": pa.repeat(pa.scalar(place.topic), count),
-            "source_partition": pa.repeat(pa.scalar(split.partition, pa.int32()), count),
-            "source_offset": pa.array(offsets, pa.int64()),
-            "source_timestamp": pa.array([told[1] for told in map(Message.timestamp, records)], pa.timestamp("ms", "UTC")),
+            "cluster": pa.repeat(pa.scalar(cluster), count),
+            "source_topic": pa.repeat(pa.scalar(topic), count),
+            "source_partition": pa.repeat(pa.scalar(partition, pa.int32()), count),
+            "source_offset": pa.array(offsets),
+            "source_timestamp": pa.array([stamp[1] for stamp in map(Message.timestamp, records)], pa.timestamp("ms", "UTC")),
             "value": _binary(list(map(Message.value, records))),
         }
     )
 
 
 def _binary(values: list[Any]) -> pa.Array:
-    """Bytes as a column; null where there are none. Joined, which takes a third of the time of a value at a time."""
+    """Bytes as a column; null where a record has no value. Joined, which takes a third of the time of a value at a time."""
     if None in values:
         return pa.array(values, pa.binary())
     ends = np.cumsum(np.fromiter(chain((0,), map(len, values)), dtype=np.int64, count=len(values) + 1))

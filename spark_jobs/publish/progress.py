@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -72,7 +71,7 @@ def read_publications(settings: Settings, *, now: datetime | None = None) -> lis
         total = None
         if version is not None:
             commit = DeltaLog(uri).find_transaction(app, version)
-            total = json.loads(commit.user_metadata or "{}").get("total_records") if commit else None
+            total = commit.metadata.get("total_records") if commit else None
         found.append(status_of(settings, publish, table, topic, version, total, now or datetime.now(UTC)))
     return found
 

@@ -10,8 +10,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from spark_jobs.recount.raw import PREFIX
-from spark_jobs.recount.truth import NO_HOUR, Recount, listed
+from spark_jobs.recount.truth import Recount, listed
 from spark_jobs.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, RAW_TABLES, REJECTED_EVENTS, Table
+from spark_jobs.units import NO_HOUR
 
 METRIC_KEYS = ("region", "campaign_id", "ad_id", "store_id", "placement", "currency")
 METRIC_MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos", "invalid_spend_nanos")

@@ -6,10 +6,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 from spark_jobs.config import Settings
-from spark_jobs.duck import connect_delta
+from spark_jobs.duck import connect_delta, literal
 from spark_jobs.recount.compare import LEDGER_MEASURES, METRIC_MEASURES, Finding
-from spark_jobs.recount.truth import HOUR_US, NO_HOUR, quoted, scan
+from spark_jobs.recount.truth import scan
 from spark_jobs.tables import BATCH_LEDGER, MINUTE_METRICS
+from spark_jobs.units import HOUR_US, NO_HOUR
 
 _GROUP = "near_real_time"
 _COUNTS = tuple(name for name in LEDGER_MEASURES if name != "spend_nanos")
@@ -23,8 +24,7 @@ def compare_marts(settings: Settings, spill: Path, hours: Collection[int] | None
     if not settings.marts_path.exists():
         return []
     with connect_delta({"temp_directory": str(spill)}) as lake:
-        lake.execute("set timezone = 'UTC'")
-        lake.execute(f"attach '{quoted(settings.marts_path)}' as published (read_only)")
+        lake.execute(f"attach {literal(settings.marts_path)} as published (read_only)")
         versions = dict(
             lake.execute(f"select table_name, delta_version from published.mart_build where mart_group = '{_GROUP}'").fetchall()
         )

@@ -19,8 +19,9 @@ import pyarrow as pa
 
 from spark_jobs.recount.compare import Comparison, Finding, HourSums
 from spark_jobs.recount.raw import PREFIX
-from spark_jobs.recount.truth import HOUR_US, NO_HOUR, Recount, Rules, listed, occurring
+from spark_jobs.recount.truth import Recount, Rules, listed, occurring
 from spark_jobs.tables import ORDERS, REJECTED_ORDERS
+from spark_jobs.units import HOUR_US, NO_HOUR
 
 LEDGER_LAYER = "orders_ledger"
 """The layer that findings name for the rows of `batch_ledger` of stream orders."""

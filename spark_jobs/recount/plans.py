@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from deltalake import DeltaTable
 
 from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
@@ -120,8 +119,7 @@ def read_plans(settings: Settings, version: int, table: Table = EVENTS) -> Plans
     """All plans that the commits of ``table`` (`events` or `orders`) up to ``version`` hold or once held."""
     log = DeltaLog(settings.table_uri(table.name))
     path = settings.recount_path / ("plans.json" if table is EVENTS else f"plans-{table.name}.json")
-    first = log.commit(0)
-    table_id = first.table_id if first and first.table_id else str(DeltaTable(log.uri).metadata().id)
+    table_id = log.table_id()
     catalogue = _load(path, table_id)
     if catalogue.version < version:
         found = [plan for number in range(catalogue.version + 1, version + 1) if (plan := _plan_of(log, number))]

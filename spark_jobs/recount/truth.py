@@ -27,7 +27,7 @@ from xxhash import xxh3_64_intdigest
 
 from spark_jobs.config import Settings
 from spark_jobs.delta_log import DeltaLog
-from spark_jobs.duck import connect_delta
+from spark_jobs.duck import connect_delta, delta_scan, keep_table, literal
 from spark_jobs.recount.landing import LandedFile, RunningQuery, landed_files, missed_files, read_query
 from spark_jobs.recount.plans import BatchPlan, PlannedFile, PlannedRange, read_plans
 from spark_jobs.recount.raw import RawTable, Span, TopicQuery, both, is_of_kafka, minus, read_queries
@@ -47,10 +47,7 @@ from spark_jobs.tables import (
     TRAFFIC_REVIEWS,
     Table,
 )
-
-HOUR_US = 3_600_000_000
-NO_HOUR = -(2**31)
-"""The hour of a record without a readable time."""
+from spark_jobs.units import HOUR_US, NO_HOUR
 
 FILES_VERSION = -1
 """Stands for a version of `campaigns`: the price list as its files say it now."""
@@ -356,14 +353,9 @@ def _count(entry: ParsedFile, start: int, end: int) -> int:
     return _counts([(entry, Occurrence(0, entry.name, start, end))])[0]
 
 
-def quoted(path: Path | str) -> str:
-    """A path within quotes of SQL."""
-    return str(path).replace("'", "''")
-
-
 def listed(paths: Iterable[str]) -> str:
     """Paths as a list of SQL, in order."""
-    return "[" + ", ".join(f"'{quoted(path)}'" for path in sorted(paths)) + "]"
+    return f"[{', '.join(map(literal, sorted(paths)))}]"
 
 
 def occurring(files: Iterable[str]) -> str:
@@ -376,16 +368,7 @@ def occurring(files: Iterable[str]) -> str:
 
 def scan(settings: Settings, name: str, version: int | None) -> str:
     """SQL that reads a table at a version, None: at its newest."""
-    pinned = "" if version is None else f", version = {version}"
-    return f"delta_scan('{quoted(settings.table_uri(name))}'{pinned})"
-
-
-def keep_table(lake: duckdb.DuckDBPyConnection, name: str, table: pa.Table, spill: Path) -> None:
-    """Hold an Arrow table as a table of a DuckDB, by way of a file in ``spill``."""
-    path = spill / f"{name}.parquet"  # to register the table would import pandas, which takes longer than all else
-    pq.write_table(table, path)
-    lake.execute(f"create or replace temp table {name} as select * from read_parquet('{quoted(path)}')")
-    path.unlink()
+    return delta_scan(settings.table_uri(name), version)
 
 
 def _offered(settings: Settings, stream: str, version: int | None) -> dict[tuple[str, int], int]:
@@ -489,7 +472,6 @@ class Recount:
         self.inputs = inputs
         self._spill = spill
         self.lake: duckdb.DuckDBPyConnection = connect_delta({"temp_directory": str(spill), "memory_limit": _MEMORY})
-        self.lake.execute("set timezone = 'UTC'")
         self.lake.execute("set preserve_insertion_order = false")
         self.lake.execute(
             f"create macro hour_of(us) as coalesce((us - ((us % {HOUR_US}) + {HOUR_US}) % {HOUR_US}) // {HOUR_US}, {NO_HOUR})"

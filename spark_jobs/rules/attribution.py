@@ -9,11 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from spark_jobs.config import Settings
 from spark_jobs.rules.exempt import PLACEHOLDERS, ExemptUsers
 from spark_jobs.rules.store import read_rules
+from spark_jobs.units import DAY_US
 
 KIND = "attribution"
 MODELS = ("last_click", "first_click", "linear", "position_based", "time_decay")
-DAY_US = 86_400_000_000
-HOUR_US = 3_600_000_000
 
 
 class AttributionRules(BaseModel):

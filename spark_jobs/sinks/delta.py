@@ -25,6 +25,7 @@ from spark_jobs.sinks.commit import committing, sync_commits
 from spark_jobs.sinks.data_files import DataFile, DataFileWriter
 from spark_jobs.sinks.torn import mend_tables
 from spark_jobs.steps import Step
+from spark_jobs.storage import is_local
 from spark_jobs.tables import CAMPAIGNS, NAMES, ORDERS, TABLES, Table
 
 _MERGE_ATTEMPTS = 5
@@ -57,7 +58,7 @@ def ensure_tables(settings: Settings) -> None:
                 with rewriting(settings):
                     _change_types(uri, table)
             continue
-        if "://" not in uri:
+        if is_local(uri):
             disk.make_folder(f"{uri}/_delta_log")
         DeltaTable.create(
             uri,

@@ -12,9 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from spark_jobs.contract.parse import Parsed, Reject
-from spark_jobs.transforms.events import HOUR_US
+from spark_jobs.units import HOUR_US, NO_HOUR
 
-NO_HOUR = int(np.iinfo(np.int32).min)
 _HOURS = 2**32  # more than there are hours
 Kind = tuple[tuple[str, ...], int]
 """Reasons and event hour (hours since the epoch; NO_HOUR: the record had no readable time)."""

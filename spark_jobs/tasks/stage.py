@@ -27,7 +27,8 @@ from spark_jobs.sources.quarantine import GZIP_BOMB, TOO_MANY_REJECTS, Quarantin
 from spark_jobs.tasks.rejects import RejectCounts, RejectTally, one_reject
 from spark_jobs.tasks.scratch import forget_earlier_batches, scratch_folder
 from spark_jobs.tasks.small_files import groups, parse_together
-from spark_jobs.transforms.events import HOUR_US, enrich
+from spark_jobs.transforms.events import enrich
+from spark_jobs.units import HOUR_US
 
 REJECT_SCHEMA = pa.schema(
     [

@@ -8,11 +8,10 @@ import pyarrow.compute as pc
 
 from spark_jobs.contract.spec import Contract, Limits
 from spark_jobs.dedupe.keys import hash_keys
-from spark_jobs.duck import query_arrow
+from spark_jobs.duck import literal, query_arrow
 from spark_jobs.rules.invalid_traffic import InvalidTrafficRules, judge_of, marks
 from spark_jobs.tables import MINUTE_METRICS
-
-HOUR_US = 3_600_000_000
+from spark_jobs.units import HOUR_US
 
 CAMPAIGN_SCHEMA = pa.schema(
     [
@@ -132,10 +131,11 @@ def increment_columns(sums: pa.Table, query_id: str, batch_id: int) -> pa.Table:
     """
     texts = ", ".join(f"coalesce(length({name})::varchar || ':' || {name}, '-')" for name in METRIC_KEYS[1:])
     pieces = ", ".join(f"substr(digest, {start}, {length})" for start, length in ((1, 8), (9, 4), (13, 4), (17, 4), (21, 12)))
+    batch = f"{literal(query_id)}, '{batch_id}'"
     made = query_arrow(
         f"""
         select concat_ws('-', {pieces}) as record_uuid, * exclude (digest) from (
-            select md5(concat_ws(chr(31), '{query_id}', '{batch_id}', event_minute_us::varchar, {texts})) as digest, * from input
+            select md5(concat_ws(chr(31), {batch}, event_minute_us::varchar, {texts})) as digest, * from input
         )
         """,
         sums,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spark_jobs.dedupe.classify import Outcome
+from spark_jobs.units import to_micros
 
 _SHARED = ("user_id", "store_id", "total_micros", "currency")
 
@@ -84,8 +85,6 @@ def _add(record: dict[str, Any], row: dict[str, Any]) -> None:
 
 def micros(value: Any) -> Any:
     """Microseconds since the epoch of a time that is a number already or a datetime."""
-    from spark_jobs.contract.spec import to_micros
-
     return value if isinstance(value, int) else to_micros(value)
 
 

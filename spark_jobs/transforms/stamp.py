@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from spark_jobs.tables import Table
+from spark_jobs.units import DAY_US
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def _values(stamp: Stamp) -> dict[str, Any]:
         "_query_id": stamp.query_id,
         "_batch_id": stamp.batch_id,
         "ingested_at": stamp.ingested_us,
-        "ingested_date": stamp.ingested_us // 86_400_000_000,
+        "ingested_date": stamp.ingested_us // DAY_US,
     }
 
 

@@ -21,7 +21,6 @@ from orchestration.marts import build_marts, query_marts
 from orchestration.marts.render import render
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.duck import connect_delta
-from spark_jobs.hours import HourRange
 from spark_jobs.jobs.attribute import attribute
 from spark_jobs.jobs.backfill import backfill
 from spark_jobs.jobs.bill import BillingLine, bill
@@ -32,6 +31,7 @@ from spark_jobs.jobs.review import review
 from spark_jobs.jobs.status import Status, read_status
 from spark_jobs.sinks.delta import ensure_tables
 from spark_jobs.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS
+from spark_jobs.units import HourRange
 
 pytestmark = pytest.mark.homes
 

@@ -49,9 +49,9 @@ from services.serving.tables import MODELS, WINDOW_DAYS, Source, table_specs
 from services.simulator.errors import DeliveryError
 from services.simulator.kafka import Cluster, Sending, simulate_to_kafka
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.hours import floor_hour
 from spark_jobs.java import require_java
 from spark_jobs.jobs.closing import read_closing
+from spark_jobs.units import floor_hour
 
 pytestmark = [pytest.mark.services, pytest.mark.trial, pytest.mark.timeout(1200)]
 

@@ -115,7 +115,10 @@ class Cluster:
 
     def _alive(self) -> int:
         # A ValueError: a master attaches its pages one by one, and for a moment answers with the page of another path.
-        with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(f"http://127.0.0.1:{self._ui}/json/", timeout=5) as answer:
+        with (
+            contextlib.suppress(OSError, ValueError),
+            urllib.request.urlopen(f"http://127.0.0.1:{self._ui}/json/", timeout=5) as answer,
+        ):
             return int(json.load(answer)["aliveworkers"])
         return 0
 

@@ -18,9 +18,9 @@ from orchestration.marts import build_marts, query_marts
 from orchestration.partitions import range_tags
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.delta_log import DeltaLog
-from spark_jobs.hours import HourRange
 from spark_jobs.jobs.ingest import run_ingest
 from spark_jobs.tables import TABLES
+from spark_jobs.units import HourRange
 from tests.orchestration.marts.delta_files import utc
 
 pytestmark = pytest.mark.homes

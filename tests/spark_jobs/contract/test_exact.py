@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spark_jobs.contract.exact import parse_time, validate_line
-from spark_jobs.contract.spec import CONTRACTS, CURRENCIES, EARLIEST_US, LATEST_US, MAX_LINE_BYTES, Kind, to_micros
+from spark_jobs.contract.spec import CONTRACTS, CURRENCIES, EARLIEST_US, LATEST_US, MAX_LINE_BYTES, Kind
+from spark_jobs.units import to_micros
 from tests.spark_jobs.contract.cases import LIMITS, Case, base, load
 
 CASES = [*load("events"), *load("orders")]

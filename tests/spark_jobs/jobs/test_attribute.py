@@ -19,11 +19,11 @@ from killed import run_code
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import BusyError, RuleFileError, UsageError
-from spark_jobs.hours import HourRange
 from spark_jobs.jobs import attribute as module
 from spark_jobs.jobs.attribute import attribute
 from spark_jobs.steps import CRASH_VARIABLE
 from spark_jobs.tables import ATTRIBUTED_ORDERS, EVENTS, RULE_SETS
+from spark_jobs.units import HourRange
 from tests.spark_jobs.jobs.attribution_lake import (
     NOON,
     add_events,

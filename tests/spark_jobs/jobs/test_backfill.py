@@ -19,7 +19,6 @@ from pyspark.sql import SparkSession
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import AdtallyError, UsageError
-from spark_jobs.hours import HourRange
 from spark_jobs.jobs.backfill import backfill
 from spark_jobs.jobs.ingest import run_ingest
 from spark_jobs.jobs.reconcile import reconcile
@@ -27,6 +26,7 @@ from spark_jobs.jobs.review import review
 from spark_jobs.jobs.status import read_status
 from spark_jobs.steps import CORRECTION, CRASH_VARIABLE, Step
 from spark_jobs.tables import TABLES
+from spark_jobs.units import HourRange
 
 pytestmark = pytest.mark.homes
 
@@ -246,7 +246,7 @@ def test_killed_in_the_middle(home: Settings, ideal: dict[str, Any], moment: str
     code = f"""
 from datetime import UTC, datetime
 from spark_jobs.config import load_settings
-from spark_jobs.hours import HourRange
+from spark_jobs.units import HourRange
 from spark_jobs.jobs.backfill import backfill
 hours = HourRange(datetime(2025, 6, 2, 9, tzinfo=UTC), datetime(2025, 6, 2, 11, tzinfo=UTC))
 backfill(load_settings(home={str(home.home_path)!r}), hours)

@@ -26,7 +26,7 @@ from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import UsageError
 from spark_jobs.jobs import bill as module
 from spark_jobs.jobs.bill import BillingLine, bill, nanos_to_micros
-from spark_jobs.jobs.correct import CORRECTIONS_LOCK
+from spark_jobs.jobs.correcting import CORRECTIONS_LOCK
 from spark_jobs.sinks.delta import ensure_tables
 from spark_jobs.steps import CRASH_VARIABLE, Step
 from spark_jobs.tables import BATCH_LEDGER, BILLING_LINES, MINUTE_METRICS, RESTATEMENTS, TABLES, TRAFFIC_REVIEWS

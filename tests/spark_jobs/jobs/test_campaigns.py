@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from spark_jobs.contract.spec import to_micros
 from spark_jobs.errors import CampaignFileError
 from spark_jobs.jobs.campaigns import COLUMNS, Campaign, read_campaigns
+from spark_jobs.units import to_micros
 
 CASES: list[dict[str, Any]] = json.loads(
     (Path(__file__).resolve().parents[2] / "cases" / "campaigns" / "read.json").read_text("utf-8")

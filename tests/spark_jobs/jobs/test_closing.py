@@ -15,10 +15,10 @@ from pyspark.sql import SparkSession
 
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import UsageError
-from spark_jobs.hours import HourRange
 from spark_jobs.jobs.closing import Closing, close_by_hand, read_closing, require_closed
 from spark_jobs.jobs.ingest import run_ingest
 from spark_jobs.tables import BATCH_LEDGER, HOUR_CLOSINGS
+from spark_jobs.units import HourRange
 
 pytestmark = pytest.mark.homes
 

@@ -21,7 +21,6 @@ from pyspark.sql import SparkSession
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import BusyError, TableCorruptionError, UsageError
-from spark_jobs.hours import HourRange
 from spark_jobs.jobs import compact as module
 from spark_jobs.jobs.closing import Closing, close_by_hand, read_closing
 from spark_jobs.jobs.compact import LATE_FILES, LOOSE_FILES, CompactReport, TableCompaction, compact
@@ -31,6 +30,7 @@ from spark_jobs.sinks.delta import Transaction, merge_orders
 from spark_jobs.sinks.rewrite import rearrange
 from spark_jobs.steps import CRASH_VARIABLE
 from spark_jobs.tables import ORDERS, TABLES
+from spark_jobs.units import HourRange
 from tests.spark_jobs.jobs.held import Held
 from tests.spark_jobs.jobs.test_continuous import Ingest
 

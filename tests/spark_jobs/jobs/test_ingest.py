@@ -31,7 +31,6 @@ from spark_jobs.errors import (
     InterruptedIngestError,
     TableCorruptionError,
 )
-from spark_jobs.hours import HourRange
 from spark_jobs.jobs.backfill import backfill
 from spark_jobs.jobs.closing import close_by_hand
 from spark_jobs.jobs.events import EventsJob
@@ -43,6 +42,7 @@ from spark_jobs.jobs.status import read_status
 from spark_jobs.jobs.stream import StreamJob
 from spark_jobs.locks import write_lock
 from spark_jobs.tables import TABLES
+from spark_jobs.units import HourRange
 
 
 def test_truth_of_simulated_traffic_to_the_row_and_the_nano(spark: SparkSession, settings: Settings) -> None:

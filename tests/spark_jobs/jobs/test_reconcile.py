@@ -25,12 +25,12 @@ from orchestration.marts import build_marts
 from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import UsageError
-from spark_jobs.hours import HourRange
 from spark_jobs.jobs.ingest import run_ingest
 from spark_jobs.jobs.reconcile import ReconcileReport, reconcile
 from spark_jobs.jobs.review import review
 from spark_jobs.jobs.status import read_status
 from spark_jobs.steps import CORRECTION, CRASH_VARIABLE, Step
+from spark_jobs.units import HourRange
 from tests.spark_jobs.jobs.faults import FAULTS, MADE_UP, NOT_TOGETHER, OF_ONE, ONE, Fault, land_orders
 
 pytestmark = pytest.mark.homes

@@ -21,12 +21,12 @@ from killed import run_code
 from local import LocalEvents
 
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.hours import HourRange
 from spark_jobs.jobs.backfill import backfill
 from spark_jobs.jobs.closing import close_by_hand
 from spark_jobs.jobs.reconcile import reconcile
 from spark_jobs.jobs.review import review
 from spark_jobs.steps import CRASH_VARIABLE, Step
+from spark_jobs.units import HourRange
 
 pytestmark = pytest.mark.homes
 

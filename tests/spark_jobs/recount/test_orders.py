@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from killed import run_code
 
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.hours import HourRange
 from spark_jobs.jobs.attribute import attribute
 from spark_jobs.jobs.reconcile import ReconcileReport, reconcile
 from spark_jobs.jobs.status import read_status
 from spark_jobs.sinks.delta import ensure_tables
 from spark_jobs.steps import CORRECTION, CRASH_VARIABLE, Step
+from spark_jobs.units import HourRange
 from tests.spark_jobs.jobs.attribution_lake import credits, revisions
 from tests.spark_jobs.jobs.faults import ORDER_FAULTS, ORDER_FAULTS_TOGETHER, land_orders
 from tests.spark_jobs.jobs.traffic import Shape, Traffic

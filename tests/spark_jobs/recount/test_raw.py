@@ -22,11 +22,11 @@ from orchestration.explain import as_json, explain_campaign_day
 from orchestration.marts import build_marts
 from services.launcher.kafka import Kafka
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.hours import HourRange
 from spark_jobs.jobs.backfill import backfill
 from spark_jobs.jobs.ingest import run_ingest
 from spark_jobs.jobs.reconcile import ReconcileReport, reconcile
 from spark_jobs.jobs.status import read_status
+from spark_jobs.units import HourRange
 from tests.spark_jobs.jobs.faults import FAULTS
 
 pytestmark = pytest.mark.homes

@@ -12,12 +12,12 @@ import pytest
 from pyspark.sql import SparkSession
 
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.hours import HOUR, HourRange
 from spark_jobs.jobs.ingest import run_ingest
 from spark_jobs.jobs.reconcile import reconcile
 from spark_jobs.recount.landing import LandedFile, RunningQuery, missed_files
 from spark_jobs.recount.plans import read_plans
 from spark_jobs.recount.store import RawFile
+from spark_jobs.units import HOUR, HourRange
 from tests.spark_jobs.jobs.traffic import CAMPAIGNS, Shape, Traffic
 
 pytestmark = pytest.mark.homes

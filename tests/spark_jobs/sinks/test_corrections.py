@@ -14,7 +14,7 @@ from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import TableCorruptionError
 from spark_jobs.jobs.attribute import attribute
 from spark_jobs.jobs.bill import bill
-from spark_jobs.jobs.correct import correcting
+from spark_jobs.jobs.correcting import correcting
 from spark_jobs.sinks.corrections import Correction, TableChange, write_ahead
 from spark_jobs.sinks.delta import DeltaSink, Transaction, ensure_tables
 from spark_jobs.steps import Step

@@ -20,7 +20,6 @@ from spark_jobs.rules.invalid_traffic import Rule, no_rules
 from spark_jobs.tables import EVENTS, MINUTE_METRICS
 from spark_jobs.transforms.events import (
     CAMPAIGN_SCHEMA,
-    HOUR_US,
     INCREMENT_SCHEMA,
     METRIC_KEYS,
     METRIC_MEASURES,
@@ -31,6 +30,7 @@ from spark_jobs.transforms.events import (
     price,
     sum_increments,
 )
+from spark_jobs.units import HOUR_US
 from tests.spark_jobs.contract.cases import LIMITS
 
 PROPERTY = settings(max_examples=150, deadline=None)

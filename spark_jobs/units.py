@@ -1,4 +1,4 @@
-"""Ranges of whole hours in UTC: what closing, compaction, reconciliation and backfill work on."""
+"""Units of time: each constant and each conversion once. Moments are datetimes in UTC, or whole microseconds since the epoch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from spark_jobs.errors import UsageError
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+SECOND_US = 1_000_000
+MINUTE_US = 60 * SECOND_US
+HOUR_US = 60 * MINUTE_US
+DAY_US = 24 * HOUR_US
+NO_HOUR = -(2**31)
+"""The hour of a record without a readable time."""
 
 HOUR = timedelta(hours=1)
 
@@ -20,6 +28,26 @@ def earlier(moment: datetime, by: timedelta) -> datetime:
     """``moment`` less ``by``, and no earlier than the year 1, with which time begins here."""
     start = datetime.min.replace(tzinfo=moment.tzinfo)
     return start if moment - start < by else moment - by
+
+
+def to_micros(moment: datetime) -> int:
+    """Return the whole microseconds from the epoch to ``moment``, which has a zone."""
+    return (moment - EPOCH) // timedelta(microseconds=1)
+
+
+def from_micros(micros: int) -> datetime:
+    """Return the moment ``micros`` microseconds after the epoch."""
+    return EPOCH + timedelta(microseconds=micros)
+
+
+def hour_number(moment: datetime) -> int:
+    """Return the number of the hour in which ``moment`` lies: hours since the epoch."""
+    return (moment - EPOCH) // HOUR
+
+
+def hour_moment(hour: int) -> datetime | None:
+    """Return the moment at which hour number ``hour`` begins; None for NO_HOUR."""
+    return None if hour == NO_HOUR else EPOCH + timedelta(hours=hour)
 
 
 @dataclass(frozen=True, order=True)
