@@ -35,9 +35,9 @@ from benchmarks.measure import BenchmarkError, machine, note, run_measured
 from orchestration.marts.build import build_marts
 from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.duck import connect_delta
-from spark_jobs.jobs.closing import close_by_hand, read_closing
-from spark_jobs.jobs.compact import compact
+from spark_jobs.lake.duck import connect_delta
+from spark_jobs.operate.compact import compact
+from spark_jobs.operate.watermark import close_by_hand, read_closing
 
 HERE = Path(__file__).parent
 DAY = datetime(2025, 6, 2, tzinfo=UTC)

@@ -34,7 +34,7 @@ from benchmarks.make_input import START_MICROS, InputSpec, make_input, prefix_vi
 from benchmarks.measure import BenchmarkError, machine, note, run_measured, verdict, write_result
 from benchmarks.run import Target, common_options, show_targets
 from spark_jobs.config import load_settings
-from spark_jobs.delta_log import DeltaLog
+from spark_jobs.lake.log import DeltaLog
 
 HERE = Path(__file__).parent
 HOUR = datetime.fromtimestamp(START_MICROS / 1e6, UTC)

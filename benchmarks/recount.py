@@ -31,7 +31,7 @@ from benchmarks.make_input import START_MICROS, InputSpec, make_input, prefix_vi
 from benchmarks.measure import BenchmarkError, machine, note, run_measured, verdict, write_result
 from benchmarks.run import GIB, Target, common_options, show_targets
 from spark_jobs.config import load_settings
-from spark_jobs.jobs.closing import close_by_hand
+from spark_jobs.operate.watermark import close_by_hand
 
 HERE = Path(__file__).parent
 HOUR = datetime.fromtimestamp(START_MICROS / 1e6, UTC)

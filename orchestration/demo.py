@@ -26,8 +26,8 @@ from samples import DAYS, START, events_by_hour, land, read_truth, weeks_until
 from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, BusyError, UsageError
-from spark_jobs.jobs.batch import BatchReport
-from spark_jobs.jobs.ingest import INGEST_LOCK
+from spark_jobs.ingest.batch import BatchReport
+from spark_jobs.ingest.runner import INGEST_LOCK
 from spark_jobs.texts import money
 
 DEFAULT_HOME = Path(".adtally-demo")

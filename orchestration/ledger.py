@@ -13,9 +13,9 @@ from typing import Any
 import duckdb
 
 from spark_jobs.config import Settings
-from spark_jobs.delta_log import DeltaLog
-from spark_jobs.duck import connect_delta
-from spark_jobs.tables import BATCH_LEDGER, MINUTE_METRICS
+from spark_jobs.lake.duck import connect_delta
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.tables import BATCH_LEDGER, MINUTE_METRICS
 from spark_jobs.units import HOUR
 
 LONGEST_GAP = timedelta(days=31)

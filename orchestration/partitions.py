@@ -9,9 +9,9 @@ import dagster as dg
 
 from orchestration.ledger import Ledger
 from spark_jobs.config import Settings
-from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import UsageError
-from spark_jobs.tables import BATCH_LEDGER
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.tables import BATCH_LEDGER
 from spark_jobs.units import HOUR, HourRange
 
 KEY_FORMAT = "%Y-%m-%d-%H:%M"

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from orchestration.marts import build_marts
 from spark_jobs.config import Settings
-from spark_jobs.jobs.closing import require_closed
-from spark_jobs.jobs.reconcile import ReconcileReport, check_marts, reconcile
+from spark_jobs.corrections.reconcile import ReconcileReport, check_marts, reconcile
+from spark_jobs.operate.watermark import require_closed
 from spark_jobs.units import HourRange
 
 

@@ -156,7 +156,7 @@ def _attached(manifest: Manifest, test: str) -> str | None:
 )
 def ingest_sensor(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
     """One run of the ingest, unless somebody ingests already or nothing waits. The cursor is when one was asked for last."""
-    from spark_jobs.jobs.landing import read_landing
+    from spark_jobs.ingest.files.backlog import read_landing
 
     settings = load_settings()
     if ingest_runs(settings):
@@ -179,7 +179,7 @@ def waits_already(instance: dg.DagsterInstance, job: str) -> bool:
 
 def ingest_runs(settings: Settings) -> bool:
     """Whether somebody holds the lock of the ingest."""
-    from spark_jobs.jobs.ingest import INGEST_LOCK
+    from spark_jobs.ingest.runner import INGEST_LOCK
 
     settings.home_path.mkdir(parents=True, exist_ok=True)
     try:
@@ -266,7 +266,7 @@ def reconciliation_schedule(hours: dg.HourlyPartitionsDefinition, job: Unresolve
         description="Recounts the last two days that are closed again: what came late is in them now.",
     )
     def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-        from spark_jobs.jobs.closing import read_closing
+        from spark_jobs.operate.watermark import read_closing
 
         closing = read_closing(load_settings())
         if closing.closed_through is None or closing.first_hour is None:

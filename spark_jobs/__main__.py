@@ -15,8 +15,8 @@ if not __package__:  # run as a file, as spark-submit does: then Python looks in
 from spark_jobs.config import load_settings
 from spark_jobs.errors import AdtallyError
 from spark_jobs.failure import MESSAGE_LENGTH, failure_cause, one_line
-from spark_jobs.jobs.batch import BatchReport
-from spark_jobs.jobs.ingest import run_ingest
+from spark_jobs.ingest.batch import BatchReport
+from spark_jobs.ingest.runner import run_ingest
 from spark_jobs.private import keep_files_private
 
 

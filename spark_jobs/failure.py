@@ -120,7 +120,7 @@ def _of_traceback(text: str) -> FailureCause:
 
 
 def _own_place(path: str, line: str) -> str | None:
-    """File and line of a frame in the project's own code, as in spark_jobs/tasks/write.py:91."""
+    """File and line of a frame in the project's own code, as in spark_jobs/ingest/write.py:91."""
     relative = os.path.relpath(path, _ROOT)
     return f"{relative}:{line}" if relative.startswith(("spark_jobs/", "orchestration/", "expectations/")) else None
 

@@ -14,8 +14,8 @@ from services.launcher.kafka import Kafka
 from services.launcher.trial import throwaway_kafka
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.java import require_java
+from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.session import build_session
-from spark_jobs.sinks.delta import ensure_tables
 
 # Every Spark of a test, also in processes that it starts: what runs for seconds is not worth Java's second compiler.
 os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,32 +46,17 @@ def test_one_module_builds_the_session() -> None:
     assert sorted(builders) == ["spark_jobs/jars.py", "spark_jobs/session.py"]
 
 
-# what the recount may use of spark_jobs: none of it reads, judges, compares or prices a record
-OF_THE_RECOUNT = {"config", "delta_log", "disk", "duck", "errors", "failure", "recount", "storage", "tables", "texts", "units"}
+# --- who may import whom inside spark_jobs, directly or through others
+
+NEUTRAL = {"config", "disk", "errors", "failure", "private", "steps", "texts", "units"}
+"""Modules that read, judge, compare and price no record."""
+
+AUDITED = {"attribution", "billing", "ingest", "lake", "publish", "rules", "traffic"}
 
 
-def modules_of_spark_jobs(path: Path) -> set[str]:
-    """The modules right under spark_jobs that a file imports, anywhere in it; "." for an import that is not absolute."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            names = ["spark_jobs.."] if isinstance(node, ast.ImportFrom) else []
-        found |= {[*name.split("."), ""][1] or "." for name in names if name.split(".")[0] == "spark_jobs"}
-    return found
-
-
-def test_the_recount_shares_nothing_with_what_it_judges() -> None:
-    files = list((ROOT / "spark_jobs" / "recount").rglob("*.py"))
-    assert files
-    wrong = {path.name: modules_of_spark_jobs(path) - OF_THE_RECOUNT for path in files}
-    assert not {name: modules for name, modules in wrong.items() if modules}
-    # nor does what it may use lead there
-    shared = [ROOT / "spark_jobs" / f"{name}.py" for name in OF_THE_RECOUNT - {"recount"}]
-    assert not {path.name: leads for path in shared if (leads := modules_of_spark_jobs(path) - OF_THE_RECOUNT)}
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imports_of(path: Path) -> set[str]:
@@ -79,32 +65,60 @@ def imports_of(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"{path}: an import that is not absolute"
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {name for name in found if name.startswith("spark_jobs.")}
+    return found
 
 
-# corrections carry out what the audit found; fsck repairs by them. All else writes what the audit judges.
-USE_THE_RECOUNT = {"jobs/correct.py", "jobs/reconcile.py", "jobs/backfill.py"}
+@cache
+def graph() -> dict[str, set[str]]:
+    """Each module of spark_jobs, and those that it imports itself."""
+    paths = {module_of(path): path for path in (ROOT / "spark_jobs").rglob("*.py")}
+    return {name: {one for one in imports_of(path) if one in paths and one != "spark_jobs"} for name, path in paths.items()}
 
 
-def test_nothing_that_is_audited_imports_the_auditor() -> None:
-    package = ROOT / "spark_jobs"
-    audited = [path for path in package.rglob("*.py") if "recount" not in path.relative_to(package).parts[:1]]
-    wrong = {
-        path.relative_to(package).as_posix()
-        for path in audited
-        if any(name.startswith("spark_jobs.recount") for name in imports_of(path))
-    }
-    assert wrong == USE_THE_RECOUNT
+def reached_from(module: str) -> set[str]:
+    """The modules that ``module`` imports, directly or through others."""
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        for name in graph()[waiting.pop()] - found:
+            found.add(name)
+            waiting.append(name)
+    return found
 
 
-# what the raw copy may share with the ingest: where its query stands, never how records are read
-OF_THE_RAW_COPY = {"spark_jobs.kafka.config", "spark_jobs.kafka.source"}
+def capability(module: str) -> str:
+    """The folder of a module right under spark_jobs, or the module there."""
+    return module.split(".")[1] if "." in module else module
+
+
+def modules_in(*capabilities: str) -> list[str]:
+    return [name for name in graph() if capability(name) in capabilities]
+
+
+def test_the_auditor_reaches_nothing_that_it_audits() -> None:
+    modules = modules_in("audit")
+    assert modules
+    wrong = {name: {one for one in reached_from(name) if capability(one) not in {"audit", "lake", *NEUTRAL}} for name in modules}
+    assert not {name: found for name, found in wrong.items() if found}
+
+
+def test_nothing_that_is_audited_reaches_the_auditor() -> None:
+    modules = modules_in(*AUDITED)
+    assert modules
+    wrong = {name: {one for one in reached_from(name) if capability(one) == "audit"} for name in modules}
+    assert not {name: found for name, found in wrong.items() if found}
+
+
+def test_the_lake_knows_no_capability() -> None:
+    wrong = {name: {capability(one) for one in reached_from(name)} - {"lake", *NEUTRAL} for name in modules_in("lake")}
+    assert not {name: found for name, found in wrong.items() if found}
 
 
 def test_the_raw_copy_shares_no_reader_with_the_ingest() -> None:
-    path = ROOT / "spark_jobs" / "kafka" / "raw.py"
-    packages = ("kafka", "contract", "dedupe", "tasks", "sources.lines", "sources.landing", "transforms.events")
-    shared = {name for name in imports_of(path) for package in packages if name.startswith(f"spark_jobs.{package}.")}
-    assert {name for name in shared if not any(name.startswith(known) for known in OF_THE_RAW_COPY)} == set()
+    """It may share where its query stands (config, source, query), never how records are read, cut or judged."""
+    readers = ("contract", "dedupe", "files", "kafka.ranges", "kafka.reading", "stage", "write", "event_columns")
+    direct = graph()["spark_jobs.ingest.kafka.raw"]
+    assert not {name for name in direct for reader in readers if name.startswith(f"spark_jobs.ingest.{reader}")}

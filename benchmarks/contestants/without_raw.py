@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from spark_jobs.__main__ import main
-from spark_jobs.jobs import ingest
+from spark_jobs.ingest import runner as ingest
 
 _all_queries: Any = ingest._queries
 

@@ -22,7 +22,7 @@ def signal_checks() -> dg.AssetChecksDefinition:
     @dg.multi_asset_check(name="signals", specs=specs, can_subset=True)
     def signals(context: dg.AssetCheckExecutionContext) -> Iterator[Any]:
         """Measure the signals that are asked for."""
-        from spark_jobs.jobs.health import read_signal
+        from spark_jobs.operate.health import read_signal
 
         settings = load_settings()
         for spec in specs:

@@ -22,7 +22,7 @@ from spark_jobs.failure import one_line
 from spark_jobs.texts import money
 
 if TYPE_CHECKING:
-    from spark_jobs.jobs.health import Signal
+    from spark_jobs.operate.health import Signal
 
 PAGED_CHECKS = {RECOUNT_CHECK: "docs/runbooks/reconciliation-difference.md", EXPECTATIONS_CHECK: "docs/runbooks/expectations.md"}
 """Checks whose failure (of severity error) is told, with their runbooks. A failed dbt test fails its run, which is told."""
@@ -39,7 +39,7 @@ _NEW_SECONDS = 3600  # a failure older than this when the sensor starts for the 
 
 @dataclass(frozen=True)
 class SignalSensor:
-    """How a signal of `spark_jobs.jobs.health` is watched. ``bad_ticks``: how often in a row it must be bad before it is told."""
+    """How a signal of health is watched. ``bad_ticks``: how often in a row it must be bad before an alert tells it."""
 
     signal: str
     asset: str
@@ -125,7 +125,7 @@ def signal_sensor(watched: SignalSensor) -> dg.SensorDefinition:
     )
     def sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         """Measure the signal and tell of a change."""
-        from spark_jobs.jobs.health import read_signal
+        from spark_jobs.operate.health import read_signal
 
         settings = load_settings()
         state, now = SignalState.from_cursor(context.cursor), time.time()

@@ -34,7 +34,7 @@ class Backfill(dg.Config):
 
 def closed_hours(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, settings: Settings) -> HourRange:
     """The hours of this run. Raises UsageError where one of them is not closed, naming the sources that are silent."""
-    from spark_jobs.jobs.closing import require_closed
+    from spark_jobs.operate.watermark import require_closed
 
     hours = hours_of(context.partition_key_range)
     require_closed(settings, hours)
@@ -58,7 +58,7 @@ def compacted_events(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinitio
     )
     def compacted_events(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
         """Compact the hours of this run."""
-        from spark_jobs.jobs.compact import compact
+        from spark_jobs.operate.compact import compact
 
         settings = load_settings()
         with failing_clearly():
@@ -191,7 +191,7 @@ def backfilled_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinitio
     )
     def backfilled_hours(context: dg.AssetExecutionContext, config: Backfill) -> Iterator[dg.MaterializeResult[None]]:
         """Recompute the hours of this run; of a dry run, an observation says what would change."""
-        from spark_jobs.jobs.backfill import backfill
+        from spark_jobs.corrections.backfill import backfill
 
         settings = load_settings()
         with failing_clearly():

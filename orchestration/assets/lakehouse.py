@@ -13,10 +13,10 @@ import dagster as dg
 from orchestration.assets.links import runbook
 from orchestration.assets.outcome import failing_clearly
 from orchestration.listening import listener
-from spark_jobs.columns import COLUMNS
 from spark_jobs.config import load_settings
 from spark_jobs.errors import BusyError
-from spark_jobs.tables import (
+from spark_jobs.lake.columns import COLUMNS
+from spark_jobs.lake.tables import (
     BATCH_LEDGER,
     CAMPAIGNS,
     EVENTS,
@@ -79,9 +79,9 @@ def landing_files() -> dg.AssetSpec:
 )
 def landing_ingest(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
     """Ingest all that is in the landing folder."""
-    from spark_jobs.jobs.batch import BatchReport  # Spark: not needed to load the definitions
-    from spark_jobs.jobs.ingest import run_ingest
-    from spark_jobs.jobs.landing import read_landing
+    from spark_jobs.ingest.batch import BatchReport  # Spark: not needed to load the definitions
+    from spark_jobs.ingest.files.backlog import read_landing
+    from spark_jobs.ingest.runner import run_ingest
 
     told = listener()
     settings = load_settings()

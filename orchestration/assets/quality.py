@@ -14,7 +14,7 @@ from orchestration.assets.lakehouse import TABLE_ASSETS
 from orchestration.assets.links import report_link, runbook
 from orchestration.assets.outcome import Verdict, evaluations, failing_clearly
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.delta_log import DeltaLog
+from spark_jobs.lake.log import DeltaLog
 
 if TYPE_CHECKING:
     from expectations import HourValidation

@@ -31,7 +31,7 @@ def reviewed_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinition:
     )
     def reviewed_hours(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
         """Review the hours of this run."""
-        from spark_jobs.jobs.review import review
+        from spark_jobs.traffic.review import review
 
         settings = load_settings()
         with failing_clearly():
@@ -64,7 +64,7 @@ def attributed_orders(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefiniti
     )
     def attributed_orders(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
         """Credit the orders of this run's hours."""
-        from spark_jobs.jobs.attribute import attribute
+        from spark_jobs.attribution.job import attribute
 
         settings = load_settings()
         with failing_clearly():
@@ -86,7 +86,7 @@ def attributed_orders(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefiniti
 )
 def billing_lines(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
     """Bill what is closed and not billed."""
-    from spark_jobs.jobs.bill import bill
+    from spark_jobs.billing.job import bill
 
     with failing_clearly():
         report = bill(load_settings(), run_id=context.run_id, progress=context.log.info)
@@ -104,7 +104,7 @@ def billing_lines(context: dg.AssetExecutionContext) -> dg.MaterializeResult[Non
 )
 def settled_records(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
     """Settle all that is out of date."""
-    from spark_jobs.jobs.settle import settle
+    from spark_jobs.operate.settle import settle
 
     with failing_clearly():
         report = settle(load_settings(), run_id=context.run_id, progress=context.log.info)

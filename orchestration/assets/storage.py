@@ -37,7 +37,7 @@ class Vacuum(dg.Config):
 )
 def compacted_tables(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
     """Compact all that needs it."""
-    from spark_jobs.jobs.compact import compact
+    from spark_jobs.operate.compact import compact
 
     with failing_clearly():
         report = compact(load_settings(), None, progress=context.log.info)
@@ -56,7 +56,7 @@ def compacted_tables(context: dg.AssetExecutionContext) -> dg.MaterializeResult[
 )
 def vacuumed_tables(context: dg.AssetExecutionContext, config: Vacuum) -> Iterator[dg.MaterializeResult[None]]:
     """Vacuum every table."""
-    from spark_jobs.jobs.vacuum import vacuum
+    from spark_jobs.operate.vacuum import vacuum
 
     with failing_clearly():
         report = vacuum(load_settings(), dry_run=config.dry_run, progress=context.log.info)
@@ -90,7 +90,7 @@ def vacuumed_tables(context: dg.AssetExecutionContext, config: Vacuum) -> Iterat
 )
 def checked_storage(context: dg.AssetExecutionContext, config: Fsck) -> dg.MaterializeResult[None]:
     """Check, and with `repair` repair, all that is stored; fails where something is left that is not whole."""
-    from spark_jobs.jobs.fsck import fsck
+    from spark_jobs.operate.fsck import fsck
 
     with failing_clearly():
         report = fsck(load_settings(), repair=config.repair, progress=context.log.info)

@@ -36,8 +36,8 @@ from spark_jobs.texts import counted
 
 if TYPE_CHECKING:
     from spark_jobs.config import Settings
-    from spark_jobs.jobs.batch import BatchReport
-    from spark_jobs.jobs.status import Status
+    from spark_jobs.ingest.batch import BatchReport
+    from spark_jobs.operate.status import Status
 
 # typer brings a click of its own since 0.2x; its public exceptions lead to the base class in every version.
 _ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -187,7 +187,7 @@ def ingest(
     named = _State.home is not None or "ADTALLY_HOME" in os.environ
     if named and not settings.home_path.exists() and not settings.landing_path.exists():
         raise UsageError(f"there is no home at {settings.home_path}", hint="mistyped? mkdir makes a new one")
-    from spark_jobs.jobs.ingest import run_ingest
+    from spark_jobs.ingest.runner import run_ingest
 
     shown = console(stderr=True)
     waiting = shown.status("starting Spark")
@@ -357,7 +357,7 @@ def status(as_json: Json = False) -> None:
     """
     from orchestration.cli.output import console, print_json
     from orchestration.cli.status import status_tables
-    from spark_jobs.jobs.status import read_status
+    from spark_jobs.operate.status import read_status
 
     found: Status = read_status(_settings())
     if as_json:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, MachineError
-from spark_jobs.storage import is_local
+from spark_jobs.lake.roots import is_local
 
 MIN_FREE_BYTES = 2 * 1024**3
 _LOOPBACK = "127.0.0.1"
@@ -121,7 +121,7 @@ def _landing(settings: Settings) -> str:
 
 def _wrong_kafka(settings: Settings) -> str | None:
     """What is wrong with kafka.toml; never a value of it."""
-    from spark_jobs.kafka.config import read_kafka
+    from spark_jobs.ingest.kafka.config import read_kafka
 
     try:
         read_kafka(settings)
@@ -136,10 +136,10 @@ def _topics(settings: Settings) -> list[Check]:
     from confluent_kafka.admin import AdminClient
 
     from spark_jobs.errors import KafkaError
-    from spark_jobs.jobs.topics import ASK_SECONDS
-    from spark_jobs.kafka.config import KafkaCluster, read_kafka
-    from spark_jobs.kafka.gaps import read_topic
-    from spark_jobs.tables import STREAMS
+    from spark_jobs.ingest.kafka.config import KafkaCluster, read_kafka
+    from spark_jobs.ingest.kafka.gaps import read_topic
+    from spark_jobs.ingest.kafka.topics import ASK_SECONDS
+    from spark_jobs.lake.tables import STREAMS
 
     kafka = read_kafka(settings)
     clusters = {cluster.name: cluster for cluster in kafka.consumed}

@@ -13,7 +13,7 @@ from spark_jobs.errors import UsageError
 
 if TYPE_CHECKING:
     from spark_jobs.config import Settings
-    from spark_jobs.kafka.gaps import Gap
+    from spark_jobs.ingest.kafka.gaps import Gap
 
 
 def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
@@ -39,9 +39,9 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         as lost_offsets. What the raw copy still holds of them, `adtally reconcile --repair` brings in.
         """
         from orchestration.cli.output import console, print_json
-        from spark_jobs.kafka.config import read_kafka
-        from spark_jobs.kafka.gaps import accept_gap as decide
-        from spark_jobs.kafka.gaps import copied_records, missing_now
+        from spark_jobs.ingest.kafka.config import read_kafka
+        from spark_jobs.ingest.kafka.gaps import accept_gap as decide
+        from spark_jobs.ingest.kafka.gaps import copied_records, missing_now
 
         if stream not in ("events", "orders"):
             raise UsageError(f"{stream!r} is no stream", hint="events or orders")

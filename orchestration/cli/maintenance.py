@@ -82,7 +82,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         """
         from orchestration.cli.maintenance_tables import backfill_table
         from orchestration.cli.output import console, print_json, status_line
-        from spark_jobs.jobs.backfill import backfill as run
+        from spark_jobs.corrections.backfill import backfill as run
 
         chosen = hour_range(start, end)
         assert chosen is not None  # both are required
@@ -103,7 +103,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         """
         from orchestration.cli.maintenance_tables import compaction_table
         from orchestration.cli.output import console, print_json, status_line
-        from spark_jobs.jobs.compact import compact as run
+        from spark_jobs.operate.compact import compact as run
 
         chosen = hour_range(start, end)
         shown = console(stderr=True)
@@ -125,7 +125,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         """Delete data files that no version needs which a running stream, the published marts or time travel may still read."""
         from orchestration.cli.maintenance_tables import vacuum_table
         from orchestration.cli.output import console, print_json, status_line
-        from spark_jobs.jobs.vacuum import vacuum as run
+        from spark_jobs.operate.vacuum import vacuum as run
 
         keep = None if retention is None else timedelta(seconds=seconds(retention, "--retention", longest=10 * 366 * 86_400))
         shown = console(stderr=True)
@@ -149,7 +149,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         """
         from orchestration.cli.maintenance_tables import fsck_table
         from orchestration.cli.output import console, print_json, status_line
-        from spark_jobs.jobs.fsck import fsck as run
+        from spark_jobs.operate.fsck import fsck as run
 
         shown = console(stderr=True)
         with shown.status("checking") as status:
@@ -167,7 +167,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         """Show up to where hours are closed, and how far each source has come."""
         from orchestration.cli.maintenance_tables import closing_tables
         from orchestration.cli.output import console, print_json
-        from spark_jobs.jobs.closing import read_closing
+        from spark_jobs.operate.watermark import read_closing
 
         closing = read_closing(settings())
         if as_json:
@@ -185,7 +185,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         """Close hours by hand, whatever a silent source says. Its events are accepted all the same when they come, as late."""
         from orchestration.cli.maintenance_tables import closing_tables
         from orchestration.cli.output import console, print_json
-        from spark_jobs.jobs.closing import close_by_hand
+        from spark_jobs.operate.watermark import close_by_hand
 
         if not reason.strip():
             raise UsageError("--reason is empty", hint="say why the hours are closed by hand")

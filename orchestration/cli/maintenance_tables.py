@@ -15,12 +15,12 @@ from orchestration.cli.tables import RecordTable, table
 from spark_jobs.texts import counted, duration, money
 
 if TYPE_CHECKING:
-    from spark_jobs.jobs.backfill import BackfillReport
-    from spark_jobs.jobs.closing import Closing
-    from spark_jobs.jobs.compact import CompactReport
-    from spark_jobs.jobs.fsck import FsckReport
-    from spark_jobs.jobs.reconcile import ReconcileReport
-    from spark_jobs.jobs.vacuum import VacuumReport
+    from spark_jobs.corrections.backfill import BackfillReport
+    from spark_jobs.corrections.reconcile import ReconcileReport
+    from spark_jobs.operate.compact import CompactReport
+    from spark_jobs.operate.fsck import FsckReport
+    from spark_jobs.operate.vacuum import VacuumReport
+    from spark_jobs.operate.watermark import Closing
 
 SHOWN = 40
 _KEPT = "versions kept for readers"

@@ -24,7 +24,7 @@ from spark_jobs.texts import duration, money
 if TYPE_CHECKING:
     from services.budget.report import BudgetStatus
     from spark_jobs.config import Settings
-    from spark_jobs.jobs.publish import Published, PublishReport
+    from spark_jobs.publish.job import Published, PublishReport
 
 _BUDGET_TOPIC = "ads-metrics"
 _SHOWN = 20
@@ -56,7 +56,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         `adtally ingest` does it too where kafka.toml has \[publish]: at its end, and with --continuous soon after each commit.
         """
         from orchestration.cli.output import console, print_json
-        from spark_jobs.jobs.publish import PublishLoop, ask_publications, is_publishing, publish_new
+        from spark_jobs.publish.job import PublishLoop, ask_publications, is_publishing, publish_new
 
         if (continuous and whole) or (only_status and (continuous or whole or adopt)):
             raise UsageError("--continuous, --whole and --status are for different runs", hint="use one of them")
@@ -162,7 +162,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
 def publish_at_end(settings: Settings) -> None:
     """Publish what an ingest brought, where kafka.toml says where; a line for each topic that got something on standard error."""
     from orchestration.cli.output import console
-    from spark_jobs.jobs.publish import is_publishing, publish_new
+    from spark_jobs.publish.job import is_publishing, publish_new
 
     if not is_publishing(settings):
         return
@@ -178,7 +178,7 @@ class _Where:
 
 
 def _where(settings: Settings, cluster: str | None, servers: str | None, topic: str | None, *, is_needed: bool) -> _Where:
-    from spark_jobs.kafka.config import read_kafka
+    from spark_jobs.ingest.kafka.config import read_kafka
 
     if servers is not None:
         if cluster is not None:

@@ -17,7 +17,7 @@ from spark_jobs.texts import counted
 
 if TYPE_CHECKING:
     from spark_jobs.config import Settings
-    from spark_jobs.jobs.rejects import Reject, RejectReport
+    from spark_jobs.operate.rejects import Reject, RejectReport
 
 _RAW_SHOWN = 300
 
@@ -45,7 +45,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         A conflict is a record whose id came before with another payload. A record with two reasons counts in both.
         """
         from orchestration.cli.output import console, print_json
-        from spark_jobs.jobs.rejects import read_rejects
+        from spark_jobs.operate.rejects import read_rejects
 
         chosen = None if since is None else moment(since, "--since")
         found = read_rejects(settings(), reason=reason, since=chosen, file=file, limit=limit)
@@ -71,7 +71,7 @@ def reject_tables(found: RejectReport) -> Iterator[RenderableType]:
 
 
 def _records_table(rejects: list[Reject]) -> RecordTable:
-    from spark_jobs.contract.parse import decode_raw
+    from spark_jobs.ingest.contract.parse import decode_raw
     from spark_jobs.texts import printable
 
     shown = table("The newest", "place", "reasons", "records", "id", "ingested", "raw", texts=["reasons", "id", "raw"])

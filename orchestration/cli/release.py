@@ -37,7 +37,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         The decision is kept in the table releases. A file that a limit quarantined meets the same limit again: raise it first.
         """
         from orchestration.cli.output import console, print_json
-        from spark_jobs.jobs.release import read_quarantine, release_file
+        from spark_jobs.ingest.release import read_quarantine, release_file
 
         held = settings()
         if listed == (name is not None):

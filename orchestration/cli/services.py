@@ -98,7 +98,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         with one_line():
             from services.serving.setup import ensure_tables, examine
             from services.serving.tables import table_specs
-            from spark_jobs.rules.attribution import load_attribution_rules
+            from spark_jobs.attribution.rules import load_attribution_rules
 
             home = settings()
             source, pinot = _source(home, kafka), pinot_service(home, heap)
@@ -164,7 +164,7 @@ def pinot_service(settings: Settings, heap: str | None = None) -> Pinot:
 def _source(settings: Settings, servers: str | None) -> Source | None:
     """The Kafka that Pinot is to read: the one named, that of kafka.toml, or the local one; None where there is none."""
     from services.serving.tables import Source
-    from spark_jobs.kafka.config import read_kafka
+    from spark_jobs.ingest.kafka.config import read_kafka
 
     published = read_kafka(settings).publish
     if published is not None and servers is None:

@@ -12,14 +12,14 @@ from orchestration.cli.maintenance import From, Json, To
 from orchestration.cli.maintenance_tables import SHOWN, hour_text
 from orchestration.cli.options import examples, hour_range
 from orchestration.cli.tables import table
-from spark_jobs.storage import is_local
+from spark_jobs.lake.roots import is_local
 from spark_jobs.texts import counted, duration, money
 
 if TYPE_CHECKING:
+    from spark_jobs.attribution.job import AttributionReport
+    from spark_jobs.billing.job import BillingReport
     from spark_jobs.config import Settings
-    from spark_jobs.jobs.attribute import AttributionReport
-    from spark_jobs.jobs.bill import BillingReport
-    from spark_jobs.jobs.review import ReviewReport
+    from spark_jobs.traffic.review import ReviewReport
 
 
 def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
@@ -37,7 +37,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         `adtally ingest` does it at its end; Dagster does it for hours that close, and again where something came late.
         """
         from orchestration.cli.output import console, print_json, status_line
-        from spark_jobs.jobs.review import review as run
+        from spark_jobs.traffic.review import review as run
 
         chosen = hour_range(start, end)
         shown = console(stderr=True)
@@ -61,7 +61,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         A range is that of the orders' times. Orders whose credits come out the same keep their revision.
         """
         from orchestration.cli.output import console, print_json, status_line
-        from spark_jobs.jobs.attribute import attribute as run
+        from spark_jobs.attribution.job import attribute as run
 
         chosen = hour_range(start, end)
         shown = console(stderr=True)
@@ -79,7 +79,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
         The ledger only grows; its lines sum to the spend of each day and campaign, rounded once.
         """
         from orchestration.cli.output import console, print_json, status_line
-        from spark_jobs.jobs.bill import bill as run
+        from spark_jobs.billing.job import bill as run
 
         shown = console(stderr=True)
         with shown.status("billing") as status:
@@ -97,7 +97,7 @@ def settle_at_end(settings: Settings) -> None:
     On an object store nothing of it is done, which is said.
     """
     from orchestration.cli.output import console, status_line
-    from spark_jobs.jobs.settle import settle
+    from spark_jobs.operate.settle import settle
 
     shown = console(stderr=True)
     if not is_local(settings.lakehouse_uri):

@@ -137,7 +137,7 @@ def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
 def _clusters(named: list[str], settings: Callable[[], Settings]) -> list[Cluster]:
     """The clusters of --bootstrap-servers, else those of kafka.toml that are consumed. Raises UsageError where there are none."""
     from services.simulator.kafka import Cluster
-    from spark_jobs.kafka.config import read_kafka
+    from spark_jobs.ingest.kafka.config import read_kafka
 
     found = [
         Cluster(one.name, one.client_options(), one.events_topic, one.orders_topic)

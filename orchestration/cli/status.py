@@ -12,9 +12,9 @@ from orchestration.cli.tables import RecordTable, table
 from spark_jobs.texts import duration
 
 if TYPE_CHECKING:
-    from spark_jobs.jobs.rejects import ReasonCount
-    from spark_jobs.jobs.status import SourceStatus, Status
-    from spark_jobs.jobs.topics import TopicSource
+    from spark_jobs.ingest.kafka.topics import TopicSource
+    from spark_jobs.operate.rejects import ReasonCount
+    from spark_jobs.operate.status import SourceStatus, Status
     from spark_jobs.publish.progress import TopicStatus
 
 OUTCOMES = ("offered", "accepted", "duplicate", "conflict", "rejected", "late")

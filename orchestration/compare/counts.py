@@ -13,7 +13,7 @@ import pyarrow as pa
 from orchestration.compare.report import MEASURES
 from orchestration.explain.lake import Lake, quoted
 from spark_jobs.errors import AdtallyError
-from spark_jobs.tables import BATCH_LEDGER, EVENTS, REJECTED_EVENTS
+from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, REJECTED_EVENTS
 
 HALF_HOUR = timedelta(minutes=30)
 LONGEST_SHIFT = timedelta(hours=14)

@@ -9,9 +9,9 @@ from orchestration.explain.campaign_day import SAMPLE, walk_back
 from orchestration.explain.lake import MEASURES, Lake, corrections, increments, open_lake, quoted, sums
 from orchestration.explain.node import Node
 from spark_jobs.config import Settings
-from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import AdtallyError
-from spark_jobs.tables import BILLING_LINES
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.tables import BILLING_LINES
 
 _LINE = (
     "line_type",

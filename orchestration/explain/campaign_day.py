@@ -10,7 +10,7 @@ from orchestration.explain.node import Node
 from orchestration.marts import query_marts
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError
-from spark_jobs.tables import BATCH_LEDGER, EVENTS, RESTATEMENTS
+from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, RESTATEMENTS
 
 SAMPLE = 5
 

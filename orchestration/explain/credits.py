@@ -9,7 +9,7 @@ from orchestration.explain.lake import Lake, open_lake, quoted, revisions_of
 from orchestration.explain.node import Node
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, UsageError
-from spark_jobs.tables import EVENTS, ORDERS
+from spark_jobs.lake.tables import EVENTS, ORDERS
 
 MODELS = ("last_click", "first_click", "linear", "position_based", "time_decay")
 

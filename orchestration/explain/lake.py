@@ -14,12 +14,12 @@ import duckdb
 from orchestration.explain.node import Node
 from orchestration.marts import query_marts
 from spark_jobs.config import Settings
-from spark_jobs.delta_log import DeltaLog
-from spark_jobs.duck import connect_delta
 from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.failure import one_line
-from spark_jobs.storage import require_local
-from spark_jobs.tables import (
+from spark_jobs.lake.duck import connect_delta
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.roots import require_local
+from spark_jobs.lake.tables import (
     ATTRIBUTED_ORDERS,
     BATCH_LEDGER,
     MINUTE_METRICS,

@@ -33,8 +33,8 @@ from spark_jobs import disk
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, BusyError, NamesFileError, UsageError
 from spark_jobs.failure import one_line
-from spark_jobs.jobs.names import load_names
-from spark_jobs.tables import NAMES
+from spark_jobs.ingest.names import load_names
+from spark_jobs.lake.tables import NAMES
 
 GROUPS = ("near_real_time", "hourly")
 """The groups of marts, as dbt's tags name them."""

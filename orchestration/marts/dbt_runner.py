@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spark_jobs.duck import connect_delta
 from spark_jobs.errors import AdtallyError, MachineError
 from spark_jobs.failure import one_line
+from spark_jobs.lake.duck import connect_delta
 
 _NAMES_SHOWN = 5
 

@@ -11,8 +11,8 @@ from typing import Any
 import duckdb
 
 from orchestration.marts.dbt_runner import DbtError, DbtNode
-from spark_jobs.duck import connect_delta
 from spark_jobs.errors import AdtallyError
+from spark_jobs.lake.duck import connect_delta
 
 ROWS_KEPT = 20
 _CHARACTERS_SHOWN = 120

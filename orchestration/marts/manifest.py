@@ -15,7 +15,7 @@ from typing import Any
 from orchestration.marts.dbt_runner import project_dir
 from orchestration.marts.lineage import column_lineage
 from spark_jobs.config import Settings
-from spark_jobs.tables import TABLES
+from spark_jobs.lake.tables import TABLES
 
 Manifest = dict[str, Any]
 

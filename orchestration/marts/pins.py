@@ -7,9 +7,8 @@ from pathlib import Path
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, TableCorruptionError
-from spark_jobs.sinks.delta import ensure_tables
-from spark_jobs.storage import require_local
-from spark_jobs.tables import (
+from spark_jobs.lake.roots import require_local
+from spark_jobs.lake.tables import (
     ATTRIBUTED_ORDERS,
     BATCH_LEDGER,
     BILLING_LINES,
@@ -21,6 +20,7 @@ from spark_jobs.tables import (
     RESTATEMENTS,
     Table,
 )
+from spark_jobs.lake.writes import ensure_tables
 
 SOURCES: tuple[Table, ...] = (
     *(BILLING_LINES, BATCH_LEDGER, MINUTE_METRICS, CAMPAIGNS, RECONCILIATIONS),

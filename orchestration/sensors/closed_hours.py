@@ -10,8 +10,8 @@ import dagster as dg
 from orchestration.ledger import Ledger
 from orchestration.partitions import contiguous, key_of, range_tags
 from spark_jobs.config import load_settings
-from spark_jobs.delta_log import DeltaLog
-from spark_jobs.tables import BATCH_LEDGER
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.tables import BATCH_LEDGER
 from spark_jobs.units import HourRange
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def closed_hours_sensor(hours: dg.HourlyPartitionsDefinition, job: UnresolvedAss
     )
     def closed_hours(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         """Ask for runs of the hours that closed since the last tick."""
-        from spark_jobs.jobs.closing import read_closing
+        from spark_jobs.operate.watermark import read_closing
 
         settings = load_settings()
         closing = read_closing(settings)

@@ -19,8 +19,8 @@ from orchestration.ledger import Cell, Ledger
 from orchestration.partitions import hourly_partitions, key_of
 from orchestration.up.instance import request_reload
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.delta_log import DeltaLog
-from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, HOUR_CLOSINGS, NAMES
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.tables import BATCH_LEDGER, CAMPAIGNS, HOUR_CLOSINGS, NAMES
 from spark_jobs.units import HOUR, floor_hour
 
 SECONDS_BETWEEN = 15
@@ -172,7 +172,7 @@ def _report_empty(
     seen = (newest, -1 if closings is None else closings)
     if seen == progress.seen:
         return progress, []
-    from spark_jobs.jobs.closing import read_closing
+    from spark_jobs.operate.watermark import read_closing
 
     closing = read_closing(settings)
     if closing.closed_through is None or closing.first_hour is None:

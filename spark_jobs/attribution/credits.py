@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from spark_jobs.rules.attribution import MODELS, AttributionRules
+from spark_jobs.attribution.rules import MODELS, AttributionRules
 from spark_jobs.units import DAY_US, HOUR_US
 
 Ints = npt.NDArray[np.int64]

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spark_jobs.attribution.credits import credit
-from spark_jobs.duck import task_connection
-from spark_jobs.rules.attribution import MODELS, AttributionRules
+from spark_jobs.attribution.rules import MODELS, AttributionRules
+from spark_jobs.lake.duck import task_connection
 from spark_jobs.rules.exempt import are_exempt
 
 if TYPE_CHECKING:

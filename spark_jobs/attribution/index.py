@@ -1,9 +1,9 @@
 """Sorted runs of rows, found by a 128-bit key and a range of times: derived from a Delta table and tied to its version.
 
-As the key index (``spark_jobs.dedupe.index``) it remembers nothing of its own: it says which version of which table it covers,
+As the key index (``ingest.dedupe.index``) it remembers nothing of its own: it says which version of which table it covers,
 takes what later commits added or changed, and is built anew where it is missing, damaged or cannot follow. A run is one Arrow file,
 memory-mapped, so a look-up reads the pages of the rows that it finds: its cost grows with what is asked for. Runs outside the times
-that are asked for are passed over. What a look-up reads is checked before it is believed (``spark_jobs.checked``).
+that are asked for are passed over. What a look-up reads is checked before it is believed (``spark_jobs.lake.checked``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from spark_jobs import disk
-from spark_jobs.checked import CheckedFile, DamagedError, bisect, manifest_text, read_manifest, seal
+from spark_jobs.lake.checked import CheckedFile, DamagedError, bisect, manifest_text, read_manifest, seal
 
 FANOUT = 4
 MAX_RUN_ROWS = 2_000_000  # what a merge holds in memory, two or three times

@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable
 
+from spark_jobs.attribution.rules import MODELS
 from spark_jobs.config import Settings
-from spark_jobs.delta_log import Commit
-from spark_jobs.duck import task_connection
+from spark_jobs.lake.duck import task_connection
+from spark_jobs.lake.log import Commit
+from spark_jobs.lake.reading import file_paths, read_batches, read_files
+from spark_jobs.lake.tables import ATTRIBUTED_ORDERS, MINUTE_METRICS, Table
 from spark_jobs.publish.progress import committed_ms
-from spark_jobs.rules.attribution import MODELS
-from spark_jobs.sources.delta import file_paths, read_batches, read_files
-from spark_jobs.tables import ATTRIBUTED_ORDERS, MINUTE_METRICS, Table
 
 Messages = Iterator[tuple[list[str], list[str]]]
 """Keys and values, a batch at a time."""

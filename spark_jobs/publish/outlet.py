@@ -20,7 +20,7 @@ from confluent_kafka.admin import AdminClient, ConfigResource  # type: ignore[at
 from confluent_kafka.cimpl import NewTopic
 
 from spark_jobs.errors import BusyError, KafkaError, PublicationError
-from spark_jobs.kafka.config import KafkaCluster
+from spark_jobs.ingest.kafka.config import KafkaCluster
 from spark_jobs.publish.messages import Messages
 from spark_jobs.steps import Step, durable
 

@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from deltalake import DeltaTable
 
 from spark_jobs.config import Settings
-from spark_jobs.delta_log import Commit, DeltaLog
-from spark_jobs.kafka.config import Publish, read_kafka
-from spark_jobs.tables import ATTRIBUTED_ORDERS, MINUTE_METRICS, PUBLICATIONS
+from spark_jobs.ingest.kafka.config import Publish, read_kafka
+from spark_jobs.lake.log import Commit, DeltaLog
+from spark_jobs.lake.tables import ATTRIBUTED_ORDERS, MINUTE_METRICS, PUBLICATIONS
 
 
 @dataclass(frozen=True)

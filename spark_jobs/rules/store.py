@@ -14,12 +14,12 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ValidationError
 
 from spark_jobs.config import Settings
-from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import AdtallyError, RuleFileError
-from spark_jobs.sinks.delta import append_decision, ensure_tables
-from spark_jobs.sources.delta import read_newest
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.reading import read_newest
+from spark_jobs.lake.tables import RULE_SETS
+from spark_jobs.lake.writes import append_decision, ensure_tables
 from spark_jobs.steps import Step
-from spark_jobs.tables import RULE_SETS
 
 _EXEMPT = "exempt_users"
 Rules = TypeVar("Rules", bound=BaseModel)

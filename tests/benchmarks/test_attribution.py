@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import attribution
-from spark_jobs.jobs.attribute import AttributionReport
+from spark_jobs.attribution.job import AttributionReport
 
 OPTIONS = ["--orders", "300", "--batches", "3", "--histories", "1500", "3000"]
 

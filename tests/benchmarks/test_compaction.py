@@ -11,7 +11,7 @@ from pyspark.sql import SparkSession
 
 from benchmarks import compaction, run
 from spark_jobs.config import load_settings
-from spark_jobs.jobs.ingest import run_ingest
+from spark_jobs.ingest.runner import run_ingest
 
 SMALL = ["--day-events", "900", "--hour-events", "600", "--batches", "3", "--rounds", "2", "--mart-rounds", "1"]
 

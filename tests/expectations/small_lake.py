@@ -9,7 +9,7 @@ from pathlib import Path
 import duckdb
 from deltalake import write_deltalake
 
-from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, EVENTS, MINUTE_METRICS, ORDERS, Table
+from spark_jobs.lake.tables import BATCH_LEDGER, CAMPAIGNS, EVENTS, MINUTE_METRICS, ORDERS, Table
 
 HOUR = datetime(2025, 6, 2, 10, tzinfo=UTC)
 NEXT_HOUR = datetime(2025, 6, 2, 11, tzinfo=UTC)

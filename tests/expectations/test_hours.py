@@ -13,7 +13,7 @@ from deltalake import DeltaTable
 from expectations import SUITES, Severity, related_tables, validate_hour
 from expectations.checks import Kind
 from expectations.errors import UnknownTableError, UnreadableTableError
-from spark_jobs.tables import TABLES
+from spark_jobs.lake.tables import TABLES
 from tests.expectations.small_lake import EMPTY_HOUR, HOUR, NEXT_HOUR, Lake
 
 CASES: dict[str, list[dict[str, Any]]] = json.loads(

@@ -21,8 +21,8 @@ from orchestration.definitions import build_definitions
 from orchestration.marts.build import GROUPS
 from orchestration.marts.manifest import is_mart, load_manifest
 from orchestration.up.instance import POOLS
-from spark_jobs.columns import COLUMNS
 from spark_jobs.config import load_settings
+from spark_jobs.lake.columns import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[2]
 GRAPH = ROOT / "tests" / "cases" / "dagster" / "asset_graph.json"

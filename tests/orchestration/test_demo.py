@@ -49,7 +49,7 @@ from orchestration.up.up import UP_LOCK
 from samples import DAYS, START
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, BusyError, ConfigurationError, UsageError
-from spark_jobs.jobs.ingest import INGEST_LOCK
+from spark_jobs.ingest.runner import INGEST_LOCK
 
 SHARES = ("region", "event_type", "campaign_id", "outcome")
 LIMITS_OF_DRIFT = {"volume": MAX_ROBUST_Z}

@@ -19,18 +19,18 @@ from orchestration.explain.credits import explain_credit
 from orchestration.explain.node import as_json
 from orchestration.marts import build_marts, query_marts
 from orchestration.marts.render import render
+from spark_jobs.attribution.job import attribute
+from spark_jobs.billing.job import BillingLine, bill
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.duck import connect_delta
-from spark_jobs.jobs.attribute import attribute
-from spark_jobs.jobs.backfill import backfill
-from spark_jobs.jobs.bill import BillingLine, bill
-from spark_jobs.jobs.closing import close_by_hand, read_closing
-from spark_jobs.jobs.compact import compact
-from spark_jobs.jobs.reconcile import Difference, reconcile
-from spark_jobs.jobs.review import review
-from spark_jobs.jobs.status import Status, read_status
-from spark_jobs.sinks.delta import ensure_tables
-from spark_jobs.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS
+from spark_jobs.corrections.backfill import backfill
+from spark_jobs.corrections.reconcile import Difference, reconcile
+from spark_jobs.lake.duck import connect_delta
+from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS
+from spark_jobs.lake.writes import ensure_tables
+from spark_jobs.operate.compact import compact
+from spark_jobs.operate.status import Status, read_status
+from spark_jobs.operate.watermark import close_by_hand, read_closing
+from spark_jobs.traffic.review import review
 from spark_jobs.units import HourRange
 
 pytestmark = pytest.mark.homes

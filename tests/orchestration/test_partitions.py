@@ -21,7 +21,7 @@ from orchestration.partitions import (
 )
 from spark_jobs.config import load_settings
 from spark_jobs.errors import UsageError
-from spark_jobs.tables import BATCH_LEDGER
+from spark_jobs.lake.tables import BATCH_LEDGER
 from spark_jobs.units import HOUR, HourRange
 from tests.orchestration.marts.delta_files import commit, utc
 from tests.orchestration.marts.lakes import ledger_row

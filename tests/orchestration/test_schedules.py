@@ -16,8 +16,8 @@ from orchestration import schedules
 from orchestration.marts.pins import SOURCES
 from orchestration.partitions import KEY_FORMAT, RANGE_END_TAG, RANGE_START_TAG
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.jobs.ingest import INGEST_LOCK
-from spark_jobs.tables import BATCH_LEDGER
+from spark_jobs.ingest.runner import INGEST_LOCK
+from spark_jobs.lake.tables import BATCH_LEDGER
 from tests.orchestration.marts.delta_files import commit, utc
 from tests.orchestration.marts.lakes import first_batch, ledger_row
 

@@ -50,7 +50,7 @@ from services.simulator.errors import DeliveryError
 from services.simulator.kafka import Cluster, Sending, simulate_to_kafka
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.java import require_java
-from spark_jobs.jobs.closing import read_closing
+from spark_jobs.operate.watermark import read_closing
 from spark_jobs.units import floor_hour
 
 pytestmark = [pytest.mark.services, pytest.mark.trial, pytest.mark.timeout(1200)]

@@ -27,7 +27,7 @@ from services.simulator.kafka import Cluster, Sending, simulate_to_kafka
 from services.simulator.truth import Truth
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.java import require_java
-from spark_jobs.jobs.closing import close_by_hand, read_closing
+from spark_jobs.operate.watermark import close_by_hand, read_closing
 
 pytestmark = [pytest.mark.services, pytest.mark.trial, pytest.mark.timeout(1800)]
 

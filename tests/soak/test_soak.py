@@ -25,8 +25,8 @@ from orchestration.demo import ACCOUNTING, MEASURES, accounting_cells, campaign_
 from orchestration.reconciliation import run_reconciliation
 from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.jobs.closing import read_closing
-from spark_jobs.jobs.status import read_status
+from spark_jobs.operate.status import read_status
+from spark_jobs.operate.watermark import read_closing
 from spark_jobs.units import HourRange, floor_hour
 
 MINUTES = 3.0

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from spark_jobs.contract.spec import Limits
 from spark_jobs.errors import KafkaError
 from spark_jobs.failure import failure_cause, one_line, working_on
-from spark_jobs.rules.invalid_traffic import no_rules
-from spark_jobs.sources.landing import Split
-from spark_jobs.tasks.stage import StageTask, stage_splits
-from spark_jobs.transforms.events import CAMPAIGN_SCHEMA
+from spark_jobs.ingest.contract.spec import Limits
+from spark_jobs.ingest.event_columns import CAMPAIGN_SCHEMA
+from spark_jobs.ingest.files.landing import Split
+from spark_jobs.ingest.stage import StageTask, stage_splits
+from spark_jobs.traffic.rules import no_rules
 
 ROOT = Path(__file__).resolve().parents[2]
 _WORKER = f"""An exception was thrown from the Python worker:
 Traceback (most recent call last):
   File "/x/pyspark.zip/pyspark/worker.py", line 3622, in main
     process()
-  File "{ROOT}/spark_jobs/sinks/data_files.py", line 161, in _edge
+  File "{ROOT}/spark_jobs/lake/data_files.py", line 161, in _edge
     moment += timedelta(milliseconds=1)
     ~~~~~~~^^^^^^^^^^^^^^^^^^^^^^^^^^^
 KeyError: 'first'
@@ -33,7 +33,7 @@ During handling of the above exception, another exception occurred:
 Traceback (most recent call last):
   File "/x/pyspark.zip/pyspark/worker.py", line 3622, in main
     process()
-  File "{ROOT}/spark_jobs/tasks/write.py", line 91, in write_splits
+  File "{ROOT}/spark_jobs/ingest/write.py", line 91, in write_splits
     sums.append(increments(rows))
   File "/x/site-packages/pyarrow/table.py", line 5, in take
     pass
@@ -55,10 +55,10 @@ def test_the_last_line_of_a_workers_traceback_is_the_cause() -> None:
         cause = failure_cause(RuntimeError(text))
         assert cause.text == "OverflowError: date value out of range"
         assert cause.work == "events/us/a.jsonl bytes 0 to 4096"
-        assert cause.code == "spark_jobs/tasks/write.py:91"
+        assert cause.code == "spark_jobs/ingest/write.py:91"
         assert str(cause) == (
             "OverflowError: date value out of range while working on events/us/a.jsonl bytes 0 to 4096 "
-            "at spark_jobs/tasks/write.py:91"
+            "at spark_jobs/ingest/write.py:91"
         )
 
 
@@ -107,7 +107,7 @@ def test_a_task_names_the_split_that_it_failed_on(tmp_path: Path) -> None:
         list(stage_splits(tasks, CAMPAIGN_SCHEMA.empty_table(), no_rules()))
     cause = failure_cause(caught.value)
     assert cause.work == "events/us/a.jsonl"
-    assert cause.code is not None and cause.code.startswith("spark_jobs/tasks/stage.py:")
+    assert cause.code is not None and cause.code.startswith("spark_jobs/ingest/stage.py:")
 
 
 def test_the_beginning_and_the_end_of_a_long_text_are_kept() -> None:

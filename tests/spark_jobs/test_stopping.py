@@ -18,9 +18,9 @@ import pytest
 from filelock import FileLock
 
 from spark_jobs.errors import StoppedError
-from spark_jobs.jobs.watchdog import Watchdog
+from spark_jobs.ingest.activity import Activity
+from spark_jobs.ingest.watchdog import Watchdog
 from spark_jobs.stopping import StopNow, StopRequest, lock_unless_stopped
-from spark_jobs.tasks.activity import Activity
 
 ROOT = Path(__file__).resolve().parents[2]
 _WAITS = """

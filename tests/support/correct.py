@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 from deltalake import DeltaTable, write_deltalake
 
+from spark_jobs.audit.compare import LEDGER_MEASURES, METRIC_KEYS, METRIC_MEASURES
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.duck import connect_delta
-from spark_jobs.recount.compare import LEDGER_MEASURES, METRIC_KEYS, METRIC_MEASURES
-from spark_jobs.tables import TABLES
+from spark_jobs.lake.duck import connect_delta
+from spark_jobs.lake.tables import TABLES
 
 _BATCH = "_query_id, _batch_id"
 

@@ -7,7 +7,12 @@ import os
 from functools import cache
 from multiprocessing.context import ForkServerContext
 
-_PRELOADED = ["spark_jobs.jobs.backfill", "spark_jobs.jobs.compact", "spark_jobs.jobs.review", "spark_jobs.jobs.settle"]
+_PRELOADED = [
+    "spark_jobs.corrections.backfill",
+    "spark_jobs.operate.compact",
+    "spark_jobs.traffic.review",
+    "spark_jobs.operate.settle",
+]
 
 
 @cache

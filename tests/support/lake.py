@@ -14,7 +14,7 @@ from duckdb import DuckDBPyConnection
 from pyspark.sql import SparkSession
 
 from spark_jobs.config import Settings
-from spark_jobs.duck import connect_delta
+from spark_jobs.lake.duck import connect_delta
 
 _clock = 1_700_000_000_000
 

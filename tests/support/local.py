@@ -14,13 +14,13 @@ from typing import Any
 import lake
 
 from spark_jobs.config import Settings
-from spark_jobs.contract.spec import Limits
-from spark_jobs.jobs.batch import BatchReport, Plan
-from spark_jobs.jobs.events import EventsJob
-from spark_jobs.jobs.orders import OrdersJob
-from spark_jobs.jobs.stream import StreamJob
-from spark_jobs.sinks.delta import Transaction
-from spark_jobs.sources.landing import LandingFile
+from spark_jobs.ingest.batch import BatchReport, Plan
+from spark_jobs.ingest.contract.spec import Limits
+from spark_jobs.ingest.events import EventsJob
+from spark_jobs.ingest.files.landing import LandingFile
+from spark_jobs.ingest.orders import OrdersJob
+from spark_jobs.ingest.stream import StreamJob
+from spark_jobs.lake.writes import Transaction
 from spark_jobs.units import to_micros
 
 

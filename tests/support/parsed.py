@@ -7,8 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from spark_jobs.contract.spec import CONTRACTS
-from spark_jobs.contract.vectorised import parsed_schema
+from spark_jobs.ingest.contract.spec import CONTRACTS
+from spark_jobs.ingest.contract.vectorised import parsed_schema
 
 BASE: dict[str, dict[str, Any]] = {
     "events": {

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from spark_jobs.config import Settings
-from spark_jobs.jobs.batch import BatchReport
-from spark_jobs.jobs.events import EventsJob
-from spark_jobs.jobs.orders import OrdersJob
-from spark_jobs.jobs.stream import StreamJob
+from spark_jobs.ingest.batch import BatchReport
+from spark_jobs.ingest.events import EventsJob
+from spark_jobs.ingest.orders import OrdersJob
+from spark_jobs.ingest.stream import StreamJob
 from spark_jobs.steps import Step
 
 JOBS: dict[str, type[StreamJob]] = {"events": EventsJob, "orders": OrdersJob}

@@ -16,7 +16,7 @@ from orchestration.alerts.sensors import ALERT_SENSORS, PACING_CHECK, SIGNAL_SEN
 from orchestration.assets.hours import RECOUNT_CHECK
 from orchestration.marts.pacing import early_spends
 from spark_jobs.config import load_settings
-from spark_jobs.jobs.health import SIGNALS
+from spark_jobs.operate.health import SIGNALS
 from tests.orchestration.alerts.test_notifier import Hook, hook
 
 __all__ = ["hook"]
@@ -89,7 +89,7 @@ def test_conservation_has_to_be_broken_twice_in_a_row(
     home: Path, hook: Hook, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([["x"], [], ["x"], ["x"], ["x"]])
-    monkeypatch.setattr("spark_jobs.jobs.health.read_recent_problems", lambda settings, since: (1, next(answers)))
+    monkeypatch.setattr("spark_jobs.operate.health.read_recent_problems", lambda settings, since: (1, next(answers)))
     cursor, tellings, passed = None, [], []
     for _ in range(5):
         result = tick("alert_conservation", cursor, instance)

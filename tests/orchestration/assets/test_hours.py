@@ -20,10 +20,10 @@ from orchestration.marts import query_marts
 from orchestration.partitions import key_of, range_tags
 from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.delta_log import DeltaLog
-from spark_jobs.jobs.closing import read_closing
-from spark_jobs.jobs.ingest import run_ingest
-from spark_jobs.tables import TABLES
+from spark_jobs.ingest.runner import run_ingest
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.tables import TABLES
+from spark_jobs.operate.watermark import read_closing
 from spark_jobs.units import HourRange
 from tests.orchestration.marts.delta_files import utc
 

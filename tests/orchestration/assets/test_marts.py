@@ -13,7 +13,7 @@ from orchestration.definitions import build_definitions
 from orchestration.marts.build import GROUPS
 from orchestration.marts.manifest import is_mart, load_manifest
 from spark_jobs.config import load_settings
-from spark_jobs.tables import BATCH_LEDGER, MINUTE_METRICS
+from spark_jobs.lake.tables import BATCH_LEDGER, MINUTE_METRICS
 from tests.orchestration.marts.delta_files import commit
 from tests.orchestration.marts.lakes import first_batch, increment, ledger_row
 

@@ -17,9 +17,9 @@ from orchestration.definitions import build_definitions
 from orchestration.marts import build_marts, query_marts
 from orchestration.partitions import range_tags
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.delta_log import DeltaLog
-from spark_jobs.jobs.ingest import run_ingest
-from spark_jobs.tables import TABLES
+from spark_jobs.ingest.runner import run_ingest
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.tables import TABLES
 from spark_jobs.units import HourRange
 from tests.orchestration.marts.delta_files import utc
 
@@ -150,8 +150,8 @@ def test_commands_settle_and_do_nothing_twice(home: Settings, capsys: pytest.Cap
 
 
 def test_an_ingest_settles_at_its_end(home: Settings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import spark_jobs.jobs.ingest as ingest
-    from spark_jobs.jobs.batch import IngestReport
+    import spark_jobs.ingest.runner as ingest
+    from spark_jobs.ingest.batch import IngestReport
 
     monkeypatch.setattr(ingest, "run_ingest", lambda *_, **__: IngestReport())  # all of it is ingested; no second session
     assert app.run(["ingest", "--no-settle"]) == 0

@@ -23,16 +23,16 @@ import pytest
 import terminal
 from terminal import Done, environment
 
-import spark_jobs.jobs.ingest as ingest_module
-import spark_jobs.jobs.status as status_module
+import spark_jobs.ingest.runner as ingest_module
+import spark_jobs.operate.status as status_module
 from orchestration import demo
 from orchestration.cli import app, doctor
 from orchestration.marts import render
 from spark_jobs import jars, java
 from spark_jobs.errors import BusyError, ConservationError, MachineError
+from spark_jobs.ingest.batch import BatchReport, IngestReport
 from spark_jobs.jars import LOCK_FILE
-from spark_jobs.jobs.batch import BatchReport, IngestReport
-from spark_jobs.jobs.status import NOTHING_INGESTED
+from spark_jobs.operate.status import NOTHING_INGESTED
 from tests.orchestration.marts.lakes import first_batch
 
 Adtally = Callable[..., Done]

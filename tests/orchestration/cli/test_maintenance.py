@@ -17,10 +17,10 @@ from terminal import Done
 from orchestration.cli import app
 from orchestration.marts import build_marts, query_marts
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.delta_log import DeltaLog
-from spark_jobs.jobs.ingest import run_ingest
-from spark_jobs.sinks.delta import ensure_tables
-from spark_jobs.tables import TABLES
+from spark_jobs.ingest.runner import run_ingest
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.tables import TABLES
+from spark_jobs.lake.writes import ensure_tables
 
 pytestmark = pytest.mark.homes
 

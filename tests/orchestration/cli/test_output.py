@@ -20,7 +20,7 @@ from orchestration.cli.status import status_tables
 from orchestration.compare.comparison import Cell, Comparison, Line
 from orchestration.explain.node import Node, as_tree
 from orchestration.marts.render import render
-from spark_jobs.jobs.status import QuarantinedFile, SourceStatus, Status
+from spark_jobs.operate.status import QuarantinedFile, SourceStatus, Status
 
 ROOT = Path(__file__).parents[3]
 EVIL = "\x1b[31mred \x1b]8;;http://evil.example\x07link\x9b2J \u202eab\r[red]x[/red] [/] :smile:"

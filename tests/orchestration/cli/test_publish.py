@@ -11,7 +11,7 @@ import pytest
 from orchestration.cli.app import run
 from services.launcher.kafka import Kafka
 from spark_jobs.config import Settings
-from spark_jobs.jobs.health import Signal, read_signal
+from spark_jobs.operate.health import Signal, read_signal
 from tests.spark_jobs.publish.published import NOON, add, publishing, row
 
 DAY = NOON.date().isoformat()

@@ -13,7 +13,7 @@ from terminal import Done
 
 from orchestration.cli import app
 from spark_jobs.config import Settings
-from spark_jobs.jobs.status import read_status
+from spark_jobs.operate.status import read_status
 
 Adtally = Callable[..., Done]
 FIRST, SECOND = "events/eu-west/local-0000.jsonl", "events/eu-west/local-0001.jsonl"

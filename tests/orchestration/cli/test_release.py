@@ -12,7 +12,7 @@ from terminal import Done
 
 from orchestration.cli import app
 from spark_jobs.config import load_settings
-from spark_jobs.sinks.delta import ensure_tables
+from spark_jobs.lake.writes import ensure_tables
 
 NAME = "events/eu-west/local-0000.jsonl"
 

@@ -33,17 +33,17 @@ from orchestration.cli.status import status_tables
 from orchestration.cli.tables import RecordTable, table
 from orchestration.compare.comparison import Cell, Comparison, Line
 from services.budget.report import BudgetStatus, CampaignSpend
-from spark_jobs.jobs.backfill import BackfillReport, Restated
-from spark_jobs.jobs.bill import BillingLine, BillingReport
-from spark_jobs.jobs.closing import Closing, SourceProgress
-from spark_jobs.jobs.compact import CompactReport, TableCompaction
-from spark_jobs.jobs.landing import IgnoredFiles, WaitingFiles
-from spark_jobs.jobs.reconcile import Difference, ReconcileReport
-from spark_jobs.jobs.review import ReviewedHour, ReviewReport
-from spark_jobs.jobs.status import QuarantinedFile, SourceStatus, Status, TableStatus
-from spark_jobs.jobs.topics import TopicSource
-from spark_jobs.jobs.vacuum import TableVacuum, VacuumReport
+from spark_jobs.billing.job import BillingLine, BillingReport
+from spark_jobs.corrections.backfill import BackfillReport, Restated
+from spark_jobs.corrections.reconcile import Difference, ReconcileReport
+from spark_jobs.ingest.files.backlog import IgnoredFiles, WaitingFiles
+from spark_jobs.ingest.kafka.topics import TopicSource
+from spark_jobs.operate.compact import CompactReport, TableCompaction
+from spark_jobs.operate.status import QuarantinedFile, SourceStatus, Status, TableStatus
+from spark_jobs.operate.vacuum import TableVacuum, VacuumReport
+from spark_jobs.operate.watermark import Closing, SourceProgress
 from spark_jobs.publish.progress import TopicStatus
+from spark_jobs.traffic.review import ReviewedHour, ReviewReport
 
 CAPTURES = ROOT / "tests" / "cases" / "terminal"
 WIDTHS = (60, 80, 120)

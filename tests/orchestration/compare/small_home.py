@@ -12,7 +12,7 @@ from typing import Any
 import duckdb
 
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.tables import BATCH_LEDGER, EVENTS, REJECTED_EVENTS
+from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, REJECTED_EVENTS
 from tests.orchestration.marts.delta_files import commit, utc
 from tests.orchestration.marts.lakes import ledger_row
 

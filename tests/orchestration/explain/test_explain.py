@@ -24,8 +24,8 @@ from orchestration.marts.dbt_runner import project_dir
 from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, UsageError
-from spark_jobs.jobs.ingest import run_ingest
-from spark_jobs.jobs.settle import settle
+from spark_jobs.ingest.runner import run_ingest
+from spark_jobs.operate.settle import settle
 
 pytestmark = pytest.mark.homes
 
@@ -56,7 +56,7 @@ _BILLED_BY_CLICK = """
 
 
 def asked(settings: Settings, sql: str) -> list[dict[str, Any]]:
-    from spark_jobs.duck import connect_delta
+    from spark_jobs.lake.duck import connect_delta
 
     with connect_delta() as connection:
         connection.execute("set timezone = 'UTC'")

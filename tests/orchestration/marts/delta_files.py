@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import Schema
 
-from spark_jobs.tables import Table
+from spark_jobs.lake.tables import Table
 
 
 def commit(root: Path, table: Table, rows: Sequence[dict[str, Any]], *, int96: bool = False) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spark_jobs.tables import (
+from spark_jobs.lake.tables import (
     ATTRIBUTED_ORDERS,
     BATCH_LEDGER,
     BILLING_LINES,

@@ -9,7 +9,7 @@ import pytest
 from orchestration.marts.lineage import column_lineage
 from orchestration.marts.manifest import COLUMN_LINEAGE, load_manifest
 from spark_jobs.config import load_settings
-from spark_jobs.tables import TABLES
+from spark_jobs.lake.tables import TABLES
 
 
 @pytest.fixture(scope="module")

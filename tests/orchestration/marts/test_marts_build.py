@@ -17,7 +17,7 @@ from orchestration.marts.failures import MartsError
 from orchestration.marts.pins import SOURCES, latest_version, pin_versions
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, BusyError, TableCorruptionError, UsageError
-from spark_jobs.tables import (
+from spark_jobs.lake.tables import (
     ATTRIBUTED_ORDERS,
     BATCH_LEDGER,
     BILLING_LINES,

@@ -12,7 +12,7 @@ import pytest
 from orchestration.partitions import KEY_FORMAT, RANGE_END_TAG, RANGE_START_TAG
 from orchestration.sensors import closed_hours
 from spark_jobs.config import load_settings
-from spark_jobs.tables import BATCH_LEDGER
+from spark_jobs.lake.tables import BATCH_LEDGER
 from tests.orchestration.marts.delta_files import commit, utc
 from tests.orchestration.marts.lakes import ledger_row
 

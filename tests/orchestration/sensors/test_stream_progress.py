@@ -16,7 +16,7 @@ from orchestration.partitions import KEY_FORMAT
 from orchestration.sensors import stream_progress
 from orchestration.sensors.stream_progress import stream_progress_sensor
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.tables import BATCH_LEDGER, CAMPAIGNS, HOUR_CLOSINGS, MINUTE_METRICS, NAMES, Table
+from spark_jobs.lake.tables import BATCH_LEDGER, CAMPAIGNS, HOUR_CLOSINGS, MINUTE_METRICS, NAMES, Table
 from spark_jobs.units import HOUR
 from tests.orchestration.marts.delta_files import commit, utc
 from tests.orchestration.marts.lakes import increment, ledger_row

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from services.launcher.errors import ServiceUsageError
 from services.serving.named import literal, micros, named_queries, named_query
 from services.serving.tables import MODELS, WINDOW_DAYS, Source, credits_schema, table_specs
-from spark_jobs.rules.attribution import MODELS as OUR_MODELS
-from spark_jobs.rules.attribution import AttributionRules
+from spark_jobs.attribution.rules import MODELS as OUR_MODELS
+from spark_jobs.attribution.rules import AttributionRules
 
 
 @given(st.text(max_size=128))

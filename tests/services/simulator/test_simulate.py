@@ -14,7 +14,7 @@ import pytest
 
 import services
 from services.simulator import SimulationError, SimulationShares, Truth, simulate
-from spark_jobs.jobs.names import read_names
+from spark_jobs.ingest.names import read_names
 from tests.services.simulator.recount import (
     accepted_events,
     invalid_rules,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from spark_jobs.attribution import credit_orders
 from spark_jobs.attribution.credits import Credits, credit, sort_touches
-from spark_jobs.rules.attribution import MODELS, AttributionRules
+from spark_jobs.attribution.rules import MODELS, AttributionRules
 from spark_jobs.units import DAY_US
 
 CASES = sorted((Path(__file__).resolve().parents[2] / "cases" / "attribution").glob("*.json"))

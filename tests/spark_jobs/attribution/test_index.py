@@ -10,7 +10,7 @@ import pytest
 
 from spark_jobs.attribution import index as module
 from spark_jobs.attribution.index import KEY_FIELDS, RowIndex, check_index
-from spark_jobs.checked import DamagedError
+from spark_jobs.lake.checked import DamagedError
 
 PAYLOAD = pa.schema([("name", pa.string())])
 Row = tuple[int, int, int, int, bool, str]

@@ -12,10 +12,10 @@ from confluent_kafka import Consumer, TopicPartition
 
 from services.launcher.kafka import Kafka
 from spark_jobs.config import Settings
-from spark_jobs.sinks.corrections import Correction, TableChange, carry_out, write_ahead
-from spark_jobs.sinks.delta import DeltaSink, Transaction
+from spark_jobs.corrections.write_ahead import Correction, TableChange, carry_out, write_ahead
+from spark_jobs.lake.tables import MINUTE_METRICS
+from spark_jobs.lake.writes import DeltaSink, Transaction
 from spark_jobs.steps import Step
-from spark_jobs.tables import MINUTE_METRICS
 
 NOON = datetime(2025, 6, 30, 12, tzinfo=UTC)
 

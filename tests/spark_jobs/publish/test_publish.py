@@ -22,22 +22,22 @@ from confluent_kafka.admin import AdminClient
 from deltalake import DeltaTable
 
 from services.launcher.kafka import Kafka
+from spark_jobs.attribution.job import attribute
+from spark_jobs.attribution.rules import MODELS
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.delta_log import DeltaLog
 from spark_jobs.errors import BusyError, PublicationError
-from spark_jobs.jobs.attribute import attribute
-from spark_jobs.jobs.publish import PublishLoop, ask_publications, publish_new
-from spark_jobs.jobs.vacuum import vacuum
-from spark_jobs.kafka.config import read_kafka
+from spark_jobs.ingest.kafka.config import read_kafka
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.rewrite import rearrange
+from spark_jobs.lake.tables import MINUTE_METRICS
+from spark_jobs.lake.writes import ensure_tables
+from spark_jobs.operate.vacuum import vacuum
 from spark_jobs.publish import outlet
+from spark_jobs.publish.job import PublishLoop, ask_publications, publish_new
 from spark_jobs.publish.outlet import CONTROL_TOPIC, Outlet
 from spark_jobs.publish.progress import TopicStatus, read_publications, table_id
-from spark_jobs.rules.attribution import MODELS
-from spark_jobs.sinks.delta import ensure_tables
-from spark_jobs.sinks.rewrite import rearrange
 from spark_jobs.steps import CRASH_VARIABLE, Step
-from spark_jobs.tables import MINUTE_METRICS
-from tests.spark_jobs.jobs.attribution_lake import add_events, add_orders, event, mark, order
+from tests.spark_jobs.homes.attribution_lake import add_events, add_orders, event, mark, order
 from tests.spark_jobs.publish.published import NOON, add, consume, correct, publishing, row, state, told
 
 pytestmark = pytest.mark.homes
@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[3]
 # what a killed process runs: transactions of ten messages, so that a version takes several
 PUBLISH = (
     "from spark_jobs.publish import outlet; outlet.MESSAGES_A_TRANSACTION = 10\n"
-    "from spark_jobs.config import load_settings; from spark_jobs.jobs.publish import publish_new\n"
+    "from spark_jobs.config import load_settings; from spark_jobs.publish.job import publish_new\n"
     "publish_new(load_settings())"
 )
 
@@ -330,7 +330,7 @@ def test_who_is_shut_out_publishes_nothing_more(settings: Settings, kafka: Kafka
 
 def test_shut_out_once_a_loop_goes_on_and_twice_it_ends(settings: Settings, kafka: Kafka, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics, _ = publishing(settings, kafka)
-    monkeypatch.setattr("spark_jobs.jobs.publish._FENCED_PAUSE", 0.1)
+    monkeypatch.setattr("spark_jobs.publish.job._FENCED_PAUSE", 0.1)
     publish = read_kafka(settings).publish
     assert publish is not None
     identity = table_id(settings.table_uri(MINUTE_METRICS.name)) or ""

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from spark_jobs.recount.traffic import _folded
-from spark_jobs.rules.attribution import AttributionRules
+from spark_jobs.attribution.rules import AttributionRules
+from spark_jobs.audit.traffic import _folded
 from spark_jobs.rules.exempt import PLACEHOLDERS, are_exempt, is_exempt_sql, plain
 from spark_jobs.rules.store import _of_content, canonical
 

@@ -1,0 +1,188 @@
+"""What every batch of a stream was planned with: its files or ranges of Kafka's offsets in order, its limits and its prices, as the
+commits of `events` or `orders` say.
+
+Delta cleans its logs after a while, so what was read is kept in a catalogue. It is derived: where it is missing it is read
+again from the commits that are left, and a batch whose plan is gone is planned anew from its rows (``Inputs.lost``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from spark_jobs.config import Settings
+from spark_jobs.lake.log import DeltaLog, commit_identity
+from spark_jobs.lake.tables import EVENTS, Table
+
+_FORMAT = 4
+
+
+class PlannedFile(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """A landing file as it was when its batch was planned. Files of a batch are read in the order of (modified_ms, name)."""
+
+    modified_ms: int
+    name: str
+    size: int
+
+
+class PlannedRange(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """Offsets [start, end) of a Kafka partition. ``name`` is ``kafka/<cluster>/<topic>/<partition>``, as tables call its records.
+
+    Not every offset has a record. Ranges of a batch are read in the order of (name, start).
+    """
+
+    name: str
+    start: int
+    end: int
+
+
+class SetAside(msgspec.Struct, frozen=True, array_like=True):
+    """A file that a batch did not read (start and end are 0), or offsets [start, end) of a partition: one rejected record.
+
+    ``name`` is as the tables call it; ``cause`` says in a line why.
+    """
+
+    name: str
+    reason: str
+    cause: str
+    start: int = 0
+    end: int = 0
+
+
+class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
+    """A batch. ``version`` is that of `events`, or `orders`, which it made; its order among the batches.
+
+    Times are microseconds since the epoch, durations microseconds. ``files`` and ``ranges`` (a batch has one or the other) are in
+    the order of their records, ``rule_set`` is that of invalid traffic (None: no rule). So many rejected records of a file or
+    partition have rows of their own, per reasons and hour, as ``rejects_kept`` says (None: all). ``set_aside`` was not read.
+    """
+
+    query_id: str
+    batch_id: int
+    version: int
+    ingested_us: int
+    earliest_us: int
+    future_skew_us: int
+    hour_grace_us: int
+    campaigns_version: int
+    files: tuple[PlannedFile, ...]
+    rule_set: str | None = None
+    ranges: tuple[PlannedRange, ...] = ()
+    rejects_kept: int | None = None
+    set_aside: tuple[SetAside, ...] = ()
+
+    def is_set_aside(self, name: str) -> bool:
+        """Whether the batch left a whole file unread."""
+        return any(one.name == name and not one.end for one in self.set_aside)
+
+
+class _Catalogue(msgspec.Struct):
+    """Plans up to ``version``, whose commit ``commit`` identifies: after a power cut another commit may have its number."""
+
+    format: int
+    table_id: str
+    version: int
+    commit: str
+    plans: list[BatchPlan]
+
+
+class _StoredLimits(msgspec.Struct):
+    ingested_us: int
+    earliest_us: int
+    future_skew_us: int
+    hour_grace_us: int
+    rejects_kept: int | None = None
+
+
+class _StoredPlan(msgspec.Struct):
+    """A plan as it stands in a commit's userMetadata."""
+
+    query_id: str
+    batch_id: int
+    limits: _StoredLimits
+    campaigns_version: int
+    files: list[tuple[int, str, int]] = []
+    rule_set: str | None = None
+    ranges: list[tuple[str, int, int]] = []
+    quarantined: list[SetAside] = []
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The plans up to a version of the table, in the order of their commits; a batch occurs once."""
+
+    batches: tuple[BatchPlan, ...]
+
+
+def read_plans(settings: Settings, version: int, table: Table = EVENTS) -> Plans:
+    """All plans that the commits of ``table`` (`events` or `orders`) up to ``version`` hold or once held."""
+    log = DeltaLog(settings.table_uri(table.name))
+    path = settings.recount_path / ("plans.json" if table is EVENTS else f"plans-{table.name}.json")
+    table_id = log.table_id()
+    catalogue = _load(path, log, table_id)
+    if catalogue.version < version:
+        found = [plan for number in range(catalogue.version + 1, version + 1) if (plan := _plan_of(log, number))]
+        catalogue = _Catalogue(_FORMAT, table_id, version, commit_identity(log.commit(version)), [*catalogue.plans, *found])
+        _save(path, catalogue)
+    return Plans(tuple(_once(plan for plan in catalogue.plans if plan.version <= version)))
+
+
+def _once(plans: Iterable[BatchPlan]) -> Iterable[BatchPlan]:
+    seen: set[tuple[str, int]] = set()
+    for plan in plans:
+        if (plan.query_id, plan.batch_id) not in seen:
+            seen.add((plan.query_id, plan.batch_id))
+            yield plan
+
+
+def _plan_of(log: DeltaLog, version: int) -> BatchPlan | None:
+    commit = log.commit(version)
+    if commit is None or commit.user_metadata is None:
+        return None
+    try:
+        stored = msgspec.json.decode(commit.user_metadata, type=_StoredPlan)
+    except msgspec.MsgspecError:
+        return None  # of a compaction, a correction or another tool: no batch
+    limits = stored.limits
+    return BatchPlan(
+        query_id=stored.query_id,
+        batch_id=stored.batch_id,
+        version=version,
+        ingested_us=limits.ingested_us,
+        earliest_us=limits.earliest_us,
+        future_skew_us=limits.future_skew_us,
+        hour_grace_us=limits.hour_grace_us,
+        campaigns_version=stored.campaigns_version,
+        files=tuple(sorted(PlannedFile(ms, landing_name(path), size) for ms, path, size in stored.files)),
+        rule_set=stored.rule_set,
+        ranges=tuple(sorted(PlannedRange(*span) for span in stored.ranges)),
+        rejects_kept=limits.rejects_kept,
+        set_aside=tuple(stored.quarantined),
+    )
+
+
+def landing_name(path: str) -> str:
+    """The name of a planned file under the landing folder: the folder may have moved since, the last three parts have not."""
+    return "/".join(Path(path).parts[-3:])
+
+
+def _load(path: Path, log: DeltaLog, table_id: str) -> _Catalogue:
+    try:
+        held = msgspec.json.decode(path.read_bytes(), type=_Catalogue)
+        is_current = commit_identity(log.commit(held.version)) in (held.commit, "")  # empty: the log no longer has the commit
+        if held.format == _FORMAT and held.table_id == table_id and is_current and held.version <= (log.latest_version() or 0):
+            return held
+    except (OSError, msgspec.MsgspecError):
+        pass  # missing or damaged: read from the commits again
+    return _Catalogue(_FORMAT, table_id, -1, "", [])
+
+
+def _save(path: Path, catalogue: _Catalogue) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(msgspec.json.encode(catalogue))
+    os.replace(temporary, path)

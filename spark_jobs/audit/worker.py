@@ -1,0 +1,242 @@
+"""One landing file, or one chunk of a topic's raw records, into one entry of the store; and the process that does so for others
+(``python -m spark_jobs.audit.worker``).
+
+The process reads tasks as JSON lines from its standard input and answers with JSON lines: ``{"read": bytes}`` while it reads,
+``{"done": kept}`` or ``{"error": text}`` at the end of a task. It ends with its input. It is started anew rather than forked (who
+forks while threads run copies their locks as they are), so it imports little.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import stat
+import sys
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from spark_jobs.audit.parser import LONGEST_LINE, UNREADABLE, Ints, parse_file, parse_values, record_schema
+
+FORMAT = 3  # raise it when the records or their meaning change: entries of another one are made again
+METADATA_KEY = b"adtally.recount"
+ROW_GROUP_ROWS = 128 * 1024
+RECORD_BYTES = 350  # about so many does a raw record have: for progress only
+_VALUES_AT_ONCE = 4096
+_SORT_MEMORY = "512MB"  # more is spilled
+_PLAIN_COLUMNS = ("record_id", "impression_id", "user_id")  # too many values for a dictionary to pay
+
+
+@dataclass(frozen=True)
+class ParseTask:
+    """A landing file and where its records go. ``mtime_ms`` and ``size`` say which state of the file is meant."""
+
+    path: str
+    name: str
+    mtime_ms: int
+    size: int
+    stream: str
+    region: str
+    target: str
+
+    @property
+    def state(self) -> list[Any]:
+        """Which state of it was parsed."""
+        return [self.mtime_ms, self.size]
+
+
+@dataclass(frozen=True)
+class ChunkTask:
+    """Offsets [start, end) of a Kafka partition, and where its records go. ``name`` is ``kafka/<cluster>/<topic>/<partition>``.
+
+    ``paths`` are the data files of the table of raw records that may hold some of them; ``table_id`` is that table.
+    """
+
+    name: str
+    start: int
+    end: int
+    table_id: str
+    paths: list[str]
+    stream: str
+    target: str
+
+    @property
+    def size(self) -> int:
+        """About how many bytes there are to read."""
+        return (self.end - self.start) * RECORD_BYTES
+
+    @property
+    def state(self) -> list[Any]:
+        """Which part of the partition was parsed, and of which table."""
+        return [self.table_id, self.start, self.end]
+
+
+AnyTask = ParseTask | ChunkTask
+
+
+def mtime_ms(state: os.stat_result) -> int:
+    """A time of modification in milliseconds, in 64 bits that wrap: as the plans of batches have it."""
+    return int.from_bytes((state.st_mtime_ns // 1_000_000 % 2**64).to_bytes(8), signed=True)
+
+
+def is_as_said(path: str, modified_ms: int, size: int) -> bool:
+    """Whether a regular file is there in this state."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and (mtime_ms(found), found.st_size) == (modified_ms, size)
+
+
+class _Facts:
+    """What is said of all records of a file."""
+
+    def __init__(self) -> None:
+        self.records = 0
+        self.min_us: int | None = None
+        self.max_us: int | None = None
+        self.has_unknown_time = self.is_unreadable = False
+
+    def add(self, table: pa.Table) -> None:
+        self.records += table.num_rows
+        times = pc.min_max(table["time_us"]).as_py()
+        self.min_us = min((t for t in (self.min_us, times["min"]) if t is not None), default=None)
+        self.max_us = max((t for t in (self.max_us, times["max"]) if t is not None), default=None)
+        self.has_unknown_time |= table["time_us"].null_count > 0
+        if table.num_rows == 1:
+            self.is_unreadable |= table["reasons"][0].as_py() == [UNREADABLE]
+
+
+def parse_into(task: AnyTask, on_read: Callable[[int], None]) -> bool:
+    """Parse what a task says into its ``target``, which appears whole or not at all.
+
+    Returns False, and leaves nothing, where a landing file is not or no longer in the state that the task says.
+    """
+    if not _is_there(task):
+        return False
+    target = Path(task.target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        _write(task, temporary, on_read)
+        if not _is_there(task):
+            return False
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _is_there(task: AnyTask) -> bool:
+    """Raw records never change; a landing file may."""
+    return isinstance(task, ChunkTask) or is_as_said(task.path, task.mtime_ms, task.size)
+
+
+def _records(task: AnyTask, on_read: Callable[[int], None]) -> Iterator[pa.Table]:
+    if isinstance(task, ParseTask):
+        yield from parse_file(Path(task.path), task.stream, task.region, on_read)
+        return
+    told = 0
+    for offsets, values in raw_values(task):
+        yield parse_values(values, offsets, task.stream)
+        count = min(len(values) * RECORD_BYTES, task.size - told)
+        told += count
+        on_read(count)
+    on_read(task.size - told)
+
+
+def raw_values(
+    task: ChunkTask, only: Collection[int] | None = None, *, cut: bool = True
+) -> Iterator[tuple[Ints, list[bytes | None]]]:
+    """(offsets, values) of a task's records, in the order of their offsets, each offset once, some thousand at a time.
+
+    ``only``: these offsets alone. ``cut``: for a value too long to be valid stands another one, not much longer than that.
+    """
+    if not task.paths:
+        return
+    _, cluster, topic, partition = task.name.split("/")
+    is_long = f"octet_length(value) > {LONGEST_LINE}" if cut else "false"
+    chosen = "true" if only is None else f"source_offset in ({', '.join(map(str, only))})"
+    config: dict[str, Any] = {"threads": 1, "memory_limit": _SORT_MEMORY, "temp_directory": f"{task.target}.spill"}
+    with duckdb.connect(":memory:", config=config) as lake:
+        found = lake.execute(
+            f"""
+            select source_offset, if({is_long}, null, value) as value, {is_long} as is_long
+            from read_parquet(?)
+            where cluster = ? and source_topic = ? and source_partition = ? and source_offset >= ? and source_offset < ?
+                and {chosen}
+            order by source_offset
+            """,
+            [task.paths, cluster, topic, int(partition), task.start, task.end],
+        )
+        last = -1
+        for batch in found.to_arrow_reader(_VALUES_AT_ONCE):
+            offsets = batch["source_offset"].to_numpy()
+            once = np.diff(offsets, prepend=last) != 0  # after a lost checkpoint a record may stand there twice
+            last = int(offsets[-1]) if len(offsets) else last
+            kept = batch.filter(pa.array(once))
+            values = kept["value"].to_pylist()
+            for at in np.flatnonzero(kept["is_long"].fill_null(False).to_numpy(zero_copy_only=False)).tolist():
+                values[at] = b" " * (LONGEST_LINE + 1)
+            yield offsets[once], values
+
+
+def _write(task: AnyTask, temporary: Path, on_read: Callable[[int], None]) -> None:
+    schema, facts = record_schema(task.stream), _Facts()
+    coded = [
+        name for name, kind in zip(schema.names, schema.types, strict=True) if kind == pa.string() and name not in _PLAIN_COLUMNS
+    ]
+    waiting: list[pa.Table] = []
+    with pq.ParquetWriter(
+        temporary, schema, compression="zstd", compression_level=1, use_dictionary=coded, write_page_checksum=True
+    ) as writer:
+        for table in _records(task, on_read):
+            facts.add(table)
+            waiting.append(table)
+            if sum(part.num_rows for part in waiting) >= ROW_GROUP_ROWS:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting = []
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
+        said = {"format": FORMAT, "name": task.name, "state": task.state, **vars(facts)}
+        writer.add_key_value_metadata({METADATA_KEY.decode(): json.dumps(said)})
+
+
+class _NoPandas(MetaPathFinder):
+    """Arrow imports pandas with the first list that it is given, if it can: a second for something that is not used here."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "pandas":
+            raise ImportError(name)
+
+
+def main() -> int:
+    """Work until the standard input ends."""
+    sys.meta_path.insert(0, _NoPandas())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asked, who then ends this process
+    gc.disable()  # records form no cycles
+    pa.set_cpu_count(1)  # there is a process for each core
+    for line in sys.stdin:
+        said = json.loads(line)
+        task = ChunkTask(**said) if "paths" in said else ParseTask(**said)
+        try:
+            answer: dict[str, object] = {"done": parse_into(task, lambda read: print(json.dumps({"read": read}), flush=True))}
+        except Exception as error:  # whatever it is, the one who asked must be told
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

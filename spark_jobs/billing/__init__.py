@@ -1,0 +1,1 @@
+"""Billing: the ledger of charges, credits and adjustments."""

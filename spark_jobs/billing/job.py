@@ -1,0 +1,420 @@
+"""The billing ledger: a line per day, campaign, store and currency when the day closes, and one for each later change.
+
+A day is charged once all of its hours are closed. What its spend is from then on, be it by late events, by clicks found invalid, by
+a repair or a backfill, is posted as further lines, each with its reason, its run and its amount: nothing is ever changed or taken
+out. Amounts are differences of the rounded total, so that the lines of a key sum to its spend, rounded once (half away from zero),
+as `fct_campaign_day` shows it. docs/decisions/0009 has the reasons.
+
+Days are looked at where increments or ledger rows came since the last posting, and when they close: what is new is what it costs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+from deltalake import DeltaTable
+from filelock import FileLock
+
+from spark_jobs.config import Settings
+from spark_jobs.corrections.run import finish_corrections
+from spark_jobs.lake.data_files import DataFileWriter
+from spark_jobs.lake.duck import connect_delta
+from spark_jobs.lake.log import Commit, DeltaLog
+from spark_jobs.lake.reading import read_files
+from spark_jobs.lake.roots import require_local
+from spark_jobs.lake.tables import BATCH_LEDGER, BILLING_LINES, MINUTE_METRICS, RESTATEMENTS, TRAFFIC_REVIEWS
+from spark_jobs.lake.writes import DeltaSink, Transaction, ensure_tables
+from spark_jobs.operate.watermark import read_closing
+from spark_jobs.steps import Step
+
+BILLING_LOCK = ".billing.lock"  # in ADTALLY_HOME
+
+Key = tuple[date, str, str, str]  # day, campaign, store, currency
+
+_APP = "adtally-billing"  # the transactions of billing_lines: each has the number of the version that it makes
+_MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "invalid_spend_nanos")
+_OWN = "own"  # the part of the batches themselves, beside those of the correction runs
+_UNKNOWN = "unknown:"  # of a correction run that `restatements` does not know
+_REASON_OF_KIND = {"review": "invalid_traffic", "repair": "repair", "backfill": "backfill"}
+_REASONS = ("late", "invalid_traffic", "repair", "backfill")  # the order of a posting's lines
+_COMMITS_UNREAD = 500  # of minute_metrics without a line; then the place that was read up to is noted in a commit of its own
+
+
+@dataclass(frozen=True)
+class BillingLine:
+    """A line as table `billing_lines` holds it."""
+
+    line_id: str
+    line_type: str
+    event_date: date
+    campaign_id: str
+    store_id: str
+    currency: str
+    amount_micros: int
+    billed_micros: int
+    spend_nanos: int
+    impressions: int
+    clicks: int
+    invalid_impressions: int
+    invalid_clicks: int
+    invalid_spend_nanos: int
+    reason: str
+    run_id: str
+    rule_set: str | None
+    metrics_version: int
+    posting: int
+    spend_parts: str
+    billed_at: datetime
+
+
+@dataclass(frozen=True)
+class BillingReport:
+    """What a run posted. ``days``: closed days that it looked at."""
+
+    run_id: str
+    lines: list[BillingLine] = field(default_factory=list)
+    days: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Up to where the last posting read; days before ``billed_through`` are closed for good, whatever a new source says."""
+
+    metrics_version: int
+    ledger_version: int
+    billed_through: date
+
+
+@dataclass
+class _Day:
+    """What the increments of a key sum up to. ``parts``: nanos of the batches' own rows (_OWN) and of each correction run."""
+
+    measures: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_MEASURES, 0))
+    parts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+
+@dataclass(frozen=True)
+class _Billed:
+    """What the lines of a key sum up to, with the parts that they hold."""
+
+    micros: int
+    parts: dict[str, int]
+
+
+@dataclass
+class _Why:
+    """What `restatements` says: (run, day, campaign, currency) -> kind -> its money and rule set."""
+
+    kinds: dict[tuple[str, date, str, str], dict[str, tuple[int, str | None]]]
+    reviewed_by: dict[date, str]  # day -> rule set of its latest review
+
+
+def bill(
+    settings: Settings,
+    *,
+    run_id: str | None = None,
+    now: datetime | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> BillingReport:
+    """Post the lines of the closed days whose spend differs from what is billed; the report has those lines.
+
+    One run at a time, others wait. All lines of a run stand in one commit: killed, it has posted all of them or none. Run again it
+    posts nothing. Raises UsageError where the lakehouse is not a local path.
+    """
+    require_local(settings, "billing")
+    began, name = time.monotonic(), run_id or uuid.uuid4().hex
+    if not DeltaLog(settings.table_uri(BATCH_LEDGER.name)).exists():
+        return BillingReport(name)
+    ensure_tables(settings)
+    settings.home_path.mkdir(parents=True, exist_ok=True)
+    finish_corrections(settings)
+    with FileLock(settings.home_path / BILLING_LOCK), connect_delta() as lake:
+        run = _Run(settings, lake, name, now or datetime.now(UTC))
+        days = run.days()
+        if days and progress:
+            progress(f"looking at {len(days)} closed days")
+        lines = run.lines(days) if days else []
+        run.post(lines)
+    return BillingReport(name, lines, len(days), time.monotonic() - began)
+
+
+class _Run:
+    """One run, under the lock. The ledger's version is taken first: a batch in it is whole in the other tables' versions."""
+
+    def __init__(self, settings: Settings, lake: duckdb.DuckDBPyConnection, run_id: str, now: datetime) -> None:
+        self._settings, self._lake, self._run_id, self._now = settings, lake, run_id, now
+        self._place = _last_place(settings)
+        tables = (BATCH_LEDGER, MINUTE_METRICS, TRAFFIC_REVIEWS, BILLING_LINES)
+        self._versions = {table.name: DeltaLog(settings.table_uri(table.name)).latest_version() or 0 for table in tables}
+        closed = read_closing(settings).closed_through
+        through = date.min if closed is None else closed.date()
+        self._through = through if self._place is None else max(through, self._place.billed_through)
+        # Before `restatements` is read, at its newest: where no correction is under way, why is told for all increments read.
+        self._is_correcting = any(path.name[0] != "." for path in _entries(settings))
+        self._versions[RESTATEMENTS.name] = DeltaLog(settings.table_uri(RESTATEMENTS.name)).latest_version() or 0
+        self._waits = False
+
+    # --- which days
+
+    def days(self) -> list[date]:
+        """The closed days whose totals can differ from what is billed."""
+        partitions = self._partitions()
+        changed = self._changed_days()
+        if changed is None or self._place is None:
+            wanted = partitions
+        else:
+            wanted = {day for day in partitions if day >= self._place.billed_through} | changed
+        return sorted(day for day in wanted if day < self._through)
+
+    def _partitions(self) -> set[date]:
+        held = DeltaTable(self._settings.table_uri(MINUTE_METRICS.name), version=self._versions[MINUTE_METRICS.name])
+        return set(pa.table(held.get_add_actions(flatten=True))["partition.event_date"].cast(pa.date32()).to_pylist())
+
+    def _changed_days(self) -> set[date] | None:
+        """Days of the increments and of the ledger rows that came or went since the last posting; None: not to be told."""
+        if self._place is None:
+            return None
+        metrics = self._commits(MINUTE_METRICS.name, self._place.metrics_version)
+        ledger = self._commits(BATCH_LEDGER.name, self._place.ledger_version)
+        if metrics is None or ledger is None:
+            return None
+        found = {
+            date.fromisoformat(action["partitionValues"]["event_date"])
+            for commit in metrics
+            for action in (*commit.data_added, *commit.data_removed)
+        }
+        paths = [action["path"] for commit in ledger for action in commit.data_added]
+        hours = pa.schema([BATCH_LEDGER.schema.field("event_hour")])
+        try:
+            rows = read_files(self._settings.table_uri(BATCH_LEDGER.name), paths, hours)
+        except FileNotFoundError:  # put together with others and vacuumed since
+            return None
+        return found | {hour.date() for hour in rows["event_hour"].to_pylist() if hour is not None}
+
+    def _commits(self, name: str, since: int) -> list[Commit] | None:
+        """Commits after version ``since`` up to the one that is read; None where the log does not have them all."""
+        if since > self._versions[name]:
+            return None
+        log = DeltaLog(self._settings.table_uri(name))
+        found = [log.commit(version) for version in range(since + 1, self._versions[name] + 1)]
+        commits = [commit for commit in found if commit is not None]
+        return commits if len(commits) == len(found) else None
+
+    # --- what they come to
+
+    def lines(self, days: list[date]) -> list[BillingLine]:
+        """The lines that bring these days to what they come to."""
+        billed, why = self._billed(days), self._why(days)
+        lines: list[BillingLine] = []
+        totals = self._totals(days, why)
+        for key in sorted(totals.keys() | billed.keys()):
+            lines += self._lines_of(key, totals.get(key, _Day()), billed.get(key), why)
+        return lines
+
+    def _totals(self, days: list[date], why: _Why) -> dict[Key, _Day]:
+        rows = self._lake.execute(
+            f"""
+            with completed as (
+                select distinct _query_id, _batch_id from {self._scan(BATCH_LEDGER.name)}
+                where event_hour >= ?::timestamptz and event_hour < ?::timestamptz
+            )
+            select event_date, campaign_id, store_id, currency, _run_id, {", ".join(f"sum({m})::hugeint" for m in _MEASURES)},
+                sum(spend_nanos)::hugeint
+            from {self._scan(MINUTE_METRICS.name)} semi join completed using (_query_id, _batch_id)
+            where {_among(days)} group by all
+            """,
+            [_midnight(days[0]), _midnight(days[-1] + timedelta(days=1))],
+        ).fetchall()
+        stores: dict[tuple[date, str, str], set[str]] = defaultdict(set)
+        for day, campaign, store, currency, *_ in rows:
+            stores[day, campaign, currency].add(store)
+        found: dict[Key, _Day] = defaultdict(_Day)
+        for day, campaign, store, currency, run, *measures, nanos in rows:
+            total = found[day, campaign, store, currency]
+            for name, value in zip(_MEASURES, measures, strict=True):
+                total.measures[name] += value or 0
+            kinds = why.kinds.get((run, day, campaign, currency), {}) if run else {}
+            for part, value in _split(run, nanos, kinds, is_alone=len(stores[day, campaign, currency]) == 1):
+                total.parts[part] += value
+        return found
+
+    def _billed(self, days: list[date]) -> dict[Key, _Billed]:
+        rows = self._lake.execute(
+            f"""
+            select event_date, campaign_id, store_id, currency, sum(amount_micros)::hugeint, arg_max(spend_parts, posting)
+            from {self._scan(BILLING_LINES.name)} where {_among(days)} group by all
+            """
+        ).fetchall()
+        return {
+            (day, campaign, store, currency): _Billed(micros, json.loads(parts))
+            for day, campaign, store, currency, micros, parts in rows
+        }
+
+    def _why(self, days: list[date]) -> _Why:
+        rows = self._lake.execute(
+            f"""
+            select run_id, event_hour::date as event_date, campaign_id, currency, kind, sum(spend_nanos)::hugeint, max(rule_set)
+            from {self._scan(RESTATEMENTS.name)} where {_among(days, "event_hour::date")} group by all
+            """
+        ).fetchall()
+        kinds: dict[tuple[str, date, str, str], dict[str, tuple[int, str | None]]] = defaultdict(dict)
+        for run, day, campaign, currency, kind, nanos, rule_set in rows:
+            kinds[run, day, campaign, currency][kind] = (nanos, rule_set)
+        reviews = self._lake.execute(
+            f"""
+            select event_hour::date, arg_max(rule_set, reviewed_at) from {self._scan(TRAFFIC_REVIEWS.name)}
+            where {_among(days, "event_hour::date")} group by all
+            """
+        ).fetchall()
+        return _Why(dict(kinds), dict(reviews))
+
+    def _lines_of(self, key: Key, total: _Day, billed: _Billed | None, why: _Why) -> Iterator[BillingLine]:
+        parts = {name: nanos for name, nanos in sorted(total.parts.items()) if nanos}
+        before = billed or _Billed(0, {})
+        if parts == before.parts:
+            return
+        if self._is_correcting and any(part.startswith(_UNKNOWN) for part in parts):
+            self._waits = True  # its increments are there, why they are is about to come: the next run posts it
+            return
+        place = self._place
+        if billed is None and (place is None or key[0] >= place.billed_through):
+            micros = nanos_to_micros(sum(parts.values()))
+            yield self._line(key, total, "day_closed", None, micros, micros, sum(parts.values()), parts, why)
+            return
+        nanos, micros = sum(before.parts.values()), before.micros
+        for (reason, run), change in _changes(before.parts, parts):
+            nanos += change
+            amount = nanos_to_micros(nanos) - micros
+            micros += amount
+            if amount:
+                yield self._line(key, total, reason, run, amount, micros, nanos, parts, why)
+
+    def _line(
+        self,
+        key: Key,
+        total: _Day,
+        reason: str,
+        run: str | None,
+        amount: int,
+        billed: int,
+        nanos: int,
+        parts: dict[str, int],
+        why: _Why,
+    ) -> BillingLine:
+        day, campaign, store, currency = key
+        posting = self._versions[BILLING_LINES.name] + 1
+        name = json.dumps([day.isoformat(), campaign, store, currency, posting, reason, run])
+        restated = why.kinds.get((run, day, campaign, currency), {}) if run else {}
+        rule_sets = (rules for kind, (_, rules) in restated.items() if _REASON_OF_KIND.get(kind) == reason)
+        return BillingLine(
+            line_id=hashlib.sha256(name.encode()).hexdigest()[:32],
+            line_type="charge" if reason == "day_closed" else "credit" if amount < 0 else "adjustment",
+            event_date=day,
+            campaign_id=campaign,
+            store_id=store,
+            currency=currency,
+            amount_micros=amount,
+            billed_micros=billed,
+            spend_nanos=nanos,
+            **total.measures,
+            reason=reason,
+            run_id=run or self._run_id,
+            rule_set=next(rule_sets, None) or why.reviewed_by.get(day),
+            metrics_version=self._versions[MINUTE_METRICS.name],
+            posting=posting,
+            spend_parts=json.dumps(parts),
+            billed_at=self._now,
+        )
+
+    # --- put down
+
+    def post(self, lines: list[BillingLine]) -> None:
+        """Add the lines, and the place read up to, in one commit. Without a line only where that place has fallen far behind."""
+        place = _Place(self._versions[MINUTE_METRICS.name], self._versions[BATCH_LEDGER.name], self._through)
+        unread = place.metrics_version - (0 if self._place is None else self._place.metrics_version)
+        if not lines and (self._waits or unread < _COMMITS_UNREAD):
+            return
+        rows = pa.Table.from_pylist([asdict(line) for line in lines], BILLING_LINES.schema)
+        with DataFileWriter(self._settings.table_uri(BILLING_LINES.name), BILLING_LINES) as writer:
+            writer.write(rows)
+        told = self._place if self._waits else place  # what waits is looked at again
+        metadata = {"billing": {"run_id": self._run_id, "place": None if told is None else _as_json(told)}}
+        transaction = Transaction(_APP, self._versions[BILLING_LINES.name] + 1)
+        DeltaSink(BILLING_LINES, self._settings).append(writer.files, Step.BILLING_LINES, transaction, metadata)
+
+    def _scan(self, name: str) -> str:
+        path = self._settings.table_uri(name).replace("'", "''")
+        return f"delta_scan('{path}', version = {self._versions[name]})"
+
+
+def nanos_to_micros(nanos: int) -> int:
+    """Whole micros, rounded half away from zero: 500 -> 1, 499 -> 0, -500 -> -1. As the macro of that name does in dbt."""
+    micros = (abs(nanos) + 500) // 1000
+    return micros if nanos >= 0 else -micros
+
+
+def _split(run: str | None, nanos: int, kinds: dict[str, tuple[int, str | None]], *, is_alone: bool) -> Iterable[tuple[str, int]]:
+    """The parts into which a run's money falls: one a kind. A run may have repaired and reviewed the same campaign.
+
+    `restatements` does not name the store: where a campaign has several, the money goes to the kind that changed most.
+    """
+    if run is None:
+        return [(_OWN, nanos)]
+    if not kinds:
+        return [(f"{_UNKNOWN}{run}", nanos)]
+    ordered = sorted(kinds, key=lambda kind: (abs(kinds[kind][0]), kind))
+    rest = {kind: kinds[kind][0] if is_alone else 0 for kind in ordered[:-1]}
+    return [*((f"{kind}:{run}", money) for kind, money in rest.items()), (f"{ordered[-1]}:{run}", nanos - sum(rest.values()))]
+
+
+def _changes(before: dict[str, int], after: dict[str, int]) -> list[tuple[tuple[str, str | None], int]]:
+    """(reason, run) -> nanos by which the parts changed, in the order of the lines."""
+    found: dict[tuple[str, str | None], int] = defaultdict(int)
+    for part in before.keys() | after.keys():
+        change = after.get(part, 0) - before.get(part, 0)
+        kind, _, run = part.partition(":")
+        if change and part == _OWN:  # only a correction takes a batch's own increments out
+            found["late" if change > 0 else "repair", None] += change
+        elif change:
+            found[_REASON_OF_KIND.get(kind, "repair"), run] += change
+    return sorted(found.items(), key=lambda item: (_REASONS.index(item[0][0]), item[0][1] or ""))
+
+
+def _among(days: list[date], column: str = "event_date") -> str:
+    """A condition on a column of days. The bounds prune; the list is exact."""
+    listed = ", ".join(f"date '{day}'" for day in days)
+    return f"{column} between date '{days[0]}' and date '{days[-1]}' and {column} in ({listed})"
+
+
+def _entries(settings: Settings) -> list[Path]:
+    folder = settings.corrections_path
+    return list(folder.iterdir()) if folder.exists() else []
+
+
+def _midnight(day: date) -> datetime:
+    return datetime(day.year, day.month, day.day, tzinfo=UTC)
+
+
+def _last_place(settings: Settings) -> _Place | None:
+    """The place of the last posting; None where there was none, or the log does not have it any more."""
+    for commit in DeltaLog(settings.table_uri(BILLING_LINES.name)).commits_backwards():
+        if "billing" in commit.metadata:
+            place = commit.metadata["billing"]["place"]
+            return None if place is None else _Place(**place | {"billed_through": date.fromisoformat(place["billed_through"])})
+    return None
+
+
+def _as_json(place: _Place) -> dict[str, Any]:
+    return asdict(place) | {"billed_through": place.billed_through.isoformat()}

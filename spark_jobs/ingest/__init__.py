@@ -1,0 +1,1 @@
+"""Ingest: landing files and Kafka topics into Delta tables, each record once."""

@@ -1,0 +1,170 @@
+"""Campaigns from the CSV files of the landing folder into table `campaigns`."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from spark_jobs.config import Settings
+from spark_jobs.errors import CampaignFileError
+from spark_jobs.ingest.contract.exact import parse_time
+from spark_jobs.ingest.contract.spec import CURRENCIES
+from spark_jobs.ingest.event_columns import CAMPAIGN_SCHEMA
+from spark_jobs.ingest.files.landing import CAMPAIGNS_FOLDER, csv_files, open_regular
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.reading import file_paths, read_files
+from spark_jobs.lake.tables import CAMPAIGNS
+from spark_jobs.lake.writes import replace_campaigns
+from spark_jobs.units import from_micros
+
+COLUMNS = ("campaign_id", "store_id", "billing_model", "daily_budget_micros", "currency", "valid_from", "valid_to")
+
+
+@dataclass(frozen=True, order=True)
+class Campaign:
+    """A campaign in one range of validity: times in microseconds since the epoch, valid_to exclusive, None = open."""
+
+    campaign_id: str
+    valid_from_us: int
+    store_id: str
+    billing_model: str
+    daily_budget_micros: int
+    currency: str
+    valid_to_us: int | None
+    source_file: str
+
+
+def _time(text: str, where: str, column: str) -> int:
+    micros, problem = parse_time(text if "T" in text.upper() else f"{text}T00:00:00Z")
+    if problem or micros is None:
+        raise CampaignFileError(f"{where}: {column} is not an RFC 3339 time with a zone or a date: {text!r}")
+    return micros
+
+
+def _campaign(row: dict[str, str | None], where: str, name: str) -> Campaign:
+    def text(column: str) -> str:
+        value = (row.get(column) or "").strip()
+        if not 1 <= len(value) <= 128:
+            raise CampaignFileError(f"{where}: {column} must have 1 to 128 characters")
+        return value
+
+    budget = text("daily_budget_micros")
+    if not (budget.isascii() and budget.isdigit()) or int(budget) > 10**18:
+        raise CampaignFileError(f"{where}: daily_budget_micros is not a whole number of 0 to 10^18: {budget!r}")
+    if text("billing_model") not in ("cpc", "cpm"):
+        raise CampaignFileError(f"{where}: billing_model must be cpc or cpm, not {text('billing_model')!r}")
+    if text("currency") not in CURRENCIES:
+        raise CampaignFileError(f"{where}: currency is not an ISO 4217 code: {text('currency')!r}")
+    end = (row.get("valid_to") or "").strip()
+    campaign = Campaign(
+        campaign_id=text("campaign_id"),
+        valid_from_us=_time(text("valid_from"), where, "valid_from"),
+        store_id=text("store_id"),
+        billing_model=text("billing_model"),
+        daily_budget_micros=int(budget),
+        currency=text("currency"),
+        valid_to_us=_time(end, where, "valid_to") if end else None,
+        source_file=name,
+    )
+    if campaign.valid_to_us is not None and campaign.valid_to_us <= campaign.valid_from_us:
+        raise CampaignFileError(f"{where}: valid_to is not after valid_from")
+    return campaign
+
+
+def read_campaigns(landing: Path) -> list[Campaign]:
+    """The campaigns of ``<landing>/campaigns/*.csv``, sorted. The same row in two files counts once.
+
+    Raises CampaignFileError with the file, the line and the rule; ranges of one campaign must not overlap.
+    """
+    found: dict[tuple[Any, ...], tuple[Campaign, str]] = {}
+    for name in csv_files(landing, CAMPAIGNS_FOLDER):
+        try:
+            with io.TextIOWrapper(open_regular(landing / name, depth=2), encoding="utf-8-sig", newline="") as handle:
+                reader = csv.DictReader(handle)
+                _require_each_once(reader.fieldnames or (), name)
+                missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+                if missing:
+                    raise CampaignFileError(f"{name}: columns missing: {', '.join(missing)}")
+                for row in reader:
+                    where = f"{name}, line {reader.line_num}"
+                    if reader.restkey in row:
+                        raise CampaignFileError(f"{where}: more values than columns")
+                    campaign = _campaign(row, where, name)
+                    found.setdefault(astuple(campaign)[:-1], (campaign, where))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise CampaignFileError(f"{name}: cannot be read as CSV in UTF-8: {error}") from None
+    placed = sorted(found.values(), key=lambda p: (p[0].campaign_id, p[0].valid_from_us))
+    for (earlier, there), (later, here) in pairwise(placed):
+        if earlier.campaign_id == later.campaign_id and (earlier.valid_to_us is None or earlier.valid_to_us > later.valid_from_us):
+            raise CampaignFileError(
+                f"{here}: the range of campaign {later.campaign_id} overlaps that of {there} at "
+                f"{from_micros(later.valid_from_us).isoformat()}",
+                hint="end the earlier range (valid_to is exclusive) before the next begins",
+            )
+    return [campaign for campaign, _ in placed]
+
+
+def _require_each_once(header: Sequence[str], name: str) -> None:
+    """Raise CampaignFileError for a column that is there twice, also with other capitals, blanks or a byte order mark.
+
+    Which of the two a reader takes is chance. Columns without a name, as spreadsheets add them, hold nothing that is read.
+    """
+    plain = [column.replace("\ufeff", "").strip().casefold() for column in header]
+    for at, column in enumerate(plain):
+        if column and column in plain[:at]:
+            first = header[plain.index(column)]
+            other = "" if first == header[at] else f" (as {first!r} and {header[at]!r})"
+            raise CampaignFileError(f"{name}: column {column} is there twice{other}", hint="keep one of them")
+
+
+def load_campaigns(settings: Settings) -> int | None:
+    """Bring table `campaigns` up to the CSV files. Returns its version.
+
+    Nothing is written when the files say what the table holds. Without a CSV file the table stays as it is.
+    """
+    log = DeltaLog(settings.table_uri(CAMPAIGNS.name))
+    campaigns = read_campaigns(settings.landing_path)
+    digest = hashlib.sha256(json.dumps([astuple(c) for c in campaigns]).encode()).hexdigest()
+    held = log.newest_metadata()
+    if campaigns and (held is None or held.get("campaigns_sha256") != digest):
+        rows = [
+            {
+                **asdict(c),
+                "valid_from": from_micros(c.valid_from_us),
+                "valid_to": None if c.valid_to_us is None else from_micros(c.valid_to_us),
+            }
+            for c in campaigns
+        ]
+        table = pa.Table.from_pylist([{name: row[name] for name in CAMPAIGNS.schema.names} for row in rows], CAMPAIGNS.schema)
+        replace_campaigns(table, settings, {"campaigns_sha256": digest})
+    return log.latest_version()
+
+
+def prices_in_force(settings: Settings) -> int | None:
+    """The version of table `campaigns` whose prices hold; None where no campaign was ever loaded."""
+    uri = settings.table_uri(CAMPAIGNS.name)
+    version = DeltaLog(uri).latest_version()
+    return version if version is not None and file_paths(uri, version) else None
+
+
+def campaigns_at(settings: Settings, version: int) -> pa.Table:
+    """Price lines (CAMPAIGN_SCHEMA) of one version of table `campaigns`."""
+    uri = settings.table_uri(CAMPAIGNS.name)
+    held = read_files(uri, file_paths(uri, version), CAMPAIGNS.schema)
+    return pa.table(
+        {
+            "priced_campaign_id": held["campaign_id"],
+            "billing_model": held["billing_model"],
+            "valid_from_us": held["valid_from"].cast(pa.int64()),
+            "valid_to_us": held["valid_to"].cast(pa.int64()),
+        }
+    ).cast(CAMPAIGN_SCHEMA)

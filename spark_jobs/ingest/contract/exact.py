@@ -1,0 +1,183 @@
+"""The exact validator: one line at a time, every reason named. Slow and complete; the fast path must agree with it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from spark_jobs.ingest.contract.spec import (
+    CURRENCIES,
+    EARLIEST_US,
+    LATEST_US,
+    MAX_LINE_BYTES,
+    REGION_FORM,
+    Contract,
+    Field,
+    Kind,
+    Limits,
+)
+from spark_jobs.units import EPOCH
+
+_TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)[Tt](\d\d):(\d\d):(\d\d)(?:\.(\d+))?([Zz]|([+-])(\d\d):(\d\d))", flags=re.ASCII)
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass
+class Verdict:
+    """What a line is: ``reasons`` empty and ``values`` set, or rejected. ``time_us`` and ``record_id`` where readable."""
+
+    reasons: list[str] = field(default_factory=list)
+    values: dict[str, Any] | None = None
+    time_us: int | None = None
+    record_id: str | None = None
+
+
+class _Object(dict[str, Any]):
+    duplicate = False
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> _Object:
+    made = _Object(pairs)
+    made.duplicate = len(made) != len(pairs)
+    return made
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_refuse_constant)
+
+
+def parse_time(text: str) -> tuple[int | None, str | None]:
+    """Microseconds since the epoch of an RFC 3339 time with a zone, or None and what is wrong: format or precision."""
+    match = _TIME.fullmatch(text)
+    if match is None:
+        return None, "format"
+    year, month, day, hour, minute, second, fraction, _zone, sign, off_hour, off_minute = match.groups()
+    digits = (fraction or "").ljust(6, "0")
+    try:
+        moment = datetime(int(year), int(month), int(day), int(hour), int(minute), int(second), int(digits[:6]), UTC)
+    except ValueError:
+        return None, "format"
+    micros = (moment - EPOCH) // timedelta(microseconds=1)
+    if sign is not None:
+        if int(off_hour) > 23 or int(off_minute) > 59:
+            return None, "format"
+        offset = (int(off_hour) * 60 + int(off_minute)) * 60_000_000
+        micros += -offset if sign == "+" else offset
+    if not EARLIEST_US <= micros <= LATEST_US:  # an offset can lead out of the years that a timestamp has
+        return None, "format"
+    if digits[6:].strip("0"):
+        return None, "precision"
+    return micros, None
+
+
+def _check(spec: Field, value: Any, reasons: list[str]) -> Any:
+    """The value of one present field, or None with a reason added."""
+    name = spec.name
+    if spec.kind is Kind.INTEGER:
+        if type(value) is not int:
+            reasons.append(f"{name}_type")
+        elif not 0 <= value <= spec.high:
+            reasons.append(f"{name}_range")
+        else:
+            return value
+        return None
+    if type(value) is not str:
+        reasons.append(f"{name}_type")
+        return None
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        reasons.append("invalid_unicode")
+        return None
+    if spec.kind is Kind.ID and not 1 <= len(value) <= 128:
+        reasons.append(f"{name}_length")
+    elif (spec.kind is Kind.ENUM and value not in spec.values) or (spec.kind is Kind.CURRENCY and value not in CURRENCIES):
+        reasons.append(f"{name}_unknown")
+    elif spec.kind is Kind.REGION and REGION_FORM.fullmatch(value) is None:
+        reasons.append("region_format")
+    elif spec.kind is Kind.TIME:
+        micros, problem = parse_time(value)
+        if problem:
+            reasons.append(f"{name}_{problem}")
+        return micros
+    else:
+        return value
+    return None
+
+
+def validate_line(
+    raw: bytes, contract: Contract, folder_region: str, limits: Limits, *, terminated: bool = True, own_region: bool = False
+) -> Verdict:
+    """Judge one line (without its line feed).
+
+    Valid: ``values`` holds every field of the contract, times in microseconds, the folder's region, defaults filled in;
+    received_at stays None when absent. Otherwise ``reasons`` has every reason that could be told, in the contract's order.
+    ``own_region``: the record's region holds where it has one, as of a topic into which other regions are mirrored.
+    """
+    verdict = Verdict()
+    reasons = verdict.reasons
+    if len(raw) > MAX_LINE_BYTES:
+        reasons.append("line_too_long")
+        return verdict
+    if raw.endswith(b"\r"):
+        reasons.append("crlf")
+    if raw.startswith(_BOM):
+        reasons.append("byte_order_mark")
+    if b"\0" in raw:
+        reasons.append("nul_byte")
+    if not raw.strip(b" \t\r"):
+        reasons.append("blank_line")
+        return verdict
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        reasons.append("invalid_utf8")
+        return verdict
+    try:
+        # strip only JSON's own white space: the decoder takes no more, but str.strip() would
+        record = _DECODER.decode(text.strip(" \t\r"))
+    except (ValueError, RecursionError):
+        if not {"byte_order_mark", "nul_byte"} & set(reasons):
+            reasons.append("not_json")
+        if not terminated:
+            reasons.append("unterminated_line")
+        return verdict
+    if not isinstance(record, _Object):
+        reasons.append("not_an_object")
+        return verdict
+    if record.duplicate:
+        reasons.append("duplicate_key")
+
+    values: dict[str, Any] = {}
+    for spec in contract.fields:
+        value = record.get(spec.name)
+        if value is None:
+            if spec.required:
+                reasons.append(f"{spec.name}_missing")
+            values[spec.name] = spec.default
+        else:
+            values[spec.name] = _check(spec, value, reasons)
+    record_id = values[contract.id_field]
+    verdict.record_id = record_id if isinstance(record_id, str) else None
+    time_us = values[contract.time_field]
+    verdict.time_us = time_us
+
+    own = values["region"]
+    if own is not None and own != folder_region and not own_region:
+        reasons.append("region_mismatch")
+    if REGION_FORM.fullmatch(folder_region) is None:
+        reasons.append("folder_region_format")
+    values["region"] = own if own_region and own is not None else folder_region
+    if time_us is not None:
+        if time_us < limits.earliest_us:
+            reasons.append(f"{contract.time_field}_out_of_range")
+        received_us = values["received_at"] if values["received_at"] is not None else limits.ingested_us
+        if time_us > received_us + limits.future_skew_us:
+            reasons.append(f"{contract.time_field}_in_future")
+    if not reasons:
+        verdict.values = values
+    return verdict

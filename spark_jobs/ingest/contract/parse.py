@@ -1,0 +1,180 @@
+"""From the lines of a split to columns: the fast validator first, the exact one for all that it leaves."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from spark_jobs.ingest.contract.exact import Verdict, validate_line
+from spark_jobs.ingest.contract.spec import MAX_LINE_BYTES, MAX_RAW_BYTES, Contract, Limits
+from spark_jobs.ingest.contract.vectorised import accept_plain, flat_lines, parsed_schema
+from spark_jobs.ingest.files.lines import FileFault, Lines, LongLine
+
+FILE_LEVEL_LINE = 0
+_SHORT = 64  # bytes: the verdict of a line so short is kept, for a flood of them is one line over and over
+_VERDICTS_KEPT = 1000
+
+
+@dataclass
+class Reject:
+    """A line that is not accepted. ``number`` counts from 0 within the split, -1 for the file as a whole."""
+
+    number: int
+    reasons: list[str]
+    raw: str
+    raw_encoding: str
+    raw_size_bytes: int
+    record_id: str | None = None
+    time_us: int | None = None
+
+
+@dataclass
+class Parsed:
+    """A chunk of a split: ``valid`` has n (line number within the split, int64) and the contract's fields, by n.
+
+    Where only so many rejects of a kind are kept, a line that occurs more often in the chunk is in ``rejects`` as often as
+    it can be kept, and in ``repeats`` once, with how many more there are.
+    """
+
+    offered: int
+    valid: pa.Table
+    rejects: list[Reject] = field(default_factory=list)
+    repeats: list[tuple[Reject, int]] = field(default_factory=list)
+
+
+def encode_raw(raw: bytes) -> tuple[str, str]:
+    """Text that keeps ``raw`` and its encoding: utf-8, or base64 for what is not text (or holds a NUL)."""
+    kept = raw[:MAX_RAW_BYTES]
+    if b"\0" not in kept:
+        try:
+            return kept.decode("utf-8"), "utf-8"
+        except UnicodeDecodeError:
+            pass
+    return base64.b64encode(kept).decode("ascii"), "base64"
+
+
+def decode_raw(raw: str, encoding: str) -> bytes:
+    """The bytes that ``encode_raw`` was given (up to the size it keeps)."""
+    return binascii.a2b_base64(raw) if encoding == "base64" else raw.encode("utf-8")
+
+
+def _reject(number: int, reasons: list[str], raw: bytes, size: int | None = None, verdict: Verdict | None = None) -> Reject:
+    text, encoding = encode_raw(raw)
+    return Reject(
+        number=number,
+        reasons=reasons,
+        raw=text,
+        raw_encoding=encoding,
+        raw_size_bytes=len(raw) if size is None else size,
+        record_id=verdict.record_id if verdict else None,
+        time_us=verdict.time_us if verdict else None,
+    )
+
+
+def parse_chunk(
+    chunk: Lines | LongLine | FileFault, contract: Contract, folder_region: str, limits: Limits, *, own_region: bool = False
+) -> Parsed:
+    """Judge every line of a chunk. offered = valid rows + rejects. ``own_region`` is as in ``validate_line``."""
+    if isinstance(chunk, LongLine):
+        reject = _reject(chunk.number, ["line_too_long"], chunk.head, chunk.size)
+        return Parsed(1, parsed_schema(contract).empty_table(), [reject])
+    if isinstance(chunk, FileFault):
+        reject = _reject(-1 if chunk.nothing_read else chunk.number, [chunk.reason], chunk.rest)
+        return Parsed(1, parsed_schema(contract).empty_table(), [reject])
+    return _parse_lines(chunk, contract, folder_region, limits, own_region)
+
+
+def _parse_lines(chunk: Lines, contract: Contract, folder_region: str, limits: Limits, own_region: bool) -> Parsed:
+    count = len(chunk.ends)
+    offsets = np.zeros(count + 1, dtype=np.int32)
+    offsets[1:] = chunk.ends
+    sizes = np.diff(offsets)
+    flat = flat_lines(chunk.data, chunk.ends)
+    plain = flat & (sizes <= MAX_LINE_BYTES + 1)
+    if not chunk.terminated:
+        plain[-1] = False
+    if not chunk.data.isascii():
+        plain &= _valid_utf8(chunk)
+    column = pa.Array.from_buffers(pa.string(), count, [None, pa.py_buffer(offsets), pa.py_buffer(chunk.data)])
+    numbers = np.arange(count, dtype=np.int64)
+    lines = pa.table({"n": numbers, "line": column})
+    if not plain.all():
+        lines = lines.filter(pa.array(plain))
+    accepted = accept_plain(lines, contract, folder_region, limits, own_region=own_region)
+    taken = np.zeros(count, dtype=bool)
+    taken[accepted["n"].to_numpy()] = True
+
+    rejects: list[Reject] = []
+    repeats: list[tuple[Reject, int]] = []
+    kept: dict[str, list[Any]] = {name: [] for name in parsed_schema(contract).names}
+    left = np.flatnonzero(~taken)
+    most = count if limits.rejects_kept is None else limits.rejects_kept + 1  # of lines with the same text
+    blank = left[(sizes[left] == 1) & (chunk.terminated | (left < count - 1))]
+    if len(blank) > most:
+        left = np.setdiff1d(left, blank[most:], assume_unique=True)
+        verdict = validate_line(b"", contract, folder_region, limits, own_region=own_region)
+        repeats.append((_reject(-1, verdict.reasons, b"", verdict=verdict), len(blank) - most))
+    known: dict[bytes, tuple[Verdict, int]] = {}
+    for index in left.tolist():
+        raw = chunk.raw(index)
+        terminated = chunk.terminated or index < count - 1
+        before = known.get(raw) if terminated else None
+        if before is not None:
+            verdict, seen = before
+            known[raw] = (verdict, seen + 1)
+            if seen >= most:
+                continue
+        else:
+            verdict = validate_line(raw, contract, folder_region, limits, terminated=terminated, own_region=own_region)
+            if verdict.values is None and terminated and len(raw) <= _SHORT and len(known) < _VERDICTS_KEPT:
+                known[raw] = (verdict, 1)
+        if verdict.values is None:
+            rejects.append(_reject(chunk.number(index), verdict.reasons, raw, verdict=verdict))
+            continue
+        kept["n"].append(index)
+        for name, value in verdict.values.items():
+            kept[name].append(value)
+    repeats += [
+        (_reject(-1, verdict.reasons, raw, verdict=verdict), seen - most) for raw, (verdict, seen) in known.items() if seen > most
+    ]
+    if kept["n"]:
+        extra = pa.table(kept, schema=parsed_schema(contract))
+        accepted = pa.concat_tables([accepted, extra]).sort_by("n")
+    if chunk.numbers is not None:
+        accepted = accepted.set_column(0, "n", pa.array(chunk.numbers[accepted["n"].to_numpy()]))
+    elif chunk.first:
+        accepted = accepted.set_column(0, "n", pc.add(accepted["n"], chunk.first))
+    return Parsed(count, accepted, rejects, repeats)
+
+
+def _valid_utf8(chunk: Lines) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    valid = np.ones(len(chunk.ends), dtype=bool)
+    try:
+        chunk.data.decode("utf-8")
+    except UnicodeDecodeError:
+        for index in range(len(valid)):
+            try:
+                chunk.raw(index).decode("utf-8")
+            except UnicodeDecodeError:
+                valid[index] = False
+    return valid
+
+
+def parse_all(
+    chunks: Iterator[Lines | LongLine | FileFault],
+    contract: Contract,
+    folder_region: str,
+    limits: Limits,
+    *,
+    own_region: bool = False,
+) -> Iterator[Parsed]:
+    """``parse_chunk`` over a split."""
+    for chunk in chunks:
+        yield parse_chunk(chunk, contract, folder_region, limits, own_region=own_region)

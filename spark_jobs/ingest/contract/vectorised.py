@@ -1,0 +1,193 @@
+"""The fast validator: Arrow's JSON reader over a whole block of lines, then checks by column.
+
+It only says yes. A line that it does not take goes to the exact validator, so the meaning of the contract has one home. Arrow's
+reader is strict (a key twice, a wrong type, a number that is no integer: an error) but for two things: it reads objects, not
+lines, which ``flat_lines`` makes the same, and it takes NaN. One line that it refuses spoils its
+block, so a spoilt block is cut into smaller ones, down to SMALLEST_BLOCK lines, which are left to the exact validator. Unknown
+fields are learned from the first lines of a block: a field that they do not have spoils it, for Arrow makes a column of each, over
+all the lines, and a small file may name millions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json as pj
+
+from spark_jobs.ingest.contract.spec import CURRENCIES, EARLIEST_US, LATEST_US, REGION_FORM, Contract, Field, Kind, Limits
+
+SMALLEST_BLOCK = 32
+_CUT_INTO = 16
+_INFERRED_LINES = 256  # of lines with unknown fields: a field of its own in each line makes so many columns
+_MOST_QUOTES = 200  # of a line, on the average of such a block: all fields of the contract have 56
+_CURRENCIES = pa.array(sorted(CURRENCIES))
+_TIME_PATTERN = r"^\d{4}-\d\d-\d\dT([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)$"
+_ODD = (b"\\", b"[", b"\r", b"\0")
+
+
+def field_type(kind: Kind) -> pa.DataType:
+    """Arrow type of a parsed field: times (microseconds since the epoch) and integers are int64, all else is text."""
+    return pa.int64() if kind in (Kind.INTEGER, Kind.TIME) else pa.string()
+
+
+def parsed_schema(contract: Contract) -> pa.Schema:
+    """Schema of parsed records: n (the line's number) and the contract's fields."""
+    return pa.schema([("n", pa.int64()), *((spec.name, field_type(spec.kind)) for spec in contract.fields)])
+
+
+def flat_lines(data: bytes, ends: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Per line of ``data`` (line i ends before ``ends[i]``): does it begin with its only brace, and have no backslash, bracket,
+    carriage return or NUL. So an object neither nests another, nor begins or ends in another line.
+    """
+    octets = np.frombuffer(data, dtype=np.uint8)
+    starts = np.concatenate(([0], ends[:-1]))
+    flat: npt.NDArray[np.bool_] = octets[starts] == ord("{")
+    if data.count(b"{") != len(ends) or not flat.all():
+        flat &= np.add.reduceat(octets == ord("{"), starts, dtype=np.int32) == 1
+    for odd in _ODD:
+        if odd in data:
+            flat &= np.add.reduceat(octets == ord(odd), starts, dtype=np.int32) == 0
+    return flat
+
+
+def accept_plain(lines: pa.Table, contract: Contract, folder_region: str, limits: Limits, *, own_region: bool = False) -> pa.Table:
+    """The certainly valid ones of ``lines`` (n int64; line string with its line feed, flat, valid UTF-8, within the size limit).
+
+    Returns ``parsed_schema``: times as microseconds, received_at null when absent. ``own_region`` is as in ``validate_line``.
+    """
+    if REGION_FORM.fullmatch(folder_region) is None:
+        return parsed_schema(contract).empty_table()
+    numbers = lines["n"].to_numpy()
+    accepted = []
+    for start, parsed in _parsed(lines["line"].combine_chunks(), contract):
+        n = pa.array(numbers[start : start + parsed.num_rows])
+        accepted.append(_checked(parsed, contract, folder_region, limits, n, own_region))
+    return pa.concat_tables(accepted) if accepted else parsed_schema(contract).empty_table()
+
+
+def _parsed(lines: pa.StringArray, contract: Contract, start: int = 0) -> Iterator[tuple[int, pa.Table]]:
+    """Blocks that parse: the number of the block's first line, and its fields with times as int64."""
+    count = len(lines)
+    if not count:
+        return
+    try:
+        parsed = _times(_read(lines, contract), contract)
+    except pa.ArrowInvalid:
+        if count > SMALLEST_BLOCK:
+            size = max(SMALLEST_BLOCK, -(-count // _CUT_INTO))
+            for at in range(0, count, size):
+                yield from _parsed(lines.slice(at, size), contract, start + at)
+        return
+    yield start, parsed
+
+
+def _read(lines: pa.StringArray, contract: Contract) -> pa.Table:
+    _, offsets, data = lines.buffers()
+    ends = np.frombuffer(offsets, dtype=np.int32)[lines.offset : lines.offset + len(lines) + 1]
+    text = data.slice(int(ends[0]), int(ends[-1] - ends[0]))
+    schema = pa.schema([(spec.name, pa.int64() if spec.kind is Kind.INTEGER else pa.string()) for spec in contract.fields])
+    if len(lines) <= _INFERRED_LINES:
+        made = _read_inferred(text, schema, len(lines))
+    else:
+        try:
+            made = _read_json(text, schema, "error")
+        except pa.ArrowInvalid:
+            end = int(ends[_INFERRED_LINES] - ends[0])
+            wide = _wider(schema, _read_inferred(text.slice(0, end), schema, _INFERRED_LINES))
+            if wide == schema:
+                raise
+            made = _read_json(text, wide, "error")
+    if made.num_rows != len(lines):
+        raise pa.ArrowInvalid("objects and lines do not agree")
+    for name in made.column_names[len(schema) :]:  # unknown fields: read too, for JSON has no NaN and knows no key twice
+        if pa.types.is_floating(made[name].type) and not pc.all(pc.is_finite(made[name])).as_py():
+            raise pa.ArrowInvalid("a number that JSON does not have")
+    return made.select(schema.names)
+
+
+def _read_json(text: pa.Buffer, schema: pa.Schema, unknown: str) -> pa.Table:
+    return pj.read_json(
+        pa.BufferReader(text),
+        read_options=pj.ReadOptions(use_threads=False, block_size=text.size + 1),
+        parse_options=pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior=unknown),
+    )
+
+
+def _read_inferred(text: pa.Buffer, schema: pa.Schema, count: int) -> pa.Table:
+    """A few lines with their unknown fields. Each becomes a column over all the lines, so neither may be many."""
+    if bytes(text).count(b'"') > count * _MOST_QUOTES:
+        raise pa.ArrowInvalid("too many fields")
+    return _read_json(text, schema, "infer")
+
+
+def _wider(schema: pa.Schema, sample: pa.Table) -> pa.Schema:
+    """The schema with the unknown fields of a sample, each of a type that takes more than the sample has."""
+    for unknown in list(sample.schema)[len(schema) :]:
+        kind = unknown.type
+        if pa.types.is_integer(kind):
+            kind = pa.float64()
+        elif pa.types.is_timestamp(kind):
+            kind = pa.string()
+        schema = schema.append(pa.field(unknown.name, kind))
+    return schema
+
+
+def _times(parsed: pa.Table, contract: Contract) -> pa.Table:
+    """Times as microseconds. Raises ArrowInvalid where a text is none."""
+    for index, spec in enumerate(parsed.schema.names):
+        if contract.fields[index].kind is not Kind.TIME:
+            continue
+        text = parsed[spec]
+        fits = pc.match_substring_regex(text, _TIME_PATTERN)
+        if pc.any(pc.invert(fits)).as_py():
+            raise pa.ArrowInvalid("a time of another form")
+        times = text.cast(pa.timestamp("us", "UTC")).cast(pa.int64())
+        parsed = parsed.set_column(index, spec, times)
+    return parsed
+
+
+def _valid(spec: Field, values: pa.ChunkedArray, folder_region: str, own_region: bool) -> pa.ChunkedArray:
+    match spec.kind:
+        case Kind.ID:
+            size = pc.utf8_length(values)
+            check = pc.and_(pc.greater_equal(size, 1), pc.less_equal(size, 128))
+        case Kind.ENUM:
+            check = pc.is_in(values, value_set=pa.array(spec.values))
+        case Kind.CURRENCY:
+            check = pc.is_in(values, value_set=_CURRENCIES)
+        case Kind.REGION:
+            matches = pc.match_substring_regex(values, f"^(?:{REGION_FORM.pattern})$") if own_region else None
+            check = pc.equal(values, folder_region) if matches is None else matches
+        case Kind.TIME:
+            check = pc.and_(pc.greater_equal(values, EARLIEST_US), pc.less_equal(values, LATEST_US))
+        case Kind.INTEGER:
+            check = pc.and_(pc.greater_equal(values, 0), pc.less_equal(values, spec.high))
+        case Kind.TEXT:
+            return pa.chunked_array([pa.array(np.ones(len(values), dtype=bool))])
+    return pc.fill_null(check, not spec.required)
+
+
+def _checked(
+    parsed: pa.Table, contract: Contract, folder_region: str, limits: Limits, numbers: pa.Array, own_region: bool
+) -> pa.Table:
+    """The rows of a parsed block that keep every rule of the contract."""
+    good = np.ones(parsed.num_rows, dtype=bool)
+    for spec in contract.fields:
+        good &= _valid(spec, parsed[spec.name], folder_region, own_region).to_numpy()
+    times = parsed[contract.time_field].fill_null(0).to_numpy()
+    received = pc.fill_null(parsed["received_at"], limits.ingested_us).to_numpy()
+    good &= (times >= limits.earliest_us) & (times - limits.future_skew_us <= received)
+    columns = [numbers]
+    for spec in contract.fields:
+        values = parsed[spec.name]
+        if spec.kind is Kind.REGION:
+            values = pc.fill_null(values, folder_region) if own_region else pa.repeat(pa.scalar(folder_region), parsed.num_rows)
+        elif spec.default is not None:
+            values = pc.fill_null(values, spec.default)
+        columns.append(values)
+    made = pa.Table.from_arrays(columns, schema=parsed_schema(contract))
+    return made if good.all() else made.filter(pa.array(good))

@@ -1,0 +1,60 @@
+"""Which records of a batch are new, resent or in conflict. Pure: arrays in, arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from spark_jobs.ingest.dedupe.keys import Keys, Words
+
+
+class Outcome(IntEnum):
+    """Where a valid record ends."""
+
+    ACCEPTED = 0
+    DUPLICATE = 1
+    CONFLICT = 2
+
+
+# (low, high) sorted by (low, high) -> found in the history, fingerprint of the accepted record there (0 where not found)
+Lookup = Callable[[Words, Words], tuple[npt.NDArray[np.bool_], Words]]
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Per record: ``outcome`` (Outcome as int8) and ``accepted_fingerprint``, that of the record which holds the id."""
+
+    outcome: npt.NDArray[np.int8]
+    accepted_fingerprint: Words
+
+
+def classify(keys: Keys, lookup: Lookup) -> Classification:
+    """First accepted wins: the history before the batch, within the batch the earlier record.
+
+    A record whose id is held by another is a duplicate if the fingerprints agree, else a conflict.
+    """
+    count = len(keys)
+    if count == 0:
+        return Classification(np.empty(0, dtype=np.int8), np.empty(0, dtype=np.uint64))
+    order = keys.order
+    low, high, fingerprint = keys.low[order], keys.high[order], keys.fingerprint[order]
+    first = np.ones(count, dtype=bool)
+    first[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
+    heads = np.flatnonzero(first)
+    found, known = lookup(low[heads], high[heads])
+    holder = np.where(found, known, fingerprint[heads])
+    group = np.cumsum(first) - 1
+    holder_of_record = holder[group]
+    accepted = first & ~found[group]
+    outcome_sorted = np.where(
+        accepted, Outcome.ACCEPTED, np.where(fingerprint == holder_of_record, Outcome.DUPLICATE, Outcome.CONFLICT)
+    ).astype(np.int8)
+    outcome = np.empty(count, dtype=np.int8)
+    outcome[order] = outcome_sorted
+    accepted_fingerprint = np.empty(count, dtype=np.uint64)
+    accepted_fingerprint[order] = holder_of_record
+    return Classification(outcome, accepted_fingerprint)

@@ -1,0 +1,240 @@
+"""The stream of ad events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from spark_jobs.config import Settings
+from spark_jobs.ingest.batch import Batch, BatchReport, Plan
+from spark_jobs.ingest.campaigns import campaigns_at
+from spark_jobs.ingest.dedupe.classify import Classification, Outcome, classify
+from spark_jobs.ingest.dedupe.index import KeyIndex
+from spark_jobs.ingest.dedupe.keys import Keys, keys_of_ids
+from spark_jobs.ingest.event_columns import increment_columns, sum_increments
+from spark_jobs.ingest.in_force import InForce
+from spark_jobs.ingest.source import Source
+from spark_jobs.ingest.stream import StreamJob, stamp_of
+from spark_jobs.ingest.write import Written, from_stream
+from spark_jobs.lake.checked import DamagedError
+from spark_jobs.lake.log import Commit, DeltaLog, commit_identity
+from spark_jobs.lake.reading import file_paths, read_files
+from spark_jobs.lake.stamp import stamped
+from spark_jobs.lake.tables import EVENTS, MINUTE_METRICS, REJECTED_EVENTS
+from spark_jobs.lake.writes import DeltaSink, Transaction
+from spark_jobs.steps import Step, durable
+from spark_jobs.traffic.rules import InvalidTrafficRules, rules_of
+
+
+class EventsJob(StreamJob):
+    """Ad events."""
+
+    stream = "events"
+    accepted_table = EVENTS
+    rejected_table = REJECTED_EVENTS
+    rejected_step = Step.REJECTED_EVENTS
+    ledger_step = Step.EVENTS_LEDGER
+
+    def __init__(
+        self,
+        settings: Settings,
+        report: Callable[[BatchReport], None],
+        source: Source | None = None,
+        index: KeyIndex | None = None,
+        in_force: InForce | None = None,
+        notice: Callable[[str], None] | None = None,
+    ) -> None:
+        """``index`` and ``in_force``: jobs in one process must have the same. ``notice`` is told if the index is rebuilt."""
+        super().__init__(settings, report, source)
+        self._notice = notice
+        self.index = index or KeyIndex(settings.key_index_path)
+        self._events = DeltaSink(EVENTS, settings)
+        self._metrics = DeltaSink(MINUTE_METRICS, settings)
+        self._in_force = in_force or InForce(settings)
+        self._price_list: tuple[int, pa.Table] | None = None
+        self._rules: tuple[str | None, InvalidTrafficRules] | None = None
+
+    def plan_prices(self) -> int:
+        """See StreamJob."""
+        return self._in_force.prices()
+
+    def prices(self, plan: Plan) -> pa.Table:
+        """See StreamJob."""
+        if self._price_list is None or self._price_list[0] != plan.campaigns_version:
+            self._price_list = (plan.campaigns_version, campaigns_at(self.settings, plan.campaigns_version))
+        return self._price_list[1]
+
+    def plan_rules(self) -> str:
+        """See StreamJob."""
+        self._rules = self._in_force.rule_set()
+        return self._rules[0]
+
+    def rules(self, plan: Plan) -> InvalidTrafficRules:
+        """See StreamJob."""
+        if self._rules is None or self._rules[0] != plan.rule_set:
+            self._rules = (plan.rule_set, rules_of(self.settings, plan.rule_set))
+        return self._rules[1]
+
+    def classify(self, batch: Batch, history_version: int) -> Classification:
+        """See StreamJob."""
+        bring_index_to(self.settings, self.index, history_version, self._notice)
+        try:
+            return classify(batch.keys, self.index.lookup)
+        except DamagedError as damage:
+            self.index.problem = str(damage)
+        bring_index_to(self.settings, self.index, history_version, self._notice)
+        return classify(batch.keys, self.index.lookup)
+
+    def events_uri(self, batch: Batch) -> str | None:
+        """See StreamJob."""
+        return None if batch.committed else self._events.uri
+
+    def contradictions(
+        self, batch: Batch, classified: Classification, written: list[Written], ledger: list[dict[str, Any]]
+    ) -> Iterator[str]:
+        """See StreamJob: the ledger, the events in the table's files, and the increments agree, in rows and money."""
+        accepted, spent = (sum(int(row[name]) for row in ledger) for name in ("accepted", "spend_nanos"))
+        if batch.committed is None:
+            rows = sum(file.rows for part in written for file in part.events)
+            if rows != accepted:
+                yield f"{accepted} accepted, but {rows} written"
+        else:
+            yield from self._differences_from(batch.committed, _accepted_keys(batch, classified))
+        sums = [from_stream(part.increments) for part in written if part.increments is not None]
+        counted, charged = (
+            sum(int(pc.sum(part[name]).as_py() or 0) for part in sums for name in names)
+            for names in (("impressions", "clicks", "invalid_impressions", "invalid_clicks"), ("spend_nanos",))
+        )
+        if counted != accepted:
+            yield f"{accepted} accepted, but {counted} in the increments"
+        if charged != spent:
+            yield f"{spent} nanos accepted, but {charged} in the increments"
+
+    def _differences_from(self, committed: Commit, keys: Keys) -> Iterator[str]:
+        """What the batch's own commit of `events` has other than what the batch has accepted now."""
+        rows = sum(json.loads(action["stats"])["numRecords"] for action in committed.data_added)
+        if rows != len(keys):
+            yield f"{len(keys)} accepted, but {rows} in the commit of events that was made before (version {committed.version})"
+            return
+        try:
+            held = _keys_of(self._events.uri, [action["path"] for action in committed.data_added])
+        except FileNotFoundError:  # vacuumed since
+            return
+        held = held.take(held.order)
+        names = ("low", "high", "fingerprint")
+        if not all(np.array_equal(getattr(held, name), getattr(keys, name)) for name in names):
+            yield f"the accepted events differ from those that version {committed.version} of events has of this batch"
+
+    def commit_accepted(self, batch: Batch, history_version: int, classified: Classification, written: list[Written]) -> None:
+        """See StreamJob."""
+        if batch.committed is None:
+            files = [file for part in written for file in part.events]
+            self._events.append(files, Step.EVENTS, batch.transaction, batch.plan.to_metadata(batch.transaction))
+        self._remember(_accepted_keys(batch, classified), history_version, batch.transaction)
+
+    def commit_derived(self, batch: Batch, written: list[Written]) -> None:
+        """The increments of minute_metrics."""
+        sums = sum_increments([from_stream(part.increments) for part in written if part.increments is not None])
+        stamp = stamp_of(batch)
+        rows = stamped(increment_columns(sums, stamp.query_id, stamp.batch_id), MINUTE_METRICS, stamp)
+        self._metrics.append_rows(rows, Step.MINUTE_METRICS, batch.transaction)
+
+    def _remember(self, keys: Keys, history_version: int, transaction: Transaction) -> None:
+        """Put the batch's keys into the index, if its commit is the next one; else the next batch catches up."""
+        commit = DeltaLog(self._events.uri).commit(history_version + 1)
+        if commit and commit.txn == (transaction.query_id, transaction.batch_id):
+            try:
+                with durable(Step.KEY_INDEX, transaction.batch_id):
+                    self.index.append(keys, commit.version, commit_identity(commit))
+            except DamagedError as damage:  # found while runs were merged: the next batch rebuilds it
+                self.index.problem = str(damage)
+
+
+def _accepted_keys(batch: Batch, classified: Classification) -> Keys:
+    """The keys of the accepted events, sorted."""
+    order = batch.keys.order  # made to classify
+    return batch.keys.take(order[(classified.outcome == Outcome.ACCEPTED)[order]])
+
+
+def bring_index_to(settings: Settings, index: KeyIndex, version: int, notice: Callable[[str], None] | None = None) -> None:
+    """Make the index cover exactly ``version`` of `events`: cut, catch up, or rebuild from the table.
+
+    It is rebuilt where it is damaged, where the table went on from another commit than the one it covers (a rollback, a restored
+    backup), where a commit took keys away, and where the data files of a commit behind it are gone (vacuumed). ``notice`` is told
+    of damage.
+    """
+    uri = settings.table_uri(EVENTS.name)
+    log = DeltaLog(uri)
+    table_id = log.table_id()
+    try:
+        if index.problem is not None:
+            raise DamagedError(index.problem)
+        if _can_follow(log, index, table_id, version):
+            if index.version > version:
+                index.cut(version, commit_identity(log.commit(version)))
+            if all(_append_commit(log, index, number) for number in range(index.version + 1, version + 1)):
+                return
+    except DamagedError as error:
+        if notice is not None:
+            notice(f"the key index is rebuilt from table events: {error}")
+    _rebuild(settings, index, table_id, version)
+
+
+def _can_follow(log: DeltaLog, index: KeyIndex, table_id: str, version: int) -> bool:
+    """Whether the index is of this table, as it is now, and can be cut or brought up to ``version``."""
+    if index.table_id != table_id or (index.version > version and not index.can_cut(version)):
+        return False
+    return index.version < 0 or index.commit == commit_identity(log.commit(index.version))
+
+
+def _append_commit(log: DeltaLog, index: KeyIndex, version: int) -> bool:
+    """Take the keys of one commit into the index; False where its keys cannot be had from it."""
+    commit = log.commit(version)
+    added = None if commit is None else _files_with_keys(commit)
+    if added is None:
+        return False
+    try:
+        keys = _keys_of(log.uri, added)
+    except FileNotFoundError:
+        return False
+    index.append(keys, version, commit_identity(commit))
+    return True
+
+
+def _files_with_keys(commit: Commit) -> list[str] | None:
+    """The data files in which the keys lie that a commit added; None where it took keys away.
+
+    A correction that rewrote files says so if every key in them is still there, and which files are new (corrections/write_ahead.py).
+    """
+    if not commit.data_removed:
+        return [action["path"] for action in commit.data_added]
+    return list(commit.metadata["added_files"]) if commit.metadata.get("keys") == "kept" else None
+
+
+_KEY_SCHEMA = pa.schema([EVENTS.schema.field("event_id"), EVENTS.schema.field("fingerprint")])
+
+
+def _keys_of(uri: str, paths: list[str]) -> Keys:
+    """The keys of data files of `events`; paths as they stand in the log."""
+    return keys_of_ids(read_files(uri, paths, _KEY_SCHEMA), *_KEY_SCHEMA.names)
+
+
+_REBUILD_FILES = 64
+
+
+def keys_of_version(settings: Settings, version: int) -> Iterator[Keys]:
+    """The keys of a version of `events`, some files at a time. Raises FileNotFoundError where files of it were vacuumed."""
+    uri = settings.table_uri(EVENTS.name)
+    files = file_paths(uri, version)
+    return (_keys_of(uri, files[start : start + _REBUILD_FILES]) for start in range(0, len(files), _REBUILD_FILES))
+
+
+def _rebuild(settings: Settings, index: KeyIndex, table_id: str, version: int) -> None:
+    index.problem = None
+    commit = DeltaLog(settings.table_uri(EVENTS.name)).commit(version)
+    index.rebuild(table_id, keys_of_version(settings, version), version, commit_identity(commit))

@@ -1,0 +1,179 @@
+"""What lies in the landing folder: which files wait, which nothing reads, and which nobody accounts for. Read without Spark.
+
+The folder decides, not the checkpoint: whatever lies there is read, waits, or is named with the reason why it is not read.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from spark_jobs.config import Settings
+from spark_jobs.errors import UsageError
+from spark_jobs.ingest.files.checkpoint import read_batch_files, read_finished_batches, read_finished_files
+from spark_jobs.ingest.files.landing import MAX_STRAYS, Entry, Kind, Reason, kind_of, name_below, reason_of, walk_landing
+from spark_jobs.lake.log import Commit, DeltaLog
+from spark_jobs.lake.tables import EVENTS, ORDERS, STREAMS
+from spark_jobs.texts import counted, printable
+
+_EXAMPLES = 3
+_ACCEPTED = {"events": EVENTS, "orders": ORDERS}
+
+
+@dataclass(frozen=True)
+class WaitingFiles:
+    """Files of one source that no finished batch has read; ``waiting_since``: when the first of them was renamed into place."""
+
+    stream: str
+    region: str
+    files: int
+    waiting_since: datetime
+    oldest: str
+
+
+@dataclass(frozen=True)
+class IgnoredFiles:
+    """Files that nothing reads, by source (``<stream>/<region>``, a stream, ``campaigns``, ``landing``) and reason."""
+
+    source: str
+    reason: str
+    meaning: str
+    files: int
+    examples: list[str]
+
+
+@dataclass(frozen=True)
+class LandingReport:
+    """What waits and what is ignored. Not ``is_complete``: there is more that is ignored than was looked at."""
+
+    waiting: list[WaitingFiles] = field(default_factory=list)
+    ignored: list[IgnoredFiles] = field(default_factory=list)
+    is_complete: bool = True
+
+    @property
+    def ignored_files(self) -> int:
+        """How many entries nothing reads."""
+        return sum(found.files for found in self.ignored)
+
+    @property
+    def ignored_text(self) -> str:
+        """What nothing reads, on one line."""
+        parts = (f"{found.files} in {found.source} ({found.meaning}), such as {found.examples[0]}" for found in self.ignored)
+        return "; ".join(parts)
+
+
+def read_landing(settings: Settings) -> LandingReport:
+    """Compare the landing folder with what the checkpoints call read.
+
+    Raises TableCorruptionError where a checkpoint cannot be read.
+    """
+    landing = settings.landing_path
+    read = {name: ms for stream in STREAMS for name, ms in _finished_names(settings, stream).items()}
+    waiting: dict[str, list[Entry]] = {}
+    ignored: dict[tuple[str, Reason], list[str]] = {}
+    counts: dict[tuple[str, Reason], int] = {}
+    for entry in walk_landing(landing):
+        reason = entry.reason
+        if reason is None and entry.name in read and read[entry.name] != entry.modified_ms:
+            reason = Reason.CHANGED
+        if reason is not None:
+            key = (entry.source, reason)
+            counts[key] = counts.get(key, 0) + 1
+            kept = ignored.setdefault(key, [])
+            kept.append(entry.name)
+            if len(kept) > 2 * _EXAMPLES:
+                kept[:] = sorted(kept)[:_EXAMPLES]
+        elif entry.source.partition("/")[0] in STREAMS and entry.name not in read:
+            waiting.setdefault(entry.source, []).append(entry)
+    return LandingReport(
+        [_waiting(source, found) for source, found in sorted(waiting.items())],
+        [
+            IgnoredFiles(source, reason, reason.text, counts[source, reason], [printable(n) for n in sorted(kept)[:_EXAMPLES]])
+            for (source, reason), kept in sorted(ignored.items())
+        ],
+        is_complete=sum(count for (_, reason), count in counts.items() if reason is not Reason.CHANGED) < MAX_STRAYS,
+    )
+
+
+def _waiting(source: str, found: list[Entry]) -> WaitingFiles:
+    stream, _, region = source.partition("/")
+    first = min(found, key=lambda entry: (entry.arrived, entry.name))
+    return WaitingFiles(stream, region, len(found), datetime.fromtimestamp(first.arrived, UTC), printable(first.name))
+
+
+def unaccounted_files(settings: Settings, stream: str, since: datetime | None = None) -> list[str]:
+    """Names of landing files that the checkpoint calls read and that no batch has taken, by the plans in the table's commits.
+
+    They are regular files that should be read; Spark does not list them again. ``since``: only those of batches that were planned
+    then or later, which does not read the history. Of a log that was cleaned only what it can tell.
+    """
+    planned_ms = _planned_names(settings, stream, since)
+    landing = settings.landing_path
+    left = {n for n in planned_ms if kind_of(landing / n) is Kind.FILE and reason_of(landing, n) is None}
+    oldest: Commit | None = None
+    for commit in DeltaLog(settings.table_uri(_ACCEPTED[stream].name)).commits_backwards() if left else ():
+        left -= _names_of_plan(commit, landing, stream)
+        oldest = commit
+        if not left or (since is not None and _committed_ms(commit) < since.timestamp() * 1000):
+            break
+    if oldest is None or oldest.version == 0:
+        return sorted(left)
+    cut = _committed_ms(oldest)
+    return sorted(name for name in left if (planned_ms[name] or 0) > cut)
+
+
+def _planned_names(settings: Settings, stream: str, since: datetime | None) -> dict[str, int | None]:
+    """The files of finished batches by name, with when their batch was planned in ms; None: the checkpoint no longer tells."""
+    checkpoint, landing = settings.checkpoints_path / stream, settings.landing_path
+    found: dict[str, int | None] = {} if since is not None else dict.fromkeys(_finished_names(settings, stream))
+    for batch_id in read_finished_batches(checkpoint):
+        batch = read_batch_files(checkpoint, batch_id)
+        if since is None or batch.planned_us >= since.timestamp() * 1_000_000:
+            found |= {name_below(file.path, landing, stream): batch.planned_us // 1000 for file in batch.files}
+    return found
+
+
+def _finished_names(settings: Settings, stream: str) -> dict[str, int]:
+    """The names of the files that the checkpoint calls read, with the times of modification that they had."""
+    landing = settings.landing_path
+    return {name_below(path, landing, stream): ms for path, ms in read_finished_files(settings.checkpoints_path / stream).items()}
+
+
+def _names_of_plan(commit: Commit, landing: Path, stream: str) -> set[str]:
+    """The files that the batch, or the repair, of a commit took."""
+    try:
+        return {name_below(str(file[1]), landing, stream) for file in commit.metadata["files"]}
+    except (KeyError, TypeError, IndexError):
+        return set()  # of a compaction, a correction or another tool
+
+
+def _committed_ms(commit: Commit) -> int:
+    return int(commit.info.get("timestamp", 0))
+
+
+def look_into_landing(settings: Settings) -> list[str]:
+    """What an ingest says at its start of files that nothing reads: one line, or none.
+
+    Raises UsageError for a link that leads back into the landing folder: Spark follows it, and several would keep it listing for
+    ever.
+    """
+    report = read_landing(settings)
+    if not report.ignored:
+        return []
+    landing = settings.landing_path
+    for entry in walk_landing(landing):
+        if entry.reason is Reason.SYMLINK and entry.source != "landing" and _leads_back(landing / entry.name, landing):
+            raise UsageError(
+                f"{printable(entry.name)} is a link to a folder that leads back into the landing folder {landing}",
+                hint="remove it: no link is followed there (docs/runbooks/ignored-files.md)",
+            )
+    least = "" if report.is_complete else "at least "
+    count = counted(report.ignored_files, "file")
+    return [f"{least}{count} where nothing reads them: {report.ignored_text}; docs/runbooks/ignored-files.md"]
+
+
+def _leads_back(link: Path, landing: Path) -> bool:
+    target = Path(os.path.realpath(link))
+    return target.is_dir() and (target.is_relative_to(landing) or landing.is_relative_to(target))

@@ -1,0 +1,111 @@
+"""Parses many small files together: each statement costs milliseconds, whether it sees three rows or thousands.
+
+A line's outcome depends on the line and on the folder's region alone. So the outcome of a file is cut out of that of its group.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from spark_jobs.ingest.contract.parse import Parsed, Reject, parse_chunk
+from spark_jobs.ingest.contract.spec import Contract, Limits
+from spark_jobs.ingest.event_columns import enrich
+from spark_jobs.ingest.files.landing import Split
+from spark_jobs.ingest.files.lines import Lines, read_lines
+from spark_jobs.traffic.rules import InvalidTrafficRules
+
+SMALL_BYTES = 64 * 1024  # of a plain file
+_GROUP_BYTES = 4 * 1024 * 1024
+_GROUP_FILES = 1000
+_GROUP_LINES = 32 * 1024  # rejects are Python objects, and four megabytes may be as many lines
+
+
+def is_small(split: object) -> bool:
+    """Whether a split is a whole plain file, so small that it is worth to parse it with others."""
+    if not isinstance(split, Split) or split.start or split.end is not None or split.path.endswith(".gz"):
+        return False
+    try:
+        return os.stat(split.path).st_size <= SMALL_BYTES
+    except OSError:
+        return False
+
+
+def groups(splits: Iterable[object]) -> Iterator[list[int]]:
+    """Positions of consecutive splits that are parsed together: small ones of one region; every other one by itself."""
+    group: list[int] = []
+    region, size = None, 0
+    for position, split in enumerate(splits):
+        if not (isinstance(split, Split) and is_small(split)):
+            if group:
+                yield group
+            yield [position]
+            group = []
+            continue
+        if group and (split.region != region or size >= _GROUP_BYTES or len(group) >= _GROUP_FILES):
+            yield group
+            group = []
+        if not group:
+            region, size = split.region, 0
+        group.append(position)
+        size += SMALL_BYTES if split.end is not None else os.path.getsize(split.path)
+    if group:
+        yield group
+
+
+def parse_together(
+    splits: list[Split], contract: Contract, limits: Limits, campaigns: pa.Table, rules: InvalidTrafficRules
+) -> dict[int, list[tuple[Parsed, pa.Table]]]:
+    """Number of a split -> its chunks, parsed and enriched, of splits of one region.
+
+    Splits that are not plain whole lines, cannot be read, or have more lines than there is room for, are left out: they have to be
+    parsed by themselves.
+    """
+    found: dict[int, list[tuple[Parsed, pa.Table]]] = {}
+    numbers: list[int] = []
+    data: list[bytes] = []
+    ends: list[np.ndarray] = []
+    starts = [0]  # the first line of each split, and the number of all lines
+    size = 0
+    for split in splits:
+        chunks = list(read_lines(split.path))
+        if not chunks:
+            found[split.number] = []
+        elif (
+            len(chunks) == 1
+            and isinstance(chunk := chunks[0], Lines)
+            and chunk.terminated
+            and starts[-1] + len(chunk.ends) <= _GROUP_LINES
+        ):
+            numbers.append(split.number)
+            data.append(chunk.data)
+            ends.append(chunk.ends + size)
+            starts.append(starts[-1] + len(chunk.ends))
+            size += len(chunk.data)
+    if not numbers:
+        return found
+    each = replace(limits, rejects_kept=None)  # of lines that repeat each other, too: they may be of other files
+    whole = parse_chunk(Lines(b"".join(data), np.concatenate(ends), 0), contract, splits[0].region, each)
+    enriched = enrich(whole.valid, contract, limits, campaigns, rules)
+    rejects: list[list[Reject]] = [[] for _ in numbers]
+    for reject in whole.rejects:
+        at = bisect_right(starts, reject.number) - 1
+        rejects[at].append(replace(reject, number=reject.number - starts[at]))
+    cuts = np.searchsorted(whole.valid["n"].to_numpy(), starts)
+    for at, number in enumerate(numbers):
+        first, count = int(cuts[at]), int(cuts[at + 1] - cuts[at])
+        valid, rows = (_renumbered(table.slice(first, count), starts[at]) for table in (whole.valid, enriched))
+        found[number] = [(Parsed(starts[at + 1] - starts[at], valid, rejects[at]), rows)]
+    return found
+
+
+def _renumbered(rows: pa.Table, first: int) -> pa.Table:
+    """Rows whose line numbers count from the first line of their own file."""
+    at = rows.schema.get_field_index("n")
+    return rows.set_column(at, "n", pc.subtract(rows["n"], first))

@@ -1,0 +1,135 @@
+"""How far the topics of each cluster are read and copied. A cluster is asked for a moment only; one that is away is said to be."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from confluent_kafka import KafkaException, TopicPartition
+
+from spark_jobs.config import Settings
+from spark_jobs.errors import AdtallyError
+from spark_jobs.ingest.kafka.config import KafkaCluster, read_kafka
+from spark_jobs.ingest.kafka.gaps import TopicState, checkpoint_of, read_topic
+from spark_jobs.ingest.kafka.offsets import finished_offsets
+from spark_jobs.ingest.kafka.reading import open_consumer
+from spark_jobs.lake.reading import read_newest
+from spark_jobs.lake.tables import SOURCE_GAPS, STREAMS
+
+ASK_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class TopicSource:
+    """A topic that is ingested. ``topic`` is what tables call it.
+
+    ``read_to`` and ``copied_to`` are, by partition, the offsets up to which batches and the raw copy are done, ``ends`` those
+    behind the last committed records (None: the cluster does not answer, and ``problem`` says so). ``gaps`` are decisions to go
+    on behind records that are gone, ``lost_offsets`` how many offsets these came to, as far as is known.
+    """
+
+    cluster: str
+    stream: str
+    topic: str
+    read_to: dict[int, int] = field(default_factory=dict)
+    copied_to: dict[int, int] = field(default_factory=dict)
+    ends: dict[int, int] | None = None
+    gaps: int = 0
+    lost_offsets: int = 0
+    problem: str | None = None
+
+    @property
+    def lag(self) -> int | None:
+        """Offsets that wait to be read; at most so many records. None: nobody knows."""
+        return None if self.ends is None else _behind(self.read_to, self.ends)
+
+    @property
+    def copy_lag(self) -> int | None:
+        """Offsets that wait to be copied: of the topic, or, where that does not answer, of what was read."""
+        return _behind(self.copied_to, self.read_to if self.ends is None else self.ends)
+
+
+def _behind(at: dict[int, int], ends: dict[int, int]) -> int:
+    return sum(max(0, end - at.get(number, 0)) for number, end in ends.items())
+
+
+def read_topic_sources(settings: Settings, *, seconds: float = ASK_SECONDS) -> list[TopicSource]:
+    """The topics of all clusters that are ingested, in the order of kafka.toml. Raises KafkaConfigurationError for a wrong one."""
+    clusters = read_kafka(settings).consumed
+    gaps = read_newest(settings.table_uri(SOURCE_GAPS.name), SOURCE_GAPS.schema).to_pylist() if clusters else []
+    found = []
+    for cluster in clusters:
+        away: str | None = None
+        for stream in STREAMS:
+            state = None
+            if away is None:
+                try:
+                    state = read_topic(cluster, cluster.topic(stream), seconds)
+                except AdtallyError as error:
+                    away = str(error)
+            decided = [row for row in gaps if (row["stream"], row["cluster"]) == (stream, cluster.name)]
+            found.append(_source(settings, stream, cluster, state, decided, away))
+            if state is None and "has no topic" in (away or ""):
+                away = None  # the other one may be there
+    return found
+
+
+def _source(
+    settings: Settings,
+    stream: str,
+    cluster: KafkaCluster,
+    state: TopicState | None,
+    decided: list[dict[str, int]],
+    problem: str | None,
+) -> TopicSource:
+    topic = cluster.topic(stream)
+    label = topic + _newest_suffix(settings, stream, cluster.name)
+    try:
+        read_to, copied_to = (
+            finished_offsets(checkpoint_of(settings, query, cluster.name, topic, label), topic)
+            for query in (stream, f"raw_{stream}")
+        )
+    except AdtallyError as error:  # a checkpoint that cannot be read
+        read_to, copied_to, problem = {}, {}, problem or str(error)
+    lost = sum(row["end_offset"] - row["first_offset"] for row in decided)
+    ends = None if state is None else state.latest
+    if state is not None:  # what lies before the topic's beginning is not waiting
+        read_to = {number: max(read_to.get(number, 0), first) for number, first in state.earliest.items()}
+        copied_to = {number: max(copied_to.get(number, 0), first) for number, first in state.earliest.items()}
+    return TopicSource(cluster.name, stream, label, read_to, copied_to, ends, len(decided), lost, problem)
+
+
+def _newest_suffix(settings: Settings, stream: str, cluster: str) -> str:
+    """What the newest topic of the name has behind it: "" or, after it was deleted and made anew, ~2 and so on."""
+    names = (path.name for path in Path(settings.checkpoints_path).glob(f"{stream}-{cluster}~*"))
+    numbers = [int(found[1]) for name in names if (found := re.fullmatch(r".*~([0-9]+)", name))]
+    return f"~{max(numbers)}" if numbers else ""
+
+
+def oldest_waiting(settings: Settings, source: TopicSource, *, seconds: float = ASK_SECONDS) -> float | None:
+    """When the oldest record that waits to be read came into its topic, in seconds since the epoch; None: none waits, or none came
+    in ``seconds``.
+    """
+    if not source.lag or source.ends is None:
+        return None
+    cluster = read_kafka(settings).cluster(source.cluster)
+    topic = source.topic.partition("~")[0]
+    waiting = [
+        TopicPartition(topic, number, source.read_to.get(number, 0))
+        for number, end in source.ends.items()
+        if end > source.read_to.get(number, 0)
+    ]
+    consumer = open_consumer(cluster.client_options(), **{"enable.partition.eof": "false"})
+    oldest: list[float] = []
+    try:
+        for one in waiting:  # one after the other: the first of each is wanted
+            consumer.assign([one])
+            message = consumer.poll(seconds)
+            if message is not None and message.error() is None:
+                oldest.append(message.timestamp()[1] / 1000)
+    except KafkaException:
+        return min(oldest, default=None)
+    finally:
+        consumer.close()
+    return min(oldest, default=None)

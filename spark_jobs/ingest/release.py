@@ -1,0 +1,134 @@
+"""Input that was set aside, and how an operator has a file of it read again.
+
+A released file gets a second name in the landing folder, under which the ingest takes it as a new file: once, whatever of it was
+read before counts as duplicates. The row of the time when it was set aside stays; table `releases` says that it is dealt with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from spark_jobs.config import Settings
+from spark_jobs.disk import replacing, sync_folder
+from spark_jobs.errors import UsageError
+from spark_jobs.ingest.quarantine import QUARANTINE_REASONS
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.reading import file_paths, read_batches, read_newest
+from spark_jobs.lake.tables import REJECTED_TABLES, RELEASES
+from spark_jobs.lake.writes import DeltaSink, Transaction, ensure_tables
+from spark_jobs.steps import Step
+
+_COLUMNS = ("source", "source_file", "source_line", "reason_codes", "raw", "ingested_at", "_query_id", "_batch_id")
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """A file, or offsets of a topic from ``first_offset`` on, that a batch set aside, and why."""
+
+    stream: str
+    source_file: str
+    first_offset: int | None
+    reason: str
+    cause: str
+    quarantined_at: datetime
+    query_id: str
+    batch_id: int
+    released_as: str | None = None
+
+
+def read_quarantine(settings: Settings) -> list[Quarantine]:
+    """All that was set aside, the oldest first; ``released_as`` is the name under which it is read again."""
+    released = {}
+    if DeltaLog(settings.table_uri(RELEASES.name)).exists():
+        for row in read_newest(settings.table_uri(RELEASES.name), RELEASES.schema).to_pylist():
+            released[row["source_file"], row["_query_id"], row["_batch_id"]] = row["released_as"]
+    found = []
+    for stream, table in REJECTED_TABLES.items():
+        uri = settings.table_uri(table.name)
+        version = DeltaLog(uri).latest_version()
+        schema = pa.schema([table.schema.field(name) for name in _COLUMNS])
+        for batch in () if version is None else read_batches(uri, file_paths(uri, version), schema):
+            text = pc.binary_join(batch["reason_codes"], ",")  # a quarantined file has no other reason
+            for row in batch.filter(pc.is_in(text, value_set=pa.array(QUARANTINE_REASONS))).to_pylist():
+                found.append(
+                    Quarantine(
+                        stream,
+                        row["source_file"],
+                        row["source_line"] if row["source"] == "kafka" else None,
+                        row["reason_codes"][0],
+                        row["raw"] or "",
+                        row["ingested_at"],
+                        row["_query_id"],
+                        row["_batch_id"],
+                        released.get((row["source_file"], row["_query_id"], row["_batch_id"])),
+                    )
+                )
+    return sorted(found, key=lambda one: (one.quarantined_at, one.source_file, one.first_offset or 0))
+
+
+def release_file(settings: Settings, name: str, *, reason: str, released_by: str) -> str:
+    """Let the next ingest read a file that was set aside; returns the name under which it does. Safe to run again.
+
+    Raises UsageError where the file is not set aside, is released already, or is gone.
+    """
+    if not reason.strip() or not released_by.strip():
+        raise UsageError("a reason and a name are needed: both are kept", hint="--reason …")
+    ensure_tables(settings)
+    known = [one for one in read_quarantine(settings) if one.source_file == name]
+    if not known:
+        raise UsageError(f"{name} is not quarantined", hint="adtally release --list shows what is")
+    if any(one.first_offset is not None for one in known):
+        raise UsageError(
+            f"{name} is a partition of a topic", hint="send its records to the topic again; docs/runbooks/quarantine.md"
+        )
+    waiting = [one for one in known if one.released_as is None]
+    if not waiting:
+        raise UsageError(f"{name} is released already, as {known[-1].released_as}", hint="adtally ingest reads it")
+    one = waiting[-1]
+    path = settings.landing_path / name
+    if not path.is_file() or path.is_symlink():
+        raise UsageError(f"{path} is not there any more", hint="land the file again under another name: it is then a new file")
+    target = path.with_name(_released_name(path.name, one))
+    _link(path, target)
+    row = {
+        "stream": one.stream,
+        "source_file": name,
+        "released_as": f"{name.rpartition('/')[0]}/{target.name}",
+        "quarantine_reason": one.reason,
+        "reason": reason.strip(),
+        "released_by": released_by.strip(),
+        "released_at": datetime.now(UTC),
+        "_query_id": one.query_id,
+        "_batch_id": one.batch_id,
+    }
+    # whoever was killed between the two does the rest when it is run again, and nothing twice
+    transaction = Transaction(f"release {one.query_id} {name}", one.batch_id)
+    DeltaSink(RELEASES, settings).append_rows(pa.Table.from_pylist([row], RELEASES.schema), Step.RELEASES, transaction)
+    return str(row["released_as"])
+
+
+def _released_name(name: str, one: Quarantine) -> str:
+    """A name that only this release gives."""
+    ending = ".jsonl.gz" if name.endswith(".jsonl.gz") else ".jsonl"
+    return f"{name.removesuffix(ending)}.released-{one.query_id[:8]}-{one.batch_id}{ending}"
+
+
+def _link(path: Path, target: Path) -> None:
+    """Give a file a second name, or, where the file system has no such thing, copy it."""
+    with contextlib.suppress(FileExistsError):
+        try:
+            os.link(path, target)
+            sync_folder(target.parent)
+        except FileExistsError:
+            raise
+        except OSError:
+            with replacing(target) as temporary:
+                shutil.copyfile(path, temporary)

@@ -1,0 +1,284 @@
+"""The second pass: write what became of the staged rows as data files of Delta tables; the driver commits them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from spark_jobs.failure import working_on
+from spark_jobs.ingest.contract.parse import encode_raw
+from spark_jobs.ingest.contract.spec import CONTRACTS
+from spark_jobs.ingest.dedupe.keys import hex_fingerprint
+from spark_jobs.ingest.event_columns import event_columns, increments, sum_increments
+from spark_jobs.ingest.files.landing import Split
+from spark_jobs.ingest.kafka.ranges import OffsetSplit
+from spark_jobs.ingest.quarantine import Quarantined
+from spark_jobs.ingest.reject_rows import Kind, Share, hour_of
+from spark_jobs.ingest.stage import StageTask, raw_lines, staged
+from spark_jobs.lake.data_files import DataFile, DataFileWriter
+from spark_jobs.lake.duck import task_connection
+from spark_jobs.lake.stamp import Stamp, stamped, stamped_records
+from spark_jobs.lake.tables import EVENTS, Table
+from spark_jobs.traffic.rules import InvalidTrafficRules
+
+_GATHERED_ROWS = 16_384  # of several splits, before they are summed up and written
+_ROWS_AT_ONCE = 8192  # of rejects, as Python objects
+_RAW_AT_ONCE = 16 * 1024 * 1024  # characters
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """A staged split, the number of its first line, and what became of its rows."""
+
+    task: StageTask
+    first_line: int
+    dropped: npt.NDArray[np.int64]  # row numbers of duplicates and conflicts, ascending
+    conflicts: npt.NDArray[np.int64]  # row numbers of those conflicts that get a row, ascending
+    accepted_fingerprints: npt.NDArray[np.uint64]  # of these conflicts
+    conflict_records: npt.NDArray[np.int64]  # how many the rows of these conflicts stand for; 0: a row of its own
+    shares: dict[Kind, Share]  # of the rejects (ingest/reject_rows.py)
+
+
+@dataclass(frozen=True)
+class WriteJob:
+    """What the tasks of a batch write: rejects always; of a batch of events also the increments, and the events themselves to
+    ``events_uri`` (None where they stand in the table already).
+    """
+
+    of_events: bool
+    stamp: Stamp
+    campaigns: pa.Table
+    rules: InvalidTrafficRules
+    rule_set: str | None
+    rejected_table: Table
+    rejected_uri: str
+    events_uri: str | None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a task wrote. ``increments``: the sums over its accepted events, an Arrow stream (None: not of the events' stream).
+
+    ``rejected_records``: those that the rows in ``rejects`` stand for.
+    """
+
+    events: list[DataFile]
+    rejects: list[DataFile]
+    increments: bytes | None
+    rejected_records: int
+
+
+def load_task_code(_: Iterable[object]) -> None:
+    """Nothing but what importing this module does, and the process's DuckDB."""
+    task_connection()
+
+
+def write_splits(work: Iterable[SplitRows], job: WriteJob) -> Written:
+    """Write the splits of one task."""
+    rejected_records = 0
+    with ExitStack() as stack:
+        rejects = stack.enter_context(DataFileWriter(job.rejected_uri, job.rejected_table))
+        events = stack.enter_context(DataFileWriter(job.events_uri, EVENTS)) if job.events_uri else None
+        accepted = _Accepted(job, events)
+        for split in work:
+            with working_on(split.task.split):
+                for rows in reject_rows(split, job):
+                    rejects.write(rows)
+                    rejected_records += _records_of(rows)
+                for rows in accepted_rows(split, job.campaigns, job.rules) if job.of_events else ():
+                    accepted.take(rows, split)
+        accepted.flush()
+    summed = to_stream(sum_increments(accepted.sums)) if job.of_events else None
+    return Written(events.files if events else [], rejects.files, summed, rejected_records)
+
+
+def _records_of(rows: pa.Table) -> int:
+    """How many records rows of a rejected table stand for: one each, unless column ``records`` says otherwise."""
+    return int(pc.sum(pc.fill_null(rows["records"], 1)).as_py() or 0)
+
+
+class _Accepted:
+    """Accepted rows on their way into the table and the increments: those of small files are gathered first."""
+
+    def __init__(self, job: WriteJob, events: DataFileWriter | None) -> None:
+        self._job = job
+        self._events = events
+        self._parts: list[pa.Table] = []
+        self._files: list[pa.Array] = []
+        self._first_lines: list[pa.Array] = []
+        self._rows = 0
+        self.sums: list[pa.Table] = []
+
+    def take(self, rows: pa.Table, split: SplitRows) -> None:
+        """Take rows of a split; they may be written later."""
+        self._parts.append(rows)
+        self._files.append(pa.repeat(pa.scalar(split.task.split.name), rows.num_rows))
+        self._first_lines.append(pa.repeat(pa.scalar(split.first_line, pa.int64()), rows.num_rows))
+        self._rows += rows.num_rows
+        if self._rows >= _GATHERED_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Sum up and write what was gathered."""
+        if not self._parts:
+            return
+        rows = pa.concat_tables(self._parts)
+        self.sums.append(increments(rows))
+        if self._events is not None:
+            source_file, first_line = pa.chunked_array(self._files), pa.chunked_array(self._first_lines)
+            columns = event_columns(rows, source_file, first_line, self._job.rule_set)
+            self._events.write(stamped(columns, EVENTS, self._job.stamp))
+        self._parts, self._files, self._first_lines, self._rows = [], [], [], 0
+
+
+def to_stream(table: pa.Table) -> bytes:
+    """A table as an Arrow stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
+def from_stream(data: bytes) -> pa.Table:
+    """The inverse of ``to_stream``."""
+    return pa.ipc.open_stream(data).read_all()
+
+
+def accepted_rows(work: SplitRows, campaigns: pa.Table, rules: InvalidTrafficRules) -> Iterator[pa.Table]:
+    """The staged rows of a split that are neither duplicates nor conflicts, a chunk at a time."""
+    start = 0
+    for table in staged(work.task, "rows", campaigns, rules):
+        low, high = np.searchsorted(work.dropped, (start, start + table.num_rows))
+        if low < high:
+            keep = np.ones(table.num_rows, dtype=bool)
+            keep[work.dropped[low:high] - start] = False
+            yield table.filter(pa.array(keep))
+        else:
+            yield table
+        start += table.num_rows
+
+
+def reject_rows(work: SplitRows, job: WriteJob) -> Iterator[pa.Table]:
+    """Rejected, then conflicting records of a split, as rows of the rejected table, some at a time."""
+    split = work.task.split
+    place: dict[str, Any] = {"source": "files", "region": split.region, "source_file": split.name}
+    if isinstance(split, OffsetSplit):
+        place |= {"source": "kafka", "source_topic": split.topic, "source_partition": split.partition}
+
+    def rows(records: Iterable[dict[str, Any]]) -> pa.Table:
+        made = [{**record, **place} for record in records]
+        if isinstance(split, OffsetSplit):
+            made = [{**record, "source_offset": record["source_line"]} for record in made]
+        return stamped_records(made, job.rejected_table, job.stamp)
+
+    for some in _some_at_a_time(chain(_rejects(work, job), _conflicts(work, job))):
+        yield rows(some)
+
+
+def _some_at_a_time(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Lists of records, bounded by their number and by their raw texts."""
+    made: list[dict[str, Any]] = []
+    size = 0
+    for record in records:
+        made.append(record)
+        size += len(record["raw"] or "")
+        if len(made) >= _ROWS_AT_ONCE or size >= _RAW_AT_ONCE:
+            yield made
+            made, size = [], 0
+    if made:
+        yield made
+
+
+def _rejects(work: SplitRows, job: WriteJob) -> Iterator[dict[str, Any]]:
+    if work.task.quarantined is not None:
+        yield _quarantined(work.task.split, work.task.quarantined)
+        return
+    seen: Counter[Kind] = Counter()
+    for table in staged(work.task, "rejects", job.campaigns, job.rules):
+        for start in range(0, table.num_rows, _ROWS_AT_ONCE):
+            for reject in table.slice(start, _ROWS_AT_ONCE).to_pylist():
+                kind = (tuple(reject["reason_codes"]), hour_of(reject["time_us"]))
+                share = work.shares.get(kind)
+                rank = seen[kind]
+                if share is not None:
+                    seen[kind] += 1
+                if share is None or rank < share.own:
+                    yield _rejected(reject, work.first_line)
+                elif rank == share.own and share.summary:
+                    yield _summary(_rejected(reject, work.first_line), share.summary)
+
+
+def _summary(row: dict[str, Any], records: int) -> dict[str, Any]:
+    """The row that stands for ``records`` records, of which ``row`` is the first: its place, its time and its reasons."""
+    kept = ("outcome", "reason_codes", "source_line", "record_time")
+    return {name: value if name in kept else None for name, value in row.items()} | {"records": records}
+
+
+def _quarantined(split: Split | OffsetSplit, found: Quarantined) -> dict[str, Any]:
+    """The row that stands for input that was not read: ``raw`` is the cause."""
+    raw, encoding = encode_raw(found.cause.encode("utf-8", "backslashreplace"))
+    return {
+        "outcome": "rejected",
+        "reason_codes": [found.reason],
+        "source_line": found.start if isinstance(split, OffsetSplit) else 0,
+        "raw": raw,
+        "raw_encoding": encoding,
+        "raw_size_bytes": len(raw),
+        "record_id": None,
+        "record_time": None,
+    }
+
+
+def _rejected(reject: dict[str, Any], first_line: int) -> dict[str, Any]:
+    return {
+        "outcome": "rejected",
+        "reason_codes": reject["reason_codes"],
+        "source_line": 0 if reject["n"] < 0 else reject["n"] + first_line,
+        "raw": reject["raw"],
+        "raw_encoding": reject["raw_encoding"],
+        "raw_size_bytes": reject["raw_size_bytes"],
+        "record_id": reject["record_id"],
+        "record_time": reject["time_us"],
+    }
+
+
+def _conflicts(work: SplitRows, job: WriteJob) -> Iterator[dict[str, Any]]:
+    """The conflicts of a split that get a row, in their order; their lines are read again meanwhile."""
+    if not len(work.conflicts):
+        return
+    contract = CONTRACTS[work.task.stream]
+    columns = ["n", contract.id_field, contract.time_field, "fingerprint"]
+    chosen = []
+    start = 0
+    for table in staged(work.task, "rows", job.campaigns, job.rules):
+        low, high = np.searchsorted(work.conflicts, (start, start + table.num_rows))
+        if low < high:
+            chosen.append(table.select(columns).take(pa.array(work.conflicts[low:high] - start)))
+        start += table.num_rows
+    found = pa.concat_tables(chosen)
+    raws = raw_lines(work.task.split, found["n"].to_numpy())
+    accepted, records = work.accepted_fingerprints.tolist(), work.conflict_records.tolist()
+    for index, (_, raw, encoding, size) in enumerate(raws):
+        record = found.slice(index, 1).to_pylist()[0]
+        row = {
+            "outcome": "conflict",
+            "reason_codes": ["conflict"],
+            "source_line": record["n"] + work.first_line,
+            "raw": raw,
+            "raw_encoding": encoding,
+            "raw_size_bytes": size,
+            "record_id": record[contract.id_field],
+            "record_time": record[contract.time_field],
+            "fingerprint": hex_fingerprint(record["fingerprint"]),
+            "accepted_fingerprint": hex_fingerprint(accepted[index]),
+        }
+        yield _summary(row, records[index]) if records[index] else row

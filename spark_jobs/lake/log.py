@@ -1,0 +1,250 @@
+"""Reading a Delta table's log without a Spark job: versions, commits, transactions, files.
+
+After a power cut a commit may be empty or cut off. delta-rs and DuckDB take an empty commit for a version without changes, so a
+reader would miss rows in silence. ``DeltaLog`` raises TableCorruptionError instead, and says what to do. A *torn tail* is
+unreadable commits that no readable one follows: the next command that writes sets them aside (``lake/torn.py``). Anything else is
+damage, which ``adtally fsck`` names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from deltalake import DeltaTable
+from pyarrow import fs
+from xxhash import xxh3_64_hexdigest
+
+from spark_jobs.errors import TableCorruptionError
+from spark_jobs.lake.roots import is_local, open_root
+
+RETYPED_KEY = "adtallyRetyped"  # in the commitInfo of a commit that only wrote the rows anew with other types
+_COMMIT = re.compile(r"(\d{20})\.json")
+_readable: dict[str, int] = {}  # table -> the newest version that this process has read
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One version: its transaction (app id, version), user metadata, and the data files it added and removed.
+
+    ``info`` is all of its commitInfo.
+    """
+
+    version: int
+    txn: tuple[str, int] | None = None
+    user_metadata: str | None = None
+    added: tuple[dict[str, Any], ...] = field(default=())
+    removed: tuple[dict[str, Any], ...] = field(default=())
+    table_id: str | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """The user metadata of our own writers, a JSON object. Empty if the commit has none, or another tool's."""
+        try:
+            found = json.loads(self.user_metadata or "{}")
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def changes_rows(self) -> bool:
+        """False for a commit that only rearranges rows (compaction) or adds none."""
+        return bool(self.data_added or self.data_removed)
+
+    @property
+    def data_added(self) -> tuple[dict[str, Any], ...]:
+        """Added files that bring rows, not rearrange them."""
+        return self._changes(self.added)
+
+    @property
+    def data_removed(self) -> tuple[dict[str, Any], ...]:
+        """Removed files whose rows went or changed."""
+        return self._changes(self.removed)
+
+    def _changes(self, actions: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        return () if RETYPED_KEY in self.info else tuple(action for action in actions if action.get("dataChange", True))
+
+
+def parse_commit(version: int, text: str) -> Commit:
+    """A commit from the text of its JSON file. Raises ValueError if the text is not the whole of one."""
+    txn: tuple[str, int] | None = None
+    user_metadata: str | None = None
+    table_id: str | None = None
+    info: dict[str, Any] = {}
+    added: list[dict[str, Any]] = []
+    removed: list[dict[str, Any]] = []
+    actions = 0
+    for line in filter(None, text.split("\n")):  # not splitlines: strings in it may hold U+2028 and the like as they are
+        action = json.loads(line)
+        if not isinstance(action, dict):
+            raise ValueError("a line of it is not an action")
+        if "txn" in action:
+            txn = (action["txn"]["appId"], int(action["txn"]["version"]))
+        elif "commitInfo" in action:
+            info = action["commitInfo"]
+            user_metadata = info.get("userMetadata")
+        elif "add" in action:
+            added.append(action["add"])
+        elif "remove" in action:
+            removed.append(action["remove"])
+        elif "metaData" in action:
+            table_id = action["metaData"]["id"]
+        actions += 1
+    if not actions:
+        raise ValueError("it is empty")
+    return Commit(version, txn, user_metadata, tuple(added), tuple(removed), table_id, info)
+
+
+@dataclass(frozen=True)
+class CommitFault:
+    """A commit that cannot be read: its version, its file, and what is wrong with it.
+
+    ``is_tail``: no readable commit follows, so nobody can have built on it once the writes are synced in their order.
+    """
+
+    version: int
+    path: str
+    problem: str
+    is_tail: bool
+
+    def error(self) -> TableCorruptionError:
+        """The fault as an error that says what to do."""
+        hint = (
+            "the last write before a power cut; `adtally ingest` sets it aside and does its work again"
+            if self.is_tail and is_local(self.path)
+            else "`adtally fsck` says what is lost and repairs it; docs/runbooks/power-cut.md"
+        )
+        return TableCorruptionError(f"{self.path} is not a whole commit: {self.problem}", hint=hint)
+
+
+def commit_identity(commit: Commit | None) -> str:
+    """A hash that tells a commit from another of the same version: Delta names each data file anew. Empty where it is gone."""
+    if commit is None:
+        return ""
+    paths = [action["path"] for action in (*commit.added, *commit.removed)]
+    return xxh3_64_hexdigest(json.dumps([commit.version, commit.info, paths], sort_keys=True).encode())
+
+
+class DeltaLog:
+    """The log of one table."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._files, root = open_root(uri)
+        self._folder = f"{root}/_delta_log"
+
+    def exists(self) -> bool:
+        """Whether the table has been created. Reads no commit."""
+        return bool(self.commit_sizes())
+
+    def latest_version(self) -> int | None:
+        """The newest version, None if there is no table.
+
+        Raises TableCorruptionError if a commit is empty, or the newest one cannot be read.
+        """
+        sizes = self.commit_sizes()
+        newest = max(sizes, default=None)
+        if newest is not None:
+            for version, size in sizes.items():
+                if not size:
+                    self._raise_fault(version)
+            self._check_newest(newest)
+        return newest
+
+    def table_id(self) -> str:
+        """The id of the table, which tells it from another of the same name. From its first commit, or from a checkpoint."""
+        first = self.commit(0)
+        return first.table_id if first and first.table_id else str(DeltaTable(self.uri).metadata().id)
+
+    def newest_metadata(self) -> dict[str, Any] | None:
+        """The metadata of the newest commit that has some; None if no commit of the log has."""
+        return next((commit.metadata for commit in self.commits_backwards() if commit.metadata), None)
+
+    def commit_sizes(self) -> dict[int, int]:
+        """The size in bytes of each commit that the log has, by version."""
+        entries = self._files.get_file_info(fs.FileSelector(self._folder, allow_not_found=True))
+        found = ((_COMMIT.fullmatch(entry.base_name), entry.size) for entry in entries)
+        return {int(match[1]): int(size or 0) for match, size in found if match}
+
+    def faults(self) -> list[CommitFault]:
+        """Every commit that cannot be read, and every version that is missing between two commits; reads the whole log."""
+        versions = sorted(self.commit_sizes())
+        bad = {version: problem for version in versions if (problem := self._problem(version))}
+        good = max((version for version in versions if version not in bad), default=-1)
+        if versions:
+            bad |= dict.fromkeys(set(range(versions[0], versions[-1])) - set(versions), "it is missing")
+        return [CommitFault(version, self.commit_path(version), bad[version], version > good) for version in sorted(bad)]
+
+    def tail_faults(self) -> list[CommitFault]:
+        """The unreadable commits behind the last readable one, oldest first; reads no more than these."""
+        found: list[CommitFault] = []
+        for version in sorted(self.commit_sizes(), reverse=True):
+            problem = self._problem(version)
+            if problem is None:
+                break
+            found.append(CommitFault(version, self.commit_path(version), problem, is_tail=True))
+        return found[::-1]
+
+    def commit_path(self, version: int) -> str:
+        """The file of a version's commit."""
+        return f"{self._folder}/{version:020d}.json"
+
+    def commit(self, version: int) -> Commit | None:
+        """A version's commit, None if the log no longer has it. Raises TableCorruptionError if it cannot be read."""
+        try:
+            return self._read(version)
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            self._raise_fault(version)
+            raise
+
+    def _read(self, version: int) -> Commit:
+        with self._files.open_input_stream(self.commit_path(version)) as stream:
+            return parse_commit(version, stream.read().decode("utf-8"))
+
+    def _problem(self, version: int) -> str | None:
+        """What is wrong with a commit that exists; None: nothing."""
+        try:
+            self._read(version)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return str(error)[:200]
+        return None
+
+    def _raise_fault(self, version: int) -> None:
+        """Raise the error of a version that cannot be read."""
+        problem = self._problem(version)
+        if problem is not None:
+            tail = {fault.version for fault in self.tail_faults()}
+            raise CommitFault(version, self.commit_path(version), problem, version in tail).error()
+
+    def _check_newest(self, version: int) -> None:
+        """Raise TableCorruptionError if the newest commit cannot be read. Once per version and process."""
+        if _readable.get(self.uri) != version:
+            self._raise_fault(version)
+            _readable[self.uri] = version
+
+    def commits_backwards(self, start: int | None = None) -> Iterator[Commit]:
+        """Commits from ``start`` (default: the newest) back to the oldest that the log still has."""
+        version = self.latest_version() if start is None else start
+        while version is not None and version >= 0:
+            commit = self.commit(version)
+            if commit is None:
+                return
+            yield commit
+            version -= 1
+
+    def find_transaction(self, app_id: str, txn_version: int) -> Commit | None:
+        """The commit that wrote transaction ``txn_version`` of ``app_id``, if there is one."""
+        for commit in self.commits_backwards():
+            if commit.txn is not None and commit.txn[0] == app_id:
+                if commit.txn[1] == txn_version:
+                    return commit
+                if commit.txn[1] < txn_version:
+                    return None
+        return None

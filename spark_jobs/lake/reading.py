@@ -1,0 +1,51 @@
+"""Rows of a Delta table as Arrow, without a Spark job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from deltalake import DeltaTable
+
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.roots import open_root
+
+
+def file_paths(uri: str, version: int) -> list[str]:
+    """The data files of a version, as they stand in the log."""
+    return list(pa.table(DeltaTable(uri, version=version).get_add_actions())["path"].to_pylist())
+
+
+def read_files(uri: str, paths: Sequence[str], schema: pa.Schema, where_in: tuple[str, pa.Array] | None = None) -> pa.Table:
+    """The columns of ``schema`` (none of them a partition column) of data files, whose paths stand in the log.
+
+    ``where_in``: only rows whose column has one of the values.
+    """
+    if not paths:
+        return schema.empty_table()
+    filesystem, root = open_root(uri)
+    files = [f"{root}/{unquote(path)}" for path in paths]
+    dataset = ds.dataset(files, schema=schema, format="parquet", filesystem=filesystem)
+    if where_in is None:
+        return dataset.to_table()
+    # not as the scanner's filter: it cannot compare the statistics of string_view columns, which delta-rs writes
+    name, values = where_in
+    kept = [batch.filter(pc.is_in(batch[name], value_set=values)) for batch in dataset.to_batches()]
+    return pa.Table.from_batches(kept, schema)
+
+
+def read_newest(uri: str, schema: pa.Schema) -> pa.Table:
+    """The columns of ``schema`` of a table's newest version; no row where there is no table. A column that it lacks yet is null."""
+    version = DeltaLog(uri).latest_version()
+    return schema.empty_table() if version is None else read_files(uri, file_paths(uri, version), schema)
+
+
+def read_batches(uri: str, paths: Sequence[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """As ``read_files``, a batch at a time, file by file: what is held does not grow with the files."""
+    filesystem, root = open_root(uri)
+    for path in paths:
+        dataset = ds.dataset([f"{root}/{unquote(path)}"], schema=schema, format="parquet", filesystem=filesystem)
+        yield from dataset.to_batches(batch_readahead=1, fragment_readahead=1)

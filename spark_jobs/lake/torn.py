@@ -1,0 +1,135 @@
+"""What a power cut left of the last commit of a table: found before anybody writes, and set aside.
+
+Commits are synced before anybody builds on them (``commit.py``), so a last commit that is empty, cut off or without its data files
+was never acknowledged: whoever made it makes it again. Its file is renamed to ``.torn-<version>-<time>.json``, nothing is deleted.
+Damage in the middle of a log is refused, and ``adtally fsck`` is named.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from urllib.parse import unquote
+
+from filelock import FileLock
+
+from spark_jobs import disk
+from spark_jobs.config import Settings
+from spark_jobs.errors import TableCorruptionError
+from spark_jobs.lake.log import Commit, DeltaLog
+from spark_jobs.lake.rewrite import RUN_KEY
+from spark_jobs.lake.roots import local_path
+from spark_jobs.lake.tables import BATCH_LEDGER, ORDERS, TABLES
+
+TORN_LOCK = ".torn.lock"  # in ADTALLY_HOME, held while commits are set aside
+_MOST_TORN = 3  # commits in flight at once: of a batch, a compaction, a correction. More is no power cut
+_MAGIC = b"PAR1"
+
+
+def mend_tables(settings: Settings) -> list[str]:
+    """Set aside the torn last commits of all tables; returns one line for each, and logs it as a warning.
+
+    Safe while others write: a live commit appears whole. Raises TableCorruptionError if more of a log
+    is damaged than that.
+    """
+    said: list[str] = []
+    if local_path(settings.lakehouse_uri) is None:
+        return said
+    for look in (_set_aside_tail, _set_aside_checkpoint, _set_aside_without_data):  # the next one reads what the one before left
+        for name in TABLES:
+            said += look(settings, name)
+    for line in said:
+        logging.getLogger("adtally").warning("adtally: %s", line)
+    for name in TABLES:
+        DeltaLog(settings.table_uri(name)).latest_version()
+    return said
+
+
+def _set_aside_tail(settings: Settings, name: str) -> list[str]:
+    log = DeltaLog(settings.table_uri(name))
+    faults = log.tail_faults()
+    if len(faults) > _MOST_TORN:
+        raise TableCorruptionError(
+            f"the last {len(faults)} commits of table {name} cannot be read, from {faults[0].path} on",
+            hint="`adtally fsck` says what is lost and repairs it; docs/runbooks/power-cut.md",
+        )
+    if not faults:
+        return []
+    with FileLock(settings.home_path / TORN_LOCK):  # of two that start at once the second sees what the first left
+        return [_set_aside(settings, name, fault.version, fault.problem) for fault in reversed(log.tail_faults())]
+
+
+def _set_aside_without_data(settings: Settings, name: str) -> list[str]:
+    """A merge or a compaction, whose files delta-rs wrote, if a file of it is not there whole and nobody built on it."""
+    log = DeltaLog(settings.table_uri(name))
+
+    def torn() -> Commit | None:
+        newest = log.latest_version()
+        commit = None if newest is None else log.commit(newest)
+        if commit is None or all(_is_whole(log.uri, action) for action in commit.added):
+            return None
+        is_merge = name == ORDERS.name and commit.txn is not None and not _is_in_ledger(settings, commit.txn)
+        return commit if is_merge or _is_undone_compaction(log.uri, commit) else None
+
+    if torn() is None:
+        return []
+    with FileLock(settings.home_path / TORN_LOCK):
+        commit = torn()
+        return [] if commit is None else [_set_aside(settings, name, commit.version, "a data file of it is not there whole")]
+
+
+def _set_aside_checkpoint(settings: Settings, name: str) -> list[str]:
+    """A checkpoint of the log that is not whole, and what names it: the log itself says the same."""
+    folder = Path(settings.table_uri(name)) / "_delta_log"
+    torn = [path for path in sorted(folder.glob("*.checkpoint*.parquet"))[-1:] if not _ends_as_parquet(path)]
+    hint = folder / "_last_checkpoint"
+    if hint.exists() and (torn or not _is_json(hint)):
+        torn.append(hint)
+    for path in torn:
+        disk.replace(path, path.with_name(f".torn-{path.name}-{time.time_ns()}"))
+    return [f"table {name}: {path.name} of its log was torn by a power cut and set aside" for path in torn]
+
+
+def _set_aside(settings: Settings, name: str, version: int, problem: str) -> str:
+    path = Path(DeltaLog(settings.table_uri(name)).commit_path(version))
+    disk.replace(path, path.with_name(f".torn-{version:020d}-{time.time_ns()}.json"))
+    return f"table {name}: version {version} was torn by a power cut ({problem}) and set aside; what it did is done again"
+
+
+def _is_in_ledger(settings: Settings, transaction: tuple[str, int]) -> bool:
+    ledger = DeltaLog(settings.table_uri(BATCH_LEDGER.name))
+    return any(
+        commit.txn is not None and commit.txn[0] == transaction[0] and commit.txn[1] >= transaction[1]
+        for commit in ledger.commits_backwards()
+    )
+
+
+def _is_undone_compaction(uri: str, commit: Commit) -> bool:
+    """Whether a commit only put rows together, and the files that it took them from are all there."""
+    return RUN_KEY in commit.info and all(_is_there(uri, action["path"]) for action in commit.removed)
+
+
+def _is_there(uri: str, path: str) -> bool:
+    return (Path(uri) / unquote(path)).exists()
+
+
+def _is_whole(uri: str, action: dict[str, object]) -> bool:
+    path = Path(uri) / unquote(str(action["path"]))
+    return path.exists() and path.stat().st_size == action.get("size")
+
+
+def _ends_as_parquet(path: Path) -> bool:
+    with path.open("rb") as handle:
+        size = handle.seek(0, os.SEEK_END)
+        handle.seek(max(0, size - len(_MAGIC)))
+        return size > 2 * len(_MAGIC) and handle.read() == _MAGIC
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text("utf-8")), dict)
+    except ValueError:
+        return False

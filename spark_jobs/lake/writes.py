@@ -1,0 +1,248 @@
+"""Idempotent Delta commits. Nothing else in the package changes a table.
+
+Tasks write data files (``data_files``); the driver commits them here through delta-rs, which takes milliseconds where a
+commit through Spark takes about a second (docs/decisions/0003).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, Schema
+from deltalake import Transaction as AppTransaction
+from deltalake.exceptions import CommitFailedError
+from deltalake.transaction import AddAction, RemoveAction
+
+from spark_jobs import disk
+from spark_jobs.config import Settings
+from spark_jobs.lake.commit import committing, sync_commits
+from spark_jobs.lake.data_files import DataFile, DataFileWriter
+from spark_jobs.lake.locks import rewriting
+from spark_jobs.lake.log import RETYPED_KEY, DeltaLog
+from spark_jobs.lake.roots import is_local
+from spark_jobs.lake.tables import CAMPAIGNS, NAMES, ORDERS, TABLES, Table
+from spark_jobs.lake.torn import mend_tables
+from spark_jobs.steps import Step
+
+_MERGE_ATTEMPTS = 5
+
+
+@dataclass(frozen=True)
+class Transaction:
+    """A write's identity: the streaming query's id (it lives in the checkpoint) and the batch id.
+
+    It stands in the commit as Delta's own transaction identifier (txn). A write whose batch the table has seen for the query is
+    skipped. So a batch that runs again writes nothing twice, and a fresh checkpoint, having a fresh id, is never skipped.
+    """
+
+    query_id: str
+    batch_id: int
+
+
+def ensure_tables(settings: Settings) -> None:
+    """Create the tables that do not exist yet; give those of an older adtally the columns and the types that they lack.
+
+    What a power cut left of a last commit is set aside first. Safe to run again. Takes the rewrite lock where a table has to be
+    written anew for a type. Raises TableCorruptionError if a log is damaged otherwise.
+    """
+    mend_tables(settings)
+    for table in TABLES.values():
+        uri = settings.table_uri(table.name)
+        if DeltaLog(uri).exists():
+            _add_columns(uri, table)
+            if _has_other_types(DeltaTable(uri), table):
+                with rewriting(settings):
+                    _change_types(uri, table)
+            continue
+        if is_local(uri):
+            disk.make_folder(f"{uri}/_delta_log")
+        DeltaTable.create(
+            uri,
+            Schema.from_arrow(table.schema),
+            mode="ignore",
+            partition_by=list(table.partition_by),
+            description=table.grain,
+            configuration={"delta.dataSkippingStatsColumns": ",".join(table.stats_columns)},
+        )
+        sync_commits(uri, -1)
+
+
+def _add_columns(uri: str, table: Table) -> None:
+    held = DeltaTable(uri)
+    known = {field.name for field in held.schema().fields}
+    missing = [field for field in Schema.from_arrow(table.schema).fields if field.name not in known]
+    if missing:
+        base = int(held.version())
+        held.alter.add_columns(missing)
+        sync_commits(uri, base)
+
+
+def _has_other_types(held: DeltaTable, table: Table) -> bool:
+    types = {field.name: field.type for field in held.schema().fields}
+    return any(types[field.name] != field.type for field in Schema.from_arrow(table.schema).fields)
+
+
+def _change_types(uri: str, table: Table) -> None:
+    """Write the rows of a table anew with the types of the registry, in one commit. Earlier versions stay as they were.
+
+    delta-rs takes a new schema only with an overwrite, and marks what that removes as a change of data. RETYPED_KEY in the commit
+    tells the readers of the log that no row has changed.
+    """
+    from spark_jobs.lake.reading import read_batches  # here: it takes pandas along, which the definitions need not load
+
+    held = DeltaTable(uri)
+    if not _has_other_types(held, table):  # another process has done it, while this one waited for the lock
+        return
+    schema = pa.schema([field for field in table.schema if field.name not in table.partition_by])
+    with DataFileWriter(uri, table) as writer:
+        for file in pa.table(held.get_add_actions(flatten=True)).to_pylist():
+            for batch in read_batches(uri, [file["path"]], schema):
+                rows = pa.Table.from_batches([batch])
+                for name in table.partition_by:
+                    value = pa.scalar(file[f"partition.{name}"]).cast(table.schema.field(name).type)
+                    rows = rows.append_column(name, pa.repeat(value, rows.num_rows))
+                writer.write(rows)
+    with committing(uri, held, Step.TYPES_CHANGED, files=writer.files):
+        held.create_write_transaction(
+            add_actions(writer.files, data_change=False),
+            mode="overwrite",
+            schema=Schema.from_arrow(table.schema),
+            partition_by=list(table.partition_by),
+            commit_properties=CommitProperties(custom_metadata={RETYPED_KEY: "true"}),
+        )
+
+
+class DeltaSink:
+    """Commits of transactions to one table; keeps the table's snapshot between them."""
+
+    def __init__(self, table: Table, settings: Settings) -> None:
+        self.table = table
+        self.uri = settings.table_uri(table.name)
+        self._held: DeltaTable | None = None
+
+    def _snapshot(self) -> DeltaTable:
+        if self._held is None:
+            self._held = DeltaTable(self.uri)
+        else:
+            self._held.update_incremental()
+        return self._held
+
+    def has(self, transaction: Transaction) -> bool:
+        """Whether the table has the write of a transaction."""
+        return has_seen(self._snapshot(), transaction)
+
+    def append(
+        self,
+        files: Sequence[DataFile],
+        step: Step,
+        transaction: Transaction,
+        metadata: Mapping[str, object] | None = None,
+    ) -> None:
+        """Add written files, once per transaction. ``metadata`` goes into the commit as JSON (userMetadata)."""
+        held = self._snapshot()
+        if has_seen(held, transaction):
+            return
+        with committing(self.uri, held, step, transaction.batch_id, files=files):
+            held.create_write_transaction(
+                add_actions(files),
+                mode="append",
+                schema=held.schema(),
+                partition_by=list(self.table.partition_by),
+                commit_properties=commit_properties(metadata, transaction),
+            )
+
+    def append_rows(self, rows: pa.Table, step: Step, transaction: Transaction) -> None:
+        """Write rows that are at hand as files, and add them, once per transaction."""
+        with DataFileWriter(self.uri, self.table) as writer:
+            writer.write(rows)
+        self.append(writer.files, step, transaction)
+
+
+def merge_orders(rows: pa.Table, settings: Settings, transaction: Transaction, metadata: Mapping[str, object]) -> None:
+    """Insert new orders and replace known ones by order_id, once per transaction.
+
+    Where a compaction put files together meanwhile, the merge is made again on what it left: the same orders in other files.
+    """
+    uri = settings.table_uri(ORDERS.name)
+    properties = commit_properties(metadata, transaction)
+    for attempts_left in reversed(range(_MERGE_ATTEMPTS)):
+        held = DeltaTable(uri)
+        if has_seen(held, transaction):
+            return
+        with committing(uri, held, Step.ORDERS, transaction.batch_id):
+            if not rows.num_rows:  # the plan has to stand in a commit all the same
+                held.create_write_transaction([], mode="append", schema=held.schema(), commit_properties=properties)
+                return
+            merge = (
+                held.merge(
+                    rows.select(ORDERS.schema.names),
+                    predicate="known.order_id = new.order_id",
+                    source_alias="new",
+                    target_alias="known",
+                    commit_properties=properties,
+                )
+                .when_matched_update_all()
+                .when_not_matched_insert_all()
+            )
+            try:
+                merge.execute()
+                return
+            except CommitFailedError:
+                if not attempts_left:
+                    raise
+
+
+def replace_campaigns(rows: pa.Table, settings: Settings, metadata: Mapping[str, object]) -> None:
+    """Replace the whole content of `campaigns` in one commit."""
+    _write(CAMPAIGNS, rows, settings, Step.CAMPAIGNS, "overwrite", metadata)
+
+
+def replace_names(rows: pa.Table, settings: Settings, metadata: Mapping[str, object]) -> None:
+    """Replace the whole content of `names` in one commit."""
+    _write(NAMES, rows, settings, Step.NAMES, "overwrite", metadata)
+
+
+def append_decision(table: Table, rows: pa.Table, settings: Settings, step: Step) -> None:
+    """Append rows to a table in one commit without a transaction: an operator's decision, a rule set."""
+    _write(table, rows, settings, step, "append")
+
+
+def _write(
+    table: Table, rows: pa.Table, settings: Settings, step: Step, mode: str, metadata: Mapping[str, object] | None = None
+) -> None:
+    uri = settings.table_uri(table.name)
+    held = DeltaTable(uri)
+    with DataFileWriter(uri, table) as writer:
+        writer.write(rows)
+    with committing(uri, held, step, files=writer.files):
+        held.create_write_transaction(
+            add_actions(writer.files),
+            mode=mode,
+            schema=held.schema(),
+            partition_by=list(table.partition_by),
+            commit_properties=commit_properties(metadata),
+        )
+
+
+def add_actions(files: Sequence[DataFile], *, data_change: bool = True) -> list[AddAction | RemoveAction]:
+    """The actions of a commit that adds written files. ``data_change`` False: their rows were in the table before."""
+    now = int(time.time() * 1000)
+    return [AddAction(f.path, f.size, f.partition, now, data_change=data_change, stats=f.stats) for f in files]
+
+
+def has_seen(held: DeltaTable, transaction: Transaction) -> bool:
+    """Whether a table has the write of a transaction."""
+    last = held.transaction_version(transaction.query_id)
+    return last is not None and last >= transaction.batch_id
+
+
+def commit_properties(metadata: Mapping[str, object] | None, transaction: Transaction | None = None) -> CommitProperties:
+    """User metadata (JSON) and the transaction, as delta-rs takes them."""
+    return CommitProperties(
+        custom_metadata=None if metadata is None else {"userMetadata": json.dumps(metadata)},
+        app_transactions=None if transaction is None else [AppTransaction(transaction.query_id, transaction.batch_id)],
+    )

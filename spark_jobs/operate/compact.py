@@ -1,0 +1,238 @@
+"""Compaction: many small data files become few, without a Spark session, and without an ingest noticing.
+
+Closed hours of `events` are rewritten in Z-order (docs/decisions/0005 has the measurement); of the other tables, which are only
+appended to or small, the small files are put together, whether or not a day has ended. Each rewrite is one commit that says
+``dataChange: false``, and is proved: the partition's rows are counted and hashed right before and right after that commit.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+
+import duckdb
+import pyarrow as pa
+from deltalake import DeltaTable
+from deltalake.exceptions import CommitFailedError
+
+from spark_jobs.config import Settings
+from spark_jobs.errors import BusyError, TableCorruptionError
+from spark_jobs.lake.duck import connect_delta
+from spark_jobs.lake.locks import rewriting
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.rewrite import COMPACTED_SUFFIX, Partition, rearrange, take_back, version_of_run
+from spark_jobs.lake.roots import require_local
+from spark_jobs.lake.tables import EVENTS, HOUR_RULES, NAMES, TABLES, Table
+from spark_jobs.lake.torn import mend_tables
+from spark_jobs.operate.watermark import Closing, read_closing, require_closed
+from spark_jobs.units import HourRange
+
+Z_ORDER = ("campaign_id", "user_id")
+LATE_FILES = 4  # so many files may lie beside what was compacted of an hour,
+LATE_SHARE = 0.1  # with up to this share of its bytes
+LOOSE_FILES = 32  # so many more than needed may a partition have that is still written to
+_ATTEMPTS = 6
+# replaced as a whole or hardly written: nothing to gain
+_LEFT_ALONE = ("campaigns", NAMES.name, "hour_closings", HOUR_RULES.name)
+
+
+@dataclass(frozen=True)
+class TableCompaction:
+    """One partition (None: all of the table) that was rewritten.
+
+    ``content_hash`` is of all rows and columns, whatever their order, and was the same at ``version_before`` and ``version_after``.
+    """
+
+    table: str
+    partition: str | None
+    files_before: int
+    files_after: int
+    bytes_before: int
+    bytes_after: int
+    rows: int
+    content_hash: str
+    version_before: int
+    version_after: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CompactReport:
+    """What was rewritten; empty where nothing needed it."""
+
+    tables: list[TableCompaction] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _File:
+    path: str
+    size: int
+
+
+def compact(
+    settings: Settings,
+    hours: HourRange | None,
+    *,
+    progress: Callable[[str], None] | None = None,
+    now: datetime | None = None,
+) -> CompactReport:
+    """Compact the closed hours of ``hours`` (None: all) that need it, and whatever else has too many small files.
+
+    An ingest may run meanwhile: neither waits for the other. Raises UsageError for an hour that is not closed and for a lakehouse
+    that is not a local path, BusyError where the lock or a table never came free, TableCorruptionError where rows were not the
+    same afterwards (the rewrite is taken back then).
+    """
+    started = time.monotonic()
+    require_local(settings, "compaction")
+    if hours is not None:
+        require_closed(settings, hours)
+    mend_tables(settings)
+    closing, today = read_closing(settings), (now or datetime.now(UTC)).date()
+    run = _Run(settings, hours, closing, today)
+    done: list[TableCompaction] = []
+    try:
+        for table, partition in list(run.work()):
+            if progress is not None:
+                progress(f"{table.name} {_name(partition) or ''}".rstrip())
+            made = run.rewrite(table, partition)
+            done += [made] if made else []
+    finally:
+        run.lake.close()
+    return CompactReport(done, time.monotonic() - started)
+
+
+class _Run:
+    """One call: what needs compaction, and the doing."""
+
+    def __init__(self, settings: Settings, hours: HourRange | None, closing: Closing, today: date) -> None:
+        self.settings = settings
+        self.lake = connect_delta({"memory_limit": "1GB"})
+        self._hours = hours
+        self._closing = closing
+        self._today = today
+
+    def work(self) -> Iterator[tuple[Table, Partition]]:
+        """The partitions that need it, hours in their order, the other tables behind."""
+        for table in TABLES.values():
+            uri = self.settings.table_uri(table.name)
+            if table.name in _LEFT_ALONE or not DeltaLog(uri).exists():
+                continue
+            found = _partitions(DeltaTable(uri), table)
+            for partition, files in sorted(found.items(), key=lambda item: [value.zfill(2) for _, value in item[0]]):
+                if self._needs(table, partition, files):
+                    yield table, partition
+
+    def rewrite(self, table: Table, partition: Partition) -> TableCompaction | None:
+        """Rewrite one partition; None where it turned out that there is nothing to do."""
+        started = time.monotonic()
+        uri = self.settings.table_uri(table.name)
+        with rewriting(self.settings):
+            for attempt in range(_ATTEMPTS):
+                held = DeltaTable(uri)
+                if not self._needs(table, partition, _partitions(held, table).get(partition, [])):
+                    return None  # somebody else has done it
+                run_id = str(uuid.uuid4())
+                try:
+                    z_order = Z_ORDER if table is EVENTS else ()
+                    if not rearrange(uri, held, partition, self.settings.compacted_file_bytes, run_id, z_order=z_order):
+                        return None
+                    break
+                except CommitFailedError:  # `orders` is merged into, by each of its batches
+                    time.sleep(0.2 * (attempt + 1))
+            else:
+                raise BusyError(
+                    f"table {table.name} was changed {_ATTEMPTS} times while it was being compacted",
+                    hint="nothing is lost; try again",
+                )
+            return self._proved(uri, table, partition, version_of_run(uri, run_id), started)
+
+    def _needs(self, table: Table, partition: Partition, files: list[_File]) -> bool:
+        """Whether a partition is to be rewritten. After it was, it is not, until more rows come."""
+        target = self.settings.compacted_file_bytes
+        if table is EVENTS:
+            hour = _hour(partition)
+            if not self._closing.is_closed(hour) or not (self._hours is None or self._hours.start <= hour < self._hours.end):
+                return False
+            return _has_loose_rows(files)
+        needed = -(-sum(file.size for file in files) // target)
+        return len(files) > needed + (0 if self._is_past(table, partition) else LOOSE_FILES)
+
+    def _is_past(self, table: Table, partition: Partition) -> bool:
+        """Whether a day will hardly be written to again."""
+        if not partition:
+            return False
+        day = date.fromisoformat(partition[0][1])
+        if table.partition_by == ("event_date",):
+            return self._closing.is_closed(datetime(day.year, day.month, day.day, 23, tzinfo=UTC))
+        return day < self._today - timedelta(days=1)  # by ingestion: a batch may go on over midnight
+
+    def _proved(self, uri: str, table: Table, partition: Partition, version: int, started: float) -> TableCompaction:
+        before, after = (_partitions(DeltaTable(uri, version=v), table).get(partition, []) for v in (version - 1, version))
+        held_before, held_after = (content_of(self.lake, uri, v, partition) for v in (version - 1, version))
+        if held_before != held_after:
+            take_back(uri, table, version)
+            raise TableCorruptionError(
+                f"version {version} of {table.name} ({_name(partition) or 'all'}) holds {held_after[0]} rows with hash "
+                f"{held_after[1]}, version {version - 1} held {held_before[0]} with {held_before[1]}",
+                hint=f"that version is taken back; if rows are still wrong, restore version {version - 1} while no ingest runs, "
+                "see docs/runbooks/compaction.md",
+            )
+        return TableCompaction(
+            table=table.name,
+            partition=_name(partition),
+            files_before=len(before),
+            files_after=len(after),
+            bytes_before=sum(file.size for file in before),
+            bytes_after=sum(file.size for file in after),
+            rows=held_after[0],
+            content_hash=held_after[1],
+            version_before=version - 1,
+            version_after=version,
+            seconds=time.monotonic() - started,
+        )
+
+
+def content_of(lake: duckdb.DuckDBPyConnection, uri: str, version: int, partition: Partition) -> tuple[int, str]:
+    """Count of rows and hash of their content: sum and exclusive or of the rows' hashes, as hexadecimal digits."""
+    names = ", ".join(f'"{field.name}"' for field in DeltaTable(uri, version=version).schema().fields)
+    where = " and ".join(f"{name} = '{value}'" for name, value in partition) or "true"
+    path = uri.replace("'", "''")
+    rows, total, combined = lake.sql(
+        f"""
+        select count(*), coalesce(sum(hash({names})), 0), coalesce(bit_xor(hash({names})), 0)
+        from delta_scan('{path}', version = {version}) where {where}
+        """
+    ).fetchall()[0]
+    return int(rows), f"{int(total) % 2**64:016x}{int(combined):016x}"
+
+
+def _has_loose_rows(files: list[_File]) -> bool:
+    """Whether an hour has more files that no compaction wrote than may lie beside one that did."""
+    loose = [file.size for file in files if not file.path.endswith(COMPACTED_SUFFIX)]
+    if len(files) == 1 or not loose:
+        return False
+    never_compacted = len(loose) == len(files)
+    return never_compacted or len(loose) >= LATE_FILES or sum(loose) > LATE_SHARE * sum(file.size for file in files)
+
+
+def _partitions(held: DeltaTable, table: Table) -> dict[Partition, list[_File]]:
+    found: dict[Partition, list[_File]] = {}
+    for row in pa.table(held.get_add_actions(flatten=True)).to_pylist():
+        values = [(name, row[f"partition.{name}"]) for name in table.partition_by]
+        if all(value is not None for _, value in values):  # nothing of ours has no partition
+            partition = tuple((name, str(value)) for name, value in values)
+            found.setdefault(partition, []).append(_File(row["path"], row["size_bytes"]))
+    return found
+
+
+def _hour(partition: Partition) -> datetime:
+    day, hour = (value for _, value in partition)
+    return datetime.fromisoformat(day).replace(hour=int(hour), tzinfo=UTC)
+
+
+def _name(partition: Partition) -> str | None:
+    return "/".join(f"{name}={value}" for name, value in partition) or None

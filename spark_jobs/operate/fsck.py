@@ -1,0 +1,402 @@
+"""Is everything that adtally keeps whole, down to the bytes? And repairing what can be had again.
+
+Reads all of it: each table's log and data files, the indexes, the corrections, the books, and the batches that wait to be finished.
+What is derived is discarded and built again; rows of a damaged data file are taken out of their table and recounted from the raw
+input. Nothing is changed without ``repair``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
+from filelock import FileLock, Timeout
+
+from spark_jobs.attribution.index import check_index
+from spark_jobs.attribution.inputs import index_folder
+from spark_jobs.config import Settings
+from spark_jobs.corrections.reconcile import reconcile
+from spark_jobs.corrections.run import correcting, writing
+from spark_jobs.errors import BusyError, TableCorruptionError
+from spark_jobs.ingest.agreement import check_agreement
+from spark_jobs.ingest.dedupe.index import KeyIndex
+from spark_jobs.ingest.dedupe.keys import Keys
+from spark_jobs.ingest.events import bring_index_to, keys_of_version
+from spark_jobs.ingest.finish import finish, stuck_batches
+from spark_jobs.ingest.runner import INGEST_LOCK
+from spark_jobs.ingest.source import FilesSource
+from spark_jobs.lake.checked import DamagedError, file_checksum
+from spark_jobs.lake.data_files import named_checksum
+from spark_jobs.lake.log import DeltaLog, commit_identity
+from spark_jobs.lake.removal import take_files_out
+from spark_jobs.lake.roots import require_local
+from spark_jobs.lake.tables import (
+    BATCH_LEDGER,
+    EVENTS,
+    MINUTE_METRICS,
+    ORDERS,
+    REJECTED_EVENTS,
+    REJECTED_ORDERS,
+    TABLES,
+    Table,
+)
+from spark_jobs.operate.status import read_status
+
+RUNBOOK = "docs/runbooks/fsck.md"
+# tables whose rows the recount can give back from the raw input
+_FROM_RAW = {table.name for table in (EVENTS, REJECTED_EVENTS, MINUTE_METRICS, BATCH_LEDGER, ORDERS, REJECTED_ORDERS)}
+_OF_FILES = ("file_missing", "file_size", "file_damaged", "file_rows")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not whole. ``kind`` is explained in docs/runbooks/fsck.md; ``place`` is a table, or a path under the home.
+
+    ``can_repair``: whether ``fsck --repair`` can put it right; ``way_out``: what to do if it cannot.
+    """
+
+    kind: str
+    place: str
+    detail: str
+    can_repair: bool
+    way_out: str
+    is_repaired: bool = False
+    path: str = ""  # of a data file, as its table's log has it
+
+
+@dataclass(frozen=True)
+class FsckReport:
+    """What was read (data files and their bytes, log commits), and what was found. ``left_out``: what a running ingest works at."""
+
+    run_id: str
+    findings: list[Finding]
+    left_out: list[str]
+    tables: int
+    commits: int
+    files: int
+    bytes: int
+    seconds: float
+
+    @property
+    def remaining(self) -> list[Finding]:
+        """The findings that were not repaired."""
+        return [found for found in self.findings if not found.is_repaired]
+
+
+@dataclass
+class _Look:
+    findings: list[Finding] = field(default_factory=list)
+    tables: int = 0
+    commits: int = 0
+    files: int = 0
+    bytes: int = 0
+
+    def add(self, kind: str, place: str, detail: object, way_out: str = "", *, can_repair: bool = True, path: str = "") -> None:
+        text = " ".join(str(detail).split())[:400]
+        self.findings.append(Finding(kind, place, text, can_repair, way_out or "adtally fsck --repair", path=path))
+
+    def has(self, *kinds: str) -> bool:
+        return any(found.kind in kinds for found in self.findings)
+
+
+def fsck(settings: Settings, *, repair: bool = False, progress: Say | None = None) -> FsckReport:
+    """Check everything; with ``repair`` put right what can be put right, then check again.
+
+    While an ingest runs, its key index and the batch that it works at are left out, and ``repair`` raises BusyError. Raises
+    UsageError for a lakehouse that is not a local path.
+    """
+    require_local(settings, "fsck")
+    started, run_id, say = time.monotonic(), uuid.uuid4().hex, progress or (lambda _: None)
+    with _ingest_lock(settings) as is_held:
+        if repair and not is_held:
+            raise BusyError(f"an ingest runs on {settings.home_path}", hint="stop it, then run adtally fsck --repair again")
+        first = _look(settings, say, is_at_rest=is_held)
+        findings = first.findings
+        if repair and any(found.can_repair for found in findings):
+            remarks = _repair(settings, first, run_id, say)
+            left = [*_look(settings, say, is_at_rest=True).findings, *remarks]
+            same = {(found.kind, found.place, found.path) for found in left}
+            repaired = [f for f in findings if (f.kind, f.place, f.path) not in same]
+            findings = [*(replace(found, is_repaired=True) for found in repaired), *left]
+    seconds = time.monotonic() - started
+    left_out = [] if is_held else ["key index", "unfinished batches"]
+    return FsckReport(run_id, findings, left_out, first.tables, first.commits, first.files, first.bytes, seconds)
+
+
+@contextmanager
+def _ingest_lock(settings: Settings) -> Iterator[bool]:
+    """Keeps ingests away; yields False if one runs already."""
+    settings.home_path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(settings.home_path / INGEST_LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+# --- looking
+
+
+def _look(settings: Settings, say: Say, *, is_at_rest: bool) -> _Look:
+    look = _Look()
+    readable = [table for table in TABLES.values() if _look_at_log(settings, table, look)]
+    look.tables = len(readable)
+    for table in readable:
+        _look_at_files(settings, table, look, say)
+    whole = not look.has(*_OF_FILES) and len(readable) == len(TABLES)
+    if is_at_rest:
+        say("key index")
+        _look_at_key_index(settings, look, compare=whole)
+    _look_at_attribution_index(settings, look)
+    _look_at_corrections(settings, look)
+    if whole:
+        say("unfinished batches")
+        for batch in stuck_batches(settings) if is_at_rest else ():
+            names = ", ".join(batch.changed[:3])
+            detail = f"batch {batch.transaction.batch_id} cannot be finished: {names} changed after it was committed"
+            look.add("batch_file_changed", batch.stream, detail, "put the file back, or adtally fsck --repair")
+        if is_at_rest:
+            _look_at_checkpoints(settings, look)
+        say("ledger against tables")
+        for problem in read_status(settings).problems if not look.has("batch_file_changed") else ():
+            if "incomplete; it will be finished" not in problem and "nothing ingested" not in problem:
+                look.add("books", BATCH_LEDGER.name, problem)
+    return look
+
+
+def _look_at_log(settings: Settings, table: Table, look: _Look) -> bool:
+    """Whether the table can be read at its newest version. No log at all is a table that was not created yet."""
+    log = DeltaLog(settings.table_uri(table.name))
+    folder = Path(log.uri) / "_delta_log"
+    if not folder.is_dir():
+        return False
+    faults = log.faults()
+    look.commits += len(log.commit_sizes())
+    checkpoints = {path: _problem_of_checkpoint(path) for path in sorted(folder.glob("*.checkpoint*.parquet"))}
+    covered = max((int(path.name.split(".")[0]) for path, problem in checkpoints.items() if problem is None), default=-1)
+    damaged = {path: problem for path, problem in checkpoints.items() if problem is not None}
+    is_readable = True
+    for fault in faults:
+        if fault.is_tail:
+            is_readable = False
+            way = "adtally ingest sets it aside and does its work again"
+            look.add("commit_torn", table.name, f"version {fault.version}: {fault.problem}", way, can_repair=False)
+        elif fault.version <= covered:
+            way = "nothing: a checkpoint of the log has what it did; move the file away"
+            look.add("commit_covered", table.name, f"version {fault.version}: {fault.problem}", way)
+        else:
+            is_readable = False
+            way = f"put {fault.path} back from a backup; what only it did is lost"
+            look.add("commit_unreadable", table.name, f"version {fault.version}: {fault.problem}", way, can_repair=False)
+    has_all = 0 in log.commit_sizes() and not faults
+    for path, problem in damaged.items():
+        way = "adtally fsck --repair" if has_all else f"put {path} back from a backup"
+        look.add("log_checkpoint", table.name, f"{path.name}: {problem}", way, can_repair=has_all, path=path.name)
+    if is_readable and not damaged:
+        try:
+            DeltaTable(log.uri)
+        except (DeltaError, OSError) as error:
+            is_readable = False
+            way = f"see {RUNBOOK}"
+            look.add("log_unreadable", table.name, error, way, can_repair=False)
+    return is_readable and not damaged
+
+
+def _problem_of_checkpoint(path: Path) -> Exception | None:
+    """What is wrong with a checkpoint of a log; None: nothing."""
+    try:
+        _read_whole(path)
+    except (OSError, pa.ArrowException) as error:
+        return error
+    return None
+
+
+def _read_whole(path: Path) -> int:
+    """Read a Parquet file to its end, against the checksums of its pages where it has some; returns its rows."""
+    rows = 0
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        for number in range(file.num_row_groups):
+            rows += file.read_row_group(number, use_threads=False).num_rows
+    return rows
+
+
+def _look_at_files(settings: Settings, table: Table, look: _Look, say: Say) -> None:
+    """Presence, size, pages and rows of every data file of the newest version."""
+    uri = settings.table_uri(table.name)
+    actions = pa.table(DeltaTable(uri).get_add_actions(flatten=True)).to_pylist()
+    can_repair = table.name in _FROM_RAW
+    way = "adtally fsck --repair" if can_repair else f"put the file back from a backup; {RUNBOOK}"
+    for number, action in enumerate(actions):
+        if number % 20 == 0:
+            say(f"{table.name}: {number:,} of {len(actions):,} data files")
+        path = Path(uri) / unquote(action["path"])
+        look.files += 1
+        problem = _problem_of_file(path, action)
+        if problem is None:
+            look.bytes += action["size_bytes"]
+        else:
+            look.add(problem[0], table.name, f"{action['path']}: {problem[1]}", way, can_repair=can_repair, path=action["path"])
+
+
+def _problem_of_file(path: Path, action: dict[str, Any]) -> tuple[str, str] | None:
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return "file_missing", f"missing, with {action['num_records']} rows"
+    if size != action["size_bytes"]:
+        return "file_size", f"{size} bytes instead of {action['size_bytes']}, with {action['num_records']} rows"
+    named = named_checksum(path.name)
+    try:
+        if named is not None and file_checksum(path) != named:
+            return "file_damaged", f"its bytes are not those that were written, with {action['num_records']} rows"
+        rows = _read_whole(path) if named is None else pq.read_metadata(path).num_rows
+    except (OSError, pa.ArrowException, ValueError) as error:
+        return "file_damaged", f"{error}, with {action['num_records']} rows"
+    if action["num_records"] is not None and rows != action["num_records"]:
+        return "file_rows", f"{rows} rows instead of {action['num_records']}"
+    return None
+
+
+def _look_at_checkpoints(settings: Settings, look: _Look) -> None:
+    """The checkpoints of the file streams against the tables."""
+    for stream, tables, rejected in (
+        ("events", [EVENTS, MINUTE_METRICS, BATCH_LEDGER], REJECTED_EVENTS),
+        ("orders", [ORDERS, BATCH_LEDGER], REJECTED_ORDERS),
+    ):
+        source = FilesSource(settings, stream)
+        try:
+            check_agreement(settings, source, tables, rejected)
+        except TableCorruptionError as error:
+            look.add("checkpoint", stream, error.args[0], path=str(source.checkpoint))
+
+
+def _look_at_key_index(settings: Settings, look: _Look, *, compare: bool) -> None:
+    """Every byte of the key index against its checksums, and its keys against those of the table at the version it covers."""
+    index = KeyIndex(settings.key_index_path)
+    place = settings.key_index_path.name
+    if index.problem is not None:
+        look.add("key_index", place, index.problem)
+    if index.table_id is None or index.version < 0:
+        return
+    try:
+        index.check()
+        log = DeltaLog(settings.table_uri(EVENTS.name))
+        if not compare:
+            return
+        if index.commit != commit_identity(log.commit(index.version)):
+            look.add("key_index", place, f"table events no longer has the version {index.version} that it covers")
+        elif _sums(index.parts()) != _sums(keys_of_version(settings, index.version)):
+            look.add("key_index", place, f"its keys are not those of version {index.version} of events")
+    except DamagedError as damage:
+        look.add("key_index", place, damage)
+    except FileNotFoundError:  # of an older version, vacuumed: it cannot be compared, and is caught up or rebuilt
+        return
+
+
+def _sums(parts: Iterator[Keys]) -> tuple[int, int, int]:
+    """How many keys, and two sums of hashes of them that do not depend on their order."""
+    rows, first, second = 0, 0, 0
+    for keys in parts:
+        mixed = keys.low * np.uint64(0x9E3779B97F4A7C15) ^ keys.high * np.uint64(0xC2B2AE3D27D4EB4F)
+        mixed ^= keys.fingerprint * np.uint64(0x165667B19E3779F9)
+        mixed ^= mixed >> np.uint64(29)
+        rows += len(keys)
+        first = (first + int(np.sum(mixed, dtype=np.uint64))) % 2**64
+        second = (second + int(np.sum(mixed * mixed, dtype=np.uint64))) % 2**64
+    return rows, first, second
+
+
+def _look_at_attribution_index(settings: Settings, look: _Look) -> None:
+    """Every byte of the indexes of attribution against their checksums, by whatever rules they were made."""
+    place = index_folder(settings)
+    for folder in sorted(path for path in place.glob("*") if path.is_dir()):
+        try:
+            check_index(folder)
+        except DamagedError as damage:
+            look.add("attribution_index", f"{place.name}/{folder.name}", damage)
+
+
+def _look_at_corrections(settings: Settings, look: _Look) -> None:
+    """Corrections that were decided and not carried out to the end: a killed repair, review or backfill."""
+    folders = sorted(settings.corrections_path.iterdir()) if settings.corrections_path.is_dir() else []
+    for folder in folders:
+        if not folder.name.startswith("."):
+            look.add("correction", f"corrections/{folder.name}", "a correction was begun and not ended")
+
+
+# --- repairing
+
+
+def _repair(settings: Settings, look: _Look, run_id: str, say: Say) -> list[Finding]:
+    """Put right what was found. Returns what the recount could not give back."""
+    for found in look.findings:
+        log_folder = Path(settings.table_uri(found.place)) / "_delta_log"
+        if found.kind == "log_checkpoint" and found.can_repair:  # delta-rs reads the commits instead
+            (log_folder / "_last_checkpoint").unlink(missing_ok=True)
+            (log_folder / found.path).unlink()
+        elif found.kind == "commit_covered":
+            version = int(found.detail.split(":")[0].removeprefix("version "))
+            (log_folder / f"{version:020d}.json").unlink(missing_ok=True)
+    if look.has("attribution_index"):
+        shutil.rmtree(index_folder(settings))
+    is_blocked = any(not found.can_repair and found.kind != "log_checkpoint" for found in look.findings)
+    damaged = [found for found in look.findings if found.kind in _OF_FILES and found.can_repair]
+    with writing(settings):
+        for name in sorted({found.place for found in damaged}):
+            say(f"taking damaged files out of {name}")
+            paths = [found.path for found in damaged if found.place == name]
+            take_files_out(settings.table_uri(name), TABLES[name], paths, {"fsck": {"run_id": run_id, "files": paths}})
+    if is_blocked:
+        return []
+    for batch in stuck_batches(settings):
+        say(f"finishing batch {batch.transaction.batch_id} of {batch.stream}")
+        finish(settings, batch)
+    for found in look.findings:
+        if found.kind == "checkpoint":  # without it all input is read again, and nothing counts twice
+            os.replace(found.path, f"{found.path}.set-aside-{run_id[:8]}")
+    remarks: list[Finding] = []
+    if damaged or look.has("books", "correction", "checkpoint"):
+        remarks = _recount(settings, run_id, say)
+    if look.has("key_index") or damaged:
+        say("rebuilding the key index")
+        index = KeyIndex(settings.key_index_path)
+        if look.has("key_index"):
+            index.problem = "fsck"
+        bring_index_to(settings, index, DeltaLog(settings.table_uri(EVENTS.name)).latest_version() or 0)
+    return remarks
+
+
+def _recount(settings: Settings, run_id: str, say: Say) -> list[Finding]:
+    """Recount all of it from the raw input itself, not from what an earlier recount has parsed of it, and repair."""
+    shutil.rmtree(settings.recount_path / "parsed", ignore_errors=True)
+    with correcting(settings):
+        pass  # a killed correction is finished first
+    report = reconcile(settings, None, repair=True, run_id=run_id, progress=say)
+    made = []
+    for left in report.remaining:
+        if left.layer != "marts":
+            hour = "" if left.event_hour is None else f" of hour {left.event_hour:%Y-%m-%dT%HZ}"
+            detail = f"{left.cause}{hour}: {left.rows_different} rows; {left.detail}"
+            way = "docs/runbooks/reconciliation-difference.md"
+            made.append(Finding("recount", left.layer, detail, can_repair=False, way_out=way))
+    return made

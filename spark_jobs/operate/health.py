@@ -1,0 +1,263 @@
+"""Is all well? A few signals, each with a threshold from the settings and a runbook. Read without Spark, cheap enough for every
+half minute: nothing here reads the history, only what the last hour brought and what waits.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from spark_jobs.config import Settings
+from spark_jobs.errors import AdtallyError
+from spark_jobs.failure import one_line
+from spark_jobs.ingest.files.backlog import read_landing
+from spark_jobs.ingest.in_force import campaign_file_problems, rule_file_problems
+from spark_jobs.ingest.kafka.config import read_kafka
+from spark_jobs.ingest.kafka.topics import oldest_waiting, read_topic_sources
+from spark_jobs.lake.log import Commit, DeltaLog
+from spark_jobs.lake.reading import read_files
+from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS
+from spark_jobs.operate.status import read_recent_problems, read_unaccounted
+from spark_jobs.publish.progress import read_publications
+from spark_jobs.rules.exempt import plain
+from spark_jobs.texts import counted, duration
+from spark_jobs.traffic.rules import current_rules
+
+RECENT = timedelta(hours=1)
+MIN_OFFERED = 1_000  # a share of fewer records says nothing
+_PROBLEMS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A measured value against its threshold. ``value`` None: it could not be measured, and ``detail`` says why."""
+
+    name: str
+    ok: bool
+    value: float | None
+    threshold: float
+    unit: str
+    detail: str
+    runbook: str
+
+
+def read_health(settings: Settings, *, now: datetime | None = None) -> list[Signal]:
+    """All SIGNALS, in their order. Works on an empty home; a signal that cannot be read is one that is not ok."""
+    return [read_signal(settings, name, now=now) for name in SIGNALS]
+
+
+def read_signal(settings: Settings, name: str, *, now: datetime | None = None) -> Signal:
+    """One of SIGNALS. Raises KeyError for another name."""
+    measure, threshold_of, unit = _SIGNALS[name]
+    threshold, runbook = threshold_of(settings), f"docs/runbooks/{name.replace('_', '-')}.md"
+    if name == "conservation":
+        runbook = "docs/runbooks/conservation-broken.md"
+    try:
+        value, detail = measure(settings, now or datetime.now(UTC))
+    except (AdtallyError, OSError, duckdb.Error) as error:
+        return Signal(name, False, None, threshold, unit, f"cannot be measured: {one_line(error)}", runbook)
+    ok = value >= threshold if name == "disk_space" else value <= threshold
+    return Signal(name, ok, value, threshold, unit, detail, runbook)
+
+
+def _stream_lag(settings: Settings, now: datetime) -> tuple[float, str]:
+    """Seconds since the oldest landing file, or record of a topic, arrived that no finished batch has read; 0 where none waits.
+
+    Topics of a cluster that does not answer are left out: `kafka_clusters` tells of it.
+    """
+    found = [*_waiting_files(settings, now), *_waiting_records(settings, now)]
+    if not found:
+        return 0.0, "no landing file waits" + (", no record of a topic" if read_kafka(settings).consumed else "")
+    return max(seconds for seconds, _ in found), "; ".join(said for _, said in found)
+
+
+def _waiting_files(settings: Settings, now: datetime) -> Iterator[tuple[float, str]]:
+    """A file arrives when it is renamed into place. Files planned into a batch that has not ended count as waiting."""
+    for found in read_landing(settings).waiting:
+        seconds = max(0.0, (now - found.waiting_since).total_seconds())
+        count = counted(found.files, "file")
+        yield seconds, f"{found.stream}/{found.region}: {count} waiting, the oldest is {found.oldest}, {duration(seconds)}"
+
+
+def _waiting_records(settings: Settings, now: datetime) -> Iterator[tuple[float, str]]:
+    for source in read_topic_sources(settings):
+        arrived = oldest_waiting(settings, source)
+        if arrived is not None:
+            seconds = max(0.0, now.timestamp() - arrived)
+            where = f"topic {source.topic} of cluster {source.cluster}"
+            yield seconds, f"{source.stream}: {source.lag:,} offsets of {where} wait, the oldest for {duration(seconds)}"
+
+
+def _kafka_clusters(settings: Settings, now: datetime) -> tuple[float, str]:
+    """How many topics cannot be asked: their cluster does not answer, or does not have them."""
+    found = read_topic_sources(settings)
+    away = [source for source in found if source.problem is not None]
+    if not found:
+        return 0.0, "no cluster of Kafka is ingested"
+    said = "; ".join(dict.fromkeys(source.problem or "" for source in away))
+    return float(len(away)), said or f"{len(found)} topics answer"
+
+
+def _ignored_files(settings: Settings, now: datetime) -> tuple[float, str]:
+    """How many files lie where nothing reads them."""
+    found = read_landing(settings)
+    return float(found.ignored_files), found.ignored_text or "whatever lies in the landing folder is read"
+
+
+def _freshness(settings: Settings, now: datetime) -> tuple[float, str]:
+    """Seconds since the first change of the ledger that the published marts do not have; 0 where they have all."""
+    log = DeltaLog(settings.table_uri(BATCH_LEDGER.name))
+    newest, pinned = log.latest_version(), _pinned_version(settings)
+    if newest is None:
+        return 0.0, "nothing ingested yet"
+    commits = (log.commit(version) for version in range(0 if pinned is None else pinned + 1, newest + 1))
+    first = next((commit for commit in commits if commit is not None and commit.changes_rows), None)
+    built = "there are no marts yet" if pinned is None else f"the marts have batch_ledger at version {pinned} of {newest}"
+    return (0.0 if first is None else max(0.0, now.timestamp() - _committed(first))), built
+
+
+def _pinned_version(settings: Settings) -> int | None:
+    """The ledger's version of the newest group of marts, None where there are none."""
+    if not settings.marts_path.is_file():
+        return None
+    with duckdb.connect(":memory:") as connection:  # an instance of its own opens the file anew, whoever has an older one open
+        path = str(settings.marts_path).replace("'", "''")
+        connection.execute(f"attach '{path}' as marts (read_only)")
+        row = connection.execute(
+            "select max(delta_version) from marts.main.mart_build where table_name = 'batch_ledger'"
+        ).fetchone()
+    return None if row is None or row[0] is None else int(row[0])
+
+
+def _publishing_behind(settings: Settings, now: datetime) -> tuple[float, str]:
+    """Seconds since the first version that is not published; 0 where all are, or nothing is to be published."""
+    found = read_publications(settings, now=now)
+    if not found:
+        return 0.0, "nothing is to be published"
+    parts = [
+        f"{each.topic}: {'nothing' if each.version is None else f'version {each.version}'} of {each.table} is published, "
+        f"{each.versions_behind} behind"
+        for each in found
+    ]
+    return max(each.seconds_behind for each in found), "; ".join(parts)
+
+
+def _rejected_share(settings: Settings, now: datetime) -> tuple[float, str]:
+    return _share(settings, now, "rejected")
+
+
+def _duplicate_share(settings: Settings, now: datetime) -> tuple[float, str]:
+    return _share(settings, now, "duplicate")
+
+
+def _share(settings: Settings, now: datetime, outcome: str) -> tuple[float, str]:
+    """The share of an outcome in what was offered in the batches of the last hour; 0 below MIN_OFFERED."""
+    counts = recent_counts(settings, now - RECENT)
+    offered, found = counts["offered"], counts[outcome]
+    detail = f"{found:,} {outcome} of {offered:,} offered in the last hour"
+    return (found / offered if offered >= MIN_OFFERED else 0.0), detail
+
+
+def recent_counts(settings: Settings, since: datetime) -> Counter[str]:
+    """Sums of the ledger (offered, rejected, duplicate) over the batches that were committed at ``since`` or later."""
+    uri = settings.table_uri(BATCH_LEDGER.name)
+    total: Counter[str] = Counter()
+    for commit in DeltaLog(uri).commits_backwards():
+        if _committed(commit) < since.timestamp():
+            break
+        for action in commit.data_added:
+            total.update(_file_counts(uri, action["path"]))
+    return total
+
+
+@lru_cache(maxsize=16_384)
+def _file_counts(uri: str, path: str) -> Counter[str]:
+    """The sums of one data file, which never changes. Rows of corrections are differences, and left out."""
+    names = ("offered", "rejected", "duplicate", "_run_id")
+    rows = read_files(uri, [path], pa.schema([BATCH_LEDGER.schema.field(name) for name in names]))
+    own = rows.filter(pc.is_null(rows["_run_id"]))
+    return Counter({name: pc.sum(own[name]).as_py() or 0 for name in names[:-1]})
+
+
+def _user_share(settings: Settings, now: datetime) -> tuple[float, str]:
+    """The largest share of one user, who is not exempt, in the events of the last hour's batches; 0 below MIN_OFFERED."""
+    log = DeltaLog(settings.table_uri(EVENTS.name))
+    total, users = 0, Counter[str]()
+    for commit in log.commits_backwards():
+        if _committed(commit) < (now - RECENT).timestamp():
+            break
+        for action in () if commit.data_removed else commit.data_added:  # what a review rewrites is no new event
+            rows, found = _file_users(log.uri, action["path"])
+            total += rows
+            users.update(found)
+    exempt = current_rules(settings).exempt_users
+    known = [(count, user) for user, count in users.items() if plain(user) not in exempt]
+    if total < MIN_OFFERED or not known:
+        return 0.0, f"{counted(total, 'event')} in the last hour"
+    count, user = max(known)
+    return count / total, f"{count:,} of {total:,} events in the last hour are of user {user[:64]!r}"
+
+
+@lru_cache(maxsize=4_096)
+def _file_users(uri: str, path: str) -> tuple[int, dict[str, int]]:
+    """(rows, user -> events) of one data file, which never changes; users with less than a percent of it are left out."""
+    users = read_files(uri, [path], pa.schema([EVENTS.schema.field("user_id")]))["user_id"]
+    counts = pc.value_counts(users.combine_chunks())
+    often = counts.filter(pc.greater_equal(counts.field("counts"), max(2, len(users) / 100)))
+    return len(users), dict(zip(often.field("values").to_pylist(), often.field("counts").to_pylist(), strict=True))
+
+
+def _committed(commit: Commit) -> float:
+    """When a commit was made, in seconds since the epoch."""
+    return float(commit.info.get("timestamp", 0)) / 1000
+
+
+def _conservation(settings: Settings, now: datetime) -> tuple[float, str]:
+    """Contradictions among the tables over the batches of the last hour. The whole history is `adtally status`'s."""
+    batches, problems = read_recent_problems(settings, now - RECENT)
+    problems = [*problems, *read_unaccounted(settings, now - RECENT)]
+    shown = "; ".join(problems[:_PROBLEMS_SHOWN])
+    more = f" and {len(problems) - _PROBLEMS_SHOWN} more" if len(problems) > _PROBLEMS_SHOWN else ""
+    return float(len(problems)), f"{shown}{more}" if problems else f"{counted(batches, 'batch')} of the last hour: all adds up"
+
+
+def _campaign_file(settings: Settings, now: datetime) -> tuple[float, str]:
+    problems = campaign_file_problems(settings)
+    return float(len(problems)), "; ".join(problems) or "the campaign files can be read"
+
+
+def _rule_file(settings: Settings, now: datetime) -> tuple[float, str]:
+    problems = rule_file_problems(settings)
+    return float(len(problems)), "; ".join(problems) or "the rule files can be read"
+
+
+def _disk_space(settings: Settings, now: datetime) -> tuple[float, str]:
+    """Free bytes where ADTALLY_HOME lies or will lie."""
+    folder = next(path for path in (settings.home_path, *settings.home_path.parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    return float(free), f"{free / 1024**3:.1f} GiB are free"
+
+
+_SIGNALS: dict[str, tuple[Callable[[Settings, datetime], tuple[float, str]], Callable[[Settings], float], str]] = {
+    "stream_lag": (_stream_lag, lambda settings: settings.max_stream_lag.total_seconds(), "seconds"),
+    "ignored_files": (_ignored_files, lambda settings: 0.0, "files"),
+    "kafka_clusters": (_kafka_clusters, lambda settings: 0.0, "topics"),
+    "freshness": (_freshness, lambda settings: settings.max_mart_age.total_seconds(), "seconds"),
+    "publishing_behind": (_publishing_behind, lambda settings: settings.max_publish_lag.total_seconds(), "seconds"),
+    "rejected_share": (_rejected_share, lambda settings: settings.max_rejected_share, "share"),
+    "duplicate_share": (_duplicate_share, lambda settings: settings.max_duplicate_share, "share"),
+    "user_share": (_user_share, lambda settings: settings.max_user_share, "share"),
+    "conservation": (_conservation, lambda settings: 0.0, "contradictions"),
+    "campaign_file": (_campaign_file, lambda settings: 0.0, "problems"),
+    "rule_file": (_rule_file, lambda settings: 0.0, "problems"),
+    "disk_space": (_disk_space, lambda settings: float(settings.min_free_bytes), "bytes"),
+}
+SIGNALS = tuple(_SIGNALS)

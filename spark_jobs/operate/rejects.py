@@ -1,0 +1,145 @@
+"""What was rejected or is in conflict: where each record came from, why, and its raw text; and the count of each reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import duckdb
+
+from spark_jobs.config import Settings
+from spark_jobs.errors import TableCorruptionError
+from spark_jobs.failure import one_line
+from spark_jobs.lake.duck import connect_delta
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.roots import require_local
+from spark_jobs.lake.tables import REJECTED_TABLES
+
+OLDER = "union all by name select null::bigint as records where false"
+"""Behind a select from either: a table of an older version has no column ``records`` before the next ingest adds it."""
+
+
+@dataclass(frozen=True)
+class ReasonCount:
+    """Records of a stream that were rejected for one reason; a record with two reasons is in both."""
+
+    stream: str
+    reason: str
+    records: int
+    newest_at: datetime
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row of `rejected_events` or `rejected_orders`. ``line`` is the offset in a topic, 0 for a whole file.
+
+    ``records``: how many it stands for; one that stands for more has no ``raw``. The fingerprints are those of a conflict.
+    """
+
+    stream: str
+    reasons: list[str]
+    source: str
+    region: str
+    file: str
+    line: int
+    records: int
+    record_id: str | None
+    record_time: datetime | None
+    ingested_at: datetime
+    fingerprint: str | None
+    accepted_fingerprint: str | None
+    raw: str | None
+    raw_encoding: str | None
+    raw_size_bytes: int | None
+
+    @property
+    def place(self) -> str:
+        """Where it came from, as a person looks for it."""
+        if self.source == "kafka":
+            return f"{self.file}, offset {self.line}"
+        more = " and others" if self.records > 1 else ""
+        return f"{self.file}, line {self.line}{more}" if self.line else f"{self.file}, the whole file"
+
+
+@dataclass(frozen=True)
+class RejectReport:
+    """The newest of what matches, the counts of all that matches, and how many records that is."""
+
+    records: int
+    counts: list[ReasonCount]
+    rejects: list[Reject]
+
+
+def counts_sql(table: str, stream: str) -> str:
+    """A select of the fields of `ReasonCount` from a table or view of rejected records."""
+    return (
+        f"select '{stream}' as stream, reason, sum(coalesce(records, 1))::bigint as records, max(ingested_at) as newest_at "
+        f"from (select unnest(reason_codes) as reason, records, ingested_at from {table}) group by reason"
+    )
+
+
+def read_rejects(
+    settings: Settings,
+    *,
+    reason: str | None = None,
+    since: datetime | None = None,
+    file: str | None = None,
+    limit: int = 20,
+) -> RejectReport:
+    """What was rejected, the newest first. ``reason`` may be 'conflict'.
+
+    ``since`` is of the ingestion; ``file`` is part of a name. An ingest may run meanwhile.
+
+    Raises UsageError for a lakehouse that is not a local path, TableCorruptionError where a table cannot be read.
+    """
+    require_local(settings, "rejects")
+    lake = connect_delta()
+    try:
+        parts = []
+        for stream, table in REJECTED_TABLES.items():
+            name = table.name
+            version = DeltaLog(settings.table_uri(name)).latest_version()
+            if version is not None:
+                path = settings.table_uri(name).replace("'", "''")
+                parts.append(f"select '{stream}' as stream, * from delta_scan('{path}', version = {version})")
+        if not parts:
+            return RejectReport(0, [], [])
+        # the tables are small beside the events, and read once: the counts and the rows are of the same look
+        lake.execute(
+            f"""
+            create temp table found as
+            select *, coalesce(records, 1) as many
+            from ({" union all by name ".join(parts)} {OLDER})
+            where ($reason is null or list_contains(reason_codes, $reason)) and ($since is null or ingested_at >= $since)
+                and ($file is null or contains(source_file, $file))
+            """,
+            {"reason": reason, "since": since, "file": file},
+        )
+        return RejectReport(
+            _all(lake, "select coalesce(sum(many), 0)::bigint from found")[0][0], _counts(lake), _newest(lake, limit)
+        )
+    except duckdb.Error as error:
+        raise TableCorruptionError(
+            f"the tables of {settings.lakehouse_uri} cannot be read: {one_line(error)}", hint="adtally fsck names what is damaged"
+        ) from error
+    finally:
+        lake.close()
+
+
+def _all(lake: duckdb.DuckDBPyConnection, sql: str, parameters: list[Any] | None = None) -> list[tuple[Any, ...]]:
+    return lake.execute(sql, parameters).fetchall()
+
+
+def _counts(lake: duckdb.DuckDBPyConnection) -> list[ReasonCount]:
+    counts = " union all ".join(counts_sql(f"(from found where stream = '{stream}')", stream) for stream in REJECTED_TABLES)
+    return [ReasonCount(*row) for row in _all(lake, f"from ({counts}) order by records desc, stream, reason")]
+
+
+def _newest(lake: duckdb.DuckDBPyConnection, limit: int) -> list[Reject]:
+    sql = """
+        select stream, reason_codes, source, region, source_file, source_line, many, record_id, record_time, ingested_at,
+            fingerprint, accepted_fingerprint, raw, raw_encoding, raw_size_bytes
+        from found order by ingested_at desc, stream, source_file, source_line limit ?
+    """
+    return [Reject(*row) for row in _all(lake, sql, [limit])]

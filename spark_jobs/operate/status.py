@@ -1,0 +1,487 @@
+"""What the lakehouse holds and whether it adds up, read without Spark."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import duckdb
+import numpy as np
+
+from spark_jobs.config import Settings
+from spark_jobs.errors import AdtallyError, TableCorruptionError
+from spark_jobs.failure import one_line
+from spark_jobs.ingest.files.backlog import IgnoredFiles, WaitingFiles, read_landing, unaccounted_files
+from spark_jobs.ingest.in_force import campaign_file_problems, rule_file_problems
+from spark_jobs.ingest.kafka.topics import TopicSource, read_topic_sources
+from spark_jobs.ingest.names import names_file_problems
+from spark_jobs.ingest.quarantine import QUARANTINE_REASONS
+from spark_jobs.lake.duck import connect_delta
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.roots import is_local, require_local
+from spark_jobs.lake.tables import REJECTED_TABLES, STREAMS, TABLES
+from spark_jobs.operate.rejects import OLDER, ReasonCount, counts_sql
+from spark_jobs.publish.progress import TopicStatus, read_publications
+from spark_jobs.texts import counted, printable
+from spark_jobs.units import HOUR_US
+
+FILE_REASONS = ("empty_gzip", "truncated_gzip", "corrupt_gzip", "unreadable_file", *QUARANTINE_REASONS)
+NOTHING_INGESTED = "nothing ingested yet: run adtally ingest"
+# The ledger first: whatever batch stands in the version that is read is complete in the tables that are read after it, so
+# that an ingest may go on meanwhile.
+_READ = ("batch_ledger", "events", "minute_metrics", "rejected_events", "orders", "rejected_orders")
+_REJECTED = tuple(table.name for table in REJECTED_TABLES.values())
+_PROBLEMS_SHOWN = 20
+_IDS_PER_PASS = 32_000_000
+_MEMORY = "1GB"  # more is spilled: an ingest may need the rest
+
+
+@dataclass(frozen=True)
+class SourceStatus:
+    """Sums of one stream, source ('files' or 'kafka') and region. ``lag_seconds``: newest ingestion less newest receipt.
+
+    Where a collector's clock runs ahead, its receipts lie after their ingestion: the lag is 0 then, and ``clock_ahead_seconds``
+    says by how much.
+    """
+
+    stream: str
+    source: str
+    region: str
+    offered: int
+    accepted: int
+    duplicate: int
+    conflict: int
+    rejected: int
+    late: int
+    lag_seconds: float | None
+    last_batch_id: int
+    last_ingested_at: datetime | None
+    clock_ahead_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class TableStatus:
+    """Size of a Delta table's version that was read."""
+
+    name: str
+    version: int
+    rows: int
+    files: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class QuarantinedFile:
+    """A landing file that could not be read to its end, or that was set aside; one that is released is none any more."""
+
+    source_file: str
+    reason_codes: list[str]
+    ingested_at: datetime
+
+
+@dataclass(frozen=True)
+class Status:
+    """All of it. ``problems`` are one line each; ``conservation_holds`` is false where rows and books contradict each other.
+
+    ``waiting`` and ``ignored`` are what lies in the landing folder unread, by source. ``publications``: how far behind publishing
+    is, where kafka.toml says where to publish; ``topics``: how far its topics are read.
+    """
+
+    sources: list[SourceStatus] = field(default_factory=list)
+    tables: list[TableStatus] = field(default_factory=list)
+    quarantined_files: list[QuarantinedFile] = field(default_factory=list)
+    conservation_holds: bool = True
+    problems: list[str] = field(default_factory=list)
+    publications: list[TopicStatus] = field(default_factory=list)
+    topics: list[TopicSource] = field(default_factory=list)
+    waiting: list[WaitingFiles] = field(default_factory=list)
+    ignored: list[IgnoredFiles] = field(default_factory=list)
+    rejects: list[ReasonCount] = field(default_factory=list)
+
+
+def read_status(settings: Settings) -> Status:
+    """Read the lakehouse of ``settings``; a problem says so where nothing has been ingested.
+
+    An ingest may run meanwhile. Raises UsageError for a lakehouse that is not a local path, MachineError where DuckDB's delta
+    extension is missing, TableCorruptionError where a table cannot be read.
+    """
+    require_local(settings, "status")
+    order = [*_READ, *(name for name in TABLES if name not in _READ)]
+    found = {name: DeltaLog(settings.table_uri(name)).latest_version() for name in order}
+    versions = {name: version for name, version in found.items() if version is not None}
+    if not versions:
+        return _with_landing(settings, Status(problems=[NOTHING_INGESTED], topics=read_topic_sources(settings)))
+    with TemporaryDirectory(prefix="adtally-status-") as spill:
+        lake = connect_delta({"temp_directory": spill, "memory_limit": _MEMORY})
+        try:
+            whole = _Reader(lake, settings, versions).status()
+            whole = replace(
+                whole,
+                problems=[
+                    *whole.problems,
+                    *campaign_file_problems(settings),
+                    *rule_file_problems(settings),
+                    *names_file_problems(settings),
+                ],
+                publications=read_publications(settings),
+                topics=read_topic_sources(settings),
+            )
+            return _with_landing(settings, whole)
+        except duckdb.Error as error:
+            raise _unreadable(settings, error) from error
+        finally:
+            lake.close()
+
+
+def _with_landing(settings: Settings, status: Status) -> Status:
+    """The status with what lies in the landing folder, and with what the checkpoints call read and nobody accounts for."""
+    try:
+        unaccounted, landing = read_unaccounted(settings), read_landing(settings)
+    except AdtallyError as error:  # a checkpoint that cannot be read
+        return replace(status, problems=[*status.problems, str(error)])
+    others = [problem for problem in status.problems if not (unaccounted and problem == NOTHING_INGESTED)]
+    return replace(
+        status,
+        problems=[*unaccounted, *others],
+        conservation_holds=status.conservation_holds and not unaccounted,
+        waiting=landing.waiting,
+        ignored=landing.ignored,
+    )
+
+
+def read_unaccounted(settings: Settings, since: datetime | None = None) -> list[str]:
+    """A line a stream for landing files that its checkpoint calls read and no batch has taken; see `unaccounted_files`."""
+    return [
+        f"{stream}: no batch has taken {counted(len(names), 'file')} that the checkpoint calls read, such as "
+        f"{printable(names[0])}: adtally reconcile --repair brings them in"
+        for stream in STREAMS
+        if (names := unaccounted_files(settings, stream, since))
+    ]
+
+
+def read_recent_problems(settings: Settings, since: datetime) -> tuple[int, list[str]]:
+    """How many batches were ingested at ``since`` or later, and the contradictions among their rows, a line each.
+
+    Of what `read_status` finds only what the rows of those batches tell: data files of others are not read. Raises as it does.
+    """
+    found = {name: DeltaLog(settings.table_uri(name)).latest_version() for name in _READ}
+    versions = {name: version for name, version in found.items() if version is not None}
+    if not is_local(settings.lakehouse_uri) or "batch_ledger" not in versions:
+        return 0, []
+    with TemporaryDirectory(prefix="adtally-status-") as spill:
+        lake = connect_delta({"temp_directory": spill, "memory_limit": _MEMORY})
+        try:
+            return _Reader(lake, settings, versions).recent_problems(since)
+        except duckdb.Error as error:
+            raise _unreadable(settings, error) from error
+        finally:
+            lake.close()
+
+
+def _unreadable(settings: Settings, error: duckdb.Error) -> TableCorruptionError:
+    return TableCorruptionError(
+        f"the tables of {settings.lakehouse_uri} cannot be read: {one_line(error)}",
+        hint="adtally fsck names what is damaged, and --repair what can be had again",
+    )
+
+
+class _Reader:
+    """One look at the tables, each at a fixed version."""
+
+    def __init__(self, lake: duckdb.DuckDBPyConnection, settings: Settings, versions: dict[str, int]) -> None:
+        self._lake = lake
+        self._settings = settings
+        self._versions = versions
+
+    def status(self) -> Status:
+        lake = self._lake
+        self._load_ledger("")
+        self._load_others("")
+        tables = [self._table(name) for name in TABLES if name in self._versions]
+        lost = self._lost()
+        if lost:
+            if not any(table.rows for table in tables):
+                return Status(tables=tables, problems=[NOTHING_INGESTED])
+            return Status(tables=tables, conservation_holds=False, problems=lost)
+        lake.execute(_BATCHES)
+        lake.execute(_OF_CLUSTERS)
+        lake.execute(_CELLS)
+        broken = [*self._ledger_rows(), *self._cells(), *self._unique(), *self._orders()]
+        never, unfinished = self._unbooked()
+        broken = [*never, *broken]
+        problems = broken[:_PROBLEMS_SHOWN]
+        if len(broken) > _PROBLEMS_SHOWN:
+            problems.append(f"and {len(broken) - _PROBLEMS_SHOWN} more contradictions")
+        problems += unfinished
+        sources = self._sources()
+        if not sources and not problems:
+            problems.append(NOTHING_INGESTED)
+        return Status(sources, tables, self._quarantined(), not broken, problems, rejects=self._rejects())
+
+    def recent_problems(self, since: datetime) -> tuple[int, list[str]]:
+        """See `read_recent_problems`."""
+        key = "(stream, _query_id, _batch_id)"
+        recent = f"select {key} from {self._scan('batch_ledger')} where _run_id is null and ingested_at >= timestamptz '{since}'"
+        self._load_ledger(f"where {key} in ({recent})")
+        lake = self._lake
+        lake.execute(_BATCHES)
+        lake.execute(_OF_CLUSTERS)
+        batches, low, high = self._rows("select count(*), min(_batch_id), max(_batch_id) from batches")[0]
+        lost = self._lost() if batches else []
+        if lost or not batches:
+            return batches, lost
+        self._load_others(f"where _batch_id between {low} and {high}")  # by which Delta's statistics skip the files of the others
+        lake.execute(_CELLS)
+        return batches, [*self._ledger_rows(), *self._cells()]
+
+    def _load_ledger(self, where: str) -> None:
+        lake = self._lake
+        # whole hours since the epoch; date_trunc would do it by the calendar of a time zone and take seven times as long
+        lake.execute(f"create macro hour_of(t) as (epoch_us(t) - (epoch_us(t) % {HOUR_US} + {HOUR_US}) % {HOUR_US}) // {HOUR_US}")
+        hour = "select * replace (hour_of(event_hour) as event_hour)"
+        if "batch_ledger" in self._versions:
+            lake.execute(f"create temp table batch_ledger as {hour} from {self._scan('batch_ledger')} {where}")
+
+    def _load_others(self, where: str) -> None:
+        for name in self._versions:
+            if name != "batch_ledger":
+                older = OLDER if name in _REJECTED else ""
+                self._lake.execute(f"create temp view {name} as select * from {self._scan(name)} {where} {older}")
+
+    def _lost(self) -> list[str]:
+        missing = [name for name in _READ if name not in self._versions]
+        return [f"table {name} is missing, but others hold rows" for name in missing]
+
+    def _scan(self, name: str, version: int | None = None) -> str:
+        path = self._settings.table_uri(name).replace("'", "''")
+        return f"delta_scan('{path}', version = {self._versions[name] if version is None else version})"
+
+    def _rows(self, sql: str) -> list[tuple[Any, ...]]:
+        return self._lake.execute(sql).fetchall()
+
+    def _table(self, name: str) -> TableStatus:
+        version = self._versions[name]
+        rows = self._rows(f"select count(*) from {name}")[0][0]
+        path = self._settings.table_uri(name).replace("'", "''")
+        files = self._rows(f"select data_file from delta_list_files('{path}', version = {version}::ubigint)")
+        return TableStatus(name, version, rows, len(files), sum(os.path.getsize(file) for (file,) in files))
+
+    def _sources(self) -> list[SourceStatus]:
+        found = self._rows(
+            """
+            select stream, source, region, sum(offered)::bigint, sum(accepted)::bigint, sum(duplicate)::bigint,
+                sum(conflict)::bigint, sum(rejected)::bigint, sum(late)::bigint,
+                if(max(max_received_at) is null, null, greatest(epoch(max(ingested_at)) - epoch(max(max_received_at)), 0)),
+                arg_max(_batch_id, (ingested_at, _batch_id)), max(ingested_at),
+                if(max(max_received_at) is null, null, greatest(epoch(max(max_received_at)) - epoch(max(ingested_at)), 0))
+            from batch_ledger group by stream, source, region order by stream, source, region
+            """
+        )
+        return [SourceStatus(*row) for row in found]
+
+    def _rejects(self) -> list[ReasonCount]:
+        """Records rejected or in conflict, by stream and reason; those with most first."""
+        counts = " union all ".join(counts_sql(table.name, stream) for stream, table in REJECTED_TABLES.items())
+        return [ReasonCount(*row) for row in self._rows(f"from ({counts}) order by records desc, stream, reason")]
+
+    def _quarantined(self) -> list[QuarantinedFile]:
+        columns = "source_file, reason_codes, ingested_at, _query_id, _batch_id"
+        released = "anti join releases using (source_file, _query_id, _batch_id)" if "releases" in self._versions else ""
+        found = self._rows(
+            f"""
+            select source_file, reason_codes, ingested_at from (
+                select {columns} from rejected_events union all select {columns} from rejected_orders
+            ) {released} where list_has_any(reason_codes, {list(FILE_REASONS)}) order by ingested_at, source_file
+            """
+        )
+        return [QuarantinedFile(*row) for row in found]
+
+    def _ledger_rows(self) -> list[str]:
+        """The ledger by itself: each row adds up and stands there once."""
+        problems = [
+            f"{place}: {offered} offered, but {accepted} accepted + {duplicate} duplicate + {conflict} conflict + "
+            f"{rejected} rejected"
+            for place, offered, accepted, duplicate, conflict, rejected in self._rows(
+                f"""
+                select {_PLACE}, offered, accepted, duplicate, conflict, rejected
+                from batch_ledger join batches using (stream, _query_id, _batch_id)
+                where offered is distinct from accepted + duplicate + conflict + rejected
+                order by {_PLACE_ORDER}
+                """
+            )
+        ]
+        return problems + [
+            f"{place}: {rows} rows in batch_ledger instead of one"
+            for place, rows in self._rows(
+                f"""
+                select {_PLACE}, count(*) as rows
+                from batch_ledger join batches using (stream, _query_id, _batch_id)
+                group by stream, _query_id, _batch_id, _run_id, source, region, event_hour, query having rows > 1
+                order by {_PLACE_ORDER}
+                """
+            )
+        ]
+
+    def _cells(self) -> list[str]:
+        """What the ledger says of each batch, region and hour against the rows that other tables hold."""
+        problems = []
+        for measure, held_in in _MEASURES.items():
+            for stream, tables in held_in.items():
+                differs = " or ".join(f"{measure} != {column}" for column in tables.values())
+                for place, booked, *held in self._rows(
+                    f"""
+                    select {_PLACE}, {measure}, {", ".join(tables.values())}
+                    from cells join batches using (stream, _query_id, _batch_id)
+                    where stream = '{stream}' and ({differs})
+                    order by {_PLACE_ORDER}
+                    """
+                ):
+                    others = ", ".join(f"{number} in {table}" for table, number in zip(tables, held, strict=True))
+                    problems.append(f"{place}: {measure} is {booked} in batch_ledger, {others}")
+        return problems
+
+    def _unique(self) -> list[str]:
+        """Ids that more than one row of events holds, told by the newest batch that has them."""
+        if not self._suspect_ids():
+            return []
+        return [
+            f"batch {batch} of events: ids that stand more than once in events: {ids}, such as {name}"
+            for batch, ids, name in self._rows(
+                """
+                select batch, count(*), min(event_id)
+                from (select event_id, max(_batch_id) as batch from events group by event_id having count(*) > 1)
+                group by batch order by batch
+                """
+            )
+        ]
+
+    def _suspect_ids(self) -> bool:
+        """Whether two rows of events have ids of the same hash. Sorted numbers take a third of what counting the ids does."""
+        passes = self._rows("select count(*) from events")[0][0] // _IDS_PER_PASS + 1
+        for number in range(passes):
+            some = f"select hash(event_id) as hashed from events where hash(event_id) % {passes} = {number}"
+            hashed = np.asarray(self._lake.execute(some).fetchnumpy()["hashed"])
+            hashed.sort()
+            if np.any(hashed[1:] == hashed[:-1]):
+                return True
+        return False
+
+    def _orders(self) -> list[str]:
+        """Orders keep the batch of their latest record only, so they are counted as a whole."""
+        booked, held, unbooked = self._rows(
+            """
+            select (select coalesce(sum(accepted), 0)::bigint from batch_ledger where stream = 'orders'),
+                (select coalesce(sum(has_placed::int + (cancelled_at is not null)::int), 0)::bigint from orders),
+                (select count(*) from orders anti join batches on batches.stream = 'orders'
+                    and orders._query_id = batches._query_id and orders._batch_id = batches._batch_id)
+            """
+        )[0]
+        # a batch that is not in the ledger yet adds to the orders, by a number that nothing else knows
+        if held == booked or (unbooked and held > booked):
+            return []
+        return [f"orders of all batches: accepted is {booked} in batch_ledger, {held} in orders (placed and cancelled)"]
+
+    def _unbooked(self) -> tuple[list[str], list[str]]:
+        """Batches with rows but without the ledger: those that no ingest will finish, and those that the next one will."""
+        found = self._rows(
+            """
+            with held as (
+                select stream, _query_id, _batch_id, held + counted + kept_conflict + kept_rejected as rows from cells
+                union all select 'orders', _query_id, _batch_id, count(*) from orders group by all
+            ), numbered as (
+                select stream, _query_id, _batch_id, sum(rows)::bigint as rows,
+                    _batch_id = max(_batch_id) over (partition by stream, _query_id) as is_last
+                from held group by stream, _query_id, _batch_id
+            )
+            from numbered anti join batches using (stream, _query_id, _batch_id) order by all
+            """
+        )
+        if not found:
+            return [], []
+        newest = DeltaLog(self._settings.table_uri("batch_ledger")).latest_version()
+        ledger = self._scan("batch_ledger", newest)
+        booked = set(self._rows(f"select distinct stream, _query_id, _batch_id from {ledger}"))
+        never, unfinished = [], []
+        for stream, query, batch, rows, is_last in found:
+            if (stream, query, batch) in booked:  # finished while the tables were read
+                continue
+            if not is_last:
+                never.append(f"batch {batch} of {stream}: {rows} rows in the tables, but none in batch_ledger")
+            elif query not in self._running_queries(stream):
+                never.append(f"batch {batch} of {stream} is incomplete, and its checkpoint is gone: no ingest will finish it")
+            else:
+                unfinished.append(f"batch {batch} of {stream} is incomplete; it will be finished by the next ingest")
+        return never, unfinished
+
+    def _running_queries(self, stream: str) -> set[str]:
+        """The ids of the queries that go on with a checkpoint of ``stream``: that of files, and those of topics."""
+        folders = (self._settings.checkpoints_path / stream, *self._settings.checkpoints_path.glob(f"{stream}-*"))
+        found = set()
+        for folder in folders:
+            with suppress(OSError, ValueError, KeyError):
+                found.add(str(json.loads((folder / "metadata").read_text("utf-8"))["id"]))
+        return found
+
+
+# A place in the ledger as a reader of a problem needs it; the query only where batches of several have the same number.
+_PLACE = f"""
+    'batch ' || _batch_id || ' of ' || stream || query || ', ' || region || ', hour '
+    || coalesce(strftime(make_timestamp(event_hour * {HOUR_US}), '%Y-%m-%dT%HZ'), 'unknown')
+"""
+_PLACE_ORDER = "stream, query, _batch_id, region, event_hour"
+
+# A measure of the ledger -> stream -> the tables that it is held to, with the columns of `cells` that say what those hold.
+_MEASURES = {
+    "accepted": {"events": {"events": "held", "minute_metrics": "counted"}},
+    "spend_nanos": {"events": {"events": "held_nanos", "minute_metrics": "counted_nanos"}},
+    "conflict": {"events": {"rejected_events": "kept_conflict"}, "orders": {"rejected_orders": "kept_conflict"}},
+    "rejected": {"events": {"rejected_events": "kept_rejected"}, "orders": {"rejected_orders": "kept_rejected"}},
+}
+_SUMMED = sorted({*_MEASURES, *(name for held in _MEASURES.values() for tables in held.values() for name in tables.values())})
+
+_BATCHES = """
+create temp table batches as
+select stream, _query_id, _batch_id,
+    case when count(*) over (partition by stream, _batch_id) > 1 then ' (query ' || left(_query_id, 8) || ')' else '' end as query
+from (select distinct stream, _query_id, _batch_id from batch_ledger)
+"""
+
+# A batch of a topic is booked by its cluster, while its records may name other regions: it is held to the tables as a whole.
+_OF_CLUSTERS = """
+create temp table of_clusters as
+select stream, _query_id, _batch_id, string_agg(distinct region, ', ' order by region) as clusters
+from batch_ledger group by all having bool_or(source = 'kafka')
+"""
+
+_KEPT = """
+    sum(coalesce(records, 1)) filter (outcome = 'conflict') as kept_conflict,
+    sum(coalesce(records, 1)) filter (outcome = 'rejected') as kept_rejected
+"""
+_CELLS = f"""
+create temp table cells as
+select stream, _query_id, _batch_id, coalesce(clusters, region) as region, event_hour,
+    {", ".join(f"coalesce(sum({name}), 0)::hugeint as {name}" for name in _SUMMED)}
+from (
+    from batch_ledger
+    union all by name
+    select 'events' as stream, _query_id, _batch_id, region, hour_of(event_time) as event_hour,
+        count(*) as held, sum(spend_nanos) as held_nanos
+    from events group by all
+    union all by name
+    select 'events' as stream, _query_id, _batch_id, region, hour_of(event_minute) as event_hour,
+        sum(impressions + clicks + invalid_impressions + invalid_clicks) as counted, sum(spend_nanos) as counted_nanos
+    from minute_metrics group by all
+    union all by name
+    select 'events' as stream, _query_id, _batch_id, region, hour_of(record_time) as event_hour, {_KEPT}
+    from rejected_events group by all
+    union all by name
+    select 'orders' as stream, _query_id, _batch_id, region, hour_of(record_time) as event_hour, {_KEPT}
+    from rejected_orders group by all
+) left join of_clusters using (stream, _query_id, _batch_id)
+group by stream, _query_id, _batch_id, coalesce(clusters, region), event_hour
+"""

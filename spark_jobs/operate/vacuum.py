@@ -1,0 +1,199 @@
+"""Vacuum: data files that nobody can need any more are deleted.
+
+A file goes when it was removed from its table (or, named by no commit, was written: a killed batch leaves such) longer ago than the
+retention, which is what time travel is promised. Whatever its age, a file stays that is needed by a batch which was killed and is
+decided again by the version before it, by the key index while it catches up, by publishing where it is behind, and by the published
+marts. Table `campaigns` is left alone: a recount judges each batch by the prices of its time.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from urllib.parse import unquote
+
+import duckdb
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
+from pyarrow import fs
+
+from spark_jobs.config import Settings
+from spark_jobs.errors import TableCorruptionError, UsageError
+from spark_jobs.failure import one_line
+from spark_jobs.ingest.dedupe.index import KeyIndex
+from spark_jobs.lake.locks import rewriting
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.removal import delete_unneeded_files, unneeded_files
+from spark_jobs.lake.roots import open_root
+from spark_jobs.lake.tables import CAMPAIGNS, EVENTS, ORDERS, TABLES
+from spark_jobs.lake.torn import mend_tables
+from spark_jobs.publish.progress import read_publications
+
+# A batch or a build may have written files, or pinned versions, this long before it commits or publishes.
+SHORTEST_RETENTION = timedelta(hours=1)
+_HOUR = timedelta(hours=1)
+_STREAMS = {EVENTS.name: "events", ORDERS.name: "orders"}
+
+
+@dataclass(frozen=True)
+class TableVacuum:
+    """One table: the files that were deleted, or would be, and their bytes.
+
+    ``kept_versions`` stay readable whatever their age; ``reasons`` says of each why. ``paths`` are relative to the table.
+    """
+
+    table: str
+    files: int
+    bytes: int
+    kept_versions: list[int]
+    reasons: dict[int, str]
+    paths: list[str]
+
+
+@dataclass(frozen=True)
+class VacuumReport:
+    """All the tables that exist."""
+
+    tables: list[TableVacuum]
+    dry_run: bool
+    seconds: float
+
+
+def vacuum(
+    settings: Settings,
+    *,
+    dry_run: bool,
+    retention: timedelta | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> VacuumReport:
+    """Delete the data files that are not needed, or, with ``dry_run``, list them. An ingest may run meanwhile.
+
+    ``retention`` (default ADTALLY_VACUUM_RETENTION) is rounded up to whole hours. Raises UsageError for one below
+    SHORTEST_RETENTION, BusyError while a compaction or a correction runs, TableCorruptionError where the published marts do not
+    say what they need.
+    """
+    started = time.monotonic()
+    retention = settings.vacuum_retention if retention is None else retention
+    if retention < SHORTEST_RETENTION:
+        raise UsageError(
+            f"a retention of {retention.total_seconds() / 3600:g} h is too short: a running batch or build may need such files",
+            hint=f"at least {SHORTEST_RETENTION // _HOUR} h",
+        )
+    done = []
+    mend_tables(settings)
+    with rewriting(settings):
+        of_marts = _versions_of_marts(settings)
+        for name in TABLES:
+            uri = settings.table_uri(name)
+            if name == CAMPAIGNS.name or not DeltaLog(uri).exists():
+                continue
+            if progress is not None:
+                progress(name)
+            reasons = _needed_versions(settings, name, of_marts.get(name, []))
+            done.append(_vacuum_table(name, uri, -(-retention // _HOUR), reasons, dry_run=dry_run))
+    return VacuumReport(done, dry_run, time.monotonic() - started)
+
+
+def _vacuum_table(name: str, uri: str, hours: int, reasons: dict[int, str], *, dry_run: bool) -> TableVacuum:
+    kept = sorted(reasons)
+    sizes = _sizes(uri, unneeded_files(uri, hours, kept))
+    paths = sorted(sizes)
+    if paths and not dry_run:
+        paths = sorted(sizes.keys() & set(delete_unneeded_files(uri, hours, kept)))
+    return TableVacuum(name, len(paths), sum(sizes[path] for path in paths), kept, reasons, paths)
+
+
+def _needed_versions(settings: Settings, name: str, of_marts: list[int]) -> dict[int, str]:
+    """Versions of a table that must stay readable, and why. Such as the log no longer has cannot be read anyway."""
+    found: dict[int, str] = dict.fromkeys(of_marts, "the published marts were built from it")
+    if name in _STREAMS:
+        for query, before in _before_last_batches(settings, name).items():
+            found[before] = f"the last batch of {query} is decided by it, should it run again"
+    if name == EVENTS.name:
+        found |= dict.fromkeys(_versions_of_index(settings), "the key index reads files of it to catch up")
+    found |= dict.fromkeys(_versions_to_publish(settings, name), "files of it are still to be published")
+    return {version: reason for version, reason in sorted(found.items()) if _is_readable(settings.table_uri(name), version)}
+
+
+def _before_last_batches(settings: Settings, name: str) -> dict[str, int]:
+    """The versions that the last batches of the stream's queries (of files, of topics) were decided by, by the queries' names.
+
+    They are read again where such a batch was killed.
+    """
+    stream = _STREAMS[name]
+    queries = {}
+    for folder in (settings.checkpoints_path / stream, *sorted(settings.checkpoints_path.glob(f"{stream}-*"))):
+        with suppress(FileNotFoundError):
+            queries[json.loads((folder / "metadata").read_text("utf-8"))["id"]] = folder.name
+    found: dict[str, int] = {}
+    for commit in DeltaLog(settings.table_uri(name)).commits_backwards() if queries else ():
+        if commit.txn is not None and commit.txn[0] in queries:
+            found[queries.pop(commit.txn[0])] = commit.version - 1
+            if not queries:
+                break
+    return found
+
+
+def _versions_of_index(settings: Settings) -> list[int]:
+    """Versions with the files that commits behind the key index added and a compaction has removed since."""
+    index = KeyIndex(settings.key_index_path)
+    if index.table_id is None:  # it is built from the newest version
+        return []
+    log = DeltaLog(settings.table_uri(EVENTS.name))
+    behind = []
+    for commit in log.commits_backwards():
+        if commit.version <= index.version:
+            break
+        if commit.removed:
+            behind.append(commit.version - 1)
+    return behind
+
+
+def _versions_to_publish(settings: Settings, name: str) -> list[int]:
+    """Versions with the files that commits which are not published yet added, and others have removed since."""
+    behind = []
+    for topic in read_publications(settings):
+        if topic.table == name:
+            for commit in DeltaLog(settings.table_uri(name)).commits_backwards():
+                if topic.version is not None and commit.version <= topic.version:
+                    break
+                if commit.removed:
+                    behind.append(commit.version - 1)
+    return behind
+
+
+def _versions_of_marts(settings: Settings) -> dict[str, list[int]]:
+    """Table -> versions that the published marts were built from."""
+    if not settings.marts_path.exists():
+        return {}
+    try:
+        with duckdb.connect(str(settings.marts_path), read_only=True) as marts:
+            rows = marts.sql("select distinct table_name, delta_version from mart_build").fetchall()
+    except duckdb.Error as error:
+        raise TableCorruptionError(
+            f"{settings.marts_path} does not say which versions it needs: {one_line(error)}",
+            hint="build the marts again, or move the file away",
+        ) from error
+    found: dict[str, list[int]] = {}
+    for table, version in rows:
+        found.setdefault(table, []).append(version)
+    return found
+
+
+def _is_readable(uri: str, version: int) -> bool:
+    try:
+        DeltaTable(uri, version=version)
+    except DeltaError:
+        return False
+    return True
+
+
+def _sizes(uri: str, paths: list[str]) -> dict[str, int]:
+    """Bytes of those files that are there: what an earlier vacuum deleted is listed for as long as the log speaks of it."""
+    filesystem, root = open_root(uri)
+    infos = filesystem.get_file_info([f"{root}/{unquote(path)}" for path in paths])
+    return {path: int(info.size) for path, info in zip(paths, infos, strict=True) if info.type == fs.FileType.File}

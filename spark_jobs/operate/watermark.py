@@ -1,0 +1,194 @@
+"""Which hours are closed: told by the progress of the sources, or decided by an operator. Read without Spark.
+
+Hour H is closed when every source has come past H + 1 h + ADTALLY_HOUR_GRACE. A source is a stream and a region of the ledger; its
+progress is what it has received, never beyond when that was ingested, so a sender whose clock runs ahead closes nothing. The wall
+clock closes nothing either: a source that falls silent, and a cluster of kafka.toml of which no event has come yet, hold the hours
+open until they speak, are retired (ADTALLY_RETIRED_SOURCES), or an operator closes them by hand (table `hour_closings`). A region
+of which files have landed and none was read yet has come as far as the oldest of them, which is read first. Nothing closes before
+an event was read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from spark_jobs.config import Settings
+from spark_jobs.errors import UsageError
+from spark_jobs.ingest.files.landing import oldest_file_at, region_folders
+from spark_jobs.ingest.kafka.config import read_kafka
+from spark_jobs.lake.reading import read_newest
+from spark_jobs.lake.tables import BATCH_LEDGER, HOUR_CLOSINGS, STREAMS, Table
+from spark_jobs.lake.writes import append_decision, ensure_tables
+from spark_jobs.steps import Step
+from spark_jobs.units import HOUR, HourRange, earlier, floor_hour
+
+_SOURCE = ("stream", "source", "region")
+_LEDGER_COLUMNS = (*_SOURCE, "event_hour", "accepted", "max_received_at", "ingested_at", "_run_id")
+
+
+@dataclass(frozen=True)
+class SourceProgress:
+    """How far one source has come. ``progress_at`` None: nothing of it was accepted yet.
+
+    Nothing waits for such a one, unless it ``is_awaited``: a cluster of kafka.toml of which no event has come yet. A region whose
+    first files lie in the landing folder unread is awaited too; its progress is when the oldest of them was modified.
+    """
+
+    stream: str
+    source: str
+    region: str
+    progress_at: datetime | None
+    last_ingested_at: datetime | None
+    is_silent: bool
+    is_retired: bool
+    is_awaited: bool = False
+
+    @property
+    def name(self) -> str:
+        """As ADTALLY_RETIRED_SOURCES names it."""
+        return f"{self.stream}/{self.region}"
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What is closed. Hours that end at or before ``closed_through`` are; None: none is.
+
+    ``by_hand_through`` is the part of it that operators decided, ``first_hour`` the earliest hour with an accepted record.
+    """
+
+    closed_through: datetime | None = None
+    by_hand_through: datetime | None = None
+    first_hour: datetime | None = None
+    sources: list[SourceProgress] = field(default_factory=list)
+
+    @property
+    def silent(self) -> list[SourceProgress]:
+        """The sources that hold hours open by having fallen silent."""
+        return [source for source in self.sources if source.is_silent]
+
+    def is_closed(self, hour: datetime) -> bool:
+        """Whether the hour that begins at ``hour`` is closed."""
+        return self.closed_through is not None and self.closed_through - hour >= HOUR
+
+
+def read_closing(settings: Settings) -> Closing:
+    """The state of closing of a home; nothing is closed where nothing was ingested."""
+    ledger = _read(settings, BATCH_LEDGER, _LEDGER_COLUMNS)
+    ledger = ledger.filter(pc.is_null(ledger["_run_id"]))  # a correction says nothing of what the source has sent
+    sources = _sources(settings, ledger)
+    # a source without progress has sent nothing that an hour could lack
+    progress = [source.progress_at for source in sources if source.progress_at is not None and not source.is_retired]
+    is_held = any(source.is_awaited and not source.progress_at and not source.is_retired for source in sources)
+    # orders alone close nothing, nor does what was not read
+    is_held |= not any(source.stream == "events" and source.progress_at and not source.is_awaited for source in sources)
+    through = floor_hour(earlier(min(progress), settings.hour_grace)) if progress and not is_held else None
+    by_hand = pc.max(_read(settings, HOUR_CLOSINGS, ("closed_through",))["closed_through"]).as_py()
+    hours = ledger.filter(pc.greater(ledger["accepted"], 0))["event_hour"]
+    return Closing(
+        closed_through=max((moment for moment in (through, by_hand) if moment is not None), default=None),
+        by_hand_through=by_hand,
+        first_hour=pc.min(hours).as_py(),
+        sources=sources,
+    )
+
+
+def close_by_hand(settings: Settings, through: datetime, *, reason: str, closed_by: str, now: datetime | None = None) -> Closing:
+    """Close all hours that end at or before ``through``, whatever the sources say; returns what is closed then.
+
+    Raises UsageError where ``through`` is no whole hour, lies in the future, or closes nothing that is open, and where no reason
+    or no name is given.
+    """
+    if through.tzinfo is None or floor_hour(through) != through:
+        raise UsageError(f"{through.isoformat()} is not a whole hour in UTC", hint="as in 2025-06-02T08:00:00Z")
+    if not reason.strip() or not closed_by.strip():
+        raise UsageError("closing hours by hand needs a reason and the name of who closes them")
+    now = now or datetime.now(UTC)
+    closing = read_closing(settings)
+    newest = max((source.progress_at for source in closing.sources if source.progress_at is not None), default=now)
+    if through > max(newest, now):
+        raise UsageError(f"{_text(through)} lies in the future", hint=f"it is {now:%Y-%m-%dT%H:%MZ}")
+    if closing.closed_through is not None and through <= closing.closed_through:
+        raise UsageError(f"the hours through {_text(through)} are closed already", hint=f"through {_text(closing.closed_through)}")
+    ensure_tables(settings)
+    row = {"closed_through": through, "reason": reason.strip(), "closed_by": closed_by.strip(), "closed_at": now}
+    append_decision(HOUR_CLOSINGS, pa.Table.from_pylist([row], HOUR_CLOSINGS.schema), settings, Step.HOUR_CLOSINGS)
+    return read_closing(settings)
+
+
+def require_closed(settings: Settings, hours: HourRange) -> None:
+    """Raises UsageError that names the first open hour of ``hours`` and the sources that are silent."""
+    closing = read_closing(settings)
+    first_open = next((hour for hour in hours if not closing.is_closed(hour)), None)
+    if first_open is None:
+        return
+    closed = f"closed through {_text(closing.closed_through)}" if closing.closed_through else "no hour is closed yet"
+    silent = ", ".join(
+        f"{source.name} ({f'since {source.progress_at:%Y-%m-%dT%H:%MZ}' if source.progress_at else 'nothing came yet'})"
+        for source in closing.silent
+    )
+    waits = f"; silent: {silent}, see docs/runbooks/silent-source.md" if silent else ""
+    unread = [source.name for source in closing.sources if source.is_awaited and not (source.is_silent or source.is_retired)]
+    if unread:
+        waits += f"; landed and not ingested yet: {', '.join(unread)}"
+    raise UsageError(f"hour {_text(first_open)} is not closed", hint=f"{closed}{waits}")
+
+
+def _sources(settings: Settings, ledger: pa.Table) -> list[SourceProgress]:
+    received, ingested = ledger["max_received_at"], ledger["ingested_at"]
+    progress = pc.if_else(pc.greater(received, ingested), ingested, received)  # null where nothing was accepted
+    groups = ledger.append_column("progress_at", progress).group_by(list(_SOURCE))
+    rows = groups.aggregate([("progress_at", "max"), ("ingested_at", "max")]).sort_by([(name, "ascending") for name in _SOURCE])
+    found = rows.to_pylist()
+    retired = {f"{row['stream']}/{row['region']}" for row in found} & set(settings.retired_sources)
+    held = [row for row in found if f"{row['stream']}/{row['region']}" not in retired]
+    newest = max((row["progress_at_max"] for row in held if row["progress_at_max"] is not None), default=None)
+
+    def is_silent(row: dict[str, datetime | None]) -> bool:
+        at = row["progress_at_max"]
+        return newest is not None and at is not None and newest - at > settings.silent_after
+
+    known = [
+        SourceProgress(
+            stream=row["stream"],
+            source=row["source"],
+            region=row["region"],
+            progress_at=row["progress_at_max"],
+            last_ingested_at=row["ingested_at_max"],
+            is_silent=row in held and is_silent(row),
+            is_retired=row not in held,
+        )
+        for row in found
+    ]
+    known += _unread(settings, {(source.stream, source.source, source.region) for source in known})
+    came = {source.region for source in known if (source.stream, source.source) == ("events", "kafka") and source.progress_at}
+    awaited = [cluster.name for cluster in read_kafka(settings).consumed if cluster.name not in came]
+    for name in awaited:
+        is_retired = f"events/{name}" in settings.retired_sources
+        known = [source for source in known if (source.stream, source.source, source.region) != ("events", "kafka", name)]
+        known.append(SourceProgress("events", "kafka", name, None, None, not is_retired, is_retired, is_awaited=True))
+    return known
+
+
+def _unread(settings: Settings, spoken: set[tuple[str, str, str]]) -> Iterator[SourceProgress]:
+    """The regions of which files have landed and none was read yet. Files are read in the order of their times of modification."""
+    for stream in STREAMS:
+        for region in region_folders(settings.landing_path / stream):
+            if (stream, "files", region) in spoken:
+                continue
+            oldest = oldest_file_at(settings.landing_path, stream, region)
+            if oldest is not None:
+                is_retired = f"{stream}/{region}" in settings.retired_sources
+                yield SourceProgress(stream, "files", region, oldest, None, False, is_retired, is_awaited=True)
+
+
+def _read(settings: Settings, table: Table, names: tuple[str, ...]) -> pa.Table:
+    return read_newest(settings.table_uri(table.name), pa.schema([table.schema.field(name) for name in names]))
+
+
+def _text(hour: datetime) -> str:
+    return f"{hour:%Y-%m-%dT%HZ}"

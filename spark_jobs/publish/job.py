@@ -1,0 +1,422 @@
+"""Publish: what new Delta versions of `minute_metrics` and `attributed_orders` add, into Kafka, each version once.
+
+A version is published in its order, in a transaction that also notes how far publishing has come (``spark_jobs.publish.outlet``),
+so whatever is killed, a reader of committed messages sees each once. Versions that only rearrange rows publish nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import pyarrow as pa
+from deltalake.exceptions import DeltaError
+from filelock import FileLock, Timeout
+
+from spark_jobs.config import Settings
+from spark_jobs.errors import BusyError, KafkaConfigurationError, KafkaError, PublicationError
+from spark_jobs.failure import one_line
+from spark_jobs.ingest.kafka.config import Publish, read_kafka
+from spark_jobs.lake.data_files import DataFileWriter
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.roots import is_local
+from spark_jobs.lake.tables import PUBLICATIONS
+from spark_jobs.lake.writes import DeltaSink, Transaction, ensure_tables
+from spark_jobs.publish.messages import CreditsMessages, MetricsMessages
+from spark_jobs.publish.outlet import Outlet, Position, read_positions
+from spark_jobs.publish.progress import TopicStatus, committed_ms, status_of, table_id, told_by, topics_of
+from spark_jobs.steps import Step
+
+PUBLISH_LOCK = ".publish.lock"  # in ADTALLY_HOME, held by whoever publishes
+POLL_SECONDS = 0.05  # a look for a new version is one attempt to open its file
+REMOTE_POLL_SECONDS = 1.0  # on an object store, where a look costs a request
+_LOOK_AROUND_SECONDS = 30.0  # for versions that are gone, for a table that was made anew
+_TELL_SECONDS = 10.0  # between two rows of `publications`
+_LAST_SECONDS = 20.0  # what was committed before the end is published within, or by the next run
+_QUIET_VERSIONS = 50  # versions without rows after which the position is noted all the same
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+# who stood still for longer than a transaction may take is shut out as if by another publisher, so once is no proof of one
+_FENCED_PAUSE, _FENCED_AGAIN_SECONDS = 5.0, 600.0
+_WHOLE = "`adtally publish --whole` publishes all rows as they stand, under the same ids"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A version that was published. ``lag_seconds``: how long after its commit (by this machine's clock)."""
+
+    table: str
+    topic: str
+    version: int
+    records: int
+    lag_seconds: float
+
+
+@dataclass
+class TopicReport:
+    """What one run published into a topic: ``versions`` that had something, and their messages. ``version``: up to where it is."""
+
+    table: str
+    topic: str
+    version: int | None = None
+    versions: int = 0
+    records: int = 0
+
+
+@dataclass(frozen=True)
+class PublishReport:
+    """Both topics; none where nothing is to be published."""
+
+    topics: list[TopicReport] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A table and its topic."""
+
+    source: type[MetricsMessages] | type[CreditsMessages]
+    topic: str
+    step: Step
+
+    @property
+    def name(self) -> str:
+        return self.source.table.name
+
+
+def is_publishing(settings: Settings) -> bool:
+    """Whether kafka.toml says where to publish. Raises KafkaConfigurationError where it cannot be right."""
+    return read_kafka(settings).publish is not None
+
+
+def publish_new(
+    settings: Settings,
+    *,
+    whole: bool = False,
+    adopt: bool = False,
+    progress: Callable[[Published], None] | None = None,
+) -> PublishReport:
+    """Publish all versions that are not published yet; nothing where kafka.toml does not say where.
+
+    ``whole``: all rows as they stand, whatever was published before, for when versions are gone or a topic was lost. ``adopt``:
+    into a topic that has what another table published. Raises KafkaError where the broker does not answer, BusyError where another
+    publisher is at it, PublicationError where versions are gone or a topic is another table's.
+    """
+    started = time.monotonic()
+    publish = read_kafka(settings).publish
+    if publish is None:
+        return PublishReport()
+    with _locked(settings), ExitStack() as ends:
+        reports = []
+        for target in _targets(publish):
+            publisher = _Publisher(settings, publish, target, progress)
+            ends.callback(publisher.told.write)
+            publisher.run_once(whole=whole, adopt=adopt)
+            reports.append(publisher.report)
+        return PublishReport(reports, time.monotonic() - started)
+
+
+class PublishLoop:
+    """Publishes each version soon after it is committed. Raises KafkaConfigurationError where kafka.toml does not say where.
+
+    ``problem`` is told once when the broker does not answer any more (an empty text when it does again); publishing is tried
+    again until it does. It is told too when one topic cannot be gone on with; the other one is.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        adopt: bool = False,
+        progress: Callable[[Published], None] | None = None,
+        problem: Callable[[str], None] | None = None,
+    ) -> None:
+        publish = read_kafka(settings).publish
+        if publish is None:
+            raise _nowhere(settings)
+        self._settings, self._publish, self._adopt = settings, publish, adopt
+        self._progress, self._problem = progress, problem or (lambda _: None)
+        self._failure: Exception | None = None
+
+    def run(self, stop: threading.Event) -> None:
+        """Publish until ``stop`` is set; then what was committed before that, and end.
+
+        Raises as ``publish_new``, but for a broker that does not answer, and at the end; sooner where no topic can be gone on with.
+        """
+        with _locked(self._settings):
+            threads = [
+                threading.Thread(target=self._run, args=(target, stop), name=f"publish-{target.name}", daemon=True)
+                for target in _targets(self._publish)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self, target: _Target, stop: threading.Event) -> None:
+        publisher = _Publisher(self._settings, self._publish, target, self._progress)
+        pause, is_told, fenced = _FIRST_PAUSE, False, -math.inf
+
+        def goes_on() -> None:
+            nonlocal pause, is_told
+            pause = _FIRST_PAUSE
+            if is_told:
+                self._problem("")
+            is_told = False
+
+        try:
+            while not stop.is_set():
+                try:
+                    publisher.follow(stop, goes_on, adopt=self._adopt)
+                except KafkaError as error:
+                    if not is_told:
+                        self._problem(f"{target.topic}: {error}")
+                        is_told = True
+                    stop.wait(pause)
+                    pause = min(2 * pause, _LONGEST_PAUSE)
+                except BusyError as error:
+                    if time.monotonic() - fenced < _FENCED_AGAIN_SECONDS:
+                        raise
+                    fenced, is_told = time.monotonic(), True
+                    self._problem(f"{target.topic}: {error}")
+                    stop.wait(_FENCED_PAUSE)
+        except Exception as error:
+            self._failure = self._failure or error
+            self._problem(f"{target.topic}: {error}")
+        finally:
+            with suppress(DeltaError, OSError):  # for people; the next row tells of it
+                publisher.told.write()
+
+
+class _Publisher:
+    """Publishes one table."""
+
+    def __init__(self, settings: Settings, publish: Publish, target: _Target, progress: Callable[[Published], None] | None) -> None:
+        self._settings, self._publish, self._target = settings, publish, target
+        self._uri = settings.table_uri(target.name)
+        self._log = DeltaLog(self._uri)
+        self._messages = target.source(settings)
+        self._progress = progress or (lambda _: None)
+        self.report = TopicReport(target.name, target.topic)
+        self.told = _Told(settings, publish.cluster.name)
+
+    def run_once(self, *, whole: bool, adopt: bool) -> None:
+        """All that is there."""
+        identity = table_id(self._uri)
+        if identity is None:
+            return
+        with self._outlet(identity, adopt) as outlet:
+            self._require_same(outlet)
+            if whole:
+                self._whole(outlet, self._log.latest_version() or 0)
+            self._catch_up(outlet, None)
+
+    def follow(self, stop: threading.Event, opened: Callable[[], None], *, adopt: bool) -> None:
+        """Each version as it is committed, until ``stop`` is set or the table is another one."""
+        identity = table_id(self._uri)
+        if identity is None:
+            stop.wait(1.0)
+            return
+        pause = POLL_SECONDS if is_local(self._uri) else REMOTE_POLL_SECONDS
+        with self._outlet(identity, adopt) as outlet:
+            opened()
+            looked = -math.inf
+            while not stop.is_set():
+                if time.monotonic() - looked > _LOOK_AROUND_SECONDS:
+                    if table_id(self._uri) != identity:
+                        return
+                    self._require_same(outlet)
+                    self._require_next(outlet)
+                    looked = time.monotonic()
+                self._catch_up(outlet, stop)
+                self.told.write_in_time()
+                stop.wait(pause)
+            self._catch_up(outlet, _Deadline(_LAST_SECONDS))
+
+    def _outlet(self, identity: str, adopt: bool) -> Outlet:
+        target = self._target
+        return Outlet(self._publish.cluster, target.name, identity, target.topic, target.step, adopt=adopt)
+
+    def _catch_up(self, outlet: Outlet, stop: threading.Event | _Deadline | None) -> None:
+        at = outlet.position
+        if at is not None and at.is_whole and not at.is_complete:
+            self._whole(outlet, at.version)
+        version = _next(outlet.position)
+        quiet = 0
+        while stop is None or not stop.is_set():
+            commit = self._log.commit(version)
+            if commit is None:
+                if stop is None:
+                    self._require_next(outlet)
+                break
+            if commit.changes_rows:
+                self._one(outlet, version, lambda: self._messages.of_commit(commit), committed_ms(commit))  # noqa: B023
+                quiet = 0
+            else:
+                quiet += 1
+                if quiet == _QUIET_VERSIONS:
+                    outlet.publish(version, iter(()), committed_ms=committed_ms(commit))
+                    quiet = 0
+            version += 1
+
+    def _whole(self, outlet: Outlet, version: int) -> None:
+        commit = self._log.commit(version)
+        at = 0 if commit is None else committed_ms(commit)
+        self._one(outlet, version, lambda: self._messages.whole(version, at), at, is_whole=True)
+
+    def _one(
+        self,
+        outlet: Outlet,
+        version: int,
+        messages: Callable[[], Iterator[tuple[list[str], list[str]]]],
+        at: int,
+        *,
+        is_whole: bool = False,
+    ) -> None:
+        before = outlet.position
+        try:
+            records = outlet.publish(version, messages(), committed_ms=at, is_whole=is_whole)
+        except (FileNotFoundError, DeltaError) as error:
+            raise PublicationError(
+                f"version {version} of {self._target.name} cannot be published: {one_line(error)}", hint=_WHOLE
+            ) from None
+        self.report.version = version
+        self.report.versions += 1
+        self.report.records += records
+        if outlet.position is not None:
+            self.told.add(outlet.position, records, 0 if before is None else _next(before))
+        self._progress(Published(self._target.name, self._target.topic, version, records, time.time() - at / 1000))
+
+    def _require_same(self, outlet: Outlet) -> None:
+        """Raises PublicationError where the version that was published last is no more, or another one has its number."""
+        at, latest = outlet.position, self._log.latest_version()
+        if at is None or latest is None:
+            return
+        held = self._log.commit(at.version)
+        if latest < at.version or (held is not None and committed_ms(held) != at.committed_ms):
+            raise PublicationError(
+                f"{self._target.name} is not what it was when version {at.version} of it was published",
+                hint="an older copy of it was put back: publish into new topics, see docs/runbooks/publishing-behind.md",
+            )
+
+    def _require_next(self, outlet: Outlet) -> None:
+        """Raises PublicationError where the log goes on behind the next version, but no longer has it."""
+        wanted, latest = _next(outlet.position), self._log.latest_version()
+        if latest is not None and latest >= wanted and self._log.commit(wanted) is None:
+            raise PublicationError(
+                f"version {wanted} of {self._target.name} is to be published next, and its log does not have it any more",
+                hint=_WHOLE,
+            )
+
+
+class _Deadline:
+    """As an event that is set when a time has passed."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def is_set(self) -> bool:
+        return time.monotonic() >= self._end
+
+
+def _next(position: Position | None) -> int:
+    if position is None:
+        return 0
+    return position.version + 1 if position.is_complete else position.version
+
+
+class _Told:
+    """Rows of `publications`, some seconds' versions in one, so that telling costs less than publishing."""
+
+    def __init__(self, settings: Settings, cluster: str) -> None:
+        self._settings, self._cluster = settings, cluster
+        self._newest: Position | None = None
+        self._first, self._records = 0, 0
+        self._written = time.monotonic()
+
+    def add(self, position: Position, records: int, first_version: int) -> None:
+        """A version more."""
+        if self._newest is None:
+            self._first, self._records = first_version, 0
+        self._newest, self._records = position, self._records + records
+
+    def write_in_time(self) -> None:
+        """Write the row if it is time."""
+        if time.monotonic() - self._written >= _TELL_SECONDS:
+            with suppress(DeltaError, OSError):
+                self.write()
+
+    def write(self) -> None:
+        """Write the row, once per version, if there is something to tell."""
+        newest, self._newest, self._written = self._newest, None, time.monotonic()
+        if newest is None:
+            return
+        uri = self._settings.table_uri(PUBLICATIONS.name)
+        if not DeltaLog(uri).exists():
+            ensure_tables(self._settings)
+        row = {
+            "cluster": self._cluster,
+            "topic": newest.topic,
+            "table_name": newest.table,
+            "table_id": newest.table_id,
+            "first_version": self._first,
+            "version": newest.version,
+            "records": self._records,
+            "total_records": newest.total_records,
+            "published_at": datetime.now(UTC),
+        }
+        with DataFileWriter(uri, PUBLICATIONS) as writer:
+            writer.write(pa.Table.from_pylist([row], PUBLICATIONS.schema))
+        transaction = Transaction(told_by(self._cluster, newest.key), newest.version)
+        DeltaSink(PUBLICATIONS, self._settings).append(
+            writer.files, Step.PUBLICATIONS, transaction, {"total_records": newest.total_records}
+        )
+
+
+def ask_publications(settings: Settings, *, now: datetime | None = None) -> list[TopicStatus]:
+    """As ``read_publications``, but from Kafka's own notes. Raises KafkaError where the broker does not answer."""
+    publish = read_kafka(settings).publish
+    if publish is None:
+        raise _nowhere(settings)
+    held = read_positions(publish.cluster)
+    found = []
+    for target in _targets(publish):
+        at = held.get(f"{table_id(settings.table_uri(target.name))}/{target.topic}")
+        version = None if at is None or _next(at) == 0 else _next(at) - 1
+        total = at.total_records if at else None
+        found.append(status_of(settings, publish, target.name, target.topic, version, total, now or datetime.now(UTC)))
+    return found
+
+
+def _targets(publish: Publish) -> list[_Target]:
+    (_, metrics), (_, credits) = topics_of(publish)
+    return [
+        _Target(MetricsMessages, metrics, Step.PUBLISHED_METRICS),
+        _Target(CreditsMessages, credits, Step.PUBLISHED_CREDITS),
+    ]
+
+
+def _nowhere(settings: Settings) -> KafkaConfigurationError:
+    return KafkaConfigurationError(
+        f"{settings.kafka_path} does not say where to publish", hint="it needs a table [publish]; see docs/publishing.md"
+    )
+
+
+@contextmanager
+def _locked(settings: Settings) -> Iterator[None]:
+    settings.home_path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(settings.home_path / PUBLISH_LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BusyError(f"another process publishes from {settings.home_path}", hint="`adtally ingest --continuous` does") from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,1 +1,0 @@
-"""Writing Delta tables: created as the registry says, appended to once per transaction."""

@@ -1,0 +1,1 @@
+"""Invalid traffic: its rules, and the review that judges whole hours by them."""

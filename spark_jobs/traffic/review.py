@@ -1,0 +1,539 @@
+"""The review: all events of an hour judged by all rules of invalid traffic, and what differs restated, with its money.
+
+The ingest judges a record by what stands in it. Repeats, unmatched clicks and click rates need the events around it, in whatever
+order they came, so they are judged here, over whole hours and the hours that the rules look back to. An hour is reviewed again
+where events came that its review has not seen. The rules of its first review hold for it; only a backfill changes them
+(docs/decisions/0007). Read and written without Spark.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import duckdb
+import pyarrow as pa
+
+from spark_jobs.config import Settings
+from spark_jobs.corrections.run import Run, correcting, table_rows, writing
+from spark_jobs.corrections.write_ahead import Correction, TableChange, carry_out, write_ahead
+from spark_jobs.ingest.event_columns import INCREMENT_SCHEMA, METRIC_KEYS, METRIC_MEASURES, increment_columns
+from spark_jobs.ingest.kafka.ranges import PREFIX
+from spark_jobs.lake.duck import connect_delta, delta_scan, keep_table, literal, translate_duckdb_errors
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.reading import file_paths, read_files, read_newest
+from spark_jobs.lake.roots import require_local
+from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, RESTATEMENTS, TRAFFIC_REVIEWS, Table
+from spark_jobs.lake.writes import ensure_tables
+from spark_jobs.rules.exempt import is_exempt_sql
+from spark_jobs.traffic.rules import BITS, InvalidTrafficRules, Mode, keep_rules, marks, rules_of
+from spark_jobs.traffic.rules import judge_of as record_judge_of
+from spark_jobs.units import HOUR_US, HourRange, hour_moment, hour_number
+
+_EVENTS_AT_ONCE = 750_000  # judged in one go, for which an ingest waits
+_GAP_HOURS = 7 * 24  # hours further apart are read by themselves
+_MEMORY = "1200MB"
+_DIMENSIONS = METRIC_KEYS[1:]
+_MICROSECOND = timedelta(microseconds=1)
+
+
+@dataclass(frozen=True)
+class ReviewedHour:
+    """An hour that was reviewed: its events, how many are invalid now, of how many the marks changed.
+
+    ``rewritten``: of how many the marks, the rule set or the price is written anew.
+    ``spend_nanos_change`` is what its billable spend changed by; a credit is negative.
+    """
+
+    event_hour: datetime
+    events: int
+    invalid: int
+    changed: int
+    rewritten: int
+    spend_nanos_change: int
+    rule_set: str
+
+
+@dataclass(frozen=True)
+class ReviewReport:
+    """A review. Hours that were up to date are not in it."""
+
+    run_id: str
+    hours: list[ReviewedHour]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Review:
+    """The last review of an hour."""
+
+    rule_set: str
+    inputs: int
+    reviewed_at: datetime
+
+
+@dataclass(frozen=True)
+class _State:
+    """What the tables hold at one moment. Hours are numbers since the epoch.
+
+    ``judged_version``: the batches that `events` has up to it have ended. ``accepted``: their accepted events, by hour;
+    ``batches``: their identities.
+    """
+
+    events_version: int
+    judged_version: int
+    accepted: dict[int, int]
+    batches: list[tuple[str, int]]
+    reviews: dict[int, _Review]
+
+    def inputs(self, hour: int, rules: InvalidTrafficRules) -> int:
+        """The accepted events that a review of the hour looks at."""
+        return sum(self.accepted.get(at, 0) for at in range(hour - rules.look_back_hours, hour + 1))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Hours that are judged together by one rule set."""
+
+    rule_set: str
+    rules: InvalidTrafficRules
+    hours: list[int]
+
+
+def review(
+    settings: Settings,
+    hours: HourRange | None = None,
+    *,
+    run_id: str | None = None,
+    now: datetime | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> ReviewReport:
+    """Review the hours (of ``hours``, None: all) whose review is missing or out of date.
+
+    An ingest may go on meanwhile: it waits while some hours are put right. Run again it changes nothing; one that was killed is
+    finished by the next. Raises UsageError for a lakehouse that is not a local path, RuleFileError for rules that cannot be right,
+    TableCorruptionError where a table cannot be read.
+    """
+    started = time.monotonic()
+    require_local(settings, "the review")
+    run_id = run_id or uuid.uuid4().hex
+    wanted = None if hours is None else {hour_number(hour) for hour in hours}
+    done: list[ReviewedHour] = []
+    is_unfinished = settings.corrections_path.exists() and any(settings.corrections_path.iterdir())
+    if is_unfinished or _has_work(settings, wanted):
+        ensure_tables(settings)
+        with correcting(settings):
+            run = Run(run_id, "review", "invalid traffic", now or datetime.now(UTC))
+            done = review_outdated(settings, wanted, run, progress or (lambda _: None))
+    return ReviewReport(run_id, done, time.monotonic() - started)
+
+
+def _has_work(settings: Settings, wanted: Collection[int] | None) -> bool:
+    with translate_duckdb_errors(settings.home_path):
+        state = _read_state(settings)
+        return bool(_outdated(settings, state, wanted))
+
+
+def review_outdated(settings: Settings, wanted: Collection[int] | None, run: Run, say: Callable[[str], None]) -> list[ReviewedHour]:
+    """As ``review``, for whoever holds the corrections lock."""
+    with translate_duckdb_errors(settings.home_path):
+        state = _read_state(settings)
+        outdated = _outdated(settings, state, wanted)
+        fresh = keep_rules(settings, run.now) if any(hour not in state.reviews for hour in outdated) else ""
+        sets = {hour: state.reviews[hour].rule_set if hour in state.reviews else fresh for hour in outdated}
+        return _review(settings, state, sets, run, say)
+
+
+def review_anew(settings: Settings, hours: Collection[int], run: Run, say: Callable[[str], None]) -> list[ReviewedHour]:
+    """Judge ``hours`` by today's rules, whatever they were reviewed by, and again those after them that look back to them.
+
+    For whoever holds the corrections lock.
+    """
+    with translate_duckdb_errors(settings.home_path):
+        state = _read_state(settings)
+        rule_set = keep_rules(settings, run.now)
+        sets = {hour: rule_set for hour in hours if state.accepted.get(hour, 0) or hour in state.reviews}
+        for hour, held in state.reviews.items():
+            reach = rules_of(settings, held.rule_set).look_back_hours if hour not in sets else 0
+            if any(before in hours for before in range(hour - reach, hour)):
+                sets[hour] = held.rule_set
+        return _review(settings, state, sets, run, say)
+
+
+# --- what there is
+
+
+def _read(settings: Settings, table: Table, names: tuple[str, ...]) -> pa.Table:
+    return read_newest(settings.table_uri(table.name), pa.schema([table.schema.field(name) for name in names]))
+
+
+def _read_state(settings: Settings) -> _State:
+    # The ledger first: the versions that are read after it have every batch that it has.
+    ledger = _read(settings, BATCH_LEDGER, ("stream", "event_hour", "accepted", "_query_id", "_batch_id")).to_pydict()
+    log = DeltaLog(settings.table_uri(EVENTS.name))
+    version = log.latest_version() or 0
+    names = ("event_hour", "rule_set", "inputs", "reviewed_at", "events_version")
+    held = _read(settings, TRAFFIC_REVIEWS, names).to_pydict()
+    booked = {
+        (query, batch)
+        for stream, query, batch in zip(ledger["stream"], ledger["_query_id"], ledger["_batch_id"], strict=True)
+        if stream == "events"
+    }
+    # Every batch up to the last review's version was in the ledger at that time, so only later commits are read.
+    reviewed = max((known for known in held["events_version"] if known <= version), default=-1)
+    later = _batches(log, range(reviewed + 1, version + 1)) if booked else {}
+    judged = min((at for batch, at in later.items() if batch not in booked), default=version + 1) - 1
+    booked -= {batch for batch, at in later.items() if at > judged}
+    accepted: dict[int, int] = {}
+    rows = zip(*(ledger[name] for name in ("event_hour", "accepted", "_query_id", "_batch_id")), strict=True)
+    for hour, count, query, batch in rows:
+        if hour is not None and count and (query, batch) in booked:
+            accepted[hour_number(hour)] = accepted.get(hour_number(hour), 0) + count
+    reviews: dict[int, _Review] = {}
+    for hour, rule_set, inputs, at, _ in zip(*(held[name] for name in names), strict=True):
+        known = reviews.get(hour_number(hour))
+        if known is None or at > known.reviewed_at:
+            reviews[hour_number(hour)] = _Review(rule_set, inputs, at)
+    return _State(version, judged, accepted, sorted(booked), reviews)
+
+
+def _batches(log: DeltaLog, versions: range) -> dict[tuple[str, int], int]:
+    """The batches whose events the ``versions`` committed, and each one's first version. A commit with limits is a batch's."""
+    found: dict[tuple[str, int], int] = {}
+    for version in versions:
+        commit = log.commit(version)
+        if commit is not None and "limits" in commit.metadata:
+            found.setdefault((str(commit.metadata["query_id"]), int(commit.metadata["batch_id"])), version)
+    return found
+
+
+def _outdated(settings: Settings, state: _State, wanted: Collection[int] | None) -> list[int]:
+    known = {name: rules_of(settings, name) for name in {held.rule_set for held in state.reviews.values()}}
+    found = []
+    for hour in state.accepted.keys() | state.reviews.keys():
+        if wanted is not None and hour not in wanted:
+            continue
+        held = state.reviews.get(hour)
+        if held is None or state.inputs(hour, known[held.rule_set]) != held.inputs:
+            found.append(hour)
+    return sorted(found)
+
+
+def _groups(settings: Settings, state: _State, sets: dict[int, str]) -> Iterator[_Group]:
+    """Hours of one rule set, in order, about _EVENTS_AT_ONCE events together."""
+    for rule_set in sorted(set(sets.values())):
+        rules = rules_of(settings, rule_set)
+        group: list[int] = []
+        events = 0
+        for hour in sorted(hour for hour, name in sets.items() if name == rule_set):
+            count = state.accepted.get(hour, 0)
+            if group and (events + count > _EVENTS_AT_ONCE or hour - group[-1] > _GAP_HOURS):
+                yield _Group(rule_set, rules, group)
+                group, events = [], 0
+            group.append(hour)
+            events += count
+        if group:
+            yield _Group(rule_set, rules, group)
+
+
+# --- judging
+
+
+def _review(settings: Settings, state: _State, sets: dict[int, str], run: Run, say: Callable[[str], None]) -> list[ReviewedHour]:
+    done: list[ReviewedHour] = []
+    for group in _groups(settings, state, sets):
+        say(f"reviewing hours: {len(done)} of {len(sets)}")
+        with writing(settings):
+            now = _read_state(settings)
+            settings.scratch_path.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(prefix="review-", dir=settings.scratch_path) as spill:
+                correction, hours = _decide(settings, now, group, replace(run, token=uuid.uuid4().hex), Path(spill))
+            if correction.changes:
+                write_ahead(settings, correction)
+                carry_out(settings, correction)
+        done += hours
+    return sorted(done, key=lambda hour: hour.event_hour)
+
+
+def _decide(settings: Settings, state: _State, group: _Group, run: Run, spill: Path) -> tuple[Correction, list[ReviewedHour]]:
+    with connect_delta({"temp_directory": str(spill), "memory_limit": _MEMORY}) as lake:
+        lake.execute("set preserve_insertion_order = false")
+        _judge(settings, lake, state, group, spill)
+        sums = {hour: rest for hour, *rest in lake.execute(_SUMS).fetchall()}
+        hours = [_reviewed(hour, group.rule_set, *sums.get(hour, (0, 0, 0, 0, 0))) for hour in group.hours]
+        parts = [
+            _events_change(lake, group, run),
+            _metrics_change(lake, run),
+            _ledger_change(settings, lake, run),
+            _restatements_change(lake, group, run),
+            _reviews_change(state, group, run, hours),
+        ]
+    changes = [change for change in parts if not change.is_nothing]
+    return Correction(run.token, run.run_id, state.events_version, changes), hours
+
+
+def _reviewed(hour: int, rule_set: str, events: int, invalid: int, changed: int, rewritten: int, spend: int) -> ReviewedHour:
+    moment = hour_moment(hour)
+    assert moment is not None
+    return ReviewedHour(moment, events, invalid, changed, rewritten, spend, rule_set)
+
+
+_SUMS = """
+    select hour, count(*), count(*) filter (new_rule is not null),
+        count(*) filter (old_rule is distinct from new_rule or old_rules is distinct from new_rules), count(*) filter (is_changed),
+        coalesce(sum(new_spend - old_spend), 0)
+    from judged group by hour
+"""
+
+
+def _judge(settings: Settings, lake: duckdb.DuckDBPyConnection, state: _State, group: _Group, spill: Path) -> None:
+    """Make table `judged`: each event of the hours with the rules that hit it, and what stands and is to stand in its marks."""
+    wide = {at for hour in group.hours for at in range(hour - group.rules.look_back_hours, hour + 1)}
+    keep_table(lake, "hours", pa.table({"hour": pa.array(group.hours, pa.int64())}), spill)
+    keep_table(lake, "wide", pa.table({"hour": pa.array(sorted(wide), pa.int64())}), spill)
+    batches = {
+        "_query_id": pa.array([query for query, _ in state.batches], pa.string()),
+        "_batch_id": pa.array([batch for _, batch in state.batches], pa.int64()),
+    }
+    keep_table(lake, "batches", pa.table(batches), spill)
+    first, last = min(wide) // 24, max(wide) // 24
+    lake.execute(
+        f"""
+        create temp view table_rows as
+        select *, (epoch(event_date)::bigint // 3600 + event_hour) as hour
+        from {delta_scan(settings.table_uri(EVENTS.name), state.events_version)} semi join batches using (_query_id, _batch_id)
+        where event_date between date '1970-01-01' + {first} and date '1970-01-01' + {last};
+        create temp table seen as
+        select event_id, event_type, epoch_us(event_time) as time_us, user_id, ad_id, impression_id, hour,
+            if(hour in (from hours), user_agent, null) as user_agent, hour in (from hours) as is_asked,
+            {is_exempt_sql(group.rules.exempt_users)} as is_exempt,
+            invalid_traffic_rule as old_rule, invalid_traffic_rules as old_rules, rule_set as old_rule_set,
+            coalesce(spend_nanos, 0) as old_spend, coalesce(invalid_spend_nanos, 0) as old_invalid_spend
+        from table_rows where hour in (from wide)
+        """
+    )
+    code = " | ".join([_record_code(lake, group.rules, spill), *_activity_codes(lake, group.rules)])
+    lake.execute(f"create temp table coded as select * from (select *, {code} as code from seen) where is_asked")
+    codes = lake.execute("select distinct code from coded").to_arrow_table()["code"].combine_chunks().cast(pa.int64())
+    rule, hits = marks(codes.to_numpy(zero_copy_only=False), group.rules)
+    keep_table(lake, "verdicts", pa.table({"code": codes, "new_rule": rule, "new_rules": hits}), spill)
+    lake.execute(
+        """
+        create temp table judged as
+        select *, old_rule is distinct from new_rule or old_rules is distinct from new_rules or old_rule_set is distinct from ?
+            or old_spend != new_spend or old_invalid_spend != new_invalid_spend as is_changed
+        from (
+            select *, if(new_rule is null, old_spend + old_invalid_spend, 0) as new_spend,
+                if(new_rule is null, 0, old_spend + old_invalid_spend) as new_invalid_spend
+            from coded join verdicts using (code)
+        )
+        """,
+        [group.rule_set],
+    )
+    lake.execute(
+        """
+        create temp table changed as
+        select r.*, new_rule, new_rules, new_spend, new_invalid_spend, old_spend, old_invalid_spend, old_rule
+        from table_rows r join (
+            select distinct on (event_id) event_id, new_rule, new_rules, new_spend, new_invalid_spend, old_spend,
+                old_invalid_spend, old_rule
+            from judged semi join (select event_id from judged where is_changed) using (event_id) order by event_id, code
+        ) using (event_id) where hour in (from hours)
+        """
+    )
+
+
+def _record_code(lake: duckdb.DuckDBPyConnection, rules: InvalidTrafficRules, spill: Path) -> str:
+    """SQL for the rules that need no other record; they are asked once per distinct agent and user."""
+    judge = record_judge_of(rules)
+    kinds = []
+    for column in ("user_agent", "user_id"):
+        if column == "user_id" and not judge.looks_at_users:
+            continue
+        found = lake.execute(f"select distinct {column} from seen where is_asked and {column} is not null").to_arrow_table()
+        values = pa.table({"user_agent": pa.nulls(found.num_rows, pa.string()), "user_id": pa.nulls(found.num_rows, pa.string())})
+        at = values.schema.get_field_index(column)
+        values = values.set_column(at, column, found[column].cast(pa.string()))
+        keep_table(lake, f"of_{column}", pa.table({"value": values[column], "code": pa.array(judge.codes(values))}), spill)
+        lake.execute(f"delete from of_{column} where code = 0")
+        kinds.append(f"coalesce((select code from of_{column} o where o.value = seen.{column}), 0)")
+    return " | ".join(kinds)
+
+
+def _activity_codes(lake: duckdb.DuckDBPyConnection, rules: InvalidTrafficRules) -> Iterator[str]:
+    """SQL for each of the rules that look at other events; the order of events is (event_time, event_id)."""
+    for kind in ("click", "impression"):
+        name = f"repeat_{kind}"
+        if rules.mode(name) is not Mode.OFF:
+            window_us = getattr(rules, name).window_seconds * 1_000_000
+            before = "lag(time_us) over (partition by user_id, ad_id, event_type order by time_us, event_id)"
+            is_repeat = f"coalesce(time_us - {before} < {window_us}, false)"
+            yield f"if(event_type = '{kind}' and not is_exempt and {is_repeat}, {BITS[name]}, 0)"
+    if rules.unmatched_click.mode is not Mode.OFF:
+        window_us = rules.unmatched_click.window_seconds * 1_000_000
+        lake.execute(
+            f"""
+            create temp table matched as
+            select distinct c.event_id from seen c join seen i on i.event_id = c.impression_id
+                and i.user_id = c.user_id and i.ad_id = c.ad_id
+            where c.is_asked and c.event_type = 'click' and i.event_type = 'impression'
+                and c.time_us - i.time_us between 0 and {window_us}
+            """
+        )
+        yield f"if(event_type = 'click' and event_id not in (from matched), {BITS['unmatched_click']}, 0)"
+    if rules.click_rate.mode is not Mode.OFF:
+        clicks = "count(*) filter (event_type = 'click') over (partition by user_id, hour)"
+        yield f"if(event_type = 'click' and not is_exempt and {clicks} > {rules.click_rate.clicks}, {BITS['click_rate']}, 0)"
+
+
+# --- what becomes of it
+
+
+def _events_change(lake: duckdb.DuckDBPyConnection, group: _Group, run: Run) -> TableChange:
+    new = {
+        "spend_nanos": "new_spend",
+        "invalid_spend_nanos": "new_invalid_spend",
+        "invalid_traffic_rule": "new_rule",
+        "invalid_traffic_rules": "new_rules",
+        "rule_set": literal(group.rule_set),
+        "_run_id": literal(run.run_id),
+    }
+    columns = ", ".join(f"{new.get(name, name)} as {name}" for name in EVENTS.schema.names)
+    add = lake.execute(f"select {columns} from changed").to_arrow_table().cast(EVENTS.schema)
+    metadata = {"correction": {"run_id": run.run_id, "kind": run.kind}, "keys": "kept"}
+    return TableChange(EVENTS, add.select([*EVENTS.key, *EVENTS.partition_by]), add, metadata, by_key=True)
+
+
+def _difference(measure: str) -> str:
+    """SQL for the sum of what a measure changes by over rows of `changed`."""
+    if measure == "spend_nanos":
+        return "sum(new_spend - old_spend) as spend_nanos"
+    if measure == "invalid_spend_nanos":
+        return "sum(new_invalid_spend - old_invalid_spend) as invalid_spend_nanos"
+    side = "" if measure.startswith("invalid_") else "-"
+    kind = measure.removeprefix("invalid_").removesuffix("s")
+    flip = "(new_rule is not null)::int - (old_rule is not null)::int"
+    return f"coalesce(sum({side}({flip})) filter (event_type = '{kind}'), 0)::bigint as {measure}"
+
+
+_DIFFERENCES = ", ".join(_difference(name) for name in METRIC_MEASURES)
+_FLIPPED = "(new_rule is null) != (old_rule is null) or new_spend != old_spend or new_invalid_spend != old_invalid_spend"
+
+
+def _metrics_change(lake: duckdb.DuckDBPyConnection, run: Run) -> TableChange:
+    sums = lake.execute(
+        f"""
+        select _query_id, _batch_id, epoch_us(event_time) // 60000000 * 60000000 as event_minute_us, {", ".join(_DIMENSIONS)},
+            {_DIFFERENCES}
+        from changed where {_FLIPPED} group by all
+        having {" or ".join(f"{name} != 0" for name in METRIC_MEASURES)}
+        """
+    ).to_arrow_table()
+    parts = [MINUTE_METRICS.schema.empty_table()]
+    sums = sums.sort_by([("_query_id", "ascending"), ("_batch_id", "ascending")])
+    names = list(zip(sums["_query_id"].to_pylist(), sums["_batch_id"].to_pylist(), strict=True))
+    start = 0
+    while start < len(names):
+        end = start
+        while end < len(names) and names[end] == names[start]:
+            end += 1
+        query_id, batch_id = names[start]
+        own = sums.slice(start, end - start).select(INCREMENT_SCHEMA.names).cast(INCREMENT_SCHEMA)
+        rows = increment_columns(own, f"{run.token}:{query_id}", batch_id)
+        columns = {name: rows[name] for name in MINUTE_METRICS.schema.names if name in rows.column_names}
+        identity = {"_query_id": query_id, "_batch_id": batch_id, "_run_id": run.run_id}
+        parts.append(table_rows(MINUTE_METRICS, {**columns, **identity}, rows.num_rows))
+        start = end
+    return TableChange(MINUTE_METRICS, MINUTE_METRICS.schema.empty_table(), pa.concat_tables(parts))
+
+
+def _ledger_change(settings: Settings, lake: duckdb.DuckDBPyConnection, run: Run) -> TableChange:
+    """A run has one row a cell: one that it has written before is replaced by the sum. A topic's batch is booked by its cluster."""
+    rows = lake.execute(
+        f"""
+        select _query_id, _batch_id, if(starts_with(source_file, '{PREFIX}/'), 'kafka', 'files') as source,
+            if(starts_with(source_file, '{PREFIX}/'), split_part(source_file, '/', 2), region) as booked_in, hour,
+            sum((new_rule is not null)::int - (old_rule is not null)::int)::bigint as invalid,
+            sum(new_spend - old_spend) as spend, any_value(ingested_at) as ingested_at
+        from changed where {_FLIPPED} group by all having invalid != 0 or spend != 0
+        """
+    ).fetchall()
+    held: dict[tuple[object, ...], dict[str, object]] = {}
+    if rows:
+        uri = settings.table_uri(BATCH_LEDGER.name)
+        version = DeltaLog(uri).latest_version() or 0
+        of_run = read_files(uri, file_paths(uri, version), BATCH_LEDGER.schema, ("_run_id", pa.array([run.run_id])))
+        held = {tuple(row[name] for name in BATCH_LEDGER.key): row for row in of_run.to_pylist()}
+    nothing = dict.fromkeys(("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced"), 0)
+    remove, add = [], []
+    for query_id, batch_id, source, region, hour, invalid, spend, ingested_at in rows:
+        row: dict[str, object] = {
+            "stream": "events",
+            "source": source,
+            "region": region,
+            "event_hour": hour_moment(hour),
+            **nothing,
+            "invalid_traffic": invalid,
+            "spend_nanos": spend,
+            "ingested_at": ingested_at,
+            "_query_id": query_id,
+            "_batch_id": batch_id,
+            "_run_id": run.run_id,
+        }
+        before = held.get(tuple(row[name] for name in BATCH_LEDGER.key))
+        if before is not None:
+            remove.append(before)
+            row |= {name: before[name] for name in nothing}
+            row |= {name: int(str(before[name] or 0)) + int(str(row[name])) for name in ("invalid_traffic", "spend_nanos")}
+        add.append(row)
+    return TableChange(BATCH_LEDGER, *(pa.Table.from_pylist(part, BATCH_LEDGER.schema) for part in (remove, add)))
+
+
+def _restatements_change(lake: duckdb.DuckDBPyConnection, group: _Group, run: Run) -> TableChange:
+    """What the increments change by, per hour, region, campaign, currency and the rule that came, or went."""
+    rows = lake.execute(
+        f"""
+        select hour * {HOUR_US} as event_hour, region, campaign_id, currency, coalesce(new_rule, old_rule) as cause, {_DIFFERENCES}
+        from changed where {_FLIPPED} group by all
+        """
+    ).to_arrow_table()
+    columns = {
+        **{name: rows[name] for name in rows.column_names},
+        "run_id": run.run_id,
+        "kind": "review",
+        "reason": run.reason,
+        "rule_set": group.rule_set,
+        "restated_at": run.now_us,
+    }
+    return TableChange(RESTATEMENTS, RESTATEMENTS.schema.empty_table(), table_rows(RESTATEMENTS, columns, rows.num_rows))
+
+
+def _reviews_change(state: _State, group: _Group, run: Run, hours: list[ReviewedHour]) -> TableChange:
+    """A row an hour, but for those whose last one says all this."""
+    rows = []
+    for hour, done in zip(group.hours, hours, strict=True):
+        held = state.reviews.get(hour)
+        inputs = state.inputs(hour, group.rules)
+        if held is not None and not done.rewritten and (held.rule_set, held.inputs) == (group.rule_set, inputs):
+            continue
+        rows.append(
+            {
+                "run_id": run.run_id,
+                "event_hour": done.event_hour,
+                "rule_set": group.rule_set,
+                "events_version": state.judged_version,
+                "inputs": inputs,
+                "events": done.events,
+                "invalid": done.invalid,
+                "changed": done.changed,
+                # the latest holds, whatever the clock says
+                "reviewed_at": run.now if held is None else max(run.now, held.reviewed_at + _MICROSECOND),
+            }
+        )
+    table = pa.Table.from_pylist(rows, TRAFFIC_REVIEWS.schema)
+    return TableChange(TRAFFIC_REVIEWS, TRAFFIC_REVIEWS.schema.empty_table(), table)

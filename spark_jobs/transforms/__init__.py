@@ -1,1 +1,0 @@
-"""Pure functions from columns to columns: no file, no table."""
