@@ -7,12 +7,11 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
@@ -21,13 +20,12 @@ from rich.text import Text
 from orchestration.cli.tables import RecordTable, table
 from orchestration.listening import Listener, listening
 from orchestration.marts import query_marts
-from orchestration.up.up import UP_LOCK
 from samples import DAYS, START, events_by_hour, land, read_truth, weeks_until
 from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.errors import AdtallyError, BusyError, UsageError
+from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.ingest.batch import BatchReport
-from spark_jobs.ingest.runner import INGEST_LOCK
+from spark_jobs.lake.locks import INGEST, UP, exclusive
 from spark_jobs.texts import money
 
 DEFAULT_HOME = Path(".adtally-demo")
@@ -82,19 +80,13 @@ def clean_home(home: Path) -> None:
         marker.touch()
     except OSError as error:
         raise UsageError(f"{home} cannot be made: {error.strerror}", hint="name another folder with --home") from None
-    locks = {home / UP_LOCK: "adtally up", home / INGEST_LOCK: "an ingest"}
-    try:
-        with ExitStack() as held:
-            for lock in locks:
-                held.enter_context(FileLock(lock, timeout=0))
-            for path in home.iterdir():
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                elif path != marker and path not in locks:
-                    path.unlink()
-    except Timeout as busy:
-        runs = locks[Path(busy.lock_file)]
-        raise BusyError(f"{runs} runs on {home}", hint="stop it, or name another folder with --home") from None
+    kept = {marker, home / UP.file, home / INGEST.file}
+    with exclusive(load_settings(home=home), UP, INGEST):
+        for path in home.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path not in kept:
+                path.unlink()
 
 
 def demo_settings(home: Path) -> Settings:

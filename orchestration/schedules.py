@@ -6,7 +6,6 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import dagster as dg
-from filelock import FileLock, Timeout
 
 from orchestration.assets.lakehouse import LANDING_INGEST
 from orchestration.assets.marts import groups_of
@@ -17,6 +16,7 @@ from orchestration.marts.query import query_marts
 from orchestration.partitions import range_tags
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError
+from spark_jobs.lake.locks import INGEST, is_held
 from spark_jobs.units import HOUR, HourRange
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def ingest_sensor(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.Ski
     from spark_jobs.ingest.files.backlog import read_landing
 
     settings = load_settings()
-    if ingest_runs(settings):
+    if is_held(settings, INGEST):
         return dg.SkipReason("another ingest runs on this home: nothing to do here")
     if waits_already(context.instance, ingest_job.name):
         return dg.SkipReason("a run waits in the queue already")
@@ -175,18 +175,6 @@ def waits_already(instance: dg.DagsterInstance, job: str) -> bool:
     """Whether a run of the job is asked for and has not started: it will see what a further one would."""
     statuses = [dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.STARTING]
     return instance.get_runs_count(dg.RunsFilter(job_name=job, statuses=statuses)) > 0
-
-
-def ingest_runs(settings: Settings) -> bool:
-    """Whether somebody holds the lock of the ingest."""
-    from spark_jobs.ingest.runner import INGEST_LOCK
-
-    settings.home_path.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(settings.home_path / INGEST_LOCK, timeout=0):
-            return False
-    except Timeout:
-        return True
 
 
 def marts_schedule(group: str, cron: str, job: UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:

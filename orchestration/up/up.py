@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from filelock import FileLock, Timeout
-
 from orchestration.alerts.notifier import AlertFile
 from orchestration.up.graphql import Webserver, WebserverError
 from orchestration.up.instance import take_reload_request, write_instance_config
@@ -34,13 +32,12 @@ from orchestration.up.services import (
 )
 from orchestration.up.supervisor import NotReadyError, Supervisor, Tell, last_error
 from spark_jobs.config import Settings
-from spark_jobs.errors import BusyError
 from spark_jobs.failure import one_line
 from spark_jobs.jars import ensure_jars
 from spark_jobs.java import require_java
+from spark_jobs.lake.locks import UP, exclusive
 
-UP = "adtally up"
-UP_LOCK = ".up.lock"  # in ADTALLY_HOME, held by `adtally up`
+_NAME = "adtally up"
 START_SECONDS = 180.0
 END_SECONDS = 7.0
 """What has not ended of itself by then is killed: nothing is lost, and what was cut off is made again."""
@@ -84,21 +81,6 @@ class Stop:
         self.asked.set()
 
 
-@contextmanager
-def up_lock(settings: Settings) -> Iterator[None]:
-    """Only one ``adtally up`` runs on a home. Raises BusyError."""
-    settings.home_path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(settings.home_path / UP_LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BusyError(f"adtally up runs on {settings.home_path} already", hint="stop it, or name another --home") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def up(settings: Settings, *, port: int, trigger_seconds: float, ingest: bool, tell: Tell, ready: Ready) -> None:
     """Run Dagster and the continuous ingest until a signal asks for the end; leaves no process.
 
@@ -107,7 +89,7 @@ def up(settings: Settings, *, port: int, trigger_seconds: float, ingest: bool, t
     lacks, BusyError where another ``adtally up`` runs on the home, NotReadyError where Dagster does not come up: nothing is left
     running then.
     """
-    with up_lock(settings):
+    with exclusive(settings, UP):
         port = free_port(port)
         if ingest:
             require_java()
@@ -250,7 +232,7 @@ class _Up:
         """End all of it: first what starts work, then the work, then what shows it. The ingest ends its batch meanwhile."""
         hurry = self._stop.hurry
         if self._stop.asked.is_set() and not hurry():
-            self._tell(UP, "ending, within 10 s; Ctrl-C again ends it at once")
+            self._tell(_NAME, "ending, within 10 s; Ctrl-C again ends it at once")
         self._supervisor.ask_to_end(INGEST)
         self._supervisor.ask_to_end(DAEMON)
         self._supervisor.wait_ended(DAEMON, hurry)

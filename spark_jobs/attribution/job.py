@@ -11,7 +11,6 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -20,7 +19,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable
-from filelock import FileLock, Timeout
 
 from spark_jobs.attribution.credits import credit, nested, sort_touches
 from spark_jobs.attribution.index import RowIndex
@@ -41,22 +39,20 @@ from spark_jobs.attribution.inputs import (
 from spark_jobs.attribution.rules import KIND, MODELS, AttributionRules, load_attribution_rules
 from spark_jobs.config import Settings
 from spark_jobs.corrections.run import finish_corrections
-from spark_jobs.errors import BusyError
 from spark_jobs.lake.checked import DamagedError
-from spark_jobs.lake.commit import committing
+from spark_jobs.lake.commit import Transaction, commit_files
 from spark_jobs.lake.data_files import DataFile, DataFileWriter
-from spark_jobs.lake.locks import PATIENCE_SECONDS
+from spark_jobs.lake.locks import ATTRIBUTION, exclusive
 from spark_jobs.lake.log import DeltaLog, commit_identity
 from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.stamp import constant
 from spark_jobs.lake.tables import ATTRIBUTED_ORDERS, EVENTS, ORDERS, RULE_SETS
-from spark_jobs.lake.writes import Transaction, add_actions, commit_properties, ensure_tables
+from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.rules.exempt import are_exempt
 from spark_jobs.rules.store import canonical, keep_rule_set, rule_set_hash, rule_sets_of
 from spark_jobs.steps import Step
 from spark_jobs.units import HourRange, to_micros
 
-LOCK = ".attribution.lock"  # in ADTALLY_HOME
 ORDERS_AT_ONCE = 20_000
 _TOUCHES_AT_ONCE = 200_000
 _METADATA = "attribution"  # in the userMetadata
@@ -105,7 +101,7 @@ def attribute(
     require_local(settings, "attribution")
     finish_corrections(settings)
     run_id, now = run_id or uuid.uuid4().hex, now or datetime.now(UTC)
-    with _locked(settings):
+    with exclusive(settings, ATTRIBUTION):
         try:
             return _Run(settings, run_id, now, progress).run(hours)
         except DamagedError as damage:  # nothing is committed yet
@@ -113,20 +109,6 @@ def attribute(
                 progress(f"the attribution index is rebuilt: {damage}")
             shutil.rmtree(index_folder(settings))
             return _Run(settings, run_id, now, progress).run(hours)
-
-
-@contextmanager
-def _locked(settings: Settings) -> Iterator[None]:
-    settings.home_path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(settings.home_path / LOCK, timeout=PATIENCE_SECONDS)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BusyError(f"another attribution has held {settings.home_path / LOCK} for {PATIENCE_SECONDS:.0f} s") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @dataclass(frozen=True)
@@ -376,14 +358,18 @@ class _Run:
         if files and any(table["rule_set"][0].as_py() == self._today_name for table in self._revised):
             keep_rule_set(self.settings, KIND, self._today, self.now)
         metadata = {_METADATA: done.to_metadata() if done else {}, "run_id": self.run_id}
-        with committing(self.settings.table_uri(ATTRIBUTED_ORDERS.name), self._table, Step.ATTRIBUTED_ORDERS, files=files):
-            self._table.create_write_transaction(
-                add_actions(files),
-                mode="append",
-                schema=self._table.schema(),
-                commit_properties=commit_properties(metadata, Transaction(_APP_ID, base)),
-            )
-        commit = DeltaLog(self.settings.table_uri(ATTRIBUTED_ORDERS.name)).commit(base + 1)
+        uri = self.settings.table_uri(ATTRIBUTED_ORDERS.name)
+        commit_files(
+            self._table,
+            uri,
+            ATTRIBUTED_ORDERS,
+            Step.ATTRIBUTED_ORDERS,
+            add=files,
+            transaction=Transaction(_APP_ID, base),
+            metadata=metadata,
+            batch_id=0,
+        )
+        commit = DeltaLog(uri).commit(base + 1)
         if commit is not None and commit.txn == (_APP_ID, base):  # else the next run reads it from the table
             schema = self._revision_index.schema
             rows = pa.concat_tables([schema.empty_table(), *(rows.cast(schema) for rows in self._revised)])

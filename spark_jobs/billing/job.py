@@ -24,21 +24,20 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 from deltalake import DeltaTable
-from filelock import FileLock
 
 from spark_jobs.config import Settings
 from spark_jobs.corrections.run import finish_corrections
+from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.data_files import DataFileWriter
 from spark_jobs.lake.duck import connect_delta
+from spark_jobs.lake.locks import BILLING, exclusive
 from spark_jobs.lake.log import Commit, DeltaLog
 from spark_jobs.lake.reading import read_files
 from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.tables import BATCH_LEDGER, BILLING_LINES, MINUTE_METRICS, RESTATEMENTS, TRAFFIC_REVIEWS
-from spark_jobs.lake.writes import DeltaSink, Transaction, ensure_tables
+from spark_jobs.lake.writes import DeltaSink, ensure_tables
 from spark_jobs.operate.watermark import read_closing
 from spark_jobs.steps import Step
-
-BILLING_LOCK = ".billing.lock"  # in ADTALLY_HOME
 
 Key = tuple[date, str, str, str]  # day, campaign, store, currency
 
@@ -138,9 +137,8 @@ def bill(
     if not DeltaLog(settings.table_uri(BATCH_LEDGER.name)).exists():
         return BillingReport(name)
     ensure_tables(settings)
-    settings.home_path.mkdir(parents=True, exist_ok=True)
     finish_corrections(settings)
-    with FileLock(settings.home_path / BILLING_LOCK), connect_delta() as lake:
+    with exclusive(settings, BILLING), connect_delta() as lake:
         run = _Run(settings, lake, name, now or datetime.now(UTC))
         days = run.days()
         if days and progress:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
-from filelock import FileLock, Timeout
 
 from spark_jobs.config import Settings
 from spark_jobs.corrections.write_ahead import carry_out, forget, is_overtaken, unfinished_corrections
-from spark_jobs.lake.locks import rewriting, write_lock
-from spark_jobs.lake.tables import STREAMS, Table
+from spark_jobs.errors import BusyError
+from spark_jobs.lake.locks import CORRECTIONS, REWRITE, WRITE_EVENTS, WRITE_ORDERS, exclusive
+from spark_jobs.lake.tables import Table
 from spark_jobs.units import to_micros
-
-CORRECTIONS_LOCK = ".corrections.lock"  # in ADTALLY_HOME, held by whoever repairs or backfills; others wait
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,7 @@ class Run:
 @contextmanager
 def correcting(settings: Settings) -> Iterator[None]:
     """Held by whoever reconciles or backfills: one at a time, the others wait. What a killed one has left is finished first."""
-    settings.home_path.mkdir(parents=True, exist_ok=True)
-    with FileLock(settings.home_path / CORRECTIONS_LOCK):
+    with exclusive(settings, CORRECTIONS):
         _finish(settings)
         yield
 
@@ -54,8 +51,7 @@ def finish_corrections(settings: Settings) -> None:
     """Finish or discard what a killed correction has left, before its tables are read. Does not wait for one that is alive."""
     if not _has_any(settings):
         return
-    lock = FileLock(settings.home_path / CORRECTIONS_LOCK, timeout=0)
-    with suppress(Timeout), lock:
+    with suppress(BusyError), exclusive(settings, CORRECTIONS, patience_seconds=0):
         _finish(settings)
 
 
@@ -77,10 +73,7 @@ def _finish(settings: Settings) -> None:
 @contextmanager
 def writing(settings: Settings) -> Iterator[None]:
     """Nobody else writes the tables of events meanwhile: a batch of an ingest waits, or is waited for."""
-    with ExitStack() as stack:
-        stack.enter_context(rewriting(settings))
-        for stream in STREAMS:  # both write the ledger
-            stack.enter_context(write_lock(settings, stream))
+    with exclusive(settings, REWRITE, WRITE_EVENTS, WRITE_ORDERS):  # both streams write the ledger
         yield
 
 

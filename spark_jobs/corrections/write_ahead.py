@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import shutil
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,15 +24,15 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
-from deltalake.transaction import AddAction, RemoveAction
 
 from spark_jobs import disk
 from spark_jobs.config import Settings
 from spark_jobs.errors import TableCorruptionError
 from spark_jobs.failure import one_line
-from spark_jobs.lake.commit import committing
+from spark_jobs.lake.commit import Transaction, commit_files, has_seen, write_files
 from spark_jobs.lake.data_files import DataFile, DataFileWriter
 from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.reading import TableFile, table_files
 from spark_jobs.lake.roots import open_root
 from spark_jobs.lake.tables import (
     BATCH_LEDGER,
@@ -49,7 +48,6 @@ from spark_jobs.lake.tables import (
     TRAFFIC_REVIEWS,
     Table,
 )
-from spark_jobs.lake.writes import Transaction, add_actions, commit_properties, has_seen
 from spark_jobs.steps import Step, durable
 
 # In the order of the commits: the ledger makes a batch complete, what says why comes last. With the column that finds a row.
@@ -224,44 +222,31 @@ def _commit(settings: Settings, change: TableChange, step: Step, transaction: Tr
     held = DeltaTable(uri)
     if change.is_nothing or has_seen(held, transaction):
         return
-    now = int(time.time() * 1000)
-    actions: list[AddAction | RemoveAction] = []
+    removed: list[TableFile] = []
     rewritten: list[DataFile] = []
-    for file in _files_with(held, change, key):
-        actions.append(RemoveAction(file.path, True, now, file.size, file.partition))
+    for file in _files_with(held, uri, change, key):
+        removed.append(file.entry)
         with DataFileWriter(uri, table) as writer:
             for batch in file.without_rows():
                 writer.write(batch)
         rewritten += writer.files
-    with DataFileWriter(uri, table) as writer:
-        writer.write(change.add)
-    actions += add_actions([*rewritten, *writer.files])
-    # where the rows lie that changed, and those of them in which keys may lie that the table did not have
-    changed = [file.path for file in writer.files]
+    added = write_files(uri, table, change.add)
+    # where the changed rows are, and those files of them that may have keys which the table did not have
+    changed = [file.path for file in added]
     metadata = {**change.metadata, "changed_files": changed, "added_files": [] if change.by_key else changed}
-    with committing(uri, held, step, files=[*rewritten, *writer.files]):
-        held.create_write_transaction(
-            actions,
-            mode="append",
-            schema=held.schema(),
-            partition_by=list(table.partition_by),
-            commit_properties=commit_properties(metadata, transaction),
-        )
+    files = [*rewritten, *added]
+    commit_files(held, uri, table, step, add=files, remove=removed, transaction=transaction, metadata=metadata)
 
 
 class _File:
     """A data file of which some rows are to go."""
 
-    def __init__(self, root: tuple[Any, str], action: dict[str, Any], table: Table) -> None:
-        self.path: str = action["path"]
-        self.size: int = action["size_bytes"]
-        values = {name: action[f"partition.{name}"] for name in table.partition_by}
-        self.partition: dict[str, str | None] = {name: None if v is None else str(v) for name, v in values.items()}
-        self._values = values
+    def __init__(self, uri: str, entry: TableFile, table: Table) -> None:
+        self.entry = entry
         self._table = table
         schema = pa.schema([field for field in table.schema if field.name not in table.partition_by])
-        filesystem, folder = root
-        self._dataset = ds.dataset([f"{folder}/{unquote(self.path)}"], schema=schema, format="parquet", filesystem=filesystem)
+        filesystem, folder = open_root(uri)
+        self._dataset = ds.dataset([f"{folder}/{unquote(entry.path)}"], schema=schema, format="parquet", filesystem=filesystem)
         self._going: list[pa.Array] = []
 
     def find(self, wanted: Counter[str], keys: pa.Array, key: str) -> bool:
@@ -292,11 +277,11 @@ class _File:
             rows = pa.Table.from_batches([batch])
             for name in self._table.partition_by:
                 kind = self._table.schema.field(name).type
-                rows = rows.append_column(name, pa.repeat(pa.scalar(self._values[name]).cast(kind), rows.num_rows))
+                rows = rows.append_column(name, pa.repeat(pa.scalar(self.entry.values[name]).cast(kind), rows.num_rows))
             yield rows.select(self._table.schema.names)
 
 
-def _files_with(held: DeltaTable, change: TableChange, key: str) -> Iterator[_File]:
+def _files_with(held: DeltaTable, uri: str, change: TableChange, key: str) -> Iterator[_File]:
     """The data files in which rows lie that are to go. A row that is not there any more is none to take out."""
     table, remove = change.table, change.remove
     if not remove.num_rows:
@@ -311,9 +296,9 @@ def _files_with(held: DeltaTable, change: TableChange, key: str) -> Iterator[_Fi
         wanted = Counter(_row_text(row) for row in parts)
     keys = pc.unique(remove[key].combine_chunks())
     partitions = {tuple(row[name] for name in table.partition_by) for row in parts}
-    for action in pa.table(held.get_add_actions(flatten=True)).to_pylist():
-        if tuple(action[f"partition.{name}"] for name in table.partition_by) in partitions:
-            file = _File(open_root(held.table_uri.removeprefix("file://").rstrip("/")), action, table)
+    for entry in table_files(held):
+        if tuple(entry.values[name] for name in table.partition_by) in partitions:
+            file = _File(uri, entry, table)
             if file.find_keys(keys, key) if change.by_key else file.find(wanted, keys, key):
                 yield file
 

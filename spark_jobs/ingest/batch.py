@@ -19,8 +19,8 @@ from spark_jobs.ingest.kafka.ranges import OffsetRange, OffsetSplit
 from spark_jobs.ingest.quarantine import Quarantined
 from spark_jobs.ingest.source import Planned
 from spark_jobs.ingest.stage import StagedSplit, StageTask
+from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.log import Commit
-from spark_jobs.lake.writes import Transaction
 from spark_jobs.units import NO_HOUR, from_micros, hour_moment
 
 COUNTS = ("offered", "accepted", "duplicate", "conflict", "rejected", "late")

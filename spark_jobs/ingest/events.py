@@ -22,11 +22,12 @@ from spark_jobs.ingest.source import Source
 from spark_jobs.ingest.stream import StreamJob, stamp_of
 from spark_jobs.ingest.write import Written, from_stream
 from spark_jobs.lake.checked import DamagedError
+from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.log import Commit, DeltaLog, commit_identity
 from spark_jobs.lake.reading import file_paths, read_files
 from spark_jobs.lake.stamp import stamped
 from spark_jobs.lake.tables import EVENTS, MINUTE_METRICS, REJECTED_EVENTS
-from spark_jobs.lake.writes import DeltaSink, Transaction
+from spark_jobs.lake.writes import DeltaSink
 from spark_jobs.steps import Step, durable
 from spark_jobs.traffic.rules import InvalidTrafficRules, rules_of
 
@@ -209,7 +210,7 @@ def _append_commit(log: DeltaLog, index: KeyIndex, version: int) -> bool:
 def _files_with_keys(commit: Commit) -> list[str] | None:
     """The data files in which the keys lie that a commit added; None where it took keys away.
 
-    A correction that rewrote files says so if every key in them is still there, and which files are new (corrections/write_ahead.py).
+    A correction that rewrote files says so if every key in them is still there, and which files are new.
     """
     if not commit.data_removed:
         return [action["path"] for action in commit.data_added]

@@ -22,12 +22,13 @@ from spark_jobs.ingest.batch import COUNTS, Plan
 from spark_jobs.ingest.event_columns import increment_columns, increments
 from spark_jobs.ingest.files.fingerprint import file_states
 from spark_jobs.ingest.files.landing import relative_name
-from spark_jobs.lake.locks import write_lock
+from spark_jobs.lake.commit import Transaction, has_seen
+from spark_jobs.lake.locks import WRITE_LOCKS, exclusive
 from spark_jobs.lake.log import Commit, DeltaLog
 from spark_jobs.lake.reading import file_paths, read_files
 from spark_jobs.lake.stamp import Stamp, stamped, stamped_records
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, ORDERS, REJECTED_TABLES, STREAMS
-from spark_jobs.lake.writes import DeltaSink, Transaction, has_seen
+from spark_jobs.lake.writes import DeltaSink
 from spark_jobs.steps import Step
 from spark_jobs.units import floor_hour, from_micros, to_micros
 
@@ -84,7 +85,7 @@ def _query_id(settings: Settings, stream: str) -> str | None:
 def finish(settings: Settings, batch: StuckBatch) -> None:
     """Complete a batch from its accepted records: their increments and their lines of the ledger, each once."""
     transaction, stamp = batch.transaction, Stamp(*_identity(batch), batch.plan.limits.ingested_us)
-    with write_lock(settings, batch.stream):
+    with exclusive(settings, WRITE_LOCKS[batch.stream]):
         if batch.stream == "events":
             rows = _events(settings, batch.commit)
             sums = increments(rows)

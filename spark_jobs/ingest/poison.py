@@ -18,7 +18,7 @@ from spark_jobs.errors import AdtallyError
 from spark_jobs.failure import failure_cause
 from spark_jobs.ingest.files.landing import LandingFile
 from spark_jobs.ingest.kafka.ranges import OffsetRange
-from spark_jobs.lake.writes import Transaction
+from spark_jobs.lake.commit import Transaction
 
 ATTEMPTS = 3
 Unit = LandingFile | OffsetRange

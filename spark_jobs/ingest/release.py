@@ -20,10 +20,11 @@ from spark_jobs.config import Settings
 from spark_jobs.disk import replacing, sync_folder
 from spark_jobs.errors import UsageError
 from spark_jobs.ingest.quarantine import QUARANTINE_REASONS
+from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.reading import file_paths, read_batches, read_newest
 from spark_jobs.lake.tables import REJECTED_TABLES, RELEASES
-from spark_jobs.lake.writes import DeltaSink, Transaction, ensure_tables
+from spark_jobs.lake.writes import DeltaSink, ensure_tables
 from spark_jobs.steps import Step
 
 _COLUMNS = ("source", "source_file", "source_line", "reason_codes", "raw", "ingested_at", "_query_id", "_batch_id")

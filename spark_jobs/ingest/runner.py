@@ -15,15 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from filelock import FileLock, Timeout
 from py4j.protocol import Py4JError, Py4JJavaError  # type: ignore[import-untyped]
 from pyspark.sql import SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
-from spark_jobs import disk
 from spark_jobs.attribution.stream import AttributionStream
 from spark_jobs.config import Settings
-from spark_jobs.errors import AdtallyError, BusyError, InterruptedIngestError, JavaLostError, KafkaError, StoppedError
+from spark_jobs.errors import AdtallyError, InterruptedIngestError, JavaLostError, KafkaError, StoppedError
 from spark_jobs.failure import failure_cause
 from spark_jobs.ingest.activity import Activity
 from spark_jobs.ingest.batch import BatchReport, IngestReport
@@ -38,7 +36,7 @@ from spark_jobs.ingest.orders import OrdersJob
 from spark_jobs.ingest.query import SourceQuery
 from spark_jobs.ingest.watchdog import Watchdog
 from spark_jobs.ingest.write import load_task_code
-from spark_jobs.lake.locks import write_lock
+from spark_jobs.lake.locks import INGEST, WRITE_EVENTS, exclusive
 from spark_jobs.lake.roots import is_local
 from spark_jobs.lake.tables import STREAMS
 from spark_jobs.lake.writes import ensure_tables
@@ -46,7 +44,6 @@ from spark_jobs.publish.job import PublishLoop, is_publishing
 from spark_jobs.session import build_session, end_java, is_one_machine, java_has_ended, java_pid
 from spark_jobs.stopping import BATCH_SECONDS, StopNow, StopRequest
 
-INGEST_LOCK = ".ingest.lock"  # in ADTALLY_HOME, held by whoever ingests
 _JAVA_END_SECONDS = 2.0  # between the loss of its connection and its end
 _PUBLISHING_SECONDS = 3.0  # for what is being published to come to its end; the rest is published at the next start
 _PLANNED_SECONDS = 3.0  # after a signal, with --continuous: a batch that was planned before it may still begin
@@ -80,29 +77,21 @@ def run_ingest(
     home, AdtallyError where a batch failed, OffsetGapError where a topic lacks what is to be read next, InterruptedIngestError
     where it was stopped before all that is there was ingested.
     """
-    disk.make_folder(settings.home_path)
-    lock = FileLock(settings.home_path / INGEST_LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BusyError(
-            f"another ingest runs on {settings.home_path}", hint="stop it, or use its ADTALLY_HOME for reading"
-        ) from None
-    notice = notice or (lambda _line: None)
-    in_force = InForce(settings, notice)
-    total = IngestReport()
-    guard = threading.Lock()
+    with exclusive(settings, INGEST):
+        notice = notice or (lambda _line: None)
+        in_force = InForce(settings, notice)
+        total = IngestReport()
+        guard = threading.Lock()
 
-    def report(batch: BatchReport) -> None:
-        nonlocal total
-        with guard:
-            total = total.plus(batch)
-            if progress is not None:
-                progress(batch)
+        def report(batch: BatchReport) -> None:
+            nonlocal total
+            with guard:
+                total = total.plus(batch)
+                if progress is not None:
+                    progress(batch)
 
-    ended = False
-    is_own, session = spark is None, spark
-    try:
+        ended = False
+        is_own, session = spark is None, spark
         with StopRequest(end_java, status=0 if continuous else 1) if is_own else StopRequest() as stop:
             try:
                 with stop.at_once():
@@ -110,7 +99,7 @@ def run_ingest(
                     stop.listen()
                     threading.Thread(target=_warm_up, args=(session,), daemon=True, name="warm-up").start()
                     ensure_tables(settings)
-                    with write_lock(settings, "events"):
+                    with exclusive(settings, WRITE_EVENTS):
                         in_force.prices()
                     in_force.rules()
                     for line in look_into_landing(settings):
@@ -133,8 +122,6 @@ def run_ingest(
         if not (ended or continuous):
             raise InterruptedIngestError("stopped before all was ingested", hint="adtally ingest goes on where it stopped")
         return total
-    finally:
-        lock.release()
 
 
 def _end_session(session: SparkSession | None) -> None:

@@ -41,11 +41,12 @@ from spark_jobs.ingest.reject_rows import conflict_records, share_rejects
 from spark_jobs.ingest.source import FilesSource, Source
 from spark_jobs.ingest.stage import StagedSplit, StageTask, flood, stage_splits, unread_split
 from spark_jobs.ingest.write import SplitRows, WriteJob, Written, write_splits
-from spark_jobs.lake.locks import write_lock
+from spark_jobs.lake.commit import Transaction
+from spark_jobs.lake.locks import WRITE_LOCKS, file_lock
 from spark_jobs.lake.log import Commit, DeltaLog
 from spark_jobs.lake.stamp import Stamp, stamped_records
 from spark_jobs.lake.tables import BATCH_LEDGER, MINUTE_METRICS, Table
-from spark_jobs.lake.writes import DeltaSink, Transaction
+from spark_jobs.lake.writes import DeltaSink
 from spark_jobs.session import is_one_machine
 from spark_jobs.steps import Step, crash_point
 from spark_jobs.stopping import lock_unless_stopped
@@ -68,7 +69,7 @@ class StreamJob(SourceQuery):
         super().__init__(source or FilesSource(settings, self.stream), settings)
         self.settings = settings
         self.report = report
-        self._lock = write_lock(settings, self.stream)
+        self._lock = file_lock(settings, WRITE_LOCKS[self.stream])
         self._first = True
         self._rejected = DeltaSink(self.rejected_table, settings)
         self._ledger = DeltaSink(BATCH_LEDGER, settings)

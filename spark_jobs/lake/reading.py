@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -12,6 +14,44 @@ from deltalake import DeltaTable
 
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.roots import open_root
+
+_KINDS = ("partition", "min", "max")
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A data file of a table's version, as the log describes it: path within the table, size in bytes, rows.
+
+    ``values`` are the values of the partition columns; ``low`` and ``high`` the least and the largest value of each column that
+    has statistics.
+    """
+
+    path: str
+    size: int
+    rows: int | None
+    values: dict[str, Any]
+    low: dict[str, Any]
+    high: dict[str, Any]
+
+    @property
+    def partition(self) -> dict[str, str | None]:
+        """The values of the partition columns as Delta writes them."""
+        return {name: None if value is None else str(value) for name, value in self.values.items()}
+
+
+def table_files(held: DeltaTable) -> list[TableFile]:
+    """The data files of a snapshot."""
+    rows = pa.table(held.get_add_actions(flatten=True))
+    parts = {kind: {n.split(".", 1)[1]: n for n in rows.column_names if n.startswith(f"{kind}.")} for kind in _KINDS}
+    return [
+        TableFile(
+            row["path"],
+            row["size_bytes"],
+            row["num_records"],
+            *({name: row[column] for name, column in parts[kind].items()} for kind in _KINDS),
+        )
+        for row in rows.to_pylist()
+    ]
 
 
 def file_paths(uri: str, version: int) -> list[str]:

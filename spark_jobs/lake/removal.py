@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Mapping, Sequence
 
-import pyarrow as pa
 from deltalake import DeltaTable
-from deltalake.transaction import AddAction, RemoveAction
 
-from spark_jobs.lake.commit import committing
+from spark_jobs.lake.commit import commit_files, committing
+from spark_jobs.lake.reading import table_files
 from spark_jobs.lake.tables import Table
-from spark_jobs.lake.writes import commit_properties
 from spark_jobs.steps import Step
 
 
@@ -42,18 +39,5 @@ def _vacuum(uri: str, retention_hours: int, keep_versions: Sequence[int], *, dry
 def take_files_out(uri: str, table: Table, paths: Collection[str], metadata: Mapping[str, object]) -> None:
     """Commit that a table no longer has some data files, as paths in its log; older versions keep them. ``metadata`` says why."""
     held = DeltaTable(uri)
-    now = int(time.time() * 1000)
-    actions: list[AddAction | RemoveAction] = []
-    for file in pa.table(held.get_add_actions(flatten=True)).to_pylist():
-        if file["path"] in paths:
-            values = {name: file[f"partition.{name}"] for name in table.partition_by}
-            partition = {name: None if value is None else str(value) for name, value in values.items()}
-            actions.append(RemoveAction(file["path"], True, now, file["size_bytes"], partition))
-    with committing(uri, held, Step.DAMAGE_REMOVED, files=[]):
-        held.create_write_transaction(
-            actions,
-            mode="append",
-            schema=held.schema(),
-            partition_by=list(table.partition_by),
-            commit_properties=commit_properties(metadata),
-        )
+    removed = [file for file in table_files(held) if file.path in paths]
+    commit_files(held, uri, table, Step.DAMAGE_REMOVED, remove=removed, metadata=metadata)

@@ -6,17 +6,14 @@ id of the run in its commitInfo.
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, WriterProperties
-from deltalake.transaction import AddAction, RemoveAction
 
-from spark_jobs.lake.commit import committing
+from spark_jobs.lake.commit import commit_files, committing
 from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.reading import table_files
 from spark_jobs.lake.tables import Table
 from spark_jobs.steps import Step
 
@@ -57,35 +54,13 @@ def version_of_run(uri: str, run_id: str) -> int:
 
 def take_back(uri: str, table: Table, version: int) -> None:
     """Undo what ``version`` did to the files of the table, and nothing that was committed since."""
-    before, after = _files(uri, version - 1), _files(uri, version)
-    now = int(time.time() * 1000)
-    actions: list[AddAction | RemoveAction] = [
-        RemoveAction(path, False, now, file["size_bytes"], _values(file, table))
-        for path, file in after.items()
-        if path not in before
-    ]
-    actions += [
-        AddAction(
-            path,
-            file["size_bytes"],
-            _values(file, table),
-            now,
-            data_change=False,
-            stats=json.dumps({"numRecords": file["num_records"]}),
-        )
-        for path, file in before.items()
-        if path not in after
-    ]
-    held = DeltaTable(uri)
-    with committing(uri, held, Step.RESTORE, files=()):
-        held.create_write_transaction(actions, mode="append", schema=held.schema(), partition_by=list(table.partition_by))
-
-
-def _files(uri: str, version: int) -> dict[str, dict[str, Any]]:
-    rows = pa.table(DeltaTable(uri, version=version).get_add_actions(flatten=True)).to_pylist()
-    return {row["path"]: row for row in rows}
-
-
-def _values(file: dict[str, Any], table: Table) -> dict[str, str | None]:
-    held = {name: file[f"partition.{name}"] for name in table.partition_by}
-    return {name: None if value is None else str(value) for name, value in held.items()}
+    before, after = ({file.path: file for file in table_files(DeltaTable(uri, version=v))} for v in (version - 1, version))
+    commit_files(
+        DeltaTable(uri),
+        uri,
+        table,
+        Step.RESTORE,
+        remove=[file for path, file in after.items() if path not in before],
+        restore=[file for path, file in before.items() if path not in after],
+        changes_rows=False,
+    )

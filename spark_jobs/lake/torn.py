@@ -14,17 +14,15 @@ import time
 from pathlib import Path
 from urllib.parse import unquote
 
-from filelock import FileLock
-
 from spark_jobs import disk
 from spark_jobs.config import Settings
 from spark_jobs.errors import TableCorruptionError
+from spark_jobs.lake.locks import TORN, exclusive
 from spark_jobs.lake.log import Commit, DeltaLog
 from spark_jobs.lake.rewrite import RUN_KEY
 from spark_jobs.lake.roots import local_path
 from spark_jobs.lake.tables import BATCH_LEDGER, ORDERS, TABLES
 
-TORN_LOCK = ".torn.lock"  # in ADTALLY_HOME, held while commits are set aside
 _MOST_TORN = 3  # commits in flight at once: of a batch, a compaction, a correction. More is no power cut
 _MAGIC = b"PAR1"
 
@@ -58,7 +56,7 @@ def _set_aside_tail(settings: Settings, name: str) -> list[str]:
         )
     if not faults:
         return []
-    with FileLock(settings.home_path / TORN_LOCK):  # of two that start at once the second sees what the first left
+    with exclusive(settings, TORN):  # of two that start at once the second sees what the first left
         return [_set_aside(settings, name, fault.version, fault.problem) for fault in reversed(log.tail_faults())]
 
 
@@ -76,7 +74,7 @@ def _set_aside_without_data(settings: Settings, name: str) -> list[str]:
 
     if torn() is None:
         return []
-    with FileLock(settings.home_path / TORN_LOCK):
+    with exclusive(settings, TORN):
         commit = torn()
         return [] if commit is None else [_set_aside(settings, name, commit.version, "a data file of it is not there whole")]
 

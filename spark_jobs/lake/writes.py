@@ -6,22 +6,18 @@ commit through Spark takes about a second (docs/decisions/0003).
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, Schema
-from deltalake import Transaction as AppTransaction
+from deltalake import DeltaTable, Schema
 from deltalake.exceptions import CommitFailedError
-from deltalake.transaction import AddAction, RemoveAction
 
 from spark_jobs import disk
 from spark_jobs.config import Settings
-from spark_jobs.lake.commit import committing, sync_commits
+from spark_jobs.lake.commit import Transaction, commit_files, commit_properties, committing, has_seen, sync_commits, write_files
 from spark_jobs.lake.data_files import DataFile, DataFileWriter
-from spark_jobs.lake.locks import rewriting
+from spark_jobs.lake.locks import REWRITE, exclusive
 from spark_jobs.lake.log import RETYPED_KEY, DeltaLog
 from spark_jobs.lake.roots import is_local
 from spark_jobs.lake.tables import CAMPAIGNS, NAMES, ORDERS, TABLES, Table
@@ -29,18 +25,6 @@ from spark_jobs.lake.torn import mend_tables
 from spark_jobs.steps import Step
 
 _MERGE_ATTEMPTS = 5
-
-
-@dataclass(frozen=True)
-class Transaction:
-    """A write's identity: the streaming query's id (it lives in the checkpoint) and the batch id.
-
-    It stands in the commit as Delta's own transaction identifier (txn). A write whose batch the table has seen for the query is
-    skipped. So a batch that runs again writes nothing twice, and a fresh checkpoint, having a fresh id, is never skipped.
-    """
-
-    query_id: str
-    batch_id: int
 
 
 def ensure_tables(settings: Settings) -> None:
@@ -55,7 +39,7 @@ def ensure_tables(settings: Settings) -> None:
         if DeltaLog(uri).exists():
             _add_columns(uri, table)
             if _has_other_types(DeltaTable(uri), table):
-                with rewriting(settings):
+                with exclusive(settings, REWRITE):
                     _change_types(uri, table)
             continue
         if is_local(uri):
@@ -92,28 +76,34 @@ def _change_types(uri: str, table: Table) -> None:
     delta-rs takes a new schema only with an overwrite, and marks what that removes as a change of data. RETYPED_KEY in the commit
     tells the readers of the log that no row has changed.
     """
-    from spark_jobs.lake.reading import read_batches  # here: it takes pandas along, which the definitions need not load
+    from spark_jobs.lake.reading import (  # here: it takes pandas along, which the definitions need not load
+        read_batches,
+        table_files,
+    )
 
     held = DeltaTable(uri)
     if not _has_other_types(held, table):  # another process has done it, while this one waited for the lock
         return
     schema = pa.schema([field for field in table.schema if field.name not in table.partition_by])
     with DataFileWriter(uri, table) as writer:
-        for file in pa.table(held.get_add_actions(flatten=True)).to_pylist():
-            for batch in read_batches(uri, [file["path"]], schema):
+        for file in table_files(held):
+            for batch in read_batches(uri, [file.path], schema):
                 rows = pa.Table.from_batches([batch])
                 for name in table.partition_by:
-                    value = pa.scalar(file[f"partition.{name}"]).cast(table.schema.field(name).type)
+                    value = pa.scalar(file.values[name]).cast(table.schema.field(name).type)
                     rows = rows.append_column(name, pa.repeat(value, rows.num_rows))
                 writer.write(rows)
-    with committing(uri, held, Step.TYPES_CHANGED, files=writer.files):
-        held.create_write_transaction(
-            add_actions(writer.files, data_change=False),
-            mode="overwrite",
-            schema=Schema.from_arrow(table.schema),
-            partition_by=list(table.partition_by),
-            commit_properties=CommitProperties(custom_metadata={RETYPED_KEY: "true"}),
-        )
+    commit_files(
+        held,
+        uri,
+        table,
+        Step.TYPES_CHANGED,
+        add=writer.files,
+        changes_rows=False,
+        info={RETYPED_KEY: "true"},
+        mode="overwrite",
+        schema=table.schema,
+    )
 
 
 class DeltaSink:
@@ -143,23 +133,11 @@ class DeltaSink:
         metadata: Mapping[str, object] | None = None,
     ) -> None:
         """Add written files, once per transaction. ``metadata`` goes into the commit as JSON (userMetadata)."""
-        held = self._snapshot()
-        if has_seen(held, transaction):
-            return
-        with committing(self.uri, held, step, transaction.batch_id, files=files):
-            held.create_write_transaction(
-                add_actions(files),
-                mode="append",
-                schema=held.schema(),
-                partition_by=list(self.table.partition_by),
-                commit_properties=commit_properties(metadata, transaction),
-            )
+        commit_files(self._snapshot(), self.uri, self.table, step, add=files, transaction=transaction, metadata=metadata)
 
     def append_rows(self, rows: pa.Table, step: Step, transaction: Transaction) -> None:
         """Write rows that are at hand as files, and add them, once per transaction."""
-        with DataFileWriter(self.uri, self.table) as writer:
-            writer.write(rows)
-        self.append(writer.files, step, transaction)
+        self.append(write_files(self.uri, self.table, rows), step, transaction)
 
 
 def merge_orders(rows: pa.Table, settings: Settings, transaction: Transaction, metadata: Mapping[str, object]) -> None:
@@ -212,37 +190,12 @@ def append_decision(table: Table, rows: pa.Table, settings: Settings, step: Step
 
 
 def _write(
-    table: Table, rows: pa.Table, settings: Settings, step: Step, mode: str, metadata: Mapping[str, object] | None = None
+    table: Table,
+    rows: pa.Table,
+    settings: Settings,
+    step: Step,
+    mode: Literal["append", "overwrite"],
+    metadata: Mapping[str, object] | None = None,
 ) -> None:
     uri = settings.table_uri(table.name)
-    held = DeltaTable(uri)
-    with DataFileWriter(uri, table) as writer:
-        writer.write(rows)
-    with committing(uri, held, step, files=writer.files):
-        held.create_write_transaction(
-            add_actions(writer.files),
-            mode=mode,
-            schema=held.schema(),
-            partition_by=list(table.partition_by),
-            commit_properties=commit_properties(metadata),
-        )
-
-
-def add_actions(files: Sequence[DataFile], *, data_change: bool = True) -> list[AddAction | RemoveAction]:
-    """The actions of a commit that adds written files. ``data_change`` False: their rows were in the table before."""
-    now = int(time.time() * 1000)
-    return [AddAction(f.path, f.size, f.partition, now, data_change=data_change, stats=f.stats) for f in files]
-
-
-def has_seen(held: DeltaTable, transaction: Transaction) -> bool:
-    """Whether a table has the write of a transaction."""
-    last = held.transaction_version(transaction.query_id)
-    return last is not None and last >= transaction.batch_id
-
-
-def commit_properties(metadata: Mapping[str, object] | None, transaction: Transaction | None = None) -> CommitProperties:
-    """User metadata (JSON) and the transaction, as delta-rs takes them."""
-    return CommitProperties(
-        custom_metadata=None if metadata is None else {"userMetadata": json.dumps(metadata)},
-        app_transactions=None if transaction is None else [AppTransaction(transaction.query_id, transaction.batch_id)],
-    )
+    commit_files(DeltaTable(uri), uri, table, step, add=write_files(uri, table, rows), metadata=metadata, mode=mode)

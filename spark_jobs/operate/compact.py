@@ -21,7 +21,7 @@ from deltalake.exceptions import CommitFailedError
 from spark_jobs.config import Settings
 from spark_jobs.errors import BusyError, TableCorruptionError
 from spark_jobs.lake.duck import connect_delta
-from spark_jobs.lake.locks import rewriting
+from spark_jobs.lake.locks import REWRITE, exclusive
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.rewrite import COMPACTED_SUFFIX, Partition, rearrange, take_back, version_of_run
 from spark_jobs.lake.roots import require_local
@@ -130,7 +130,7 @@ class _Run:
         """Rewrite one partition; None where it turned out that there is nothing to do."""
         started = time.monotonic()
         uri = self.settings.table_uri(table.name)
-        with rewriting(self.settings):
+        with exclusive(self.settings, REWRITE):
             for attempt in range(_ATTEMPTS):
                 held = DeltaTable(uri)
                 if not self._needs(table, partition, _partitions(held, table).get(partition, [])):

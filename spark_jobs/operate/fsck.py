@@ -12,7 +12,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
-from filelock import FileLock, Timeout
 
 from spark_jobs.attribution.index import check_index
 from spark_jobs.attribution.inputs import index_folder
@@ -36,10 +35,10 @@ from spark_jobs.ingest.dedupe.index import KeyIndex
 from spark_jobs.ingest.dedupe.keys import Keys
 from spark_jobs.ingest.events import bring_index_to, keys_of_version
 from spark_jobs.ingest.finish import finish, stuck_batches
-from spark_jobs.ingest.runner import INGEST_LOCK
 from spark_jobs.ingest.source import FilesSource
 from spark_jobs.lake.checked import DamagedError, file_checksum
 from spark_jobs.lake.data_files import named_checksum
+from spark_jobs.lake.locks import INGEST, exclusive
 from spark_jobs.lake.log import DeltaLog, commit_identity
 from spark_jobs.lake.removal import take_files_out
 from spark_jobs.lake.roots import require_local
@@ -141,17 +140,13 @@ def fsck(settings: Settings, *, repair: bool = False, progress: Say | None = Non
 @contextmanager
 def _ingest_lock(settings: Settings) -> Iterator[bool]:
     """Keeps ingests away; yields False if one runs already."""
-    settings.home_path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(settings.home_path / INGEST_LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        yield False
-        return
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(settings, INGEST))
+        except BusyError:
+            yield False
+            return
         yield True
-    finally:
-        lock.release()
 
 
 # --- looking

@@ -25,7 +25,7 @@ from spark_jobs.config import Settings
 from spark_jobs.errors import TableCorruptionError, UsageError
 from spark_jobs.failure import one_line
 from spark_jobs.ingest.dedupe.index import KeyIndex
-from spark_jobs.lake.locks import rewriting
+from spark_jobs.lake.locks import REWRITE, exclusive
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.removal import delete_unneeded_files, unneeded_files
 from spark_jobs.lake.roots import open_root
@@ -85,7 +85,7 @@ def vacuum(
         )
     done = []
     mend_tables(settings)
-    with rewriting(settings):
+    with exclusive(settings, REWRITE):
         of_marts = _versions_of_marts(settings)
         for name in TABLES:
             uri = settings.table_uri(name)

@@ -10,29 +10,29 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import pyarrow as pa
 from deltalake.exceptions import DeltaError
-from filelock import FileLock, Timeout
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import BusyError, KafkaConfigurationError, KafkaError, PublicationError
 from spark_jobs.failure import one_line
 from spark_jobs.ingest.kafka.config import Publish, read_kafka
+from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.data_files import DataFileWriter
+from spark_jobs.lake.locks import PUBLISH, exclusive
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.roots import is_local
 from spark_jobs.lake.tables import PUBLICATIONS
-from spark_jobs.lake.writes import DeltaSink, Transaction, ensure_tables
+from spark_jobs.lake.writes import DeltaSink, ensure_tables
 from spark_jobs.publish.messages import CreditsMessages, MetricsMessages
 from spark_jobs.publish.outlet import Outlet, Position, read_positions
 from spark_jobs.publish.progress import TopicStatus, committed_ms, status_of, table_id, told_by, topics_of
 from spark_jobs.steps import Step
 
-PUBLISH_LOCK = ".publish.lock"  # in ADTALLY_HOME, held by whoever publishes
 POLL_SECONDS = 0.05  # a look for a new version is one attempt to open its file
 REMOTE_POLL_SECONDS = 1.0  # on an object store, where a look costs a request
 _LOOK_AROUND_SECONDS = 30.0  # for versions that are gone, for a table that was made anew
@@ -110,7 +110,7 @@ def publish_new(
     publish = read_kafka(settings).publish
     if publish is None:
         return PublishReport()
-    with _locked(settings), ExitStack() as ends:
+    with exclusive(settings, PUBLISH), ExitStack() as ends:
         reports = []
         for target in _targets(publish):
             publisher = _Publisher(settings, publish, target, progress)
@@ -147,7 +147,7 @@ class PublishLoop:
 
         Raises as ``publish_new``, but for a broker that does not answer, and at the end; sooner where no topic can be gone on with.
         """
-        with _locked(self._settings):
+        with exclusive(self._settings, PUBLISH):
             threads = [
                 threading.Thread(target=self._run, args=(target, stop), name=f"publish-{target.name}", daemon=True)
                 for target in _targets(self._publish)
@@ -406,17 +406,3 @@ def _nowhere(settings: Settings) -> KafkaConfigurationError:
     return KafkaConfigurationError(
         f"{settings.kafka_path} does not say where to publish", hint="it needs a table [publish]; see docs/publishing.md"
     )
-
-
-@contextmanager
-def _locked(settings: Settings) -> Iterator[None]:
-    settings.home_path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(settings.home_path / PUBLISH_LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BusyError(f"another process publishes from {settings.home_path}", hint="`adtally ingest --continuous` does") from None
-    try:
-        yield
-    finally:
-        lock.release()

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from orchestration.cli.app import app
+from spark_jobs.lake.locks import LOCKS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -82,3 +83,9 @@ def test_each_runbook_is_walked_by_a_test() -> None:
         if not (ROOT / file).exists() or f"def {test}(" not in (ROOT / file).read_text("utf-8")
     ]
     assert missing == []
+
+
+def test_the_table_of_locks_is_that_of_the_code() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rows = [line for line in text.split("## Locks\n")[1].splitlines() if line.startswith("| `")]
+    assert rows == [f"| `{lock.file}` | {lock.holder} | {lock.patience} |" for lock in LOCKS]

@@ -45,11 +45,10 @@ from orchestration.demo import (
 )
 from orchestration.listening import Listener
 from orchestration.up.instance import home_instance
-from orchestration.up.up import UP_LOCK
 from samples import DAYS, START
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, BusyError, ConfigurationError, UsageError
-from spark_jobs.ingest.runner import INGEST_LOCK
+from spark_jobs.lake.locks import INGEST, UP
 
 SHARES = ("region", "event_type", "campaign_id", "outcome")
 LIMITS_OF_DRIFT = {"volume": MAX_ROBUST_Z}
@@ -58,7 +57,7 @@ LIMITS_OF_DRIFT = {"volume": MAX_ROBUST_Z}
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.name not in (INGEST_LOCK, UP_LOCK)}
+    return {path.name for path in folder.iterdir() if path.name not in (INGEST.file, UP.file)}
 
 
 def test_a_new_home_is_marked(tmp_path: Path) -> None:
@@ -109,7 +108,7 @@ def test_a_clean_up_that_was_interrupted_can_be_run_again(tmp_path: Path, monkey
     assert names(tmp_path) == {MARKER}
 
 
-@pytest.mark.parametrize(("lock", "what"), [(INGEST_LOCK, "an ingest"), (UP_LOCK, "adtally up")])
+@pytest.mark.parametrize(("lock", "what"), [(INGEST.file, "an ingest"), (UP.file, "adtally up")])
 def test_a_home_on_which_something_runs_is_left_alone(tmp_path: Path, lock: str, what: str) -> None:
     clean_home(tmp_path)
     (tmp_path / "lakehouse").mkdir()

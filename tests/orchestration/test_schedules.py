@@ -16,7 +16,7 @@ from orchestration import schedules
 from orchestration.marts.pins import SOURCES
 from orchestration.partitions import KEY_FORMAT, RANGE_END_TAG, RANGE_START_TAG
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.ingest.runner import INGEST_LOCK
+from spark_jobs.lake.locks import INGEST
 from spark_jobs.lake.tables import BATCH_LEDGER
 from tests.orchestration.marts.delta_files import commit, utc
 from tests.orchestration.marts.lakes import first_batch, ledger_row
@@ -89,7 +89,7 @@ def test_ingest_runs_each_half_hour_for_the_campaigns(settings: Settings) -> Non
 
 def test_ingest_leaves_the_work_to_a_continuous_one(settings: Settings) -> None:
     land(settings, "a.jsonl")
-    with FileLock(settings.home_path / INGEST_LOCK):
+    with FileLock(settings.home_path / INGEST.file):
         assert "another ingest runs" in sense(None)[2]
     assert sense(None)[0]
 

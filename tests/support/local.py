@@ -20,7 +20,7 @@ from spark_jobs.ingest.events import EventsJob
 from spark_jobs.ingest.files.landing import LandingFile
 from spark_jobs.ingest.orders import OrdersJob
 from spark_jobs.ingest.stream import StreamJob
-from spark_jobs.lake.writes import Transaction
+from spark_jobs.lake.commit import Transaction
 from spark_jobs.units import to_micros
 
 

@@ -30,10 +30,11 @@ from spark_jobs.ingest.agreement import check_agreement
 from spark_jobs.ingest.kafka.config import KafkaCluster
 from spark_jobs.ingest.kafka.source import KafkaSource
 from spark_jobs.ingest.query import SourceQuery
+from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.data_files import DataFile, DataFileWriter
 from spark_jobs.lake.stamp import Stamp, stamped
 from spark_jobs.lake.tables import RAW_TABLES, Table
-from spark_jobs.lake.writes import DeltaSink, Transaction
+from spark_jobs.lake.writes import DeltaSink
 from spark_jobs.steps import Step
 
 _QUIET_SECONDS = 30.0

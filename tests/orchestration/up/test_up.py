@@ -24,9 +24,10 @@ from orchestration.up import services as up_services
 from orchestration.up.instance import POOLS, home_instance, initialize_pool_limits, write_instance_config
 from orchestration.up.lost_runs import settle_lost_runs
 from orchestration.up.services import CODE, INGEST, free_port, listens, services, socket_path
-from orchestration.up.up import END_SECONDS, UP_LOCK, Stop
+from orchestration.up.up import END_SECONDS, Stop
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import MachineError, UsageError
+from spark_jobs.lake.locks import UP
 from tests.orchestration.up.deployment import Deployment, processes_of
 
 
@@ -74,7 +75,7 @@ def test_wrong_use_is_one_line_before_anything_starts(
     done = terminal.run("--home", "home", "up", *arguments, cwd=tmp_path, env=environment(**changes))
     assert done.status == status
     assert message in done.error
-    assert names(tmp_path / "home") <= {UP_LOCK}
+    assert names(tmp_path / "home") <= {UP.file}
 
 
 def test_a_port_that_is_taken_is_said_before_anything_starts(tmp_path: Path, taken: int) -> None:
@@ -83,17 +84,17 @@ def test_a_port_that_is_taken_is_said_before_anything_starts(tmp_path: Path, tak
     assert done.error == (
         f"port {taken} of 127.0.0.1 cannot be had: Address already in use (name another with --port; 0 takes a free one)"
     )
-    assert names(tmp_path / "home") == {UP_LOCK}
+    assert names(tmp_path / "home") == {UP.file}
 
 
 def test_a_second_one_on_the_same_home_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    with FileLock(home / UP_LOCK):
+    with FileLock(home / UP.file):
         done = terminal.run("--home", "home", "up", "--port", "0", cwd=tmp_path)
     assert done.status == 1
     assert done.error == f"adtally up runs on {home} already (stop it, or name another --home)"
-    assert names(home) == {UP_LOCK}
+    assert names(home) == {UP.file}
 
 
 def test_any_free_port_will_do(taken: int) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
-from filelock import FileLock
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -24,8 +23,8 @@ from killed import run_code
 from spark_jobs.billing import job as module
 from spark_jobs.billing.job import BillingLine, bill, nanos_to_micros
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.corrections.run import CORRECTIONS_LOCK
 from spark_jobs.errors import UsageError
+from spark_jobs.lake.locks import CORRECTIONS, exclusive
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.tables import BATCH_LEDGER, BILLING_LINES, MINUTE_METRICS, RESTATEMENTS, TABLES, TRAFFIC_REVIEWS
 from spark_jobs.lake.writes import ensure_tables
@@ -303,7 +302,7 @@ def test_a_correction_under_way_is_waited_for(lake: Lake) -> None:
     lake.ingest(("c2", 1000))
     pending = lake.settings.corrections_path / "token"
     pending.mkdir(parents=True)
-    with FileLock(lake.settings.home_path / CORRECTIONS_LOCK):  # by another process, which lives
+    with exclusive(lake.settings, CORRECTIONS):  # by another process, which lives
         assert lake.bill() == [("c2", "adjustment", "late", 1)]
     lake.explain("review", ("c1", -4000), run="review-1")
     pending.rmdir()

@@ -16,8 +16,9 @@ from spark_jobs.config import Settings, load_settings
 from spark_jobs.corrections.run import correcting
 from spark_jobs.corrections.write_ahead import Correction, TableChange, write_ahead
 from spark_jobs.errors import TableCorruptionError
+from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.tables import BATCH_LEDGER, HOUR_RULES, RESTATEMENTS, Table
-from spark_jobs.lake.writes import DeltaSink, Transaction, ensure_tables
+from spark_jobs.lake.writes import DeltaSink, ensure_tables
 from spark_jobs.steps import Step
 
 CHANGED = (BATCH_LEDGER, RESTATEMENTS, HOUR_RULES)

@@ -14,8 +14,9 @@ from deltalake import DeltaTable
 from spark_jobs.attribution.rules import MODELS
 from spark_jobs.config import Settings
 from spark_jobs.corrections.write_ahead import Correction, TableChange, carry_out, write_ahead
+from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.tables import ATTRIBUTED_ORDERS, EVENTS, ORDERS, Table
-from spark_jobs.lake.writes import DeltaSink, Transaction, merge_orders
+from spark_jobs.lake.writes import DeltaSink, merge_orders
 from spark_jobs.steps import Step
 
 NOON = datetime(2025, 6, 30, 12, tzinfo=UTC)

@@ -21,7 +21,7 @@ from pyspark.sql import SparkSession
 
 from spark_jobs.config import Settings
 from spark_jobs.ingest.runner import run_ingest
-from spark_jobs.lake.locks import write_lock
+from spark_jobs.lake.locks import WRITE_EVENTS, exclusive
 from tests.spark_jobs.homes.held import Held
 
 pytestmark = pytest.mark.homes
@@ -173,7 +173,7 @@ def test_a_stopped_worker_and_a_held_lock_hang_nothing_and_a_signal_to_the_group
         ingest.wait_for("second file", lambda: "second" in _counted(settings))
         assert "a batch of events made no progress for 3 s and its workers were ended; it is made again" in ingest.errors
 
-        with write_lock(settings, "events"):  # as a correction does
+        with exclusive(settings, WRITE_EVENTS):  # as a correction does
             lake.land(settings, "events/eu/3.jsonl", [lake.event("e3", ad_id="third")])
             offsets = settings.checkpoints_path / "events" / "offsets"
             ingest.wait_for("third batch", (offsets / "2").exists)

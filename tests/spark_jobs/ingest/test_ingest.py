@@ -35,7 +35,7 @@ from spark_jobs.ingest.events import EventsJob
 from spark_jobs.ingest.orders import OrdersJob
 from spark_jobs.ingest.runner import run_ingest
 from spark_jobs.ingest.stream import StreamJob
-from spark_jobs.lake.locks import write_lock
+from spark_jobs.lake.locks import WRITE_EVENTS, exclusive
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.tables import TABLES
 from spark_jobs.operate.fsck import fsck
@@ -521,7 +521,7 @@ def test_a_campaign_file_that_turns_bad_leaves_the_prices_in_force(spark: SparkS
 
 def test_campaigns_are_brought_in_when_nobody_else_writes(spark: SparkSession, settings: Settings) -> None:
     lake.campaigns(settings)
-    with write_lock(settings, "events"):  # as a backfill does, which brings them in too
+    with exclusive(settings, WRITE_EVENTS):  # as a backfill does, which brings them in too
         ingest = threading.Thread(target=run_ingest, args=(settings,), kwargs={"spark": spark})
         ingest.start()
         ingest.join(3)

@@ -23,7 +23,8 @@ from spark_jobs.ingest.kafka.ranges import OffsetRange
 from spark_jobs.ingest.poison import ATTEMPTS, Attempts, Unit, find_poison, is_of_content
 from spark_jobs.ingest.quarantine import Quarantined
 from spark_jobs.ingest.stage import StageTask
-from spark_jobs.lake.writes import Transaction, ensure_tables
+from spark_jobs.lake.commit import Transaction
+from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.operate.status import read_status
 
 FILES = [LandingFile(n, f"/landing/events/eu/{n}.jsonl", 10) for n in range(9)]

@@ -16,18 +16,12 @@ from spark_jobs.config import Settings, load_settings
 from spark_jobs.corrections.write_ahead import Correction, TableChange, unfinished_corrections, write_ahead
 from spark_jobs.errors import TableCorruptionError
 from spark_jobs.ingest.durable_checkpoint import CheckpointSync
+from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.removal import delete_unneeded_files
 from spark_jobs.lake.rewrite import rearrange
 from spark_jobs.lake.tables import BATCH_LEDGER, CAMPAIGNS, HOUR_CLOSINGS, ORDERS, RULE_SETS, TABLES, Table
-from spark_jobs.lake.writes import (
-    DeltaSink,
-    Transaction,
-    append_decision,
-    ensure_tables,
-    merge_orders,
-    replace_campaigns,
-)
+from spark_jobs.lake.writes import DeltaSink, append_decision, ensure_tables, merge_orders, replace_campaigns
 from spark_jobs.steps import Step
 
 

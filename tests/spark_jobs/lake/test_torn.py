@@ -17,12 +17,13 @@ from spark_jobs.errors import TableCorruptionError
 from spark_jobs.ingest.dedupe.index import KeyIndex
 from spark_jobs.ingest.dedupe.keys import keys_of_ids
 from spark_jobs.ingest.events import bring_index_to
+from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.data_files import DataFileWriter
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.rewrite import rearrange
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, ORDERS, TABLES, Table
 from spark_jobs.lake.torn import mend_tables
-from spark_jobs.lake.writes import DeltaSink, Transaction, ensure_tables, merge_orders
+from spark_jobs.lake.writes import DeltaSink, ensure_tables, merge_orders
 from spark_jobs.steps import Step
 
 _LIMITS = ("ingested_us", "earliest_us", "future_skew_us", "hour_grace_us")

@@ -13,12 +13,13 @@ from deltalake import DeltaTable, Schema
 from killed import run_code
 
 from spark_jobs.config import Settings, load_settings
+from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.data_files import DataFileWriter
 from spark_jobs.lake.duck import connect_delta
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.reading import read_newest
 from spark_jobs.lake.tables import BATCH_LEDGER, BILLING_LINES, MINUTE_METRICS, TABLES, Table
-from spark_jobs.lake.writes import DeltaSink, Transaction, ensure_tables
+from spark_jobs.lake.writes import DeltaSink, ensure_tables
 from spark_jobs.publish.messages import MetricsMessages
 from spark_jobs.steps import CRASH_VARIABLE, Step
 

@@ -21,11 +21,12 @@ from pyspark.sql import SparkSession
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import BusyError, TableCorruptionError, UsageError
 from spark_jobs.ingest.runner import run_ingest
-from spark_jobs.lake.locks import rewriting
+from spark_jobs.lake.commit import Transaction
+from spark_jobs.lake.locks import REWRITE, SECONDS, Patience, exclusive
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.rewrite import rearrange
 from spark_jobs.lake.tables import ORDERS, TABLES
-from spark_jobs.lake.writes import Transaction, merge_orders
+from spark_jobs.lake.writes import merge_orders
 from spark_jobs.operate import compact as module
 from spark_jobs.operate.compact import LATE_FILES, LOOSE_FILES, CompactReport, TableCompaction, compact
 from spark_jobs.operate.watermark import Closing, close_by_hand, read_closing
@@ -263,8 +264,8 @@ def test_a_rewrite_that_doubles_rows_is_found_and_taken_back(home: Settings, mon
 
 
 def test_one_rewrites_at_a_time(home: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spark_jobs.lake.locks.PATIENCE_SECONDS", 0.1)
-    with rewriting(home), pytest.raises(BusyError, match=r"rewrite\.lock"):
+    monkeypatch.setitem(SECONDS, Patience.SOME, 0.1)
+    with exclusive(home, REWRITE), pytest.raises(BusyError, match=r"rewrite\.lock"):
         compact(home, None)
     assert len(files(home, "events", 8)) == FILES
     reports: list[CompactReport] = []

@@ -21,7 +21,7 @@ from pyspark.sql import SparkSession
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import BusyError, TableCorruptionError, UsageError
 from spark_jobs.ingest.runner import run_ingest
-from spark_jobs.lake.locks import rewriting
+from spark_jobs.lake.locks import REWRITE, SECONDS, Patience, exclusive
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.operate.compact import compact
 from spark_jobs.operate.vacuum import VacuumReport, vacuum
@@ -168,8 +168,8 @@ def test_a_retention_that_is_too_short_is_refused(home: Settings, retention: tim
 
 
 def test_not_beside_a_compaction(home: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spark_jobs.lake.locks.PATIENCE_SECONDS", 0.1)
-    with rewriting(home), pytest.raises(BusyError):
+    monkeypatch.setitem(SECONDS, Patience.SOME, 0.1)
+    with exclusive(home, REWRITE), pytest.raises(BusyError):
         vacuum(home, dry_run=False)
 
 

@@ -13,8 +13,9 @@ from confluent_kafka import Consumer, TopicPartition
 from services.launcher.kafka import Kafka
 from spark_jobs.config import Settings
 from spark_jobs.corrections.write_ahead import Correction, TableChange, carry_out, write_ahead
+from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.tables import MINUTE_METRICS
-from spark_jobs.lake.writes import DeltaSink, Transaction
+from spark_jobs.lake.writes import DeltaSink
 from spark_jobs.steps import Step
 
 NOON = datetime(2025, 6, 30, 12, tzinfo=UTC)
