@@ -62,26 +62,43 @@ class Step(StrEnum):
     PUBLICATIONS = "publications"
 
 
-# The steps of a correction, in their order; and all that are no part of a batch: no ingest comes by them.
+OF_A_BATCH = frozenset(
+    {
+        Step.CAMPAIGNS,
+        Step.OFFSETS,
+        Step.EVENTS,
+        Step.KEY_INDEX,
+        Step.REJECTED_EVENTS,
+        Step.MINUTE_METRICS,
+        Step.EVENTS_LEDGER,
+        Step.ORDERS,
+        Step.REJECTED_ORDERS,
+        Step.ORDERS_LEDGER,
+        Step.COMMITS,
+    }
+)
+"""The steps of an ingest. All others are maintenance, which no ingest reaches."""
+
 CORRECTION: tuple[Step, ...] = (
-    *(Step.CORRECTION_DECIDED, Step.CORRECTED_EVENTS, Step.CORRECTED_REJECTS, Step.CORRECTED_METRICS),
-    *(Step.CORRECTED_ORDERS, Step.CORRECTED_ORDER_REJECTS, Step.CORRECTED_LEDGER),
-    *(Step.RESTATEMENTS, Step.HOUR_RULES, Step.RECONCILIATIONS, Step.CORRECTION_DONE),
+    Step.CORRECTION_DECIDED,
+    Step.CORRECTED_EVENTS,
+    Step.CORRECTED_REJECTS,
+    Step.CORRECTED_METRICS,
+    Step.CORRECTED_ORDERS,
+    Step.CORRECTED_ORDER_REJECTS,
+    Step.CORRECTED_LEDGER,
+    Step.RESTATEMENTS,
+    Step.HOUR_RULES,
+    Step.RECONCILIATIONS,
+    Step.CORRECTION_DONE,
 )
-MAINTENANCE: tuple[Step, ...] = (
-    Step.TYPES_CHANGED,
-    Step.DAMAGE_REMOVED,
-    Step.NAMES,
-    *(Step.HOUR_CLOSINGS, Step.SOURCE_GAPS, Step.RELEASES, Step.RAW_COPY, Step.COMPACTION, Step.RESTORE, Step.VACUUM, *CORRECTION),
-    *(Step.RULE_SETS, Step.TRAFFIC_REVIEWS, Step.ATTRIBUTED_ORDERS, Step.BILLING_LINES),
-    *(Step.PUBLISHED_METRICS, Step.PUBLISHED_CREDITS, Step.PUBLICATIONS),
-)
+"""The steps of a correction, in their order."""
 
 # Every point of a batch at which a kill is tried: before and after each step that this package makes, and around the two of Spark's
 # ("before offsets" is "after commits" of the batch before).
 CRASH_POINTS: tuple[tuple[str, Step], ...] = (
     ("after", Step.OFFSETS),
-    *((moment, step) for step in Step if step not in (Step.OFFSETS, Step.COMMITS, *MAINTENANCE) for moment in ("before", "after")),
+    *((moment, step) for step in Step if step in OF_A_BATCH - {Step.OFFSETS, Step.COMMITS} for moment in ("before", "after")),
     ("before", Step.COMMITS),
     ("after", Step.COMMITS),
 )

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from functools import cache
 from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
@@ -356,9 +355,3 @@ _NAMED = (
         _freshness,
     ),
 )
-
-
-@cache
-def query_names() -> tuple[str, ...]:
-    """The names, for help texts."""
-    return tuple(query.name for query in named_queries())

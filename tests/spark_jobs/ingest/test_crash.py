@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lake
+import power
 import pytest
 from pyspark.sql import SparkSession
 
@@ -161,6 +162,8 @@ def test_a_killed_batch_is_finished_exactly(tmp_path: Path, spark: SparkSession)
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("half", [0, 1])  # two chains, so that two cores have something to do
 def test_killed_at_every_durable_step(half: int, tmp_path: Path, spark: SparkSession) -> None:
+    if power.why_not(tmp_path / "try") is None:
+        pytest.skip("test_power_cut kills at the same points")
     kill_at_each(tmp_path / "calm", tmp_path / "killed", spark, list(CRASH_POINTS[half::2]))
 
 
