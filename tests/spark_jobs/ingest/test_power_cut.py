@@ -1,7 +1,7 @@
 """The power cut at every durable step, and after an ingest said that it was done: nothing is lost, nothing counts twice.
 
 The home lies on a disk whose power can be cut (`power.LoopDisk`). A run that was cut leaves the disk to the next run, which has to
-bring the batch to its end, as in `test_crash`; here what was not synced is gone as well, but for every third run, which is only killed.
+bring the batch to its end, as in `test_crash`. Here what was not synced is gone as well; every third run is only killed.
 """
 
 from __future__ import annotations
