@@ -110,8 +110,8 @@ class Service(ABC):
     def up(self, progress: Progress = silent, *, fresh: bool = False, wanted_ports: dict[str, int] | None = None) -> Status:
         """Start it, or find that it runs. With ``fresh`` its data is deleted first; it must not run then.
 
-        Raises ServiceError if it does not become ready (nothing is left running then), ServiceUsageError where a port is taken or
-        a jar is not the one pinned, ServiceBusyError where another process starts or stops it.
+        Raises ServiceError if it does not become ready (nothing is left running then), ServiceUsageError where a port is taken,
+        MachineError where a jar is not the one pinned, ServiceBusyError where another process starts or stops it.
         """
         with self._locked():
             state = read_state(self._state_path)
