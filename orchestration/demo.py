@@ -6,18 +6,15 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Column
-from rich.text import Text
+from rich.progress import Progress
 
-from orchestration.cli.tables import RecordTable, table
 from orchestration.listening import Listener, listening
 from orchestration.marts import query_marts
 from samples import DAYS, START, events_by_hour, land, read_truth, weeks_until
@@ -26,7 +23,6 @@ from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.ingest.batch import BatchReport
 from spark_jobs.lake.locks import INGEST, UP, exclusive
-from spark_jobs.texts import money
 
 DEFAULT_HOME = Path(".adtally-demo")
 MARKER = ".adtally-demo-home"
@@ -62,6 +58,11 @@ qualify row_number() over (partition by currency order by sum(spend_micros) desc
 order by currency, sum(spend_micros) desc, campaign_id
 """
 
+_BEST = "select campaign_id, event_date from fct_campaign_day order by spend_nanos desc, campaign_id, event_date limit 1"
+
+Rows = Sequence[Sequence[Any]]
+Figures = dict[str, tuple[int, int, int]]
+"""Per measure: the truth's total, the marts' total, and the number of cells in which they differ."""
 Cells = dict[tuple[Any, ...], Counter[str]]
 RunJob = Callable[[str, Listener], None]
 
@@ -104,23 +105,41 @@ def demo_settings(home: Path) -> Settings:
     )
 
 
-class Steps(Progress):
-    """The steps of the demo: a bar and a clock each, and below them what it is at, so that a narrow terminal has room for both."""
+@dataclass(frozen=True)
+class DemoReport:
+    """What a demo came to: its days, its figures beside the truth's, and rows of the published marts.
 
-    def __init__(self, console: Console) -> None:
-        description = TextColumn("{task.description}", table_column=Column(min_width=34, no_wrap=True))
-        super().__init__(description, BarColumn(bar_width=14), TimeElapsedColumn(), console=console)
+    ``conservation``: region and the first six of ACCOUNTING. ``net``: currency, impressions, clicks and micros, then the same of
+    invalid traffic. ``top``: campaign, currency, impressions, clicks, micros. ``best``: campaign and day with the highest spend.
+    """
 
-    def get_renderables(self) -> Iterator[RenderableType]:
-        """A line or two for each step."""
-        for task in self.tasks:
-            yield self.make_tasks_table([task])
-            if task.fields["note"]:
-                yield Text(f"    {task.fields['note']}", style="dim")
+    settings: Settings
+    weeks: int
+    counts: Figures
+    credit: Figures
+    conservation: Rows
+    net: Rows
+    top: Rows
+    best: tuple[str, date]
+
+    @property
+    def first_day(self) -> date:
+        """The Sunday of its week."""
+        return (START + timedelta(weeks=self.weeks)).date()
+
+    @property
+    def last_day(self) -> date:
+        """The Saturday of its week."""
+        return self.first_day + timedelta(days=DAYS - 1)
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether every figure equals the truth."""
+        return not any(cells for *_, cells in (self.counts | self.credit).values())
 
 
-def run_demo(home: Path | None, *, events: int, seed: int, console: Console, now: datetime | None = None) -> bool:
-    """Run the demo in ``home`` (default .adtally-demo); True if every figure equals the truth.
+def run_demo(home: Path | None, *, events: int, seed: int, progress: Progress, now: datetime | None = None) -> DemoReport:
+    """Run the demo in ``home`` (default .adtally-demo) and compare it with the truth. ``progress`` shows the steps while they run.
 
     Its week is the last one, from Sunday to Saturday, that was over at ``now``. The figures are the same in any week.
     """
@@ -128,25 +147,16 @@ def run_demo(home: Path | None, *, events: int, seed: int, console: Console, now
     folder = (home or DEFAULT_HOME).absolute()
     settings = demo_settings(folder)  # first: a setting that is refused deletes nothing
     clean_home(folder)
-    with Steps(console) as progress:
+    with progress:
         truths = _land(settings, events, seed, weeks, progress)
         offered = sum(int(truth["totals"]["offered"]) for truth in truths)
         with _dagster(settings) as run_job:
             _ingest(run_job, offered, progress)
             _settle(run_job, progress)
             _build(run_job, progress)
+    conservation, net, top, [best] = (query_marts(settings, sql)[1] for sql in (_CONSERVATION, _NET, _TOP, _BEST))
     counts, credit = _compare_counts(settings, truths), _compare_credit(settings, truths)
-    for shown in (
-        conservation_table(query_marts(settings, _CONSERVATION)[1]),
-        figures_table("Against the known truth, per hour and region, per campaign, per bill of a day", counts),
-        figures_table("Credit of orders against the known truth, per campaign and lookback window, per order and touch", credit),
-        net_table(query_marts(settings, _NET)[1]),
-        campaigns_table(query_marts(settings, _TOP)[1]),
-    ):
-        console.print(shown)
-    _print_places(settings, weeks, console)
-    console.print(verdict(counts | credit))
-    return not any(cells for *_, cells in (counts | credit).values())
+    return DemoReport(settings, weeks, counts, credit, conservation, net, top, (best[0], best[1]))
 
 
 def _land(settings: Settings, events: int, seed: int, weeks: int, progress: Progress) -> list[dict[str, Any]]:
@@ -245,17 +255,8 @@ def _build(run_job: RunJob, progress: Progress) -> None:
     progress.update(task, total=1, completed=1, note="published")
 
 
-def conservation_table(rows: Iterable[tuple[Any, ...]]) -> RecordTable:
-    """Region and the first six of ACCOUNTING: what was offered, and what became of it."""
-    shown = table("Every record ends in exactly one place", "region", *ACCOUNTING[:6], "offered - all four")
-    for region, *counts in rows:
-        rest = counts[0] - sum(counts[1:5])
-        shown.add_row(region, *(f"{count:,}" for count in counts), str(rest))
-    return shown
-
-
-def difference(expected: Cells, got: Cells, names: Iterable[str]) -> dict[str, tuple[int, int, int]]:
-    """Per measure: the truth's total, the marts' total, and the number of cells in which they differ."""
+def difference(expected: Cells, got: Cells, names: Iterable[str]) -> Figures:
+    """Compare the named measures of two tables, cell by cell."""
     keys = expected.keys() | got.keys()
     empty: Counter[str] = Counter()
     return {
@@ -266,9 +267,6 @@ def difference(expected: Cells, got: Cells, names: Iterable[str]) -> dict[str, t
         )
         for name in names
     }
-
-
-Figures = dict[str, tuple[int, int, int]]
 
 
 def _currencies(*parts: Cells) -> list[str]:
@@ -317,28 +315,6 @@ def _compare_credit(settings: Settings, truths: list[dict[str, Any]]) -> Figures
     listed, touches = truth_touch_cells(credits), touch_cells(settings)
     differ = difference(listed, touches, ("credit_micros",))["credit_micros"][2]  # over all currencies: no sum to show
     return found | {"credited_touches": (len(listed), len(touches), differ)}
-
-
-def figures_table(title: str, found: Figures) -> RecordTable:
-    """Every figure beside the truth's, and in how many places they differ."""
-    shown = table(title, "measure", "truth", "marts", "cells that differ")
-    for name, (truth, marts, cells) in found.items():
-        measure, _, currency = name.partition(" ")
-        unit = 1 if measure.endswith("_nanos") else 1000
-        texts = [f"{figure:,}" for figure in (truth, marts)]
-        if measure.endswith(("_nanos", "_micros")):
-            texts = [money(figure * unit, currency) for figure in (truth, marts)]
-            name = f"{measure.rpartition('_')[0]} {currency}"
-        shown.add_row(name, *texts, str(cells), style="red" if cells else "")
-    return shown
-
-
-def verdict(found: Figures) -> Text:
-    """The whole comparison on one line."""
-    differ = [name for name, (*_, cells) in found.items() if cells]
-    if not differ:
-        return Text(f"{len(found)} measures, 0 differ: the marts equal the known truth", style="bold green")
-    return Text(f"{len(found)} measures, {len(differ)} differ: {', '.join(differ)}", style="bold red")
 
 
 def truth_cells(truths: list[dict[str, Any]], part: str, key: tuple[str, ...], names: tuple[str, ...]) -> Cells:
@@ -407,43 +383,3 @@ def truth_touch_cells(credits: list[dict[str, Any]]) -> Cells:
         for model in LISTED_MODELS
         for event_id, micros in row[model]
     }
-
-
-def net_table(rows: Iterable[tuple[Any, ...]]) -> RecordTable:
-    """What is billed and what is not: currency, impressions, clicks and micros, then those of invalid traffic."""
-    names = ("impressions", "clicks", "spend")
-    shown = table("Net and invalid", "currency", *names, *(f"invalid {name}" for name in names))
-    for currency, *figures in rows:
-        sides = figures[:3], figures[3:]
-        net, invalid = ((f"{seen:,}", f"{clicks:,}", money(micros * 1000, currency)) for seen, clicks, micros in sides)
-        shown.add_row(currency, *net, *invalid)
-    return shown
-
-
-def campaigns_table(rows: Iterable[tuple[Any, ...]]) -> RecordTable:
-    """The campaigns with the highest spend of each currency: campaign, currency, impressions, clicks, micros."""
-    shown = table(
-        f"Top {TOP} campaigns by spend, in each currency", "currency", "campaign", "impressions", "clicks", "spend", left=2
-    )
-    for campaign, currency, impressions, clicks, micros in rows:
-        shown.add_row(currency, campaign, f"{impressions:,}", f"{clicks:,}", money(micros * 1000, currency))
-    return shown
-
-
-def _print_places(settings: Settings, weeks: int, console: Console) -> None:
-    home = settings.home_path
-    first = START + timedelta(weeks=weeks)
-    last = first + timedelta(days=DAYS - 1)
-    console.print(
-        f"days           {first:%Y-%m-%d} to {last:%Y-%m-%d}: the samples' week of 2019, {weeks} weeks later", soft_wrap=True
-    )
-    console.print(f"landing files  {settings.landing_path}", soft_wrap=True)
-    console.print(f"Delta tables   {settings.lakehouse_uri}", soft_wrap=True)
-    console.print(f"marts          {settings.marts_path}", soft_wrap=True)
-    console.print("\nNext, in the environment (or with `uv run` before each):")
-    _, [(campaign, day)] = query_marts(
-        settings, "select campaign_id, event_date from fct_campaign_day order by spend_nanos desc, campaign_id, event_date limit 1"
-    )
-    explain = f"explain fct_campaign_day --campaign {campaign} --date {day}"
-    for command in ("status", 'query "select * from fct_campaign_day limit 10"', explain, "reconcile", "up"):
-        console.print(f"  ADTALLY_HOME={home} adtally {command}", soft_wrap=True)

@@ -1,4 +1,7 @@
-"""What the machine must have, each looked at by itself so that one fault does not hide the next."""
+"""The commands ``adtally doctor`` and ``adtally version``: what the machine must have, and what it has.
+
+Each check runs by itself, so that one fault does not hide the next.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from spark_jobs.config import Settings, load_settings
+import typer
+from rich.text import Text
+
+from orchestration.cli.context import call_of
+from orchestration.cli.options import Json, Panel, examples
+from orchestration.cli.output import print_json, show
 from spark_jobs.errors import AdtallyError, MachineError
 from spark_jobs.lake.roots import is_local
+
+if TYPE_CHECKING:
+    from spark_jobs.config import Settings
+
+app = typer.Typer()
 
 MIN_FREE_BYTES = 2 * 1024**3
 _LOOPBACK = "127.0.0.1"
@@ -32,8 +46,47 @@ class Check:
     detail: str
 
 
+@app.command(rich_help_panel=Panel.TRY, epilog=examples("adtally doctor", "adtally doctor --fix", "adtally doctor --json"))
+def doctor(
+    context: typer.Context,
+    fix: Annotated[bool, typer.Option("--fix", help="Get what can be got: the jars, DuckDB's extension.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check the machine: settings, Java, jars, DuckDB's extension, home, Spark, locale, ports, disk space, speed of fsync.
+
+    Exit status 2 if one fails.
+    """
+    checks = examine(call_of(context).home, fix=fix)
+    is_ok = all(check.ok for check in checks)
+    show(checks, lambda found: map(check_line, found), as_json=as_json, plain=lambda found: {"ok": is_ok, "checks": found})
+    if not is_ok:
+        raise typer.Exit(2)
+
+
+def check_line(check: Check) -> Text:
+    """A check on one line."""
+    mark = ("ok     ", "green") if check.ok else ("missing", "red")
+    return Text.assemble(mark, f" {check.name}: {check.detail}")
+
+
+@app.command(rich_help_panel=Panel.TRY, epilog=examples("adtally version", "adtally version --json"))
+def version(as_json: Json = False) -> None:
+    """Show the versions of adtally and of what it stands on."""
+    from importlib.metadata import version as installed
+
+    names = ("adtally", "pyspark", "delta-spark", "duckdb", "dbt-core", "dbt-duckdb", "dagster", "great-expectations")
+    found = {name: installed(name) for name in names} | {"python": sys.version.split()[0]}
+    if as_json:
+        print_json(found)
+        return
+    for name, number in found.items():
+        print(f"{name} {number}")
+
+
 def examine(home: Path | None, *, fix: bool = False) -> list[Check]:
     """All checks in a fixed order. With ``fix`` the jars are resolved if they are not there yet."""
+    from spark_jobs.config import load_settings
+
     try:
         settings = load_settings(home=home)
     except AdtallyError as error:

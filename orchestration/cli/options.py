@@ -5,9 +5,28 @@ from __future__ import annotations
 import math
 import re
 from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated
+
+import typer
 
 from spark_jobs.errors import UsageError
 from spark_jobs.units import HourRange
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+From = Annotated[str | None, typer.Option("--from", metavar="T", help="First hour, as 2025-06-02 or 2025-06-02T08:00:00Z.")]
+To = Annotated[str | None, typer.Option("--to", metavar="T", help="End of the range, which is not in it any more.")]
+
+
+class Panel(StrEnum):
+    """The groups of commands in the help, by what a person wants to do."""
+
+    TRY = "Try it"
+    TAKE_IN = "Take in and settle"
+    ASK = "Ask and look"
+    CHECK = "Check and put right"
+    KEEP_SMALL = "Keep it small and measure"
+
 
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h)?\s*$")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
-from rich.status import Status
 from rich.text import Text
 
 from spark_jobs.texts import printable, printable_json
+
+Result = TypeVar("Result")
+Progress = Callable[[str], None]
+Parts = Iterable[RenderableType]
 
 PLAIN_WIDTH = 10_000
 """Columns of what is not a terminal: a log or a pipe wraps nothing."""
@@ -40,9 +43,44 @@ def console(*, stderr: bool = False) -> Console:
     return CleanConsole(stderr=stderr, width=None if stream.isatty() else PLAIN_WIDTH, highlight=False, markup=False, emoji=False)
 
 
-def status_line(status: Status, width: int) -> Callable[[str], None]:
-    """A progress callback that shows its line beside a spinner."""
-    return lambda line: status.update(Text(line[: max(width - 4, 20)]))
+def say(line: str, *, stderr: bool = False) -> None:
+    """Print a line without wrapping it."""
+    console(stderr=stderr).print(line, soft_wrap=True)
+
+
+def with_spinner(text: str, work: Callable[[Progress], Result]) -> Result:
+    """Return what ``work`` returns. Meanwhile a spinner turns on standard error, beside ``text`` or the newest line of progress."""
+    shown = console(stderr=True)
+    with shown.status(text) as status:
+        return work(lambda line: status.update(Text(line[: max(shown.width - 4, 20)])))
+
+
+def show(
+    result: Result,
+    parts: Callable[[Result], Parts],
+    *,
+    as_json: bool,
+    wraps: bool = False,
+    plain: Callable[[Result], Any] = lambda result: result,
+) -> None:
+    """Print a result as JSON, or the tables and lines that ``parts`` makes of it.
+
+    ``wraps``: a terminal breaks lines at words. ``plain`` makes of the result what the JSON has, where that is not the result.
+    """
+    if as_json:
+        print_json(plain(result))
+        return
+    for part in parts(result):
+        console().print(part, soft_wrap=not wraps)
+
+
+def run_and_show(
+    text: str, work: Callable[[Progress], Result], parts: Callable[[Result], Parts], *, as_json: bool, wraps: bool = False
+) -> Result:
+    """Do both: `with_spinner`, then `show`. Return the result, by which a command chooses its exit status."""
+    result = with_spinner(text, work)
+    show(result, parts, as_json=as_json, wraps=wraps)
+    return result
 
 
 def _plain(value: Any) -> Any:

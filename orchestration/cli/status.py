@@ -1,13 +1,17 @@
-"""The report of ``adtally status`` as tables."""
+"""The command ``adtally status``, and its report as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import RenderableType
 from rich.text import Text
 
+from orchestration.cli.context import settings_of
+from orchestration.cli.options import Json, Panel, examples
+from orchestration.cli.output import show
 from orchestration.cli.tables import RecordTable, table
 from spark_jobs.texts import duration
 
@@ -17,7 +21,30 @@ if TYPE_CHECKING:
     from spark_jobs.operate.status import SourceStatus, Status
     from spark_jobs.publish.progress import TopicStatus
 
+app = typer.Typer()
+
 OUTCOMES = ("offered", "accepted", "duplicate", "conflict", "rejected", "late")
+
+
+@app.command(
+    rich_help_panel=Panel.ASK,
+    epilog=examples(
+        "adtally status",
+        "adtally status --json | jq .conservation_holds",
+        "adtally status > /dev/null || echo 'the books do not balance'",
+    ),
+)
+def status(context: typer.Context, as_json: Json = False) -> None:
+    """Show what each source offered and what became of it, the lag, the tables, and whether the conservation law holds.
+
+    Exit status 1 where it does not hold. Reads the tables without starting Spark.
+    """
+    from spark_jobs.operate.status import read_status
+
+    found = read_status(settings_of(context))
+    show(found, status_tables, as_json=as_json, wraps=True)
+    if not found.conservation_holds:
+        raise typer.Exit(1)
 
 
 def size(count: float) -> str:

@@ -369,7 +369,7 @@ def test_rate_sets_the_duration(tmp_path: Path) -> None:
 
 
 def test_imports_nothing_of_the_pipeline() -> None:
-    """The truth is worth something only if it shares no code with what it judges. tests/test_layout.py follows the imports further."""
+    """The truth is worth something only if it shares no code with what it judges; tests/test_layout.py follows further imports."""
     modules = set()
     for path in Path(str(simulator.__file__)).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
