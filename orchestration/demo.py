@@ -1,4 +1,4 @@
-"""The main job end to end on the samples and simulated traffic, held to the known truth."""
+"""The demo: the main job end to end on the samples and simulated traffic, compared with the known truth."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ RunJob = Callable[[str, Listener], None]
 
 
 def clean_home(home: Path) -> None:
-    """An empty demo home. The marker stays while the rest is deleted: what is interrupted can be run again.
+    """Make an empty demo home. The marker stays while the rest is deleted, so that an interrupted run can be repeated.
 
     Raises UsageError for a folder that is not a demo's, of which nothing is deleted, or that cannot be made; BusyError
     where an ingest or ``adtally up`` runs on it.
@@ -91,9 +91,9 @@ def clean_home(home: Path) -> None:
 
 
 def demo_settings(home: Path) -> Settings:
-    """Settings of a demo: everything lies in ``home``, and the limits are those that the truths suppose.
+    """Return the settings of a demo: every folder is in ``home``, and the limits are those that the truths assume.
 
-    What the environment says of these is meant for another installation, whose tables a demo must not touch.
+    Variables of the environment for these belong to another installation, whose tables a demo must not touch.
     """
     limits = {name: Settings.model_fields[name].default for name in LIMITS}
     return load_settings(
@@ -107,7 +107,7 @@ def demo_settings(home: Path) -> Settings:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What a demo came to: its days, its figures beside the truth's, and rows of the published marts.
+    """The result of a demo: its days, its figures beside the truth's, and rows of the published marts.
 
     ``conservation``: region and the first six of ACCOUNTING. ``net``: currency, impressions, clicks and micros, then the same of
     invalid traffic. ``top``: campaign, currency, impressions, clicks, micros. ``best``: campaign and day with the highest spend.
@@ -160,7 +160,7 @@ def run_demo(home: Path | None, *, events: int, seed: int, progress: Progress, n
 
 
 def _land(settings: Settings, events: int, seed: int, weeks: int, progress: Progress) -> list[dict[str, Any]]:
-    """Put the samples, shifted by so many weeks, and simulated traffic of the same hours into place; returns their truths.
+    """Land the samples, shifted by ``weeks``, and simulated traffic of the same hours. Return the truths of both.
 
     The traffic is spread over the hours as the samples are, so that no hour looks unlike those before it.
     """
@@ -177,7 +177,7 @@ def _land(settings: Settings, events: int, seed: int, weeks: int, progress: Prog
         progress=lambda done, total: progress.update(task, completed=done, total=total),
     )
     (simulated / "rules").rename(settings.rules_path)
-    # names of their own: a file that lands under a name already taken would replace the other
+    # the prefix keeps a file from replacing another one of the same name
     for source in sorted(path for path in simulated.rglob("*") if path.is_file() and path.name != "truth.json"):
         target = settings.landing_path / source.relative_to(simulated).with_name(f"simulated-{source.name}")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ def _land(settings: Settings, events: int, seed: int, weeks: int, progress: Prog
 
 @contextmanager
 def _dagster(settings: Settings) -> Iterator[RunJob]:
-    """Runs jobs of this project in this process, with ``settings``, as runs of the home's own Dagster instance."""
+    """Yield a function that runs a Dagster job in this process, with ``settings`` and the Dagster instance of the home."""
     from orchestration.up.instance import home_instance
 
     own = {"HOME": settings.home_path, "LAKEHOUSE": settings.lakehouse_uri, "LANDING": settings.landing_path}
@@ -223,12 +223,12 @@ def _dagster(settings: Settings) -> Iterator[RunJob]:
 
 
 def _failure(events: Iterable[Any]) -> str:
-    """What the first step that failed says."""
+    """Return the message of the first step that failed."""
     for event in events:
         if event.is_step_failure:
             data = event.step_failure_data
-            told = data.user_failure_data.description if data.user_failure_data else None
-            return str(told or data.error_display_string.strip().splitlines()[0])
+            message = data.user_failure_data.description if data.user_failure_data else None
+            return str(message or data.error_display_string.strip().splitlines()[0])
     return "the run failed"
 
 
@@ -270,12 +270,12 @@ def difference(expected: Cells, got: Cells, names: Iterable[str]) -> Figures:
 
 
 def _currencies(*parts: Cells) -> list[str]:
-    """Those of cells whose key has the currency in its fourth place."""
+    """Return the currencies of cells, which are the fourth part of their keys."""
     return sorted({key[3] for cells in parts for key in cells})
 
 
 def by_currency(expected: Cells, got: Cells, names: Iterable[str], currencies: Iterable[str]) -> Figures:
-    """As `difference`, a line a currency, the fourth of a key: amounts of two currencies have no sum."""
+    """Compare as `difference` does, for each currency by itself: amounts of two currencies have no sum."""
     found: Figures = {}
     for currency in currencies:
         truth, marts = ({key: cell for key, cell in cells.items() if key[3] == currency} for cells in (expected, got))
@@ -284,7 +284,7 @@ def by_currency(expected: Cells, got: Cells, names: Iterable[str], currencies: I
 
 
 def _compare_counts(settings: Settings, truths: list[dict[str, Any]]) -> Figures:
-    """Per hour and region, per campaign, per bill of a day."""
+    """Compare the marts with the truths: by hour and region, by campaign, by bill of a day."""
     hours = difference(
         truth_cells(truths, "accounting", ("region", "event_hour"), ACCOUNTING), accounting_cells(settings), ACCOUNTING
     )
@@ -301,7 +301,7 @@ def _compare_counts(settings: Settings, truths: list[dict[str, Any]]) -> Figures
 
 
 def _compare_credit(settings: Settings, truths: list[dict[str, Any]]) -> Figures:
-    """Credit of orders per model: of each campaign and window, and of each order and touch where the truth lists them."""
+    """Compare the credit of orders for each model: by campaign and window, and by order and touch where the truth lists them."""
     credits = [truth["attribution"] for truth in truths]
     key = ("model", "window_days", "campaign_id", "currency")
     expected, got = truth_cells(credits, "campaigns", key, CREDIT), credit_cells(settings)
@@ -318,7 +318,7 @@ def _compare_credit(settings: Settings, truths: list[dict[str, Any]]) -> Figures
 
 
 def truth_cells(truths: list[dict[str, Any]], part: str, key: tuple[str, ...], names: tuple[str, ...]) -> Cells:
-    """A part of truth.json, several truths added up: per key the named measures."""
+    """Return the named measures by key, from one part of several truths, added up."""
     cells: Cells = {}
     for truth in truths:
         for row in truth[part]:
@@ -331,14 +331,14 @@ def _cells(rows: Iterable[tuple[Any, ...]], width: int, names: tuple[str, ...]) 
 
 
 def accounting_cells(settings: Settings) -> Cells:
-    """ACCOUNTING by region and hour, as the published marts have it."""
+    """Return ACCOUNTING by region and hour from the published marts."""
     sums = ", ".join(f"sum({name})" for name in ACCOUNTING)
     sql = f"select region, strftime(event_hour, '%Y-%m-%dT%H:%M:%SZ'), {sums} from fct_event_accounting group by all"
     return _cells(query_marts(settings, sql)[1], 2, ACCOUNTING)
 
 
 def campaign_hour_cells(settings: Settings) -> Cells:
-    """MEASURES by campaign, region, hour and currency, as the published marts have them."""
+    """Return MEASURES by campaign, region, hour and currency from the published marts."""
     sql = (
         "select campaign_id, region, strftime(date_trunc('hour', event_minute), '%Y-%m-%dT%H:%M:%SZ'), currency, "
         f"{', '.join(f'sum({name})' for name in MEASURES)} from fct_campaign_minute group by all"
@@ -347,7 +347,7 @@ def campaign_hour_cells(settings: Settings) -> Cells:
 
 
 def billing_cells(settings: Settings) -> Cells:
-    """What the billing ledger sums up to by day, campaign, store and currency."""
+    """Return the sums of the billing ledger by day, campaign, store and currency."""
     sql = (
         "select strftime(event_date, '%Y-%m-%d'), campaign_id, store_id, currency, sum(amount_micros) "
         "from fct_billing_ledger group by all"
@@ -356,7 +356,7 @@ def billing_cells(settings: Settings) -> Cells:
 
 
 def credit_cells(settings: Settings) -> Cells:
-    """CREDIT by model, window, campaign and currency."""
+    """Return CREDIT by model, window, campaign and currency."""
     sql = (
         "select model, window_days, campaign_id, currency, sum(credit_micros), count(distinct order_id) "
         "from fct_attribution_credits group by all"
@@ -365,7 +365,7 @@ def credit_cells(settings: Settings) -> Cells:
 
 
 def touch_cells(settings: Settings) -> Cells:
-    """Credit by model, order and touch, for the models and the window that a truth lists order by order."""
+    """Return credit by model, order and touch, for the models and the window that a truth lists order by order."""
     models = ", ".join(f"'{model}'" for model in LISTED_MODELS)
     sql = (
         "select model, order_id, touch_event_id, sum(credit_micros) from fct_attribution_credits "
@@ -375,7 +375,7 @@ def touch_cells(settings: Settings) -> Cells:
 
 
 def truth_touch_cells(credits: list[dict[str, Any]]) -> Cells:
-    """As `touch_cells`, from truths."""
+    """Return what `touch_cells` returns, from truths."""
     return {
         (model, row["order_id"], event_id): Counter(credit_micros=micros)
         for credit in credits

@@ -346,7 +346,7 @@ def _group_and_artifact(file_name: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry of ``python -m spark_jobs.jars``."""
+    """Run ``python -m spark_jobs.jars`` and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m spark_jobs.jars", description="The jars that Spark needs.")
     parser.add_argument("--update", action="store_true", help="resolve anew and rewrite jars.lock.json")
     options = parser.parse_args(arguments)

@@ -110,12 +110,12 @@ def _global(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry of the command. Ends the process with the exit status."""
+    """Run the command and end the process with its exit status."""
     sys.exit(run(arguments))
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run the command and return the exit status; every error is one line on standard error."""
+    """Run the command and return the exit status. Print every error as one line on standard error."""
     call = Call()
     try:
         result = app(args=arguments, prog_name="adtally", standalone_mode=False, obj=call)
@@ -128,15 +128,15 @@ def run(arguments: list[str] | None = None) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return _fail(call, "interrupted", 130)
     except BrokenPipeError:
-        return _nobody_reads()
+        return _end_without_reader()
     except SystemExit as ended:
         if isinstance(ended.__context__, BrokenPipeError):  # typer ends the process itself
-            return _nobody_reads()
+            return _end_without_reader()
         raise
     except _ClickException as error:
-        return _fail(call, _usage(error), 2)
+        return _fail(call, _usage_message(error), 2)
     except Exception as error:
-        exit_status = _fail(call, _unexpected(call, error), 1)
+        exit_status = _fail(call, _unexpected_message(call, error), 1)
         try:
             sys.stdout.flush()
         except OSError:  # the disk is full: the interpreter would try again at its end
@@ -144,8 +144,8 @@ def run(arguments: list[str] | None = None) -> int:
         return exit_status
 
 
-def _nobody_reads() -> int:
-    """The reader, as `head`, has seen enough. Nothing more can be written, not even by the interpreter at its end."""
+def _end_without_reader() -> int:
+    """End quietly: the reader (`head`, say) has closed the pipe. The interpreter must not write at its end either."""
     _drop_output()
     return 0
 
@@ -155,8 +155,8 @@ def _drop_output() -> None:
     os.dup2(nowhere, 1)
 
 
-def _usage(error: Any) -> str:
-    """What click found wrong, with the command whose help says more. Without a message it has shown the help itself."""
+def _usage_message(error: Any) -> str:
+    """Return what click found wrong, and the command whose help says more; nothing where click has shown the help itself."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return ""
@@ -166,7 +166,7 @@ def _usage(error: Any) -> str:
     return f"{message} (see `{path} --help`)"
 
 
-def _unexpected(call: Call, error: Exception) -> str:
+def _unexpected_message(call: Call, error: Exception) -> str:
     cause = failure_cause(error)
     debug = "" if call.debug else "run again as `adtally --debug ...` for the stack trace"
     hints = "; ".join(filter(None, (cause.hint, debug)))

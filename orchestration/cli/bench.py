@@ -49,7 +49,7 @@ def bench_quality(context: typer.Context) -> None:
 
 
 def _bench(module: str, *arguments: str) -> None:
-    """Run a module of the benchmarks; its exit status is the command's."""
+    """Run a module of the benchmarks and end with its exit status."""
     import subprocess
 
     root = Path(__file__).resolve().parents[2]

@@ -46,7 +46,7 @@ def compare(
 
 
 def comparison_tables(found: Comparison) -> Iterator[RenderableType]:
-    """The lines, what explains them, and the verdict."""
+    """Make the table of figures with what explains the differences, and the verdict."""
     lines = table(
         f"Ours and theirs, tolerance {found.tolerance:.1%}",
         "date",

@@ -17,14 +17,14 @@ from spark_jobs.texts import money
 
 
 class Steps(Progress):
-    """The steps of the demo: a bar and a clock each, and below them what it is at, so that a narrow terminal has room for both."""
+    """Show a bar and a clock for each step of the demo, and a note on the next line, so that both fit a narrow terminal."""
 
     def __init__(self, console: Console) -> None:
         description = TextColumn("{task.description}", table_column=Column(min_width=34, no_wrap=True))
         super().__init__(description, BarColumn(bar_width=14), TimeElapsedColumn(), console=console)
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        """A line or two for each step."""
+        """Return one or two lines for each step."""
         for task in self.tasks:
             yield self.make_tasks_table([task])
             if task.fields["note"]:
@@ -51,7 +51,7 @@ def show_demo(home: Path | None, *, events: int, seed: int, console: Console) ->
 
 
 def conservation_table(rows: Rows) -> RecordTable:
-    """What each region offered, and what became of it: region and the OUTCOMES."""
+    """Make the table of what each region offered and what became of it. A row has the region and the OUTCOMES."""
     shown = table("Every record ends in exactly one place", "region", *OUTCOMES, "offered - all four")
     for region, *counts in rows:
         rest = counts[0] - sum(counts[1:5])
@@ -60,7 +60,7 @@ def conservation_table(rows: Rows) -> RecordTable:
 
 
 def figures_table(title: str, found: Figures) -> RecordTable:
-    """Every figure beside the truth's, and in how many places they differ."""
+    """Make a table of every figure beside the truth's, and the number of cells that differ."""
     shown = table(title, "measure", "truth", "marts", "cells that differ")
     for name, (truth, marts, cells) in found.items():
         measure, _, currency = name.partition(" ")
@@ -74,7 +74,7 @@ def figures_table(title: str, found: Figures) -> RecordTable:
 
 
 def verdict(found: Figures) -> Text:
-    """The whole comparison on one line."""
+    """Return the result of the whole comparison on one line."""
     differ = [name for name, (*_, cells) in found.items() if cells]
     if not differ:
         return Text(f"{len(found)} measures, 0 differ: the marts equal the known truth", style="bold green")
@@ -82,7 +82,7 @@ def verdict(found: Figures) -> Text:
 
 
 def net_table(rows: Rows) -> RecordTable:
-    """What is billed and what is not: currency, impressions, clicks and micros, then those of invalid traffic."""
+    """Make the table of net and invalid traffic. A row has currency, impressions, clicks and micros, then the invalid ones."""
     names = ("impressions", "clicks", "spend")
     shown = table("Net and invalid", "currency", *names, *(f"invalid {name}" for name in names))
     for currency, *figures in rows:
@@ -93,7 +93,7 @@ def net_table(rows: Rows) -> RecordTable:
 
 
 def campaigns_table(rows: Rows) -> RecordTable:
-    """The campaigns with the highest spend of each currency: campaign, currency, impressions, clicks, micros."""
+    """Make the table of the highest spend by currency. A row has campaign, currency, impressions, clicks and micros."""
     shown = table(
         f"Top {TOP} campaigns by spend, in each currency", "currency", "campaign", "impressions", "clicks", "spend", left=2
     )
@@ -103,7 +103,7 @@ def campaigns_table(rows: Rows) -> RecordTable:
 
 
 def place_lines(report: DemoReport) -> Iterator[str]:
-    """Where everything is, and what to do next."""
+    """Say where the demo's files are, and which commands to try next."""
     settings, (campaign, day) = report.settings, report.best
     days = f"{report.first_day:%Y-%m-%d} to {report.last_day:%Y-%m-%d}"
     yield f"days           {days}: the samples' week of 2019, {report.weeks} weeks later"

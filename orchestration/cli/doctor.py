@@ -39,7 +39,7 @@ _SLOW_SYNC_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Check:
-    """One finding; ``detail`` says what was found, or what is wrong and what to do."""
+    """The result of one check. ``detail`` says what was found, or what is wrong and what to do."""
 
     name: str
     ok: bool
@@ -64,7 +64,7 @@ def doctor(
 
 
 def check_line(check: Check) -> Text:
-    """A check on one line."""
+    """Return a check as one line."""
     mark = ("ok     ", "green") if check.ok else ("missing", "red")
     return Text.assemble(mark, f" {check.name}: {check.detail}")
 
@@ -84,7 +84,7 @@ def version(as_json: Json = False) -> None:
 
 
 def examine(home: Path | None, *, fix: bool = False) -> list[Check]:
-    """All checks in a fixed order. With ``fix`` the jars are resolved if they are not there yet."""
+    """Run all checks and return them in a fixed order. With ``fix`` resolve the jars if they are missing."""
     from spark_jobs.config import load_settings
 
     try:
@@ -173,7 +173,7 @@ def _landing(settings: Settings) -> str:
 
 
 def _wrong_kafka(settings: Settings) -> str | None:
-    """What is wrong with kafka.toml; never a value of it."""
+    """Return what is wrong with kafka.toml, without any of its values (they may be secret)."""
     from spark_jobs.ingest.kafka.config import read_kafka
 
     try:
@@ -184,7 +184,7 @@ def _wrong_kafka(settings: Settings) -> str | None:
 
 
 def _topics(settings: Settings) -> list[Check]:
-    """Each cluster: whether it answers, and has the topics that are ingested. Those that are published to are made when needed."""
+    """Check each cluster: it must answer and have the topics that are ingested. `adtally publish` makes its own topics."""
     from confluent_kafka import KafkaException
     from confluent_kafka.admin import AdminClient
 
@@ -213,7 +213,7 @@ def _topics(settings: Settings) -> list[Check]:
 
 
 def _spark(settings: Settings) -> str:
-    """Whose Spark and Python the ingest would run, where the environment names others."""
+    """Return which Spark and Python the ingest would run where the environment names others."""
     import pyspark
 
     from spark_jobs.session import FOREIGN_VARIABLES, is_one_machine
@@ -242,7 +242,7 @@ def _locale() -> str:
 
 
 def _ports(settings: Settings) -> str:
-    """Spark and its workers meet on loopback; the UI's port is wanted by `adtally up` alone."""
+    """Check loopback, which Spark needs, and the port of the UI, which only `adtally up` needs."""
     try:
         with socket.create_server((_LOOPBACK, 0)) as server, socket.create_connection(server.getsockname(), timeout=5):
             pass
@@ -257,7 +257,7 @@ def _ports(settings: Settings) -> str:
 
 
 def _fsync(home: Path) -> str:
-    """How long the disk takes to write a small file through; each batch waits for some dozens of them."""
+    """Measure how long the disk takes to sync a small file. Each batch waits for dozens of syncs."""
     taken = []
     folder = next(place for place in (home, *home.parents) if place.is_dir())
     try:
@@ -283,5 +283,5 @@ def _disk(home: Path) -> str:
 
 
 def nearest(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
+    """Return the path itself, or the nearest folder above it that exists."""
     return next(candidate for candidate in (path, *path.parents) if candidate.exists())

@@ -85,7 +85,7 @@ def billing_ledger(
 
 
 def show_node(node: Node, *, as_json: bool) -> None:
-    """Print the explanation; exit status 1 where it does not add up."""
+    """Print the explanation. Raises typer.Exit with status 1 where a level does not add up."""
     from orchestration.explain import as_json as plain
     from orchestration.explain import as_tree
 

@@ -79,7 +79,7 @@ def ingest(
 
 
 def totals_line(report: IngestReport) -> str:
-    """What an ingest took in, on one line."""
+    """Return the totals of an ingest on one line."""
     if report.batches == 0:
         return "nothing new to ingest"
     return (
@@ -90,7 +90,7 @@ def totals_line(report: IngestReport) -> str:
 
 
 def batch_line(batch: BatchReport) -> str:
-    """A batch on one line."""
+    """Return a batch on one line."""
     return (
         f"{batch.stream} batch {batch.batch_id}: {batch.offered:,} offered, {batch.accepted:,} accepted, "
         f"{batch.duplicate:,} duplicate, {batch.conflict:,} conflict, {batch.rejected:,} rejected, "

@@ -39,7 +39,7 @@ def build(context: typer.Context, as_json: Json = False) -> None:
 
 
 def build_lines(built: MartBuild) -> Iterator[str]:
-    """What was built, and where."""
+    """Say what was built, and where it is."""
     yield (
         f"build {built.build_id}: {counted(len(built.rows), 'table')}, {counted(sum(built.rows.values()), 'row')}, "
         f"{built.nodes_passed} models and tests passed in {built.seconds:.1f} s"

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how their values are read."""
+"""Options that several commands share, and functions that read their values."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 
 
 def examples(*lines: str) -> str:
-    """Epilog of a command's help: each example on a line of its own."""
+    """Return the epilog of a command's help: a line for each example."""
     return "\n\n".join(["Examples:", *(line.replace("[", "\\[") for line in lines)])
 
 
 def seconds(text: str, option: str, *, longest: float = 86_400) -> float:
-    """Seconds of ``500ms``, ``5s``, ``2m``, ``1h`` or a bare number. Raises UsageError that names the option."""
+    """Return the seconds of ``500ms``, ``5s``, ``2m``, ``1h`` or a bare number. Raises UsageError that names the option."""
     match = _DURATION.match(text)
     value = float(match.group(1)) * _SECONDS[match.group(2)] if match else math.nan
     if not 0 < value <= longest:
@@ -47,7 +47,7 @@ def seconds(text: str, option: str, *, longest: float = 86_400) -> float:
 
 
 def moment(text: str, option: str) -> datetime:
-    """A time in UTC of RFC 3339 text; a date alone is its midnight in UTC. Raises UsageError that names the option."""
+    """Return the time in UTC of RFC 3339 text; for a date alone, midnight in UTC. Raises UsageError that names the option."""
     try:
         value = datetime.fromisoformat(text)
     except ValueError:
@@ -63,7 +63,7 @@ def moment(text: str, option: str) -> datetime:
 
 
 def hour_range(start: str | None, end: str | None) -> HourRange | None:
-    """The range of --from and --to, None without both. Raises UsageError where one is missing, or they are no whole hours."""
+    """Return the range of --from and --to; None without both. Raises UsageError if one is missing, or is no whole hour."""
     if start is None and end is None:
         return None
     if start is None or end is None:

@@ -79,7 +79,7 @@ def publish(
         loop = PublishLoop(
             settings, adopt=adopt, progress=on_version, problem=lambda text: shown.print(text or "Kafka answers again")
         )
-        with _until_told() as stop:
+        with _stop_on_signals() as stop:
             loop.run(stop)
         return
     show(publish_new(settings, whole=whole, adopt=adopt), published_lines, as_json=as_json)
@@ -124,25 +124,27 @@ def budget(
 
     settings = settings_of(context)
     path = store or settings.home_path / "budget" / "budget.sqlite"
-    where = _where(settings, cluster, bootstrap_servers, topic, is_needed=not only_status)
-    with _one_line():
+    address = _find_topic(settings, cluster, bootstrap_servers, topic, is_needed=not only_status)
+    with _translate_budget_errors():
         behind: dict[int, int] | None = None
-        if where.client:
-            service = BudgetService(path, where.client, where.topic, keep_days=keep_days or None)
+        if address.client:
+            service = BudgetService(path, address.client, address.topic, keep_days=keep_days or None)
             if not only_status:
-                with _until_told() as stop:
+                with _stop_on_signals() as stop:
                     service.run(stop, once=once, from_start=from_start, accept_gap=accept_gap)
             try:
                 behind = service.lags()
             except BrokerError as error:
                 say(str(error), stderr=True)
         budgets = read_budgets(campaigns) if campaigns else []
-        found = read_budget_status(path, where.topic, now=datetime.now(UTC), budgets=budgets, day=_day(day), offsets_behind=behind)
+        found = read_budget_status(
+            path, address.topic, now=datetime.now(UTC), budgets=budgets, day=_day(day), offsets_behind=behind
+        )
     show(found, budget_tables, as_json=as_json)
 
 
 def publish_at_end(settings: Settings) -> None:
-    """Publish what an ingest brought, where kafka.toml says where; a line for each topic that got something on standard error."""
+    """Publish what an ingest wrote if kafka.toml says where. Print a line for each topic on standard error."""
     from spark_jobs.publish.job import is_publishing, publish_new
 
     if not is_publishing(settings):
@@ -151,31 +153,33 @@ def publish_at_end(settings: Settings) -> None:
         say(line, stderr=True)
 
 
-class _Where:
-    """A topic, and how to connect to its cluster; an empty ``client``: nobody said."""
+class _TopicAddress:
+    """A topic, and the options that connect to its cluster; ``client`` is empty where no cluster is configured."""
 
     def __init__(self, client: dict[str, str], topic: str) -> None:
         self.client, self.topic = client, topic
 
 
-def _where(settings: Settings, cluster: str | None, servers: str | None, topic: str | None, *, is_needed: bool) -> _Where:
+def _find_topic(
+    settings: Settings, cluster: str | None, servers: str | None, topic: str | None, *, is_needed: bool
+) -> _TopicAddress:
     from spark_jobs.ingest.kafka.config import read_kafka
 
     if servers is not None:
         if cluster is not None:
             raise UsageError("--cluster and --bootstrap-servers name two places", hint="use one of them")
-        return _Where({"bootstrap.servers": servers}, topic or _BUDGET_TOPIC)
+        return _TopicAddress({"bootstrap.servers": servers}, topic or _BUDGET_TOPIC)
     kafka = read_kafka(settings)
     name = topic or (kafka.publish.metrics_topic if kafka.publish else _BUDGET_TOPIC)
     if cluster is not None:
-        return _Where(kafka.cluster(cluster).client_options(), name)
+        return _TopicAddress(kafka.cluster(cluster).client_options(), name)
     if kafka.publish is not None:
-        return _Where(kafka.publish.cluster.client_options(), name)
+        return _TopicAddress(kafka.publish.cluster.client_options(), name)
     if is_needed:
         raise UsageError(
             "nobody says where the topic is", hint="use --bootstrap-servers, or --cluster with a cluster of HOME/kafka.toml"
         )
-    return _Where({}, name)
+    return _TopicAddress({}, name)
 
 
 def _day(text: str | None) -> str | None:
@@ -188,17 +192,17 @@ def _day(text: str | None) -> str | None:
 
 
 @contextmanager
-def _until_told() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set; a second one interrupts."""
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM and SIGINT set; a second signal interrupts."""
     stop = threading.Event()
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def told(number: int, _frame: object) -> None:
+    def handle(number: int, _frame: object) -> None:
         stop.set()
         signal.signal(number, previous[signal.Signals(number)])
 
     for number in previous:
-        signal.signal(number, told)
+        signal.signal(number, handle)
     try:
         yield stop
     finally:
@@ -207,8 +211,8 @@ def _until_told() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _one_line() -> Iterator[None]:
-    """The service's errors as those of the command."""
+def _translate_budget_errors() -> Iterator[None]:
+    """Raise the errors of the budget service as errors of adtally, which have the exit statuses."""
     from services.budget.errors import BrokerError, BudgetBusyError, BudgetError, BudgetUsageError
 
     kinds: dict[type[BudgetError], type[AdtallyError]] = {
@@ -223,7 +227,7 @@ def _one_line() -> Iterator[None]:
 
 
 def published_lines(report: PublishReport) -> Iterator[str]:
-    """A PublishReport, a line a topic."""
+    """Return a line for each topic of a report."""
     for each in report.topics:
         if each.versions:
             yield (
@@ -235,7 +239,7 @@ def published_lines(report: PublishReport) -> Iterator[str]:
 
 
 def budget_tables(found: BudgetStatus) -> Iterator[RenderableType]:
-    """Tables of a BudgetStatus: campaigns over their budget first, then by currency and spend; and the consumer's lag."""
+    """Make the table of campaigns (those over budget first, then by currency and spend), and say how far behind it is."""
     day = found.campaigns[0].event_date if found.campaigns else "-"
     spend = table(f"Spend of {day}", "campaign", "store", "impressions", "clicks", "spend", "budget", "", left=2)
     rows = sorted(found.campaigns, key=lambda each: (not each.is_over, each.currency, -each.spend_nanos))

@@ -32,7 +32,7 @@ _SELECT = re.compile(r"(?:\s|--[^\n]*\n|/\*.*?\*/)*select\b", re.DOTALL | re.IGN
 
 
 class Format(StrEnum):
-    """How a query's result is printed."""
+    """The forms in which a result is printed."""
 
     table = "table"
     csv = "csv"
@@ -41,7 +41,7 @@ class Format(StrEnum):
 
 
 class Engine(StrEnum):
-    """Which store is asked."""
+    """The store that a query asks."""
 
     duckdb = "duckdb"
     pinot = "pinot"
@@ -113,9 +113,9 @@ def run_query(
     *,
     is_export: bool = False,
 ) -> tuple[list[str], Sequence[Sequence[Any]]]:
-    """Column names and rows of a statement, or of the query ``named`` with ``params`` as ``NAME=VALUE``.
+    """Return the column names and rows of a statement, or of the query ``named`` with ``params`` as ``NAME=VALUE``.
 
-    ``is_export``: a last column says of which build of the marts each row is.
+    ``is_export``: add a last column with the build of the marts.
 
     Raises UsageError for wrong use, AdtallyError where the store does not answer.
     """
@@ -136,7 +136,7 @@ def run_query(
 
 
 def show_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], form: str, limit: int | None, *, is_raw: bool = False) -> None:
-    """Print a result. A table has ROWS_SHOWN rows unless ``limit`` says otherwise (0: all); what is left out is said."""
+    """Print a result: ROWS_SHOWN rows of a table unless ``limit`` says otherwise (0: all). Say how many rows are left out."""
     from orchestration.marts import render
 
     wanted = ROWS_SHOWN if limit is None and form == "table" else limit
@@ -187,7 +187,7 @@ def _run_named(
 
     query = named_query(name)
     if engine == "pinot":
-        query.values(given)  # wrong use is told before Pinot is looked for
+        query.values(given)  # report wrong use before looking for Pinot
         return query.ask_pinot(_pinot(context, broker), given, now=datetime.now(UTC))
     columns, rows = query_marts(settings_of(context), query.text(engine), query.values(given), with_build=is_export)
     if len(rows) >= ROW_LIMIT:

@@ -53,7 +53,7 @@ def rejects(
 
 
 def reject_tables(found: RejectReport) -> Iterator[RenderableType]:
-    """Counts by reason, the records, and how many more there are."""
+    """Make the tables of counts by reason and of the newest records, and say how many more there are."""
     if not found.records:
         yield Text("nothing is rejected or in conflict", style="green")
         return

@@ -165,14 +165,14 @@ def _kafka(settings: Settings, heap: str | None = None) -> Kafka:
 
 
 def pinot_service(settings: Settings, heap: str | None = None) -> Pinot:
-    """The Pinot of an installation, whether it runs or not."""
+    """Return the Pinot of an installation, whether it runs or not."""
     from services.launcher.pinot import Pinot
 
     return Pinot(_root(settings), jar_cache=settings.jar_cache_path, java=_java, heap=_heap(heap))
 
 
 def _source(settings: Settings, servers: str | None) -> Source | None:
-    """The Kafka that Pinot is to read: the one named, that of kafka.toml, or the local one; None where there is none."""
+    """Return the Kafka for Pinot to read: the named one, else that of kafka.toml, else the local one, else None."""
     from services.serving.tables import Source
     from spark_jobs.ingest.kafka.config import read_kafka
 
@@ -218,7 +218,7 @@ def _print(found: Status, as_json: bool) -> None:
 
 
 def status_lines(found: Status) -> Iterator[str]:
-    """Whether a service runs, its processes, its addresses and what is in it."""
+    """Say whether a service runs, and list its processes, its addresses and its topics or tables."""
     if not found.running:
         yield f"{found.service} {found.version} does not run{f': {found.problem}' if found.problem else ''}"
         return

@@ -78,9 +78,9 @@ def bill(context: typer.Context, as_json: Json = False) -> None:
 
 
 def settle_at_end(settings: Settings) -> None:
-    """Review, credit and bill what an ingest brought; a line for each that found something on standard error.
+    """Review, credit and bill what an ingest wrote. Print a line on standard error for each that changed something.
 
-    On an object store nothing of it is done, which is said.
+    With tables on an object store it does nothing and says so.
     """
     from spark_jobs.operate.settle import settle
 
@@ -100,7 +100,7 @@ def settle_at_end(settings: Settings) -> None:
 
 
 def review_table(report: ReviewReport) -> Iterator[RenderableType]:
-    """The hours in which marks changed, and the sums."""
+    """Make the table of hours whose marks changed, and the sums."""
     changed = [found for found in report.hours if found.changed]
     if changed:
         shown = table("Hours whose marks changed", "hour", "events", "invalid", "marks changed")
@@ -118,7 +118,7 @@ def review_table(report: ReviewReport) -> Iterator[RenderableType]:
 
 
 def attribution_text(report: AttributionReport) -> str:
-    """An AttributionReport on one line."""
+    """Return a report on one line."""
     if not report.orders:
         return "no order is concerned by what came since"
     return (
@@ -129,7 +129,7 @@ def attribution_text(report: AttributionReport) -> str:
 
 
 def billing_table(report: BillingReport) -> Iterator[RenderableType]:
-    """The lines that were posted."""
+    """Make the table of posted lines, and the sums."""
     if not report.lines:
         yield "nothing to bill: no closed day has changed"
         return

@@ -133,7 +133,7 @@ def simulate(
 
 
 def _clusters(context: typer.Context, named: list[str]) -> list[Cluster]:
-    """The clusters of --bootstrap-servers, else those of kafka.toml that are consumed. Raises UsageError where there are none."""
+    """Return the clusters of --bootstrap-servers, else the consumed ones of kafka.toml. Raises UsageError if there are none."""
     from services.simulator.kafka import Cluster
     from spark_jobs.ingest.kafka.config import read_kafka
 
@@ -179,7 +179,7 @@ def _run(
     shown = console(stderr=True)
     started = time.monotonic()
     try:
-        # without a terminal a bar is nothing but an empty line
+        # without a terminal the bar would print an empty line
         with Progress(console=shown, transient=True, disable=not shown.is_terminal) as bar:
             task = bar.add_task("simulating", total=events)
 
@@ -192,7 +192,7 @@ def _run(
                 from services.simulator.kafka import Sending, simulate_to_kafka
 
                 rate = options["rate"]
-                if (sending or {}).get("live"):  # the rate is then the sending's alone, and says how long it lasts
+                if (sending or {}).get("live"):  # the rate paces the sending and thereby says how long it lasts
                     options = {name: value for name, value in options.items() if name != "rate" and value is not None}
                 truth = simulate_to_kafka(
                     out, events, seed, clusters, Sending(rate=rate, **(sending or {})), progress=progress, **options

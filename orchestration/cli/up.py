@@ -46,13 +46,13 @@ def up(
 
 
 def run_up(settings: Settings, *, port: int, trigger_seconds: float, ingest: bool) -> None:
-    """Run ``adtally up`` and print."""
+    """Run ``adtally up`` and print its lines."""
     from orchestration.up import up as supervisor
 
     out = console()
 
     def say(line: str) -> None:
-        with contextlib.suppress(OSError):  # whoever read the lines has gone; what runs goes on
+        with contextlib.suppress(OSError):  # the reader of the lines has gone; the services keep running
             out.print(line, soft_wrap=True)
             out.file.flush()
 

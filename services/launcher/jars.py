@@ -43,7 +43,7 @@ _LISTED = re.compile(r"^\s+([\w.-]+):([\w.-]+):jar:(?:([\w.-]+):)?([\w.-]+):(?:c
 
 @dataclass(frozen=True)
 class Jar:
-    """A jar of a lock: its coordinates in Maven, its size in bytes and its SHA-256 in hexadecimal."""
+    """A jar of a lock, with its coordinates in Maven."""
 
     group: str
     artifact: str
@@ -146,7 +146,7 @@ def _ivy_module(lock: JarLock) -> str:
 
 
 def update_lock(service: str, progress: Progress = print) -> JarLock:
-    """Resolve the service's pom.xml by Maven and write its lock. For whoever upgrades a service; raises ServiceError."""
+    """Resolve the service's pom.xml by Maven and write its lock. Raises ServiceError if Maven fails. Used to upgrade a service."""
     pom = CONF / service / "pom.xml"
     with tempfile.TemporaryDirectory(prefix="adtally-jars-") as work:
         progress(f"resolving {pom} by Maven")
@@ -177,7 +177,7 @@ def update_lock(service: str, progress: Progress = print) -> JarLock:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry of ``python -m services.launcher.jars``."""
+    """Run ``python -m services.launcher.jars`` and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m services.launcher.jars", description="The jars of a service.")
     parser.add_argument("service", choices=sorted(path.parent.name for path in CONF.glob("*/pom.xml")))
     parser.add_argument("--update", action="store_true", help="resolve pom.xml by Maven and rewrite the lock")
