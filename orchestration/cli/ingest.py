@@ -17,8 +17,7 @@ from spark_jobs.errors import UsageError
 from spark_jobs.texts import counted
 
 if TYPE_CHECKING:
-    from spark_jobs.ingest.batch import BatchReport
-    from spark_jobs.ingest.runner import IngestReport
+    from spark_jobs.ingest.batch import BatchReport, IngestReport
 
 app = typer.Typer()
 
