@@ -1,4 +1,4 @@
-"""The main job end to end on the samples and simulated traffic, held to the known truth."""
+"""The demo: the main job end to end on the samples and simulated traffic, compared with the known truth."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Column
-from rich.text import Text
+from rich.progress import Progress
 
-from orchestration.cli.tables import RecordTable, table
 from orchestration.listening import Listener, listening
 from orchestration.marts import query_marts
 from samples import DAYS, START, events_by_hour, land, read_truth, weeks_until
@@ -26,7 +23,6 @@ from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.ingest.batch import BatchReport
 from spark_jobs.lake.locks import INGEST, UP, exclusive
-from spark_jobs.texts import money
 
 DEFAULT_HOME = Path(".adtally-demo")
 MARKER = ".adtally-demo-home"
@@ -62,12 +58,17 @@ qualify row_number() over (partition by currency order by sum(spend_micros) desc
 order by currency, sum(spend_micros) desc, campaign_id
 """
 
+_BEST = "select campaign_id, event_date from fct_campaign_day order by spend_nanos desc, campaign_id, event_date limit 1"
+
+Rows = Sequence[Sequence[Any]]
+Figures = dict[str, tuple[int, int, int]]
+"""Per measure: the truth's total, the marts' total, and the number of cells in which they differ."""
 Cells = dict[tuple[Any, ...], Counter[str]]
 RunJob = Callable[[str, Listener], None]
 
 
 def clean_home(home: Path) -> None:
-    """An empty demo home. The marker stays while the rest is deleted: what is interrupted can be run again.
+    """Make an empty demo home. The marker stays while the rest is deleted, so that an interrupted run can be repeated.
 
     Raises UsageError for a folder that is not a demo's, of which nothing is deleted, or that cannot be made; BusyError
     where an ingest or ``adtally up`` runs on it.
@@ -90,9 +91,9 @@ def clean_home(home: Path) -> None:
 
 
 def demo_settings(home: Path) -> Settings:
-    """Settings of a demo: everything lies in ``home``, and the limits are those that the truths suppose.
+    """Return the settings of a demo: every folder is in ``home``, and the limits are those that the truths assume.
 
-    What the environment says of these is meant for another installation, whose tables a demo must not touch.
+    Variables of the environment for these belong to another installation, whose tables a demo must not touch.
     """
     limits = {name: Settings.model_fields[name].default for name in LIMITS}
     return load_settings(
@@ -104,23 +105,41 @@ def demo_settings(home: Path) -> Settings:
     )
 
 
-class Steps(Progress):
-    """The steps of the demo: a bar and a clock each, and below them what it is at, so that a narrow terminal has room for both."""
+@dataclass(frozen=True)
+class DemoReport:
+    """The result of a demo: its days, its figures beside the truth's, and rows of the published marts.
 
-    def __init__(self, console: Console) -> None:
-        description = TextColumn("{task.description}", table_column=Column(min_width=34, no_wrap=True))
-        super().__init__(description, BarColumn(bar_width=14), TimeElapsedColumn(), console=console)
+    ``conservation``: region and the first six of ACCOUNTING. ``net``: currency, impressions, clicks and micros, then the same of
+    invalid traffic. ``top``: campaign, currency, impressions, clicks, micros. ``best``: campaign and day with the highest spend.
+    """
 
-    def get_renderables(self) -> Iterator[RenderableType]:
-        """A line or two for each step."""
-        for task in self.tasks:
-            yield self.make_tasks_table([task])
-            if task.fields["note"]:
-                yield Text(f"    {task.fields['note']}", style="dim")
+    settings: Settings
+    weeks: int
+    counts: Figures
+    credit: Figures
+    conservation: Rows
+    net: Rows
+    top: Rows
+    best: tuple[str, date]
+
+    @property
+    def first_day(self) -> date:
+        """The Sunday of its week."""
+        return (START + timedelta(weeks=self.weeks)).date()
+
+    @property
+    def last_day(self) -> date:
+        """The Saturday of its week."""
+        return self.first_day + timedelta(days=DAYS - 1)
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether every figure equals the truth."""
+        return not any(cells for *_, cells in (self.counts | self.credit).values())
 
 
-def run_demo(home: Path | None, *, events: int, seed: int, console: Console, now: datetime | None = None) -> bool:
-    """Run the demo in ``home`` (default .adtally-demo); True if every figure equals the truth.
+def run_demo(home: Path | None, *, events: int, seed: int, progress: Progress, now: datetime | None = None) -> DemoReport:
+    """Run the demo in ``home`` (default .adtally-demo) and compare it with the truth. ``progress`` shows the steps while they run.
 
     Its week is the last one, from Sunday to Saturday, that was over at ``now``. The figures are the same in any week.
     """
@@ -128,29 +147,20 @@ def run_demo(home: Path | None, *, events: int, seed: int, console: Console, now
     folder = (home or DEFAULT_HOME).absolute()
     settings = demo_settings(folder)  # first: a setting that is refused deletes nothing
     clean_home(folder)
-    with Steps(console) as progress:
+    with progress:
         truths = _land(settings, events, seed, weeks, progress)
         offered = sum(int(truth["totals"]["offered"]) for truth in truths)
         with _dagster(settings) as run_job:
             _ingest(run_job, offered, progress)
             _settle(run_job, progress)
             _build(run_job, progress)
+    conservation, net, top, [best] = (query_marts(settings, sql)[1] for sql in (_CONSERVATION, _NET, _TOP, _BEST))
     counts, credit = _compare_counts(settings, truths), _compare_credit(settings, truths)
-    for shown in (
-        conservation_table(query_marts(settings, _CONSERVATION)[1]),
-        figures_table("Against the known truth, per hour and region, per campaign, per bill of a day", counts),
-        figures_table("Credit of orders against the known truth, per campaign and lookback window, per order and touch", credit),
-        net_table(query_marts(settings, _NET)[1]),
-        campaigns_table(query_marts(settings, _TOP)[1]),
-    ):
-        console.print(shown)
-    _print_places(settings, weeks, console)
-    console.print(verdict(counts | credit))
-    return not any(cells for *_, cells in (counts | credit).values())
+    return DemoReport(settings, weeks, counts, credit, conservation, net, top, (best[0], best[1]))
 
 
 def _land(settings: Settings, events: int, seed: int, weeks: int, progress: Progress) -> list[dict[str, Any]]:
-    """Put the samples, shifted by so many weeks, and simulated traffic of the same hours into place; returns their truths.
+    """Land the samples, shifted by ``weeks``, and simulated traffic of the same hours. Return the truths of both.
 
     The traffic is spread over the hours as the samples are, so that no hour looks unlike those before it.
     """
@@ -167,7 +177,7 @@ def _land(settings: Settings, events: int, seed: int, weeks: int, progress: Prog
         progress=lambda done, total: progress.update(task, completed=done, total=total),
     )
     (simulated / "rules").rename(settings.rules_path)
-    # names of their own: a file that lands under a name already taken would replace the other
+    # the prefix keeps a file from replacing another one of the same name
     for source in sorted(path for path in simulated.rglob("*") if path.is_file() and path.name != "truth.json"):
         target = settings.landing_path / source.relative_to(simulated).with_name(f"simulated-{source.name}")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +190,7 @@ def _land(settings: Settings, events: int, seed: int, weeks: int, progress: Prog
 
 @contextmanager
 def _dagster(settings: Settings) -> Iterator[RunJob]:
-    """Runs jobs of this project in this process, with ``settings``, as runs of the home's own Dagster instance."""
+    """Yield a function that runs a Dagster job in this process, with ``settings`` and the Dagster instance of the home."""
     from orchestration.up.instance import home_instance
 
     own = {"HOME": settings.home_path, "LAKEHOUSE": settings.lakehouse_uri, "LANDING": settings.landing_path}
@@ -213,12 +223,12 @@ def _dagster(settings: Settings) -> Iterator[RunJob]:
 
 
 def _failure(events: Iterable[Any]) -> str:
-    """What the first step that failed says."""
+    """Return the message of the first step that failed."""
     for event in events:
         if event.is_step_failure:
             data = event.step_failure_data
-            told = data.user_failure_data.description if data.user_failure_data else None
-            return str(told or data.error_display_string.strip().splitlines()[0])
+            message = data.user_failure_data.description if data.user_failure_data else None
+            return str(message or data.error_display_string.strip().splitlines()[0])
     return "the run failed"
 
 
@@ -245,17 +255,8 @@ def _build(run_job: RunJob, progress: Progress) -> None:
     progress.update(task, total=1, completed=1, note="published")
 
 
-def conservation_table(rows: Iterable[tuple[Any, ...]]) -> RecordTable:
-    """Region and the first six of ACCOUNTING: what was offered, and what became of it."""
-    shown = table("Every record ends in exactly one place", "region", *ACCOUNTING[:6], "offered - all four")
-    for region, *counts in rows:
-        rest = counts[0] - sum(counts[1:5])
-        shown.add_row(region, *(f"{count:,}" for count in counts), str(rest))
-    return shown
-
-
-def difference(expected: Cells, got: Cells, names: Iterable[str]) -> dict[str, tuple[int, int, int]]:
-    """Per measure: the truth's total, the marts' total, and the number of cells in which they differ."""
+def difference(expected: Cells, got: Cells, names: Iterable[str]) -> Figures:
+    """Compare the named measures of two tables, cell by cell."""
     keys = expected.keys() | got.keys()
     empty: Counter[str] = Counter()
     return {
@@ -268,16 +269,13 @@ def difference(expected: Cells, got: Cells, names: Iterable[str]) -> dict[str, t
     }
 
 
-Figures = dict[str, tuple[int, int, int]]
-
-
 def _currencies(*parts: Cells) -> list[str]:
-    """Those of cells whose key has the currency in its fourth place."""
+    """Return the currencies of cells, which are the fourth part of their keys."""
     return sorted({key[3] for cells in parts for key in cells})
 
 
 def by_currency(expected: Cells, got: Cells, names: Iterable[str], currencies: Iterable[str]) -> Figures:
-    """As `difference`, a line a currency, the fourth of a key: amounts of two currencies have no sum."""
+    """Compare as `difference` does, for each currency by itself: amounts of two currencies have no sum."""
     found: Figures = {}
     for currency in currencies:
         truth, marts = ({key: cell for key, cell in cells.items() if key[3] == currency} for cells in (expected, got))
@@ -286,7 +284,7 @@ def by_currency(expected: Cells, got: Cells, names: Iterable[str], currencies: I
 
 
 def _compare_counts(settings: Settings, truths: list[dict[str, Any]]) -> Figures:
-    """Per hour and region, per campaign, per bill of a day."""
+    """Compare the marts with the truths: by hour and region, by campaign, by bill of a day."""
     hours = difference(
         truth_cells(truths, "accounting", ("region", "event_hour"), ACCOUNTING), accounting_cells(settings), ACCOUNTING
     )
@@ -303,7 +301,7 @@ def _compare_counts(settings: Settings, truths: list[dict[str, Any]]) -> Figures
 
 
 def _compare_credit(settings: Settings, truths: list[dict[str, Any]]) -> Figures:
-    """Credit of orders per model: of each campaign and window, and of each order and touch where the truth lists them."""
+    """Compare the credit of orders for each model: by campaign and window, and by order and touch where the truth lists them."""
     credits = [truth["attribution"] for truth in truths]
     key = ("model", "window_days", "campaign_id", "currency")
     expected, got = truth_cells(credits, "campaigns", key, CREDIT), credit_cells(settings)
@@ -319,30 +317,8 @@ def _compare_credit(settings: Settings, truths: list[dict[str, Any]]) -> Figures
     return found | {"credited_touches": (len(listed), len(touches), differ)}
 
 
-def figures_table(title: str, found: Figures) -> RecordTable:
-    """Every figure beside the truth's, and in how many places they differ."""
-    shown = table(title, "measure", "truth", "marts", "cells that differ")
-    for name, (truth, marts, cells) in found.items():
-        measure, _, currency = name.partition(" ")
-        unit = 1 if measure.endswith("_nanos") else 1000
-        texts = [f"{figure:,}" for figure in (truth, marts)]
-        if measure.endswith(("_nanos", "_micros")):
-            texts = [money(figure * unit, currency) for figure in (truth, marts)]
-            name = f"{measure.rpartition('_')[0]} {currency}"
-        shown.add_row(name, *texts, str(cells), style="red" if cells else "")
-    return shown
-
-
-def verdict(found: Figures) -> Text:
-    """The whole comparison on one line."""
-    differ = [name for name, (*_, cells) in found.items() if cells]
-    if not differ:
-        return Text(f"{len(found)} measures, 0 differ: the marts equal the known truth", style="bold green")
-    return Text(f"{len(found)} measures, {len(differ)} differ: {', '.join(differ)}", style="bold red")
-
-
 def truth_cells(truths: list[dict[str, Any]], part: str, key: tuple[str, ...], names: tuple[str, ...]) -> Cells:
-    """A part of truth.json, several truths added up: per key the named measures."""
+    """Return the named measures by key, from one part of several truths, added up."""
     cells: Cells = {}
     for truth in truths:
         for row in truth[part]:
@@ -355,14 +331,14 @@ def _cells(rows: Iterable[tuple[Any, ...]], width: int, names: tuple[str, ...]) 
 
 
 def accounting_cells(settings: Settings) -> Cells:
-    """ACCOUNTING by region and hour, as the published marts have it."""
+    """Return ACCOUNTING by region and hour from the published marts."""
     sums = ", ".join(f"sum({name})" for name in ACCOUNTING)
     sql = f"select region, strftime(event_hour, '%Y-%m-%dT%H:%M:%SZ'), {sums} from fct_event_accounting group by all"
     return _cells(query_marts(settings, sql)[1], 2, ACCOUNTING)
 
 
 def campaign_hour_cells(settings: Settings) -> Cells:
-    """MEASURES by campaign, region, hour and currency, as the published marts have them."""
+    """Return MEASURES by campaign, region, hour and currency from the published marts."""
     sql = (
         "select campaign_id, region, strftime(date_trunc('hour', event_minute), '%Y-%m-%dT%H:%M:%SZ'), currency, "
         f"{', '.join(f'sum({name})' for name in MEASURES)} from fct_campaign_minute group by all"
@@ -371,7 +347,7 @@ def campaign_hour_cells(settings: Settings) -> Cells:
 
 
 def billing_cells(settings: Settings) -> Cells:
-    """What the billing ledger sums up to by day, campaign, store and currency."""
+    """Return the sums of the billing ledger by day, campaign, store and currency."""
     sql = (
         "select strftime(event_date, '%Y-%m-%d'), campaign_id, store_id, currency, sum(amount_micros) "
         "from fct_billing_ledger group by all"
@@ -380,7 +356,7 @@ def billing_cells(settings: Settings) -> Cells:
 
 
 def credit_cells(settings: Settings) -> Cells:
-    """CREDIT by model, window, campaign and currency."""
+    """Return CREDIT by model, window, campaign and currency."""
     sql = (
         "select model, window_days, campaign_id, currency, sum(credit_micros), count(distinct order_id) "
         "from fct_attribution_credits group by all"
@@ -389,7 +365,7 @@ def credit_cells(settings: Settings) -> Cells:
 
 
 def touch_cells(settings: Settings) -> Cells:
-    """Credit by model, order and touch, for the models and the window that a truth lists order by order."""
+    """Return credit by model, order and touch, for the models and the window that a truth lists order by order."""
     models = ", ".join(f"'{model}'" for model in LISTED_MODELS)
     sql = (
         "select model, order_id, touch_event_id, sum(credit_micros) from fct_attribution_credits "
@@ -399,7 +375,7 @@ def touch_cells(settings: Settings) -> Cells:
 
 
 def truth_touch_cells(credits: list[dict[str, Any]]) -> Cells:
-    """As `touch_cells`, from truths."""
+    """Return what `touch_cells` returns, from truths."""
     return {
         (model, row["order_id"], event_id): Counter(credit_micros=micros)
         for credit in credits
@@ -407,43 +383,3 @@ def truth_touch_cells(credits: list[dict[str, Any]]) -> Cells:
         for model in LISTED_MODELS
         for event_id, micros in row[model]
     }
-
-
-def net_table(rows: Iterable[tuple[Any, ...]]) -> RecordTable:
-    """What is billed and what is not: currency, impressions, clicks and micros, then those of invalid traffic."""
-    names = ("impressions", "clicks", "spend")
-    shown = table("Net and invalid", "currency", *names, *(f"invalid {name}" for name in names))
-    for currency, *figures in rows:
-        sides = figures[:3], figures[3:]
-        net, invalid = ((f"{seen:,}", f"{clicks:,}", money(micros * 1000, currency)) for seen, clicks, micros in sides)
-        shown.add_row(currency, *net, *invalid)
-    return shown
-
-
-def campaigns_table(rows: Iterable[tuple[Any, ...]]) -> RecordTable:
-    """The campaigns with the highest spend of each currency: campaign, currency, impressions, clicks, micros."""
-    shown = table(
-        f"Top {TOP} campaigns by spend, in each currency", "currency", "campaign", "impressions", "clicks", "spend", left=2
-    )
-    for campaign, currency, impressions, clicks, micros in rows:
-        shown.add_row(currency, campaign, f"{impressions:,}", f"{clicks:,}", money(micros * 1000, currency))
-    return shown
-
-
-def _print_places(settings: Settings, weeks: int, console: Console) -> None:
-    home = settings.home_path
-    first = START + timedelta(weeks=weeks)
-    last = first + timedelta(days=DAYS - 1)
-    console.print(
-        f"days           {first:%Y-%m-%d} to {last:%Y-%m-%d}: the samples' week of 2019, {weeks} weeks later", soft_wrap=True
-    )
-    console.print(f"landing files  {settings.landing_path}", soft_wrap=True)
-    console.print(f"Delta tables   {settings.lakehouse_uri}", soft_wrap=True)
-    console.print(f"marts          {settings.marts_path}", soft_wrap=True)
-    console.print("\nNext, in the environment (or with `uv run` before each):")
-    _, [(campaign, day)] = query_marts(
-        settings, "select campaign_id, event_date from fct_campaign_day order by spend_nanos desc, campaign_id, event_date limit 1"
-    )
-    explain = f"explain fct_campaign_day --campaign {campaign} --date {day}"
-    for command in ("status", 'query "select * from fct_campaign_day limit 10"', explain, "reconcile", "up"):
-        console.print(f"  ADTALLY_HOME={home} adtally {command}", soft_wrap=True)

@@ -1,8 +1,11 @@
-"""The jars that Spark needs beside its own: Delta Lake and the Kafka connector.
+"""Jars that a lock file pins, resolved once into a cache folder; and the jars that Spark needs beside its own.
 
-They are resolved once by Spark's Ivy into a cache folder, and every file is held to the name, the size and the SHA-256
-that ``jars.lock.json`` says. Later starts read the cache alone and use no network. What Spark ships itself is left
-out, so that no class is on the class path twice.
+A lock names each jar with its size and its SHA-256. `ensure_cached` checks every jar against the lock on every call, and resolves
+the jars where some are missing. Later starts read the cache alone and use no network. The locks of Kafka and Pinot
+(services/launcher) use the same functions.
+
+Spark needs Delta Lake and the Kafka connector. Spark's Ivy resolves them by ``jars.lock.json`` of this folder. Jars that Spark
+ships itself are left out, so that no class is on the class path twice.
 
     python -m spark_jobs.jars             resolve what is missing, print the paths
     python -m spark_jobs.jars --update    resolve anew and rewrite jars.lock.json
@@ -19,13 +22,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -36,6 +39,9 @@ from spark_jobs.java import require_java
 COORDINATES = ("io.delta:delta-spark_4.2_2.13:4.4.0", "org.apache.spark:spark-sql-kafka-0-10_2.13:4.2.0")
 LOCK_FILE = Path(__file__).with_name("jars.lock.json")
 RESOLVE_TIMEOUT_SECONDS = 900
+
+Progress = Callable[[str], None]
+Lock = TypeVar("Lock")
 
 # Spark resolves `spark.jars.packages` while its session starts; this starts one and ends it.
 _RESOLVE = """
@@ -52,9 +58,25 @@ builder.getOrCreate().stop()
 """
 
 
+class PinnedJar(Protocol):
+    """What every lock says of a jar."""
+
+    @property
+    def name(self) -> str:
+        """The file's name in the cache."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 in hexadecimal."""
+
+
 @dataclass(frozen=True)
 class LockedJar:
-    """A jar of the lock: the file name that Ivy gives it, its size in bytes and its SHA-256 in hexadecimal."""
+    """A jar that Spark needs, under the file name that Ivy gives it."""
 
     name: str
     size: int
@@ -83,17 +105,16 @@ class JarLock:
 
 @lru_cache(maxsize=4)
 def read_lock(path: Path = LOCK_FILE) -> JarLock:
-    """The lock as it is in the project. Raises MachineError if it is missing, broken, or of another Spark."""
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        lock = JarLock(
+    """Return the lock of Spark's jars. Raises MachineError if it is missing, broken, or made for another Spark."""
+    lock = parse_lock(
+        path,
+        lambda data: JarLock(
             spark_version=data["spark_version"],
             coordinates=tuple(data["coordinates"]),
             jars=tuple(LockedJar(**jar) for jar in data["jars"]),
             excluded=dict(data["excluded"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MachineError(f"{path} cannot be read: {error}", hint="restore it from the repository") from None
+        ),
+    )
     installed = version("pyspark")
     if lock.spark_version != installed:
         raise MachineError(
@@ -103,50 +124,87 @@ def read_lock(path: Path = LOCK_FILE) -> JarLock:
     return lock
 
 
-def ensure_jars(settings: Settings, progress: Callable[[str], None] | None = None, *, lock: JarLock | None = None) -> list[Path]:
-    """Paths of the jars for ``spark.jars``, resolved first if the cache lacks them.
+def ensure_jars(settings: Settings, progress: Progress | None = None, *, lock: JarLock | None = None) -> list[Path]:
+    """Return the paths of the jars for ``spark.jars``; resolve them first if the cache lacks some.
 
-    Every call checks all of them against the lock (about 25 MB, hashed in some hundredths of a second): a file that was
-    cut short is resolved again, one that was changed is never loaded. Safe to be called by several processes at once:
-    one resolves, the others wait. ``progress`` receives a line whenever something takes long.
-
-    Raises MachineError if a jar differs from the lock or cannot be resolved, BusyError if another process takes
-    longer than ten minutes.
+    Checking all of them (about 25 MB) takes some hundredths of a second. Raises as `ensure_cached`.
     """
-    lock = lock or read_lock()
-    folder = settings.jar_cache_path / lock.digest
-    if not _missing(folder, lock):
-        return _verified(folder, lock)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f"{lock.digest}.lock", timeout=RESOLVE_TIMEOUT_SECONDS):
-            if _missing(folder, lock):
-                _fill(folder, lock, progress or (lambda _line: None))
-    except Timeout:
-        raise BusyError(f"another process has been resolving the jars in {folder.parent} for too long") from None
-    except OSError as error:
-        raise MachineError(f"the jar cache {folder.parent} cannot be written: {error}", hint="set ADTALLY_CACHE_DIR") from None
-    return _verified(folder, lock)
+    pinned = lock or read_lock()
+    return ensure_cached(
+        settings.jar_cache_path / pinned.digest,
+        pinned.jars,
+        lambda work: _resolve(pinned.coordinates, tuple(pinned.excluded), work),
+        description=f"{len(pinned.jars)} jars, {megabytes(pinned.jars)} MB, once (about half a minute)",
+        update="python -m spark_jobs.jars --update",
+        progress=progress or (lambda _line: None),
+    )
 
 
 def jars_are_cached(settings: Settings, lock: JarLock | None = None) -> bool:
-    """Whether every jar is in the cache, so that nothing would be resolved."""
+    """Return whether every jar is in the cache, so that nothing would be resolved."""
     lock = lock or read_lock()
-    return not _missing(settings.jar_cache_path / lock.digest, lock)
+    return not _missing(settings.jar_cache_path / lock.digest, lock.jars)
 
 
-def _missing(folder: Path, lock: JarLock) -> bool:
-    """Whether a jar is not there, or of another size: a crash of the machine may leave files that are cut short."""
-    return not all((path := folder / jar.name).is_file() and path.stat().st_size == jar.size for jar in lock.jars)
+# --- any lock
 
 
-def _verified(folder: Path, lock: JarLock) -> list[Path]:
-    for jar in lock.jars:
+def parse_lock(path: Path, parse: Callable[[dict[str, Any]], Lock]) -> Lock:
+    """Return what ``parse`` makes of a lock file. Raises MachineError if the file is missing or broken."""
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MachineError(f"{path} cannot be read: {error}", hint="restore it from the repository") from None
+
+
+def ensure_cached(
+    folder: Path,
+    jars: Sequence[PinnedJar],
+    resolve: Callable[[Path], Iterable[Path]],
+    *,
+    description: str,
+    update: str,
+    progress: Progress,
+) -> list[Path]:
+    """Return the paths of ``jars`` in ``folder``, in their order; resolve all of them first if some are missing.
+
+    ``resolve`` gets an empty working folder and returns files that have the names of the jars, and maybe others. ``description``
+    says what is resolved; ``update`` is the command that rewrites the lock. ``progress`` receives a line before and after.
+
+    Every call checks all jars against the lock: a file that was cut short is resolved again, a file that was changed is never
+    loaded. Several processes may call it at once: one resolves, the others wait.
+
+    Raises MachineError if a jar differs from the lock or cannot be resolved, BusyError if another process takes longer than
+    RESOLVE_TIMEOUT_SECONDS.
+    """
+    if _missing(folder, jars):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.parent / f"{folder.name}.lock", timeout=RESOLVE_TIMEOUT_SECONDS):
+                if _missing(folder, jars):
+                    progress(f"resolving {description} into {folder}")
+                    _fill(folder, jars, resolve, update)
+                    progress(f"resolved and checked {len(jars)} jars")
+        except Timeout:
+            raise BusyError(f"another process has been resolving the jars in {folder.parent} for too long") from None
+        except OSError as error:
+            raise MachineError(f"the jar cache {folder.parent} cannot be written: {error}", hint="set ADTALLY_CACHE_DIR") from None
+    for jar in jars:
         _check(folder / jar.name, jar, hint=f"delete {folder} and run again")
-    return [folder / jar.name for jar in lock.jars]
+    return [folder / jar.name for jar in jars]
 
 
-def _check(path: Path, jar: LockedJar, *, hint: str) -> None:
+def megabytes(jars: Sequence[PinnedJar]) -> str:
+    """Return the size of all jars in whole megabytes."""
+    return f"{sum(jar.size for jar in jars) / 1e6:.0f}"
+
+
+def _missing(folder: Path, jars: Sequence[PinnedJar]) -> bool:
+    """Return whether a jar is missing or has another size: a crash of the machine may leave files that are cut short."""
+    return not all((path := folder / jar.name).is_file() and path.stat().st_size == jar.size for jar in jars)
+
+
+def _check(path: Path, jar: PinnedJar, *, hint: str) -> None:
     size = path.stat().st_size
     if size != jar.size:
         raise MachineError(f"{path} has {size} bytes, {LOCK_FILE.name} says {jar.size}; no jar was used", hint=hint)
@@ -156,50 +214,34 @@ def _check(path: Path, jar: LockedJar, *, hint: str) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fill(folder: Path, lock: JarLock, progress: Callable[[str], None]) -> None:
-    megabytes = sum(jar.size for jar in lock.jars) / 1e6
-    progress(f"resolving {len(lock.jars)} jars, {megabytes:.0f} MB, once (about half a minute) into {folder}")
+def _fill(folder: Path, jars: Sequence[PinnedJar], resolve: Callable[[Path], Iterable[Path]], update: str) -> None:
     prefix = f"resolve-{folder.name}-"
-    for left in folder.parent.glob(f"{prefix}*"):  # by a process that was killed; the lock is held, so nobody uses it
+    for left in folder.parent.glob(f"{prefix}*"):  # from a process that was killed: this process has the lock, so nobody uses it
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent) as work:
-        resolved = {path.name: path for path in _resolve(lock.coordinates, tuple(lock.excluded), Path(work))}
+        resolved = {path.name: path for path in resolve(Path(work))}
         staged = Path(work) / "jars-checked"
         staged.mkdir()
-        for jar in lock.jars:
+        for jar in jars:
             if jar.name not in resolved:
                 raise MachineError(
                     f"{jar.name} of {LOCK_FILE.name} was not among the {len(resolved)} jars resolved",
-                    hint="`python -m spark_jobs.jars --update` rewrites the lock after an upgrade",
+                    hint=f"`{update}` rewrites the lock after an upgrade",
                 )
             _check(resolved[jar.name], jar, hint="the repository that answered does not hold the jar this project pins")
-            shutil.copyfile(resolved[jar.name], staged / jar.name)
-        if folder.exists():  # an incomplete folder: files were deleted from it, or cut short
+            shutil.move(resolved[jar.name], staged / jar.name)
+        if folder.exists():  # incomplete: files were deleted from it, or cut short
             shutil.rmtree(folder)
         staged.rename(folder)
-    progress(f"resolved and checked {len(lock.jars)} jars")
 
 
-def _resolve(coordinates: tuple[str, ...], excludes: tuple[str, ...], work: Path) -> list[Path]:
-    require_java()
-    ivy = work / "ivy"
-    ivy.mkdir(parents=True)
-    # A SPARK_HOME of another Spark would resolve for that one.
-    environment = {name: value for name, value in os.environ.items() if name not in ("SPARK_HOME", "PYSPARK_SUBMIT_ARGS")}
-    command = [
-        sys.executable,
-        "-c",
-        _RESOLVE,
-        ",".join(coordinates),
-        ",".join(excludes),
-        str(ivy),
-        str(work / "warehouse"),
-    ]
+def run_resolver(command: Sequence[str], work: Path, environment: dict[str, str] | None = None) -> None:
+    """Run the program that downloads jars, in the folder ``work``. Raises MachineError with one line of its output if it fails."""
     try:
         done = subprocess.run(
             command,
@@ -217,24 +259,48 @@ def _resolve(coordinates: tuple[str, ...], excludes: tuple[str, ...], work: Path
             f"the jars could not be resolved within {RESOLVE_TIMEOUT_SECONDS} seconds",
             hint="check the network and run again",
         ) from None
+    except OSError as error:
+        raise MachineError(f"the jars could not be resolved: {error}") from None
     if done.returncode != 0:
         raise MachineError(
-            f"the jars could not be resolved: {_reason(done.stderr)}",
+            f"the jars could not be resolved: {_reason(done.stdout + done.stderr)}",
             hint="check that Maven Central can be reached and run again; later starts need no network",
         )
+
+
+def _reason(output: str) -> str:
+    signs = ("unresolved dependency", "not found", "UNRESOLVED", "download failed", "[FAILED", "FAILED DOWNLOADS", "Exception")
+    for sign in signs:
+        for line in output.splitlines():
+            if sign in line and "WARN" not in line:
+                return line.strip(" :\t")
+    return (output.strip().splitlines() or ["the resolver said nothing"])[-1].strip()
+
+
+def jars_of_spark() -> list[Path]:
+    """Return the jars that pyspark ships. Raises MachineError where pyspark is not installed."""
+    spec = find_spec("pyspark")
+    if spec is None or spec.origin is None:
+        raise MachineError("pyspark is not installed", hint="run `uv sync --frozen`")
+    return sorted((Path(spec.origin).parent / "jars").glob("*.jar"))
+
+
+# --- Spark's jars
+
+
+def _resolve(coordinates: tuple[str, ...], excludes: tuple[str, ...], work: Path) -> list[Path]:
+    require_java()
+    ivy = work / "ivy"
+    ivy.mkdir(parents=True)
+    # A SPARK_HOME of another Spark would resolve for that one.
+    environment = {name: value for name, value in os.environ.items() if name not in ("SPARK_HOME", "PYSPARK_SUBMIT_ARGS")}
+    arguments = [",".join(coordinates), ",".join(excludes), str(ivy), str(work / "warehouse")]
+    run_resolver([sys.executable, "-c", _RESOLVE, *arguments], work, environment)
     return sorted((ivy / "jars").glob("*.jar"))
 
 
-def _reason(stderr: str) -> str:
-    for sign in ("unresolved dependency", "UNRESOLVED", "download failed", "FAILED DOWNLOADS", "Exception"):
-        for line in stderr.splitlines():
-            if sign in line and "WARN" not in line:
-                return line.strip(" :\t")
-    return (stderr.strip().splitlines() or ["Spark said nothing"])[-1].strip()
-
-
-def update_lock(path: Path = LOCK_FILE, progress: Callable[[str], None] = print) -> JarLock:
-    """Resolve the coordinates of this module in full and write the lock.
+def update_lock(path: Path = LOCK_FILE, progress: Progress = print) -> JarLock:
+    """Resolve the coordinates of this module with all that they need, and write the lock.
 
     A resolved jar is left out if most of its classes are in a jar that pyspark ships.
     """
@@ -263,10 +329,7 @@ def _classes(jar: Path) -> list[str]:
 
 
 def _classes_of_spark() -> dict[str, str]:
-    spec = find_spec("pyspark")
-    assert spec is not None and spec.origin is not None
-    jars = sorted((Path(spec.origin).parent / "jars").glob("*.jar"))
-    return {name: jar.name for jar in jars for name in _classes(jar)}
+    return {name: jar.name for jar in jars_of_spark() for name in _classes(jar)}
 
 
 def _owner(jar: Path, shipped: dict[str, str]) -> str | None:
@@ -283,7 +346,7 @@ def _group_and_artifact(file_name: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry of ``python -m spark_jobs.jars``."""
+    """Run ``python -m spark_jobs.jars`` and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m spark_jobs.jars", description="The jars that Spark needs.")
     parser.add_argument("--update", action="store_true", help="resolve anew and rewrite jars.lock.json")
     options = parser.parse_args(arguments)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FORBIDDEN = {
     "spark_jobs": {"dagster", "dagster_dbt", "dbt", "expectations", "orchestration", "services", "samples"},
     "expectations": {"dagster", "dagster_dbt", "dbt", "spark_jobs", "orchestration", "services", "samples"},
-    "services": {"dagster", "spark_jobs", "orchestration", "expectations", "samples"},
+    "services": {"dagster", "orchestration", "expectations", "samples"},
     "samples": {"dagster", "spark_jobs", "orchestration", "expectations"},
 }
 
@@ -46,12 +46,16 @@ def test_one_module_builds_the_session() -> None:
     assert sorted(builders) == ["spark_jobs/jars.py", "spark_jobs/session.py"]
 
 
-# --- who may import whom inside spark_jobs, directly or through others
+# --- who may import whom inside spark_jobs and services, directly or through others
 
 NEUTRAL = {"config", "disk", "errors", "failure", "private", "steps", "texts", "units"}
 """Modules that read, judge, compare and price no record."""
 
 AUDITED = {"attribution", "billing", "ingest", "lake", "publish", "rules", "traffic"}
+
+
+LAUNCHER_MAY_IMPORT = {"spark_jobs.config", "spark_jobs.errors", "spark_jobs.jars", "spark_jobs.java"}
+"""The launcher resolves its jars as Spark's are resolved. All other services import nothing of spark_jobs."""
 
 
 def module_of(path: Path) -> str:
@@ -60,7 +64,7 @@ def module_of(path: Path) -> str:
 
 
 def imports_of(path: Path) -> set[str]:
-    """The modules of spark_jobs that a file imports, anywhere in it."""
+    """The modules that a file imports, anywhere in it."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -73,9 +77,10 @@ def imports_of(path: Path) -> set[str]:
 
 @cache
 def graph() -> dict[str, set[str]]:
-    """Each module of spark_jobs, and those that it imports itself."""
-    paths = {module_of(path): path for path in (ROOT / "spark_jobs").rglob("*.py")}
-    return {name: {one for one in imports_of(path) if one in paths and one != "spark_jobs"} for name, path in paths.items()}
+    """Each module of spark_jobs and services, and those of both that it imports itself."""
+    roots = {"spark_jobs", "services"}
+    paths = {module_of(path): path for root in roots for path in (ROOT / root).rglob("*.py")}
+    return {name: {one for one in imports_of(path) if one in paths.keys() - roots} for name, path in paths.items()}
 
 
 def reached_from(module: str) -> set[str]:
@@ -95,7 +100,7 @@ def capability(module: str) -> str:
 
 
 def modules_in(*capabilities: str) -> list[str]:
-    return [name for name in graph() if capability(name) in capabilities]
+    return [name for name in graph() if name.startswith("spark_jobs") and capability(name) in capabilities]
 
 
 def test_the_auditor_reaches_nothing_that_it_audits() -> None:
@@ -122,3 +127,23 @@ def test_the_raw_copy_shares_no_reader_with_the_ingest() -> None:
     readers = ("contract", "dedupe", "files", "kafka.ranges", "kafka.reading", "stage", "write", "event_columns")
     direct = graph()["spark_jobs.ingest.kafka.raw"]
     assert not {name for name in direct for reader in readers if name.startswith(f"spark_jobs.ingest.{reader}")}
+
+
+def test_of_the_services_only_the_launcher_imports_spark_jobs() -> None:
+    direct = {
+        name: {one for one in found if one.startswith("spark_jobs.")}
+        for name, found in graph().items()
+        if name.startswith("services")
+    }
+    launcher = {name for name in direct if name.startswith("services.launcher")}
+    assert set().union(*(direct[name] for name in launcher)) <= LAUNCHER_MAY_IMPORT
+    assert not {name: found for name, found in direct.items() if found and name not in launcher}
+
+
+@pytest.mark.parametrize("service", ["simulator", "budget"])
+def test_simulator_and_budget_reach_nothing_of_spark_jobs(service: str) -> None:
+    """The simulator's truth is a judge of spark_jobs; the budget service runs without the rest of adtally."""
+    modules = [name for name in graph() if name.startswith(f"services.{service}")]
+    assert modules
+    wrong = {name: {one for one in reached_from(name) if one.startswith("spark_jobs")} for name in modules}
+    assert not {name: found for name, found in wrong.items() if found}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,48 +10,53 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from orchestration.cli.maintenance import Json
-from orchestration.cli.options import examples
+from orchestration.cli.context import settings_of
+from orchestration.cli.options import Json, Panel, examples
+from orchestration.cli.output import show
 from orchestration.cli.tables import table
 
 if TYPE_CHECKING:
     from orchestration.compare import Comparison
-    from spark_jobs.config import Settings
+
+app = typer.Typer()
 
 SHOWN = 60
 
 
-def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
-    """Put the command into ``app``; ``settings`` gives those of the installation that the user named."""
+@app.command(
+    rich_help_panel=Panel.ASK,
+    epilog=examples("adtally compare adserver.csv", "adtally compare adserver.csv --tolerance 0.05 --json"),
+)
+def compare(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="CSV with the columns date, campaign, impressions, clicks.", show_default=False)],
+    tolerance: Annotated[float, typer.Option(min=0, max=1, help="Allowed discrepancy, as a part of ours.")] = 0.10,
+    as_json: Json = False,
+) -> None:
+    """Compare the marts with a third party's report: the discrepancy of each line, and what explains it.
 
-    @app.command(epilog=examples("adtally compare adserver.csv", "adtally compare adserver.csv --tolerance 0.05 --json"))
-    def compare(
-        file: Annotated[Path, typer.Argument(help="CSV with the columns date, campaign, impressions, clicks.", show_default=False)],
-        tolerance: Annotated[float, typer.Option(min=0, max=1, help="Allowed discrepancy, as a part of ours.")] = 0.10,
-        as_json: Json = False,
-    ) -> None:
-        """Compare the marts with a third party's report: the discrepancy of each line, and what explains it.
+    The discrepancy is (ours - theirs) / ours, of net counts. Exit status 1 where one is over the tolerance.
+    """
+    from orchestration.compare import compare_report
 
-        The discrepancy is (ours - theirs) / ours, of net counts. Exit status 1 where one is over the tolerance.
-        """
-        from orchestration.cli.output import console, print_json
-        from orchestration.compare import compare_report
-
-        found = compare_report(settings(), file, tolerance=tolerance)
-        if as_json:
-            print_json(found.as_dict())
-        else:
-            for part in comparison_tables(found):
-                console().print(part, soft_wrap=True)
-        if found.over:
-            raise typer.Exit(1)
+    found = compare_report(settings_of(context), file, tolerance=tolerance)
+    show(found, comparison_tables, as_json=as_json, plain=lambda found: found.as_dict())
+    if found.over:
+        raise typer.Exit(1)
 
 
 def comparison_tables(found: Comparison) -> Iterator[RenderableType]:
-    """The lines, what explains them, and the verdict."""
+    """Make the table of figures with what explains the differences, and the verdict."""
     lines = table(
         f"Ours and theirs, tolerance {found.tolerance:.1%}",
-        *("date", "campaign", "measure", "ours", "theirs", "difference", "discrepancy", "explained by"),
+        "date",
+        "campaign",
+        "measure",
+        "ours",
+        "theirs",
+        "difference",
+        "discrepancy",
+        "explained by",
         left=3,
         texts=["explained by"],
     )
@@ -62,8 +67,14 @@ def comparison_tables(found: Comparison) -> Iterator[RenderableType]:
             causes = ", ".join(f"{name} {count:+,}" for name, count in cell.causes.items() if count)
             share = "-" if cell.discrepancy is None else f"{cell.discrepancy:+.2%}"
             lines.add_row(
-                *(line.date.isoformat(), line.campaign, cell.measure, f"{cell.ours:,}", f"{cell.theirs:,}"),
-                *(f"{cell.ours - cell.theirs:+,}", share, causes or "-"),
+                line.date.isoformat(),
+                line.campaign,
+                cell.measure,
+                f"{cell.ours:,}",
+                f"{cell.theirs:,}",
+                f"{cell.ours - cell.theirs:+,}",
+                share,
+                causes or "-",
                 style=style,
             )
     yield lines

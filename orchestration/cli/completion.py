@@ -11,14 +11,14 @@ _SHOWN = 50
 
 
 def named_queries(incomplete: str) -> list[tuple[str, str]]:
-    """Named queries that begin with what was typed, with their meaning."""
+    """Return the named queries that begin with the typed text, each with its meaning."""
     from services.serving.named import named_queries as known
 
     return [(query.name, query.meaning) for query in known() if query.name.startswith(incomplete)]
 
 
 def campaigns(context: typer.Context, incomplete: str) -> list[str]:
-    """Campaigns of the published marts that begin with what was typed; none where there are no marts."""
+    """Return the campaigns of the published marts that begin with the typed text; none where there are no marts."""
     import duckdb
 
     home = context.find_root().params.get("home") or os.environ.get("ADTALLY_HOME") or ".adtally"

@@ -1,4 +1,7 @@
-"""What the machine must have, each looked at by itself so that one fault does not hide the next."""
+"""The commands ``adtally doctor`` and ``adtally version``: what the machine must have, and what it has.
+
+Each check runs by itself, so that one fault does not hide the next.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from spark_jobs.config import Settings, load_settings
+import typer
+from rich.text import Text
+
+from orchestration.cli.context import call_of
+from orchestration.cli.options import Json, Panel, examples
+from orchestration.cli.output import print_json, show
 from spark_jobs.errors import AdtallyError, MachineError
 from spark_jobs.lake.roots import is_local
+
+if TYPE_CHECKING:
+    from spark_jobs.config import Settings
+
+app = typer.Typer()
 
 MIN_FREE_BYTES = 2 * 1024**3
 _LOOPBACK = "127.0.0.1"
@@ -25,15 +39,54 @@ _SLOW_SYNC_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Check:
-    """One finding; ``detail`` says what was found, or what is wrong and what to do."""
+    """The result of one check. ``detail`` says what was found, or what is wrong and what to do."""
 
     name: str
     ok: bool
     detail: str
 
 
+@app.command(rich_help_panel=Panel.TRY, epilog=examples("adtally doctor", "adtally doctor --fix", "adtally doctor --json"))
+def doctor(
+    context: typer.Context,
+    fix: Annotated[bool, typer.Option("--fix", help="Get what can be got: the jars, DuckDB's extension.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check the machine: settings, Java, jars, DuckDB's extension, home, Spark, locale, ports, disk space, speed of fsync.
+
+    Exit status 2 if one fails.
+    """
+    checks = examine(call_of(context).home, fix=fix)
+    is_ok = all(check.ok for check in checks)
+    show(checks, lambda found: map(check_line, found), as_json=as_json, plain=lambda found: {"ok": is_ok, "checks": found})
+    if not is_ok:
+        raise typer.Exit(2)
+
+
+def check_line(check: Check) -> Text:
+    """Return a check as one line."""
+    mark = ("ok     ", "green") if check.ok else ("missing", "red")
+    return Text.assemble(mark, f" {check.name}: {check.detail}")
+
+
+@app.command(rich_help_panel=Panel.TRY, epilog=examples("adtally version", "adtally version --json"))
+def version(as_json: Json = False) -> None:
+    """Show the versions of adtally and of what it stands on."""
+    from importlib.metadata import version as installed
+
+    names = ("adtally", "pyspark", "delta-spark", "duckdb", "dbt-core", "dbt-duckdb", "dagster", "great-expectations")
+    found = {name: installed(name) for name in names} | {"python": sys.version.split()[0]}
+    if as_json:
+        print_json(found)
+        return
+    for name, number in found.items():
+        print(f"{name} {number}")
+
+
 def examine(home: Path | None, *, fix: bool = False) -> list[Check]:
-    """All checks in a fixed order. With ``fix`` the jars are resolved if they are not there yet."""
+    """Run all checks and return them in a fixed order. With ``fix`` resolve the jars if they are missing."""
+    from spark_jobs.config import load_settings
+
     try:
         settings = load_settings(home=home)
     except AdtallyError as error:
@@ -120,7 +173,7 @@ def _landing(settings: Settings) -> str:
 
 
 def _wrong_kafka(settings: Settings) -> str | None:
-    """What is wrong with kafka.toml; never a value of it."""
+    """Return what is wrong with kafka.toml, without any of its values (they may be secret)."""
     from spark_jobs.ingest.kafka.config import read_kafka
 
     try:
@@ -131,7 +184,7 @@ def _wrong_kafka(settings: Settings) -> str | None:
 
 
 def _topics(settings: Settings) -> list[Check]:
-    """Each cluster: whether it answers, and has the topics that are ingested. Those that are published to are made when needed."""
+    """Check each cluster: it must answer and have the topics that are ingested. `adtally publish` makes its own topics."""
     from confluent_kafka import KafkaException
     from confluent_kafka.admin import AdminClient
 
@@ -160,7 +213,7 @@ def _topics(settings: Settings) -> list[Check]:
 
 
 def _spark(settings: Settings) -> str:
-    """Whose Spark and Python the ingest would run, where the environment names others."""
+    """Return which Spark and Python the ingest would run where the environment names others."""
     import pyspark
 
     from spark_jobs.session import FOREIGN_VARIABLES, is_one_machine
@@ -189,7 +242,7 @@ def _locale() -> str:
 
 
 def _ports(settings: Settings) -> str:
-    """Spark and its workers meet on loopback; the UI's port is wanted by `adtally up` alone."""
+    """Check loopback, which Spark needs, and the port of the UI, which only `adtally up` needs."""
     try:
         with socket.create_server((_LOOPBACK, 0)) as server, socket.create_connection(server.getsockname(), timeout=5):
             pass
@@ -204,7 +257,7 @@ def _ports(settings: Settings) -> str:
 
 
 def _fsync(home: Path) -> str:
-    """How long the disk takes to write a small file through; each batch waits for some dozens of them."""
+    """Measure how long the disk takes to sync a small file. Each batch waits for dozens of syncs."""
     taken = []
     folder = next(place for place in (home, *home.parents) if place.is_dir())
     try:
@@ -230,5 +283,5 @@ def _disk(home: Path) -> str:
 
 
 def nearest(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
+    """Return the path itself, or the nearest folder above it that exists."""
     return next(candidate for candidate in (path, *path.parents) if candidate.exists())

@@ -1,4 +1,4 @@
-"""What the maintenance commands print for a person."""
+"""The tables and lines that the maintenance commands print."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _KEPT = "versions kept for readers"
 
 
 def hour_text(hour: datetime | None) -> str:
-    """An hour as its commands take it."""
+    """Return an hour as the commands accept it."""
     return "unknown" if hour is None else f"{hour:%Y-%m-%dT%HZ}"
 
 
 def reconciliation_table(report: ReconcileReport) -> Iterator[RenderableType]:
-    """The differences, and the verdict."""
+    """Make the table of differences, and the verdict."""
     if report.differences:
         shown = table(
             "Differences",
@@ -84,7 +84,7 @@ def reconciliation_table(report: ReconcileReport) -> Iterator[RenderableType]:
 
 
 def backfill_table(report: BackfillReport) -> Iterator[RenderableType]:
-    """What changes per day and campaign."""
+    """Make the table of changes by day and campaign, and the verdict."""
     if report.changes:
         title = "What would change" if report.dry_run else f"Restated by {report.run_id}"
         shown = table(title, "day", "campaign", "currency", "rows", "impressions", "clicks", "spend before", "spend after", left=3)
@@ -105,7 +105,7 @@ def backfill_table(report: BackfillReport) -> Iterator[RenderableType]:
 
 
 def compaction_table(report: CompactReport) -> RenderableType:
-    """Files before and after, by table."""
+    """Make the table of files before and after, by table."""
     if not report.tables:
         return Text("nothing to compact: the closed hours lie in as few files as they should")
     shown = table("Compacted", "table", "partitions", "rows", "files before", "files after", "size before", "size after")
@@ -126,7 +126,7 @@ def compaction_table(report: CompactReport) -> RenderableType:
 
 
 def vacuum_table(report: VacuumReport) -> RenderableType:
-    """Files and bytes by table."""
+    """Make the table of deleted files and bytes, by table."""
     shown = table("Would be deleted" if report.dry_run else "Deleted", "table", "files", "size", _KEPT, texts=[_KEPT])
     for entry in report.tables:
         shown.add_row(entry.table, f"{entry.files:,}", size(entry.bytes), runs(entry.kept_versions) or "-")
@@ -134,7 +134,7 @@ def vacuum_table(report: VacuumReport) -> RenderableType:
 
 
 def runs(numbers: list[int]) -> str:
-    """Whole numbers in order, neighbours as a range: '3, 5-9, 12'."""
+    """Return whole numbers in order, neighbours as a range: '3, 5-9, 12'."""
     found = []
     for _, run in itertools.groupby(enumerate(sorted(numbers)), key=lambda each: each[1] - each[0]):
         members = [number for _, number in run]
@@ -143,7 +143,7 @@ def runs(numbers: list[int]) -> str:
 
 
 def fsck_table(report: FsckReport) -> Iterator[RenderableType]:
-    """What is not whole, a few lines each, and the verdict."""
+    """Return a few lines for each finding, and the verdict."""
     for found in report.findings[:SHOWN]:
         colour = "yellow" if found.is_repaired else "red"
         yield Text(f"{'repaired ' if found.is_repaired else ''}{found.kind} in {found.place}", style=f"bold {colour}")
@@ -168,7 +168,7 @@ def fsck_table(report: FsckReport) -> Iterator[RenderableType]:
 
 
 def closing_tables(closing: Closing) -> Iterator[RenderableType]:
-    """Sources, and the verdict."""
+    """Make the table of sources, and say how far hours are closed."""
     if closing.sources:
         yield _sources(closing)
     if closing.closed_through is None:

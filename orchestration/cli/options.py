@@ -1,25 +1,44 @@
-"""Options that several commands share, and how their values are read."""
+"""Options that several commands share, and functions that read their values."""
 
 from __future__ import annotations
 
 import math
 import re
 from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated
+
+import typer
 
 from spark_jobs.errors import UsageError
 from spark_jobs.units import HourRange
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+From = Annotated[str | None, typer.Option("--from", metavar="T", help="First hour, as 2025-06-02 or 2025-06-02T08:00:00Z.")]
+To = Annotated[str | None, typer.Option("--to", metavar="T", help="End of the range, which is not in it any more.")]
+
+
+class Panel(StrEnum):
+    """The groups of commands in the help, by what a person wants to do."""
+
+    TRY = "Try it"
+    TAKE_IN = "Take in and settle"
+    ASK = "Ask and look"
+    CHECK = "Check and put right"
+    KEEP_SMALL = "Keep it small and measure"
+
 
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h)?\s*$")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 
 
 def examples(*lines: str) -> str:
-    """Epilog of a command's help: each example on a line of its own."""
+    """Return the epilog of a command's help: a line for each example."""
     return "\n\n".join(["Examples:", *(line.replace("[", "\\[") for line in lines)])
 
 
 def seconds(text: str, option: str, *, longest: float = 86_400) -> float:
-    """Seconds of ``500ms``, ``5s``, ``2m``, ``1h`` or a bare number. Raises UsageError that names the option."""
+    """Return the seconds of ``500ms``, ``5s``, ``2m``, ``1h`` or a bare number. Raises UsageError that names the option."""
     match = _DURATION.match(text)
     value = float(match.group(1)) * _SECONDS[match.group(2)] if match else math.nan
     if not 0 < value <= longest:
@@ -28,7 +47,7 @@ def seconds(text: str, option: str, *, longest: float = 86_400) -> float:
 
 
 def moment(text: str, option: str) -> datetime:
-    """A time in UTC of RFC 3339 text; a date alone is its midnight in UTC. Raises UsageError that names the option."""
+    """Return the time in UTC of RFC 3339 text; for a date alone, midnight in UTC. Raises UsageError that names the option."""
     try:
         value = datetime.fromisoformat(text)
     except ValueError:
@@ -44,7 +63,7 @@ def moment(text: str, option: str) -> datetime:
 
 
 def hour_range(start: str | None, end: str | None) -> HourRange | None:
-    """The range of --from and --to, None without both. Raises UsageError where one is missing, or they are no whole hours."""
+    """Return the range of --from and --to; None without both. Raises UsageError if one is missing, or is no whole hour."""
     if start is None and end is None:
         return None
     if start is None or end is None:

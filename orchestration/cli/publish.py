@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,8 +14,9 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from orchestration.cli.maintenance import Json
-from orchestration.cli.options import examples
+from orchestration.cli.context import settings_of
+from orchestration.cli.options import Json, Panel, examples
+from orchestration.cli.output import console, print_json, say, show
 from orchestration.cli.status import publications_table
 from orchestration.cli.tables import table
 from spark_jobs.errors import AdtallyError, BusyError, KafkaError, UsageError
@@ -26,175 +27,159 @@ if TYPE_CHECKING:
     from spark_jobs.config import Settings
     from spark_jobs.publish.job import Published, PublishReport
 
+app = typer.Typer()
+
 _BUDGET_TOPIC = "ads-metrics"
 _SHOWN = 20
 
 
-def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
-    """Put the commands into ``app``; ``settings`` gives those of the installation that the user named."""
+@app.command(
+    rich_help_panel=Panel.TAKE_IN,
+    epilog=examples(
+        "adtally publish                               all versions that are not published yet",
+        "adtally publish --continuous                  each soon after its commit, until SIGTERM",
+        "adtally publish --status --json               how far behind, by Kafka's own notes",
+    ),
+)
+def publish(
+    context: typer.Context,
+    continuous: Annotated[bool, typer.Option("--continuous", help="Go on with new versions until stopped.")] = False,
+    only_status: Annotated[bool, typer.Option("--status", help="Publish nothing; say how far behind it is.")] = False,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="All rows as they stand, under the same ids, whatever was published before.")
+    ] = False,
+    adopt: Annotated[bool, typer.Option("--adopt-topic", help="Into a topic that has what another lakehouse published.")] = False,
+    as_json: Json = False,
+) -> None:
+    r"""Publish increments and attribution credits to the Kafka topics that HOME/kafka.toml names, each exactly once.
 
-    @app.command(
-        epilog=examples(
-            "adtally publish                               all versions that are not published yet",
-            "adtally publish --continuous                  each soon after its commit, until SIGTERM",
-            "adtally publish --status --json               how far behind, by Kafka's own notes",
-        )
-    )
-    def publish(
-        continuous: Annotated[bool, typer.Option("--continuous", help="Go on with new versions until stopped.")] = False,
-        only_status: Annotated[bool, typer.Option("--status", help="Publish nothing; say how far behind it is.")] = False,
-        whole: Annotated[
-            bool, typer.Option("--whole", help="All rows as they stand, under the same ids, whatever was published before.")
-        ] = False,
-        adopt: Annotated[
-            bool, typer.Option("--adopt-topic", help="Into a topic that has what another lakehouse published.")
-        ] = False,
-        as_json: Json = False,
-    ) -> None:
-        r"""Publish increments and attribution credits to the Kafka topics that HOME/kafka.toml names, each exactly once.
+    `adtally ingest` does it too where kafka.toml has \[publish]: at its end, and with --continuous soon after each commit.
+    """
+    from spark_jobs.publish.job import PublishLoop, ask_publications, is_publishing, publish_new
 
-        `adtally ingest` does it too where kafka.toml has \[publish]: at its end, and with --continuous soon after each commit.
-        """
-        from orchestration.cli.output import console, print_json
-        from spark_jobs.publish.job import PublishLoop, ask_publications, is_publishing, publish_new
+    if (continuous and whole) or (only_status and (continuous or whole or adopt)):
+        raise UsageError("--continuous, --whole and --status are for different runs", hint="use one of them")
+    settings = settings_of(context)
+    if only_status or not is_publishing(settings):  # which says that kafka.toml does not say where
+        show(ask_publications(settings), lambda found: [publications_table(found)], as_json=as_json, wraps=True)
+        return
 
-        if (continuous and whole) or (only_status and (continuous or whole or adopt)):
-            raise UsageError("--continuous, --whole and --status are for different runs", hint="use one of them")
-        home = settings()
-        if only_status or not is_publishing(home):  # which says that kafka.toml does not say where
-            found = ask_publications(home)
-            if as_json:
-                print_json(found)
-            else:
-                console().print(publications_table(found))
-            return
-        shown = console(stderr=True)
-
-        def on_version(done: Published) -> None:
-            if as_json and continuous:
-                print_json(done, lines=True)
-            elif continuous:
-                shown.print(
-                    f"{done.topic}: version {done.version} of {done.table}, {done.records:,} messages, "
-                    f"{done.lag_seconds:.2f} s after its commit",
-                    soft_wrap=True,
-                )
-
-        if continuous:
-            loop = PublishLoop(
-                home,
-                adopt=adopt,
-                progress=on_version,
-                problem=lambda text: shown.print(text or "Kafka answers again"),
+    def on_version(done: Published) -> None:
+        if as_json and continuous:
+            print_json(done, lines=True)
+        elif continuous:
+            say(
+                f"{done.topic}: version {done.version} of {done.table}, {done.records:,} messages, "
+                f"{done.lag_seconds:.2f} s after its commit",
+                stderr=True,
             )
-            with _until_told() as stop:
-                loop.run(stop)
-            return
-        report = publish_new(home, whole=whole, adopt=adopt)
-        if as_json:
-            print_json(report)
-            return
-        for line in published_lines(report):
-            console().print(line, soft_wrap=True)
 
-    @app.command(
-        epilog=examples(
-            "adtally budget --once                         all that is there, then end",
-            "adtally budget --campaigns .adtally/landing/campaigns",
-            "adtally budget --status --json | jq .campaigns",
-            "adtally budget --bootstrap-servers 127.0.0.1:9092 --once",
-        )
-    )
-    def budget(
-        cluster: Annotated[str | None, typer.Option(help="A cluster of HOME/kafka.toml. Default: that of \\[publish].")] = None,
-        bootstrap_servers: Annotated[str | None, typer.Option(help="In place of --cluster: where a broker is.")] = None,
-        topic: Annotated[str | None, typer.Option(help="Default: the metrics_topic of \\[publish], else ads-metrics.")] = None,
-        store: Annotated[Path | None, typer.Option(help="The SQLite file. Default: HOME/budget/budget.sqlite.")] = None,
-        once: Annotated[bool, typer.Option("--once", help="End when all that is there is consumed.")] = False,
-        only_status: Annotated[bool, typer.Option("--status", help="Consume nothing; say what is known.")] = False,
-        from_start: Annotated[bool, typer.Option("--from-start", help="Read the topic again; nothing counts twice.")] = False,
-        accept_gap: Annotated[
-            bool, typer.Option("--accept-gap", help="Go on although messages that were never consumed are gone.")
-        ] = False,
-        keep_days: Annotated[
-            int, typer.Option(min=0, max=36_500, help="Ids of so many days are kept, older days are final; 0 keeps all.")
-        ] = 35,
-        campaigns: Annotated[Path | None, typer.Option(help="CSV of the campaigns, or a folder: whose budgets?")] = None,
-        day: Annotated[str | None, typer.Option(help="The day that is shown, as 2025-06-02. Default: the newest.")] = None,
-        as_json: Json = False,
-    ) -> None:
-        """An example of a consumer: spend per campaign and day from the topic of increments, exactly once, in SQLite.
-
-        It shows how far it is behind the events. Messages that cannot be read are kept aside with their place, and stop nothing.
-        """
-        from orchestration.cli.output import console, print_json
-        from services.budget.campaigns import read_budgets
-        from services.budget.errors import BrokerError
-        from services.budget.report import read_budget_status
-        from services.budget.service import BudgetService
-
-        home = settings()
-        path = store or home.home_path / "budget" / "budget.sqlite"
-        where = _where(home, cluster, bootstrap_servers, topic, is_needed=not only_status)
+    if continuous:
         shown = console(stderr=True)
-        with _one_line():
-            behind: dict[int, int] | None = None
-            if where.client:
-                service = BudgetService(path, where.client, where.topic, keep_days=keep_days or None)
-                if not only_status:
-                    with _until_told() as stop:
-                        service.run(stop, once=once, from_start=from_start, accept_gap=accept_gap)
-                try:
-                    behind = service.lags()
-                except BrokerError as error:
-                    shown.print(str(error), soft_wrap=True)
-            budgets = read_budgets(campaigns) if campaigns else []
-            found = read_budget_status(
-                path, where.topic, now=datetime.now(UTC), budgets=budgets, day=_day(day), offsets_behind=behind
-            )
-        if as_json:
-            print_json(found)
-            return
-        for part in budget_tables(found):
-            console().print(part, soft_wrap=True)
+        loop = PublishLoop(
+            settings, adopt=adopt, progress=on_version, problem=lambda text: shown.print(text or "Kafka answers again")
+        )
+        with _stop_on_signals() as stop:
+            loop.run(stop)
+        return
+    show(publish_new(settings, whole=whole, adopt=adopt), published_lines, as_json=as_json)
+
+
+@app.command(
+    rich_help_panel=Panel.ASK,
+    epilog=examples(
+        "adtally budget --once                         all that is there, then end",
+        "adtally budget --campaigns .adtally/landing/campaigns",
+        "adtally budget --status --json | jq .campaigns",
+        "adtally budget --bootstrap-servers 127.0.0.1:9092 --once",
+    ),
+)
+def budget(
+    context: typer.Context,
+    cluster: Annotated[str | None, typer.Option(help="A cluster of HOME/kafka.toml. Default: that of \\[publish].")] = None,
+    bootstrap_servers: Annotated[str | None, typer.Option(help="In place of --cluster: where a broker is.")] = None,
+    topic: Annotated[str | None, typer.Option(help="Default: the metrics_topic of \\[publish], else ads-metrics.")] = None,
+    store: Annotated[Path | None, typer.Option(help="The SQLite file. Default: HOME/budget/budget.sqlite.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="End when all that is there is consumed.")] = False,
+    only_status: Annotated[bool, typer.Option("--status", help="Consume nothing; say what is known.")] = False,
+    from_start: Annotated[bool, typer.Option("--from-start", help="Read the topic again; nothing counts twice.")] = False,
+    accept_gap: Annotated[
+        bool, typer.Option("--accept-gap", help="Go on although messages that were never consumed are gone.")
+    ] = False,
+    keep_days: Annotated[
+        int, typer.Option(min=0, max=36_500, help="Ids of so many days are kept, older days are final; 0 keeps all.")
+    ] = 35,
+    campaigns: Annotated[Path | None, typer.Option(help="CSV of the campaigns, or a folder: whose budgets?")] = None,
+    day: Annotated[str | None, typer.Option(help="The day that is shown, as 2025-06-02. Default: the newest.")] = None,
+    as_json: Json = False,
+) -> None:
+    """An example of a consumer: spend per campaign and day from the topic of increments, exactly once, in SQLite.
+
+    It shows how far it is behind the events. Messages that cannot be read are kept aside with their place, and stop nothing.
+    """
+    from services.budget.campaigns import read_budgets
+    from services.budget.errors import BrokerError
+    from services.budget.report import read_budget_status
+    from services.budget.service import BudgetService
+
+    settings = settings_of(context)
+    path = store or settings.home_path / "budget" / "budget.sqlite"
+    address = _find_topic(settings, cluster, bootstrap_servers, topic, is_needed=not only_status)
+    with _translate_budget_errors():
+        behind: dict[int, int] | None = None
+        if address.client:
+            service = BudgetService(path, address.client, address.topic, keep_days=keep_days or None)
+            if not only_status:
+                with _stop_on_signals() as stop:
+                    service.run(stop, once=once, from_start=from_start, accept_gap=accept_gap)
+            try:
+                behind = service.lags()
+            except BrokerError as error:
+                say(str(error), stderr=True)
+        budgets = read_budgets(campaigns) if campaigns else []
+        found = read_budget_status(
+            path, address.topic, now=datetime.now(UTC), budgets=budgets, day=_day(day), offsets_behind=behind
+        )
+    show(found, budget_tables, as_json=as_json)
 
 
 def publish_at_end(settings: Settings) -> None:
-    """Publish what an ingest brought, where kafka.toml says where; a line for each topic that got something on standard error."""
-    from orchestration.cli.output import console
+    """Publish what an ingest wrote if kafka.toml says where. Print a line for each topic on standard error."""
     from spark_jobs.publish.job import is_publishing, publish_new
 
     if not is_publishing(settings):
         return
     for line in published_lines(publish_new(settings)):
-        console(stderr=True).print(line, soft_wrap=True)
+        say(line, stderr=True)
 
 
-class _Where:
-    """A topic, and how to connect to its cluster; an empty ``client``: nobody said."""
+class _TopicAddress:
+    """A topic, and the options that connect to its cluster; ``client`` is empty where no cluster is configured."""
 
     def __init__(self, client: dict[str, str], topic: str) -> None:
         self.client, self.topic = client, topic
 
 
-def _where(settings: Settings, cluster: str | None, servers: str | None, topic: str | None, *, is_needed: bool) -> _Where:
+def _find_topic(
+    settings: Settings, cluster: str | None, servers: str | None, topic: str | None, *, is_needed: bool
+) -> _TopicAddress:
     from spark_jobs.ingest.kafka.config import read_kafka
 
     if servers is not None:
         if cluster is not None:
             raise UsageError("--cluster and --bootstrap-servers name two places", hint="use one of them")
-        return _Where({"bootstrap.servers": servers}, topic or _BUDGET_TOPIC)
+        return _TopicAddress({"bootstrap.servers": servers}, topic or _BUDGET_TOPIC)
     kafka = read_kafka(settings)
     name = topic or (kafka.publish.metrics_topic if kafka.publish else _BUDGET_TOPIC)
     if cluster is not None:
-        return _Where(kafka.cluster(cluster).client_options(), name)
+        return _TopicAddress(kafka.cluster(cluster).client_options(), name)
     if kafka.publish is not None:
-        return _Where(kafka.publish.cluster.client_options(), name)
+        return _TopicAddress(kafka.publish.cluster.client_options(), name)
     if is_needed:
         raise UsageError(
             "nobody says where the topic is", hint="use --bootstrap-servers, or --cluster with a cluster of HOME/kafka.toml"
         )
-    return _Where({}, name)
+    return _TopicAddress({}, name)
 
 
 def _day(text: str | None) -> str | None:
@@ -207,17 +192,17 @@ def _day(text: str | None) -> str | None:
 
 
 @contextmanager
-def _until_told() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set; a second one interrupts."""
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM and SIGINT set; a second signal interrupts."""
     stop = threading.Event()
     previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def told(number: int, _frame: object) -> None:
+    def handle(number: int, _frame: object) -> None:
         stop.set()
         signal.signal(number, previous[signal.Signals(number)])
 
     for number in previous:
-        signal.signal(number, told)
+        signal.signal(number, handle)
     try:
         yield stop
     finally:
@@ -226,8 +211,8 @@ def _until_told() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _one_line() -> Iterator[None]:
-    """The service's errors as those of the command."""
+def _translate_budget_errors() -> Iterator[None]:
+    """Raise the errors of the budget service as errors of adtally, which have the exit statuses."""
     from services.budget.errors import BrokerError, BudgetBusyError, BudgetError, BudgetUsageError
 
     kinds: dict[type[BudgetError], type[AdtallyError]] = {
@@ -242,7 +227,7 @@ def _one_line() -> Iterator[None]:
 
 
 def published_lines(report: PublishReport) -> Iterator[str]:
-    """A PublishReport, a line a topic."""
+    """Return a line for each topic of a report."""
     for each in report.topics:
         if each.versions:
             yield (
@@ -254,7 +239,7 @@ def published_lines(report: PublishReport) -> Iterator[str]:
 
 
 def budget_tables(found: BudgetStatus) -> Iterator[RenderableType]:
-    """Tables of a BudgetStatus: campaigns over their budget first, then by currency and spend; and the consumer's lag."""
+    """Make the table of campaigns (those over budget first, then by currency and spend), and say how far behind it is."""
     day = found.campaigns[0].event_date if found.campaigns else "-"
     spend = table(f"Spend of {day}", "campaign", "store", "impressions", "clicks", "spend", "budget", "", left=2)
     rows = sorted(found.campaigns, key=lambda each: (not each.is_over, each.currency, -each.spend_nanos))

@@ -2,63 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from orchestration.cli.maintenance import Json
-from orchestration.cli.options import examples, moment
+from orchestration.cli.context import settings_of
+from orchestration.cli.options import Json, Panel, examples, moment
+from orchestration.cli.output import show
 from orchestration.cli.status import reasons_table
 from orchestration.cli.tables import RecordTable, table
 from spark_jobs.texts import counted
 
 if TYPE_CHECKING:
-    from spark_jobs.config import Settings
     from spark_jobs.operate.rejects import Reject, RejectReport
+
+app = typer.Typer()
 
 _RAW_SHOWN = 300
 
 
-def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
-    """Put the command into ``app``; ``settings`` gives those of the installation that the user named."""
+@app.command(
+    rich_help_panel=Panel.ASK,
+    epilog=examples(
+        "adtally rejects",
+        "adtally rejects --reason event_time_in_future --since 2025-06-02T08:00:00Z",
+        "adtally rejects --reason conflict --file eu-west/part-7",
+        "adtally rejects --limit 1000 --json | jq -r '.rejects[].raw'",
+    ),
+)
+def rejects(
+    context: typer.Context,
+    reason: Annotated[str | None, typer.Option(help="One reason only, as the first table names it; or conflict.")] = None,
+    since: Annotated[str | None, typer.Option(metavar="T", help="Ingested at or after this time.")] = None,
+    file: Annotated[str | None, typer.Option(help="Part of the name of the landing file or topic.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Records shown, the newest first; counts are of all.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Show what was rejected or is in conflict: how many by reason, then each with its place, its reasons and its raw text.
 
-    @app.command(
-        epilog=examples(
-            "adtally rejects",
-            "adtally rejects --reason event_time_in_future --since 2025-06-02T08:00:00Z",
-            "adtally rejects --reason conflict --file eu-west/part-7",
-            "adtally rejects --limit 1000 --json | jq -r '.rejects[].raw'",
-        )
-    )
-    def rejects(
-        reason: Annotated[str | None, typer.Option(help="One reason only, as the first table names it; or conflict.")] = None,
-        since: Annotated[str | None, typer.Option(metavar="T", help="Ingested at or after this time.")] = None,
-        file: Annotated[str | None, typer.Option(help="Part of the name of the landing file or topic.")] = None,
-        limit: Annotated[int, typer.Option(min=0, help="Records shown, the newest first; counts are of all.")] = 20,
-        as_json: Json = False,
-    ) -> None:
-        """Show what was rejected or is in conflict: how many by reason, then each with its place, its reasons and its raw text.
+    A conflict is a record whose id came before with another payload. A record with two reasons counts in both.
+    """
+    from spark_jobs.operate.rejects import read_rejects
 
-        A conflict is a record whose id came before with another payload. A record with two reasons counts in both.
-        """
-        from orchestration.cli.output import console, print_json
-        from spark_jobs.operate.rejects import read_rejects
-
-        chosen = None if since is None else moment(since, "--since")
-        found = read_rejects(settings(), reason=reason, since=chosen, file=file, limit=limit)
-        if as_json:
-            print_json(found)
-            return
-        out = console()
-        for part in reject_tables(found):
-            out.print(part)
+    chosen = None if since is None else moment(since, "--since")
+    found = read_rejects(settings_of(context), reason=reason, since=chosen, file=file, limit=limit)
+    show(found, reject_tables, as_json=as_json, wraps=True)
 
 
 def reject_tables(found: RejectReport) -> Iterator[RenderableType]:
-    """Counts by reason, the records, and how many more there are."""
+    """Make the tables of counts by reason and of the newest records, and say how many more there are."""
     if not found.records:
         yield Text("nothing is rejected or in conflict", style="green")
         return

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import typer
 from rich.console import RenderableType
 
-from orchestration.cli.maintenance import From, Json, To
+from orchestration.cli.context import settings_of
 from orchestration.cli.maintenance_tables import SHOWN, hour_text
-from orchestration.cli.options import examples, hour_range
+from orchestration.cli.options import From, Json, Panel, To, examples, hour_range
+from orchestration.cli.output import run_and_show, say, with_spinner
 from orchestration.cli.tables import table
 from spark_jobs.lake.roots import is_local
 from spark_jobs.texts import counted, duration, money
@@ -21,107 +22,85 @@ if TYPE_CHECKING:
     from spark_jobs.config import Settings
     from spark_jobs.traffic.review import ReviewReport
 
+app = typer.Typer()
 
-def add_commands(app: typer.Typer, settings: Callable[[], Settings]) -> None:
-    """Put the commands into ``app``; ``settings`` gives those of the installation that the user named."""
 
-    @app.command(
-        epilog=examples(
-            "adtally review                                            every hour whose review is missing or out of date",
-            "adtally review --from 2025-06-02T08:00:00Z --to 2025-06-02T12:00:00Z",
-        )
+@app.command(
+    rich_help_panel=Panel.TAKE_IN,
+    epilog=examples(
+        "adtally review                                            every hour whose review is missing or out of date",
+        "adtally review --from 2025-06-02T08:00:00Z --to 2025-06-02T12:00:00Z",
+    ),
+)
+def review(context: typer.Context, start: From = None, end: To = None, as_json: Json = False) -> None:
+    """Judge whole hours for invalid traffic by the rules of HOME/rules/invalid_traffic.toml, and restate what changes.
+
+    `adtally ingest` does it at its end; Dagster does it for hours that close, and again where something came late.
+    """
+    from spark_jobs.traffic.review import review as run
+
+    chosen = hour_range(start, end)
+    run_and_show("reviewing", lambda progress: run(settings_of(context), chosen, progress=progress), review_table, as_json=as_json)
+
+
+@app.command(
+    rich_help_panel=Panel.TAKE_IN,
+    epilog=examples(
+        "adtally attribute                                         the orders concerned by what came since",
+        "adtally attribute --from 2025-06-01 --to 2025-06-08       orders of these hours, anew by today's rules",
+    ),
+)
+def attribute(context: typer.Context, start: From = None, end: To = None, as_json: Json = False) -> None:
+    """Credit orders to the clicks before them, in every model and lookback window.
+
+    A range is that of the orders' times. Orders whose credits come out the same keep their revision.
+    """
+    from spark_jobs.attribution.job import attribute as run
+
+    chosen = hour_range(start, end)
+    run_and_show(
+        "attributing",
+        lambda progress: run(settings_of(context), chosen, progress=progress),
+        lambda found: [attribution_text(found)],
+        as_json=as_json,
     )
-    def review(start: From = None, end: To = None, as_json: Json = False) -> None:
-        """Judge whole hours for invalid traffic by the rules of HOME/rules/invalid_traffic.toml, and restate what changes.
 
-        `adtally ingest` does it at its end; Dagster does it for hours that close, and again where something came late.
-        """
-        from orchestration.cli.output import console, print_json, status_line
-        from spark_jobs.traffic.review import review as run
 
-        chosen = hour_range(start, end)
-        shown = console(stderr=True)
-        with shown.status("reviewing") as status:
-            report = run(settings(), chosen, progress=status_line(status, shown.width))
-        if as_json:
-            print_json(report)
-            return
-        for part in review_table(report):
-            console().print(part, soft_wrap=True)
+@app.command(rich_help_panel=Panel.TAKE_IN, epilog=examples("adtally bill", "adtally bill --json | jq '.lines[].amount_micros'"))
+def bill(context: typer.Context, as_json: Json = False) -> None:
+    """Post charges of days that closed, and credits or adjustments of closed days that changed since.
 
-    @app.command(
-        epilog=examples(
-            "adtally attribute                                         the orders concerned by what came since",
-            "adtally attribute --from 2025-06-01 --to 2025-06-08       orders of these hours, anew by today's rules",
-        )
-    )
-    def attribute(start: From = None, end: To = None, as_json: Json = False) -> None:
-        """Credit orders to the clicks before them, in every model and lookback window.
+    The ledger only grows; its lines sum to the spend of each day and campaign, rounded once.
+    """
+    from spark_jobs.billing.job import bill as run
 
-        A range is that of the orders' times. Orders whose credits come out the same keep their revision.
-        """
-        from orchestration.cli.output import console, print_json, status_line
-        from spark_jobs.attribution.job import attribute as run
-
-        chosen = hour_range(start, end)
-        shown = console(stderr=True)
-        with shown.status("attributing") as status:
-            report = run(settings(), chosen, progress=status_line(status, shown.width))
-        if as_json:
-            print_json(report)
-            return
-        console().print(attribution_text(report), soft_wrap=True)
-
-    @app.command(epilog=examples("adtally bill", "adtally bill --json | jq '.lines[].amount_micros'"))
-    def bill(as_json: Json = False) -> None:
-        """Post charges of days that closed, and credits or adjustments of closed days that changed since.
-
-        The ledger only grows; its lines sum to the spend of each day and campaign, rounded once.
-        """
-        from orchestration.cli.output import console, print_json, status_line
-        from spark_jobs.billing.job import bill as run
-
-        shown = console(stderr=True)
-        with shown.status("billing") as status:
-            report = run(settings(), progress=status_line(status, shown.width))
-        if as_json:
-            print_json(report)
-            return
-        for part in billing_table(report):
-            console().print(part, soft_wrap=True)
+    run_and_show("billing", lambda progress: run(settings_of(context), progress=progress), billing_table, as_json=as_json)
 
 
 def settle_at_end(settings: Settings) -> None:
-    """Review, credit and bill what an ingest brought; a line for each that found something on standard error.
+    """Review, credit and bill what an ingest wrote. Print a line on standard error for each that changed something.
 
-    On an object store nothing of it is done, which is said.
+    With tables on an object store it does nothing and says so.
     """
-    from orchestration.cli.output import console, status_line
     from spark_jobs.operate.settle import settle
 
-    shown = console(stderr=True)
     if not is_local(settings.lakehouse_uri):
-        shown.print(
-            f"not settled: reviews, credits and bills read a lakehouse in a local path, not {settings.lakehouse_uri}",
-            soft_wrap=True,
-        )
+        say(f"not settled: reviews, credits and bills read a lakehouse in a local path, not {settings.lakehouse_uri}", stderr=True)
         return
-    with shown.status("settling") as status:
-        done = settle(settings, progress=status_line(status, shown.width))
+    done = with_spinner("settling", lambda progress: settle(settings, progress=progress))
     if done.review.hours:
         changed = sum(found.changed for found in done.review.hours)
         hours = counted(len(done.review.hours), "hour")
-        shown.print(f"reviewed {hours} for invalid traffic, {counted(changed, 'mark')} changed", soft_wrap=True)
+        say(f"reviewed {hours} for invalid traffic, {counted(changed, 'mark')} changed", stderr=True)
     if done.attribution.orders:
-        shown.print(attribution_text(done.attribution), soft_wrap=True)
+        say(attribution_text(done.attribution), stderr=True)
     if done.billing.lines:
-        shown.print(
-            f"{counted(len(done.billing.lines), 'billing line')} of {counted(done.billing.days, 'closed day')}", soft_wrap=True
-        )
+        lines = counted(len(done.billing.lines), "billing line")
+        say(f"{lines} of {counted(done.billing.days, 'closed day')}", stderr=True)
 
 
 def review_table(report: ReviewReport) -> Iterator[RenderableType]:
-    """The hours in which marks changed, and the sums."""
+    """Make the table of hours whose marks changed, and the sums."""
     changed = [found for found in report.hours if found.changed]
     if changed:
         shown = table("Hours whose marks changed", "hour", "events", "invalid", "marks changed")
@@ -139,7 +118,7 @@ def review_table(report: ReviewReport) -> Iterator[RenderableType]:
 
 
 def attribution_text(report: AttributionReport) -> str:
-    """An AttributionReport on one line."""
+    """Return a report on one line."""
     if not report.orders:
         return "no order is concerned by what came since"
     return (
@@ -150,7 +129,7 @@ def attribution_text(report: AttributionReport) -> str:
 
 
 def billing_table(report: BillingReport) -> Iterator[RenderableType]:
-    """The lines that were posted."""
+    """Make the table of posted lines, and the sums."""
     if not report.lines:
         yield "nothing to bill: no closed day has changed"
         return

@@ -1,13 +1,17 @@
-"""The report of ``adtally status`` as tables."""
+"""The command ``adtally status``, and its report as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import RenderableType
 from rich.text import Text
 
+from orchestration.cli.context import settings_of
+from orchestration.cli.options import Json, Panel, examples
+from orchestration.cli.output import show
 from orchestration.cli.tables import RecordTable, table
 from spark_jobs.texts import duration
 
@@ -17,11 +21,34 @@ if TYPE_CHECKING:
     from spark_jobs.operate.status import SourceStatus, Status
     from spark_jobs.publish.progress import TopicStatus
 
+app = typer.Typer()
+
 OUTCOMES = ("offered", "accepted", "duplicate", "conflict", "rejected", "late")
 
 
+@app.command(
+    rich_help_panel=Panel.ASK,
+    epilog=examples(
+        "adtally status",
+        "adtally status --json | jq .conservation_holds",
+        "adtally status > /dev/null || echo 'the books do not balance'",
+    ),
+)
+def status(context: typer.Context, as_json: Json = False) -> None:
+    """Show what each source offered and what became of it, the lag, the tables, and whether the conservation law holds.
+
+    Exit status 1 where it does not hold. Reads the tables without starting Spark.
+    """
+    from spark_jobs.operate.status import read_status
+
+    found = read_status(settings_of(context))
+    show(found, status_tables, as_json=as_json, wraps=True)
+    if not found.conservation_holds:
+        raise typer.Exit(1)
+
+
 def size(count: float) -> str:
-    """Bytes as a person reads them."""
+    """Return a number of bytes with a unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -30,7 +57,7 @@ def size(count: float) -> str:
 
 
 def publications_table(found: list[TopicStatus]) -> RecordTable:
-    """How far each topic is published."""
+    """Make the table of how far each topic is published."""
     shown = table("Published", "topic", "table", "cluster", "up to version", "of", "versions behind", "behind", "messages", left=3)
     for each in found:
         numbers = ("-" if number is None else f"{number:,}" for number in (each.version, each.table_version, each.versions_behind))
@@ -40,7 +67,7 @@ def publications_table(found: list[TopicStatus]) -> RecordTable:
 
 
 def topics_table(found: list[TopicSource]) -> RecordTable:
-    """How far each topic is read and copied, in offsets over all its partitions."""
+    """Make the table of how far each topic is read and copied, in offsets over all its partitions."""
     columns = ("offsets read", "wait", "wait to be copied", "gaps", "offsets given up", "state")
     shown = table("Topics", "stream", "cluster", "topic", *columns, left=3, texts=["state"])
     for each in found:
@@ -51,7 +78,7 @@ def topics_table(found: list[TopicSource]) -> RecordTable:
 
 
 def reasons_table(counts: list[ReasonCount]) -> RecordTable:
-    """How many records were rejected for which reason."""
+    """Make the table of rejected records by reason."""
     shown = table("Rejected or in conflict, by reason (adtally rejects)", "stream", "reason", "records", "newest ingested", left=2)
     for each in counts:
         shown.add_row(each.stream, each.reason, f"{each.records:,}", f"{each.newest_at:%Y-%m-%d %H:%M:%S}")
@@ -59,13 +86,13 @@ def reasons_table(counts: list[ReasonCount]) -> RecordTable:
 
 
 def _lag(source: SourceStatus) -> str:
-    """How far the newest receipt lies behind; a collector whose clock is ahead has none."""
+    """Return how old the newest receipt is; a collector whose clock is ahead has no lag."""
     ahead = source.clock_ahead_seconds
     return duration(source.lag_seconds) + (f" (clock ahead by {duration(ahead)})" if ahead and ahead > 1 else "")
 
 
 def status_tables(status: Status) -> Iterator[RenderableType]:
-    """Sources, tables, quarantined files, and the verdict."""
+    """Make the tables of sources, tables and files, and say whether the conservation law holds."""
     if status.sources:
         sources = table("Sources", "stream", "region", *OUTCOMES, "lag", "batch", "last ingested", left=2)
         for row in status.sources:

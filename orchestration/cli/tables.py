@@ -16,7 +16,7 @@ _LEAST_TEXT = 16
 
 
 class RecordTable(Table):
-    """A table of rich that prints a block a row where its columns do not fit.
+    """A rich table that prints a block for each row where its columns do not fit.
 
     Text columns may wrap between words; numbers, times and single words never break. In a block the key comes first, then every
     other cell behind the name of its column.
@@ -32,7 +32,7 @@ class RecordTable(Table):
             self.add_column(column, justify="left" if index in self.texts else "right", overflow="fold")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The table, or its blocks."""
+        """Yield the table, or its blocks."""
         cells = [[_text(console, cell) for cell in column.cells] for column in self.columns]
         widths = self._widths(cells, options.max_width)
         if widths is None:
@@ -43,7 +43,7 @@ class RecordTable(Table):
         yield from super().__rich_console__(console, options)
 
     def _widths(self, cells: list[list[Text]], room: int) -> list[int] | None:
-        """The width of each column, None where ``room`` is too little: an edge each side, and two columns between."""
+        """Return the width of each column; None where they do not fit into ``room``, which includes edges and gaps."""
         least, whole = [], []
         for index, (column, texts) in enumerate(zip(self.columns, cells, strict=True)):
             name = str(column.header)
@@ -78,7 +78,7 @@ class RecordTable(Table):
 
 
 class _Flow:
-    """Names and values, as many on a line as fit."""
+    """Print names and values, as many on a line as fit."""
 
     def __init__(self, pairs: list[tuple[str, Text]], style: str = "") -> None:
         self.pairs = pairs
@@ -100,7 +100,7 @@ class _Flow:
 
 
 def table(title: str, *columns: str, left: int = 1, texts: Iterable[str] = ()) -> RecordTable:
-    """An empty table; the first ``left`` columns and those named in ``texts`` are text, the others numbers.
+    """Return an empty table. The first ``left`` columns and those named in ``texts`` are text, the others numbers.
 
     The first column, or with ``left`` all of the first columns, are the key that heads a block.
     """

@@ -1,19 +1,12 @@
-"""The errors of the budget service. Each says whether trying again can help (``retryable``) and what to do (``hint``)."""
+"""The errors of the budget service."""
 
 from __future__ import annotations
 
+from services.errors import HintedError
 
-class BudgetError(Exception):
+
+class BudgetError(HintedError):
     """The service cannot go on."""
-
-    retryable = False
-
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message, self.hint = message, hint
-
-    def __str__(self) -> str:
-        return f"{self.message} ({self.hint})" if self.hint else self.message
 
 
 class BudgetUsageError(BudgetError):

@@ -1,33 +1,24 @@
-"""The errors of the launcher. Each says whether trying again can help (``retryable``) and what to do (``hint``)."""
+"""The errors of Kafka and Pinot on this machine. `adtally` prints each on one line; their exit status is 1, or 2 for wrong use."""
 
 from __future__ import annotations
 
+from spark_jobs.errors import AdtallyError, BusyError, UsageError
 
-class ServiceError(Exception):
+
+class ServiceError(AdtallyError):
     """A service did not start, did not end, or did not answer."""
 
-    retryable = False
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message, self.hint = message, hint
-
-    def __str__(self) -> str:
-        return f"{self.message} ({self.hint})" if self.hint else self.message
-
-
-class ServiceBusyError(ServiceError):
+class ServiceBusyError(ServiceError, BusyError):
     """Another process starts or stops the same service right now."""
 
-    retryable = True
 
-
-class ServiceUsageError(ServiceError):
-    """Wrong use, or a machine that lacks something: a port that is taken, a jar that is not the one pinned."""
+class ServiceUsageError(ServiceError, UsageError):
+    """Wrong use, or a port that is taken."""
 
 
 class PinotQueryError(ServiceError):
-    """Pinot refused a statement. ``code`` is its own: 150 cannot be parsed, 190 no such table, 710 no such column."""
+    """Pinot refused a statement. ``code`` is Pinot's: 150 cannot be parsed, 190 no such table, 710 no such column."""
 
     def __init__(self, message: str, *, code: int, hint: str | None = None) -> None:
         super().__init__(f"query failed: {message}", hint=hint)

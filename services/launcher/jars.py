@@ -1,8 +1,8 @@
-"""The jars of a service, resolved once into a cache folder and held to a lock file by name, size and SHA-256.
+"""The jars of Kafka and Pinot: what their locks pin, and how they are resolved.
 
-The lock lists every jar, so nothing is decided while resolving: Ivy, which Spark ships, fetches exactly these from Maven
-Central, or from the repository that the variable DEFAULT_ARTIFACT_REPOSITORY names, as Spark itself does. Later starts use
-no network.
+A lock lists every jar, so nothing is decided while resolving: Ivy, which Spark ships, fetches exactly these from Maven Central,
+or from the repository that the variable DEFAULT_ARTIFACT_REPOSITORY names, as Spark itself does. ``spark_jobs.jars`` keeps the
+cache and checks every jar.
 
     python -m services.launcher.jars kafka            resolve what is missing, print the folder
     python -m services.launcher.jars kafka --update   resolve pom.xml anew by Maven and rewrite its lock
@@ -15,29 +15,35 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
 
-from filelock import FileLock, Timeout
-
-from services.launcher.errors import ServiceBusyError, ServiceError, ServiceUsageError
+from services.launcher.errors import ServiceError
+from spark_jobs.errors import AdtallyError, MachineError
+from spark_jobs.jars import (
+    RESOLVE_TIMEOUT_SECONDS,
+    Progress,
+    ensure_cached,
+    jars_of_spark,
+    megabytes,
+    parse_lock,
+    run_resolver,
+    sha256_of,
+)
+from spark_jobs.java import require_java
 
 CONF = Path(__file__).with_name("conf")
-RESOLVE_TIMEOUT_SECONDS = 900
 CENTRAL = "https://repo1.maven.org/maven2/"
 _LISTED = re.compile(r"^\s+([\w.-]+):([\w.-]+):jar:(?:([\w.-]+):)?([\w.-]+):(?:compile|runtime)")
 
 
 @dataclass(frozen=True)
 class Jar:
-    """A jar of a lock: its coordinates in Maven, its size in bytes and its SHA-256 in hexadecimal."""
+    """A jar of a lock, with its coordinates in Maven."""
 
     group: str
     artifact: str
@@ -69,73 +75,35 @@ class JarLock:
 
 
 def lock_path(service: str) -> Path:
-    """Where the lock of a service lies."""
+    """Return the path of a service's lock."""
     return CONF / service / "jars.lock.json"
 
 
 def read_lock(service: str, path: Path | None = None) -> JarLock:
-    """The lock of a service. Raises ServiceUsageError if it is missing or broken."""
-    path = path or lock_path(service)
-    try:
-        data = json.loads(path.read_text("utf-8"))
-        return JarLock(data["service"], data["version"], tuple(Jar(**jar) for jar in data["jars"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ServiceUsageError(f"{path} cannot be read: {error}", hint="restore it from the repository") from None
+    """Return the lock of a service. Raises MachineError if it is missing or broken."""
+    return parse_lock(
+        path or lock_path(service),
+        lambda data: JarLock(data["service"], data["version"], tuple(Jar(**jar) for jar in data["jars"])),
+    )
 
 
-def ensure_jars(lock: JarLock, cache: Path, java: Path, progress: Callable[[str], None] = lambda line: None) -> list[Path]:
-    """Paths of the jars in ``cache``, resolved first if any is missing or cut short. Every call hashes all of them.
+def ensure_jars(lock: JarLock, cache: Path, java: Path, progress: Progress = lambda _line: None) -> list[Path]:
+    """Return the paths of the jars in ``cache``, in the order of the class path; resolve them first if some are missing.
 
-    Several processes may call it at once: one resolves, the others wait. Raises ServiceUsageError if a jar is not the one pinned or
-    cannot be resolved, ServiceBusyError if another process takes too long.
+    Raises as `spark_jobs.jars.ensure_cached`.
     """
-    folder = cache / f"{lock.service}-{lock.digest}"
-    if _missing(folder, lock):
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with FileLock(cache / f"{folder.name}.lock", timeout=RESOLVE_TIMEOUT_SECONDS):
-                if _missing(folder, lock):
-                    _fill(folder, lock, java, progress)
-        except Timeout:
-            raise ServiceBusyError(f"another process has been resolving the jars in {cache} for too long") from None
-        except OSError as error:
-            raise ServiceUsageError(f"the jar cache {cache} cannot be written: {error}", hint="set ADTALLY_CACHE_DIR") from None
-    for jar in lock.jars:
-        _check(folder / jar.name, jar, hint=f"delete {folder} and run again")
-    return [folder / jar.name for jar in lock.jars]
+    return ensure_cached(
+        cache / f"{lock.service}-{lock.digest}",
+        lock.jars,
+        lambda work: _resolve(lock, work, java),
+        description=f"{len(lock.jars)} jars of {lock.service} {lock.version}, {megabytes(lock.jars)} MB, once",
+        update=f"python -m services.launcher.jars {lock.service} --update",
+        progress=progress,
+    )
 
 
-def _missing(folder: Path, lock: JarLock) -> bool:
-    return not all((path := folder / jar.name).is_file() and path.stat().st_size == jar.size for jar in lock.jars)
-
-
-def _check(path: Path, jar: Jar, *, hint: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != jar.sha256:
-        raise ServiceUsageError(f"{path} has SHA-256 {found}, the lock says {jar.sha256}; nothing was started", hint=hint)
-
-
-def _fill(folder: Path, lock: JarLock, java: Path, progress: Callable[[str], None]) -> None:
-    megabytes = sum(jar.size for jar in lock.jars) / 1e6
-    progress(f"resolving {len(lock.jars)} jars of {lock.service} {lock.version}, {megabytes:.0f} MB, once into {folder}")
-    prefix = f"resolve-{folder.name}-"
-    for left in folder.parent.glob(f"{prefix}*"):  # by a process that was killed; the lock is held, so nobody uses it
-        shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent) as work:
-        staged = _resolve(lock, Path(work), java)
-        for jar in lock.jars:
-            if not (staged / jar.name).is_file():
-                raise ServiceUsageError(f"{jar.name} was not among the jars resolved", hint="its lock contradicts the repository")
-            _check(staged / jar.name, jar, hint="the repository that answered does not hold the jar this project pins")
-        if folder.exists():  # an incomplete folder: files were deleted from it, or cut short
-            shutil.rmtree(folder)
-        staged.rename(folder)
-    progress(f"resolved and checked {len(lock.jars)} jars")
-
-
-def _resolve(lock: JarLock, work: Path, java: Path) -> Path:
-    """Fetch the jars by Ivy; the folder they are in."""
+def _resolve(lock: JarLock, work: Path, java: Path) -> list[Path]:
+    """Fetch the jars by Ivy."""
     ivy, settings, jars = work / "ivy.xml", work / "ivysettings.xml", work / "jars"
     ivy.write_text(_ivy_module(lock), "utf-8")
     # no poms: the lock lists all there is; no checksums of the repository: ours are stronger
@@ -147,34 +115,14 @@ def _resolve(lock: JarLock, work: Path, java: Path) -> Path:
     )
     pattern = f"{jars}/[organisation]_[artifact]-[revision](-[classifier]).[ext]"
     command = [str(java), "-cp", str(_ivy_jar()), "org.apache.ivy.Main", "-settings", str(settings), "-ivy", str(ivy)]
-    try:
-        done = subprocess.run(
-            [*command, "-retrieve", pattern],
-            cwd=work,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=RESOLVE_TIMEOUT_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ServiceUsageError(f"the jars could not be resolved: {error}", hint="check the network and run again") from None
-    if done.returncode != 0:
-        said = [line.strip(" :\t") for line in (done.stdout + done.stderr).splitlines()]
-        reasons = [line for line in said if "not found" in line or "Exception" in line or "FAILED" in line]
-        raise ServiceUsageError(
-            f"the jars could not be resolved: {(reasons or said or ['Ivy said nothing'])[0]}",
-            hint="check that Maven Central can be reached and run again; later starts need no network",
-        )
-    return jars
+    run_resolver([*command, "-retrieve", pattern], work)
+    return sorted(jars.glob("*.jar"))
 
 
 def _ivy_jar() -> Path:
-    spec = find_spec("pyspark")
-    found = sorted((Path(spec.origin).parent / "jars").glob("ivy-*.jar")) if spec and spec.origin else []
+    found = [jar for jar in jars_of_spark() if jar.name.startswith("ivy-")]
     if not found:
-        raise ServiceUsageError("pyspark, which ships Ivy, is not installed", hint="run `uv sync --frozen`")
+        raise MachineError("pyspark, which ships Ivy, is not complete", hint="run `uv sync --frozen`")
     return found[-1]
 
 
@@ -197,8 +145,8 @@ def _ivy_module(lock: JarLock) -> str:
     )
 
 
-def update_lock(service: str, progress: Callable[[str], None] = print) -> JarLock:
-    """Resolve the service's pom.xml by Maven and write its lock. For whoever upgrades a service; raises ServiceError."""
+def update_lock(service: str, progress: Progress = print) -> JarLock:
+    """Resolve the service's pom.xml by Maven and write its lock. Raises ServiceError if Maven fails. Used to upgrade a service."""
     pom = CONF / service / "pom.xml"
     with tempfile.TemporaryDirectory(prefix="adtally-jars-") as work:
         progress(f"resolving {pom} by Maven")
@@ -219,8 +167,7 @@ def update_lock(service: str, progress: Callable[[str], None] = print) -> JarLoc
         for group, artifact, classifier, version in found:
             end = f"-{classifier}" if classifier else ""
             path = jars / f"{group}.{artifact}-{version}{end}.jar"
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            made.append(Jar(group, artifact, version, classifier, path.stat().st_size, digest))
+            made.append(Jar(group, artifact, version, classifier, path.stat().st_size, sha256_of(path)))
     made.sort(key=lambda jar: jar.name)
     version = next(jar.version for jar in made if jar.artifact in ("kafka_2.13", "pinot-server"))
     lock = JarLock(service, version, tuple(made))
@@ -230,7 +177,7 @@ def update_lock(service: str, progress: Callable[[str], None] = print) -> JarLoc
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry of ``python -m services.launcher.jars``."""
+    """Run ``python -m services.launcher.jars`` and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m services.launcher.jars", description="The jars of a service.")
     parser.add_argument("service", choices=sorted(path.parent.name for path in CONF.glob("*/pom.xml")))
     parser.add_argument("--update", action="store_true", help="resolve pom.xml by Maven and rewrite the lock")
@@ -238,13 +185,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         lock = update_lock(options.service) if options.update else read_lock(options.service)
-        java = shutil.which("java")
-        if java is None:
-            raise ServiceUsageError("Java is not installed")
-        print(ensure_jars(lock, options.cache, Path(java), lambda line: print(line, file=sys.stderr))[0].parent)
-    except ServiceError as error:
+        java = require_java().executable
+        print(ensure_jars(lock, options.cache, java, lambda line: print(line, file=sys.stderr))[0].parent)
+    except AdtallyError as error:
         print(f"adtally: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ServiceUsageError) else 1
+        return error.exit_code
     return 0
 
 

@@ -22,7 +22,7 @@ _TOPIC_SECONDS = 30.0
 
 
 class Kafka(Service):
-    """One broker. ``up`` makes the topics that are missing, each with ``partitions`` partitions; it never changes one."""
+    """One broker. ``up`` makes the missing topics, each with ``partitions`` partitions; it never changes an existing topic."""
 
     name = "kafka"
     role_names = ("kafka",)
@@ -34,23 +34,23 @@ class Kafka(Service):
 
     @property
     def bootstrap_servers(self) -> str:
-        """What clients connect to. Raises ServiceError unless it runs."""
+        """Return the address for clients. Raises ServiceError unless the broker runs."""
         address = self.status().addresses.get("bootstrap_servers")
         if address is None:
             raise ServiceError("Kafka does not run", hint="start it: `adtally services kafka up`")
         return address
 
     def roles(self, ports: dict[str, int]) -> list[Role]:
-        """The broker, which is the controller too."""
+        """Return the one role: the broker is the controller too."""
         options = ("-Xms256m", f"-Xmx{self._heap}")
         return [Role("kafka", ("kafka.Kafka", str(self._conf / "server.properties")), options, stop_seconds=30.0)]
 
     def addresses(self, ports: dict[str, int]) -> dict[str, str]:
-        """The bootstrap servers."""
+        """Return the bootstrap servers."""
         return {"bootstrap_servers": f"127.0.0.1:{ports['broker']}"}
 
     def holds(self, ports: dict[str, int]) -> dict[str, int]:
-        """Partitions by topic, without Kafka's own topics."""
+        """Return the number of partitions by topic, without Kafka's own topics."""
         found = _admin(ports).list_topics(timeout=_ANSWER_SECONDS).topics
         return {name: len(topic.partitions) for name, topic in sorted(found.items()) if not name.startswith("__")}
 
@@ -59,7 +59,7 @@ class Kafka(Service):
         if (self.data / "meta.properties").exists():
             return
         identity = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        # one in 64 begins with a hyphen, which alone would be taken for an option
+        # one in 64 begins with a hyphen: as an argument of its own it would be taken for an option
         format_it = ("format", f"--cluster-id={identity}", "-c", str(self._conf / "server.properties"))
         output = self._output("format")
         output.parent.mkdir(exist_ok=True)
@@ -108,7 +108,7 @@ class Kafka(Service):
 
 
 def _client(servers: str) -> dict[str, str | int | float | bool]:
-    # log_level 0: a broker that is not up yet is no news
+    # log_level 0: while the broker starts, refused connections are expected
     return {"bootstrap.servers": servers, "socket.timeout.ms": int(_ANSWER_SECONDS * 1000), "log_level": 0}
 
 

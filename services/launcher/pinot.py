@@ -22,21 +22,21 @@ from services.launcher.errors import PartitionIdleError, PinotQueryError, Servic
 from services.launcher.service import Progress, Role, Service, Status, silent
 
 USER = "adtally"
-"""Who may ask the Pinot that is started here."""
+"""The user of the Pinot that is started here."""
 
 _ANSWER_SECONDS = 10.0
 _ACCESS_DENIED = 180
-# loopback: a proxy of the environment is not asked
+# Pinot is on loopback: ignore a proxy of the environment
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Pinot(Service):
-    """One of each part. It binds its data to its ports, for Pinot names its instances by them."""
+    """One of each part. Its data depends on its ports, for Pinot names its instances by them."""
 
     name = "pinot"
     role_names = ("zookeeper", "pinot")
     port_uses = ("zookeeper", "controller", "broker", "server", "server_admin")
-    # after a kill the new processes wait for ZooKeeper to give up the sessions of the old ones
+    # after a kill the new processes wait until ZooKeeper drops the sessions of the old ones
     ready_seconds = 180.0
     default_heap = "2g"
     ports_are_kept = True
@@ -48,7 +48,7 @@ class Pinot(Service):
     _mends = False
 
     def up(self, progress: Progress = silent, *, fresh: bool = False, wanted_ports: dict[str, int] | None = None) -> Status:
-        """As of any service. Partitions that nothing reads are read again."""
+        """Start as any service does. Partitions that nothing reads are read again."""
         self._mends = True
         try:
             return super().up(progress, fresh=fresh, wanted_ports=wanted_ports)
@@ -56,8 +56,10 @@ class Pinot(Service):
             self._mends = False
 
     def secrets(self, java: Path) -> dict[str, str]:
-        """A key pair by which broker and server know each other, for the server's port cannot be bound to loopback, and a password
-        for who asks controller and broker: they answer pages of any origin.
+        """Return a key pair and a password, made once.
+
+        Broker and server know each other by the key pair, for the server's port cannot be bound to loopback. Controller and broker
+        ask for the password, for they answer web pages of any origin.
 
         Raises ServiceError where Java's keytool is missing or fails.
         """
@@ -85,7 +87,7 @@ class Pinot(Service):
         return {"keys": str(keys), "password": word.read_text("utf-8"), "login": _basic(login), "login_password": login[1]}
 
     def roles(self, ports: dict[str, int]) -> list[Role]:
-        """ZooKeeper first: the rest is registered there."""
+        """Return ZooKeeper first: the other parts register there."""
         manager = ("org.apache.pinot.tools.admin.PinotAdministrator", "StartServiceManager", "-clusterName", "adtally")
         where = ("-zkAddress", f"127.0.0.1:{ports['zookeeper']}", "-port", "-1", "-bootstrapConfigPaths")
         parts = tuple(str(self._conf / f"{part}.conf") for part in ("controller", "broker", "server"))
@@ -112,16 +114,16 @@ class Pinot(Service):
         return PinotClient(addresses["controller"], addresses["broker"], self._login if self._password_path.exists() else None)
 
     def addresses(self, ports: dict[str, int]) -> dict[str, str]:
-        """The controller's and the broker's URL."""
+        """Return the URLs of controller and broker."""
         return {use: f"http://127.0.0.1:{ports[use]}" for use in ("controller", "broker")}
 
     def holds(self, ports: dict[str, int]) -> dict[str, int]:
-        """Rows by table."""
+        """Return the number of rows by table."""
         client = self._client(self.addresses(ports))
         return {table: int(client.query(f'select count(*) from "{table}"')[0][0]) for table in sorted(client.tables())}
 
     def status(self) -> Status:
-        """As of any service. A table that lacks messages is a problem too, though it answers."""
+        """Return the status as of any service. A table that lacks messages is a problem too, although it answers."""
         found = super().status()
         if not found.running or found.problem:
             return found
@@ -135,14 +137,14 @@ class Pinot(Service):
 
     @property
     def client(self) -> PinotClient:
-        """Talks to it. Raises ServiceError unless it runs."""
+        """Return a client of this Pinot. Raises ServiceError unless it runs."""
         addresses = self.status().addresses
         if not addresses:
             raise ServiceError("Pinot does not run", hint="start it: `adtally services pinot up`")
         return self._client(addresses)
 
     def probe(self, role: str, ports: dict[str, int]) -> str | None:
-        """ZooKeeper must take connections; of Pinot every part must be alive and every table must answer a query."""
+        """Require that ZooKeeper takes connections, that every part of Pinot is alive and that every table answers a query."""
         if role == "zookeeper":
             try:
                 socket.create_connection(("127.0.0.1", ports["zookeeper"]), timeout=_ANSWER_SECONDS).close()
@@ -177,7 +179,7 @@ class PinotClient:
     def _call(
         self, url: str, body: object = None, *, is_json: bool = True, method: str | None = None, or_none: bool = False
     ) -> Any:
-        """The answer of Pinot; with ``or_none`` None where it says that there is no such thing."""
+        """Return the answer of Pinot; with ``or_none`` return None for 404."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} | self._headers
         request = urllib.request.Request(url, data=data, headers=headers, method=method)
@@ -194,7 +196,7 @@ class PinotClient:
             raise ServiceError(f"{url.split('?')[0]} does not answer: {getattr(error, 'reason', error)}") from None
 
     def ask(self, sql: str) -> Answer:
-        """What a query comes to that every server concerned has answered in full.
+        """Return the answer to a query, which every server concerned has answered in full.
 
         Raises PinotQueryError where Pinot refuses the statement, ServiceError where it does not answer or the answer is not whole.
         """
@@ -213,15 +215,15 @@ class PinotClient:
         return Answer(columns, table.get("rows") or [])
 
     def query(self, sql: str) -> list[list[Any]]:
-        """Rows of a query. Raises as `ask`."""
+        """Return the rows of a query. Raises as `ask`."""
         return self.ask(sql).rows
 
     def tables(self) -> list[str]:
-        """Names of the tables, without their type."""
+        """Return the names of the tables, without their type."""
         return list(self._call(f"{self.controller}/tables")["tables"])
 
     def schema(self, name: str) -> dict[str, Any] | None:
-        """A schema, None if there is no such."""
+        """Return a schema; None if there is none."""
         found: dict[str, Any] | None = self._call(f"{self.controller}/schemas/{name}", or_none=True)
         return found
 
@@ -230,47 +232,47 @@ class PinotClient:
         self._call(f"{self.controller}/schemas?override=true", schema)
 
     def table(self, name: str) -> dict[str, Any] | None:
-        """The configuration of a realtime table, None if there is no such."""
+        """Return the configuration of a realtime table; None if there is none."""
         found: dict[str, Any] | None = (self._call(f"{self.controller}/tables/{name}", or_none=True) or {}).get("REALTIME")
         return found
 
     def add_table(self, config: dict[str, Any]) -> None:
-        """Make a table; its schema must be there."""
+        """Make a table, whose schema must exist."""
         self._call(f"{self.controller}/tables", config)
 
     def put_table(self, config: dict[str, Any]) -> None:
-        """Replace the configuration of a table. What is being consumed goes on as it began."""
+        """Replace the configuration of a table. Segments that are being consumed keep the old one."""
         self._call(f"{self.controller}/tables/{config['tableName']}", config, method="PUT")
 
     def reload(self, table: str) -> None:
-        """Have the servers load a table's segments by the schema and configuration as they are now."""
+        """Make the servers reload a table's segments with its present schema and configuration."""
         self._call(f"{self.controller}/segments/{table}/reload?type=REALTIME", {})
 
     def force_commit(self, table: str) -> None:
-        """Have what is being consumed committed, and consumption go on in new segments."""
+        """Commit the segments that are being consumed, and continue in new ones."""
         self._call(f"{self.controller}/tables/{table}/forceCommit", {}, is_json=False)
 
     def pause(self, table: str) -> None:
-        """Have what is being consumed committed, and consume nothing more."""
+        """Commit the segments that are being consumed, and stop consuming."""
         self._call(f"{self.controller}/tables/{table}/pauseConsumption", {})
 
     def resume(self, table: str) -> None:
-        """Consume again, by the configuration as it is now."""
+        """Consume again, with the present configuration."""
         self._call(f"{self.controller}/tables/{table}/resumeConsumption", {})
 
     def consuming_segments(self, table: str) -> list[str]:
-        """Segments that are being consumed."""
+        """Return the segments that are being consumed."""
         return sorted(self._call(f"{self.controller}/tables/{table}/pauseStatus").get("consumingSegments") or [])
 
     def segments(self, table: str) -> dict[str, str]:
-        """Status (IN_PROGRESS, DONE) of each realtime segment of a table."""
+        """Return the status (IN_PROGRESS, DONE) of each realtime segment of a table."""
         return {name: str(held.get("segment.realtime.status")) for name, held in self._segments(table).items()}
 
     def lost(self, table: str) -> list[tuple[int, int, int]]:
-        """Messages that were gone from the topic before they were read: partition, first offset, and the one behind the last.
+        """Return messages that were gone from the topic before they were read, as (partition, first offset, end offset).
 
-        Pinot goes on behind them after a minute and says so in its log only. But each segment should begin where the one before
-        it in the partition ended, or, where that was given up, began.
+        Pinot skips them after a minute and says so only in its log. But each segment should begin where the previous one of the
+        partition ended, or began, if Pinot gave that one up.
         """
         by_partition: dict[int, list[tuple[int, int, int]]] = {}
         for name, held in self._segments(table).items():
@@ -295,7 +297,7 @@ class PinotClient:
         ]
 
     def consumed(self, table: str) -> dict[int, int]:
-        """The offset that each partition of a table's topic has been read up to, exclusive.
+        """Return the end offset up to which each partition of a table's topic has been read.
 
         Raises ServiceError where a partition is not being read, PartitionIdleError where nothing even tries to.
         """
@@ -315,10 +317,10 @@ class PinotClient:
         return offsets
 
     def missing(self, server_admin: str, *, mends: bool = False) -> str | None:
-        """None if every part lives and every table answers and reads, else what does not.
+        """Return None if every part lives and every table answers and reads, else what does not.
 
-        With ``mends`` partitions that nothing reads are read again: a kill between the end of a segment and the next leaves such,
-        and Pinot itself looks for them once an hour.
+        With ``mends`` partitions that nothing reads are read again. A kill between the end of a segment and the next one leaves
+        such partitions, and Pinot itself looks for them only once an hour.
         """
         live = self._call(f"{self.controller}/instances")["instances"]
         for part in ("Controller_", "Broker_", "Server_"):
@@ -332,7 +334,7 @@ class PinotClient:
         return None
 
     def _require_reading(self, table: str, *, mends: bool) -> None:
-        """Queries go on answering where reading has stopped. While a segment is handed over it may look so for a moment."""
+        """Require that a table reads its topic: queries answer even where reading has stopped. A hand-over may look like a stop."""
         for pause in (0.5, 2.0, 5.0):
             with contextlib.suppress(ServiceError):
                 self.consumed(table)
@@ -349,14 +351,14 @@ class PinotClient:
 
 
 def _reason(message: str) -> str:
-    """The sentence of a message of Pinot that says what is wrong, without its stack trace."""
+    """Return the sentence of a message of Pinot that says what is wrong, without its stack trace."""
     lines = [line.strip() for line in message.splitlines() if line.strip() and not line.strip().startswith(("at ", "..."))]
     told = [line for line in lines if line.startswith("Caused by: ") or "Exception: " in line] or lines or ["no reason given"]
     return re.sub(r"^(Caused by: )?([\w$]+\.)*[\w$]+(Exception|Error): ", "", told[-1])[:300]
 
 
 def _write_password(path: Path) -> None:
-    """A new password, for the user alone, and there only once it is whole."""
+    """Write a new password that only the user can read; the file appears only when it is complete."""
     new = path.with_suffix(".new")
     new.touch(0o600)
     new.write_text(token_urlsafe(24), "utf-8")

@@ -6,15 +6,15 @@ import errno
 import random
 import socket
 
-# Below the range from which Linux takes ports for outgoing connections: a remembered port is not lost to one of these.
+# Below the range from which Linux takes ports for outgoing connections, so that no such connection takes a remembered port.
 _RANGE = range(20_000, 30_000)
 
 
 def is_free(port: int) -> bool:
-    """Whether nobody listens on the port, neither on loopback nor on all interfaces."""
+    """Return whether no program listens on the port, on loopback or on all interfaces."""
     for host in ("127.0.0.1", "0.0.0.0"):
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection that has just ended is no listener
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ports of connections that have just ended count as free
             try:
                 probe.bind((host, port))
             except OSError as error:
@@ -25,7 +25,7 @@ def is_free(port: int) -> bool:
 
 
 def choose(count: int, *, taken: set[int] | None = None, source: random.Random | None = None) -> list[int]:
-    """``count`` different ports that are free now and not in ``taken``. Raises RuntimeError where there are not as many."""
+    """Return ``count`` different ports that are free now and not in ``taken``. Raises RuntimeError if there are too few."""
     chosen: list[int] = []
     for port in (source or random.SystemRandom()).sample(_RANGE, len(_RANGE)):
         if len(chosen) == count:

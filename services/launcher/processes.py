@@ -1,4 +1,4 @@
-"""Java processes that outlive the command which starts them, and are found again by a mark on their command line.
+"""Start Java processes that outlive the command which starts them, and find them again by a mark on their command line.
 
 A pid alone proves nothing: after a kill or a reboot another program may have it. The mark names the service's folder and the
 role, so a process that has it is that service's, whatever a state file says.
@@ -22,18 +22,18 @@ import psutil
 from services.launcher.errors import ServiceError
 
 _SET_PDEATHSIG = 1
-_NO_NEWS = re.compile(r"^\s*(at |\.\.\. |$)")  # a stack trace's inside
+_NO_NEWS = re.compile(r"^\s*(at |\.\.\. |$)")  # lines within a stack trace
 _FAULT = re.compile(r"\b(ERROR|FATAL|SEVERE)\b|(Exception|Error)\b")
 _LONGEST_CAUSE = 300
 
 
 def mark(folder: Path, role: str) -> str:
-    """The JVM option by which a process of a service is known."""
+    """Return the JVM option by which a process of a service is found again."""
     return f"-Dadtally.service={folder}:{role}"
 
 
 def find(folder: Path, role: str) -> list[psutil.Process]:
-    """Processes of a service that live, in one role; more than one only where something went wrong."""
+    """Return the living processes of one role of a service; more than one only where something went wrong."""
     wanted, found = mark(folder, role), []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -52,7 +52,7 @@ def spawn(
     ends_with_parent: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> psutil.Process:
-    """Start Java in ``folder`` with what it prints in ``output``. With ``ends_with_parent`` it is killed when this thread ends.
+    """Start Java in ``folder``; write what it prints to ``output``. With ``ends_with_parent`` it is killed when this thread ends.
 
     ``environment`` is added to that of this process.
 
@@ -77,11 +77,11 @@ def spawn(
     return psutil.Process(child.pid)
 
 
-# Popen objects of this process's own children: they are waited for, so that none stays as a zombie.
+# Popen objects of this process's children. Waiting for them keeps them from becoming zombies.
 _CHILDREN: dict[int, subprocess.Popen[bytes]] = {}
 
 
-# loaded before the fork: between fork and exec of a program with threads little else than a call may be done
+# loaded before the fork: between fork and exec, a program with threads may do little more than one call
 _LIBC = ctypes.CDLL(None)
 
 
@@ -90,7 +90,7 @@ def _end_with_parent() -> None:
 
 
 def lives(process: psutil.Process) -> bool:
-    """Whether a process still runs."""
+    """Return whether a process still runs."""
     if (child := _CHILDREN.get(process.pid)) is not None:
         return child.poll() is None
     try:
@@ -100,9 +100,9 @@ def lives(process: psutil.Process) -> bool:
 
 
 def stop(process: psutil.Process, *, seconds: float) -> bool:
-    """Ask a process to end, kill it after ``seconds`` (at once where 0), wait until it is gone. False if it had to be killed.
+    """Ask a process to end, kill it after ``seconds`` (0: at once), and wait until it is gone. Return False if it was killed.
 
-    Raises ServiceError if it is there even then.
+    Raises ServiceError if it remains after that.
     """
     with contextlib.suppress(psutil.Error):
         if seconds > 0:
@@ -127,7 +127,7 @@ def _gone(process: psutil.Process, seconds: float) -> bool:
 
 
 def wait_ready(process: psutil.Process, probe: Callable[[], str | None], *, seconds: float, pause: float = 0.2) -> str | None:
-    """Ask ``probe`` until it answers None (ready), the process ends, or the time is up; else what was missing last."""
+    """Ask ``probe`` until it returns None (ready). Return what is missing if the process ends or the time is up first."""
     end = time.monotonic() + seconds
     while True:
         missing = probe()
@@ -141,7 +141,7 @@ def wait_ready(process: psutil.Process, probe: Callable[[], str | None], *, seco
 
 
 def cause(*logs: Path) -> str:
-    """The last line in these logs that says what went wrong, else the last line of all; empty if they are empty.
+    """Return the last line of these logs that says what went wrong, else the last line of all, else an empty text.
 
     The first log that names a fault wins.
     """

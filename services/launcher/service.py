@@ -1,4 +1,4 @@
-"""One service on this machine: its folder, its ports, and how it is brought up and down."""
+"""One service on this machine: its folder, its ports, and how it starts and stops."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ BUSY_SECONDS = 300.0
 
 
 def silent(_line: str) -> None:
-    """Tells nobody."""
+    """Ignore a line of progress."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """What is known of a service now. ``problem`` says why it is not usable, though it should be; ``addresses`` by their use;
-    ``processes``: pids by role; ``holds``: what of the user's is in it.
+    """The state of a service now. ``problem`` says why a service that should run is not usable. ``addresses`` are by their use,
+    ``processes`` are pids by role, ``holds`` lists the user's topics or tables with their sizes.
     """
 
     service: str
@@ -46,7 +46,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Role:
-    """One of a service's processes: what Java is started with behind the class path, and how long it may take to end."""
+    """One of a service's processes: the arguments of Java after the class path, and how long it may take to end."""
 
     name: str
     main: tuple[str, ...]
@@ -57,8 +57,8 @@ class Role:
 class Service(ABC):
     """A service under ``root/<name>``: ``state.json``, ``conf/``, ``data/`` and ``logs/``.
 
-    ``java`` gives Java's executable or raises the caller's error; it is asked only where something is started. ``heap`` is the
-    largest heap, as 512m. With ``ends_with_parent`` no process outlives the thread that starts it, and none is asked to end: tests.
+    ``java`` returns Java's executable or raises an error; it is called only to start something. ``heap`` is the largest heap, as
+    512m. With ``ends_with_parent`` (for tests) no process outlives the thread that starts it, and all are killed at the end.
     """
 
     name: str
@@ -66,9 +66,9 @@ class Service(ABC):
     port_uses: tuple[str, ...]
     ready_seconds: float
     default_heap: str
-    # said on every start: what a user must know before trusting it with more than a trial
+    # printed on every start: what a user must know before using it for more than a trial
     warning: str | None = None
-    # whether data holds the ports, so that they cannot be changed under it
+    # whether the data depends on the ports, so that these cannot change
     ports_are_kept = False
 
     def __init__(
@@ -83,35 +83,35 @@ class Service(ABC):
 
     @abstractmethod
     def roles(self, ports: dict[str, int]) -> list[Role]:
-        """The processes, in the order of their start."""
+        """Return the processes in the order of their start."""
 
     @abstractmethod
     def probe(self, role: str, ports: dict[str, int]) -> str | None:
-        """None if a process of this role does its work (a real query was answered), else what is missing."""
+        """Return None if a process of this role works (it answered a real query), else what is missing."""
 
     @abstractmethod
     def addresses(self, ports: dict[str, int]) -> dict[str, str]:
-        """Where clients find it, by use."""
+        """Return the addresses for clients, by use."""
 
     @abstractmethod
     def holds(self, ports: dict[str, int]) -> dict[str, int]:
-        """What of the user's is in it, with a size: topics with their partitions, tables with their rows."""
+        """Return the user's topics with their partitions, or tables with their rows."""
 
     def secrets(self, java: Path) -> dict[str, str]:
-        """What the configuration needs beside ports and data; made once."""
+        """Return what the configuration needs beside ports and data; made once."""
         return {}
 
     def prepare(self, ports: dict[str, int], java: Path, classpath: str) -> None:  # noqa: B027
-        """Make what must be there before the first process starts."""
+        """Make what the first process needs before it starts."""
 
     def settle(self, ports: dict[str, int], progress: Progress) -> None:  # noqa: B027
-        """What is done once it is ready, on every ``up``."""
+        """Do what every ``up`` does once the service is ready."""
 
     def up(self, progress: Progress = silent, *, fresh: bool = False, wanted_ports: dict[str, int] | None = None) -> Status:
-        """Start it, or find that it runs. With ``fresh`` its data is deleted first; it must not run then.
+        """Start the service, or find that it runs. With ``fresh`` delete its data first; it must not run then.
 
-        Raises ServiceError if it does not become ready (nothing is left running then), ServiceUsageError where a port is taken or
-        a jar is not the one pinned, ServiceBusyError where another process starts or stops it.
+        Raises ServiceError if it does not become ready (nothing is left running then), ServiceUsageError where a port is taken,
+        MachineError where a jar is not the one pinned, ServiceBusyError where another process starts or stops it.
         """
         with self._locked():
             state = read_state(self._state_path)
@@ -134,22 +134,22 @@ class Service(ABC):
             return self.status()
 
     def down(self, progress: Progress = silent) -> bool:
-        """Stop it: the process that was started last is asked first, and killed if it does not end in its time.
+        """Stop the service, the newest process first. A process that does not end in its time is killed.
 
-        True if anything ran. Its data and its ports are kept.
+        Return whether anything ran. Data and ports stay.
         """
         if not self.folder.exists():
             return False
         with self._locked():
             running = self._running()
             self._end(running, progress)
-            with contextlib.suppress(ServiceError):  # a broken state file is no reason to leave anything running
+            with contextlib.suppress(ServiceError):  # a broken state file must not keep processes running
                 if (state := read_state(self._state_path)) is not None:
                     write_state(self._state_path, State(state.version, state.ports))
             return bool(running)
 
     def status(self) -> Status:
-        """What runs now, by the processes themselves and by a real query."""
+        """Return what runs now, by the processes themselves and by a real query."""
         state = read_state(self._state_path)
         running = self._running()
         pids = {role: process.pid for role, process in running}
@@ -192,7 +192,7 @@ class Service(ABC):
         return self.status()
 
     def _ports(self, state: State | None, wanted: dict[str, int], progress: Progress) -> dict[str, int]:
-        """The remembered ports where they are free, new ones in place of those that are not."""
+        """Return the remembered ports that are free, and new ports in place of the others."""
         ports = {use: port for use, port in (state.ports if state else {}).items() if use in self.port_uses}
         for use, port in wanted.items():
             if not is_free(port):
@@ -238,7 +238,7 @@ class Service(ABC):
                         f"{role.name} did not start: {missing}{f': {said}' if said else ''}", hint=f"logs in {self.logs}"
                     )
             self.settle(state.ports, progress)
-        except BaseException:  # Ctrl-C too: what was started is in nobody's hands then
+        except BaseException:  # Ctrl-C too: nobody else would stop what was started
             self._end(started, progress, seconds=0)
             write_state(self._state_path, State(state.version, state.ports))
             raise

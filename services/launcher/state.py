@@ -1,4 +1,4 @@
-"""What is remembered of a service between commands: a JSON file in its folder."""
+"""The state of a service between commands: a JSON file in its folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from services.launcher.errors import ServiceError
 
 @dataclass(frozen=True)
 class Recorded:
-    """A process that was started: its pid, and when it started in seconds since 1970."""
+    """A started process: its pid, and its start in seconds since 1970."""
 
     pid: int
     started_at: float
@@ -21,7 +21,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class State:
-    """``ports`` by their use are kept when the service is stopped; ``processes`` by role, in the order of their start, are not."""
+    """The ports by use, which stay when the service stops, and the processes by role in the order of their start, which do not."""
 
     version: str
     ports: dict[str, int]
@@ -29,7 +29,7 @@ class State:
 
 
 def read_state(path: Path) -> State | None:
-    """The state, None without a file. Raises ServiceError where the file cannot be read as one."""
+    """Return the state; None without a file. Raises ServiceError if the file is not a state."""
     try:
         data: dict[str, Any] = json.loads(path.read_text("utf-8"))
         processes = {role: Recorded(int(one["pid"]), float(one["started_at"])) for role, one in data["processes"].items()}
@@ -44,7 +44,7 @@ def read_state(path: Path) -> State | None:
 
 
 def write_state(path: Path, state: State) -> None:
-    """Put the state in place in one step: a reader sees the old file or the new one."""
+    """Write the state atomically: a reader sees the old file or the new one."""
     beside = path.with_name(f"{path.name}.new")
     with beside.open("w", encoding="utf-8") as file:
         file.write(json.dumps(asdict(state), indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Services to throw away: for tests, each in a new folder with ports of its own, gone at the end with all its data."""
+"""Services for tests: each runs in a new folder on ports of its own, and is deleted at the end with all its data."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def throwaway_kafka(
     heap: str = "512m",
     parent: Path | None = None,
 ) -> Iterator[Kafka]:
-    """A Kafka that runs within the context; two of them, nested, are two regions.
+    """Run a Kafka within the context. Two nested ones are two regions.
 
-    Killed, not asked, at the end, and by the kernel if this thread ends before. ``parent`` is where its folder is made.
+    It is killed at the end, and by the kernel if this thread ends before. Its folder is made in ``parent``.
     """
     folder = Path(tempfile.mkdtemp(prefix="adtally-kafka-", dir=parent))
     kafka = Kafka(folder, jar_cache=jar_cache, java=java, heap=heap, ends_with_parent=True)
@@ -39,7 +39,7 @@ def throwaway_kafka(
 
 @contextmanager
 def throwaway_pinot(*, jar_cache: Path, java: Callable[[], Path], heap: str = "1g", parent: Path | None = None) -> Iterator[Pinot]:
-    """A Pinot that runs within the context, as ``throwaway_kafka``."""
+    """Run a Pinot within the context, as `throwaway_kafka` does a Kafka."""
     folder = Path(tempfile.mkdtemp(prefix="adtally-pinot-", dir=parent))
     pinot = Pinot(folder, jar_cache=jar_cache, java=java, heap=heap, ends_with_parent=True)
     try:

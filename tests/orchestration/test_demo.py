@@ -31,17 +31,16 @@ from expectations.profile import Profile
 from expectations.trailing import TrailingWeek
 from orchestration import demo
 from orchestration.cli import app
+from orchestration.cli.demo_report import Steps, show_demo
 from orchestration.demo import (
     ACCOUNTING,
     LISTED_MODELS,
     MARKER,
     MEASURES,
     MODELS,
-    Steps,
     clean_home,
     demo_settings,
     difference,
-    run_demo,
 )
 from orchestration.listening import Listener
 from orchestration.up.instance import home_instance
@@ -146,7 +145,7 @@ def test_a_setting_that_is_refused_deletes_nothing(tmp_path: Path, monkeypatch: 
     (tmp_path / "lakehouse").mkdir()
     monkeypatch.setenv("ADTALLY_SHUFFLE_PARTITIONS", "0")
     with pytest.raises(ConfigurationError):
-        run_demo(tmp_path, events=1, seed=1, console=Console(file=io.StringIO()))
+        show_demo(tmp_path, events=1, seed=1, console=Console(file=io.StringIO()))
     assert names(tmp_path) == {MARKER, "lakehouse"}
 
 
@@ -326,7 +325,7 @@ def compared_figures(printed: str) -> dict[str, list[str]]:
 def show(home: Path) -> tuple[bool, dict[str, list[str]]]:
     """Whether the demo is content, and its table of differences: measure -> truth, marts, cells that differ."""
     output = io.StringIO()
-    content = run_demo(home, events=1, seed=1, console=Console(file=output, width=140))
+    content = show_demo(home, events=1, seed=1, console=Console(file=output, width=140))
     return content, compared_figures(output.getvalue())
 
 

@@ -25,8 +25,7 @@ from terminal import Done, environment
 
 import spark_jobs.ingest.runner as ingest_module
 import spark_jobs.operate.status as status_module
-from orchestration import demo
-from orchestration.cli import app, doctor
+from orchestration.cli import app, demo_report, doctor
 from orchestration.marts import render
 from spark_jobs import jars, java
 from spark_jobs.errors import BusyError, ConservationError, MachineError
@@ -628,11 +627,11 @@ def test_demo_ends_with_1_where_a_figure_differs(
 ) -> None:
     seen: list[Any] = []
 
-    def run_demo(home: Path | None, *, events: int, seed: int, console: Any) -> bool:
+    def show_demo(home: Path | None, *, events: int, seed: int, console: Any) -> bool:
         seen.append((home, events, seed))
         return equal
 
-    monkeypatch.setattr(demo, "run_demo", run_demo)
+    monkeypatch.setattr(demo_report, "show_demo", show_demo)
     assert adtally("--home", "d", "demo", "--events", "9", "--seed", "4").status == status
     assert seen == [(Path("d"), 9, 4)]
 

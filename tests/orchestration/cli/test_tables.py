@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 from terminal import ROOT
 
-from orchestration import demo
+from orchestration.cli import demo_report
 from orchestration.cli.compare import comparison_tables
 from orchestration.cli.maintenance_tables import (
     backfill_table,
@@ -32,6 +32,7 @@ from orchestration.cli.settlement import billing_table, review_table
 from orchestration.cli.status import status_tables
 from orchestration.cli.tables import RecordTable, table
 from orchestration.compare.comparison import Cell, Comparison, Line
+from orchestration.demo import MONEY
 from services.budget.report import BudgetStatus, CampaignSpend
 from spark_jobs.billing.job import BillingLine, BillingReport
 from spark_jobs.corrections.backfill import BackfillReport, Restated
@@ -87,16 +88,16 @@ def demonstration() -> Iterable[RenderableType]:
     micros = (10_914_438_529, 5_431_000_000)
     money = {
         f"{name} {code}": (micro * 1000, micro * 1000, 0)
-        for name in demo.MONEY
+        for name in MONEY
         for code, micro in zip(("USD", "JPY"), micros, strict=True)
     }
     counts = {"offered": (261_037, 261_037, 0), "duplicate": (8_573, 8_570, 2)} | money
     return [
-        demo.conservation_table([("eu-west", 146_037, 139_402, 4_611, 604, 1_420, 20_518), ("us-east", 7, 4, 1, 1, 1, 0)]),
-        demo.figures_table("Against the known truth, per hour and region, per campaign, per bill of a day", counts),
-        demo.net_table([("JPY", 12_345, 678, 5_431_000_000, 12, 3, 44_000_000), ("USD", 1, 1, 676_200_001, 0, 0, 0)]),
-        demo.campaigns_table([("c00017", "JPY", 12_345, 678, 5_431_000_000), ("c00003", "USD", 1, 1, 676_200_000)]),
-        demo.verdict(counts),
+        demo_report.conservation_table([("eu-west", 146_037, 139_402, 4_611, 604, 1_420, 20_518), ("us-east", 7, 4, 1, 1, 1, 0)]),
+        demo_report.figures_table("Against the known truth, per hour and region, per campaign, per bill of a day", counts),
+        demo_report.net_table([("JPY", 12_345, 678, 5_431_000_000, 12, 3, 44_000_000), ("USD", 1, 1, 676_200_001, 0, 0, 0)]),
+        demo_report.campaigns_table([("c00017", "JPY", 12_345, 678, 5_431_000_000), ("c00003", "USD", 1, 1, 676_200_000)]),
+        demo_report.verdict(counts),
     ]
 
 

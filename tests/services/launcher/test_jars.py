@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from services.launcher import jars
-from services.launcher.errors import ServiceUsageError
 from services.launcher.jars import CONF, Jar, JarLock, ensure_jars, read_lock
+from spark_jobs.errors import MachineError
 
 NO_JAVA = Path("/bin/false")
 
@@ -64,7 +64,7 @@ def test_jars_that_are_as_pinned_are_given_in_order(tmp_path: Path) -> None:
 def test_a_jar_with_another_content_of_the_same_size_is_refused(tmp_path: Path) -> None:
     lock = made(tmp_path, b"one", b"two")
     (tmp_path / f"example-{lock.digest}" / lock.jars[1].name).write_bytes(b"tWo")
-    with pytest.raises(ServiceUsageError, match=r"part1-1\.0\.jar has SHA-256 \w{64}, the lock says .*nothing was started.*delete"):
+    with pytest.raises(MachineError, match=r"part1-1\.0\.jar has SHA-256 \w{64}, jars\.lock\.json says .*no jar was used.*delete"):
         ensure_jars(lock, tmp_path, NO_JAVA)
 
 
@@ -73,7 +73,7 @@ def test_a_jar_that_is_missing_or_short_is_resolved_again(tmp_path: Path, damage
     lock = made(tmp_path, b"one", b"two")
     path = tmp_path / f"example-{lock.digest}" / lock.jars[0].name
     path.unlink() if damage == "missing" else path.write_bytes(b"on")
-    with pytest.raises(ServiceUsageError, match="could not be resolved"):  # with a Java that does nothing but fail
+    with pytest.raises(MachineError, match="could not be resolved"):  # with a Java that does nothing but fail
         ensure_jars(lock, tmp_path, NO_JAVA)
     assert [left.name for left in tmp_path.glob("resolve-*")] == []
 
@@ -83,15 +83,33 @@ def test_what_was_resolved_is_checked_before_it_is_kept(tmp_path: Path, monkeypa
     folder = tmp_path / f"example-{lock.digest}"
     (folder / lock.jars[0].name).unlink()
 
-    def answers_another(_lock: JarLock, work: Path, _java: Path) -> Path:
-        (work / "jars").mkdir()
-        (work / "jars" / lock.jars[0].name).write_bytes(b"eno")
-        return work / "jars"
+    def answers_another(_lock: JarLock, work: Path, _java: Path) -> list[Path]:
+        jar = work / lock.jars[0].name
+        jar.write_bytes(b"eno")
+        return [jar]
 
     monkeypatch.setattr(jars, "_resolve", answers_another)
-    with pytest.raises(ServiceUsageError, match="does not hold the jar this project pins"):
+    with pytest.raises(MachineError, match="does not hold the jar this project pins"):
         ensure_jars(lock, tmp_path, NO_JAVA)
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("ends", "says"),
+    [
+        ("exit 0", "not among the 0 jars resolved .*services.launcher.jars example --update"),
+        ("echo ':: org.example#part0;1.0: not found' >&2; exit 1", "could not be resolved: org.example#part0;1.0: not found"),
+    ],
+)
+def test_a_resolver_that_brings_nothing_is_told_in_one_line(tmp_path: Path, ends: str, says: str) -> None:
+    lock = made(tmp_path, b"one")
+    (tmp_path / f"example-{lock.digest}" / lock.jars[0].name).unlink()
+    java = tmp_path / "java"
+    java.write_text(f"#!/bin/sh\n{ends}\n", "utf-8")
+    java.chmod(0o755)
+    with pytest.raises(MachineError, match=says) as caught:
+        ensure_jars(lock, tmp_path, java)
+    assert "\n" not in str(caught.value)
 
 
 def test_another_lock_has_another_folder() -> None:
@@ -104,5 +122,5 @@ def test_another_lock_has_another_folder() -> None:
 def test_a_broken_lock_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "jars.lock.json"
     path.write_text(text, "utf-8")
-    with pytest.raises(ServiceUsageError, match=r"jars\.lock\.json cannot be read.*restore it"):
+    with pytest.raises(MachineError, match=r"jars\.lock\.json cannot be read.*restore it"):
         read_lock("kafka", path)

@@ -16,11 +16,12 @@ import psutil
 import pytest
 from confluent_kafka import Consumer, Producer
 
-from services.launcher.errors import ServiceError, ServiceUsageError
+from services.launcher.errors import ServiceError
 from services.launcher.jars import read_lock
 from services.launcher.kafka import TOPICS, Kafka
 from services.launcher.processes import find
 from services.launcher.trial import throwaway_kafka
+from spark_jobs.errors import MachineError
 
 pytestmark = pytest.mark.services
 
@@ -137,7 +138,7 @@ def test_a_jar_that_was_changed_is_never_started(tmp_path: Path, jar_cache: Path
     content[len(content) // 2] ^= 1
     changed.write_bytes(content)
     kafka = Kafka(tmp_path / "home", jar_cache=tmp_path / "cache", java=lambda: java)
-    with pytest.raises(ServiceUsageError, match=f"{changed.name} has SHA-256 .*nothing was started"):
+    with pytest.raises(MachineError, match=f"{changed.name} has SHA-256 .*no jar was used"):
         kafka.up()
     assert find(kafka.folder, "kafka") == []
     assert not kafka.logs.exists()

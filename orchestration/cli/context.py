@@ -1,0 +1,39 @@
+"""What one call of ``adtally`` knows: its global options, and by them the settings of the installation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from spark_jobs.errors import UsageError
+
+if TYPE_CHECKING:
+    from spark_jobs.config import Settings
+
+
+@dataclass
+class Call:
+    """The global options. The root command sets them; every other command finds them in its context."""
+
+    debug: bool = False
+    home: Path | None = None
+
+
+def call_of(context: typer.Context) -> Call:
+    """Return the options of this call."""
+    return context.ensure_object(Call)
+
+
+def settings_of(context: typer.Context) -> Settings:
+    """Return the settings of the installation that the user named. Raises UsageError where its home cannot be a folder."""
+    from orchestration.cli.doctor import nearest
+    from spark_jobs.config import load_settings
+
+    settings = load_settings(home=call_of(context).home)
+    place = nearest(settings.home_path)
+    if not place.is_dir():
+        raise UsageError(f"{place} is not a folder", hint="set ADTALLY_HOME or --home to one, which may be new")
+    return settings
