@@ -11,7 +11,7 @@ from spark_jobs.config import Settings
 
 def run_up(settings: Settings, *, port: int, trigger_seconds: float, ingest: bool) -> None:
     """Run ``adtally up`` and print."""
-    from orchestration.up.up import logs_path, up
+    from orchestration.up.up import up
 
     out = console()
 
@@ -27,7 +27,7 @@ def run_up(settings: Settings, *, port: int, trigger_seconds: float, ingest: boo
         say(f"UI         {address}" + ("/?token=$ADTALLY_WEBSERVER_TOKEN" if settings.webserver_token else ""))
         say(f"GraphQL    {address}/graphql")
         say(f"reports    {reports}  (data docs, runbooks)")
-        say(f"logs       {logs_path(settings)}")
+        say(f"logs       {settings.home_path / 'logs'}")
         say("Ctrl-C ends all of it.")
 
     say(f"adtally up on {settings.home_path}")

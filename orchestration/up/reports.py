@@ -18,8 +18,6 @@ from pathlib import Path
 from socketserver import TCPServer
 from urllib.parse import unquote
 
-from markdown_it import MarkdownIt
-
 from orchestration.up.services import HOST
 from spark_jobs.config import Settings
 
@@ -165,5 +163,7 @@ def rendered(file: Path) -> str:
 
 
 def _page(title: str, markdown: str) -> str:
+    from markdown_it import MarkdownIt  # here, since the definitions import this module and render nothing
+
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     return _PAGE.format(title=html.escape(title), body=body)

@@ -17,8 +17,6 @@ from spark_jobs.errors import MachineError, UsageError
 HOST = "127.0.0.1"
 CODE, WEB, DAEMON, INGEST = "code-server", "webserver", "daemon", "ingest"
 LOCATION = "adtally"
-MODULE = "orchestration.definitions"
-_PACKAGES = Path(__file__).resolve().parents[2]
 
 _NO_TELEMETRY = {
     "DAGSTER_DISABLE_TELEMETRY": "yes",
@@ -26,6 +24,11 @@ _NO_TELEMETRY = {
     "GX_ANALYTICS_ENABLED": "False",
     "DBT_SEND_ANONYMOUS_USAGE_STATS": "False",
 }
+_SLOW_LOOPS = {
+    "FRESHNESS_DAEMON_INTERVAL_SECONDS": "300",  # the shortest freshness policy has an hour
+    "DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS": "15",  # looks for failed runs to retry
+}
+"""Loops of Dagster's daemon that cost CPU while nothing happens."""
 
 
 def environment(settings: Settings, reports_url: str) -> dict[str, str]:
@@ -38,27 +41,23 @@ def environment(settings: Settings, reports_url: str) -> dict[str, str]:
         "DAGSTER_HOME": str(settings.dagster_path),
         "ADTALLY_REPORTS_URL": settings.reports_url or reports_url,
         "PYTHONUNBUFFERED": "1",
+        **_SLOW_LOOPS,
     }
 
 
 def services(settings: Settings, *, port: int, socket_path: Path, trigger_seconds: float, ingest: bool) -> dict[str, Service]:
     """By name, what is to run. One code server loads the definitions; the webserver and the daemon ask it."""
-    python = sys.executable
+    python = (sys.executable, "-m")
     workspace = ("-w", str(write_workspace(settings, socket_path)))
-    code = (
-        *(python, "-m", "dagster", "code-server", "start", "--module-name", MODULE, "--socket", str(socket_path)),
-        *("--location-name", LOCATION, "--use-python-environment-entry-point", "--log-level", "info"),
-        *("--working-directory", str(_PACKAGES)),  # it is searched first: this code, not the folder one is in
-    )
-    web = (python, "-m", "orchestration.up.webserver", "--host", HOST, "--port", str(port), *workspace)
-    daemon = (python, "-m", "dagster._daemon", "run", *workspace)
-    taking_in = (python, "-m", "orchestration.cli", "ingest", "--continuous", "--trigger", f"{trigger_seconds:g}")
+    web = (*python, "orchestration.up.webserver", str(socket_path), "--host", HOST, "--port", str(port), *workspace)
     found = [
-        Service(CODE, code, stop_seconds=20, asks_all=True),
+        Service(CODE, (*python, "orchestration.up.code_server", str(socket_path)), stop_seconds=20, asks_all=True),
         Service(WEB, web, stop_seconds=10),
-        Service(DAEMON, daemon, stop_seconds=20),
-        *([Service(INGEST, taking_in, stop_seconds=180)] if ingest else []),  # it ends after the current batch
+        Service(DAEMON, (*python, "orchestration.up.daemon", "run", *workspace), stop_seconds=20),
     ]
+    if ingest:  # it ends after the current batch
+        command = (*python, "orchestration.cli", "ingest", "--continuous", "--trigger", f"{trigger_seconds:g}")
+        found.append(Service(INGEST, command, stop_seconds=180))
     return {service.name: service for service in found}
 
 

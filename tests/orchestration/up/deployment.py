@@ -17,7 +17,6 @@ from pydantic import SecretStr
 from terminal import PROGRAM, environment
 
 from orchestration.up.graphql import Webserver, WebserverError
-from orchestration.up.supervisor import tail
 
 START_SECONDS = 300
 
@@ -103,8 +102,10 @@ class Deployment:
 
     def report(self, problem: str) -> str:
         """A problem with what was said and logged before it."""
-        logs = [f"--- {log.name}\n{tail(log, 25)}" for log in sorted((self.home / "logs").glob("*.log"))]
-        return "\n".join([problem, *self.lines, *logs])
+        lines = [problem, *self.lines]
+        for log in sorted((self.home / "logs").glob("*.log")):
+            lines += [f"--- {log.name}", *log.read_text("utf-8", "replace").splitlines()[-25:]]
+        return "\n".join(lines)
 
     def said(self, text: str) -> list[str]:
         """The lines that hold a text."""
