@@ -1,4 +1,4 @@
-"""The processes of ``adtally up``: what is started, with which environment, and where the code server listens."""
+"""The processes of ``adtally up``: their commands, their environment, and where the code server listens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SLOW_LOOPS = {
 
 
 def environment(settings: Settings, reports_url: str) -> dict[str, str]:
-    """That of all processes: this one's, with the homes named whole, and no module taken from the folder one happens to be in."""
+    """Return the environment of all processes: this one's, with absolute homes, and without modules of the working folder."""
     return {
         **os.environ,
         "PYTHONSAFEPATH": "1",
@@ -46,7 +46,7 @@ def environment(settings: Settings, reports_url: str) -> dict[str, str]:
 
 
 def services(settings: Settings, *, port: int, socket_path: Path, trigger_seconds: float, ingest: bool) -> dict[str, Service]:
-    """By name, what is to run. One code server loads the definitions; the webserver and the daemon ask it."""
+    """Return the services by name. One code server loads the definitions; the webserver and the daemon ask it."""
     python = (sys.executable, "-m")
     workspace = ("-w", str(write_workspace(settings, socket_path)))
     web = (*python, "orchestration.up.webserver", str(socket_path), "--host", HOST, "--port", str(port), *workspace)
@@ -62,7 +62,7 @@ def services(settings: Settings, *, port: int, socket_path: Path, trigger_second
 
 
 def write_workspace(settings: Settings, socket_path: Path) -> Path:
-    """The workspace file of the webserver and the daemon: one code server, at the socket."""
+    """Write the workspace file of the webserver and the daemon, which names the code server at the socket; return its path."""
     path = settings.dagster_path / "workspace.yaml"
     made = path.with_name(f".{path.name}.{os.getpid()}")
     made.write_text(f"load_from:\n  - grpc_server:\n      socket: {socket_path}\n      location_name: {LOCATION}\n", "utf-8")
@@ -71,10 +71,10 @@ def write_workspace(settings: Settings, socket_path: Path) -> Path:
 
 
 def socket_path(settings: Settings) -> Path:
-    """Where the code server of this home listens: a socket that only this user can reach.
+    """Return the socket of this home's code server, in a folder that only this user can open.
 
-    A path below the home may be longer than the 100 bytes that a socket's name may have. Raises MachineError where the folder
-    for temporary files has one of this name that is not this user's alone.
+    It is in the folder for temporary files, since a path below the home may be longer than the 100 bytes that a socket's name
+    may have. Raises MachineError if others can open the folder.
     """
     name = hashlib.sha256(str(settings.home_path).encode()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"adtally-{os.getuid()}-{name}"
@@ -86,13 +86,13 @@ def socket_path(settings: Settings) -> Path:
 
 
 def listens(path: Path) -> bool:
-    """Whether a process listens at the socket."""
+    """Return whether a process listens at the socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         return probe.connect_ex(str(path)) == 0
 
 
 def free_port(port: int) -> int:
-    """The port itself if it can be had on the loopback address, a free one for 0. Raises UsageError where it is taken."""
+    """Return the port if it is free on the loopback address, or a free one for 0. Raises UsageError if it is taken."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
