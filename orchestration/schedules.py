@@ -28,7 +28,7 @@ _RUNNING = dg.DefaultScheduleStatus.RUNNING
 PRIORITY_TAG = "dagster/priority"
 _BUILT_AGAIN_AFTER = timedelta(minutes=30)
 _BETWEEN_IDLE_RUNS = timedelta(minutes=30)
-_SECONDS_TO_MARTS = 15
+_SECONDS_TO_MARTS = 30
 RECOUNTED_AGAIN = 48 * HOUR
 CLOSED_HOURS = ("reviewed_hours", "compacted_events", "reconciled_hours", "attributed_orders")
 

@@ -39,7 +39,11 @@ _NEW_SECONDS = 3600  # the first tick ever ignores older failures
 
 @dataclass(frozen=True)
 class SignalSensor:
-    """How to watch a health signal. ``bad_ticks``: how often in a row it must be bad before an alert is raised."""
+    """How to watch a health signal. ``bad_ticks``: how often in a row it must be bad before an alert is raised.
+
+    A tick costs Dagster 0.15 CPU seconds, so a signal over an hour's records or a file that a person edits is measured every five
+    minutes.
+    """
 
     signal: str
     asset: str
@@ -52,24 +56,26 @@ SIGNAL_SENSORS = (
     SignalSensor(
         "stream_lag", "ad_events", "Landing files or records of a topic wait longer than ADTALLY_MAX_STREAM_LAG to be ingested.", 30
     ),
-    SignalSensor("ignored_files", "landing_files", "Files lie in the landing folder where nothing reads them."),
+    SignalSensor("ignored_files", "landing_files", "Files lie in the landing folder where nothing reads them.", 300),
     # twice: a broker that restarts does not answer for some seconds
     SignalSensor("kafka_clusters", "ad_events", "A cluster of Kafka does not answer, or lacks a topic.", 60, bad_ticks=2),
-    SignalSensor("freshness", "mart_build", "The published marts lag the ledger by more than ADTALLY_MAX_MART_AGE."),
+    SignalSensor("freshness", "mart_build", "The published marts lag the ledger by more than ADTALLY_MAX_MART_AGE.", 120),
     SignalSensor(
         "publishing_behind", "minute_metrics", "Versions wait longer than ADTALLY_MAX_PUBLISH_LAG to be published to Kafka."
     ),
     SignalSensor(
-        "rejected_share", "rejected_events", "More than ADTALLY_MAX_REJECTED_SHARE of the last hour's records are rejected."
+        "rejected_share", "rejected_events", "More than ADTALLY_MAX_REJECTED_SHARE of the last hour's records are rejected.", 300
     ),
-    SignalSensor("duplicate_share", "batch_ledger", "More than ADTALLY_MAX_DUPLICATE_SHARE of the last hour's records are resent."),
+    SignalSensor(
+        "duplicate_share", "batch_ledger", "More than ADTALLY_MAX_DUPLICATE_SHARE of the last hour's records are resent.", 300
+    ),
     SignalSensor("user_share", "ad_events", "One user has more than ADTALLY_MAX_USER_SHARE of the last hour's events.", 300),
     # twice: a correction writes its rows to one table before the other
     SignalSensor(
         "conservation", "batch_ledger", "Tables contradict each other over the batches of the last hour.", 300, bad_ticks=2
     ),
-    SignalSensor("campaign_file", "campaigns", "A campaign file cannot be read; the prices in force stay."),
-    SignalSensor("rule_file", "ad_events", "A rule file cannot be right; the rules in force stay, or a step waits."),
+    SignalSensor("campaign_file", "campaigns", "A campaign file cannot be read; the prices in force stay.", 300),
+    SignalSensor("rule_file", "ad_events", "A rule file cannot be right; the rules in force stay, or a step waits.", 300),
     SignalSensor("disk_space", "landing_files", "Less than ADTALLY_MIN_FREE_BYTES are free under ADTALLY_HOME."),
 )
 
@@ -209,7 +215,7 @@ def pacing_evaluation(settings: Settings, early: Sequence[EarlySpend]) -> dg.Ass
 
 @dg.run_failure_sensor(
     name="alert_failed_run",
-    minimum_interval_seconds=30,
+    minimum_interval_seconds=60,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description=f"Sends an alert for every failed run of this code location.\n\n{runbook('failed-run')}",
 )
@@ -245,7 +251,7 @@ def _reason(event: dg.DagsterEvent) -> str:
 
 @dg.sensor(
     name="alert_failed_check",
-    minimum_interval_seconds=30,
+    minimum_interval_seconds=60,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Tells once of each failed check of severity error: differences that no repair put right, expectations not met."
     f"\n\n{runbook('reconciliation-difference')}\n\n{runbook('expectations')}",
@@ -306,7 +312,7 @@ def _failed_check(key: dg.AssetCheckKey, records: Sequence[AssetCheckExecutionRe
 
 @dg.sensor(
     name="alert_budget_pacing",
-    minimum_interval_seconds=60,
+    minimum_interval_seconds=120,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Tells once a day of each campaign that has spent more than 90 % of its budget before 80 % of the day is over, by "
     f"`{PACING_ASSET}`, whose check `{PACING_CHECK}` fails meanwhile.\n\n{runbook('budget-pacing')}",

@@ -23,7 +23,7 @@ from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.tables import BATCH_LEDGER, CAMPAIGNS, HOUR_CLOSINGS, NAMES
 from spark_jobs.units import HOUR, floor_hour
 
-SECONDS_BETWEEN = 15
+SECONDS_BETWEEN = 30
 HOURS_A_TICK = 72
 COMMITS_A_TICK = 200
 

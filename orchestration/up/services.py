@@ -17,6 +17,8 @@ from spark_jobs.errors import MachineError, UsageError
 HOST = "127.0.0.1"
 CODE, WEB, DAEMON, INGEST = "code-server", "webserver", "daemon", "ingest"
 LOCATION = "adtally"
+WATCH_SECONDS = 5
+"""How often the webserver and the daemon ask the code server whether it has new definitions. Dagster's default is 1."""
 
 _NO_TELEMETRY = {
     "DAGSTER_DISABLE_TELEMETRY": "yes",
@@ -24,11 +26,6 @@ _NO_TELEMETRY = {
     "GX_ANALYTICS_ENABLED": "False",
     "DBT_SEND_ANONYMOUS_USAGE_STATS": "False",
 }
-_SLOW_LOOPS = {
-    "FRESHNESS_DAEMON_INTERVAL_SECONDS": "300",  # the shortest freshness policy has an hour
-    "DAGSTER_EVENT_LOG_CONSUMER_DAEMON_INTERVAL_SECONDS": "15",  # looks for failed runs to retry
-}
-"""Loops of Dagster's daemon that cost CPU while nothing happens."""
 
 
 def environment(settings: Settings, reports_url: str) -> dict[str, str]:
@@ -41,7 +38,7 @@ def environment(settings: Settings, reports_url: str) -> dict[str, str]:
         "DAGSTER_HOME": str(settings.dagster_path),
         "ADTALLY_REPORTS_URL": settings.reports_url or reports_url,
         "PYTHONUNBUFFERED": "1",
-        **_SLOW_LOOPS,
+        "FRESHNESS_DAEMON_INTERVAL_SECONDS": "300",  # the shortest window of a freshness policy is an hour
     }
 
 

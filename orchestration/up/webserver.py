@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dagster._grpc import server_watcher
 from dagster_webserver import cli
 
 from orchestration.up.request_filter import RequestFilter
-from orchestration.up.services import listens
+from orchestration.up.services import WATCH_SECONDS, listens
 from spark_jobs.config import load_settings
 
 
@@ -27,6 +28,7 @@ def main(socket: str, *arguments: str) -> None:
         return RequestFilter(create_app(*arguments, **options), hosts=settings.webserver_hosts, token=token)
 
     cli.create_app_from_workspace_process_context = create_filtered_app  # type: ignore[attr-defined,assignment]
+    server_watcher.WATCH_INTERVAL = WATCH_SECONDS
     while not listens(Path(socket)):
         time.sleep(0.05)
     cli.cli(arguments, auto_envvar_prefix="DAGSTER_WEBSERVER")
