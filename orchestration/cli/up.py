@@ -1,4 +1,4 @@
-"""What ``adtally up`` prints: a line a change of state, and where to look once it answers."""
+"""Prints a line for each change of state of ``adtally up``, and its addresses once the UI answers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from spark_jobs.config import Settings
 
 
 def run_up(settings: Settings, *, port: int, trigger_seconds: float, ingest: bool) -> None:
-    """Run ``adtally up`` and print."""
+    """Run ``adtally up`` and print what happens."""
     from orchestration.up.up import up
 
     out = console()
 
     def say(line: str) -> None:
-        with contextlib.suppress(OSError):  # whoever read the lines has gone; what runs goes on
+        with contextlib.suppress(OSError):  # the reader of the lines has ended; the processes continue
             out.print(line, soft_wrap=True)
             out.file.flush()
 
