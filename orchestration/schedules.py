@@ -1,4 +1,4 @@
-"""The jobs, and when they run by themselves. Each can be started by hand as well."""
+"""The jobs, and the schedules and sensors that start them. A person can start each job as well."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _RUNNING = dg.DefaultScheduleStatus.RUNNING
 PRIORITY_TAG = "dagster/priority"
 _BUILT_AGAIN_AFTER = timedelta(minutes=30)
 _BETWEEN_IDLE_RUNS = timedelta(minutes=30)
-_SECONDS_TO_MARTS = 15
+_SECONDS_TO_MARTS = 30
 RECOUNTED_AGAIN = 48 * HOUR
 CLOSED_HOURS = ("reviewed_hours", "compacted_events", "reconciled_hours", "attributed_orders")
 
 ingest_job = dg.define_asset_job(
-    "ingest", dg.AssetSelection.assets(LANDING_INGEST), description="All that is in the landing folder, once."
+    "ingest", dg.AssetSelection.assets(LANDING_INGEST), description="Ingests all files of the landing folder once."
 )
 compaction_job = dg.define_asset_job(
     "compaction", dg.AssetSelection.assets("compacted_tables"), description="Every table whose small files are worth merging."
@@ -52,7 +52,7 @@ settlement_job = dg.define_asset_job(
 
 
 def closed_hours_job(hours: dg.HourlyPartitionsDefinition) -> UnresolvedAssetJobDefinition:
-    """All that an hour needs once it is closed: the checks first, and what they hold up after them."""
+    """Return the job that checks closed hours first, and then processes those without an error."""
     checks = [dg.AssetCheckKey(dg.AssetKey(key), EXPECTATIONS_CHECK) for key in CHECKED]
     return dg.define_asset_job(
         "closed_hours",
@@ -64,9 +64,10 @@ def closed_hours_job(hours: dg.HourlyPartitionsDefinition) -> UnresolvedAssetJob
 
 
 def closed_hours_marts_job(manifest: Manifest) -> UnresolvedAssetJobDefinition:
-    """What follows closed hours and has no hours itself, in a run without partitions.
+    """Return the job of what follows closed hours and has no partitions.
 
-    In a run with 48 of them, Dagster plans 48 executions of each check that has none, of which it sees one end.
+    It is a separate job, since in a run with 48 partitions Dagster plans 48 executions of each unpartitioned check and sees the end
+    of one.
     """
     models = [node["name"] for node in manifest["nodes"].values() if node["resource_type"] == "model"]
     expectations = [dg.AssetCheckKey(dg.AssetKey(name), EXPECTATIONS_CHECK) for name in MARTS_CHECKED]
@@ -83,7 +84,7 @@ def closed_hours_marts_job(manifest: Manifest) -> UnresolvedAssetJobDefinition:
 
 
 def closed_hours_marts_sensor(closed_hours: Job, marts: Job) -> dg.SensorDefinition:
-    """The sensor that runs ``marts`` when a run of ``closed_hours`` has succeeded."""
+    """Return the sensor that runs ``marts`` when a run of ``closed_hours`` has succeeded."""
 
     @dg.run_status_sensor(
         name="closed_hours_marts_sensor",
@@ -103,7 +104,7 @@ def closed_hours_marts_sensor(closed_hours: Job, marts: Job) -> dg.SensorDefinit
 
 
 def reconciliation_job(hours: dg.HourlyPartitionsDefinition) -> UnresolvedAssetJobDefinition:
-    """The recount of hours by itself."""
+    """Return the job that only recounts hours."""
     return dg.define_asset_job(
         "reconciliation",
         dg.AssetSelection.assets("reconciled_hours"),
@@ -113,7 +114,7 @@ def reconciliation_job(hours: dg.HourlyPartitionsDefinition) -> UnresolvedAssetJ
 
 
 def marts_job(group: str, manifest: Manifest) -> UnresolvedAssetJobDefinition:
-    """The marts of one group, the models that they are made from, and the tests that need no other mart."""
+    """Return the job that builds the marts of one group, the models that they need, and the tests that need no other mart."""
     nodes, parents = manifest["nodes"], manifest["parent_map"]
     models: set[str] = set()
     waiting = [unique_id for unique_id, node in nodes.items() if is_mart(node) and group in groups_of(node)]
@@ -133,12 +134,12 @@ def marts_job(group: str, manifest: Manifest) -> UnresolvedAssetJobDefinition:
         f"marts_{group}",
         selection,
         description=f"The {group.replace('_', ' ')} marts, built and tested.",
-        tags={PRIORITY_TAG: "1"},  # next in the queue: many closed hours do not keep them waiting
+        tags={PRIORITY_TAG: "1"},  # first in the queue, so that many closed hours do not delay them
     )
 
 
 def _attached(manifest: Manifest, test: str) -> str | None:
-    """The model at which Dagster shows a test."""
+    """Return the model at which Dagster shows a test."""
     node = manifest["nodes"][test]
     named = node["config"].get("meta", {}).get("dagster", {}).get("ref", {}).get("name")
     models = [parent for parent in manifest["parent_map"][test] if parent.startswith("model.")]
@@ -155,7 +156,7 @@ def _attached(manifest: Manifest, test: str) -> str | None:
     "have changed.",
 )
 def ingest_sensor(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-    """One run of the ingest, unless somebody ingests already or nothing waits. The cursor is when one was asked for last."""
+    """Request one ingest, unless another one runs or nothing waits. The cursor is the time of the last request."""
     from spark_jobs.ingest.files.backlog import read_landing
 
     settings = load_settings()
@@ -172,13 +173,13 @@ def ingest_sensor(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.Ski
 
 
 def waits_already(instance: dg.DagsterInstance, job: str) -> bool:
-    """Whether a run of the job is asked for and has not started: it will see what a further one would."""
+    """Return whether a requested run of the job has not started yet. It will process what another run would."""
     statuses = [dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.STARTING]
     return instance.get_runs_count(dg.RunsFilter(job_name=job, statuses=statuses)) > 0
 
 
 def marts_schedule(group: str, cron: str, job: UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:
-    """Builds ``group`` at ``cron``, where there is something to build."""
+    """Return the schedule that builds ``group`` at ``cron`` if there is something to build."""
 
     @dg.schedule(
         name=f"marts_{group}_schedule",
@@ -197,7 +198,7 @@ def marts_schedule(group: str, cron: str, job: UnresolvedAssetJobDefinition) -> 
 
 
 def nothing_to_build(settings: Settings, group: str, *, now: datetime) -> str | None:
-    """Why the marts of ``group`` need not be built now; None where they do."""
+    """Return why the marts of ``group`` need no build now; None if they do."""
     try:
         newest = pin_versions(settings)
     except AdtallyError as error:
@@ -205,7 +206,7 @@ def nothing_to_build(settings: Settings, group: str, *, now: datetime) -> str | 
     sql = f"select table_name, delta_version, built_at from mart_build where mart_group = '{group}'"
     try:
         built = query_marts(settings, sql)[1]
-    except AdtallyError:  # no marts yet, or of an older form
+    except AdtallyError:  # no marts yet, or marts of an older version
         return None
     age = now - max((at for *_, at in built), default=datetime.min).replace(tzinfo=UTC)
     if {table: version for table, version, _ in built} != newest or age > _BUILT_AGAIN_AFTER:
@@ -217,13 +218,13 @@ def nothing_to_build(settings: Settings, group: str, *, now: datetime) -> str | 
     job=compaction_job, cron_schedule="35 * * * *", default_status=_RUNNING, description="Compacts what needs it, every hour."
 )
 def compaction_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-    """One compaction, once there is something."""
+    """Request a compaction if there are tables."""
     return _unless_empty(load_settings())
 
 
 @dg.schedule(job=vacuum_job, cron_schedule="15 3 * * *", default_status=_RUNNING, description="Vacuums the tables every night.")
 def vacuum_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-    """One vacuum, once there is something."""
+    """Request a vacuum if there are tables."""
     return _unless_empty(load_settings())
 
 
@@ -231,7 +232,7 @@ def vacuum_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg
     job=settlement_job, cron_schedule="50 * * * *", default_status=_RUNNING, description="Settles what came late, every hour."
 )
 def settlement_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-    """One settlement, once there is something."""
+    """Request a settlement if there are tables."""
     return _unless_empty(load_settings())
 
 
@@ -244,7 +245,7 @@ def _unless_empty(settings: Settings) -> dg.RunRequest | dg.SkipReason:
 
 
 def reconciliation_schedule(hours: dg.HourlyPartitionsDefinition, job: UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:
-    """Recounts the latest closed hours again, every night."""
+    """Return the schedule that recounts the newest closed hours every night."""
 
     @dg.schedule(
         name="reconciliation_schedule",

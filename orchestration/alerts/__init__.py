@@ -1,1 +1,1 @@
-"""Alerts: who is told, and the Dagster sensors that tell."""
+"""Alerts: the notifiers that send them, and the Dagster sensors that raise them."""

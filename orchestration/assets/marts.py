@@ -5,8 +5,8 @@ from datetime import timedelta
 from typing import Any
 
 import dagster as dg
-from dagster_dbt import DagsterDbtTranslator, DbtProject, dbt_assets
 
+from orchestration.assets.dagster_dbt_alone import DagsterDbtTranslator, DbtProject, dbt_assets
 from orchestration.assets.lakehouse import OWNERS, TABLE_ASSETS
 from orchestration.assets.links import runbook
 from orchestration.assets.outcome import failing_clearly

@@ -1,4 +1,4 @@
-"""The command ``adtally up`` and what it prints: a line a change of state, and where to look once it answers."""
+"""Prints a line for each change of state of ``adtally up``, and its addresses once the UI answers."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def up(
 
 
 def run_up(settings: Settings, *, port: int, trigger_seconds: float, ingest: bool) -> None:
-    """Run ``adtally up`` and print its lines."""
+    """Run ``adtally up`` and print what happens."""
     from orchestration.up import up as supervisor
 
     out = console()
 
     def say(line: str) -> None:
-        with contextlib.suppress(OSError):  # the reader of the lines has gone; the services keep running
+        with contextlib.suppress(OSError):  # the reader of the lines has ended; the processes continue
             out.print(line, soft_wrap=True)
             out.file.flush()
 
@@ -63,7 +63,7 @@ def run_up(settings: Settings, *, port: int, trigger_seconds: float, ingest: boo
         say(f"UI         {address}" + ("/?token=$ADTALLY_WEBSERVER_TOKEN" if settings.webserver_token else ""))
         say(f"GraphQL    {address}/graphql")
         say(f"reports    {reports}  (data docs, runbooks)")
-        say(f"logs       {supervisor.logs_path(settings)}")
+        say(f"logs       {settings.home_path / 'logs'}")
         say("Ctrl-C ends all of it.")
 
     say(f"adtally up on {settings.home_path}")

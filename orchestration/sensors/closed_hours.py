@@ -1,4 +1,4 @@
-"""Starts the checks, the recount, the compaction and the marts of hours that have closed: of these, and of no others."""
+"""Starts the checks, the recount, the compaction and the marts of hours that have closed, and of no others."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from spark_jobs.units import HourRange
 if TYPE_CHECKING:
     from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
-SECONDS_BETWEEN = 30
+SECONDS_BETWEEN = 60
 HOURS_A_RUN = 48
 RUNS_A_TICK = 4
 
 
 def closed_hours_sensor(hours: dg.HourlyPartitionsDefinition, job: UnresolvedAssetJobDefinition) -> dg.SensorDefinition:
-    """The sensor that runs ``job`` for these partitions."""
+    """Return the sensor that runs ``job`` for these partitions."""
 
     @dg.sensor(
         name="closed_hours",
@@ -34,7 +34,7 @@ def closed_hours_sensor(hours: dg.HourlyPartitionsDefinition, job: UnresolvedAss
         "that are silent and hold hours open.\n\nRunbook: `docs/runbooks/silent-source.md`",
     )
     def closed_hours(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        """Ask for runs of the hours that closed since the last tick."""
+        """Request runs of the hours that closed since the last tick."""
         from spark_jobs.operate.watermark import read_closing
 
         settings = load_settings()
@@ -57,12 +57,12 @@ def closed_hours_sensor(hours: dg.HourlyPartitionsDefinition, job: UnresolvedAss
 
 
 def _cursor(hours: dg.HourlyPartitionsDefinition, through: datetime) -> str:
-    """From the first partition through the end of what was asked for, as an interval of ISO 8601."""
+    """Return the interval from the first partition through the end of the requested hours, as ISO 8601."""
     return f"{hours.start.isoformat()}/{through.isoformat()}"
 
 
 def _asked_through(cursor: str | None, hours: dg.HourlyPartitionsDefinition) -> datetime | None:
-    """The end of what was asked for; None where nothing was, or where the partitions begin earlier now than they did then."""
+    """Return the end of the requested hours; None if there were none, or if the partitions begin earlier now."""
     if not cursor:
         return None
     start, _, through = cursor.rpartition("/")

@@ -1,7 +1,7 @@
 """Reports what the stream committed: materialisations of the tables' partitions, from the ledger's Delta versions.
 
-Each version of the ledger is reported once, in chunks of bounded size. When hours close, those in which nothing was sent are
-reported as well, with no rows: they are empty, not missing.
+It reports each version of the ledger once, in chunks of bounded size. When hours close, it also reports those without a record, as
+partitions with 0 rows: they are empty, not missing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.tables import BATCH_LEDGER, CAMPAIGNS, HOUR_CLOSINGS, NAMES
 from spark_jobs.units import HOUR, floor_hour
 
-SECONDS_BETWEEN = 15
+SECONDS_BETWEEN = 30
 HOURS_A_TICK = 72
 COMMITS_A_TICK = 200
 
@@ -43,10 +43,10 @@ TABLE_OF = {asset.key: asset.table.name for asset in TABLE_ASSETS}
 class Progress:
     """The sensor's cursor.
 
-    ``reported``: the version of the ledger through which all is told. ``until`` and ``after``: the versions up to ``until`` are
-    being told, hours through ``after`` are done. ``empty_through``: empty hours before it are told. ``seen``: versions of the
-    ledger and of the closings that empty hours were looked for in. ``table_id`` and ``start``: of the ledger and the partitions
-    that this holds for. ``campaigns`` and ``names``: the versions of these tables that were told last.
+    ``reported``: the ledger's version through which all commits are reported. ``until`` and ``after``: while versions through
+    ``until`` are being reported, hours through ``after`` are done. ``empty_through``: empty hours before it are reported. ``seen``:
+    the versions of the ledger and of the closings in which empty hours were searched. ``table_id`` and ``start``: the ledger and
+    the first partition that this cursor is valid for. ``campaigns`` and ``names``: the reported versions of these tables.
     """
 
     table_id: str | None = None
@@ -61,7 +61,7 @@ class Progress:
 
     @classmethod
     def from_cursor(cls, cursor: str | None) -> Progress:
-        """The inverse of ``to_cursor``; the beginning where there is none, or one of another form."""
+        """Return the progress of a cursor, or a new one if the cursor is missing or has another form."""
         try:
             held = json.loads(cursor or "{}")
             return cls(**{**held, "seen": tuple(held.get("seen", (-1, -1)))})
@@ -69,12 +69,12 @@ class Progress:
             return cls()
 
     def to_cursor(self) -> str:
-        """As Dagster keeps it."""
+        """Return the cursor that Dagster stores."""
         return json.dumps(asdict(self))
 
 
 def stream_progress_sensor(hours: dg.HourlyPartitionsDefinition) -> dg.SensorDefinition:
-    """The sensor, for these partitions."""
+    """Return the sensor for these partitions."""
 
     @dg.sensor(
         name="stream_progress",
@@ -106,9 +106,9 @@ def stream_progress_sensor(hours: dg.HourlyPartitionsDefinition) -> dg.SensorDef
 def report_progress(
     settings: Settings, hours: dg.HourlyPartitionsDefinition, progress: Progress, *, now: datetime
 ) -> tuple[Progress, list[Event], int]:
-    """The next chunk of what is to be told: the progress after it, its events, and the number of hours without a partition.
+    """Return the progress after the next chunk, the chunk's events, and the number of hours without a partition.
 
-    Only hours with accepted records are meant; what was rejected for its time has none, and is told without an hour.
+    That number counts hours with accepted records only. Records that were rejected for their time are reported without an hour.
     """
     log = DeltaLog(settings.table_uri(BATCH_LEDGER.name))
     newest = log.latest_version()
@@ -118,7 +118,7 @@ def report_progress(
     table_id = first.table_id if first is not None else progress.table_id
     start = hours.start.isoformat()
     rebuilt = newest < progress.reported or (progress.table_id is not None and progress.table_id != table_id)
-    if rebuilt or (progress.start is not None and start < progress.start):  # all of it anew, into what are other partitions now
+    if rebuilt or (progress.start is not None and start < progress.start):  # report everything again, to the new partitions
         progress = Progress()
     progress = replace(progress, table_id=table_id, start=start)
     if progress.reported < newest or progress.until is not None:
@@ -129,7 +129,7 @@ def report_progress(
 
 
 def _bound(progress: Progress, newest: int) -> int:
-    """The version that is told next: what was begun, all at once the first time, then a bounded number of commits."""
+    """Return the version to report next: the one begun, else the newest at first, else a bounded number of commits ahead."""
     if progress.until is not None:
         return progress.until
     return newest if progress.reported < 0 else progress.reported + COMMITS_A_TICK
@@ -156,7 +156,7 @@ def _report_commits(
 
 
 def _report_replaced(settings: Settings, progress: Progress) -> tuple[Progress, list[Event]]:
-    """The tables that files of the landing folder replace as a whole, where their version is a new one."""
+    """Report the tables that files of the landing folder replace as a whole, if their version is new."""
     found = {table.name: DeltaLog(settings.table_uri(table.name)).latest_version() for table in (CAMPAIGNS, NAMES)}
     told = {"campaigns": progress.campaigns, "names": progress.names}
     new = {name: version for name, version in found.items() if version is not None and version != told[name]}
@@ -167,7 +167,7 @@ def _report_replaced(settings: Settings, progress: Progress) -> tuple[Progress, 
 def _report_empty(
     settings: Settings, hours: dg.HourlyPartitionsDefinition, progress: Progress, newest: int
 ) -> tuple[Progress, list[dg.AssetMaterialization]]:
-    """Closed hours in which a table got nothing, a chunk of them."""
+    """Report a chunk of the closed hours in which a table got no rows."""
     closings = DeltaLog(settings.table_uri(HOUR_CLOSINGS.name)).latest_version()
     seen = (newest, -1 if closings is None else closings)
     if seen == progress.seen:
@@ -189,7 +189,7 @@ def _report_empty(
         for key in (*STREAM_OF, "batch_ledger")
         if not _is_held(held, key, hour)
     ]
-    if len(closed) > len(chunk):  # the rest next time: `seen` stays as it was
+    if len(closed) > len(chunk):  # the rest at the next tick, since `seen` is unchanged
         return replace(progress, empty_through=(chunk[-1] + HOUR).isoformat()), events
     reached = max(begin, closing.closed_through)
     return replace(progress, empty_through=reached.isoformat(), seen=seen), events
@@ -220,7 +220,7 @@ class _Report:
         self._versions = versions
 
     def hour(self, hour: datetime) -> list[dg.AssetMaterialization]:
-        """A materialisation a table that got something in this hour."""
+        """Return one materialisation per table that got rows in this hour."""
         cells = [(key, self._added.get((stream, hour))) for key, stream in STREAM_OF.items()]
         events = [self._event(key, hour, self._of_table(key, cell, hour)) for key, cell in cells if cell is not None]
         rows = [cell for stream in ("events", "orders") if (cell := self._added.get((stream, hour))) is not None]
@@ -234,7 +234,7 @@ class _Report:
         return [*events, self._event("batch_ledger", hour, figures)]
 
     def without_hour(self, inside: set[datetime]) -> list[dg.AssetObservation]:
-        """Records whose time cannot be read, or is none of ours, have no partition; the tables that keep them say how many came."""
+        """Return how many records have a time that is invalid or outside the partitions, by the table that keeps them."""
         found = []
         for key, stream in (("rejected_events", "events"), ("rejected_orders", "orders")):
             outside = [cell for (of, hour), cell in self._added.items() if of == stream and hour not in inside]

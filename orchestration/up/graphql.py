@@ -1,4 +1,4 @@
-"""Asks the Dagster webserver by its GraphQL, without importing Dagster."""
+"""Asks Dagster's webserver by GraphQL, without an import of Dagster."""
 
 from __future__ import annotations
 
@@ -9,45 +9,31 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 from pydantic import SecretStr
 
-_DIRECT = build_opener(ProxyHandler({}))  # a proxy of the environment is not asked for what is on this machine
+_DIRECT = build_opener(ProxyHandler({}))  # no proxy between processes of one machine
 
-_LOCATIONS = """
-{ workspaceOrError { __typename
-    ... on PythonError { message }
-    ... on Workspace { locationEntries { name loadStatus
-        locationOrLoadError { __typename ... on PythonError { message } } } } } }
-"""
-_IN_PROGRESS = """
-query InProgress($tags: [ExecutionTag!]!) {
-  runsOrError(filter: {statuses: [STARTING, STARTED, CANCELING], tags: $tags}, limit: 100) { __typename
-    ... on PythonError { message }
-    ... on Runs { results { runId } } } }
-"""
-_TERMINATE = """
-mutation End($ids: [String!]!) { terminateRuns(runIds: $ids, terminatePolicy: SAFE_TERMINATE) { __typename
-    ... on PythonError { message } } }
-"""
-_STATUS = """
-query Of($id: ID!) { runOrError(runId: $id) { __typename ... on PythonError { message } ... on Run { status jobName } } }
-"""
-_AGAIN = """
-mutation Again($id: String!) { launchRunReexecution(reexecutionParams: {parentRunId: $id, strategy: ALL_STEPS}) { __typename
-    ... on PythonError { message } ... on LaunchRunSuccess { run { runId } } } }
-"""
-_RELOAD = """
-mutation Reload($name: String!) { reloadRepositoryLocation(repositoryLocationName: $name) { __typename
-    ... on PythonError { message } } }
-"""
-LAUNCHER_TAG = ".dagster/grpc_info"
-"""Tag of a run that names the code server whose process it is: hidden, so it can be filtered by and is not shown."""
+_ERROR = "__typename ... on PythonError { message }"
+_LOCATIONS = f"""{{ workspaceOrError {{ {_ERROR} ... on Workspace {{
+    locationEntries {{ name loadStatus locationOrLoadError {{ {_ERROR} }} }} }} }} }}"""
+_IN_PROGRESS = f"""query InProgress($tags: [ExecutionTag!]!) {{
+    runsOrError(filter: {{statuses: [STARTING, STARTED, CANCELING], tags: $tags}}, limit: 100) {{
+        {_ERROR} ... on Runs {{ results {{ runId }} }} }} }}"""
+_TERMINATE = f"""mutation End($ids: [String!]!) {{
+    terminateRuns(runIds: $ids, terminatePolicy: SAFE_TERMINATE) {{ {_ERROR} }} }}"""
+_STATUS = f"query Of($id: ID!) {{ runOrError(runId: $id) {{ {_ERROR} ... on Run {{ status jobName }} }} }}"
+_AGAIN = f"""mutation Again($id: String!) {{
+    launchRunReexecution(reexecutionParams: {{parentRunId: $id, strategy: ALL_STEPS}}) {{
+        {_ERROR} ... on LaunchRunSuccess {{ run {{ runId }} }} }} }}"""
+_RELOAD = f"mutation Reload($name: String!) {{ reloadRepositoryLocation(repositoryLocationName: $name) {{ {_ERROR} }} }}"
+
+_LAUNCHER_TAG = ".dagster/grpc_info"  # the hidden tag of a run that names the code server which started it
 
 
 class WebserverError(Exception):
-    """The webserver does not answer, or says that something is wrong."""
+    """The webserver does not answer, or answers with an error."""
 
 
 class Webserver:
-    """The webserver at an address such as http://127.0.0.1:3000, and the token that it wants, if any."""
+    """The webserver at an address such as http://127.0.0.1:3000, with the token that it wants, if any."""
 
     def __init__(self, address: str, *, token: SecretStr | None = None, timeout: float = 15.0) -> None:
         self.address = address
@@ -57,7 +43,7 @@ class Webserver:
             self._headers["Authorization"] = f"Bearer {token.get_secret_value()}"
 
     def ask(self, query: str, **variables: Any) -> dict[str, Any]:
-        """The data of a query. Raises WebserverError."""
+        """Return the data of a query. Raises WebserverError."""
         body = json.dumps({"query": query, "variables": variables}).encode()
         request = Request(f"{self.address}/graphql", body, self._headers)
         try:
@@ -78,7 +64,7 @@ class Webserver:
         return data
 
     def load_error(self) -> str | None:
-        """What keeps the definitions from being loaded; None when they are. Raises WebserverError while they are loading."""
+        """Return why the definitions cannot be loaded, or None. Raises WebserverError while they are loading."""
         entries = self.ask(_LOCATIONS)["workspaceOrError"]["locationEntries"]
         if not entries or any(entry["loadStatus"] == "LOADING" for entry in entries):
             raise WebserverError("the definitions are loading")
@@ -89,16 +75,16 @@ class Webserver:
         return None
 
     def runs_of(self, socket: str) -> list[str]:
-        """Ids of the runs in progress that are processes of the code server at this socket."""
-        launcher = {"key": LAUNCHER_TAG, "value": json.dumps({"host": "localhost", "socket": socket})}
+        """Return the ids of the runs in progress that the code server at this socket started."""
+        launcher = {"key": _LAUNCHER_TAG, "value": json.dumps({"host": "localhost", "socket": socket})}
         return [run["runId"] for run in self.ask(_IN_PROGRESS, tags=[launcher])["runsOrError"]["results"]]
 
     def terminate(self, run_ids: list[str]) -> None:
-        """Ask runs to end: each is interrupted, cleans up and counts as cancelled."""
+        """Ask runs to end. Each is interrupted, cleans up and counts as cancelled."""
         self.ask(_TERMINATE, ids=run_ids)
 
     def run_again(self, run_id: str) -> str | None:
-        """Queue a run that was cancelled once more; the id of the new run, None where it was not cancelled."""
+        """Queue a cancelled run again; return the id of the new run, or None if the run was not cancelled."""
         run = self.ask(_STATUS, id=run_id)["runOrError"]
         if run.get("status") != "CANCELED":
             return None
@@ -108,5 +94,5 @@ class Webserver:
         return str(launched["run"]["runId"])
 
     def reload(self, location: str) -> None:
-        """Load the definitions anew, in a process of their own beside the old ones. Takes as long as that takes."""
+        """Load the definitions again, in a new process beside the old one. Returns when they are loaded."""
         self.ask(_RELOAD, name=location)

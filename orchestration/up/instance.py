@@ -18,9 +18,9 @@ _RELOAD_NAME = ".reload"
 
 
 def write_instance_config(settings: Settings) -> Path:
-    """Write ADTALLY_HOME/dagster/dagster.yaml unless it is there, by whoever made it; its path.
+    """Write ADTALLY_HOME/dagster/dagster.yaml unless it exists; return its path.
 
-    Its storage (SQLite) and compute logs lie beside it without being named, so that a home can be moved.
+    It does not name the storage (SQLite) and the compute logs: these are beside it, so that a home can be moved.
     """
     folder = settings.dagster_path
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def write_instance_config(settings: Settings) -> Path:
 
 _NO_LOGS: Any = {"compute_logs": {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}}
 POOLS = ("attribution", "billing", "compaction", "corrections", "marts", "quality", "spark")
-"""What the definitions share: one run of each at a time."""
+"""The pools of the definitions. Each runs one run at a time."""
 
 
 def initialize_pool_limits(instance: DagsterInstance) -> None:
@@ -50,10 +50,10 @@ def initialize_pool_limits(instance: DagsterInstance) -> None:
 
 
 def home_instance(settings: Settings, *, captures_output: bool = True) -> DagsterInstance:
-    """The instance of this home, made if it is not there. To be used as a context, or disposed of.
+    """Return the instance of this home, which is created if missing. Use it as a context, or dispose of it.
 
-    Dagster captures what a step prints by putting files in the place of this process's output. Whoever shows progress in a
-    terminal meanwhile runs steps without ``captures_output``.
+    With ``captures_output``, Dagster redirects this process's output to files while a step runs. A process that shows progress in
+    a terminal runs steps without it.
     """
     from dagster import DagsterInstance
     from dagster._core.instance.ref import InstanceRef
@@ -63,13 +63,13 @@ def home_instance(settings: Settings, *, captures_output: bool = True) -> Dagste
 
 
 def request_reload(settings: Settings) -> None:
-    """Ask an ``adtally up`` on this home to load the definitions again. Without one it is done at the next start anyway."""
+    """Ask an ``adtally up`` on this home to load the definitions again. If none runs, the next one loads them anyway."""
     with contextlib.suppress(OSError):
         (settings.dagster_path / _RELOAD_NAME).touch()
 
 
 def take_reload_request(settings: Settings) -> bool:
-    """Whether somebody has asked since the last time."""
+    """Return whether a reload was requested since the last call."""
     try:
         (settings.dagster_path / _RELOAD_NAME).unlink()
     except FileNotFoundError:

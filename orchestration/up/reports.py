@@ -1,7 +1,7 @@
-"""Serves data docs and runbooks over http while ``adtally up`` runs: a browser opens no ``file://`` link from a page of http.
+"""Serves data docs and runbooks over http while ``adtally up`` runs, since a browser opens no ``file://`` link from an http page.
 
-It only reads, listens on the loopback address, and answers requests that name this address: a page of elsewhere that points its own
-name at the loopback address gets nothing.
+The server only reads, listens on the loopback address, and answers only requests whose Host is this address. So a website whose
+name resolves to the loopback address gets nothing.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import TCPServer
 from urllib.parse import unquote
-
-from markdown_it import MarkdownIt
 
 from orchestration.up.services import HOST
 from spark_jobs.config import Settings
@@ -56,14 +54,14 @@ img {{ max-width: 100%; }}
 
 
 def docs_dir() -> Path | None:
-    """Folder of the documentation: bundled with the package, or beside it in a checkout; None where it is in neither place."""
+    """Return the folder of the documentation, which is bundled with the package or beside it in a checkout; None if missing."""
     package = Path(__file__).resolve().parents[1]
     return next((found for found in (package / "docs", package.parent / "docs") if (found / "runbooks").is_dir()), None)
 
 
 @contextmanager
 def serving_reports(settings: Settings, port: int) -> Iterator[str]:
-    """Serve while in the context; yields the address. Takes a free port where ``port`` is taken."""
+    """Serve while in the context; yields the address. Uses a free port if ``port`` is taken."""
     handler = partial(_Handler, {"docs": docs_dir(), QUALITY: settings.quality_path})
     try:
         server = _Server((HOST, port), handler)
@@ -84,16 +82,16 @@ class _Server(ThreadingHTTPServer):
     allow_reuse_address = True
 
     def server_bind(self) -> None:
-        """As the base class, which asks the name service for a name of the address and waits for it."""
+        """Bind as the base class does, but without its slow query for the name of the address."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = HOST, self.server_address[1]
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Silent, as log_message: a browser that goes in the middle of a page is nobody's concern."""
+        """Ignore errors of a connection, such as a browser that leaves in the middle of a page."""
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers GET and HEAD below ``/<name>/`` from the folder of that name, and ``/`` with what there is."""
+    """Answers GET and HEAD below ``/<name>/`` with files of the folder of that name, and ``/`` with a table of contents."""
 
     server_version, sys_version = "adtally", ""
     timeout = 30.0
@@ -123,10 +121,10 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def log_message(self, format: str, *args: object) -> None:
-        """Silent: it speaks in the terminal of ``adtally up``."""
+        """Log nothing: the output is the terminal of ``adtally up``."""
 
     def _file(self, path: str) -> Path | None:
-        """The file of a path; None for what is not there, lies outside, or is of another kind (validations.json, locks)."""
+        """Return the file of a path; None if it is missing, outside the folder, or of another type (validations.json, locks)."""
         start, _, rest = path.partition("/")[2].partition("/")
         folder = self._folders.get(start)
         if folder is None:
@@ -160,10 +158,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def rendered(file: Path) -> str:
-    """A page of the documentation as HTML."""
+    """Return a page of the documentation as HTML."""
     return _page(file.stem, file.read_text("utf-8"))
 
 
 def _page(title: str, markdown: str) -> str:
+    from markdown_it import MarkdownIt  # here, since the definitions import this module and render nothing
+
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     return _PAGE.format(title=html.escape(title), body=body)

@@ -1,14 +1,14 @@
-"""Stands in front of Dagster's webserver: only its own pages, and programs on this machine, may operate the pipeline.
+"""Filters requests to Dagster's webserver: only its own pages, and programs on this machine, may operate the pipeline.
 
-Dagster asks nobody for a password, runs mutations sent by GET, and takes any Host, any Origin and any WebSocket. A browser on this
-machine would carry a request of any web page to it. The rules here need no login:
+Dagster asks for no password, runs mutations sent by GET, and accepts any Host, any Origin and any WebSocket. A browser on this
+machine sends it the requests of any web page. The rules of this filter need no login:
 
-- Host must name the loopback address or a host of ADTALLY_WEBSERVER_HOSTS: a foreign name that resolves to loopback is refused.
-- A page of another origin may send nothing: Origin must be the host itself, and Sec-Fetch-Site must say so. What a person opens by
-  a link is let through, for it only shows.
-- GraphQL by GET is refused, and what is sent by POST must be JSON or GraphQL by its content type, which a form cannot say.
+- Host must be the loopback address or a host of ADTALLY_WEBSERVER_HOSTS, so a foreign name that resolves to loopback is refused.
+- Requests of a page of another origin are refused: Origin must be the host itself, and Sec-Fetch-Site must say so. A link that a
+  person opens is allowed, because it changes nothing.
+- GraphQL by GET is refused. A POST must have the content type JSON or GraphQL, which a form cannot send.
 - No page may show the UI within a frame.
-- Where ADTALLY_WEBSERVER_TOKEN is set, every request must have it.
+- If ADTALLY_WEBSERVER_TOKEN is set, every request needs the token.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _HEADERS = {
 
 
 class RequestFilter:
-    """An ASGI application that passes on what the rules of this module allow."""
+    """An ASGI application that forwards the requests that the rules of this module allow."""
 
     def __init__(self, app: ASGIApp, *, hosts: Iterable[str] = (), token: str | None = None) -> None:
         self._app = app
@@ -51,7 +51,7 @@ class RequestFilter:
         self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request by itself if it is refused, else have the application answer it."""
+        """Refuse a request, or forward it to the application."""
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
@@ -64,13 +64,13 @@ class RequestFilter:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
-                    headers.append(name, value)  # beside the policy of Dagster's own: both hold
+                    headers.append(name, value)  # in addition to Dagster's own policy: both apply
             await send(message)
 
         await (answer or self._app)(scope, receive, send_with_headers)
 
     def _answer(self, request: HTTPConnection) -> Response | None:
-        """What to answer in place of the application; None if the request may go on to it."""
+        """Return the answer that replaces the application's; None if the request is allowed."""
         refusal = self._foreign(request) or self._wrong_form(request)
         if refusal is not None:
             status, reason = refusal
@@ -78,7 +78,7 @@ class RequestFilter:
         return None if self._token is None else self._without_token(request, self._token)
 
     def _foreign(self, request: HTTPConnection) -> tuple[HTTPStatus, str] | None:
-        """Why a request may be of somebody else's page."""
+        """Return why a request may come from a foreign page; None if it does not."""
         hosts = request.headers.getlist("host")
         host = hosts[0].lower() if len(hosts) == 1 else ""
         named = _HOST.fullmatch(host)
@@ -92,7 +92,7 @@ class RequestFilter:
 
     @staticmethod
     def _wrong_form(request: HTTPConnection) -> tuple[HTTPStatus, str] | None:
-        """Why a request has a form that a page of another site could give it, though it may change something."""
+        """Return why a request that may change something has a form that a foreign page can send; None if it has not."""
         if request.scope["type"] == "websocket":
             return None
         if request.scope["method"] in _READS:
@@ -106,7 +106,7 @@ class RequestFilter:
 
     @staticmethod
     def _without_token(request: HTTPConnection, token: str) -> Response | None:
-        """What a request without the token gets. One that has it in its address gets a cookie in its place."""
+        """Return the answer to a request without the token; None if it has it. A token in the address is replaced by a cookie."""
         cookie = hashlib.sha256(f"{COOKIE}:{token}".encode()).hexdigest()
         if _same(request.headers.get("authorization", ""), f"Bearer {token}") or _same(request.cookies.get(COOKIE, ""), cookie):
             return None
@@ -127,7 +127,7 @@ class RequestFilter:
 
 
 def _origin_host(origin: str) -> str | None:
-    """Host and port of an origin; None for `null` and what is no page of a webserver."""
+    """Return host and port of an origin; None for `null` and schemes other than http."""
     try:
         parts = urlsplit(origin.lower())
     except ValueError:
@@ -136,7 +136,7 @@ def _origin_host(origin: str) -> str | None:
 
 
 def _is_link(request: HTTPConnection) -> bool:
-    """Whether a person opens an address in a window: by a link, which can be on any page."""
+    """Return whether a person opens the address in a window by a link, which can be on any page."""
     return (
         request.scope.get("method") == "GET"
         and request.headers.getlist("sec-fetch-mode") == ["navigate"]

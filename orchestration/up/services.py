@@ -1,4 +1,4 @@
-"""The processes of ``adtally up``: what is started, with which environment, and where the code server listens."""
+"""The processes of ``adtally up``: their commands, their environment, and where the code server listens."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from spark_jobs.errors import MachineError, UsageError
 HOST = "127.0.0.1"
 CODE, WEB, DAEMON, INGEST = "code-server", "webserver", "daemon", "ingest"
 LOCATION = "adtally"
-MODULE = "orchestration.definitions"
-_PACKAGES = Path(__file__).resolve().parents[2]
+WATCH_SECONDS = 5
+"""How often the webserver and the daemon ask the code server whether it has new definitions. Dagster's default is 1."""
 
 _NO_TELEMETRY = {
     "DAGSTER_DISABLE_TELEMETRY": "yes",
@@ -29,7 +29,7 @@ _NO_TELEMETRY = {
 
 
 def environment(settings: Settings, reports_url: str) -> dict[str, str]:
-    """That of all processes: this one's, with the homes named whole, and no module taken from the folder one happens to be in."""
+    """Return the environment of all processes: this one's, with absolute homes, and without modules of the working folder."""
     return {
         **os.environ,
         "PYTHONSAFEPATH": "1",
@@ -38,32 +38,28 @@ def environment(settings: Settings, reports_url: str) -> dict[str, str]:
         "DAGSTER_HOME": str(settings.dagster_path),
         "ADTALLY_REPORTS_URL": settings.reports_url or reports_url,
         "PYTHONUNBUFFERED": "1",
+        "FRESHNESS_DAEMON_INTERVAL_SECONDS": "300",  # the shortest window of a freshness policy is an hour
     }
 
 
 def services(settings: Settings, *, port: int, socket_path: Path, trigger_seconds: float, ingest: bool) -> dict[str, Service]:
-    """By name, what is to run. One code server loads the definitions; the webserver and the daemon ask it."""
-    python = sys.executable
+    """Return the services by name. One code server loads the definitions; the webserver and the daemon ask it."""
+    python = (sys.executable, "-m")
     workspace = ("-w", str(write_workspace(settings, socket_path)))
-    code = (
-        *(python, "-m", "dagster", "code-server", "start", "--module-name", MODULE, "--socket", str(socket_path)),
-        *("--location-name", LOCATION, "--use-python-environment-entry-point", "--log-level", "info"),
-        *("--working-directory", str(_PACKAGES)),  # it is searched first: this code, not the folder one is in
-    )
-    web = (python, "-m", "orchestration.up.webserver", "--host", HOST, "--port", str(port), *workspace)
-    daemon = (python, "-m", "dagster._daemon", "run", *workspace)
-    taking_in = (python, "-m", "orchestration.cli", "ingest", "--continuous", "--trigger", f"{trigger_seconds:g}")
+    web = (*python, "orchestration.up.webserver", str(socket_path), "--host", HOST, "--port", str(port), *workspace)
     found = [
-        Service(CODE, code, stop_seconds=20, asks_all=True),
+        Service(CODE, (*python, "orchestration.up.code_server", str(socket_path)), stop_seconds=20, asks_all=True),
         Service(WEB, web, stop_seconds=10),
-        Service(DAEMON, daemon, stop_seconds=20),
-        *([Service(INGEST, taking_in, stop_seconds=180)] if ingest else []),  # it ends after the current batch
+        Service(DAEMON, (*python, "orchestration.up.daemon", "run", *workspace), stop_seconds=20),
     ]
+    if ingest:  # it ends after the current batch
+        command = (*python, "orchestration.cli", "ingest", "--continuous", "--trigger", f"{trigger_seconds:g}")
+        found.append(Service(INGEST, command, stop_seconds=180))
     return {service.name: service for service in found}
 
 
 def write_workspace(settings: Settings, socket_path: Path) -> Path:
-    """The workspace file of the webserver and the daemon: one code server, at the socket."""
+    """Write the workspace file of the webserver and the daemon, which names the code server at the socket; return its path."""
     path = settings.dagster_path / "workspace.yaml"
     made = path.with_name(f".{path.name}.{os.getpid()}")
     made.write_text(f"load_from:\n  - grpc_server:\n      socket: {socket_path}\n      location_name: {LOCATION}\n", "utf-8")
@@ -72,10 +68,10 @@ def write_workspace(settings: Settings, socket_path: Path) -> Path:
 
 
 def socket_path(settings: Settings) -> Path:
-    """Where the code server of this home listens: a socket that only this user can reach.
+    """Return the socket of this home's code server, in a folder that only this user can open.
 
-    A path below the home may be longer than the 100 bytes that a socket's name may have. Raises MachineError where the folder
-    for temporary files has one of this name that is not this user's alone.
+    It is in the folder for temporary files, since a path below the home may be longer than the 100 bytes that a socket's name
+    may have. Raises MachineError if others can open the folder.
     """
     name = hashlib.sha256(str(settings.home_path).encode()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"adtally-{os.getuid()}-{name}"
@@ -87,13 +83,13 @@ def socket_path(settings: Settings) -> Path:
 
 
 def listens(path: Path) -> bool:
-    """Whether a process listens at the socket."""
+    """Return whether a process listens at the socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         return probe.connect_ex(str(path)) == 0
 
 
 def free_port(port: int) -> int:
-    """The port itself if it can be had on the loopback address, a free one for 0. Raises UsageError where it is taken."""
+    """Return the port if it is free on the loopback address, or a free one for 0. Raises UsageError if it is taken."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

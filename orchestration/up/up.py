@@ -1,16 +1,13 @@
-"""The way of ``adtally up``: check the machine, start everything in turn, keep it running, end it in the right order."""
+"""``adtally up``: checks the machine, starts all processes, keeps them running, and ends them in the right order."""
 
 from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 from orchestration.alerts.notifier import AlertFile
@@ -30,43 +27,48 @@ from orchestration.up.services import (
     services,
     socket_path,
 )
-from orchestration.up.supervisor import NotReadyError, Supervisor, Tell, last_error
+from orchestration.up.supervisor import Supervisor, Tell, last_error
 from spark_jobs.config import Settings
+from spark_jobs.errors import AdtallyError
 from spark_jobs.failure import one_line
 from spark_jobs.jars import ensure_jars
 from spark_jobs.java import require_java
-from spark_jobs.lake.locks import UP, exclusive
+from spark_jobs.lake import locks
 
-_NAME = "adtally up"
 START_SECONDS = 180.0
 END_SECONDS = 7.0
-"""What has not ended of itself by then is killed: nothing is lost, and what was cut off is made again."""
+"""What has not ended by then is killed: no data are lost, and the next start makes interrupted runs again."""
 
 _TURN_SECONDS = 0.2
-_ASK_SECONDS = 2.5  # that a question to the webserver may hold up the end
+_ASK_SECONDS = 2.5  # how long a question to the webserver may delay the end
+_LOCK_SECONDS = 1.0  # between two looks at the lock of the ingest: each look takes it for a moment
 
 Ready = Callable[[str, str], None]
-"""Told the addresses of the UI and of the reports."""
+"""Called with the addresses of the UI and of the reports."""
+
+
+class NotReadyError(AdtallyError):
+    """A process did not become ready in time."""
 
 
 class Stop:
-    """SIGINT, SIGTERM or SIGHUP: end all of it. A second one: at once."""
+    """Notes SIGINT, SIGTERM and SIGHUP. The first asks for the end, a second one for the end at once."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.asked = threading.Event()
         self._times = 0
         self._clock = clock
-        self._deadline: float | None = None
+        self._deadline = 0.0
 
     def hurry(self) -> bool:
-        """Whether it is to end now: whoever asked has asked again, or it took END_SECONDS."""
-        return self._times > 1 or (self._deadline is not None and self._clock() >= self._deadline)
+        """Return whether to kill what still runs: a second signal came, or END_SECONDS have passed since the first."""
+        return self._times > 1 or (self._times == 1 and self._clock() >= self._deadline)
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
-        """Take the signals while in the context."""
+        """Handle the signals while in the context."""
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else nohup: it is to outlive its terminal
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it: `adtally up` then outlives its terminal
             numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._note) for number in numbers}
         try:
@@ -76,20 +78,19 @@ class Stop:
                 signal.signal(number, handler)
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
+        if not self._times:
+            self._deadline = self._clock() + END_SECONDS
         self._times += 1
-        self._deadline = self._deadline or self._clock() + END_SECONDS
         self.asked.set()
 
 
 def up(settings: Settings, *, port: int, trigger_seconds: float, ingest: bool, tell: Tell, ready: Ready) -> None:
-    """Run Dagster and the continuous ingest until a signal asks for the end; leaves no process.
+    """Run Dagster and the continuous ingest until a signal asks for the end; leave no process.
 
-    ``tell`` is told each change of state, ``ready`` the addresses of the UI and of the
-    reports once the UI answers. Raises UsageError for what the machine
-    lacks, BusyError where another ``adtally up`` runs on the home, NotReadyError where Dagster does not come up: nothing is left
-    running then.
+    Calls ``tell`` at each change of state, and ``ready`` once the UI answers. Raises UsageError if the machine lacks something,
+    BusyError if another ``adtally up`` runs on the home, and NotReadyError if Dagster does not start.
     """
-    with exclusive(settings, UP):
+    with locks.exclusive(settings, locks.UP):
         port = free_port(port)
         if ingest:
             require_java()
@@ -107,52 +108,56 @@ class _Up:
         self._alerts = AlertFile(settings).reader()
         self._socket = socket_path(settings)
         self._services = services(settings, port=port, socket_path=self._socket, trigger_seconds=trigger_seconds, ingest=ingest)
-        self._environment = environment(settings, reports)
-        self._supervisor = Supervisor(settings.home_path / "logs", self._environment, tell)
+        self._supervisor = Supervisor(settings.home_path / "logs", environment(settings, reports), tell)
         self._webserver = Webserver(f"http://{HOST}:{port}", token=settings.webserver_token, timeout=_ASK_SECONDS)
+        self._patient_webserver = Webserver(self._webserver.address, token=settings.webserver_token, timeout=START_SECONDS)
         self._interrupted = settings.dagster_path / "interrupted_runs.json"
         self._reloading: threading.Thread | None = None
+        self._is_shown = False
 
     def run(self, ready: Ready) -> None:
         try:
-            if self._start():
+            self._is_shown = self._start_ui()
+            if self._is_shown:
                 ready(self._webserver.address, self._reports)
-                # beside the loop: on a busy machine the webserver takes its time, and Ctrl-C is heard meanwhile
-                threading.Thread(target=self._run_again, daemon=True, name="again").start()
+                self._start_work()
                 while not self._stop.asked.wait(_TURN_SECONDS):
                     self._supervisor.check()
                     self._reload_on_request()
-                    self._tell_alerts()
+                    for alert in self._alerts():
+                        self._tell("alert", f"{alert.title}: {one_line(alert.detail, 300)}; see {self._reports}/{alert.runbook}")
         finally:
             self._end()
 
-    def _start(self) -> bool:
-        """Start all in turn; whether it was not asked to stop meanwhile."""
-        if INGEST in self._services:  # it takes its lock first, so that no scheduled ingest gets in between
-            self._supervisor.start(self._services[INGEST])
-        # alone: two processes that make Dagster's databases at once number their version twice, and on those Dagster never starts
-        self._settle_lost_runs()
-        if self._stop.asked.is_set():
-            return False
-        self._supervisor.start(self._services[CODE])
-        if not self._wait(CODE, lambda: listens(self._socket)):
-            return False
-        self._tell(CODE, "ready")
-        for name in (WEB, DAEMON):
+    def _start_ui(self) -> bool:
+        """Start the code server and the webserver, which import their modules at the same time; False if asked to stop."""
+        for name in (CODE, WEB):
             self._supervisor.start(self._services[name])
-        if not self._wait(WEB, self._answers):
+        if not self._wait(CODE, lambda: listens(self._socket)) or not self._wait(WEB, self._answers):
             return False
-        self._tell(WEB, "ready")
-        error = self._webserver.load_error()
-        if error:
+        if error := self._webserver.load_error():
             self._tell(CODE, f"the definitions cannot be loaded: {one_line(error)}")
         return True
 
+    def _start_work(self) -> None:
+        """Start the rest, whose start takes more CPU than all before: the ingest with Spark, then the daemon."""
+        if INGEST in self._services:
+            self._supervisor.start(self._services[INGEST])
+            # The ingest takes its lock before a sensor of the daemon sees that nobody ingests, and starts another ingest.
+            deadline = time.monotonic() + START_SECONDS
+            while self._supervisor.runs(INGEST) and not locks.is_held(self._settings, locks.INGEST) and time.monotonic() < deadline:
+                if self._stop.asked.wait(_LOCK_SECONDS):
+                    return
+        self._supervisor.start(self._services[DAEMON])
+        # In a thread, since a busy webserver takes its time and this thread must notice signals.
+        threading.Thread(target=self._run_again, daemon=True, name="again").start()
+
     def _wait(self, name: str, ready: Callable[[], bool]) -> bool:
-        """Wait until a process is ready; False where it is to stop. Raises NotReadyError."""
+        """Wait until a process is ready; return False if asked to stop. Raises NotReadyError."""
         deadline = time.monotonic() + START_SECONDS
         while not self._stop.asked.wait(_TURN_SECONDS):
             if ready():
+                self._tell(name, "ready")
                 return True
             self._supervisor.check()
             if self._supervisor.gave_up(name) or time.monotonic() > deadline:
@@ -167,41 +172,17 @@ class _Up:
             return False
         return True
 
-    def _settle_lost_runs(self) -> None:
-        settling = subprocess.Popen(
-            [sys.executable, "-m", "orchestration.up.lost_runs", str(self._socket)],
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        while True:
-            try:
-                out, error = settling.communicate(timeout=_TURN_SECONDS)
-                break
-            except subprocess.TimeoutExpired:
-                if self._stop.asked.is_set():  # the next start settles them
-                    settling.kill()
-        if self._stop.asked.is_set():
-            return
-        if settling.returncode != 0:
-            self._tell(DAEMON, f"runs of before could not be settled: {error.strip().splitlines()[-1:]}")
-        for run_id in out.split():
-            self._tell(DAEMON, f"run {run_id} was lost when adtally up was killed; it counts as failed")
-
     def _run_again(self) -> None:
-        """Make the runs again that the last stop has cancelled: what they had to do is not asked for a second time."""
-        webserver = Webserver(self._webserver.address, token=self._settings.webserver_token, timeout=START_SECONDS)
+        """Queue the runs again that the last stop cancelled, since nothing else asks for their work a second time."""
         while not self._stop.asked.is_set() and (run_ids := self._read_interrupted()):
+            run = f"run {run_ids[0]}, cancelled by the last stop, is"
             try:
-                if again := webserver.run_again(run_ids[0]):
-                    self._tell(DAEMON, f"run {run_ids[0]}, cancelled by the last stop, is made again as {again}")
+                if again := self._patient_webserver.run_again(run_ids[0]):
+                    self._tell(DAEMON, f"{run} made again as {again}")
             except WebserverError as error:
                 if self._stop.asked.is_set():  # the next start makes it again
                     return
-                self._tell(DAEMON, f"run {run_ids[0]}, cancelled by the last stop, is perhaps not made again: {error}")
+                self._tell(DAEMON, f"{run} perhaps not made again: {error}")
             self._interrupted.write_text(json.dumps(run_ids[1:]), "utf-8")
 
     def _read_interrupted(self) -> list[str]:
@@ -209,10 +190,6 @@ class _Up:
             return list(json.loads(self._interrupted.read_text("utf-8")))
         except (OSError, ValueError):
             return []
-
-    def _tell_alerts(self) -> None:
-        for alert in self._alerts():
-            self._tell("alert", f"{alert.title}: {one_line(alert.detail, 300)}; see {self._reports}/{alert.runbook}")
 
     def _reload_on_request(self) -> None:
         if (self._reloading is None or not self._reloading.is_alive()) and take_reload_request(self._settings):
@@ -222,29 +199,30 @@ class _Up:
     def _reload(self) -> None:
         self._tell(CODE, "loading the definitions again: the lakehouse has hours before the first partition")
         try:
-            Webserver(self._webserver.address, token=self._settings.webserver_token, timeout=START_SECONDS).reload(LOCATION)
+            self._patient_webserver.reload(LOCATION)
         except WebserverError as error:
             self._tell(CODE, f"the definitions could not be loaded again: {error}")
         else:
             self._tell(CODE, "the definitions are loaded again")
 
     def _end(self) -> None:
-        """End all of it: first what starts work, then the work, then what shows it. The ingest ends its batch meanwhile."""
+        """End first what starts work, then the work, then what shows it. The ingest finishes its batch meanwhile."""
         hurry = self._stop.hurry
         if self._stop.asked.is_set() and not hurry():
-            self._tell(_NAME, "ending, within 10 s; Ctrl-C again ends it at once")
-        self._supervisor.ask_to_end(INGEST)
-        self._supervisor.ask_to_end(DAEMON)
+            self._tell("adtally up", "ending, within 10 s; Ctrl-C again ends it at once")
+        for name in (INGEST, DAEMON):
+            self._supervisor.ask_to_end(name)
         self._supervisor.wait_ended(DAEMON, hurry)
-        self._end_runs()
+        if self._is_shown:  # else there are no runs, and a webserver that is starting would answer nobody
+            self._cancel_runs()
         for name in (WEB, CODE):
             self._supervisor.ask_to_end(name)
         for name in (WEB, CODE, INGEST):
             self._supervisor.wait_ended(name, hurry)
 
-    def _end_runs(self) -> None:
-        """Ask the runs in progress to end and wait for it, so that they count as cancelled and not as lost."""
-        asked = set(self._read_interrupted())  # what the start had not come to
+    def _cancel_runs(self) -> None:
+        """Cancel the runs in progress and wait for it, so that they do not count as failed. Remember them for the next start."""
+        asked = set(self._read_interrupted())  # those that this start has not made again yet
         running, problem = list[str](), ""
         while self._supervisor.runs(WEB) and self._supervisor.runs(CODE) and not self._stop.hurry():
             try:
@@ -261,8 +239,3 @@ class _Up:
             time.sleep(_TURN_SECONDS)
         if running or problem:
             self._tell(DAEMON, f"runs in progress count as lost, and are made again{problem}")
-
-
-def logs_path(settings: Settings) -> Path:
-    """Folder of the logs of all processes."""
-    return settings.home_path / "logs"

@@ -1,33 +1,38 @@
-"""Dagster's webserver behind the request filter: ``python -m orchestration.up.webserver``, with its own arguments."""
+"""Dagster's webserver behind the request filter: ``python -m orchestration.up.webserver SOCKET``, then Dagster's own arguments.
+
+It imports its modules while the code server at SOCKET loads the definitions, and opens the instance only when that one answers.
+"""
 
 from __future__ import annotations
 
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
+from dagster._grpc import server_watcher
 from dagster_webserver import cli
-from starlette.types import ASGIApp
 
 from orchestration.up.request_filter import RequestFilter
-from spark_jobs.config import Settings, load_settings
+from orchestration.up.services import WATCH_SECONDS, listens
+from spark_jobs.config import load_settings
 
 
-def filtered(app: ASGIApp, settings: Settings) -> RequestFilter:
-    """The application behind the filter, by the settings."""
-    token = settings.webserver_token
-    return RequestFilter(app, hosts=settings.webserver_hosts, token=None if token is None else token.get_secret_value())
-
-
-def main() -> None:
-    """Run the webserver until a signal ends it."""
+def main(socket: str, *arguments: str) -> None:
+    """Wait for the code server, then run the webserver until a signal ends it."""
     settings = load_settings()
+    token = None if settings.webserver_token is None else settings.webserver_token.get_secret_value()
     create_app = cli.create_app_from_workspace_process_context  # type: ignore[attr-defined]
 
     def create_filtered_app(*arguments: Any, **options: Any) -> RequestFilter:
-        return filtered(create_app(*arguments, **options), settings)
+        return RequestFilter(create_app(*arguments, **options), hosts=settings.webserver_hosts, token=token)
 
     cli.create_app_from_workspace_process_context = create_filtered_app  # type: ignore[attr-defined,assignment]
-    cli.main()  # type: ignore[no-untyped-call]
+    server_watcher.WATCH_INTERVAL = WATCH_SECONDS
+    while not listens(Path(socket)):
+        time.sleep(0.05)
+    cli.cli(arguments, auto_envvar_prefix="DAGSTER_WEBSERVER")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

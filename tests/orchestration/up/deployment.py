@@ -1,4 +1,4 @@
-"""A real ``adtally up`` on a home of its own, and what it says."""
+"""Runs a real ``adtally up`` on its own home, and reads what it prints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from pydantic import SecretStr
 from terminal import PROGRAM, environment
 
 from orchestration.up.graphql import Webserver, WebserverError
-from orchestration.up.supervisor import tail
 
 START_SECONDS = 300
 
@@ -41,7 +40,7 @@ query Asset($path: [String!]!) {
 
 
 def processes_of(home: Path) -> list[psutil.Process]:
-    """Every living process that was started for this home."""
+    """Return every living process that was started for this home."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -54,7 +53,7 @@ def processes_of(home: Path) -> list[psutil.Process]:
 
 
 class Deployment:
-    """Started in a context; what still runs at its end is killed, which a test that passes never needs."""
+    """An ``adtally up``, started in a context. At the end of the context, what still runs is killed; a passing test has ended it."""
 
     def __init__(self, home: Path, *arguments: str, **changes: str) -> None:
         self.home = home
@@ -88,7 +87,7 @@ class Deployment:
             self.lines.append(line.rstrip("\n"))
 
     def wait_for(self, what: str, true: Callable[[], bool], *, seconds: float) -> None:
-        """Wait until it is true. Fails with all that was said, and the ends of the logs, when it takes too long."""
+        """Wait until it is true. If that takes too long, fail with the printed lines and the ends of the logs."""
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -102,16 +101,18 @@ class Deployment:
             time.sleep(0.5)
 
     def report(self, problem: str) -> str:
-        """A problem with what was said and logged before it."""
-        logs = [f"--- {log.name}\n{tail(log, 25)}" for log in sorted((self.home / "logs").glob("*.log"))]
-        return "\n".join([problem, *self.lines, *logs])
+        """Return a problem with the lines that were printed and logged before it."""
+        lines = [problem, *self.lines]
+        for log in sorted((self.home / "logs").glob("*.log")):
+            lines += [f"--- {log.name}", *log.read_text("utf-8", "replace").splitlines()[-25:]]
+        return "\n".join(lines)
 
     def said(self, text: str) -> list[str]:
-        """The lines that hold a text."""
+        """Return the lines that contain a text."""
         return [line for line in self.lines if text in line]
 
     def wait_until_ready(self) -> Webserver:
-        """The webserver, once its address was told."""
+        """Return the webserver once its address was printed."""
         self.wait_for("the addresses", lambda: bool(self.said("Ctrl-C ends all of it.")), seconds=START_SECONDS)
         address = re.search(r"UI +(http://127\.0\.0\.1:\d+)", "\n".join(self.lines))
         assert address is not None, self.report("no address")
@@ -119,7 +120,7 @@ class Deployment:
         return Webserver(address[1], token=SecretStr(token) if token else None)
 
     def end(self, number: signal.Signals = signal.SIGINT, *, seconds: float = 240) -> int:
-        """Send a signal and wait for the end; the exit status."""
+        """Send a signal, wait for the end, and return the exit status."""
         os.kill(self.process.pid, number)
         try:
             status = self.process.wait(seconds)
@@ -130,20 +131,20 @@ class Deployment:
 
 
 def runs(webserver: Webserver) -> list[dict[str, str]]:
-    """Every run: runId, jobName, status."""
+    """Return every run: runId, jobName, status."""
     found: list[dict[str, str]] = webserver.ask(_RUNS)["runsOrError"]["results"]
     return found
 
 
 def launch(webserver: Webserver, job: str) -> str:
-    """Start a job as a person does in the UI; the run's id."""
+    """Start a job as a person does in the UI; return the run's id."""
     launched = webserver.ask(_LAUNCH, job=job)["launchRun"]
     assert launched["__typename"] == "LaunchRunSuccess", launched
     return str(launched["run"]["runId"])
 
 
 def asset(webserver: Webserver, name: str) -> dict[str, Any]:
-    """What is known of an asset: partitionStats, assetMaterializations, checks."""
+    """Return what Dagster knows of an asset: partitionStats, assetMaterializations, checks."""
     node: dict[str, Any] = webserver.ask(_ASSET, path=[name])["assetNodeOrError"]
     assert node["__typename"] == "AssetNode", node
     return node

@@ -21,8 +21,8 @@ from filelock import FileLock
 from terminal import environment
 
 from orchestration.up import services as up_services
+from orchestration.up.code_server import settle_lost_runs
 from orchestration.up.instance import POOLS, home_instance, initialize_pool_limits, write_instance_config
-from orchestration.up.lost_runs import settle_lost_runs
 from orchestration.up.services import CODE, INGEST, free_port, listens, services, socket_path
 from orchestration.up.up import END_SECONDS, Stop
 from spark_jobs.config import Settings, load_settings
@@ -106,11 +106,11 @@ def test_any_free_port_will_do(taken: int) -> None:
 # What is started
 
 
-def test_the_definitions_are_named_by_module_and_loaded_by_the_code_server_only(fresh: Settings) -> None:
+def test_the_definitions_are_loaded_by_the_code_server_only(fresh: Settings) -> None:
     fresh.dagster_path.mkdir(parents=True)
     found = services(fresh, port=3000, socket_path=Path("/tmp/code.sock"), trigger_seconds=2.5, ingest=True)
-    with_module = [name for name, service in found.items() if "orchestration.definitions" in service.command]
-    assert with_module == [CODE]
+    assert [name for name, service in found.items() if "orchestration.up.code_server" in service.command] == [CODE]
+    assert not [name for name, service in found.items() if "orchestration.definitions" in service.command]
     assert found[INGEST].command[-3:] == ("--continuous", "--trigger", "2.5")
     written = (fresh.dagster_path / "workspace.yaml").read_text()
     assert written == "load_from:\n  - grpc_server:\n      socket: /tmp/code.sock\n      location_name: adtally\n"

@@ -1,0 +1,20 @@
+"""Imports dagster-dbt without dbt-core, whose import takes longer than all other definitions together.
+
+The code server and each run load the definitions. These read dbt's manifest only, and dbt itself runs in a process of its own.
+dagster-dbt imports dbt-core where it finds it, and works without.
+"""
+
+import sys
+
+_VERSION = "dbt.version"  # the first module of dbt-core that dagster-dbt imports
+_HIDES_DBT = _VERSION not in sys.modules
+
+if _HIDES_DBT:
+    sys.modules[_VERSION] = None  # type: ignore[assignment]  # an import of it fails
+try:
+    from dagster_dbt import DagsterDbtTranslator as DagsterDbtTranslator
+    from dagster_dbt import DbtProject as DbtProject
+    from dagster_dbt import dbt_assets as dbt_assets
+finally:
+    if _HIDES_DBT:
+        del sys.modules[_VERSION]
