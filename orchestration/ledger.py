@@ -1,4 +1,4 @@
-"""What the batch ledger says per event hour, read from its Delta versions without Spark."""
+"""The batch ledger's sums per event hour, read from its Delta versions without Spark."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from itertools import pairwise
-from typing import Any
 
 import duckdb
 
 from spark_jobs.config import Settings
 from spark_jobs.lake.duck import connect_delta
-from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import BATCH_LEDGER, MINUTE_METRICS
 from spark_jobs.units import HOUR
 
@@ -47,7 +46,7 @@ class Cell:
 
 
 @cache
-def _lake() -> duckdb.DuckDBPyConnection:
+def _database() -> duckdb.DuckDBPyConnection:
     """This process's DuckDB for the ledger: loading the extension takes longer than a tick of a sensor."""
     return connect_delta({"threads": 1, "memory_limit": "512MB"})
 
@@ -55,33 +54,32 @@ def _lake() -> duckdb.DuckDBPyConnection:
 class Ledger:
     """The ledger of a home, read through a DuckDB that the process keeps."""
 
-    def __init__(self, settings: Settings, connection: duckdb.DuckDBPyConnection) -> None:
-        self._settings = settings
-        self._uri = settings.table_uri(BATCH_LEDGER.name)
-        self._log = DeltaLog(self._uri)
-        self._lake = connection
+    def __init__(self, lake: Lake, database: duckdb.DuckDBPyConnection) -> None:
+        self._lake = lake
+        self._database = database
 
     @classmethod
     @contextmanager
     def open(cls, settings: Settings) -> Iterator[Ledger]:
         """The ledger of ``settings``, until the end of the context."""
-        with _lake().cursor() as cursor:
-            yield cls(settings, cursor)
+        with _database().cursor() as cursor:
+            yield cls(Lake(settings), cursor)
 
     def added(self, after: int, until: int) -> list[Cell]:
-        """What the versions beyond ``after`` up to ``until`` added; all of version ``until`` where their files or log are gone."""
-        files = self._files_added(after, until) if after >= 0 else None
-        if files is None:
+        """Sum what the versions beyond ``after`` up to ``until`` added; all of ``until`` if their files or commits are gone."""
+        commits = self._lake.log(BATCH_LEDGER).commits(after, until) if after >= 0 else None
+        if commits is None:
             return self._cells(self._scan(until))
-        if not files:
+        paths = [path for commit in commits for path in commit.added_paths]
+        if not paths:
             return []
         try:
-            return self._cells(f"read_parquet([{', '.join(_text(file) for file in files)}])")
+            return self._cells(self._lake.scan_files(BATCH_LEDGER, paths))
         except duckdb.IOException:  # compacted and vacuumed since
             return self._cells(self._scan(until))
 
     def totals(self, version: int, hours: Iterable[datetime]) -> dict[tuple[str, datetime], Cell]:
-        """(stream, hour) -> all that the ledger holds of it at ``version``."""
+        """(stream, hour) -> the sums of all its rows at ``version``."""
         wanted = [f"timestamptz '{hour.isoformat()}'" for hour in hours]
         if not wanted:
             return {}
@@ -91,19 +89,18 @@ class Ledger:
     def increments(self, hours: Iterable[datetime]) -> dict[datetime, int]:
         """Hour -> rows of minute_metrics, as it is now."""
         days = sorted({hour.date() for hour in hours})
-        uri = self._settings.table_uri(MINUTE_METRICS.name)
-        if not days or not DeltaLog(uri).exists():
+        if not days or not self._lake.exists(MINUTE_METRICS):
             return {}
         listed = ", ".join(f"date '{day}'" for day in days)
-        found = self._lake.execute(
-            f"select date_trunc('hour', event_minute) as hour, count(*) from delta_scan({_text(uri)}) "
+        found = self._database.execute(
+            f"select date_trunc('hour', event_minute) as hour, count(*) from {self._lake.scan(MINUTE_METRICS)} "
             f"where event_date in ({listed}) group by hour"
         ).fetchall()
         return {hour.astimezone(UTC): rows for hour, rows in found}
 
     def held_hours(self, version: int, until: datetime) -> list[datetime]:
         """The hours until ``until`` with an accepted record, ascending."""
-        found = self._lake.execute(
+        found = self._database.execute(
             f"select distinct event_hour from {self._scan(version)} where accepted > 0 and _run_id is null "
             f"and event_hour <= timestamptz '{until.isoformat()}' order by 1"
         )
@@ -114,7 +111,7 @@ class Ledger:
 
         Times without a record that are longer than LONGEST_GAP are left out.
         """
-        found = self._lake.execute(
+        found = self._database.execute(
             f"select distinct event_hour from {self._scan(version)} where event_hour < timestamptz '{end.isoformat()}' order by 1"
         ).fetchall()
         held = [hour.astimezone(UTC) for (hour,) in found if hour is not None]
@@ -127,18 +124,8 @@ class Ledger:
                 hour += HOUR
         return filled
 
-    def _files_added(self, after: int, until: int) -> list[str] | None:
-        """Data files that the commits added; None where the log no longer has one of them."""
-        files: list[str] = []
-        for version in range(after + 1, until + 1):
-            commit = self._log.commit(version)
-            if commit is None:
-                return None
-            files += [f"{self._uri}/{action['path']}" for action in commit.data_added]
-        return files
-
     def _cells(self, source: str, where: str = "true") -> list[Cell]:
-        found = self._lake.execute(
+        found = self._database.execute(
             f"""
             select stream, event_hour, count(*), count(distinct (_query_id, _batch_id)), count(distinct _run_id),
                 greatest(max(epoch(ingested_at) - epoch(max_received_at)), if(max(max_received_at) is null, null, 0)), {_SUMS}
@@ -148,8 +135,4 @@ class Ledger:
         return [Cell(stream, hour.astimezone(UTC) if hour else None, *rest) for stream, hour, *rest in found]
 
     def _scan(self, version: int) -> str:
-        return f"delta_scan({_text(self._uri)}, version = {version})"
-
-
-def _text(value: Any) -> str:
-    return "'" + str(value).replace("'", "''") + "'"
+        return self._lake.scan(BATCH_LEDGER, version)

@@ -10,7 +10,7 @@ import dagster as dg
 from orchestration.ledger import Ledger
 from spark_jobs.config import Settings
 from spark_jobs.errors import UsageError
-from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import BATCH_LEDGER
 from spark_jobs.units import HOUR, HourRange
 
@@ -49,8 +49,8 @@ def first_of(held: Sequence[datetime]) -> datetime | None:
 
 
 def _held_hours(settings: Settings, now: datetime) -> list[datetime]:
-    """The hours with accepted records, without those that the clock has not come to."""
-    version = DeltaLog(settings.table_uri(BATCH_LEDGER.name)).latest_version()
+    """The hours with accepted records, up to ``now``."""
+    version = Lake(settings).version(BATCH_LEDGER)
     if version is None:
         return []
     with Ledger.open(settings) as ledger:

@@ -42,6 +42,12 @@ class BusyError(AdtallyError):
     retryable = True
 
 
+class CommitConflictError(AdtallyError):
+    """Another writer changed the same rows of a table first. Nothing was committed."""
+
+    retryable = True
+
+
 class InterruptedIngestError(AdtallyError):
     """The ingest was told to stop before it had taken all that is there. What it took is whole."""
 

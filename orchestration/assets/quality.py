@@ -14,7 +14,8 @@ from orchestration.assets.lakehouse import TABLE_ASSETS
 from orchestration.assets.links import report_link, runbook
 from orchestration.assets.outcome import Verdict, evaluations, failing_clearly
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.tables import BATCH_LEDGER, CAMPAIGNS, EVENTS, MINUTE_METRICS, ORDERS
 
 if TYPE_CHECKING:
     from expectations import HourValidation
@@ -27,8 +28,8 @@ MARTS_CHECKED = (
     *("fct_advertiser_performance", "fct_late_arrivals", "fct_restatements"),
     *("fct_placement_day", "fct_user_frequency", "fct_invalid_traffic_sources"),
 )
-# The ledger first: whatever batch it holds is complete in the versions that are read after it.
-_PINNED = ("batch_ledger", "events", "minute_metrics", "orders", "campaigns")
+# The ledger first: a batch in it is complete in the tables that are pinned after it.
+_PINNED = (BATCH_LEDGER, EVENTS, MINUTE_METRICS, ORDERS, CAMPAIGNS)
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Pins:
     @classmethod
     def of(cls, settings: Settings) -> "Pins":
         """The newest versions, the ledger's before the others'."""
-        uris = {name: settings.table_uri(name) for name in _PINNED}
-        return cls({name: (uri, DeltaLog(uri).latest_version()) for name, uri in uris.items()})
+        lake = Lake(settings)
+        return cls({table.name: (lake.uri(table), lake.version(table)) for table in _PINNED})
 
 
 def expectation_checks(hours: dg.HourlyPartitionsDefinition) -> list[dg.AssetChecksDefinition]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from orchestration.compare.counts import Counts, Key, read_counts
 from orchestration.compare.report import MEASURES, ReportLine, read_report
-from orchestration.explain.lake import open_lake
+from orchestration.explain.view import open_build
 from spark_jobs.config import Settings
 
 OFFSETS = tuple(sorted(range(-12 * 60, 14 * 60 + 1, 30), key=lambda minutes: (abs(minutes), minutes)))
@@ -103,8 +103,8 @@ def compare_report(settings: Settings, path: Path, *, tolerance: float) -> Compa
     report = read_report(path)
     campaigns = sorted({line.campaign for line in report})
     first, last = min(line.date for line in report), max(line.date for line in report)
-    with open_lake(settings, "fct_campaign_day") as lake:
-        rows = lake.marts(
+    with open_build(settings, "fct_campaign_day") as view:
+        rows = view.marts(
             "select event_date, campaign_id, sum(impressions)::bigint as impressions, sum(clicks)::bigint as clicks "
             f"from fct_campaign_day where event_date between date '{first}' and date '{last}' group by all"
         )
@@ -112,11 +112,11 @@ def compare_report(settings: Settings, path: Path, *, tolerance: float) -> Compa
         less = any(
             getattr(line, name) > ours.get((line.date, line.campaign), {}).get(name, 0) for line in report for name in MEASURES
         )
-        counts = read_counts(lake, campaigns, first, last, with_duplicates=less)
+        counts = read_counts(view, campaigns, first, last, with_duplicates=less)
         named = set(campaigns)
         missing = sorted(key for key in ours if key[1] in named and key not in {(line.date, line.campaign) for line in report})
         return Comparison(
-            lake.build.build_id,
+            view.build.build_id,
             tolerance,
             *_judge(report, missing, ours, counts, tolerance),
             campaigns_not_named=len({campaign for _, campaign in ours} - named),

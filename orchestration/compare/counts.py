@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 
 from orchestration.compare.report import MEASURES
-from orchestration.explain.lake import Lake, quoted
+from orchestration.explain.view import BuildView
 from spark_jobs.errors import AdtallyError
+from spark_jobs.lake.duck import literal
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, REJECTED_EVENTS
 
 HALF_HOUR = timedelta(minutes=30)
@@ -43,23 +44,23 @@ class Counts:
         return self._by_offset[offset_minutes]
 
 
-def read_counts(lake: Lake, campaigns: Iterable[str], first: date, last: date, *, with_duplicates: bool) -> Counts:
+def read_counts(view: BuildView, campaigns: Iterable[str], first: date, last: date, *, with_duplicates: bool) -> Counts:
     """Our counts of these campaigns from a day before ``first`` to a day after ``last``, as the marts' build has them.
 
     Duplicates are counted in the landing files (no table holds them): only ``with_duplicates``, and where the files are there.
     """
     names = pa.table({"campaign_id": sorted(set(campaigns))})
-    lake.connection.register("compared", names)
+    view.connection.register("compared", names)
     begin = datetime.combine(first, datetime.min.time()) - LONGEST_SHIFT
     end = datetime.combine(last + timedelta(days=1), datetime.min.time()) + LONGEST_SHIFT
     halves: _Halves = {}
-    listed = ", ".join(quoted(name) for name in names["campaign_id"].to_pylist())
+    listed = ", ".join(literal(name) for name in names["campaign_id"].to_pylist())
     totals = ", ".join(
         f"sum({column})::bigint as {part}_{measure}"
         for measure in MEASURES
         for part, column in (("net", measure), ("invalid", f"invalid_{measure}"))
     )
-    minutes = lake.marts(
+    minutes = view.marts(
         f"""
         select campaign_id, time_bucket(interval '30 minutes', event_minute) as half, {totals}
         from fct_campaign_minute
@@ -68,10 +69,10 @@ def read_counts(lake: Lake, campaigns: Iterable[str], first: date, last: date, *
         """
     )
     _add(halves, minutes)
-    _add(halves, _late(lake, begin, end))
-    knows = with_duplicates and any(lake.settings.landing_path.glob("events/*/*"))
+    _add(halves, _late(view, begin, end))
+    knows = with_duplicates and any(view.lake.settings.landing_path.glob("events/*/*"))
     if knows:
-        _add(halves, _duplicates(lake, begin, end))
+        _add(halves, _duplicates(view, begin, end))
     return Counts(halves, knows or not with_duplicates)
 
 
@@ -92,11 +93,11 @@ def _measures(part: str) -> str:
     )
 
 
-def _accepted(lake: Lake) -> str:
+def _accepted(view: BuildView) -> str:
     """SQL of the accepted events of completed batches, of the campaigns compared."""
     return f"""
-        (select * from {lake.scan(EVENTS.name)}
-         semi join (select distinct _query_id, _batch_id from {lake.scan(BATCH_LEDGER.name)}) using (_query_id, _batch_id)
+        (select * from {view.scan(EVENTS)}
+         semi join (select distinct _query_id, _batch_id from {view.scan(BATCH_LEDGER)}) using (_query_id, _batch_id)
          where campaign_id in (select campaign_id from compared) and event_date between ?::date and ?::date)
     """
 
@@ -104,26 +105,26 @@ def _accepted(lake: Lake) -> str:
 _HALF = "time_bucket(interval '30 minutes', event_time::timestamp) as half"
 
 
-def _late(lake: Lake, begin: datetime, end: datetime) -> list[dict[str, Any]]:
-    late = f"(select *, 1 as weight from {_accepted(lake)} where is_late)"
-    return lake.rows(f"select campaign_id, {_HALF}, {_measures('late')} from {late} group by all", [begin.date(), end.date()])
+def _late(view: BuildView, begin: datetime, end: datetime) -> list[dict[str, Any]]:
+    late = f"(select *, 1 as weight from {_accepted(view)} where is_late)"
+    return view.rows(f"select campaign_id, {_HALF}, {_measures('late')} from {late} group by all", [begin.date(), end.date()])
 
 
-def _duplicates(lake: Lake, begin: datetime, end: datetime) -> list[dict[str, Any]]:
+def _duplicates(view: BuildView, begin: datetime, end: datetime) -> list[dict[str, Any]]:
     """Further records of accepted events: lines with its id, less the accepted one and those that were rejected or a conflict."""
-    landing = quoted(str(lake.settings.landing_path / "events" / "*" / "[!._]*"))
+    landing = literal(str(view.lake.settings.landing_path / "events" / "*" / "[!._]*"))
     try:
-        return lake.rows(
+        return view.rows(
             f"""
             with accepted as (
-                select event_id, campaign_id, event_type, event_time, invalid_traffic_rule from {_accepted(lake)}
+                select event_id, campaign_id, event_type, event_time, invalid_traffic_rule from {_accepted(view)}
             ), offered as (
                 select json_extract_string(line, '$.event_id') as event_id, count(*) as lines
                 from read_csv({landing}, columns = {{line: 'varchar'}}, delim = '', quote = '', escape = '', header = false,
                     auto_detect = false, strict_mode = false, ignore_errors = true, max_line_size = 1048576)
                 where json_valid(line) group by all
             ), refused as (
-                select record_id as event_id, count(*) as lines from {lake.scan(REJECTED_EVENTS.name)}
+                select record_id as event_id, count(*) as lines from {view.scan(REJECTED_EVENTS)}
                 where record_id is not null group by all
             ), counted as (
                 select accepted.*, greatest(offered.lines - 1 - coalesce(refused.lines, 0), 0) as weight

@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 from orchestration.explain.campaign_day import SAMPLE, walk_back
-from orchestration.explain.lake import MEASURES, Lake, corrections, increments, open_lake, quoted, sums
 from orchestration.explain.node import Node
+from orchestration.explain.view import MEASURES, BuildView, corrections, increments, open_build, sums
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError
-from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.duck import literal
 from spark_jobs.lake.tables import BILLING_LINES
 
 _LINE = (
@@ -31,8 +31,8 @@ def explain_billing_line(settings: Settings, line: str, *, sample: int = SAMPLE)
 
     Raises AdtallyError where there are no marts, or no such line in them.
     """
-    with open_lake(settings, "fct_billing_ledger") as lake:
-        rows = lake.marts(f"select * from fct_billing_ledger where line_id = {quoted(line)}")
+    with open_build(settings, "fct_billing_ledger") as view:
+        rows = view.marts(f"select * from fct_billing_ledger where line_id = {literal(line)}")
         if not rows:
             raise AdtallyError(
                 f"fct_billing_ledger has no line {line!r}",
@@ -40,17 +40,17 @@ def explain_billing_line(settings: Settings, line: str, *, sample: int = SAMPLE)
             )
         row = rows[0]
         top = Node(f"fct_billing_ledger line {line}", _facts(row, ("event_date", "campaign_id", "store_id", "currency", *_LINE)))
-        top.add(lake.build.node())
+        top.add(view.build.node())
         key = tuple(row[name] for name in ("event_date", "campaign_id", "store_id", "currency"))
-        lines = _lines_of_day(lake, row)
+        lines = _lines_of_day(view, row)
         top.add(_ledger(lines, row))
         if row["is_posted"]:
-            top.add(_posting(lake, line, row))
+            top.add(_posting(view, line, row))
             if row["rule_set"]:
-                top.add(lake.rule_set(row["rule_set"]))
-        days = lake.marts(
+                top.add(view.rule_set(row["rule_set"]))
+        days = view.marts(
             f"select * from fct_campaign_day where event_date = date '{row['event_date']}' and campaign_id = "
-            f"{quoted(row['campaign_id'])} and store_id = {quoted(row['store_id'])} and currency = {quoted(row['currency'])}"
+            f"{literal(row['campaign_id'])} and store_id = {literal(row['store_id'])} and currency = {literal(row['currency'])}"
         )
         for day in days:
             node = Node("fct_campaign_day, at the marts' build", _facts(day, (*MEASURES, "spend_micros")))
@@ -58,7 +58,7 @@ def explain_billing_line(settings: Settings, line: str, *, sample: int = SAMPLE)
             if in_ledger != day["spend_micros"]:
                 node.problems.append(f"its spend is {day['spend_micros']} micros and the ledger's lines come to {in_ledger}")
             top.add(node)
-            walk_back(lake, node, *key, sample=sample)
+            walk_back(view, node, *key, sample=sample)
         return top
 
 
@@ -66,11 +66,11 @@ def _facts(row: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {name: row[name] for name in names if row.get(name) is not None}
 
 
-def _lines_of_day(lake: Lake, row: dict[str, Any]) -> list[dict[str, Any]]:
+def _lines_of_day(view: BuildView, row: dict[str, Any]) -> list[dict[str, Any]]:
     """All lines of the same day, campaign, store and currency: those posted as they came, then what is not billed yet."""
-    rows = lake.marts(
+    rows = view.marts(
         f"select * from fct_billing_ledger where event_date = date '{row['event_date']}' and campaign_id = "
-        f"{quoted(row['campaign_id'])} and store_id = {quoted(row['store_id'])} and currency = {quoted(row['currency'])}"
+        f"{literal(row['campaign_id'])} and store_id = {literal(row['store_id'])} and currency = {literal(row['currency'])}"
     )
     return _in_order(rows)
 
@@ -109,19 +109,19 @@ def _micros(nanos: int) -> int:
     return (abs(nanos) + 500) // 1000 * (1 if nanos >= 0 else -1)
 
 
-def _posting(lake: Lake, line: str, row: dict[str, Any]) -> Node:
+def _posting(view: BuildView, line: str, row: dict[str, Any]) -> Node:
     """What the run that posted the line read: the increments of its version, by run, beside the parts that the line holds."""
-    held = lake.rows(f"select spend_parts, posting, spend_nanos from {lake.scan(BILLING_LINES.name)} where line_id = ?", [line])
+    held = view.rows(f"select spend_parts, posting, spend_nanos from {view.scan(BILLING_LINES)} where line_id = ?", [line])
     node = Node("posting", _facts(row, ("run_id", "billed_at", "metrics_version")))
     if not held:
         node.problems.append("the line is not in table billing_lines")
         return node
-    commit = DeltaLog(lake.settings.table_uri(BILLING_LINES.name)).commit(int(held[0]["posting"]))
+    commit = view.lake.log(BILLING_LINES).commit(int(held[0]["posting"]))
     place = commit.metadata.get("billing", {}).get("place") if commit is not None else None
     ledger = place["ledger_version"] if place and place["metrics_version"] == row["metrics_version"] else None
     try:
         found = increments(
-            lake,
+            view,
             *(row[name] for name in ("event_date", "campaign_id", "store_id", "currency")),
             metrics=row["metrics_version"],
             ledger=ledger,
@@ -133,7 +133,7 @@ def _posting(lake: Lake, line: str, row: dict[str, Any]) -> Node:
     total = sums(found, ("spend_nanos",))["spend_nanos"]
     if total != sum(parts.values()):
         node.problems.append(f"the increments come to {total} nanos and the posting to {sum(parts.values())}")
-    why = corrections(lake, sorted({found_row["_run_id"] for found_row in found if found_row["_run_id"]}))
+    why = corrections(view, sorted({found_row["_run_id"] for found_row in found if found_row["_run_id"]}))
     for run in dict.fromkeys(found_row["_run_id"] for found_row in found):
         mine = [found_row for found_row in found if found_row["_run_id"] == run]
         facts: dict[str, Any] = {"batches": len(mine), **sums(mine)}

@@ -5,11 +5,12 @@ from __future__ import annotations
 from datetime import date
 from typing import Any
 
-from orchestration.explain.lake import KAFKA, MEASURES, Lake, corrections, increments, open_lake, quoted, reviews_of, sums
 from orchestration.explain.node import Node
+from orchestration.explain.view import KAFKA, MEASURES, BuildView, corrections, increments, open_build, reviews_of, sums
 from orchestration.marts import query_marts
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError
+from spark_jobs.lake.duck import literal
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, RESTATEMENTS
 
 SAMPLE = 5
@@ -22,49 +23,49 @@ def explain_campaign_day(settings: Settings, campaign: str, day: date, *, sample
 
     Raises AdtallyError where there are no marts, or no such campaign or day in them.
     """
-    with open_lake(settings, "fct_campaign_day") as lake:
-        rows = lake.marts(
-            f"select * from fct_campaign_day where campaign_id = {quoted(campaign)} and event_date = date '{day}' "
+    with open_build(settings, "fct_campaign_day") as view:
+        rows = view.marts(
+            f"select * from fct_campaign_day where campaign_id = {literal(campaign)} and event_date = date '{day}' "
             "order by store_id, currency"
         )
         if not rows:
             raise _missing(settings, campaign, day)
         top = Node(f"fct_campaign_day {campaign} {day}")
-        top.add(lake.build.node())
+        top.add(view.build.node())
         for row in rows:
             names = ("store_id", "currency", *MEASURES, "spend_micros", "gross_impressions", "gross_clicks")
             node = Node("row", {name: row[name] for name in names if name in row})
             top.add(node)
             _check_gross(node, row)
-            walk_back(lake, node, day, campaign, row["store_id"], row["currency"], sample=sample)
+            walk_back(view, node, day, campaign, row["store_id"], row["currency"], sample=sample)
         return top
 
 
-def walk_back(lake: Lake, node: Node, day: date, campaign: str, store: str, currency: str, *, sample: int = SAMPLE) -> None:
+def walk_back(view: BuildView, node: Node, day: date, campaign: str, store: str, currency: str, *, sample: int = SAMPLE) -> None:
     """Put below a node, whose facts have MEASURES, what its increments, files, rules and corrections are."""
-    found = increments(lake, day, campaign, store, currency)
+    found = increments(view, day, campaign, store, currency)
     node.must_equal("its increments", {name: node.facts[name] for name in MEASURES}, sums(found))
-    events = _events(lake, day, campaign, store, currency)
-    runs = corrections(lake, sorted({row["_run_id"] for row in found if row["_run_id"]}))
+    events = _events(view, day, campaign, store, currency)
+    runs = corrections(view, sorted({row["_run_id"] for row in found if row["_run_id"]}))
     batches = Node("increments by batch", {"batches": len({(row["_query_id"], row["_batch_id"]) for row in found})})
     node.add(batches)
     for query, batch in sorted({(row["_query_id"], row["_batch_id"]) for row in found}):
         own = [row for row in found if (row["_query_id"], row["_batch_id"]) == (query, batch)]
         held = [row for row in events if (row["_query_id"], row["_batch_id"]) == (query, batch)]
-        batches.add(_batch(lake, own, held, runs, day, campaign, store, currency, sample))
+        batches.add(_batch(view, own, held, runs, day, campaign, store, currency, sample))
     counted = {(row["_query_id"], row["_batch_id"]) for row in found}
     stray = [row for row in events if (row["_query_id"], row["_batch_id"]) not in counted]
     if stray:
         batches.problems.append(f"events has {sum(row['events'] for row in stray)} rows of batches without an increment")
-    node.add(_rules(lake, events))
-    node.add(_changes(lake, day, campaign, currency))
-    node.add(_reviews(lake, day))
+    node.add(_rules(view, events))
+    node.add(_changes(view, day, campaign, currency))
+    node.add(_reviews(view, day))
     late = sums(events, ("events", "late", "late_spend_nanos"))
     node.add(Node("late", {"late_events": late["late"], "of_events": late["events"], "late_spend_nanos": late["late_spend_nanos"]}))
 
 
 def _missing(settings: Settings, campaign: str, day: date) -> AdtallyError:
-    sql = f"select min(event_date), max(event_date), count(*) from fct_campaign_day where campaign_id = {quoted(campaign)}"
+    sql = f"select min(event_date), max(event_date), count(*) from fct_campaign_day where campaign_id = {literal(campaign)}"
     _, [(first, last, count)] = query_marts(settings, sql)
     if not count:
         return AdtallyError(
@@ -80,7 +81,7 @@ def _check_gross(node: Node, row: dict[str, Any]) -> None:
             node.problems.append(f"gross_{name} is not {name} + invalid_{name}")
 
 
-def _events(lake: Lake, day: date, campaign: str, store: str, currency: str) -> list[dict[str, Any]]:
+def _events(view: BuildView, day: date, campaign: str, store: str, currency: str) -> list[dict[str, Any]]:
     """Per batch, file, rule set and mark what the events of completed batches come to."""
     kinds = (("impressions", "impression"), ("clicks", "click"))
     counts = [
@@ -88,15 +89,15 @@ def _events(lake: Lake, day: date, campaign: str, store: str, currency: str) -> 
         for part in ("", "invalid_")
         for name, kind in kinds
     ]
-    return lake.rows(
+    return view.rows(
         f"""
         select _query_id, _batch_id, source_file, rule_set, invalid_traffic_rule, {", ".join(counts)},
             min(source_line)::bigint as first_line, max(source_line)::bigint as last_line,
             count(*)::bigint as events, sum(coalesce(spend_nanos, 0)) as spend_nanos,
             sum(coalesce(invalid_spend_nanos, 0)) as invalid_spend_nanos,
             count(*) filter (is_late)::bigint as late, coalesce(sum(spend_nanos) filter (is_late), 0) as late_spend_nanos
-        from {lake.scan(EVENTS.name)}
-        semi join (select distinct _query_id, _batch_id from {lake.scan(BATCH_LEDGER.name)}) using (_query_id, _batch_id)
+        from {view.scan(EVENTS)}
+        semi join (select distinct _query_id, _batch_id from {view.scan(BATCH_LEDGER)}) using (_query_id, _batch_id)
         where event_date = ? and campaign_id = ? and store_id = ? and currency = ?
         group by all order by source_file
         """,
@@ -105,7 +106,7 @@ def _events(lake: Lake, day: date, campaign: str, store: str, currency: str) -> 
 
 
 def _batch(
-    lake: Lake,
+    view: BuildView,
     found: list[dict[str, Any]],
     events: list[dict[str, Any]],
     runs: dict[str, dict[str, Any]],
@@ -134,7 +135,7 @@ def _batch(
         node.add(correction)
     node.add(*_files(events))
     if sample:
-        node.add(_sample(lake, query, batch, day, campaign, store, currency, sample))
+        node.add(_sample(view, query, batch, day, campaign, store, currency, sample))
     return node
 
 
@@ -153,24 +154,24 @@ def _files(events: list[dict[str, Any]]) -> list[Node]:
     return nodes
 
 
-def _sample(lake: Lake, query: str, batch: int, day: date, campaign: str, store: str, currency: str, count: int) -> Node:
+def _sample(view: BuildView, query: str, batch: int, day: date, campaign: str, store: str, currency: str, count: int) -> Node:
     """Some events of a batch: invalid and late ones first, then the dearest."""
-    rows = lake.rows(
+    rows = view.rows(
         f"""
         select event_id, event_type, event_time, received_at, user_id, ad_id, spend_nanos, coalesce(invalid_spend_nanos, 0) as
             invalid_spend_nanos, invalid_traffic_rule, invalid_traffic_rules, is_late, source_file, source_line
-        from {lake.scan(EVENTS.name)}
+        from {view.scan(EVENTS)}
         where event_date = ? and campaign_id = ? and store_id = ? and currency = ? and _query_id = ? and _batch_id = ?
         order by invalid_traffic_rule is null, not is_late, spend_nanos desc, event_id limit ?
         """,
         [day, campaign, store, currency, query, batch, count],
     )
-    return Node(f"{len(rows)} of its events", parts=event_nodes(lake, rows))
+    return Node(f"{len(rows)} of its events", parts=event_nodes(view, rows))
 
 
-def event_nodes(lake: Lake, rows: list[dict[str, Any]]) -> list[Node]:
+def event_nodes(view: BuildView, rows: list[dict[str, Any]]) -> list[Node]:
     """Events with their places and marks; those of a topic with the message that they came as."""
-    held = lake.messages((row["source_file"], row["source_line"]) for row in rows)
+    held = view.messages((row["source_file"], row["source_line"]) for row in rows)
     return [_event(row, held.get((row["source_file"], row["source_line"]))) for row in rows]
 
 
@@ -187,12 +188,12 @@ def _event(row: dict[str, Any], message: str | None) -> Node:
     return Node(f"{row['event_type']} {row['event_id']}", facts)
 
 
-def _rules(lake: Lake, events: list[dict[str, Any]]) -> Node:
+def _rules(view: BuildView, events: list[dict[str, Any]]) -> Node:
     """The rule sets that judged the events, and how many events each rule took."""
     node = Node("rule sets")
     for name in dict.fromkeys(row["rule_set"] for row in events):
         mine = [row for row in events if row["rule_set"] == name]
-        part = lake.rule_set(name) if name else Node("no rule set", {"says": "the batch judged no traffic"})
+        part = view.rule_set(name) if name else Node("no rule set", {"says": "the batch judged no traffic"})
         by_rule: dict[str, int] = {}
         for row in mine:
             if row["invalid_traffic_rule"]:
@@ -202,15 +203,15 @@ def _rules(lake: Lake, events: list[dict[str, Any]]) -> Node:
     return node
 
 
-def _changes(lake: Lake, day: date, campaign: str, currency: str) -> Node:
+def _changes(view: BuildView, day: date, campaign: str, currency: str) -> Node:
     """What corrections changed, as `restatements` has it."""
     totals = ", ".join(
         f"sum({name})::hugeint as {name}" for name in ("impressions", "clicks", "spend_nanos", "invalid_spend_nanos")
     )
-    rows = lake.rows(
+    rows = view.rows(
         f"""
         select run_id, kind, reason, cause, rule_set, max(restated_at) as restated_at, {totals}
-        from {lake.scan(RESTATEMENTS.name)}
+        from {view.scan(RESTATEMENTS)}
         where event_hour::date = ? and campaign_id = ? and currency = ? group by all order by restated_at, run_id, cause
         """,
         [day, campaign, currency],
@@ -222,8 +223,8 @@ def _changes(lake: Lake, day: date, campaign: str, currency: str) -> Node:
     return node
 
 
-def _reviews(lake: Lake, day: date) -> Node:
-    rows = reviews_of(lake, day)
+def _reviews(view: BuildView, day: date) -> Node:
+    rows = reviews_of(view, day)
     node = Node("reviews of the day's hours for invalid traffic", {"runs": len(rows)})
     node.add(*(Node(f"run {row['run_id']}", {name: value for name, value in row.items() if name != "run_id"}) for row in rows))
     return node

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from orchestration.explain.campaign_day import event_nodes
-from orchestration.explain.lake import Lake, open_lake, quoted, revisions_of
 from orchestration.explain.node import Node
+from orchestration.explain.view import BuildView, open_build, revisions_of
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, UsageError
+from spark_jobs.lake.duck import literal
 from spark_jobs.lake.tables import EVENTS, ORDERS
 
 MODELS = ("last_click", "first_click", "linear", "position_based", "time_decay")
@@ -23,13 +24,13 @@ def explain_credit(settings: Settings, order: str, *, model: str | None = None, 
     """
     if model is not None and model not in MODELS:
         raise UsageError(f"there is no model {model!r}", hint=f"one of {', '.join(MODELS)}")
-    with open_lake(settings, "fct_attribution_credits") as lake:
-        revisions = revisions_of(lake, order)
+    with open_build(settings, "fct_attribution_credits") as view:
+        revisions = revisions_of(view, order)
         if not revisions:
-            raise _missing(lake, order)
+            raise _missing(view, order)
         latest = revisions[-1]
-        credits = lake.marts(
-            f"select * from fct_attribution_credits where order_id = {quoted(order)} "
+        credits = view.marts(
+            f"select * from fct_attribution_credits where order_id = {literal(order)} "
             "order by model, window_days, touch_time, touch_event_id"
         )
         windows = sorted({row["window_days"] for row in credits})
@@ -37,7 +38,7 @@ def explain_credit(settings: Settings, order: str, *, model: str | None = None, 
             listed = ", ".join(map(str, windows))
             raise AdtallyError(f"order {order!r} has no credit in a window of {window} days", hint=f"it has in those of {listed}")
         top = Node(f"fct_attribution_credits of order {order}")
-        top.add(lake.build.node(), _order(lake, order, latest))
+        top.add(view.build.node(), _order(view, order, latest))
         shown = [row for row in credits if model in (None, row["model"]) and window in (None, row["window_days"])]
         top.add(*_models(shown, latest))
         if not credits:
@@ -45,7 +46,7 @@ def explain_credit(settings: Settings, order: str, *, model: str | None = None, 
             top.add(Node("no credit", {"because": why}))
         if credits and latest["touches"] == 0:
             top.problems.append("the newest revision has no touch and the mart has credits")
-        top.add(_touches(lake, order, latest, credits))
+        top.add(_touches(view, order, latest, credits))
         node = Node("revisions", {"number": len(revisions)})
         for row in revisions:
             facts = {
@@ -53,12 +54,12 @@ def explain_credit(settings: Settings, order: str, *, model: str | None = None, 
             }
             node.add(Node(f"revision {row['revision']}", facts))
         top.add(node)
-        top.add(*(lake.rule_set(name) for name in dict.fromkeys(row["rule_set"] for row in revisions[::-1]) if name))
+        top.add(*(view.rule_set(name) for name in dict.fromkeys(row["rule_set"] for row in revisions[::-1]) if name))
         return top
 
 
-def _missing(lake: Lake, order: str) -> AdtallyError:
-    found = lake.rows(f"select status from {lake.scan(ORDERS.name)} where order_id = ?", [order])
+def _missing(view: BuildView, order: str) -> AdtallyError:
+    found = view.rows(f"select status from {view.scan(ORDERS)} where order_id = ?", [order])
     if found:
         return AdtallyError(
             f"order {order!r} is {found[0]['status']}, but the marts' build has no attribution of it",
@@ -67,11 +68,11 @@ def _missing(lake: Lake, order: str) -> AdtallyError:
     return AdtallyError(f"there is no order {order!r}")
 
 
-def _order(lake: Lake, order: str, latest: dict[str, Any]) -> Node:
+def _order(view: BuildView, order: str, latest: dict[str, Any]) -> Node:
     """The order's record, as it is now: the marts pin no version of orders."""
     names = ("order_time", "user_id", "store_id", "total_micros", "currency", "status", "cancelled_at", "is_late")
     places = ("source_file", "source_line", "_query_id", "_batch_id", "_run_id", "ingested_at")
-    rows = lake.rows(f"select {', '.join((*names, *places))} from {lake.scan(ORDERS.name)} where order_id = ?", [order])
+    rows = view.rows(f"select {', '.join((*names, *places))} from {view.scan(ORDERS)} where order_id = ?", [order])
     if not rows:
         return Node("order", problems=["it is no longer in table orders"])
     node = Node("order", {name: value for name, value in rows[0].items() if value is not None})
@@ -100,23 +101,23 @@ def _models(credits: list[dict[str, Any]], latest: dict[str, Any]) -> list[Node]
     return nodes
 
 
-def _touches(lake: Lake, order: str, latest: dict[str, Any], credits: list[dict[str, Any]]) -> Node:
+def _touches(view: BuildView, order: str, latest: dict[str, Any], credits: list[dict[str, Any]]) -> Node:
     """The touches as events: where each came from, and that it is billable, of the order's user and store and before it."""
     ids = sorted({row["touch_event_id"] for row in credits})
     if not ids:
         return Node("touches", {"number": 0})
     times = [row["touch_time"] for row in credits]
-    rows = lake.rows(
+    rows = view.rows(
         f"""
         select event_id, event_type, event_time, received_at, campaign_id, ad_id, user_id, store_id, spend_nanos,
             invalid_traffic_rule, rule_set, is_late, source_file, source_line, _query_id, _batch_id, _run_id
-        from {lake.scan(EVENTS.name)}
+        from {view.scan(EVENTS)}
         where event_date between ?::date and ?::date and event_id in (select unnest(?)) order by event_time, event_id
         """,
         [min(times), max(times), ids],
     )
     node = Node("touches", {"number": len(ids)})
-    for row, part in zip(rows, event_nodes(lake, rows), strict=True):
+    for row, part in zip(rows, event_nodes(view, rows), strict=True):
         if row["invalid_traffic_rule"] is not None:
             part.problems.append("it is invalid traffic, and credited")
         if (row["user_id"], row["store_id"]) != (latest["user_id"], latest["store_id"]):

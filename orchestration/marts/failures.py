@@ -12,7 +12,7 @@ import duckdb
 
 from orchestration.marts.dbt_runner import DbtError, DbtNode
 from spark_jobs.errors import AdtallyError
-from spark_jobs.lake.duck import connect_delta
+from spark_jobs.lake.duck import connect_delta, literal
 
 ROWS_KEPT = 20
 _CHARACTERS_SHOWN = 120
@@ -42,7 +42,7 @@ def failing_rows(nodes: Iterable[DbtNode], marts: Path, work: Path) -> Rows:
     found: Rows = {}
     with connect_delta() as connection:  # the staging models are views into the lakehouse
         for path, name in ((marts, "marts"), (work, "work")):
-            connection.execute(f"attach '{_quoted(str(path))}' as {name} (read_only)")
+            connection.execute(f"attach {literal(path)} as {name} (read_only)")
         for node in failed:
             with contextlib.suppress(duckdb.Error):
                 rows = connection.execute(f"select * from ({node.compiled}\n) limit {ROWS_KEPT}").fetchall()
@@ -69,7 +69,3 @@ def _first(rows: Rows) -> str:
 
 def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def _quoted(text: str) -> str:
-    return text.replace("'", "''")

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import duckdb
@@ -18,6 +17,8 @@ from orchestration.marts.sql_errors import sql_error
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.failure import one_line
+from spark_jobs.lake.duck import literal
+from spark_jobs.lake.lake import Lake
 from spark_jobs.texts import duration
 
 _EXPLAIN = re.compile(r"(?:\s|--[^\n]*\n|/\*.*?\*/)*explain\b", re.DOTALL | re.IGNORECASE)
@@ -49,7 +50,7 @@ def query_marts(
     path = settings.marts_path
     if not path.is_file():
         raise AdtallyError(f"there are no marts yet at {path}", hint="run `adtally marts build` first")
-    with _own_folder(settings) as folder, _connected(settings, path, folder) as connection:
+    with Lake(settings).scratch("query-") as folder, _connected(settings, path, folder) as connection:
         try:
             statement = _reading_statement(connection, sql)
             with _time_limit(connection, settings):
@@ -67,17 +68,6 @@ def query_marts(
             ) from error
         except duckdb.Error as error:
             raise sql_error(error, connection) from error
-
-
-@contextmanager
-def _own_folder(settings: Settings) -> Iterator[Path]:
-    """A folder of one query: in the scratch folder, or where nothing can be written there, among the system's temporary files."""
-    place = None
-    with suppress(OSError):
-        settings.scratch_path.mkdir(parents=True, exist_ok=True)
-        place = settings.scratch_path if os.access(settings.scratch_path, os.W_OK) else None
-    with TemporaryDirectory(prefix="query-", dir=place) as folder:
-        yield Path(folder)
 
 
 @contextmanager
@@ -103,9 +93,9 @@ def _connected(settings: Settings, path: Path, folder: Path) -> Iterator[duckdb.
         link = folder / path.name
         with suppress(OSError):  # another file system, or one without hard links: the statement's kind alone keeps it from writing
             os.link(path, link)
-        name = str(link if link.exists() else path).replace("'", "''")
+        name = literal(link if link.exists() else path)
         try:
-            connection.execute(f"attach '{name}' as marts (read_only)")
+            connection.execute(f"attach {name} as marts (read_only)")
         except duckdb.Error as error:
             raise AdtallyError(
                 f"the marts at {path} cannot be read: {one_line(str(error))}",

@@ -10,7 +10,7 @@ import dagster as dg
 from orchestration.ledger import Ledger
 from orchestration.partitions import contiguous, key_of, range_tags
 from spark_jobs.config import load_settings
-from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import BATCH_LEDGER
 from spark_jobs.units import HourRange
 
@@ -41,7 +41,7 @@ def closed_hours_sensor(hours: dg.HourlyPartitionsDefinition, job: UnresolvedAss
         closing = read_closing(settings)
         silent = ", ".join(source.name for source in closing.silent)
         waits = f"; silent sources hold hours open: {silent}" if silent else ""
-        version = DeltaLog(settings.table_uri(BATCH_LEDGER.name)).latest_version()
+        version = Lake(settings).version(BATCH_LEDGER)
         if closing.closed_through is None or closing.first_hour is None or version is None:
             return dg.SensorResult(skip_reason=f"no hour is closed yet{waits}", cursor=context.cursor)
         begin = max(_asked_through(context.cursor, hours) or closing.first_hour, hours.start)

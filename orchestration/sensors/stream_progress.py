@@ -19,7 +19,7 @@ from orchestration.ledger import Cell, Ledger
 from orchestration.partitions import hourly_partitions, key_of
 from orchestration.up.instance import request_reload
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import BATCH_LEDGER, CAMPAIGNS, HOUR_CLOSINGS, NAMES
 from spark_jobs.units import HOUR, floor_hour
 
@@ -36,7 +36,6 @@ STREAM_OF = {
     "orders": "orders",
     "rejected_orders": "orders",
 }
-TABLE_OF = {asset.key: asset.table.name for asset in TABLE_ASSETS}
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def report_progress(
 
     That number counts hours with accepted records only. Records that were rejected for their time are reported without an hour.
     """
-    log = DeltaLog(settings.table_uri(BATCH_LEDGER.name))
+    log = Lake(settings).log(BATCH_LEDGER)
     newest = log.latest_version()
     if newest is None:
         return Progress(), [], 0
@@ -157,9 +156,9 @@ def _report_commits(
 
 def _report_replaced(settings: Settings, progress: Progress) -> tuple[Progress, list[Event]]:
     """Report the tables that files of the landing folder replace as a whole, if their version is new."""
-    found = {table.name: DeltaLog(settings.table_uri(table.name)).latest_version() for table in (CAMPAIGNS, NAMES)}
+    found = Lake(settings).pin(CAMPAIGNS, NAMES).versions
     told = {"campaigns": progress.campaigns, "names": progress.names}
-    new = {name: version for name, version in found.items() if version is not None and version != told[name]}
+    new = {name: version for name, version in found.items() if version != told[name]}
     events: list[Event] = [dg.AssetMaterialization(name, metadata={"delta_version": version}) for name, version in new.items()]
     return replace(progress, campaigns=new.get("campaigns", progress.campaigns), names=new.get("names", progress.names)), events
 
@@ -168,7 +167,7 @@ def _report_empty(
     settings: Settings, hours: dg.HourlyPartitionsDefinition, progress: Progress, newest: int
 ) -> tuple[Progress, list[dg.AssetMaterialization]]:
     """Report a chunk of the closed hours in which a table got no rows."""
-    closings = DeltaLog(settings.table_uri(HOUR_CLOSINGS.name)).latest_version()
+    closings = Lake(settings).version(HOUR_CLOSINGS)
     seen = (newest, -1 if closings is None else closings)
     if seen == progress.seen:
         return progress, []
@@ -201,7 +200,8 @@ def _is_held(held: dict[tuple[str, datetime], Cell], key: str, hour: datetime) -
 
 
 def _versions(settings: Settings) -> dict[str, int | None]:
-    return {key: DeltaLog(settings.table_uri(table)).latest_version() for key, table in TABLE_OF.items()}
+    lake = Lake(settings)
+    return {asset.key: lake.version(asset.table) for asset in TABLE_ASSETS}
 
 
 class _Report:

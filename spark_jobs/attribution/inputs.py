@@ -1,4 +1,4 @@
-"""What attribution reads: touches and orders, found by user and store, and the revisions that orders have. What changed since when.
+"""What attribution reads: touches and orders, by user and store, the revisions of orders, and what changed since when.
 
 Each of the three has an index (``spark_jobs.attribution.index``) that follows the commits of its table, or is rebuilt.
 """
@@ -7,21 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
-from deltalake import DeltaTable
 
 from spark_jobs.attribution.index import KEY_FIELDS, RowIndex
 from spark_jobs.config import Settings
 from spark_jobs.lake.checked import DamagedError
 from spark_jobs.lake.duck import query_arrow, task_connection
-from spark_jobs.lake.log import Commit, DeltaLog, commit_identity
-from spark_jobs.lake.reading import read_batches, read_files
+from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.log import Commit, commit_identity
 from spark_jobs.lake.tables import ATTRIBUTED_ORDERS, EVENTS, ORDERS, Table
 from spark_jobs.rules.exempt import is_exempt_sql
 
@@ -39,7 +38,7 @@ def index_folder(settings: Settings) -> Path:
 
 @dataclass(frozen=True)
 class Position:
-    """Up to which version of a table something has come. The id tells a table from another of the same name."""
+    """The version of a table up to which something was read. The id tells a table from another of the same name."""
 
     table_id: str
     version: int
@@ -47,7 +46,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Source:
-    """A table as rows of an index: which columns are read, and SQL from them (``input``) to KEY_FIELDS and the payload."""
+    """A table as rows of an index: the columns to read, and SQL from them (``input``) to KEY_FIELDS and the payload."""
 
     table: Table
     columns: tuple[str, ...]
@@ -56,18 +55,13 @@ class Source:
     folder: str
     whole: str | None = None  # SQL from the rows of all parts, where one row needs those of several files
 
-    @property
-    def schema(self) -> pa.Schema:
-        """Of what is read."""
-        return pa.schema([self.table.schema.field(name) for name in self.columns])
-
     def index(self, settings: Settings) -> RowIndex:
-        """Its index, as far as it has come."""
+        """Open its index."""
         return RowIndex(index_folder(settings) / self.folder, self.payload, f"duckdb {duckdb.__version__}\n{self.sql}")
 
-    def rows(self, uri: str, paths: Sequence[str]) -> pa.Table:
-        """The rows of data files."""
-        return query_arrow(self.sql, read_files(uri, paths, self.schema))
+    def rows(self, lake: Lake, paths: Sequence[str]) -> pa.Table:
+        """Read the rows of data files."""
+        return query_arrow(self.sql, lake.read_files(self.table, paths, *self.columns))
 
 
 def touches(*, with_impressions: bool, exempt_users: Collection[str] = ()) -> Source:
@@ -160,20 +154,20 @@ class CannotFollow(Exception):
     """A commit, or a data file that it names, is gone."""
 
 
-def position_of(settings: Settings, table: Table) -> Position:
-    """Where a table stands now."""
-    log = DeltaLog(settings.table_uri(table.name))
+def position_of(lake: Lake, table: Table) -> Position:
+    """The newest version of a table, which exists."""
+    log = lake.log(table)
     return Position(log.table_id(), log.latest_version() or 0)
 
 
-def changes(settings: Settings, source: Source, since: Position, upto: Position) -> Iterator[tuple[int, pa.Table]]:
-    """Rows that the versions after ``since`` added or changed, one table a version that did; a row taken away does not count.
+def changes(lake: Lake, source: Source, since: Position, upto: Position) -> Iterator[tuple[int, pa.Table]]:
+    """Rows that the versions after ``since`` added or changed, one table for each such version. A removed row does not count.
 
-    Raises CannotFollow where ``since`` is of another table, ahead of it, or too long ago.
+    Raises CannotFollow if ``since`` is of another table, ahead of it, or too long ago.
     """
     if since.table_id != upto.table_id or since.version > upto.version:
         raise CannotFollow
-    log = DeltaLog(settings.table_uri(source.table.name))
+    log = lake.log(source.table)
     for version in range(since.version + 1, upto.version + 1):
         commit = log.commit(version)
         if commit is None:
@@ -181,21 +175,20 @@ def changes(settings: Settings, source: Source, since: Position, upto: Position)
         if not commit.changes_rows:
             continue
         try:
-            rows = _changed(log.uri, source, commit)
+            rows = _changed(lake, source, commit)
         except FileNotFoundError:
             raise CannotFollow from None
         if rows.num_rows:
             yield version, rows
 
 
-def _changed(uri: str, source: Source, commit: Commit) -> pa.Table:
-    added = [action["path"] for action in commit.data_added]
+def _changed(lake: Lake, source: Source, commit: Commit) -> pa.Table:
     if not commit.data_removed:
-        rows = source.rows(uri, added)
-        return rows.filter(rows["counts"])  # what never counted need not be known
-    if commit.metadata.get("keys") == "kept":  # a correction: the rows that it changed are in files of their own
-        return source.rows(uri, commit.metadata.get("changed_files", commit.metadata["added_files"]))
-    before, after = source.rows(uri, [action["path"] for action in commit.data_removed]), source.rows(uri, added)
+        rows = source.rows(lake, commit.added_paths)
+        return rows.filter(rows["counts"])  # an index does not need rows that never counted
+    if commit.metadata.get("keys") == "kept":  # a correction writes the rows that it changes into separate files
+        return source.rows(lake, commit.metadata.get("changed_files", commit.metadata["added_files"]))
+    before, after = source.rows(lake, commit.removed_paths), source.rows(lake, commit.added_paths)
     with task_connection().cursor() as own:
         own.register("before", before)
         own.register("after", after)
@@ -204,9 +197,9 @@ def _changed(uri: str, source: Source, commit: Commit) -> pa.Table:
     return pa.concat_tables([gone, come.cast(gone.schema)])
 
 
-def bring_to(settings: Settings, source: Source, index: RowIndex, upto: Position) -> None:
-    """Make an index cover ``upto``: by the commits behind it, or from the whole table."""
-    log = DeltaLog(settings.table_uri(source.table.name))
+def bring_to(lake: Lake, source: Source, index: RowIndex, upto: Position) -> None:
+    """Make an index cover ``upto``: from the commits since its version, or from the whole table."""
+    log = lake.log(source.table)
     commit = commit_identity(log.commit(upto.version))
     try:
         if index.table_id is None or index.commit != commit_identity(log.commit(index.version)):
@@ -214,44 +207,36 @@ def bring_to(settings: Settings, source: Source, index: RowIndex, upto: Position
         if index.table_id == upto.table_id and index.version == upto.version:
             return
         pending: list[pa.Table] = []
-        for version, rows in changes(settings, source, Position(index.table_id, index.version), upto):
+        for version, rows in changes(lake, source, Position(index.table_id, index.version), upto):
             pending.append(rows)
             if sum(part.num_rows for part in pending) >= _PART_ROWS:
                 index.append(pa.concat_tables(pending), version, commit_identity(log.commit(version)))
                 pending = []
         index.append(pa.concat_tables(pending) if pending else index.schema.empty_table(), upto.version, commit)
     except (CannotFollow, DamagedError):
-        parts: Iterator[pa.Table] = (rows.filter(rows["counts"]) for rows in table_parts(settings, source, upto.version))
+        parts: Iterator[pa.Table] = (rows.filter(rows["counts"]) for rows in table_parts(lake, source, upto.version))
         if source.whole is not None:
             held = list(parts)
             parts = iter([query_arrow(source.whole, pa.concat_tables(held))] if held else [])
         index.rebuild(upto.table_id, parts, upto.version, commit)
 
 
-def table_parts(settings: Settings, source: Source, version: int, where: tuple[str, int, int] | None = None) -> Iterator[pa.Table]:
+def table_parts(
+    lake: Lake, source: Source, version: int, where: tuple[str, datetime, datetime] | None = None
+) -> Iterator[pa.Table]:
     """All rows of a table, some at a time, in the order of their partitions.
 
-    ``where``: a time column of the table, and from and until when (microseconds); files that hold none of it are left out.
+    ``where``: a time column of the table, and the first and the last moment; skips files without rows of that time.
     """
-    uri = settings.table_uri(source.table.name)
-    actions = pa.table(DeltaTable(uri, version=version).get_add_actions(flatten=True))
-    by = [f"partition.{name}" for name in source.table.partition_by]
-    files = actions.sort_by([(name, "ascending") for name in by]).to_pylist() if by else actions.to_pylist()
-    if where is not None:
-        files = [file for file in files if _may_hold(file, *where)]
+    by = source.table.partition_by
+    files = lake.at({source.table.name: version}).files(source.table)
+    files.sort(key=lambda file: [(file.values[name] is None, file.values[name]) for name in by])
+    paths = [file.path for file in files if where is None or file.may_have(*where)]
     pending: list[pa.RecordBatch] = []
-    for batch in read_batches(uri, [file["path"] for file in files], source.schema):
+    for batch in lake.read_batches(source.table, paths, *source.columns):
         pending.append(batch)
         if sum(part.num_rows for part in pending) >= _PART_ROWS:
             yield query_arrow(source.sql, pa.Table.from_batches(pending))
             pending = []
     if pending:
         yield query_arrow(source.sql, pa.Table.from_batches(pending))
-
-
-def _may_hold(file: dict[str, object], column: str, start_us: int, end_us: int) -> bool:
-    low, high = file.get(f"min.{column}"), file.get(f"max.{column}")
-    if low is None or high is None:
-        return True
-    low_us, high_us = (pc.cast(pa.scalar(value, pa.timestamp("us", "UTC")), pa.int64()).as_py() for value in (low, high))
-    return bool(low_us < end_us and high_us + 1000 >= start_us)  # statistics are in milliseconds

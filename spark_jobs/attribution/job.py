@@ -1,8 +1,8 @@
-"""Attribution: orders credited to the touches before them, and again where something changes, as new revisions.
+"""Attribution: credits orders to the touches before them, and writes a new revision of an order if its credits change.
 
-A run looks at the orders concerned by what came since the last one: new and changed orders, and orders that a new or changed touch
-lies before. How far it has come stands in its own commits to `attributed_orders` (userMetadata), together with what it wrote, so a
-run that is killed has done all of it or nothing. The indexes under ADTALLY_HOME only say where things are.
+A run looks at the orders that changed since the last one: new and changed orders, and orders after a new or changed touch. Each
+commit to `attributed_orders` notes in its userMetadata how far the inputs were read, so a killed run has done all of it or nothing.
+The indexes under ADTALLY_HOME are derived from the tables.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import DeltaTable
 
 from spark_jobs.attribution.credits import credit, nested, sort_touches
 from spark_jobs.attribution.index import RowIndex
@@ -40,8 +39,9 @@ from spark_jobs.attribution.rules import KIND, MODELS, AttributionRules, load_at
 from spark_jobs.config import Settings
 from spark_jobs.corrections.run import finish_corrections
 from spark_jobs.lake.checked import DamagedError
-from spark_jobs.lake.commit import Transaction, commit_files
-from spark_jobs.lake.data_files import DataFile, DataFileWriter
+from spark_jobs.lake.commit import Transaction
+from spark_jobs.lake.data_files import DataFile
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.locks import ATTRIBUTION, exclusive
 from spark_jobs.lake.log import DeltaLog, commit_identity
 from spark_jobs.lake.roots import require_local
@@ -103,16 +103,16 @@ def attribute(
     run_id, now = run_id or uuid.uuid4().hex, now or datetime.now(UTC)
     with exclusive(settings, ATTRIBUTION):
         try:
-            return _Run(settings, run_id, now, progress).run(hours)
+            return _AttributionRun(settings, run_id, now, progress).run(hours)
         except DamagedError as damage:  # nothing is committed yet
             if progress is not None:
                 progress(f"the attribution index is rebuilt: {damage}")
             shutil.rmtree(index_folder(settings))
-            return _Run(settings, run_id, now, progress).run(hours)
+            return _AttributionRun(settings, run_id, now, progress).run(hours)
 
 
 @dataclass(frozen=True)
-class _Done:
+class _Progress:
     """Up to where events and orders are processed."""
 
     events: Position
@@ -122,25 +122,26 @@ class _Done:
         return {name: [at.table_id, at.version] for name, at in (("events", self.events), ("orders", self.orders))}
 
     @classmethod
-    def of(cls, log: DeltaLog, version: int) -> _Done | None:
-        """What the newest commit of ours up to ``version`` says."""
+    def of(cls, log: DeltaLog, version: int) -> _Progress | None:
+        """What the newest commit of an attribution up to ``version`` says."""
         for commit in log.commits_backwards(version):
-            told = commit.metadata.get(_METADATA)
-            if told is not None:
-                return cls(Position(*told["events"]), Position(*told["orders"])) if told else None
+            noted = commit.metadata.get(_METADATA)
+            if noted is not None:
+                return cls(Position(*noted["events"]), Position(*noted["orders"])) if noted else None
         return None
 
 
-class _Run:
+class _AttributionRun:
     """One call, under the lock."""
 
     def __init__(self, settings: Settings, run_id: str, now: datetime, progress: Callable[[str], None] | None) -> None:
-        if not all(DeltaLog(settings.table_uri(t.name)).exists() for t in (EVENTS, ORDERS, RULE_SETS, ATTRIBUTED_ORDERS)):
+        self._lake = Lake(settings)
+        if not all(self._lake.exists(table) for table in (EVENTS, ORDERS, RULE_SETS, ATTRIBUTED_ORDERS)):
             ensure_tables(settings)
         self.settings, self.run_id, self.now = settings, run_id, now
         self._progress = progress or (lambda _: None)
         self._started = time.monotonic()
-        self._table = DeltaTable(settings.table_uri(ATTRIBUTED_ORDERS.name))
+        self._base = position_of(self._lake, ATTRIBUTED_ORDERS)
         self._today = load_attribution_rules(settings)
         self._today_name = rule_set_hash(KIND, canonical(self._today))
         self._rules = {**rule_sets_of(settings, KIND, AttributionRules), self._today_name: self._today}
@@ -153,45 +154,43 @@ class _Run:
         self._has_news = False
 
     def run(self, hours: HourRange | None) -> AttributionReport:
-        base = int(self._table.version())
-        done = _Done.of(DeltaLog(self.settings.table_uri(ATTRIBUTED_ORDERS.name)), base)
-        upto = _Done(position_of(self.settings, EVENTS), position_of(self.settings, ORDERS))
+        done = _Progress.of(self._lake.log(ATTRIBUTED_ORDERS), self._base.version)
+        upto = _Progress(position_of(self._lake, EVENTS), position_of(self._lake, ORDERS))
         if hours is None and done == upto:
             return self._report()
-        self._bring_indexes(upto, base)
+        self._bring_indexes(upto)
         parts = self._of_hours(hours, upto) if hours is not None else self._concerned(done, upto)
         is_anew = hours is not None
-        with DataFileWriter(self.settings.table_uri(ATTRIBUTED_ORDERS.name), ATTRIBUTED_ORDERS) as writer:
+        with self._lake.writer(ATTRIBUTED_ORDERS) as writer:
             for part in parts:
                 for start in range(0, part.num_rows, ORDERS_AT_ONCE):
                     for rows in self._revisions(part.slice(start, ORDERS_AT_ONCE), is_anew=is_anew):
                         writer.write(rows)
                     self._progress(f"{self._counts['orders']:,} orders")
         if writer.files or (self._has_news and not is_anew):
-            self._commit(writer.files, base, done if is_anew else upto)
+            self._commit(writer.files, done if is_anew else upto)
         return self._report()
 
     def _report(self) -> AttributionReport:
         return AttributionReport(run_id=self.run_id, seconds=time.monotonic() - self._started, **self._counts)
 
-    def _bring_indexes(self, upto: _Done, base: int) -> None:
+    def _bring_indexes(self, upto: _Progress) -> None:
         self._progress("indexes")
         self._touch_index = self._touches.index(self.settings)
         self._order_index = ORDERS_SOURCE.index(self.settings)
         self._revision_index = REVISIONS_SOURCE.index(self.settings)
-        own = Position(position_of(self.settings, ATTRIBUTED_ORDERS).table_id, base)
-        bring_to(self.settings, self._touches, self._touch_index, upto.events)
-        bring_to(self.settings, ORDERS_SOURCE, self._order_index, upto.orders)
-        bring_to(self.settings, REVISIONS_SOURCE, self._revision_index, own)
+        bring_to(self._lake, self._touches, self._touch_index, upto.events)
+        bring_to(self._lake, ORDERS_SOURCE, self._order_index, upto.orders)
+        bring_to(self._lake, REVISIONS_SOURCE, self._revision_index, self._base)
 
-    def _of_hours(self, hours: HourRange, upto: _Done) -> Iterator[pa.Table]:
+    def _of_hours(self, hours: HourRange, upto: _Progress) -> Iterator[pa.Table]:
         start, end = to_micros(hours.start), to_micros(hours.end)
-        for part in table_parts(self.settings, ORDERS_SOURCE, upto.orders.version, ("order_time", start, end)):
+        for part in table_parts(self._lake, ORDERS_SOURCE, upto.orders.version, ("order_time", hours.start, hours.end)):
             at = part["time_us"].to_numpy()
             found = part.filter(pa.array((at >= start) & (at < end)))
             yield _with_cause(found, np.full(found.num_rows, _RECOUNT))
 
-    def _concerned(self, done: _Done | None, upto: _Done) -> Iterator[pa.Table]:
+    def _concerned(self, done: _Progress | None, upto: _Progress) -> Iterator[pa.Table]:
         """The orders to look at, each once, with the cause. All, where it cannot be said what changed."""
         try:
             if done is None:
@@ -199,21 +198,21 @@ class _Run:
             found = self._concerned_since(done, upto)
         except CannotFollow:
             self._has_news = True
-            for part in table_parts(self.settings, ORDERS_SOURCE, upto.orders.version):
+            for part in table_parts(self._lake, ORDERS_SOURCE, upto.orders.version):
                 yield _with_cause(part, np.full(part.num_rows, _RECOUNT))
             return
         if found.num_rows:
             yield found
 
-    def _concerned_since(self, done: _Done, upto: _Done) -> pa.Table:
+    def _concerned_since(self, done: _Progress, upto: _Progress) -> pa.Table:
         found = [self._order_index.schema.empty_table()]
         causes = [np.empty(0, dtype=np.int64)]
-        for _, rows in changes(self.settings, self._touches, done.events, upto.events):
+        for _, rows in changes(self._lake, self._touches, done.events, upto.events):
             self._has_news = True
             orders, cause = self._behind(rows)
             found.append(orders)
             causes.append(cause)
-        for _, rows in changes(self.settings, ORDERS_SOURCE, done.orders, upto.orders):
+        for _, rows in changes(self._lake, ORDERS_SOURCE, done.orders, upto.orders):
             self._has_news = True
             found.append(rows)
             causes.append(np.full(rows.num_rows, _ORDER))
@@ -247,7 +246,7 @@ class _Run:
         """
         orders = _removed_as_cancelled(orders.combine_chunks())
         low, high = order_keys(orders["order_id"])
-        before = _Before.of(self._revision_index, low, high)
+        before = _PreviousRevisions.of(self._revision_index, low, high)
         names = np.array([self._today_name if is_anew or name is None else name for name in before.rule_set], dtype=object)
         for name in sorted(set(names.tolist())):
             of_rules = np.flatnonzero(names == name)
@@ -279,7 +278,7 @@ class _Run:
         self,
         orders: pa.Table,
         cut: tuple[Ints, Ints, pa.Table],
-        before: _Before,
+        before: _PreviousRevisions,
         name: str,
         keys: tuple[npt.NDArray[np.uint64], ...],
     ) -> Iterator[pa.Table]:
@@ -338,7 +337,7 @@ class _Run:
         for name, count in found.items():
             self._counts[name] += count
 
-    def _reasons(self, orders: pa.Table, before: _Before, chosen: Ints, name: str) -> list[str]:
+    def _reasons(self, orders: pa.Table, before: _PreviousRevisions, chosen: Ints, name: str) -> list[str]:
         cancelled = orders["is_cancelled"].to_pylist()
         late, cause = orders["is_late"].to_pylist(), orders["cause"].to_pylist()
         made = []
@@ -353,23 +352,17 @@ class _Run:
                 made.append("rules" if before.rule_set[at] != name else _CAUSES[cause[number]])
         return made
 
-    def _commit(self, files: list[DataFile], base: int, done: _Done | None) -> None:
-        """Write what was found and how far it goes in one commit."""
+    def _commit(self, files: list[DataFile], done: _Progress | None) -> None:
+        """Commit the revisions and how far the inputs were read, in one commit."""
         if files and any(table["rule_set"][0].as_py() == self._today_name for table in self._revised):
             keep_rule_set(self.settings, KIND, self._today, self.now)
         metadata = {_METADATA: done.to_metadata() if done else {}, "run_id": self.run_id}
-        uri = self.settings.table_uri(ATTRIBUTED_ORDERS.name)
-        commit_files(
-            self._table,
-            uri,
-            ATTRIBUTED_ORDERS,
-            Step.ATTRIBUTED_ORDERS,
-            add=files,
-            transaction=Transaction(_APP_ID, base),
-            metadata=metadata,
-            batch_id=0,
+        base = self._base.version
+        transaction = Transaction(_APP_ID, base)
+        self._lake.commit(
+            ATTRIBUTED_ORDERS, Step.ATTRIBUTED_ORDERS, base=base, add=files, transaction=transaction, metadata=metadata, batch_id=0
         )
-        commit = DeltaLog(uri).commit(base + 1)
+        commit = self._lake.log(ATTRIBUTED_ORDERS).commit(base + 1)
         if commit is not None and commit.txn == (_APP_ID, base):  # else the next run reads it from the table
             schema = self._revision_index.schema
             rows = pa.concat_tables([schema.empty_table(), *(rows.cast(schema) for rows in self._revised)])
@@ -380,7 +373,7 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class _Before:
+class _PreviousRevisions:
     """The latest revisions of some orders, in their order; 0 where there is none."""
 
     revision: Ints
@@ -389,7 +382,7 @@ class _Before:
     is_cancelled: npt.NDArray[np.bool_]
 
     @classmethod
-    def of(cls, index: RowIndex, low: npt.NDArray[np.uint64], high: npt.NDArray[np.uint64]) -> _Before:
+    def of(cls, index: RowIndex, low: npt.NDArray[np.uint64], high: npt.NDArray[np.uint64]) -> _PreviousRevisions:
         number, found = index.between(low, high, np.zeros(len(low), dtype=np.int64), np.full(len(low), _FOREVER))
         made = cls(np.zeros(len(low), np.int64), np.zeros(len(low), np.uint64), [None] * len(low), np.zeros(len(low), bool))
         made.revision[number] = found["time_us"].to_numpy()  # by revision: the last one stays

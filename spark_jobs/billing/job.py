@@ -23,19 +23,16 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
-from deltalake import DeltaTable
 
 from spark_jobs.config import Settings
 from spark_jobs.corrections.run import finish_corrections
 from spark_jobs.lake.commit import Transaction
-from spark_jobs.lake.data_files import DataFileWriter
-from spark_jobs.lake.duck import connect_delta
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.locks import BILLING, exclusive
-from spark_jobs.lake.log import Commit, DeltaLog
-from spark_jobs.lake.reading import read_files
+from spark_jobs.lake.log import Commit
 from spark_jobs.lake.roots import require_local
-from spark_jobs.lake.tables import BATCH_LEDGER, BILLING_LINES, MINUTE_METRICS, RESTATEMENTS, TRAFFIC_REVIEWS
-from spark_jobs.lake.writes import DeltaSink, ensure_tables
+from spark_jobs.lake.tables import BATCH_LEDGER, BILLING_LINES, MINUTE_METRICS, RESTATEMENTS, TRAFFIC_REVIEWS, Table
+from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.operate.watermark import read_closing
 from spark_jobs.steps import Step
 
@@ -113,7 +110,7 @@ class _Billed:
 
 
 @dataclass
-class _Why:
+class _RestatementReasons:
     """What `restatements` says: (run, day, campaign, currency) -> kind -> its money and rule set."""
 
     kinds: dict[tuple[str, date, str, str], dict[str, tuple[int, str | None]]]
@@ -134,12 +131,13 @@ def bill(
     """
     require_local(settings, "billing")
     began, name = time.monotonic(), run_id or uuid.uuid4().hex
-    if not DeltaLog(settings.table_uri(BATCH_LEDGER.name)).exists():
+    lake = Lake(settings)
+    if not lake.exists(BATCH_LEDGER):
         return BillingReport(name)
     ensure_tables(settings)
     finish_corrections(settings)
-    with exclusive(settings, BILLING), connect_delta() as lake:
-        run = _Run(settings, lake, name, now or datetime.now(UTC))
+    with exclusive(settings, BILLING), lake.database() as database:
+        run = _BillingRun(lake, database, name, now or datetime.now(UTC))
         days = run.days()
         if days and progress:
             progress(f"looking at {len(days)} closed days")
@@ -148,20 +146,19 @@ def bill(
     return BillingReport(name, lines, len(days), time.monotonic() - began)
 
 
-class _Run:
-    """One run, under the lock. The ledger's version is taken first: a batch in it is whole in the other tables' versions."""
+class _BillingRun:
+    """One run, under the lock. Pins the ledger first: a batch in it is whole in the other tables' versions."""
 
-    def __init__(self, settings: Settings, lake: duckdb.DuckDBPyConnection, run_id: str, now: datetime) -> None:
-        self._settings, self._lake, self._run_id, self._now = settings, lake, run_id, now
-        self._place = _last_place(settings)
-        tables = (BATCH_LEDGER, MINUTE_METRICS, TRAFFIC_REVIEWS, BILLING_LINES)
-        self._versions = {table.name: DeltaLog(settings.table_uri(table.name)).latest_version() or 0 for table in tables}
-        closed = read_closing(settings).closed_through
+    def __init__(self, lake: Lake, database: duckdb.DuckDBPyConnection, run_id: str, now: datetime) -> None:
+        self._lake, self._database, self._run_id, self._now = lake, database, run_id, now
+        self._place = _last_place(lake)
+        snapshot = lake.pin(BATCH_LEDGER, MINUTE_METRICS, TRAFFIC_REVIEWS, BILLING_LINES)
+        closed = read_closing(lake.settings).closed_through
         through = date.min if closed is None else closed.date()
         self._through = through if self._place is None else max(through, self._place.billed_through)
-        # Before `restatements` is read, at its newest: where no correction is under way, why is told for all increments read.
-        self._is_correcting = any(path.name[0] != "." for path in _entries(settings))
-        self._versions[RESTATEMENTS.name] = DeltaLog(settings.table_uri(RESTATEMENTS.name)).latest_version() or 0
+        # Looked up before `restatements` is pinned: if no correction is under way, that version explains all pinned increments.
+        self._is_correcting = any(path.name[0] != "." for path in _entries(lake.settings))
+        self._snapshot = snapshot.and_pin(RESTATEMENTS)
         self._waits = False
 
     # --- which days
@@ -177,15 +174,14 @@ class _Run:
         return sorted(day for day in wanted if day < self._through)
 
     def _partitions(self) -> set[date]:
-        held = DeltaTable(self._settings.table_uri(MINUTE_METRICS.name), version=self._versions[MINUTE_METRICS.name])
-        return set(pa.table(held.get_add_actions(flatten=True))["partition.event_date"].cast(pa.date32()).to_pylist())
+        return {date.fromisoformat(day) for ((_, day),) in self._snapshot.partitions(MINUTE_METRICS)}
 
     def _changed_days(self) -> set[date] | None:
-        """Days of the increments and of the ledger rows that came or went since the last posting; None: not to be told."""
+        """Days of the increments and of the ledger rows that came or went since the last posting; None: unknown."""
         if self._place is None:
             return None
-        metrics = self._commits(MINUTE_METRICS.name, self._place.metrics_version)
-        ledger = self._commits(BATCH_LEDGER.name, self._place.ledger_version)
+        metrics = self._commits(MINUTE_METRICS, self._place.metrics_version)
+        ledger = self._commits(BATCH_LEDGER, self._place.ledger_version)
         if metrics is None or ledger is None:
             return None
         found = {
@@ -193,22 +189,17 @@ class _Run:
             for commit in metrics
             for action in (*commit.data_added, *commit.data_removed)
         }
-        paths = [action["path"] for commit in ledger for action in commit.data_added]
-        hours = pa.schema([BATCH_LEDGER.schema.field("event_hour")])
+        paths = [path for commit in ledger for path in commit.added_paths]
         try:
-            rows = read_files(self._settings.table_uri(BATCH_LEDGER.name), paths, hours)
+            rows = self._lake.read_files(BATCH_LEDGER, paths, "event_hour")
         except FileNotFoundError:  # put together with others and vacuumed since
             return None
         return found | {hour.date() for hour in rows["event_hour"].to_pylist() if hour is not None}
 
-    def _commits(self, name: str, since: int) -> list[Commit] | None:
-        """Commits after version ``since`` up to the one that is read; None where the log does not have them all."""
-        if since > self._versions[name]:
-            return None
-        log = DeltaLog(self._settings.table_uri(name))
-        found = [log.commit(version) for version in range(since + 1, self._versions[name] + 1)]
-        commits = [commit for commit in found if commit is not None]
-        return commits if len(commits) == len(found) else None
+    def _commits(self, table: Table, since: int) -> list[Commit] | None:
+        """Commits after version ``since`` up to the pinned one; None if the log does not have them all."""
+        until = self._snapshot.version(table)
+        return None if since > until else self._lake.log(table).commits(since, until)
 
     # --- what they come to
 
@@ -221,16 +212,16 @@ class _Run:
             lines += self._lines_of(key, totals.get(key, _Day()), billed.get(key), why)
         return lines
 
-    def _totals(self, days: list[date], why: _Why) -> dict[Key, _Day]:
-        rows = self._lake.execute(
+    def _totals(self, days: list[date], why: _RestatementReasons) -> dict[Key, _Day]:
+        rows = self._database.execute(
             f"""
             with completed as (
-                select distinct _query_id, _batch_id from {self._scan(BATCH_LEDGER.name)}
+                select distinct _query_id, _batch_id from {self._snapshot.scan(BATCH_LEDGER)}
                 where event_hour >= ?::timestamptz and event_hour < ?::timestamptz
             )
             select event_date, campaign_id, store_id, currency, _run_id, {", ".join(f"sum({m})::hugeint" for m in _MEASURES)},
                 sum(spend_nanos)::hugeint
-            from {self._scan(MINUTE_METRICS.name)} semi join completed using (_query_id, _batch_id)
+            from {self._snapshot.scan(MINUTE_METRICS)} semi join completed using (_query_id, _batch_id)
             where {_among(days)} group by all
             """,
             [_midnight(days[0]), _midnight(days[-1] + timedelta(days=1))],
@@ -249,10 +240,10 @@ class _Run:
         return found
 
     def _billed(self, days: list[date]) -> dict[Key, _Billed]:
-        rows = self._lake.execute(
+        rows = self._database.execute(
             f"""
             select event_date, campaign_id, store_id, currency, sum(amount_micros)::hugeint, arg_max(spend_parts, posting)
-            from {self._scan(BILLING_LINES.name)} where {_among(days)} group by all
+            from {self._snapshot.scan(BILLING_LINES)} where {_among(days)} group by all
             """
         ).fetchall()
         return {
@@ -260,25 +251,25 @@ class _Run:
             for day, campaign, store, currency, micros, parts in rows
         }
 
-    def _why(self, days: list[date]) -> _Why:
-        rows = self._lake.execute(
+    def _why(self, days: list[date]) -> _RestatementReasons:
+        rows = self._database.execute(
             f"""
             select run_id, event_hour::date as event_date, campaign_id, currency, kind, sum(spend_nanos)::hugeint, max(rule_set)
-            from {self._scan(RESTATEMENTS.name)} where {_among(days, "event_hour::date")} group by all
+            from {self._snapshot.scan(RESTATEMENTS)} where {_among(days, "event_hour::date")} group by all
             """
         ).fetchall()
         kinds: dict[tuple[str, date, str, str], dict[str, tuple[int, str | None]]] = defaultdict(dict)
         for run, day, campaign, currency, kind, nanos, rule_set in rows:
             kinds[run, day, campaign, currency][kind] = (nanos, rule_set)
-        reviews = self._lake.execute(
+        reviews = self._database.execute(
             f"""
-            select event_hour::date, arg_max(rule_set, reviewed_at) from {self._scan(TRAFFIC_REVIEWS.name)}
+            select event_hour::date, arg_max(rule_set, reviewed_at) from {self._snapshot.scan(TRAFFIC_REVIEWS)}
             where {_among(days, "event_hour::date")} group by all
             """
         ).fetchall()
-        return _Why(dict(kinds), dict(reviews))
+        return _RestatementReasons(dict(kinds), dict(reviews))
 
-    def _lines_of(self, key: Key, total: _Day, billed: _Billed | None, why: _Why) -> Iterator[BillingLine]:
+    def _lines_of(self, key: Key, total: _Day, billed: _Billed | None, why: _RestatementReasons) -> Iterator[BillingLine]:
         parts = {name: nanos for name, nanos in sorted(total.parts.items()) if nanos}
         before = billed or _Billed(0, {})
         if parts == before.parts:
@@ -309,10 +300,10 @@ class _Run:
         billed: int,
         nanos: int,
         parts: dict[str, int],
-        why: _Why,
+        why: _RestatementReasons,
     ) -> BillingLine:
         day, campaign, store, currency = key
-        posting = self._versions[BILLING_LINES.name] + 1
+        posting = self._snapshot.version(BILLING_LINES) + 1
         name = json.dumps([day.isoformat(), campaign, store, currency, posting, reason, run])
         restated = why.kinds.get((run, day, campaign, currency), {}) if run else {}
         rule_sets = (rules for kind, (_, rules) in restated.items() if _REASON_OF_KIND.get(kind) == reason)
@@ -330,7 +321,7 @@ class _Run:
             reason=reason,
             run_id=run or self._run_id,
             rule_set=next(rule_sets, None) or why.reviewed_by.get(day),
-            metrics_version=self._versions[MINUTE_METRICS.name],
+            metrics_version=self._snapshot.version(MINUTE_METRICS),
             posting=posting,
             spend_parts=json.dumps(parts),
             billed_at=self._now,
@@ -339,22 +330,16 @@ class _Run:
     # --- put down
 
     def post(self, lines: list[BillingLine]) -> None:
-        """Add the lines, and the place read up to, in one commit. Without a line only where that place has fallen far behind."""
-        place = _Place(self._versions[MINUTE_METRICS.name], self._versions[BATCH_LEDGER.name], self._through)
+        """Append the lines and the place read up to in one commit. Without lines, only if the noted place is far behind."""
+        place = _Place(self._snapshot.version(MINUTE_METRICS), self._snapshot.version(BATCH_LEDGER), self._through)
         unread = place.metrics_version - (0 if self._place is None else self._place.metrics_version)
         if not lines and (self._waits or unread < _COMMITS_UNREAD):
             return
         rows = pa.Table.from_pylist([asdict(line) for line in lines], BILLING_LINES.schema)
-        with DataFileWriter(self._settings.table_uri(BILLING_LINES.name), BILLING_LINES) as writer:
-            writer.write(rows)
-        told = self._place if self._waits else place  # what waits is looked at again
-        metadata = {"billing": {"run_id": self._run_id, "place": None if told is None else _as_json(told)}}
-        transaction = Transaction(_APP, self._versions[BILLING_LINES.name] + 1)
-        DeltaSink(BILLING_LINES, self._settings).append(writer.files, Step.BILLING_LINES, transaction, metadata)
-
-    def _scan(self, name: str) -> str:
-        path = self._settings.table_uri(name).replace("'", "''")
-        return f"delta_scan('{path}', version = {self._versions[name]})"
+        noted = self._place if self._waits else place  # the next run looks again at what waits
+        metadata = {"billing": {"run_id": self._run_id, "place": None if noted is None else _as_json(noted)}}
+        transaction = Transaction(_APP, self._snapshot.version(BILLING_LINES) + 1)
+        self._lake.append(BILLING_LINES, rows, Step.BILLING_LINES, transaction=transaction, metadata=metadata)
 
 
 def nanos_to_micros(nanos: int) -> int:
@@ -405,9 +390,9 @@ def _midnight(day: date) -> datetime:
     return datetime(day.year, day.month, day.day, tzinfo=UTC)
 
 
-def _last_place(settings: Settings) -> _Place | None:
-    """The place of the last posting; None where there was none, or the log does not have it any more."""
-    for commit in DeltaLog(settings.table_uri(BILLING_LINES.name)).commits_backwards():
+def _last_place(lake: Lake) -> _Place | None:
+    """The place of the last posting; None if there was none, or the log no longer has it."""
+    for commit in lake.log(BILLING_LINES).commits_backwards():
         if "billing" in commit.metadata:
             place = commit.metadata["billing"]["place"]
             return None if place is None else _Place(**place | {"billed_through": date.fromisoformat(place["billed_through"])})

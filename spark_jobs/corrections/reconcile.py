@@ -10,8 +10,6 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -26,6 +24,7 @@ from spark_jobs.corrections.decide import decide
 from spark_jobs.corrections.run import Run, correcting, writing
 from spark_jobs.corrections.write_ahead import TableChange, append_once, carry_out, write_ahead
 from spark_jobs.lake.duck import translate_duckdb_errors
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.tables import BATCH_LEDGER, RAW_TABLES, RECONCILIATIONS, STREAMS
 from spark_jobs.lake.writes import ensure_tables
@@ -113,10 +112,9 @@ def recounting(
 
     Raises TableCorruptionError where a table or what was parsed cannot be read.
     """
-    settings.scratch_path.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="recount-", dir=settings.scratch_path) as spill, translate_duckdb_errors(settings.home_path):
+    with Lake(settings).scratch("recount-") as spill, translate_duckdb_errors(settings.home_path):
         kind = OrdersRecount if inputs.stream == "orders" else Recount
-        recount = kind(settings, inputs, Path(spill), rules, prices)
+        recount = kind(settings, inputs, spill, rules, prices)
         try:
             yield recount
         finally:
@@ -144,9 +142,8 @@ def comparison_of(recount: Recount) -> Comparison:
 
 def check_marts(settings: Settings, hours: HourRange | None) -> list[Difference]:
     """What the published marts have other than the table versions that they name give. Layer marts, cause mart_differs."""
-    settings.scratch_path.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="recount-", dir=settings.scratch_path) as spill, translate_duckdb_errors(settings.home_path):
-        found = compare_marts(settings, Path(spill), None if hours is None else [hour_number(hour) for hour in hours])
+    with Lake(settings).scratch("recount-") as spill, translate_duckdb_errors(settings.home_path):
+        found = compare_marts(settings, spill, None if hours is None else [hour_number(hour) for hour in hours])
     return [difference(finding) for finding in found]
 
 

@@ -1,9 +1,9 @@
-"""Corrections: rows put into and taken out of Delta tables by a repair, a backfill or a review, decided first and written ahead.
+"""Corrections: rows that a repair, a backfill or a review adds to and removes from Delta tables, written ahead of the commits.
 
-A correction lies whole and synced under ``corrections_path`` before the first of its commits, and goes when the last one is made.
-Each of its tables changes in one commit, once (Delta's txn has the correction's own token), so a correction that was killed is
-finished by whoever comes next. The manifest has a checksum of each part: what a power cut left of one that was never decided is
-discarded. Callers hold the locks: of rewriting, and the write locks of the streams.
+A correction is written whole and synced under ``corrections_path`` before the first of its commits, and removed after the last one.
+Each of its tables changes in one commit, once (Delta's txn has the correction's own token), so the next process finishes a
+correction that was killed. The manifest has a checksum of each part: a correction that a power cut left incomplete, before any of
+its commits, is discarded. Callers hold the rewrite lock and the write locks of the streams.
 """
 
 from __future__ import annotations
@@ -17,23 +17,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from deltalake import DeltaTable
 
 from spark_jobs import disk
 from spark_jobs.config import Settings
 from spark_jobs.errors import TableCorruptionError
 from spark_jobs.failure import one_line
-from spark_jobs.lake.commit import Transaction, commit_files, has_seen, write_files
-from spark_jobs.lake.data_files import DataFile, DataFileWriter
-from spark_jobs.lake.log import DeltaLog
-from spark_jobs.lake.reading import TableFile, table_files
-from spark_jobs.lake.roots import open_root
+from spark_jobs.lake.commit import Transaction
+from spark_jobs.lake.data_files import DataFile
+from spark_jobs.lake.lake import Lake, Snapshot
+from spark_jobs.lake.reading import TableFile
 from spark_jobs.lake.tables import (
     BATCH_LEDGER,
     EVENTS,
@@ -148,12 +144,9 @@ def unfinished_corrections(settings: Settings) -> Iterator[Correction]:
 
 
 def _discard(settings: Settings, folder: Path, error: Exception) -> None:
-    """Remove a correction that cannot be read, if no table has anything of it: it was never decided whole."""
-    begun = [
-        name
-        for name in _ORDER
-        if (log := DeltaLog(settings.table_uri(name))).exists() and has_seen(DeltaTable(log.uri), Transaction(folder.name, 0))
-    ]
+    """Remove a correction that cannot be read, if no table has a commit of it: it was never decided whole."""
+    lake = Lake(settings)
+    begun = [name for name in _ORDER if lake.has(TABLES[name], Transaction(folder.name, 0))]
     if begun:
         raise TableCorruptionError(
             f"the correction {folder} cannot be read ({one_line(error, 200)}), and {', '.join(begun)} has its changes",
@@ -181,17 +174,17 @@ def _read(folder: Path) -> Correction:
 
 
 def is_overtaken(settings: Settings, correction: Correction) -> bool:
-    """Whether nothing of a correction was done and `events` (or `orders`) has gone on since: then it is to be decided anew.
+    """Whether a correction has no commit yet and `events` (or `orders`) has newer versions: then it must be decided again.
 
-    A record that it would put back may have been sent again and accepted meanwhile. Once its events or orders are in, the rest of
-    it holds whatever comes after, for it only concerns batches that have ended.
+    A record that it would add may have been sent again and accepted meanwhile. Once its events or orders are committed, the rest
+    of it stays right, for it only concerns batches that have ended.
     """
-    for table, version in ((EVENTS, correction.events_version), (ORDERS, correction.orders_version)):
-        if any(change.table is table for change in correction.changes):
-            log = DeltaLog(settings.table_uri(table.name))
-            if log.latest_version() != version and not has_seen(DeltaTable(log.uri), Transaction(correction.token, 0)):
-                return True
-    return False
+    lake = Lake(settings)
+    changed = [change.table for change in correction.changes]
+    return any(
+        table in changed and lake.version(table) != version and not lake.has(table, Transaction(correction.token, 0))
+        for table, version in ((EVENTS, correction.events_version), (ORDERS, correction.orders_version))
+    )
 
 
 def forget(settings: Settings, correction: Correction) -> None:
@@ -203,54 +196,59 @@ def forget(settings: Settings, correction: Correction) -> None:
 
 
 def carry_out(settings: Settings, correction: Correction) -> None:
-    """Make the commits of a correction that are not made yet, in order, and remove it."""
+    """Make the missing commits of a correction, in order, and remove it."""
     changes = {change.table.name: change for change in correction.changes}
     for name, (step, key) in _ORDER.items():
         if name in changes:
-            _commit(settings, changes[name], step, Transaction(correction.token, 0), key)
+            _commit(Lake(settings), changes[name], step, Transaction(correction.token, 0), key)
     forget(settings, correction)
 
 
 def append_once(settings: Settings, table: Table, rows: pa.Table, step: Step, token: str) -> None:
     """Add rows to a table, once per token."""
-    _commit(settings, TableChange(table, table.schema.empty_table(), rows), step, Transaction(token, 0), "")
+    _commit(Lake(settings), TableChange(table, table.schema.empty_table(), rows), step, Transaction(token, 0), "")
 
 
-def _commit(settings: Settings, change: TableChange, step: Step, transaction: Transaction, key: str) -> None:
+def _commit(lake: Lake, change: TableChange, step: Step, transaction: Transaction, key: str) -> None:
     table = change.table
-    uri = settings.table_uri(table.name)
-    held = DeltaTable(uri)
-    if change.is_nothing or has_seen(held, transaction):
+    if change.is_nothing or lake.has(table, transaction):
         return
+    snapshot = lake.pin(table)
     removed: list[TableFile] = []
     rewritten: list[DataFile] = []
-    for file in _files_with(held, uri, change, key):
+    for file in _files_with(snapshot, change, key):
         removed.append(file.entry)
-        with DataFileWriter(uri, table) as writer:
+        with lake.writer(table) as writer:
             for batch in file.without_rows():
                 writer.write(batch)
         rewritten += writer.files
-    added = write_files(uri, table, change.add)
-    # where the changed rows are, and those files of them that may have keys which the table did not have
-    changed = [file.path for file in added]
+    with lake.writer(table) as writer:
+        writer.write(change.add)
+    # The files with the changed rows, and those of them that may have keys which the table did not have.
+    changed = [file.path for file in writer.files]
     metadata = {**change.metadata, "changed_files": changed, "added_files": [] if change.by_key else changed}
-    files = [*rewritten, *added]
-    commit_files(held, uri, table, step, add=files, remove=removed, transaction=transaction, metadata=metadata)
+    lake.commit(
+        table,
+        step,
+        base=snapshot.version(table),
+        add=[*rewritten, *writer.files],
+        remove=removed,
+        transaction=transaction,
+        metadata=metadata,
+    )
 
 
 class _File:
-    """A data file of which some rows are to go."""
+    """A data file, some of whose rows are to be removed."""
 
-    def __init__(self, uri: str, entry: TableFile, table: Table) -> None:
+    def __init__(self, lake: Lake, table: Table, entry: TableFile) -> None:
         self.entry = entry
+        self._lake = lake
         self._table = table
-        schema = pa.schema([field for field in table.schema if field.name not in table.partition_by])
-        filesystem, folder = open_root(uri)
-        self._dataset = ds.dataset([f"{folder}/{unquote(entry.path)}"], schema=schema, format="parquet", filesystem=filesystem)
         self._going: list[pa.Array] = []
 
     def find(self, wanted: Counter[str], keys: pa.Array, key: str) -> bool:
-        """Mark the rows of ``wanted`` that lie here, and take them out of it."""
+        """Mark the rows of ``wanted`` that this file has, and take them out of ``wanted``."""
         found = False
         for batch in self._batches():
             going = [False] * batch.num_rows
@@ -273,16 +271,11 @@ class _File:
             yield batch.filter(pc.invert(going))
 
     def _batches(self) -> Iterator[pa.Table]:
-        for batch in self._dataset.to_batches(use_threads=False):
-            rows = pa.Table.from_batches([batch])
-            for name in self._table.partition_by:
-                kind = self._table.schema.field(name).type
-                rows = rows.append_column(name, pa.repeat(pa.scalar(self.entry.values[name]).cast(kind), rows.num_rows))
-            yield rows.select(self._table.schema.names)
+        return self._lake.read_file_rows(self._table, self.entry)
 
 
-def _files_with(held: DeltaTable, uri: str, change: TableChange, key: str) -> Iterator[_File]:
-    """The data files in which rows lie that are to go. A row that is not there any more is none to take out."""
+def _files_with(snapshot: Snapshot, change: TableChange, key: str) -> Iterator[_File]:
+    """The data files with rows that are to be removed. Ignores a row that no file has any more."""
     table, remove = change.table, change.remove
     if not remove.num_rows:
         return
@@ -296,9 +289,9 @@ def _files_with(held: DeltaTable, uri: str, change: TableChange, key: str) -> It
         wanted = Counter(_row_text(row) for row in parts)
     keys = pc.unique(remove[key].combine_chunks())
     partitions = {tuple(row[name] for name in table.partition_by) for row in parts}
-    for entry in table_files(held):
+    for entry in snapshot.files(table):
         if tuple(entry.values[name] for name in table.partition_by) in partitions:
-            file = _File(uri, entry, table)
+            file = _File(snapshot.lake, table, entry)
             if file.find_keys(keys, key) if change.by_key else file.find(wanted, keys, key):
                 yield file
 

@@ -20,10 +20,11 @@ from spark_jobs.ingest.contract.exact import parse_time
 from spark_jobs.ingest.contract.spec import CURRENCIES
 from spark_jobs.ingest.event_columns import CAMPAIGN_SCHEMA
 from spark_jobs.ingest.files.landing import CAMPAIGNS_FOLDER, csv_files, open_regular
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.reading import file_paths, read_files
 from spark_jobs.lake.tables import CAMPAIGNS
-from spark_jobs.lake.writes import replace_campaigns
+from spark_jobs.steps import Step
 from spark_jobs.units import from_micros
 
 COLUMNS = ("campaign_id", "store_id", "billing_model", "daily_budget_micros", "currency", "valid_from", "valid_to")
@@ -145,7 +146,7 @@ def load_campaigns(settings: Settings) -> int | None:
             for c in campaigns
         ]
         table = pa.Table.from_pylist([{name: row[name] for name in CAMPAIGNS.schema.names} for row in rows], CAMPAIGNS.schema)
-        replace_campaigns(table, settings, {"campaigns_sha256": digest})
+        Lake(settings).replace(CAMPAIGNS, table, Step.CAMPAIGNS, metadata={"campaigns_sha256": digest})
     return log.latest_version()
 
 

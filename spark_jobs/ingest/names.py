@@ -16,9 +16,10 @@ import pyarrow as pa
 from spark_jobs.config import Settings
 from spark_jobs.errors import NamesFileError
 from spark_jobs.ingest.files.landing import NAMES_FOLDER, csv_files, open_regular
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.tables import NAMES
-from spark_jobs.lake.writes import replace_names
+from spark_jobs.steps import Step
 
 COLUMNS = ("kind", "id", "name")
 KINDS = ("campaign", "ad", "store")
@@ -66,7 +67,8 @@ def load_names(settings: Settings) -> int:
     digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
     held = log.newest_metadata()
     if names if held is None else held.get("names_sha256") != digest:
-        replace_names(pa.Table.from_pylist(names, NAMES.schema), settings, {"names_sha256": digest})
+        rows = pa.Table.from_pylist(names, NAMES.schema)
+        Lake(settings).replace(NAMES, rows, Step.NAMES, metadata={"names_sha256": digest})
     return log.latest_version() or 0
 
 

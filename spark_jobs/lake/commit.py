@@ -22,6 +22,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Schema
 from deltalake import Transaction as AppTransaction
+from deltalake.exceptions import DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
 from spark_jobs import disk
@@ -31,6 +32,9 @@ from spark_jobs.lake.reading import TableFile
 from spark_jobs.lake.roots import local_path
 from spark_jobs.lake.tables import Table
 from spark_jobs.steps import Step, crash_point, durable
+
+WRITE_ERRORS = (DeltaError, OSError)
+"""What a commit raises that could not be made, apart from TableCorruptionError."""
 
 _synced: dict[str, int] = {}  # table -> the newest version that this process knows to be on the disk
 

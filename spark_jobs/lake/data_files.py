@@ -63,7 +63,7 @@ class DataFileWriter:
         self._local = local_path(uri)
         self._table = table
         self._is_wide = "raw" in table.schema.names
-        self._schema = pa.schema([f for f in table.schema if f.name not in table.partition_by])
+        self._schema = table.stored_schema
         self._pending: dict[tuple[str | None, ...], list[pa.Table]] = {}
         self._pending_rows = self._pending_bytes = 0
         self._open: dict[tuple[str | None, ...], _OpenFile] = {}

@@ -1,31 +1,50 @@
-"""The lake: the Delta tables of one installation, read at fixed versions.
+"""The lake: the Delta tables of one installation, read at fixed versions and changed in durable commits.
 
     lake = Lake(settings)
     snapshot = lake.pin(BATCH_LEDGER, EVENTS)                       # in this order: see `Lake.pin`
     with lake.database() as database:
         database.sql(f"select count(*) from {snapshot.scan(EVENTS)}")
     ids = snapshot.rows(EVENTS, "event_id", "fingerprint")
+    lake.append(RULE_SETS, rows, Step.RULE_SETS)
 
-Writers are in `commit` and `writes`, locks in `locks`.
+Locks are in `locks`, the ingest's own writes in `writes`, compaction in `rewrite`, vacuum in `removal`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import duckdb
 import pyarrow as pa
 from deltalake import DeltaTable
 
 from spark_jobs.config import Settings
-from spark_jobs.lake.duck import Config, connect_delta, delta_scan, translate_duckdb_errors
+from spark_jobs.errors import TableCorruptionError
+from spark_jobs.lake.commit import Transaction, commit_files, has_seen, write_files
+from spark_jobs.lake.data_files import DataFile, DataFileWriter
+from spark_jobs.lake.duck import Config, connect_delta, delta_scan, literal, translate_duckdb_errors
 from spark_jobs.lake.log import DeltaLog
-from spark_jobs.lake.reading import TableFile, read_files, table_files
+from spark_jobs.lake.reading import (
+    TableFile,
+    file_paths,
+    full_path,
+    open_table,
+    read_batches,
+    read_file_rows,
+    read_files,
+    table_files,
+)
 from spark_jobs.lake.tables import Table
+from spark_jobs.steps import Step
+
+Partition = tuple[tuple[str, str], ...]
+"""Partition columns and their values as Delta writes them; empty: all of the table."""
 
 
 class Lake:
@@ -38,13 +57,33 @@ class Lake:
         """Where a table is: a path, or an object store's URI."""
         return self.settings.table_uri(table.name)
 
+    # --- what there is
+
     def log(self, table: Table) -> DeltaLog:
         """The table's log: its commits, id, transactions and metadata."""
         return DeltaLog(self.uri(table))
 
+    def exists(self, table: Table) -> bool:
+        """Whether a table has been created."""
+        return self.log(table).exists()
+
     def version(self, table: Table) -> int | None:
         """The newest version of a table; None if it does not exist. Raises TableCorruptionError as `DeltaLog` does."""
         return self.log(table).latest_version()
+
+    def table_id(self, table: Table) -> str | None:
+        """The id of a table, None if it does not exist. A table that was deleted and created again has another id."""
+        return self.log(table).table_id() if self.exists(table) else None
+
+    def is_readable(self, table: Table, version: int) -> bool:
+        """Whether the log still describes a version of a table."""
+        try:
+            open_table(self.uri(table), version)
+        except TableCorruptionError:
+            return False
+        return True
+
+    # --- reading
 
     def pin(self, *tables: Table) -> Snapshot:
         """The newest version of each table, read in the order given; tables that do not exist are left out.
@@ -59,13 +98,41 @@ class Lake:
         """Tables, by name, at versions that were pinned before."""
         return Snapshot(self, dict(versions))
 
+    def rows(self, table: Table, *columns: str) -> pa.Table:
+        """Rows of a table's newest version, as `Snapshot.rows`; no rows if it does not exist."""
+        return self.pin(table).rows(table, *columns)
+
+    def scan(self, table: Table, version: int | None = None) -> str:
+        """SQL for DuckDB that reads a table at a version, or at its newest."""
+        return delta_scan(self.uri(table), version)
+
+    def scan_files(self, table: Table, paths: Sequence[str]) -> str:
+        """SQL for DuckDB that reads the stored columns of some data files, which ``paths`` name as the log does."""
+        return f"read_parquet([{', '.join(literal(full_path(self.uri(table), path)) for path in paths)}])"
+
+    def read_files(self, table: Table, paths: Sequence[str], *columns: str) -> pa.Table:
+        """Read ``columns`` (by default all stored ones) of some data files, which ``paths`` name as the log does.
+
+        Raises FileNotFoundError if one was vacuumed.
+        """
+        return read_files(self.uri(table), paths, table.schema_of(*columns))
+
+    def read_batches(self, table: Table, paths: Sequence[str], *columns: str) -> Iterator[pa.RecordBatch]:
+        """Do as `read_files`, a batch at a time, file by file. Memory does not grow with the files."""
+        return read_batches(self.uri(table), paths, table.schema_of(*columns))
+
+    def read_file_rows(self, table: Table, file: TableFile) -> Iterator[pa.Table]:
+        """Read all columns of a data file, the partition columns too. A second reading cuts the rows into the same parts."""
+        return read_file_rows(self.uri(table), table, file)
+
     @contextmanager
     def database(self, *, memory: str | None = None, threads: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A DuckDB of its own that can scan the tables, in UTC. It spills to a folder that is gone afterwards.
+        """A DuckDB of its own that can scan the tables, in UTC. It spills to a folder that is deleted at the end.
 
         ``memory`` is its limit, as "1200MB". Raises DuckDB's errors as TableCorruptionError.
         """
-        with self.scratch("duckdb-") as spill, translate_duckdb_errors(self.settings.home_path):
+        tables = f"the tables of {self.settings.lakehouse_uri}"
+        with self.scratch("duckdb-") as spill, translate_duckdb_errors(tables):
             config: Config = {"temp_directory": str(spill)}
             if memory is not None:
                 config["memory_limit"] = memory
@@ -76,10 +143,80 @@ class Lake:
 
     @contextmanager
     def scratch(self, prefix: str) -> Iterator[Path]:
-        """A new folder for temporary files, deleted at the end."""
-        self.settings.scratch_path.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=prefix, dir=self.settings.scratch_path) as folder:
+        """A new folder for temporary files, deleted at the end. A home that is not writable gets one of the system's."""
+        place = None
+        with suppress(OSError):
+            self.settings.scratch_path.mkdir(parents=True, exist_ok=True)
+            place = self.settings.scratch_path if os.access(self.settings.scratch_path, os.W_OK) else None
+        with TemporaryDirectory(prefix=prefix, dir=place) as folder:
             yield Path(folder)
+
+    # --- writing
+
+    def last_transaction(self, table: Table, app_id: str) -> int | None:
+        """The version of the newest transaction of ``app_id`` that a table has; None if it has none, or does not exist."""
+        return open_table(self.uri(table)).transaction_version(app_id) if self.exists(table) else None
+
+    def has(self, table: Table, transaction: Transaction) -> bool:
+        """Whether a table has the write of a transaction."""
+        return self.exists(table) and has_seen(open_table(self.uri(table)), transaction)
+
+    def writer(self, table: Table) -> DataFileWriter:
+        """A writer of data files of a table. They count for nothing until `commit` names them."""
+        return DataFileWriter(self.uri(table), table)
+
+    def commit(
+        self,
+        table: Table,
+        step: Step,
+        *,
+        base: int | None = None,
+        add: Sequence[DataFile] = (),
+        remove: Sequence[TableFile] = (),
+        restore: Sequence[TableFile] = (),
+        transaction: Transaction | None = None,
+        metadata: Mapping[str, object] | None = None,
+        changes_rows: bool = True,
+        mode: Literal["append", "overwrite"] = "append",
+        batch_id: int | None = None,
+    ) -> bool:
+        """Make one durable commit, once per transaction; returns whether it was made. See `commit_files` for the arguments.
+
+        ``base`` is the version that the writer decided on, by default the newest. Delta refuses the commit if another one since
+        then contradicts it: removed the same files, or has the same transaction's app id.
+        """
+        held, uri = open_table(self.uri(table), base), self.uri(table)
+        return commit_files(
+            held,
+            uri,
+            table,
+            step,
+            add=add,
+            remove=remove,
+            restore=restore,
+            changes_rows=changes_rows,
+            transaction=transaction,
+            metadata=metadata,
+            mode=mode,
+            batch_id=batch_id,
+        )
+
+    def append(
+        self,
+        table: Table,
+        rows: pa.Table,
+        step: Step,
+        *,
+        transaction: Transaction | None = None,
+        metadata: Mapping[str, object] | None = None,
+    ) -> bool:
+        """Add rows to a table in one commit, once per transaction; returns whether the commit was made."""
+        files = write_files(self.uri(table), table, rows)
+        return self.commit(table, step, add=files, transaction=transaction, metadata=metadata)
+
+    def replace(self, table: Table, rows: pa.Table, step: Step, *, metadata: Mapping[str, object] | None = None) -> None:
+        """Replace the whole content of a table in one commit."""
+        self.commit(table, step, add=write_files(self.uri(table), table, rows), metadata=metadata, mode="overwrite")
 
 
 @dataclass(frozen=True)
@@ -102,18 +239,39 @@ class Snapshot:
 
     def scan(self, table: Table) -> str:
         """SQL for DuckDB that reads a table."""
-        return delta_scan(self.lake.uri(table), self.version(table))
+        return self.lake.scan(table, self.version(table))
+
+    def columns(self, table: Table) -> list[str]:
+        """The columns that a table has at its version. One that an older adtally made may lack some."""
+        return [field.name for field in self._open(table).schema().fields]
 
     def files(self, table: Table) -> list[TableFile]:
         """The data files of a table."""
-        return table_files(DeltaTable(self.lake.uri(table), version=self.version(table)))
+        return table_files(self._open(table))
+
+    def paths(self, table: Table) -> list[str]:
+        """The paths of a table's data files, as the log writes them."""
+        return file_paths(self.lake.uri(table), self.version(table))
+
+    def partitions(self, table: Table) -> dict[Partition, list[TableFile]]:
+        """The data files of a table by partition; files without one of its values are left out."""
+        found: dict[Partition, list[TableFile]] = {}
+        for file in self.files(table):
+            values: list[tuple[str, Any]] = [(name, file.values[name]) for name in table.partition_by]
+            if all(value is not None for _, value in values):
+                found.setdefault(tuple((name, str(value)) for name, value in values), []).append(file)
+        return found
 
     def rows(self, table: Table, *columns: str, where_in: tuple[str, pa.Array] | None = None) -> pa.Table:
-        """Rows of a table as Arrow: ``columns`` (none a partition column), by default all. No rows if it was not pinned.
+        """Rows of a table as Arrow: ``columns`` (none a partition column), by default all stored ones.
 
-        ``where_in`` keeps the rows whose column has one of the values. A column that an older table lacks is null.
+        No rows if the table was not pinned. ``where_in`` keeps the rows whose column has one of the values. A column that an older
+        table lacks is null.
         """
-        schema = pa.schema([table.schema.field(name) for name in columns]) if columns else table.schema
+        schema = table.schema_of(*columns)
         if table not in self:
             return schema.empty_table()
-        return read_files(self.lake.uri(table), [file.path for file in self.files(table)], schema, where_in)
+        return read_files(self.lake.uri(table), self.paths(table), schema, where_in)
+
+    def _open(self, table: Table) -> DeltaTable:
+        return open_table(self.lake.uri(table), self.version(table))

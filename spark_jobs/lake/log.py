@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,8 +23,11 @@ from xxhash import xxh3_64_hexdigest
 from spark_jobs.errors import TableCorruptionError
 from spark_jobs.lake.roots import is_local, open_root
 
-RETYPED_KEY = "adtallyRetyped"  # in the commitInfo of a commit that only wrote the rows anew with other types
+RETYPED_KEY = "adtallyRetyped"  # in the commitInfo of a commit that only wrote the rows again with other types
+RUN_KEY = "adtallyCompaction"  # in the commitInfo of a compaction, with the id of its run
 _COMMIT = re.compile(r"(\d{20})\.json")
+# Of one file, of one of several parts, or named by a UUID.
+_CHECKPOINT = re.compile(r"(\d{20})\.checkpoint(?:\.(\d{10})\.(\d{10})|\.[0-9a-f-]{36})?\.(?:parquet|json)")
 _readable: dict[str, int] = {}  # table -> the newest version that this process has read
 
 
@@ -65,6 +69,16 @@ class Commit:
     def data_removed(self) -> tuple[dict[str, Any], ...]:
         """Removed files whose rows went or changed."""
         return self._changes(self.removed)
+
+    @property
+    def added_paths(self) -> list[str]:
+        """The paths of the files in ``data_added``, as the log writes them."""
+        return [action["path"] for action in self.data_added]
+
+    @property
+    def removed_paths(self) -> list[str]:
+        """The paths of the files in ``data_removed``, as the log writes them."""
+        return [action["path"] for action in self.data_removed]
 
     def _changes(self, actions: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
         return () if RETYPED_KEY in self.info else tuple(action for action in actions if action.get("dataChange", True))
@@ -122,6 +136,20 @@ class CommitFault:
         return TableCorruptionError(f"{self.path} is not a whole commit: {self.problem}", hint=hint)
 
 
+def _sizes_of_commits(entries: list[fs.FileInfo]) -> dict[int, int]:
+    found = ((_COMMIT.fullmatch(entry.base_name), entry.size) for entry in entries)
+    return {int(match[1]): int(size or 0) for match, size in found if match}
+
+
+def _newest(entries: list[fs.FileInfo]) -> int | None:
+    """The newest version that has a commit, or a checkpoint with all of its parts."""
+    parts = Counter(
+        (int(match[1]), int(match[3] or 1)) for entry in entries if entry.size and (match := _CHECKPOINT.fullmatch(entry.base_name))
+    )
+    checkpoints = [version for (version, wanted), found in parts.items() if found >= wanted]
+    return max([*_sizes_of_commits(entries), *checkpoints], default=None)
+
+
 def commit_identity(commit: Commit | None) -> str:
     """A hash that tells a commit from another of the same version: Delta names each data file anew. Empty where it is gone."""
     if commit is None:
@@ -140,19 +168,20 @@ class DeltaLog:
 
     def exists(self) -> bool:
         """Whether the table has been created. Reads no commit."""
-        return bool(self.commit_sizes())
+        return _newest(self._entries()) is not None
 
     def latest_version(self) -> int | None:
-        """The newest version, None if there is no table.
+        """The newest version, None if there is no table. Old commits may be gone, if a checkpoint has what they did.
 
         Raises TableCorruptionError if a commit is empty, or the newest one cannot be read.
         """
-        sizes = self.commit_sizes()
-        newest = max(sizes, default=None)
-        if newest is not None:
-            for version, size in sizes.items():
-                if not size:
-                    self._raise_fault(version)
+        entries = self._entries()
+        newest = _newest(entries)
+        sizes = _sizes_of_commits(entries)
+        for version, size in sizes.items():
+            if not size:
+                self._raise_fault(version)
+        if newest is not None and newest in sizes:
             self._check_newest(newest)
         return newest
 
@@ -161,15 +190,27 @@ class DeltaLog:
         first = self.commit(0)
         return first.table_id if first and first.table_id else str(DeltaTable(self.uri).metadata().id)
 
+    def commits(self, after: int, until: int) -> list[Commit] | None:
+        """The commits of the versions beyond ``after`` up to ``until``; None if the log no longer has one of them."""
+        found: list[Commit] = []
+        for version in range(after + 1, until + 1):
+            commit = self.commit(version)
+            if commit is None:
+                return None
+            found.append(commit)
+        return found
+
     def newest_metadata(self) -> dict[str, Any] | None:
         """The metadata of the newest commit that has some; None if no commit of the log has."""
         return next((commit.metadata for commit in self.commits_backwards() if commit.metadata), None)
 
     def commit_sizes(self) -> dict[int, int]:
         """The size in bytes of each commit that the log has, by version."""
-        entries = self._files.get_file_info(fs.FileSelector(self._folder, allow_not_found=True))
-        found = ((_COMMIT.fullmatch(entry.base_name), entry.size) for entry in entries)
-        return {int(match[1]): int(size or 0) for match, size in found if match}
+        return _sizes_of_commits(self._entries())
+
+    def _entries(self) -> list[fs.FileInfo]:
+        """The files in the folder of the log."""
+        return list(self._files.get_file_info(fs.FileSelector(self._folder, allow_not_found=True)))
 
     def faults(self) -> list[CommitFault]:
         """Every commit that cannot be read, and every version that is missing between two commits; reads the whole log."""

@@ -1,21 +1,29 @@
-"""Rows of a Delta table as Arrow, without a Spark job."""
+"""The data files of Delta tables, and their rows as Arrow, without a Spark job."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
 
+from spark_jobs.errors import TableCorruptionError
+from spark_jobs.failure import one_line
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.roots import open_root
+from spark_jobs.lake.tables import Table
+
+if TYPE_CHECKING:
+    from pyarrow import dataset
 
 _KINDS = ("partition", "min", "max")
+_STATISTICS_STEP = timedelta(milliseconds=1)  # Delta's statistics have times in milliseconds
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,26 @@ class TableFile:
         """The values of the partition columns as Delta writes them."""
         return {name: None if value is None else str(value) for name, value in self.values.items()}
 
+    def may_have(self, column: str, start: datetime, end: datetime) -> bool:
+        """Whether rows with ``start <= column <= end`` may be in the file. True if it has no statistics of the column."""
+        low, high = self.low.get(column), self.high.get(column)
+        if low is None or high is None:
+            return True
+        low, high = (at if at.tzinfo else at.replace(tzinfo=UTC) for at in (low, high))
+        return bool(low <= end and start - high <= _STATISTICS_STEP)
+
+
+def open_table(uri: str, version: int | None = None) -> DeltaTable:
+    """Open a table at a version, or at its newest. Raises TableCorruptionError if it cannot be read."""
+    try:
+        return DeltaTable(uri, version=version)
+    except DeltaError as error:
+        name = uri.rsplit("/", 1)[-1]
+        which = f"table {name}" if version is None else f"version {version} of table {name}"
+        raise TableCorruptionError(
+            f"{which} cannot be read: {one_line(error)}", hint="it may have been vacuumed; adtally fsck names what is damaged"
+        ) from error
+
 
 def table_files(held: DeltaTable) -> list[TableFile]:
     """The data files of a snapshot."""
@@ -55,37 +83,56 @@ def table_files(held: DeltaTable) -> list[TableFile]:
 
 
 def file_paths(uri: str, version: int) -> list[str]:
-    """The data files of a version, as they stand in the log."""
-    return list(pa.table(DeltaTable(uri, version=version).get_add_actions())["path"].to_pylist())
+    """The paths of the data files of a version, as the log writes them."""
+    return list(pa.table(open_table(uri, version).get_add_actions())["path"].to_pylist())
+
+
+def full_path(uri: str, path: str) -> str:
+    """Where a data file is, from its path in the log of the table at ``uri``."""
+    return f"{uri}/{unquote(path)}"
 
 
 def read_files(uri: str, paths: Sequence[str], schema: pa.Schema, where_in: tuple[str, pa.Array] | None = None) -> pa.Table:
-    """The columns of ``schema`` (none of them a partition column) of data files, whose paths stand in the log.
+    """Read columns of data files, which ``paths`` name as the log does. ``schema`` may have no partition column.
 
-    ``where_in``: only rows whose column has one of the values.
+    ``where_in`` keeps the rows whose column has one of the values. A column that a file lacks is null. Raises FileNotFoundError.
     """
     if not paths:
         return schema.empty_table()
-    filesystem, root = open_root(uri)
-    files = [f"{root}/{unquote(path)}" for path in paths]
-    dataset = ds.dataset(files, schema=schema, format="parquet", filesystem=filesystem)
+    files = _dataset(uri, paths, schema)
     if where_in is None:
-        return dataset.to_table()
+        return files.to_table()
     # not as the scanner's filter: it cannot compare the statistics of string_view columns, which delta-rs writes
     name, values = where_in
-    kept = [batch.filter(pc.is_in(batch[name], value_set=values)) for batch in dataset.to_batches()]
+    kept = [batch.filter(pc.is_in(batch[name], value_set=values)) for batch in files.to_batches()]
     return pa.Table.from_batches(kept, schema)
 
 
 def read_newest(uri: str, schema: pa.Schema) -> pa.Table:
-    """The columns of ``schema`` of a table's newest version; no row where there is no table. A column that it lacks yet is null."""
+    """Read columns of a table's newest version; no row if there is no table. A column that the table lacks is null."""
     version = DeltaLog(uri).latest_version()
     return schema.empty_table() if version is None else read_files(uri, file_paths(uri, version), schema)
 
 
 def read_batches(uri: str, paths: Sequence[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """As ``read_files``, a batch at a time, file by file: what is held does not grow with the files."""
-    filesystem, root = open_root(uri)
+    """Do as `read_files`, a batch at a time, file by file. Memory does not grow with the files."""
     for path in paths:
-        dataset = ds.dataset([f"{root}/{unquote(path)}"], schema=schema, format="parquet", filesystem=filesystem)
-        yield from dataset.to_batches(batch_readahead=1, fragment_readahead=1)
+        yield from _dataset(uri, [path], schema).to_batches(batch_readahead=1, fragment_readahead=1)
+
+
+def read_file_rows(uri: str, table: Table, file: TableFile) -> Iterator[pa.Table]:
+    """Read all columns of a data file, the partition columns too. A second reading cuts the rows into the same parts."""
+    for batch in _dataset(uri, [file.path], table.stored_schema).to_batches(use_threads=False):
+        rows = pa.Table.from_batches([batch])
+        for name in table.partition_by:
+            value = pa.scalar(file.values[name]).cast(table.schema.field(name).type)
+            rows = rows.append_column(name, pa.repeat(value, rows.num_rows))
+        yield rows.select(table.schema.names)
+
+
+def _dataset(uri: str, paths: Sequence[str], schema: pa.Schema) -> dataset.Dataset:
+    from pyarrow import dataset  # here: it imports pandas, which takes a second
+
+    filesystem, root = open_root(uri)
+    files = [full_path(root, path) for path in paths]
+    return dataset.dataset(files, schema=schema, format="parquet", filesystem=filesystem)

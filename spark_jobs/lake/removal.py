@@ -4,29 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from deltalake import DeltaTable
+from pyarrow import fs
 
-from spark_jobs.lake.commit import commit_files, committing
-from spark_jobs.lake.reading import table_files
+from spark_jobs.lake.commit import committing
+from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.reading import full_path, open_table, table_files
+from spark_jobs.lake.roots import open_root
 from spark_jobs.lake.tables import Table
 from spark_jobs.steps import Step
 
 
-def unneeded_files(uri: str, retention_hours: int, keep_versions: Sequence[int]) -> list[str]:
-    """Files of a table that its newest version and ``keep_versions`` do not need, removed (or, where no commit names them, written)
-    longer ago than ``retention_hours``.
+def unneeded_files(lake: Lake, table: Table, retention_hours: int, keep_versions: Sequence[int]) -> dict[str, int]:
+    """The sizes in bytes, by path, of the files that a table's newest version and ``keep_versions`` do not need.
+
+    Only files that were removed (or, if no commit names them, written) longer ago than ``retention_hours``, and that are still
+    there: delta-rs lists what an earlier vacuum deleted for as long as the log has the removal.
     """
-    return _vacuum(uri, retention_hours, keep_versions, dry_run=True)
+    paths = _vacuum(lake, table, retention_hours, keep_versions, dry_run=True)
+    filesystem, root = open_root(lake.uri(table))
+    infos = filesystem.get_file_info([full_path(root, path) for path in paths])
+    return {path: int(info.size) for path, info in zip(paths, infos, strict=True) if info.type == fs.FileType.File}
 
 
-def delete_unneeded_files(uri: str, retention_hours: int, keep_versions: Sequence[int]) -> list[str]:
-    """Delete what ``unneeded_files`` lists; returns the files. The log gets two commits that say so."""
-    return _vacuum(uri, retention_hours, keep_versions, dry_run=False)
+def delete_unneeded_files(lake: Lake, table: Table, retention_hours: int, keep_versions: Sequence[int]) -> list[str]:
+    """Delete what `unneeded_files` lists; returns the files. The log gets two commits that say so."""
+    return _vacuum(lake, table, retention_hours, keep_versions, dry_run=False)
 
 
-def _vacuum(uri: str, retention_hours: int, keep_versions: Sequence[int], *, dry_run: bool) -> list[str]:
-    held = DeltaTable(uri)
-    with committing(uri, held, Step.VACUUM, files=()):
+def _vacuum(lake: Lake, table: Table, retention_hours: int, keep_versions: Sequence[int], *, dry_run: bool) -> list[str]:
+    held = open_table(lake.uri(table))
+    with committing(lake.uri(table), held, Step.VACUUM, files=()):
         return held.vacuum(
             retention_hours=retention_hours,
             dry_run=dry_run,
@@ -36,8 +43,8 @@ def _vacuum(uri: str, retention_hours: int, keep_versions: Sequence[int], *, dry
         )
 
 
-def take_files_out(uri: str, table: Table, paths: Collection[str], metadata: Mapping[str, object]) -> None:
-    """Commit that a table no longer has some data files, as paths in its log; older versions keep them. ``metadata`` says why."""
-    held = DeltaTable(uri)
+def take_files_out(lake: Lake, table: Table, paths: Collection[str], metadata: Mapping[str, object]) -> None:
+    """Commit that a table no longer has some data files, named as in its log; older versions keep them. ``metadata`` says why."""
+    held = open_table(lake.uri(table))
     removed = [file for file in table_files(held) if file.path in paths]
-    commit_files(held, uri, table, Step.DAMAGE_REMOVED, remove=removed, metadata=metadata)
+    lake.commit(table, Step.DAMAGE_REMOVED, base=int(held.version()), remove=removed, metadata=metadata)

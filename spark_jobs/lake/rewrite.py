@@ -1,4 +1,4 @@
-"""Commits that change where rows lie and not which rows there are: compaction, and taking one back. Through delta-rs.
+"""Commits that only move rows between files: compaction, and undoing one. Through delta-rs.
 
 Callers hold the rewrite lock. A commit of a compaction has ``dataChange: false`` in all its actions and the
 id of the run in its commitInfo.
@@ -9,30 +9,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from deltalake import CommitProperties, DeltaTable, WriterProperties
+from deltalake import CommitProperties, WriterProperties
+from deltalake.exceptions import CommitFailedError
 
-from spark_jobs.lake.commit import commit_files, committing
-from spark_jobs.lake.log import DeltaLog
-from spark_jobs.lake.reading import table_files
+from spark_jobs.errors import CommitConflictError
+from spark_jobs.lake.commit import committing
+from spark_jobs.lake.lake import Lake, Partition
+from spark_jobs.lake.log import RUN_KEY
+from spark_jobs.lake.reading import open_table
 from spark_jobs.lake.tables import Table
 from spark_jobs.steps import Step
 
-RUN_KEY = "adtallyCompaction"  # in the commitInfo
 COMPACTED_SUFFIX = ".zstd.parquet"  # Delta's writers name the codec; batches and merges write snappy
 _ROW_GROUP_ROWS = 65_536  # what a reader can skip within a file
 _MEMORY_BYTES = 512 * 1024 * 1024  # more is spilled: an ingest may need the rest
 _PROPERTIES = WriterProperties(compression="ZSTD", compression_level=1, max_row_group_size=_ROW_GROUP_ROWS)
 
-Partition = tuple[tuple[str, str], ...]
-"""Partition columns and their values as Delta writes them; empty: all of the table."""
-
 
 def rearrange(
-    uri: str, held: DeltaTable, partition: Partition, target_bytes: int, run_id: str, *, z_order: Sequence[str] = ()
+    lake: Lake, table: Table, base: int, partition: Partition, target_bytes: int, run_id: str, *, z_order: Sequence[str] = ()
 ) -> bool:
-    """Rewrite a partition of a table's snapshot: all its rows in Z-order of columns; without columns, its small files as one.
+    """Rewrite a partition of version ``base``: all its rows in Z-order of columns; without columns, its small files as one.
 
-    Returns whether a commit was made. Raises deltalake's CommitFailedError where rows of the partition were changed meanwhile.
+    Returns whether a commit was made. Raises CommitConflictError if another writer has changed rows of the partition since.
     """
     common: dict[str, Any] = {
         "partition_filters": [(name, "=", value) for name, value in partition] or None,
@@ -42,22 +41,24 @@ def rearrange(
         "writer_properties": _PROPERTIES,
         "commit_properties": CommitProperties(custom_metadata={RUN_KEY: run_id}),
     }
-    with committing(uri, held, Step.COMPACTION):
-        done = held.optimize.z_order(z_order, **common) if z_order else held.optimize.compact(**common)
+    held = open_table(lake.uri(table), base)
+    try:
+        with committing(lake.uri(table), held, Step.COMPACTION):
+            done = held.optimize.z_order(z_order, **common) if z_order else held.optimize.compact(**common)
+    except CommitFailedError as error:
+        raise CommitConflictError(f"table {table.name} was changed while it was being compacted") from error
     return bool(done["numFilesRemoved"])
 
 
-def version_of_run(uri: str, run_id: str) -> int:
+def version_of_run(lake: Lake, table: Table, run_id: str) -> int:
     """The version that the run has committed."""
-    return next(commit.version for commit in DeltaLog(uri).commits_backwards() if commit.info.get(RUN_KEY) == run_id)
+    return next(commit.version for commit in lake.log(table).commits_backwards() if commit.info.get(RUN_KEY) == run_id)
 
 
-def take_back(uri: str, table: Table, version: int) -> None:
+def take_back(lake: Lake, table: Table, version: int) -> None:
     """Undo what ``version`` did to the files of the table, and nothing that was committed since."""
-    before, after = ({file.path: file for file in table_files(DeltaTable(uri, version=v))} for v in (version - 1, version))
-    commit_files(
-        DeltaTable(uri),
-        uri,
+    before, after = ({file.path: file for file in lake.at({table.name: v}).files(table)} for v in (version - 1, version))
+    lake.commit(
         table,
         Step.RESTORE,
         remove=[file for path, file in after.items() if path not in before],

@@ -56,6 +56,15 @@ class Table:
         """The columns as an Arrow schema."""
         return pa.schema([(name, _TYPES[kind]) for name, kind in self.types.items()])
 
+    @cached_property
+    def stored_schema(self) -> pa.Schema:
+        """The columns that the data files have: all but the partition columns, whose values are in the log."""
+        return pa.schema([field for field in self.schema if field.name not in self.partition_by])
+
+    def schema_of(self, *columns: str) -> pa.Schema:
+        """The schema of some columns; of all stored ones by default."""
+        return pa.schema([self.schema.field(name) for name in columns]) if columns else self.stored_schema
+
 
 EVENTS = Table(
     name="events",

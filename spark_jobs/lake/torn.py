@@ -18,8 +18,7 @@ from spark_jobs import disk
 from spark_jobs.config import Settings
 from spark_jobs.errors import TableCorruptionError
 from spark_jobs.lake.locks import TORN, exclusive
-from spark_jobs.lake.log import Commit, DeltaLog
-from spark_jobs.lake.rewrite import RUN_KEY
+from spark_jobs.lake.log import RUN_KEY, Commit, DeltaLog
 from spark_jobs.lake.roots import local_path
 from spark_jobs.lake.tables import BATCH_LEDGER, ORDERS, TABLES
 

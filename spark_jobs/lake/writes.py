@@ -1,13 +1,13 @@
-"""Idempotent Delta commits. Nothing else in the package changes a table.
+"""Creating the tables, upgrading those of an older adtally, and the commits of the ingest's batches.
 
-Tasks write data files (``data_files``); the driver commits them here through delta-rs, which takes milliseconds where a
-commit through Spark takes about a second (docs/decisions/0003).
+Tasks write data files (``data_files``); the driver commits them through delta-rs, which takes milliseconds where a commit
+through Spark takes about a second (docs/decisions/0003). Everyone else commits through `Lake`. All commits are made durable by
+``commit.committing``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import pyarrow as pa
 from deltalake import DeltaTable, Schema
@@ -19,8 +19,9 @@ from spark_jobs.lake.commit import Transaction, commit_files, commit_properties,
 from spark_jobs.lake.data_files import DataFile, DataFileWriter
 from spark_jobs.lake.locks import REWRITE, exclusive
 from spark_jobs.lake.log import RETYPED_KEY, DeltaLog
+from spark_jobs.lake.reading import read_file_rows, table_files
 from spark_jobs.lake.roots import is_local
-from spark_jobs.lake.tables import CAMPAIGNS, NAMES, ORDERS, TABLES, Table
+from spark_jobs.lake.tables import ORDERS, TABLES, Table
 from spark_jobs.lake.torn import mend_tables
 from spark_jobs.steps import Step
 
@@ -28,10 +29,10 @@ _MERGE_ATTEMPTS = 5
 
 
 def ensure_tables(settings: Settings) -> None:
-    """Create the tables that do not exist yet; give those of an older adtally the columns and the types that they lack.
+    """Create the tables that do not exist yet; give those of an older adtally the columns and types that they lack.
 
-    What a power cut left of a last commit is set aside first. Safe to run again. Takes the rewrite lock where a table has to be
-    written anew for a type. Raises TableCorruptionError if a log is damaged otherwise.
+    Sets aside first what a power cut left of a last commit. Safe to run again. Takes the rewrite lock if it has to write the rows
+    of a table again with other types. Raises TableCorruptionError if a log is damaged otherwise.
     """
     mend_tables(settings)
     for table in TABLES.values():
@@ -71,27 +72,17 @@ def _has_other_types(held: DeltaTable, table: Table) -> bool:
 
 
 def _change_types(uri: str, table: Table) -> None:
-    """Write the rows of a table anew with the types of the registry, in one commit. Earlier versions stay as they were.
+    """Write the rows of a table again with the types of the registry, in one commit. Earlier versions stay as they were.
 
     delta-rs takes a new schema only with an overwrite, and marks what that removes as a change of data. RETYPED_KEY in the commit
     tells the readers of the log that no row has changed.
     """
-    from spark_jobs.lake.reading import (  # here: it takes pandas along, which the definitions need not load
-        read_batches,
-        table_files,
-    )
-
     held = DeltaTable(uri)
     if not _has_other_types(held, table):  # another process has done it, while this one waited for the lock
         return
-    schema = pa.schema([field for field in table.schema if field.name not in table.partition_by])
     with DataFileWriter(uri, table) as writer:
         for file in table_files(held):
-            for batch in read_batches(uri, [file.path], schema):
-                rows = pa.Table.from_batches([batch])
-                for name in table.partition_by:
-                    value = pa.scalar(file.values[name]).cast(table.schema.field(name).type)
-                    rows = rows.append_column(name, pa.repeat(value, rows.num_rows))
+            for rows in read_file_rows(uri, table, file):
                 writer.write(rows)
     commit_files(
         held,
@@ -107,7 +98,7 @@ def _change_types(uri: str, table: Table) -> None:
 
 
 class DeltaSink:
-    """Commits of transactions to one table; keeps the table's snapshot between them."""
+    """Commits batches to one table. Keeps the table open between them, so that a commit reads only the log's new entries."""
 
     def __init__(self, table: Table, settings: Settings) -> None:
         self.table = table
@@ -136,14 +127,14 @@ class DeltaSink:
         commit_files(self._snapshot(), self.uri, self.table, step, add=files, transaction=transaction, metadata=metadata)
 
     def append_rows(self, rows: pa.Table, step: Step, transaction: Transaction) -> None:
-        """Write rows that are at hand as files, and add them, once per transaction."""
+        """Write rows as data files, and add these, once per transaction."""
         self.append(write_files(self.uri, self.table, rows), step, transaction)
 
 
 def merge_orders(rows: pa.Table, settings: Settings, transaction: Transaction, metadata: Mapping[str, object]) -> None:
     """Insert new orders and replace known ones by order_id, once per transaction.
 
-    Where a compaction put files together meanwhile, the merge is made again on what it left: the same orders in other files.
+    Tries again if a compaction was committed meanwhile: it leaves the same orders in other files.
     """
     uri = settings.table_uri(ORDERS.name)
     properties = commit_properties(metadata, transaction)
@@ -152,7 +143,7 @@ def merge_orders(rows: pa.Table, settings: Settings, transaction: Transaction, m
         if has_seen(held, transaction):
             return
         with committing(uri, held, Step.ORDERS, transaction.batch_id):
-            if not rows.num_rows:  # the plan has to stand in a commit all the same
+            if not rows.num_rows:  # the commit carries the batch's plan, even without orders
                 held.create_write_transaction([], mode="append", schema=held.schema(), commit_properties=properties)
                 return
             merge = (
@@ -172,30 +163,3 @@ def merge_orders(rows: pa.Table, settings: Settings, transaction: Transaction, m
             except CommitFailedError:
                 if not attempts_left:
                     raise
-
-
-def replace_campaigns(rows: pa.Table, settings: Settings, metadata: Mapping[str, object]) -> None:
-    """Replace the whole content of `campaigns` in one commit."""
-    _write(CAMPAIGNS, rows, settings, Step.CAMPAIGNS, "overwrite", metadata)
-
-
-def replace_names(rows: pa.Table, settings: Settings, metadata: Mapping[str, object]) -> None:
-    """Replace the whole content of `names` in one commit."""
-    _write(NAMES, rows, settings, Step.NAMES, "overwrite", metadata)
-
-
-def append_decision(table: Table, rows: pa.Table, settings: Settings, step: Step) -> None:
-    """Append rows to a table in one commit without a transaction: an operator's decision, a rule set."""
-    _write(table, rows, settings, step, "append")
-
-
-def _write(
-    table: Table,
-    rows: pa.Table,
-    settings: Settings,
-    step: Step,
-    mode: Literal["append", "overwrite"],
-    metadata: Mapping[str, object] | None = None,
-) -> None:
-    uri = settings.table_uri(table.name)
-    commit_files(DeltaTable(uri), uri, table, step, add=write_files(uri, table, rows), metadata=metadata, mode=mode)

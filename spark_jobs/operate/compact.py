@@ -14,16 +14,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 
 import duckdb
-import pyarrow as pa
-from deltalake import DeltaTable
-from deltalake.exceptions import CommitFailedError
 
 from spark_jobs.config import Settings
-from spark_jobs.errors import BusyError, TableCorruptionError
-from spark_jobs.lake.duck import connect_delta
+from spark_jobs.errors import BusyError, CommitConflictError, TableCorruptionError
+from spark_jobs.lake.duck import literal
+from spark_jobs.lake.lake import Lake, Partition, Snapshot
 from spark_jobs.lake.locks import REWRITE, exclusive
-from spark_jobs.lake.log import DeltaLog
-from spark_jobs.lake.rewrite import COMPACTED_SUFFIX, Partition, rearrange, take_back, version_of_run
+from spark_jobs.lake.reading import TableFile
+from spark_jobs.lake.rewrite import COMPACTED_SUFFIX, rearrange, take_back, version_of_run
 from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.tables import EVENTS, HOUR_RULES, NAMES, TABLES, Table
 from spark_jobs.lake.torn import mend_tables
@@ -67,12 +65,6 @@ class CompactReport:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class _File:
-    path: str
-    size: int
-
-
 def compact(
     settings: Settings,
     hours: HourRange | None,
@@ -92,67 +84,66 @@ def compact(
         require_closed(settings, hours)
     mend_tables(settings)
     closing, today = read_closing(settings), (now or datetime.now(UTC)).date()
-    run = _Run(settings, hours, closing, today)
+    lake = Lake(settings)
     done: list[TableCompaction] = []
-    try:
-        for table, partition in list(run.work()):
-            if progress is not None:
-                progress(f"{table.name} {_name(partition) or ''}".rstrip())
-            made = run.rewrite(table, partition)
-            done += [made] if made else []
-    finally:
-        run.lake.close()
+    run = _Compaction(lake, hours, closing, today)
+    work = list(run.work())
+    if work:
+        with lake.database(memory="1GB") as database:
+            for table, partition in work:
+                if progress is not None:
+                    progress(f"{table.name} {_name(partition) or ''}".rstrip())
+                made = run.rewrite(database, table, partition)
+                done += [made] if made else []
     return CompactReport(done, time.monotonic() - started)
 
 
-class _Run:
-    """One call: what needs compaction, and the doing."""
+class _Compaction:
+    """One call: finds the partitions that need compaction, and rewrites them."""
 
-    def __init__(self, settings: Settings, hours: HourRange | None, closing: Closing, today: date) -> None:
-        self.settings = settings
-        self.lake = connect_delta({"memory_limit": "1GB"})
+    def __init__(self, lake: Lake, hours: HourRange | None, closing: Closing, today: date) -> None:
+        self._lake = lake
+        self._settings = lake.settings
         self._hours = hours
         self._closing = closing
         self._today = today
 
     def work(self) -> Iterator[tuple[Table, Partition]]:
-        """The partitions that need it, hours in their order, the other tables behind."""
+        """The partitions that need it: hours of `events` in their order, then the other tables."""
         for table in TABLES.values():
-            uri = self.settings.table_uri(table.name)
-            if table.name in _LEFT_ALONE or not DeltaLog(uri).exists():
+            if table.name in _LEFT_ALONE or not self._lake.exists(table):
                 continue
-            found = _partitions(DeltaTable(uri), table)
+            found = self._lake.pin(table).partitions(table)
             for partition, files in sorted(found.items(), key=lambda item: [value.zfill(2) for _, value in item[0]]):
                 if self._needs(table, partition, files):
                     yield table, partition
 
-    def rewrite(self, table: Table, partition: Partition) -> TableCompaction | None:
-        """Rewrite one partition; None where it turned out that there is nothing to do."""
+    def rewrite(self, database: duckdb.DuckDBPyConnection, table: Table, partition: Partition) -> TableCompaction | None:
+        """Rewrite one partition; None if there is nothing to do any more."""
         started = time.monotonic()
-        uri = self.settings.table_uri(table.name)
-        with exclusive(self.settings, REWRITE):
+        target, z_order = self._settings.compacted_file_bytes, Z_ORDER if table is EVENTS else ()
+        with exclusive(self._settings, REWRITE):
             for attempt in range(_ATTEMPTS):
-                held = DeltaTable(uri)
-                if not self._needs(table, partition, _partitions(held, table).get(partition, [])):
+                snapshot = self._lake.pin(table)
+                if not self._needs(table, partition, snapshot.partitions(table).get(partition, [])):
                     return None  # somebody else has done it
                 run_id = str(uuid.uuid4())
                 try:
-                    z_order = Z_ORDER if table is EVENTS else ()
-                    if not rearrange(uri, held, partition, self.settings.compacted_file_bytes, run_id, z_order=z_order):
+                    if not rearrange(self._lake, table, snapshot.version(table), partition, target, run_id, z_order=z_order):
                         return None
                     break
-                except CommitFailedError:  # `orders` is merged into, by each of its batches
+                except CommitConflictError:  # each batch of orders merges into `orders`
                     time.sleep(0.2 * (attempt + 1))
             else:
                 raise BusyError(
                     f"table {table.name} was changed {_ATTEMPTS} times while it was being compacted",
                     hint="nothing is lost; try again",
                 )
-            return self._proved(uri, table, partition, version_of_run(uri, run_id), started)
+            return self._proved(database, table, partition, version_of_run(self._lake, table, run_id), started)
 
-    def _needs(self, table: Table, partition: Partition, files: list[_File]) -> bool:
-        """Whether a partition is to be rewritten. After it was, it is not, until more rows come."""
-        target = self.settings.compacted_file_bytes
+    def _needs(self, table: Table, partition: Partition, files: list[TableFile]) -> bool:
+        """Whether a partition needs to be rewritten. After that it does not, until more rows come."""
+        target = self._settings.compacted_file_bytes
         if table is EVENTS:
             hour = _hour(partition)
             if not self._closing.is_closed(hour) or not (self._hours is None or self._hours.start <= hour < self._hours.end):
@@ -170,11 +161,15 @@ class _Run:
             return self._closing.is_closed(datetime(day.year, day.month, day.day, 23, tzinfo=UTC))
         return day < self._today - timedelta(days=1)  # by ingestion: a batch may go on over midnight
 
-    def _proved(self, uri: str, table: Table, partition: Partition, version: int, started: float) -> TableCompaction:
-        before, after = (_partitions(DeltaTable(uri, version=v), table).get(partition, []) for v in (version - 1, version))
-        held_before, held_after = (content_of(self.lake, uri, v, partition) for v in (version - 1, version))
+    def _proved(
+        self, database: duckdb.DuckDBPyConnection, table: Table, partition: Partition, version: int, started: float
+    ) -> TableCompaction:
+        """Report the compaction of ``version``. Takes it back, and raises TableCorruptionError, if the rows are not the same."""
+        snapshots = [self._lake.at({table.name: each}) for each in (version - 1, version)]
+        before, after = (snapshot.partitions(table).get(partition, []) for snapshot in snapshots)
+        held_before, held_after = (content_of(database, snapshot, table, partition) for snapshot in snapshots)
         if held_before != held_after:
-            take_back(uri, table, version)
+            take_back(self._lake, table, version)
             raise TableCorruptionError(
                 f"version {version} of {table.name} ({_name(partition) or 'all'}) holds {held_after[0]} rows with hash "
                 f"{held_after[1]}, version {version - 1} held {held_before[0]} with {held_before[1]}",
@@ -196,37 +191,26 @@ class _Run:
         )
 
 
-def content_of(lake: duckdb.DuckDBPyConnection, uri: str, version: int, partition: Partition) -> tuple[int, str]:
-    """Count of rows and hash of their content: sum and exclusive or of the rows' hashes, as hexadecimal digits."""
-    names = ", ".join(f'"{field.name}"' for field in DeltaTable(uri, version=version).schema().fields)
-    where = " and ".join(f"{name} = '{value}'" for name, value in partition) or "true"
-    path = uri.replace("'", "''")
-    rows, total, combined = lake.sql(
+def content_of(database: duckdb.DuckDBPyConnection, snapshot: Snapshot, table: Table, partition: Partition) -> tuple[int, str]:
+    """Count the rows of a partition and hash their content: sum and exclusive or of the rows' hashes, as hexadecimal digits."""
+    names = ", ".join(f'"{name}"' for name in snapshot.columns(table))
+    where = " and ".join(f"{name} = {literal(value)}" for name, value in partition) or "true"
+    rows, total, combined = database.sql(
         f"""
         select count(*), coalesce(sum(hash({names})), 0), coalesce(bit_xor(hash({names})), 0)
-        from delta_scan('{path}', version = {version}) where {where}
+        from {snapshot.scan(table)} where {where}
         """
     ).fetchall()[0]
     return int(rows), f"{int(total) % 2**64:016x}{int(combined):016x}"
 
 
-def _has_loose_rows(files: list[_File]) -> bool:
-    """Whether an hour has more files that no compaction wrote than may lie beside one that did."""
+def _has_loose_rows(files: list[TableFile]) -> bool:
+    """Whether an hour has more files that no compaction wrote than it may have beside a compacted one."""
     loose = [file.size for file in files if not file.path.endswith(COMPACTED_SUFFIX)]
     if len(files) == 1 or not loose:
         return False
     never_compacted = len(loose) == len(files)
     return never_compacted or len(loose) >= LATE_FILES or sum(loose) > LATE_SHARE * sum(file.size for file in files)
-
-
-def _partitions(held: DeltaTable, table: Table) -> dict[Partition, list[_File]]:
-    found: dict[Partition, list[_File]] = {}
-    for row in pa.table(held.get_add_actions(flatten=True)).to_pylist():
-        values = [(name, row[f"partition.{name}"]) for name in table.partition_by]
-        if all(value is not None for _, value in values):  # nothing of ours has no partition
-            partition = tuple((name, str(value)) for name, value in values)
-            found.setdefault(partition, []).append(_File(row["path"], row["size_bytes"]))
-    return found
 
 
 def _hour(partition: Partition) -> datetime:

@@ -1,7 +1,7 @@
-"""Is everything that adtally keeps whole, down to the bytes? And repairing what can be had again.
+"""Checks that everything adtally keeps is whole, down to the bytes, and repairs what can be had again.
 
 Reads all of it: each table's log and data files, the indexes, the corrections, the books, and the batches that wait to be finished.
-What is derived is discarded and built again; rows of a damaged data file are taken out of their table and recounted from the raw
+Repair discards derived data and builds it again; it takes a damaged data file out of its table and recounts its rows from the raw
 input. Nothing is changed without ``repair``.
 """
 
@@ -14,15 +14,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from deltalake import DeltaTable
-from deltalake.exceptions import DeltaError
 
 from spark_jobs.attribution.index import check_index
 from spark_jobs.attribution.inputs import index_folder
@@ -36,10 +29,11 @@ from spark_jobs.ingest.dedupe.keys import Keys
 from spark_jobs.ingest.events import bring_index_to, keys_of_version
 from spark_jobs.ingest.finish import finish, stuck_batches
 from spark_jobs.ingest.source import FilesSource
-from spark_jobs.lake.checked import DamagedError, file_checksum
-from spark_jobs.lake.data_files import named_checksum
+from spark_jobs.lake import check
+from spark_jobs.lake.checked import DamagedError
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.locks import INGEST, exclusive
-from spark_jobs.lake.log import DeltaLog, commit_identity
+from spark_jobs.lake.log import commit_identity
 from spark_jobs.lake.removal import take_files_out
 from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.tables import (
@@ -153,11 +147,11 @@ def _ingest_lock(settings: Settings) -> Iterator[bool]:
 
 
 def _look(settings: Settings, say: Say, *, is_at_rest: bool) -> _Look:
-    look = _Look()
-    readable = [table for table in TABLES.values() if _look_at_log(settings, table, look)]
+    look, lake = _Look(), Lake(settings)
+    readable = [table for table in TABLES.values() if _look_at_log(lake, table, look)]
     look.tables = len(readable)
     for table in readable:
-        _look_at_files(settings, table, look, say)
+        _look_at_files(lake, table, look, say)
     whole = not look.has(*_OF_FILES) and len(readable) == len(TABLES)
     if is_at_rest:
         say("key index")
@@ -179,17 +173,16 @@ def _look(settings: Settings, say: Say, *, is_at_rest: bool) -> _Look:
     return look
 
 
-def _look_at_log(settings: Settings, table: Table, look: _Look) -> bool:
-    """Whether the table can be read at its newest version. No log at all is a table that was not created yet."""
-    log = DeltaLog(settings.table_uri(table.name))
-    folder = Path(log.uri) / "_delta_log"
-    if not folder.is_dir():
+def _look_at_log(lake: Lake, table: Table, look: _Look) -> bool:
+    """Whether the table can be read at its newest version. A table without a log was not created yet."""
+    if not check.has_log(lake, table):
         return False
+    log = lake.log(table)
     faults = log.faults()
     look.commits += len(log.commit_sizes())
-    checkpoints = {path: _problem_of_checkpoint(path) for path in sorted(folder.glob("*.checkpoint*.parquet"))}
-    covered = max((int(path.name.split(".")[0]) for path, problem in checkpoints.items() if problem is None), default=-1)
-    damaged = {path: problem for path, problem in checkpoints.items() if problem is not None}
+    checkpoints = check.checkpoint_problems(lake, table)
+    covered = max((check.checkpoint_version(name) for name, problem in checkpoints.items() if problem is None), default=-1)
+    damaged = {name: problem for name, problem in checkpoints.items() if problem is not None}
     is_readable = True
     for fault in faults:
         if fault.is_tail:
@@ -204,72 +197,29 @@ def _look_at_log(settings: Settings, table: Table, look: _Look) -> bool:
             way = f"put {fault.path} back from a backup; what only it did is lost"
             look.add("commit_unreadable", table.name, f"version {fault.version}: {fault.problem}", way, can_repair=False)
     has_all = 0 in log.commit_sizes() and not faults
-    for path, problem in damaged.items():
-        way = "adtally fsck --repair" if has_all else f"put {path} back from a backup"
-        look.add("log_checkpoint", table.name, f"{path.name}: {problem}", way, can_repair=has_all, path=path.name)
-    if is_readable and not damaged:
-        try:
-            DeltaTable(log.uri)
-        except (DeltaError, OSError) as error:
-            is_readable = False
-            way = f"see {RUNBOOK}"
-            look.add("log_unreadable", table.name, error, way, can_repair=False)
+    for name, problem in damaged.items():
+        way = "adtally fsck --repair" if has_all else f"put {check.checkpoint_path(lake, table, name)} back from a backup"
+        look.add("log_checkpoint", table.name, f"{name}: {problem}", way, can_repair=has_all, path=name)
+    if is_readable and not damaged and (unreadable := check.table_problem(lake, table)) is not None:
+        is_readable = False
+        look.add("log_unreadable", table.name, unreadable, f"see {RUNBOOK}", can_repair=False)
     return is_readable and not damaged
 
 
-def _problem_of_checkpoint(path: Path) -> Exception | None:
-    """What is wrong with a checkpoint of a log; None: nothing."""
-    try:
-        _read_whole(path)
-    except (OSError, pa.ArrowException) as error:
-        return error
-    return None
-
-
-def _read_whole(path: Path) -> int:
-    """Read a Parquet file to its end, against the checksums of its pages where it has some; returns its rows."""
-    rows = 0
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        for number in range(file.num_row_groups):
-            rows += file.read_row_group(number, use_threads=False).num_rows
-    return rows
-
-
-def _look_at_files(settings: Settings, table: Table, look: _Look, say: Say) -> None:
-    """Presence, size, pages and rows of every data file of the newest version."""
-    uri = settings.table_uri(table.name)
-    actions = pa.table(DeltaTable(uri).get_add_actions(flatten=True)).to_pylist()
+def _look_at_files(lake: Lake, table: Table, look: _Look, say: Say) -> None:
+    """Check presence, size, pages and rows of every data file of the newest version."""
+    files = check.newest_files(lake, table)
     can_repair = table.name in _FROM_RAW
     way = "adtally fsck --repair" if can_repair else f"put the file back from a backup; {RUNBOOK}"
-    for number, action in enumerate(actions):
+    for number, file in enumerate(files):
         if number % 20 == 0:
-            say(f"{table.name}: {number:,} of {len(actions):,} data files")
-        path = Path(uri) / unquote(action["path"])
+            say(f"{table.name}: {number:,} of {len(files):,} data files")
         look.files += 1
-        problem = _problem_of_file(path, action)
+        problem = check.file_problem(lake, table, file)
         if problem is None:
-            look.bytes += action["size_bytes"]
+            look.bytes += file.size
         else:
-            look.add(problem[0], table.name, f"{action['path']}: {problem[1]}", way, can_repair=can_repair, path=action["path"])
-
-
-def _problem_of_file(path: Path, action: dict[str, Any]) -> tuple[str, str] | None:
-    try:
-        size = path.stat().st_size
-    except OSError:
-        return "file_missing", f"missing, with {action['num_records']} rows"
-    if size != action["size_bytes"]:
-        return "file_size", f"{size} bytes instead of {action['size_bytes']}, with {action['num_records']} rows"
-    named = named_checksum(path.name)
-    try:
-        if named is not None and file_checksum(path) != named:
-            return "file_damaged", f"its bytes are not those that were written, with {action['num_records']} rows"
-        rows = _read_whole(path) if named is None else pq.read_metadata(path).num_rows
-    except (OSError, pa.ArrowException, ValueError) as error:
-        return "file_damaged", f"{error}, with {action['num_records']} rows"
-    if action["num_records"] is not None and rows != action["num_records"]:
-        return "file_rows", f"{rows} rows instead of {action['num_records']}"
-    return None
+            look.add(problem[0], table.name, f"{file.path}: {problem[1]}", way, can_repair=can_repair, path=file.path)
 
 
 def _look_at_checkpoints(settings: Settings, look: _Look) -> None:
@@ -295,10 +245,9 @@ def _look_at_key_index(settings: Settings, look: _Look, *, compare: bool) -> Non
         return
     try:
         index.check()
-        log = DeltaLog(settings.table_uri(EVENTS.name))
         if not compare:
             return
-        if index.commit != commit_identity(log.commit(index.version)):
+        if index.commit != commit_identity(Lake(settings).log(EVENTS).commit(index.version)):
             look.add("key_index", place, f"table events no longer has the version {index.version} that it covers")
         elif _sums(index.parts()) != _sums(keys_of_version(settings, index.version)):
             look.add("key_index", place, f"its keys are not those of version {index.version} of events")
@@ -343,15 +292,14 @@ def _look_at_corrections(settings: Settings, look: _Look) -> None:
 
 
 def _repair(settings: Settings, look: _Look, run_id: str, say: Say) -> list[Finding]:
-    """Put right what was found. Returns what the recount could not give back."""
+    """Repair what was found. Returns what the recount could not give back."""
+    lake = Lake(settings)
     for found in look.findings:
-        log_folder = Path(settings.table_uri(found.place)) / "_delta_log"
-        if found.kind == "log_checkpoint" and found.can_repair:  # delta-rs reads the commits instead
-            (log_folder / "_last_checkpoint").unlink(missing_ok=True)
-            (log_folder / found.path).unlink()
+        if found.kind == "log_checkpoint" and found.can_repair:
+            check.remove_checkpoint(lake, TABLES[found.place], found.path)
         elif found.kind == "commit_covered":
             version = int(found.detail.split(":")[0].removeprefix("version "))
-            (log_folder / f"{version:020d}.json").unlink(missing_ok=True)
+            check.remove_commit(lake, TABLES[found.place], version)
     if look.has("attribution_index"):
         shutil.rmtree(index_folder(settings))
     is_blocked = any(not found.can_repair and found.kind != "log_checkpoint" for found in look.findings)
@@ -360,7 +308,7 @@ def _repair(settings: Settings, look: _Look, run_id: str, say: Say) -> list[Find
         for name in sorted({found.place for found in damaged}):
             say(f"taking damaged files out of {name}")
             paths = [found.path for found in damaged if found.place == name]
-            take_files_out(settings.table_uri(name), TABLES[name], paths, {"fsck": {"run_id": run_id, "files": paths}})
+            take_files_out(lake, TABLES[name], paths, {"fsck": {"run_id": run_id, "files": paths}})
     if is_blocked:
         return []
     for batch in stuck_batches(settings):
@@ -377,7 +325,7 @@ def _repair(settings: Settings, look: _Look, run_id: str, say: Say) -> list[Find
         index = KeyIndex(settings.key_index_path)
         if look.has("key_index"):
             index.problem = "fsck"
-        bring_index_to(settings, index, DeltaLog(settings.table_uri(EVENTS.name)).latest_version() or 0)
+        bring_index_to(settings, index, lake.version(EVENTS) or 0)
     return remarks
 
 

@@ -12,7 +12,6 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 
 import duckdb
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from spark_jobs.config import Settings
@@ -22,8 +21,9 @@ from spark_jobs.ingest.files.backlog import read_landing
 from spark_jobs.ingest.in_force import campaign_file_problems, rule_file_problems
 from spark_jobs.ingest.kafka.config import read_kafka
 from spark_jobs.ingest.kafka.topics import oldest_waiting, read_topic_sources
-from spark_jobs.lake.log import Commit, DeltaLog
-from spark_jobs.lake.reading import read_files
+from spark_jobs.lake.duck import literal
+from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.log import Commit
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS
 from spark_jobs.operate.status import read_recent_problems, read_unaccounted
 from spark_jobs.publish.progress import read_publications
@@ -114,7 +114,7 @@ def _ignored_files(settings: Settings, now: datetime) -> tuple[float, str]:
 
 def _freshness(settings: Settings, now: datetime) -> tuple[float, str]:
     """Seconds since the first change of the ledger that the published marts do not have; 0 where they have all."""
-    log = DeltaLog(settings.table_uri(BATCH_LEDGER.name))
+    log = Lake(settings).log(BATCH_LEDGER)
     newest, pinned = log.latest_version(), _pinned_version(settings)
     if newest is None:
         return 0.0, "nothing ingested yet"
@@ -129,8 +129,7 @@ def _pinned_version(settings: Settings) -> int | None:
     if not settings.marts_path.is_file():
         return None
     with duckdb.connect(":memory:") as connection:  # an instance of its own opens the file anew, whoever has an older one open
-        path = str(settings.marts_path).replace("'", "''")
-        connection.execute(f"attach '{path}' as marts (read_only)")
+        connection.execute(f"attach {literal(settings.marts_path)} as marts (read_only)")
         row = connection.execute(
             "select max(delta_version) from marts.main.mart_build where table_name = 'batch_ledger'"
         ).fetchone()
@@ -168,34 +167,32 @@ def _share(settings: Settings, now: datetime, outcome: str) -> tuple[float, str]
 
 def recent_counts(settings: Settings, since: datetime) -> Counter[str]:
     """Sums of the ledger (offered, rejected, duplicate) over the batches that were committed at ``since`` or later."""
-    uri = settings.table_uri(BATCH_LEDGER.name)
     total: Counter[str] = Counter()
-    for commit in DeltaLog(uri).commits_backwards():
+    for commit in Lake(settings).log(BATCH_LEDGER).commits_backwards():
         if _committed(commit) < since.timestamp():
             break
-        for action in commit.data_added:
-            total.update(_file_counts(uri, action["path"]))
+        for path in commit.added_paths:
+            total.update(_file_counts(settings, path))
     return total
 
 
 @lru_cache(maxsize=16_384)
-def _file_counts(uri: str, path: str) -> Counter[str]:
-    """The sums of one data file, which never changes. Rows of corrections are differences, and left out."""
+def _file_counts(settings: Settings, path: str) -> Counter[str]:
+    """The sums of one data file of the ledger, which never changes. Leaves out rows of corrections, which are differences."""
     names = ("offered", "rejected", "duplicate", "_run_id")
-    rows = read_files(uri, [path], pa.schema([BATCH_LEDGER.schema.field(name) for name in names]))
+    rows = Lake(settings).read_files(BATCH_LEDGER, [path], *names)
     own = rows.filter(pc.is_null(rows["_run_id"]))
     return Counter({name: pc.sum(own[name]).as_py() or 0 for name in names[:-1]})
 
 
 def _user_share(settings: Settings, now: datetime) -> tuple[float, str]:
     """The largest share of one user, who is not exempt, in the events of the last hour's batches; 0 below MIN_OFFERED."""
-    log = DeltaLog(settings.table_uri(EVENTS.name))
     total, users = 0, Counter[str]()
-    for commit in log.commits_backwards():
+    for commit in Lake(settings).log(EVENTS).commits_backwards():
         if _committed(commit) < (now - RECENT).timestamp():
             break
-        for action in () if commit.data_removed else commit.data_added:  # what a review rewrites is no new event
-            rows, found = _file_users(log.uri, action["path"])
+        for path in () if commit.data_removed else commit.added_paths:  # a review rewrites events, and brings no new ones
+            rows, found = _file_users(settings, path)
             total += rows
             users.update(found)
     exempt = current_rules(settings).exempt_users
@@ -207,9 +204,9 @@ def _user_share(settings: Settings, now: datetime) -> tuple[float, str]:
 
 
 @lru_cache(maxsize=4_096)
-def _file_users(uri: str, path: str) -> tuple[int, dict[str, int]]:
-    """(rows, user -> events) of one data file, which never changes; users with less than a percent of it are left out."""
-    users = read_files(uri, [path], pa.schema([EVENTS.schema.field("user_id")]))["user_id"]
+def _file_users(settings: Settings, path: str) -> tuple[int, dict[str, int]]:
+    """(rows, user -> events) of one data file of events, which never changes. Leaves out users with less than a percent of it."""
+    users = Lake(settings).read_files(EVENTS, [path], "user_id")["user_id"]
     counts = pc.value_counts(users.combine_chunks())
     often = counts.filter(pc.greater_equal(counts.field("counts"), max(2, len(users) / 100)))
     return len(users), dict(zip(often.field("values").to_pylist(), often.field("counts").to_pylist(), strict=True))

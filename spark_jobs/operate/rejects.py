@@ -1,4 +1,4 @@
-"""What was rejected or is in conflict: where each record came from, why, and its raw text; and the count of each reason."""
+"""The records that were rejected or conflict: where each came from, why, and its raw text; and the count of each reason."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from typing import Any
 import duckdb
 
 from spark_jobs.config import Settings
-from spark_jobs.errors import TableCorruptionError
-from spark_jobs.failure import one_line
-from spark_jobs.lake.duck import connect_delta
-from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.tables import REJECTED_TABLES
 
 OLDER = "union all by name select null::bigint as records where false"
-"""Behind a select from either: a table of an older version has no column ``records`` before the next ingest adds it."""
+"""Append it to a select from either table: one of an older adtally has no column ``records`` until the next ingest adds it."""
 
 
 @dataclass(frozen=True)
@@ -87,26 +84,25 @@ def read_rejects(
     file: str | None = None,
     limit: int = 20,
 ) -> RejectReport:
-    """What was rejected, the newest first. ``reason`` may be 'conflict'.
+    """Read the rejected records that match, the newest first. ``reason`` may be 'conflict'.
 
-    ``since`` is of the ingestion; ``file`` is part of a name. An ingest may run meanwhile.
+    ``since`` is a time of ingestion; ``file`` is part of a name. An ingest may run meanwhile.
 
-    Raises UsageError for a lakehouse that is not a local path, TableCorruptionError where a table cannot be read.
+    Raises UsageError for a lakehouse that is not a local path, TableCorruptionError if a table cannot be read.
     """
     require_local(settings, "rejects")
-    lake = connect_delta()
-    try:
-        parts = []
-        for stream, table in REJECTED_TABLES.items():
-            name = table.name
-            version = DeltaLog(settings.table_uri(name)).latest_version()
-            if version is not None:
-                path = settings.table_uri(name).replace("'", "''")
-                parts.append(f"select '{stream}' as stream, * from delta_scan('{path}', version = {version})")
-        if not parts:
-            return RejectReport(0, [], [])
-        # the tables are small beside the events, and read once: the counts and the rows are of the same look
-        lake.execute(
+    lake = Lake(settings)
+    snapshot = lake.pin(*REJECTED_TABLES.values())
+    parts = [
+        f"select '{stream}' as stream, * from {snapshot.scan(table)}"
+        for stream, table in REJECTED_TABLES.items()
+        if table in snapshot
+    ]
+    if not parts:
+        return RejectReport(0, [], [])
+    with lake.database() as database:
+        # The tables are small and read once, so that the counts and the rows agree.
+        database.execute(
             f"""
             create temp table found as
             select *, coalesce(records, 1) as many
@@ -116,30 +112,23 @@ def read_rejects(
             """,
             {"reason": reason, "since": since, "file": file},
         )
-        return RejectReport(
-            _all(lake, "select coalesce(sum(many), 0)::bigint from found")[0][0], _counts(lake), _newest(lake, limit)
-        )
-    except duckdb.Error as error:
-        raise TableCorruptionError(
-            f"the tables of {settings.lakehouse_uri} cannot be read: {one_line(error)}", hint="adtally fsck names what is damaged"
-        ) from error
-    finally:
-        lake.close()
+        records = _all(database, "select coalesce(sum(many), 0)::bigint from found")[0][0]
+        return RejectReport(records, _counts(database), _newest(database, limit))
 
 
-def _all(lake: duckdb.DuckDBPyConnection, sql: str, parameters: list[Any] | None = None) -> list[tuple[Any, ...]]:
-    return lake.execute(sql, parameters).fetchall()
+def _all(database: duckdb.DuckDBPyConnection, sql: str, parameters: list[Any] | None = None) -> list[tuple[Any, ...]]:
+    return database.execute(sql, parameters).fetchall()
 
 
-def _counts(lake: duckdb.DuckDBPyConnection) -> list[ReasonCount]:
+def _counts(database: duckdb.DuckDBPyConnection) -> list[ReasonCount]:
     counts = " union all ".join(counts_sql(f"(from found where stream = '{stream}')", stream) for stream in REJECTED_TABLES)
-    return [ReasonCount(*row) for row in _all(lake, f"from ({counts}) order by records desc, stream, reason")]
+    return [ReasonCount(*row) for row in _all(database, f"from ({counts}) order by records desc, stream, reason")]
 
 
-def _newest(lake: duckdb.DuckDBPyConnection, limit: int) -> list[Reject]:
+def _newest(database: duckdb.DuckDBPyConnection, limit: int) -> list[Reject]:
     sql = """
         select stream, reason_codes, source, region, source_file, source_line, many, record_id, record_time, ingested_at,
             fingerprint, accepted_fingerprint, raw, raw_encoding, raw_size_bytes
         from found order by ingested_at desc, stream, source_file, source_line limit ?
     """
-    return [Reject(*row) for row in _all(lake, sql, [limit])]
+    return [Reject(*row) for row in _all(database, sql, [limit])]

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import duckdb
 import numpy as np
 
 from spark_jobs.config import Settings
-from spark_jobs.errors import AdtallyError, TableCorruptionError
-from spark_jobs.failure import one_line
+from spark_jobs.errors import AdtallyError
 from spark_jobs.ingest.files.backlog import IgnoredFiles, WaitingFiles, read_landing, unaccounted_files
 from spark_jobs.ingest.in_force import campaign_file_problems, rule_file_problems
 from spark_jobs.ingest.kafka.topics import TopicSource, read_topic_sources
 from spark_jobs.ingest.names import names_file_problems
 from spark_jobs.ingest.quarantine import QUARANTINE_REASONS
-from spark_jobs.lake.duck import connect_delta
-from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.lake import Lake, Snapshot
 from spark_jobs.lake.roots import is_local, require_local
-from spark_jobs.lake.tables import REJECTED_TABLES, STREAMS, TABLES
+from spark_jobs.lake.tables import (
+    BATCH_LEDGER,
+    EVENTS,
+    MINUTE_METRICS,
+    ORDERS,
+    REJECTED_EVENTS,
+    REJECTED_ORDERS,
+    REJECTED_TABLES,
+    RELEASES,
+    STREAMS,
+    TABLES,
+    Table,
+)
 from spark_jobs.operate.rejects import OLDER, ReasonCount, counts_sql
 from spark_jobs.publish.progress import TopicStatus, read_publications
 from spark_jobs.texts import counted, printable
@@ -32,9 +40,9 @@ from spark_jobs.units import HOUR_US
 
 FILE_REASONS = ("empty_gzip", "truncated_gzip", "corrupt_gzip", "unreadable_file", *QUARANTINE_REASONS)
 NOTHING_INGESTED = "nothing ingested yet: run adtally ingest"
-# The ledger first: whatever batch stands in the version that is read is complete in the tables that are read after it, so
-# that an ingest may go on meanwhile.
-_READ = ("batch_ledger", "events", "minute_metrics", "rejected_events", "orders", "rejected_orders")
+# The ledger first: a batch in the version that is read is complete in the tables that are pinned after it, although an ingest may
+# run meanwhile.
+_READ = (BATCH_LEDGER, EVENTS, MINUTE_METRICS, REJECTED_EVENTS, ORDERS, REJECTED_ORDERS)
 _REJECTED = tuple(table.name for table in REJECTED_TABLES.values())
 _PROBLEMS_SHOWN = 20
 _IDS_PER_PASS = 32_000_000
@@ -111,31 +119,24 @@ def read_status(settings: Settings) -> Status:
     extension is missing, TableCorruptionError where a table cannot be read.
     """
     require_local(settings, "status")
-    order = [*_READ, *(name for name in TABLES if name not in _READ)]
-    found = {name: DeltaLog(settings.table_uri(name)).latest_version() for name in order}
-    versions = {name: version for name, version in found.items() if version is not None}
-    if not versions:
+    lake = Lake(settings)
+    snapshot = lake.pin(*_READ, *(table for table in TABLES.values() if table not in _READ))
+    if not snapshot.versions:
         return _with_landing(settings, Status(problems=[NOTHING_INGESTED], topics=read_topic_sources(settings)))
-    with TemporaryDirectory(prefix="adtally-status-") as spill:
-        lake = connect_delta({"temp_directory": spill, "memory_limit": _MEMORY})
-        try:
-            whole = _Reader(lake, settings, versions).status()
-            whole = replace(
-                whole,
-                problems=[
-                    *whole.problems,
-                    *campaign_file_problems(settings),
-                    *rule_file_problems(settings),
-                    *names_file_problems(settings),
-                ],
-                publications=read_publications(settings),
-                topics=read_topic_sources(settings),
-            )
-            return _with_landing(settings, whole)
-        except duckdb.Error as error:
-            raise _unreadable(settings, error) from error
-        finally:
-            lake.close()
+    with lake.database(memory=_MEMORY) as database:
+        whole = _Reader(database, snapshot).status()
+    whole = replace(
+        whole,
+        problems=[
+            *whole.problems,
+            *campaign_file_problems(settings),
+            *rule_file_problems(settings),
+            *names_file_problems(settings),
+        ],
+        publications=read_publications(settings),
+        topics=read_topic_sources(settings),
+    )
+    return _with_landing(settings, whole)
 
 
 def _with_landing(settings: Settings, status: Status) -> Status:
@@ -169,48 +170,34 @@ def read_recent_problems(settings: Settings, since: datetime) -> tuple[int, list
 
     Of what `read_status` finds only what the rows of those batches tell: data files of others are not read. Raises as it does.
     """
-    found = {name: DeltaLog(settings.table_uri(name)).latest_version() for name in _READ}
-    versions = {name: version for name, version in found.items() if version is not None}
-    if not is_local(settings.lakehouse_uri) or "batch_ledger" not in versions:
+    lake = Lake(settings)
+    snapshot = lake.pin(*_READ)
+    if not is_local(settings.lakehouse_uri) or BATCH_LEDGER not in snapshot:
         return 0, []
-    with TemporaryDirectory(prefix="adtally-status-") as spill:
-        lake = connect_delta({"temp_directory": spill, "memory_limit": _MEMORY})
-        try:
-            return _Reader(lake, settings, versions).recent_problems(since)
-        except duckdb.Error as error:
-            raise _unreadable(settings, error) from error
-        finally:
-            lake.close()
-
-
-def _unreadable(settings: Settings, error: duckdb.Error) -> TableCorruptionError:
-    return TableCorruptionError(
-        f"the tables of {settings.lakehouse_uri} cannot be read: {one_line(error)}",
-        hint="adtally fsck names what is damaged, and --repair what can be had again",
-    )
+    with lake.database(memory=_MEMORY) as database:
+        return _Reader(database, snapshot).recent_problems(since)
 
 
 class _Reader:
     """One look at the tables, each at a fixed version."""
 
-    def __init__(self, lake: duckdb.DuckDBPyConnection, settings: Settings, versions: dict[str, int]) -> None:
-        self._lake = lake
-        self._settings = settings
-        self._versions = versions
+    def __init__(self, database: duckdb.DuckDBPyConnection, snapshot: Snapshot) -> None:
+        self._database = database
+        self._snapshot = snapshot
 
     def status(self) -> Status:
-        lake = self._lake
+        database = self._database
         self._load_ledger("")
         self._load_others("")
-        tables = [self._table(name) for name in TABLES if name in self._versions]
+        tables = [self._table(table) for table in TABLES.values() if table in self._snapshot]
         lost = self._lost()
         if lost:
             if not any(table.rows for table in tables):
                 return Status(tables=tables, problems=[NOTHING_INGESTED])
             return Status(tables=tables, conservation_holds=False, problems=lost)
-        lake.execute(_BATCHES)
-        lake.execute(_OF_CLUSTERS)
-        lake.execute(_CELLS)
+        database.execute(_BATCHES)
+        database.execute(_OF_CLUSTERS)
+        database.execute(_CELLS)
         broken = [*self._ledger_rows(), *self._cells(), *self._unique(), *self._orders()]
         never, unfinished = self._unbooked()
         broken = [*never, *broken]
@@ -226,50 +213,45 @@ class _Reader:
     def recent_problems(self, since: datetime) -> tuple[int, list[str]]:
         """See `read_recent_problems`."""
         key = "(stream, _query_id, _batch_id)"
-        recent = f"select {key} from {self._scan('batch_ledger')} where _run_id is null and ingested_at >= timestamptz '{since}'"
+        ledger = self._snapshot.scan(BATCH_LEDGER)
+        recent = f"select {key} from {ledger} where _run_id is null and ingested_at >= timestamptz '{since}'"
         self._load_ledger(f"where {key} in ({recent})")
-        lake = self._lake
-        lake.execute(_BATCHES)
-        lake.execute(_OF_CLUSTERS)
+        self._database.execute(_BATCHES)
+        self._database.execute(_OF_CLUSTERS)
         batches, low, high = self._rows("select count(*), min(_batch_id), max(_batch_id) from batches")[0]
         lost = self._lost() if batches else []
         if lost or not batches:
             return batches, lost
         self._load_others(f"where _batch_id between {low} and {high}")  # by which Delta's statistics skip the files of the others
-        lake.execute(_CELLS)
+        self._database.execute(_CELLS)
         return batches, [*self._ledger_rows(), *self._cells()]
 
     def _load_ledger(self, where: str) -> None:
-        lake = self._lake
         # whole hours since the epoch; date_trunc would do it by the calendar of a time zone and take seven times as long
-        lake.execute(f"create macro hour_of(t) as (epoch_us(t) - (epoch_us(t) % {HOUR_US} + {HOUR_US}) % {HOUR_US}) // {HOUR_US}")
+        hours = f"(epoch_us(t) - (epoch_us(t) % {HOUR_US} + {HOUR_US}) % {HOUR_US}) // {HOUR_US}"
+        self._database.execute(f"create macro hour_of(t) as {hours}")
         hour = "select * replace (hour_of(event_hour) as event_hour)"
-        if "batch_ledger" in self._versions:
-            lake.execute(f"create temp table batch_ledger as {hour} from {self._scan('batch_ledger')} {where}")
+        if BATCH_LEDGER in self._snapshot:
+            self._database.execute(f"create temp table batch_ledger as {hour} from {self._snapshot.scan(BATCH_LEDGER)} {where}")
 
     def _load_others(self, where: str) -> None:
-        for name in self._versions:
-            if name != "batch_ledger":
+        for name in self._snapshot.versions:
+            if name != BATCH_LEDGER.name:
                 older = OLDER if name in _REJECTED else ""
-                self._lake.execute(f"create temp view {name} as select * from {self._scan(name)} {where} {older}")
+                scan = self._snapshot.scan(TABLES[name])
+                self._database.execute(f"create temp view {name} as select * from {scan} {where} {older}")
 
     def _lost(self) -> list[str]:
-        missing = [name for name in _READ if name not in self._versions]
+        missing = [table.name for table in _READ if table not in self._snapshot]
         return [f"table {name} is missing, but others hold rows" for name in missing]
 
-    def _scan(self, name: str, version: int | None = None) -> str:
-        path = self._settings.table_uri(name).replace("'", "''")
-        return f"delta_scan('{path}', version = {self._versions[name] if version is None else version})"
-
     def _rows(self, sql: str) -> list[tuple[Any, ...]]:
-        return self._lake.execute(sql).fetchall()
+        return self._database.execute(sql).fetchall()
 
-    def _table(self, name: str) -> TableStatus:
-        version = self._versions[name]
-        rows = self._rows(f"select count(*) from {name}")[0][0]
-        path = self._settings.table_uri(name).replace("'", "''")
-        files = self._rows(f"select data_file from delta_list_files('{path}', version = {version}::ubigint)")
-        return TableStatus(name, version, rows, len(files), sum(os.path.getsize(file) for (file,) in files))
+    def _table(self, table: Table) -> TableStatus:
+        rows = self._rows(f"select count(*) from {table.name}")[0][0]
+        files = self._snapshot.files(table)
+        return TableStatus(table.name, self._snapshot.version(table), rows, len(files), sum(file.size for file in files))
 
     def _sources(self) -> list[SourceStatus]:
         found = self._rows(
@@ -291,7 +273,7 @@ class _Reader:
 
     def _quarantined(self) -> list[QuarantinedFile]:
         columns = "source_file, reason_codes, ingested_at, _query_id, _batch_id"
-        released = "anti join releases using (source_file, _query_id, _batch_id)" if "releases" in self._versions else ""
+        released = "anti join releases using (source_file, _query_id, _batch_id)" if RELEASES in self._snapshot else ""
         found = self._rows(
             f"""
             select source_file, reason_codes, ingested_at from (
@@ -365,7 +347,7 @@ class _Reader:
         passes = self._rows("select count(*) from events")[0][0] // _IDS_PER_PASS + 1
         for number in range(passes):
             some = f"select hash(event_id) as hashed from events where hash(event_id) % {passes} = {number}"
-            hashed = np.asarray(self._lake.execute(some).fetchnumpy()["hashed"])
+            hashed = np.asarray(self._database.execute(some).fetchnumpy()["hashed"])
             hashed.sort()
             if np.any(hashed[1:] == hashed[:-1]):
                 return True
@@ -403,8 +385,7 @@ class _Reader:
         )
         if not found:
             return [], []
-        newest = DeltaLog(self._settings.table_uri("batch_ledger")).latest_version()
-        ledger = self._scan("batch_ledger", newest)
+        ledger = self._snapshot.lake.scan(BATCH_LEDGER, self._snapshot.lake.version(BATCH_LEDGER))
         booked = set(self._rows(f"select distinct stream, _query_id, _batch_id from {ledger}"))
         never, unfinished = [], []
         for stream, query, batch, rows, is_last in found:
@@ -420,7 +401,8 @@ class _Reader:
 
     def _running_queries(self, stream: str) -> set[str]:
         """The ids of the queries that go on with a checkpoint of ``stream``: that of files, and those of topics."""
-        folders = (self._settings.checkpoints_path / stream, *self._settings.checkpoints_path.glob(f"{stream}-*"))
+        checkpoints = self._snapshot.lake.settings.checkpoints_path
+        folders = (checkpoints / stream, *checkpoints.glob(f"{stream}-*"))
         found = set()
         for folder in folders:
             with suppress(OSError, ValueError, KeyError):

@@ -1,9 +1,9 @@
-"""Vacuum: data files that nobody can need any more are deleted.
+"""Vacuum: deletes the data files that nobody needs any more.
 
-A file goes when it was removed from its table (or, named by no commit, was written: a killed batch leaves such) longer ago than the
-retention, which is what time travel is promised. Whatever its age, a file stays that is needed by a batch which was killed and is
-decided again by the version before it, by the key index while it catches up, by publishing where it is behind, and by the published
-marts. Table `campaigns` is left alone: a recount judges each batch by the prices of its time.
+It deletes a file that was removed from its table longer ago than the retention, for which time travel is promised; and a file that
+no commit names (a killed batch leaves such) and that is older than the retention. Whatever its age, it keeps a file that one of
+these needs: a killed batch, which is decided again by the version before it; the key index while it catches up; publishing, if it
+is behind; the published marts. It never touches table `campaigns`: a recount judges each batch by the prices of its time.
 """
 
 from __future__ import annotations
@@ -14,22 +14,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from urllib.parse import unquote
 
 import duckdb
-from deltalake import DeltaTable
-from deltalake.exceptions import DeltaError
-from pyarrow import fs
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import TableCorruptionError, UsageError
 from spark_jobs.failure import one_line
 from spark_jobs.ingest.dedupe.index import KeyIndex
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.locks import REWRITE, exclusive
-from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.removal import delete_unneeded_files, unneeded_files
-from spark_jobs.lake.roots import open_root
-from spark_jobs.lake.tables import CAMPAIGNS, EVENTS, ORDERS, TABLES
+from spark_jobs.lake.tables import CAMPAIGNS, EVENTS, ORDERS, TABLES, Table
 from spark_jobs.lake.torn import mend_tables
 from spark_jobs.publish.progress import read_publications
 
@@ -86,51 +81,51 @@ def vacuum(
     done = []
     mend_tables(settings)
     with exclusive(settings, REWRITE):
+        lake = Lake(settings)
         of_marts = _versions_of_marts(settings)
-        for name in TABLES:
-            uri = settings.table_uri(name)
-            if name == CAMPAIGNS.name or not DeltaLog(uri).exists():
+        for table in TABLES.values():
+            if table is CAMPAIGNS or not lake.exists(table):
                 continue
             if progress is not None:
-                progress(name)
-            reasons = _needed_versions(settings, name, of_marts.get(name, []))
-            done.append(_vacuum_table(name, uri, -(-retention // _HOUR), reasons, dry_run=dry_run))
+                progress(table.name)
+            reasons = _needed_versions(lake, table, of_marts.get(table.name, []))
+            done.append(_vacuum_table(lake, table, -(-retention // _HOUR), reasons, dry_run=dry_run))
     return VacuumReport(done, dry_run, time.monotonic() - started)
 
 
-def _vacuum_table(name: str, uri: str, hours: int, reasons: dict[int, str], *, dry_run: bool) -> TableVacuum:
+def _vacuum_table(lake: Lake, table: Table, hours: int, reasons: dict[int, str], *, dry_run: bool) -> TableVacuum:
     kept = sorted(reasons)
-    sizes = _sizes(uri, unneeded_files(uri, hours, kept))
+    sizes = unneeded_files(lake, table, hours, kept)
     paths = sorted(sizes)
     if paths and not dry_run:
-        paths = sorted(sizes.keys() & set(delete_unneeded_files(uri, hours, kept)))
-    return TableVacuum(name, len(paths), sum(sizes[path] for path in paths), kept, reasons, paths)
+        paths = sorted(sizes.keys() & set(delete_unneeded_files(lake, table, hours, kept)))
+    return TableVacuum(table.name, len(paths), sum(sizes[path] for path in paths), kept, reasons, paths)
 
 
-def _needed_versions(settings: Settings, name: str, of_marts: list[int]) -> dict[int, str]:
-    """Versions of a table that must stay readable, and why. Such as the log no longer has cannot be read anyway."""
+def _needed_versions(lake: Lake, table: Table, of_marts: list[int]) -> dict[int, str]:
+    """Versions of a table that must stay readable, and why. Skips those that the log no longer has."""
     found: dict[int, str] = dict.fromkeys(of_marts, "the published marts were built from it")
-    if name in _STREAMS:
-        for query, before in _before_last_batches(settings, name).items():
+    if table.name in _STREAMS:
+        for query, before in _before_last_batches(lake, table).items():
             found[before] = f"the last batch of {query} is decided by it, should it run again"
-    if name == EVENTS.name:
-        found |= dict.fromkeys(_versions_of_index(settings), "the key index reads files of it to catch up")
-    found |= dict.fromkeys(_versions_to_publish(settings, name), "files of it are still to be published")
-    return {version: reason for version, reason in sorted(found.items()) if _is_readable(settings.table_uri(name), version)}
+    if table is EVENTS:
+        found |= dict.fromkeys(_versions_of_index(lake), "the key index reads files of it to catch up")
+    found |= dict.fromkeys(_versions_to_publish(lake, table), "files of it are still to be published")
+    return {version: reason for version, reason in sorted(found.items()) if lake.is_readable(table, version)}
 
 
-def _before_last_batches(settings: Settings, name: str) -> dict[str, int]:
-    """The versions that the last batches of the stream's queries (of files, of topics) were decided by, by the queries' names.
+def _before_last_batches(lake: Lake, table: Table) -> dict[str, int]:
+    """The versions on which the last batches of the stream's queries (of files, of topics) were decided, by the queries' names.
 
-    They are read again where such a batch was killed.
+    If such a batch was killed, the ingest reads that version again.
     """
-    stream = _STREAMS[name]
+    stream, settings = _STREAMS[table.name], lake.settings
     queries = {}
     for folder in (settings.checkpoints_path / stream, *sorted(settings.checkpoints_path.glob(f"{stream}-*"))):
         with suppress(FileNotFoundError):
             queries[json.loads((folder / "metadata").read_text("utf-8"))["id"]] = folder.name
     found: dict[str, int] = {}
-    for commit in DeltaLog(settings.table_uri(name)).commits_backwards() if queries else ():
+    for commit in lake.log(table).commits_backwards() if queries else ():
         if commit.txn is not None and commit.txn[0] in queries:
             found[queries.pop(commit.txn[0])] = commit.version - 1
             if not queries:
@@ -138,14 +133,13 @@ def _before_last_batches(settings: Settings, name: str) -> dict[str, int]:
     return found
 
 
-def _versions_of_index(settings: Settings) -> list[int]:
-    """Versions with the files that commits behind the key index added and a compaction has removed since."""
-    index = KeyIndex(settings.key_index_path)
+def _versions_of_index(lake: Lake) -> list[int]:
+    """Versions with the files that commits after the key index's version added and a compaction has removed since."""
+    index = KeyIndex(lake.settings.key_index_path)
     if index.table_id is None:  # it is built from the newest version
         return []
-    log = DeltaLog(settings.table_uri(EVENTS.name))
     behind = []
-    for commit in log.commits_backwards():
+    for commit in lake.log(EVENTS).commits_backwards():
         if commit.version <= index.version:
             break
         if commit.removed:
@@ -153,12 +147,12 @@ def _versions_of_index(settings: Settings) -> list[int]:
     return behind
 
 
-def _versions_to_publish(settings: Settings, name: str) -> list[int]:
-    """Versions with the files that commits which are not published yet added, and others have removed since."""
+def _versions_to_publish(lake: Lake, table: Table) -> list[int]:
+    """Versions with the files that unpublished commits added and later commits have removed."""
     behind = []
-    for topic in read_publications(settings):
-        if topic.table == name:
-            for commit in DeltaLog(settings.table_uri(name)).commits_backwards():
+    for topic in read_publications(lake.settings):
+        if topic.table == table.name:
+            for commit in lake.log(table).commits_backwards():
                 if topic.version is not None and commit.version <= topic.version:
                     break
                 if commit.removed:
@@ -182,18 +176,3 @@ def _versions_of_marts(settings: Settings) -> dict[str, list[int]]:
     for table, version in rows:
         found.setdefault(table, []).append(version)
     return found
-
-
-def _is_readable(uri: str, version: int) -> bool:
-    try:
-        DeltaTable(uri, version=version)
-    except DeltaError:
-        return False
-    return True
-
-
-def _sizes(uri: str, paths: list[str]) -> dict[str, int]:
-    """Bytes of those files that are there: what an earlier vacuum deleted is listed for as long as the log speaks of it."""
-    filesystem, root = open_root(uri)
-    infos = filesystem.get_file_info([f"{root}/{unquote(path)}" for path in paths])
-    return {path: int(info.size) for path, info in zip(paths, infos, strict=True) if info.type == fs.FileType.File}

@@ -21,9 +21,9 @@ from spark_jobs.config import Settings
 from spark_jobs.errors import UsageError
 from spark_jobs.ingest.files.landing import oldest_file_at, region_folders
 from spark_jobs.ingest.kafka.config import read_kafka
-from spark_jobs.lake.reading import read_newest
-from spark_jobs.lake.tables import BATCH_LEDGER, HOUR_CLOSINGS, STREAMS, Table
-from spark_jobs.lake.writes import append_decision, ensure_tables
+from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.tables import BATCH_LEDGER, HOUR_CLOSINGS, STREAMS
+from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.steps import Step
 from spark_jobs.units import HOUR, HourRange, earlier, floor_hour
 
@@ -78,7 +78,8 @@ class Closing:
 
 def read_closing(settings: Settings) -> Closing:
     """The state of closing of a home; nothing is closed where nothing was ingested."""
-    ledger = _read(settings, BATCH_LEDGER, _LEDGER_COLUMNS)
+    lake = Lake(settings)
+    ledger = lake.rows(BATCH_LEDGER, *_LEDGER_COLUMNS)
     ledger = ledger.filter(pc.is_null(ledger["_run_id"]))  # a correction says nothing of what the source has sent
     sources = _sources(settings, ledger)
     # a source without progress has sent nothing that an hour could lack
@@ -87,7 +88,7 @@ def read_closing(settings: Settings) -> Closing:
     # orders alone close nothing, nor does what was not read
     is_held |= not any(source.stream == "events" and source.progress_at and not source.is_awaited for source in sources)
     through = floor_hour(earlier(min(progress), settings.hour_grace)) if progress and not is_held else None
-    by_hand = pc.max(_read(settings, HOUR_CLOSINGS, ("closed_through",))["closed_through"]).as_py()
+    by_hand = pc.max(lake.rows(HOUR_CLOSINGS, "closed_through")["closed_through"]).as_py()
     hours = ledger.filter(pc.greater(ledger["accepted"], 0))["event_hour"]
     return Closing(
         closed_through=max((moment for moment in (through, by_hand) if moment is not None), default=None),
@@ -116,7 +117,7 @@ def close_by_hand(settings: Settings, through: datetime, *, reason: str, closed_
         raise UsageError(f"the hours through {_text(through)} are closed already", hint=f"through {_text(closing.closed_through)}")
     ensure_tables(settings)
     row = {"closed_through": through, "reason": reason.strip(), "closed_by": closed_by.strip(), "closed_at": now}
-    append_decision(HOUR_CLOSINGS, pa.Table.from_pylist([row], HOUR_CLOSINGS.schema), settings, Step.HOUR_CLOSINGS)
+    Lake(settings).append(HOUR_CLOSINGS, pa.Table.from_pylist([row], HOUR_CLOSINGS.schema), Step.HOUR_CLOSINGS)
     return read_closing(settings)
 
 
@@ -184,10 +185,6 @@ def _unread(settings: Settings, spoken: set[tuple[str, str, str]]) -> Iterator[S
             if oldest is not None:
                 is_retired = f"{stream}/{region}" in settings.retired_sources
                 yield SourceProgress(stream, "files", region, oldest, None, False, is_retired, is_awaited=True)
-
-
-def _read(settings: Settings, table: Table, names: tuple[str, ...]) -> pa.Table:
-    return read_newest(settings.table_uri(table.name), pa.schema([table.schema.field(name) for name in names]))
 
 
 def _text(hour: datetime) -> str:

@@ -15,22 +15,20 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import pyarrow as pa
-from deltalake.exceptions import DeltaError
 
 from spark_jobs.config import Settings
-from spark_jobs.errors import BusyError, KafkaConfigurationError, KafkaError, PublicationError
+from spark_jobs.errors import BusyError, KafkaConfigurationError, KafkaError, PublicationError, TableCorruptionError
 from spark_jobs.failure import one_line
 from spark_jobs.ingest.kafka.config import Publish, read_kafka
-from spark_jobs.lake.commit import Transaction
-from spark_jobs.lake.data_files import DataFileWriter
+from spark_jobs.lake.commit import WRITE_ERRORS, Transaction
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.locks import PUBLISH, exclusive
-from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.roots import is_local
-from spark_jobs.lake.tables import PUBLICATIONS
-from spark_jobs.lake.writes import DeltaSink, ensure_tables
+from spark_jobs.lake.tables import PUBLICATIONS, Table
+from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.publish.messages import CreditsMessages, MetricsMessages
 from spark_jobs.publish.outlet import Outlet, Position, read_positions
-from spark_jobs.publish.progress import TopicStatus, committed_ms, status_of, table_id, told_by, topics_of
+from spark_jobs.publish.progress import TopicStatus, committed_ms, status_of, told_by, topics_of
 from spark_jobs.steps import Step
 
 POLL_SECONDS = 0.05  # a look for a new version is one attempt to open its file
@@ -84,8 +82,12 @@ class _Target:
     step: Step
 
     @property
+    def table(self) -> Table:
+        return self.source.table
+
+    @property
     def name(self) -> str:
-        return self.source.table.name
+        return self.table.name
 
 
 def is_publishing(settings: Settings) -> bool:
@@ -190,7 +192,7 @@ class PublishLoop:
             self._failure = self._failure or error
             self._problem(f"{target.topic}: {error}")
         finally:
-            with suppress(DeltaError, OSError):  # for people; the next row tells of it
+            with suppress(TableCorruptionError, *WRITE_ERRORS):  # for people; the next row has it too
                 publisher.told.write()
 
 
@@ -198,17 +200,16 @@ class _Publisher:
     """Publishes one table."""
 
     def __init__(self, settings: Settings, publish: Publish, target: _Target, progress: Callable[[Published], None] | None) -> None:
-        self._settings, self._publish, self._target = settings, publish, target
-        self._uri = settings.table_uri(target.name)
-        self._log = DeltaLog(self._uri)
-        self._messages = target.source(settings)
+        self._lake, self._publish, self._target = Lake(settings), publish, target
+        self._log = self._lake.log(target.table)
+        self._messages = target.source(self._lake)
         self._progress = progress or (lambda _: None)
         self.report = TopicReport(target.name, target.topic)
-        self.told = _Told(settings, publish.cluster.name)
+        self.told = _Told(self._lake, publish.cluster.name)
 
     def run_once(self, *, whole: bool, adopt: bool) -> None:
-        """All that is there."""
-        identity = table_id(self._uri)
+        """Publish all versions that there are."""
+        identity = self._lake.table_id(self._target.table)
         if identity is None:
             return
         with self._outlet(identity, adopt) as outlet:
@@ -218,18 +219,18 @@ class _Publisher:
             self._catch_up(outlet, None)
 
     def follow(self, stop: threading.Event, opened: Callable[[], None], *, adopt: bool) -> None:
-        """Each version as it is committed, until ``stop`` is set or the table is another one."""
-        identity = table_id(self._uri)
+        """Publish each version as it is committed, until ``stop`` is set or the table has another id."""
+        identity = self._lake.table_id(self._target.table)
         if identity is None:
             stop.wait(1.0)
             return
-        pause = POLL_SECONDS if is_local(self._uri) else REMOTE_POLL_SECONDS
+        pause = POLL_SECONDS if is_local(self._lake.settings.lakehouse_uri) else REMOTE_POLL_SECONDS
         with self._outlet(identity, adopt) as outlet:
             opened()
             looked = -math.inf
             while not stop.is_set():
                 if time.monotonic() - looked > _LOOK_AROUND_SECONDS:
-                    if table_id(self._uri) != identity:
+                    if self._lake.table_id(self._target.table) != identity:
                         return
                     self._require_same(outlet)
                     self._require_next(outlet)
@@ -282,9 +283,9 @@ class _Publisher:
         before = outlet.position
         try:
             records = outlet.publish(version, messages(), committed_ms=at, is_whole=is_whole)
-        except (FileNotFoundError, DeltaError) as error:
+        except (FileNotFoundError, TableCorruptionError) as error:
             raise PublicationError(
-                f"version {version} of {self._target.name} cannot be published: {one_line(error)}", hint=_WHOLE
+                f"version {version} of {self._target.name} cannot be published: {one_line(error.args[0])}", hint=_WHOLE
             ) from None
         self.report.version = version
         self.report.versions += 1
@@ -334,8 +335,8 @@ def _next(position: Position | None) -> int:
 class _Told:
     """Rows of `publications`, some seconds' versions in one, so that telling costs less than publishing."""
 
-    def __init__(self, settings: Settings, cluster: str) -> None:
-        self._settings, self._cluster = settings, cluster
+    def __init__(self, lake: Lake, cluster: str) -> None:
+        self._lake, self._cluster = lake, cluster
         self._newest: Position | None = None
         self._first, self._records = 0, 0
         self._written = time.monotonic()
@@ -349,7 +350,7 @@ class _Told:
     def write_in_time(self) -> None:
         """Write the row if it is time."""
         if time.monotonic() - self._written >= _TELL_SECONDS:
-            with suppress(DeltaError, OSError):
+            with suppress(TableCorruptionError, *WRITE_ERRORS):
                 self.write()
 
     def write(self) -> None:
@@ -357,9 +358,8 @@ class _Told:
         newest, self._newest, self._written = self._newest, None, time.monotonic()
         if newest is None:
             return
-        uri = self._settings.table_uri(PUBLICATIONS.name)
-        if not DeltaLog(uri).exists():
-            ensure_tables(self._settings)
+        if not self._lake.exists(PUBLICATIONS):
+            ensure_tables(self._lake.settings)
         row = {
             "cluster": self._cluster,
             "topic": newest.topic,
@@ -371,12 +371,10 @@ class _Told:
             "total_records": newest.total_records,
             "published_at": datetime.now(UTC),
         }
-        with DataFileWriter(uri, PUBLICATIONS) as writer:
-            writer.write(pa.Table.from_pylist([row], PUBLICATIONS.schema))
+        rows = pa.Table.from_pylist([row], PUBLICATIONS.schema)
         transaction = Transaction(told_by(self._cluster, newest.key), newest.version)
-        DeltaSink(PUBLICATIONS, self._settings).append(
-            writer.files, Step.PUBLICATIONS, transaction, {"total_records": newest.total_records}
-        )
+        metadata = {"total_records": newest.total_records}
+        self._lake.append(PUBLICATIONS, rows, Step.PUBLICATIONS, transaction=transaction, metadata=metadata)
 
 
 def ask_publications(settings: Settings, *, now: datetime | None = None) -> list[TopicStatus]:
@@ -385,12 +383,13 @@ def ask_publications(settings: Settings, *, now: datetime | None = None) -> list
     if publish is None:
         raise _nowhere(settings)
     held = read_positions(publish.cluster)
+    lake = Lake(settings)
     found = []
     for target in _targets(publish):
-        at = held.get(f"{table_id(settings.table_uri(target.name))}/{target.topic}")
+        at = held.get(f"{lake.table_id(target.table)}/{target.topic}")
         version = None if at is None or _next(at) == 0 else _next(at) - 1
         total = at.total_records if at else None
-        found.append(status_of(settings, publish, target.name, target.topic, version, total, now or datetime.now(UTC)))
+        found.append(status_of(lake, publish, target.table, target.topic, version, total, now or datetime.now(UTC)))
     return found
 
 

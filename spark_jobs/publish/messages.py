@@ -6,19 +6,15 @@ version that was published in part can be gone on with. Memory is bounded by a b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, timedelta
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import DeltaTable
 
 from spark_jobs.attribution.rules import MODELS
-from spark_jobs.config import Settings
 from spark_jobs.lake.duck import task_connection
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import Commit
-from spark_jobs.lake.reading import file_paths, read_batches, read_files
 from spark_jobs.lake.tables import ATTRIBUTED_ORDERS, MINUTE_METRICS, Table
 from spark_jobs.publish.progress import committed_ms
 
@@ -50,10 +46,10 @@ class MetricsMessages:
     """`ads-metrics`: one message a row of `minute_metrics`."""
 
     table: Table = MINUTE_METRICS
-    schema = pa.schema([field for field in MINUTE_METRICS.schema if field.name not in MINUTE_METRICS.partition_by])
+    schema = MINUTE_METRICS.stored_schema
 
-    def __init__(self, settings: Settings) -> None:
-        self._uri = settings.table_uri(self.table.name)
+    def __init__(self, lake: Lake) -> None:
+        self._lake = lake
 
     def of_commit(self, commit: Commit) -> Messages:
         """What a version added; where it took rows out too, what changed by it.
@@ -61,14 +57,15 @@ class MetricsMessages:
         A row that is gone is published once more with measures of 0. Raises FileNotFoundError where a file is gone.
         """
         if not commit.data_removed:
-            rows: Iterator[pa.RecordBatch] = read_batches(self._uri, _paths(commit.data_added), self.schema)
+            rows: Iterator[pa.RecordBatch] = self._lake.read_batches(self.table, commit.added_paths)
         else:
             rows = iter(self._changed(commit).to_batches())
         return _messages(rows, lambda part: self._sql(commit.version, committed_ms(commit)))
 
     def whole(self, version: int, committed: int) -> Messages:
         """All rows of a version."""
-        rows = read_batches(self._uri, sorted(file_paths(self._uri, version)), self.schema)
+        paths = sorted(self._lake.at({self.table.name: version}).paths(self.table))
+        rows = self._lake.read_batches(self.table, paths)
         return _messages(rows, lambda part: self._sql(version, committed))
 
     def _sql(self, version: int, committed: int) -> str:
@@ -88,7 +85,7 @@ class MetricsMessages:
 
     def _changed(self, commit: Commit) -> pa.Table:
         """Rows as they stand where a version took rows out: new ones, and, for uuids of which a row went, what is left."""
-        before, after = (read_files(self._uri, _paths(part), self.schema) for part in (commit.data_removed, commit.data_added))
+        before, after = (self._lake.read_files(self.table, paths) for paths in (commit.removed_paths, commit.added_paths))
         with task_connection().cursor() as own:
             own.register("before", before)
             own.register("after", after)
@@ -99,8 +96,8 @@ class MetricsMessages:
             )
             gone = own.execute("select distinct record_uuid from gone").to_arrow_table()["record_uuid"].combine_chunks()
             if len(gone):
-                paths = file_paths(self._uri, commit.version)
-                own.register("held", read_files(self._uri, paths, self.schema, ("record_uuid", gone)))
+                snapshot = self._lake.at({self.table.name: commit.version})
+                own.register("held", snapshot.rows(self.table, where_in=("record_uuid", gone)))
             else:
                 own.register("held", self.schema.empty_table())
             nothing = ", ".join(f"0::bigint as {name}" for name in _MEASURES)
@@ -127,10 +124,10 @@ class CreditsMessages:
     """`attributed-orders`: one message an order and touch, or an order without one; and one for each touch that it lost."""
 
     table: Table = ATTRIBUTED_ORDERS
-    schema = pa.schema([field for field in ATTRIBUTED_ORDERS.schema if not field.name.endswith("_weights")])
+    columns = tuple(name for name in ATTRIBUTED_ORDERS.stored_schema.names if not name.endswith("_weights"))
 
-    def __init__(self, settings: Settings) -> None:
-        self._uri = settings.table_uri(self.table.name)
+    def __init__(self, lake: Lake) -> None:
+        self._lake = lake
 
     def of_commit(self, commit: Commit) -> Messages:
         """What a version added, then the touches that an order had by its revision before and has no more.
@@ -144,7 +141,7 @@ class CreditsMessages:
         revised: list[pa.Table] = []
 
         def noted() -> Iterator[pa.RecordBatch]:
-            for batch in read_batches(self._uri, _paths(commit.data_added), self.schema):
+            for batch in self._lake.read_batches(self.table, commit.added_paths, *self.columns):
                 again = pa.Table.from_batches([batch]).filter(pc.greater(batch["revision"], 1))
                 if again.num_rows:
                     revised.append(again.select(_HEAD))
@@ -159,16 +156,15 @@ class CreditsMessages:
 
     def whole(self, version: int, committed: int) -> Messages:
         """The latest revision of every order of a version, and every touch that an earlier revision had and this one has not."""
-        paths = sorted(file_paths(self._uri, version))
-        narrow = pa.schema([self.schema.field(name) for name in _HEAD])
+        paths = sorted(self._lake.at({self.table.name: version}).paths(self.table))
         with task_connection().cursor() as own:
-            own.register("told", read_files(self._uri, paths, narrow))
+            own.register("told", self._lake.read_files(self.table, paths, *_HEAD))
             latest = own.execute("select order_id, max(revision) as revision from told group by order_id").to_arrow_table()
             dropped = own.execute(_DROPPED_BY_LATEST).to_arrow_table()
         keys = _order_revision(latest)
 
         def current() -> Iterator[pa.RecordBatch]:
-            for batch in read_batches(self._uri, paths, self.schema):
+            for batch in self._lake.read_batches(self.table, paths, *self.columns):
                 kept = batch.filter(pc.is_in(_order_revision(batch), value_set=keys))
                 if kept.num_rows:
                     yield kept
@@ -185,14 +181,13 @@ class CreditsMessages:
 
     def _earlier(self, revised: pa.Table) -> pa.Table:
         """Rows of the table as it is now that are of these orders, whichever the revision: columns of _HEAD."""
-        narrow = pa.schema([self.schema.field(name) for name in _HEAD])
-        newest = DeltaTable(self._uri)
+        narrow = self.table.schema_of(*_HEAD)
         span = pc.min_max(revised["order_time"]).as_py()
-        actions = pa.table(newest.get_add_actions(flatten=True)).to_pylist()
-        paths = sorted(action["path"] for action in actions if _may_hold(action, span["min"], span["max"]))
+        files = self._lake.pin(self.table).files(self.table)
+        paths = sorted(file.path for file in files if file.may_have("order_time", span["min"], span["max"]))
         ids = pc.unique(revised["order_id"].combine_chunks())
         found = [narrow.empty_table()]
-        for batch in read_batches(self._uri, paths, narrow):
+        for batch in self._lake.read_batches(self.table, paths, *_HEAD):
             of_orders = batch.filter(pc.is_in(batch["order_id"], value_set=ids))
             if of_orders.num_rows:
                 found.append(pa.Table.from_batches([of_orders]))
@@ -200,7 +195,9 @@ class CreditsMessages:
 
     def _rewritten(self, commit: Commit) -> Messages:
         """A version that changed rows in place, as an erasure does: latest revisions whose rows differ, and keys that went."""
-        before, after = (read_files(self._uri, _paths(part), self.schema) for part in (commit.data_removed, commit.data_added))
+        before, after = (
+            self._lake.read_files(self.table, paths, *self.columns) for paths in (commit.removed_paths, commit.added_paths)
+        )
         with task_connection().cursor() as own:
             own.register("before", before)
             own.register("after", after)
@@ -309,16 +306,3 @@ def _order_revision(rows: pa.Table | pa.RecordBatch) -> pa.Array:
     """Order and revision as one text."""
     found = pc.binary_join_element_wise(pc.cast(rows["revision"], pa.string()), pc.cast(rows["order_id"], pa.string()), ":")
     return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
-
-
-def _paths(actions: Sequence[dict[str, Any]]) -> list[str]:
-    return [action["path"] for action in actions]
-
-
-def _may_hold(action: dict[str, Any], start: Any, end: Any) -> bool:
-    """Whether a file may have orders of these times, by Delta's statistics, which are in milliseconds."""
-    low, high = action.get("min.order_time"), action.get("max.order_time")
-    if low is None or high is None:
-        return True
-    low, high = (at if at.tzinfo else at.replace(tzinfo=UTC) for at in (low, high))
-    return bool(low <= end and start - high <= timedelta(milliseconds=1))

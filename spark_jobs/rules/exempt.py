@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import AfterValidator, Field
 
+from spark_jobs.lake.duck import literal
+
 PLACEHOLDERS = tuple(
     sorted(
         (
@@ -46,7 +48,7 @@ ExemptUsers = Annotated[
 
 def is_exempt_sql(users: Iterable[str]) -> str:
     """SQL that says whether column ``user_id`` is one of ``users``."""
-    listed = ", ".join("'" + user.replace("'", "''") + "'" for user in users)
+    listed = ", ".join(literal(user) for user in users)
     return f"trim(translate(user_id, '{ascii_uppercase}', '{ascii_lowercase}'), ' ') in ({listed})" if listed else "false"
 
 

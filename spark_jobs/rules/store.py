@@ -15,10 +15,9 @@ from pydantic import BaseModel, ValidationError
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, RuleFileError
-from spark_jobs.lake.log import DeltaLog
-from spark_jobs.lake.reading import read_newest
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import RULE_SETS
-from spark_jobs.lake.writes import append_decision, ensure_tables
+from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.steps import Step
 
 _EXEMPT = "exempt_users"
@@ -67,12 +66,12 @@ def keep_rule_set(settings: Settings, kind: str, rules: BaseModel, now: datetime
     """Put the rules into `rule_sets`, unless they are there; their hash. Two that keep the same at once leave two equal rows."""
     content = canonical(rules)
     name = rule_set_hash(kind, content)
-    uri = settings.table_uri(RULE_SETS.name)
-    if not DeltaLog(uri).exists():
+    lake = Lake(settings)
+    if not lake.exists(RULE_SETS):
         ensure_tables(settings)
     if name not in _held(settings)["rule_set"].to_pylist():
         row = {"rule_set": name, "kind": kind, "content": content, "set_at": now}
-        append_decision(RULE_SETS, pa.Table.from_pylist([row], RULE_SETS.schema), settings, Step.RULE_SETS)
+        lake.append(RULE_SETS, pa.Table.from_pylist([row], RULE_SETS.schema), Step.RULE_SETS)
     return name
 
 
@@ -92,4 +91,4 @@ def rule_sets_of(settings: Settings, kind: str, model: type[Rules]) -> dict[str,
 
 
 def _held(settings: Settings) -> pa.Table:
-    return read_newest(settings.table_uri(RULE_SETS.name), RULE_SETS.schema)
+    return Lake(settings).rows(RULE_SETS)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import duckdb
 import pyarrow as pa
@@ -24,11 +23,11 @@ from spark_jobs.corrections.run import Run, correcting, table_rows, writing
 from spark_jobs.corrections.write_ahead import Correction, TableChange, carry_out, write_ahead
 from spark_jobs.ingest.event_columns import INCREMENT_SCHEMA, METRIC_KEYS, METRIC_MEASURES, increment_columns
 from spark_jobs.ingest.kafka.ranges import PREFIX
-from spark_jobs.lake.duck import connect_delta, delta_scan, keep_table, literal, translate_duckdb_errors
+from spark_jobs.lake.duck import keep_table, literal, translate_duckdb_errors
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import DeltaLog
-from spark_jobs.lake.reading import file_paths, read_files, read_newest
 from spark_jobs.lake.roots import require_local
-from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, RESTATEMENTS, TRAFFIC_REVIEWS, Table
+from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, RESTATEMENTS, TRAFFIC_REVIEWS
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.rules.exempt import is_exempt_sql
 from spark_jobs.traffic.rules import BITS, InvalidTrafficRules, Mode, keep_rules, marks, rules_of
@@ -168,17 +167,14 @@ def review_anew(settings: Settings, hours: Collection[int], run: Run, say: Calla
 # --- what there is
 
 
-def _read(settings: Settings, table: Table, names: tuple[str, ...]) -> pa.Table:
-    return read_newest(settings.table_uri(table.name), pa.schema([table.schema.field(name) for name in names]))
-
-
 def _read_state(settings: Settings) -> _State:
     # The ledger first: the versions that are read after it have every batch that it has.
-    ledger = _read(settings, BATCH_LEDGER, ("stream", "event_hour", "accepted", "_query_id", "_batch_id")).to_pydict()
-    log = DeltaLog(settings.table_uri(EVENTS.name))
+    lake = Lake(settings)
+    ledger = lake.rows(BATCH_LEDGER, "stream", "event_hour", "accepted", "_query_id", "_batch_id").to_pydict()
+    log = lake.log(EVENTS)
     version = log.latest_version() or 0
     names = ("event_hour", "rule_set", "inputs", "reviewed_at", "events_version")
-    held = _read(settings, TRAFFIC_REVIEWS, names).to_pydict()
+    held = lake.rows(TRAFFIC_REVIEWS, *names).to_pydict()
     booked = {
         (query, batch)
         for stream, query, batch in zip(ledger["stream"], ledger["_query_id"], ledger["_batch_id"], strict=True)
@@ -250,9 +246,7 @@ def _review(settings: Settings, state: _State, sets: dict[int, str], run: Run, s
         say(f"reviewing hours: {len(done)} of {len(sets)}")
         with writing(settings):
             now = _read_state(settings)
-            settings.scratch_path.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(prefix="review-", dir=settings.scratch_path) as spill:
-                correction, hours = _decide(settings, now, group, replace(run, token=uuid.uuid4().hex), Path(spill))
+            correction, hours = _decide(Lake(settings), now, group, replace(run, token=uuid.uuid4().hex))
             if correction.changes:
                 write_ahead(settings, correction)
                 carry_out(settings, correction)
@@ -260,17 +254,17 @@ def _review(settings: Settings, state: _State, sets: dict[int, str], run: Run, s
     return sorted(done, key=lambda hour: hour.event_hour)
 
 
-def _decide(settings: Settings, state: _State, group: _Group, run: Run, spill: Path) -> tuple[Correction, list[ReviewedHour]]:
-    with connect_delta({"temp_directory": str(spill), "memory_limit": _MEMORY}) as lake:
-        lake.execute("set preserve_insertion_order = false")
-        _judge(settings, lake, state, group, spill)
-        sums = {hour: rest for hour, *rest in lake.execute(_SUMS).fetchall()}
+def _decide(lake: Lake, state: _State, group: _Group, run: Run) -> tuple[Correction, list[ReviewedHour]]:
+    with lake.scratch("review-") as spill, lake.database(memory=_MEMORY) as database:
+        database.execute("set preserve_insertion_order = false")
+        _judge(database, lake.scan(EVENTS, state.events_version), state, group, spill)
+        sums = {hour: rest for hour, *rest in database.execute(_SUMS).fetchall()}
         hours = [_reviewed(hour, group.rule_set, *sums.get(hour, (0, 0, 0, 0, 0))) for hour in group.hours]
         parts = [
-            _events_change(lake, group, run),
-            _metrics_change(lake, run),
-            _ledger_change(settings, lake, run),
-            _restatements_change(lake, group, run),
+            _events_change(database, group, run),
+            _metrics_change(database, run),
+            _ledger_change(lake, database, run),
+            _restatements_change(database, group, run),
             _reviews_change(state, group, run, hours),
         ]
     changes = [change for change in parts if not change.is_nothing]
@@ -291,22 +285,22 @@ _SUMS = """
 """
 
 
-def _judge(settings: Settings, lake: duckdb.DuckDBPyConnection, state: _State, group: _Group, spill: Path) -> None:
-    """Make table `judged`: each event of the hours with the rules that hit it, and what stands and is to stand in its marks."""
+def _judge(database: duckdb.DuckDBPyConnection, events: str, state: _State, group: _Group, spill: Path) -> None:
+    """Create table `judged`: each event of the hours (``events``: SQL) with the rules that hit it, and its old and new marks."""
     wide = {at for hour in group.hours for at in range(hour - group.rules.look_back_hours, hour + 1)}
-    keep_table(lake, "hours", pa.table({"hour": pa.array(group.hours, pa.int64())}), spill)
-    keep_table(lake, "wide", pa.table({"hour": pa.array(sorted(wide), pa.int64())}), spill)
+    keep_table(database, "hours", pa.table({"hour": pa.array(group.hours, pa.int64())}), spill)
+    keep_table(database, "wide", pa.table({"hour": pa.array(sorted(wide), pa.int64())}), spill)
     batches = {
         "_query_id": pa.array([query for query, _ in state.batches], pa.string()),
         "_batch_id": pa.array([batch for _, batch in state.batches], pa.int64()),
     }
-    keep_table(lake, "batches", pa.table(batches), spill)
+    keep_table(database, "batches", pa.table(batches), spill)
     first, last = min(wide) // 24, max(wide) // 24
-    lake.execute(
+    database.execute(
         f"""
         create temp view table_rows as
         select *, (epoch(event_date)::bigint // 3600 + event_hour) as hour
-        from {delta_scan(settings.table_uri(EVENTS.name), state.events_version)} semi join batches using (_query_id, _batch_id)
+        from {events} semi join batches using (_query_id, _batch_id)
         where event_date between date '1970-01-01' + {first} and date '1970-01-01' + {last};
         create temp table seen as
         select event_id, event_type, epoch_us(event_time) as time_us, user_id, ad_id, impression_id, hour,
@@ -317,12 +311,12 @@ def _judge(settings: Settings, lake: duckdb.DuckDBPyConnection, state: _State, g
         from table_rows where hour in (from wide)
         """
     )
-    code = " | ".join([_record_code(lake, group.rules, spill), *_activity_codes(lake, group.rules)])
-    lake.execute(f"create temp table coded as select * from (select *, {code} as code from seen) where is_asked")
-    codes = lake.execute("select distinct code from coded").to_arrow_table()["code"].combine_chunks().cast(pa.int64())
+    code = " | ".join([_record_code(database, group.rules, spill), *_activity_codes(database, group.rules)])
+    database.execute(f"create temp table coded as select * from (select *, {code} as code from seen) where is_asked")
+    codes = database.execute("select distinct code from coded").to_arrow_table()["code"].combine_chunks().cast(pa.int64())
     rule, hits = marks(codes.to_numpy(zero_copy_only=False), group.rules)
-    keep_table(lake, "verdicts", pa.table({"code": codes, "new_rule": rule, "new_rules": hits}), spill)
-    lake.execute(
+    keep_table(database, "verdicts", pa.table({"code": codes, "new_rule": rule, "new_rules": hits}), spill)
+    database.execute(
         """
         create temp table judged as
         select *, old_rule is distinct from new_rule or old_rules is distinct from new_rules or old_rule_set is distinct from ?
@@ -335,7 +329,7 @@ def _judge(settings: Settings, lake: duckdb.DuckDBPyConnection, state: _State, g
         """,
         [group.rule_set],
     )
-    lake.execute(
+    database.execute(
         """
         create temp table changed as
         select r.*, new_rule, new_rules, new_spend, new_invalid_spend, old_spend, old_invalid_spend, old_rule
@@ -348,24 +342,24 @@ def _judge(settings: Settings, lake: duckdb.DuckDBPyConnection, state: _State, g
     )
 
 
-def _record_code(lake: duckdb.DuckDBPyConnection, rules: InvalidTrafficRules, spill: Path) -> str:
+def _record_code(database: duckdb.DuckDBPyConnection, rules: InvalidTrafficRules, spill: Path) -> str:
     """SQL for the rules that need no other record; they are asked once per distinct agent and user."""
     judge = record_judge_of(rules)
     kinds = []
     for column in ("user_agent", "user_id"):
         if column == "user_id" and not judge.looks_at_users:
             continue
-        found = lake.execute(f"select distinct {column} from seen where is_asked and {column} is not null").to_arrow_table()
+        found = database.execute(f"select distinct {column} from seen where is_asked and {column} is not null").to_arrow_table()
         values = pa.table({"user_agent": pa.nulls(found.num_rows, pa.string()), "user_id": pa.nulls(found.num_rows, pa.string())})
         at = values.schema.get_field_index(column)
         values = values.set_column(at, column, found[column].cast(pa.string()))
-        keep_table(lake, f"of_{column}", pa.table({"value": values[column], "code": pa.array(judge.codes(values))}), spill)
-        lake.execute(f"delete from of_{column} where code = 0")
+        keep_table(database, f"of_{column}", pa.table({"value": values[column], "code": pa.array(judge.codes(values))}), spill)
+        database.execute(f"delete from of_{column} where code = 0")
         kinds.append(f"coalesce((select code from of_{column} o where o.value = seen.{column}), 0)")
     return " | ".join(kinds)
 
 
-def _activity_codes(lake: duckdb.DuckDBPyConnection, rules: InvalidTrafficRules) -> Iterator[str]:
+def _activity_codes(database: duckdb.DuckDBPyConnection, rules: InvalidTrafficRules) -> Iterator[str]:
     """SQL for each of the rules that look at other events; the order of events is (event_time, event_id)."""
     for kind in ("click", "impression"):
         name = f"repeat_{kind}"
@@ -376,7 +370,7 @@ def _activity_codes(lake: duckdb.DuckDBPyConnection, rules: InvalidTrafficRules)
             yield f"if(event_type = '{kind}' and not is_exempt and {is_repeat}, {BITS[name]}, 0)"
     if rules.unmatched_click.mode is not Mode.OFF:
         window_us = rules.unmatched_click.window_seconds * 1_000_000
-        lake.execute(
+        database.execute(
             f"""
             create temp table matched as
             select distinct c.event_id from seen c join seen i on i.event_id = c.impression_id
@@ -394,7 +388,7 @@ def _activity_codes(lake: duckdb.DuckDBPyConnection, rules: InvalidTrafficRules)
 # --- what becomes of it
 
 
-def _events_change(lake: duckdb.DuckDBPyConnection, group: _Group, run: Run) -> TableChange:
+def _events_change(database: duckdb.DuckDBPyConnection, group: _Group, run: Run) -> TableChange:
     new = {
         "spend_nanos": "new_spend",
         "invalid_spend_nanos": "new_invalid_spend",
@@ -404,7 +398,7 @@ def _events_change(lake: duckdb.DuckDBPyConnection, group: _Group, run: Run) -> 
         "_run_id": literal(run.run_id),
     }
     columns = ", ".join(f"{new.get(name, name)} as {name}" for name in EVENTS.schema.names)
-    add = lake.execute(f"select {columns} from changed").to_arrow_table().cast(EVENTS.schema)
+    add = database.execute(f"select {columns} from changed").to_arrow_table().cast(EVENTS.schema)
     metadata = {"correction": {"run_id": run.run_id, "kind": run.kind}, "keys": "kept"}
     return TableChange(EVENTS, add.select([*EVENTS.key, *EVENTS.partition_by]), add, metadata, by_key=True)
 
@@ -425,8 +419,8 @@ _DIFFERENCES = ", ".join(_difference(name) for name in METRIC_MEASURES)
 _FLIPPED = "(new_rule is null) != (old_rule is null) or new_spend != old_spend or new_invalid_spend != old_invalid_spend"
 
 
-def _metrics_change(lake: duckdb.DuckDBPyConnection, run: Run) -> TableChange:
-    sums = lake.execute(
+def _metrics_change(database: duckdb.DuckDBPyConnection, run: Run) -> TableChange:
+    sums = database.execute(
         f"""
         select _query_id, _batch_id, epoch_us(event_time) // 60000000 * 60000000 as event_minute_us, {", ".join(_DIMENSIONS)},
             {_DIFFERENCES}
@@ -452,9 +446,9 @@ def _metrics_change(lake: duckdb.DuckDBPyConnection, run: Run) -> TableChange:
     return TableChange(MINUTE_METRICS, MINUTE_METRICS.schema.empty_table(), pa.concat_tables(parts))
 
 
-def _ledger_change(settings: Settings, lake: duckdb.DuckDBPyConnection, run: Run) -> TableChange:
+def _ledger_change(lake: Lake, database: duckdb.DuckDBPyConnection, run: Run) -> TableChange:
     """A run has one row a cell: one that it has written before is replaced by the sum. A topic's batch is booked by its cluster."""
-    rows = lake.execute(
+    rows = database.execute(
         f"""
         select _query_id, _batch_id, if(starts_with(source_file, '{PREFIX}/'), 'kafka', 'files') as source,
             if(starts_with(source_file, '{PREFIX}/'), split_part(source_file, '/', 2), region) as booked_in, hour,
@@ -465,9 +459,7 @@ def _ledger_change(settings: Settings, lake: duckdb.DuckDBPyConnection, run: Run
     ).fetchall()
     held: dict[tuple[object, ...], dict[str, object]] = {}
     if rows:
-        uri = settings.table_uri(BATCH_LEDGER.name)
-        version = DeltaLog(uri).latest_version() or 0
-        of_run = read_files(uri, file_paths(uri, version), BATCH_LEDGER.schema, ("_run_id", pa.array([run.run_id])))
+        of_run = lake.pin(BATCH_LEDGER).rows(BATCH_LEDGER, where_in=("_run_id", pa.array([run.run_id])))
         held = {tuple(row[name] for name in BATCH_LEDGER.key): row for row in of_run.to_pylist()}
     nothing = dict.fromkeys(("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced"), 0)
     remove, add = [], []
@@ -494,9 +486,9 @@ def _ledger_change(settings: Settings, lake: duckdb.DuckDBPyConnection, run: Run
     return TableChange(BATCH_LEDGER, *(pa.Table.from_pylist(part, BATCH_LEDGER.schema) for part in (remove, add)))
 
 
-def _restatements_change(lake: duckdb.DuckDBPyConnection, group: _Group, run: Run) -> TableChange:
+def _restatements_change(database: duckdb.DuckDBPyConnection, group: _Group, run: Run) -> TableChange:
     """What the increments change by, per hour, region, campaign, currency and the rule that came, or went."""
-    rows = lake.execute(
+    rows = database.execute(
         f"""
         select hour * {HOUR_US} as event_hour, region, campaign_id, currency, coalesce(new_rule, old_rule) as cause, {_DIFFERENCES}
         from changed where {_FLIPPED} group by all

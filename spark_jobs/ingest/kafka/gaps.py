@@ -27,10 +27,11 @@ from spark_jobs.errors import KafkaError, OffsetGapError, UsageError
 from spark_jobs.ingest.kafka.config import KafkaCluster
 from spark_jobs.ingest.kafka.offsets import read_batch_offsets
 from spark_jobs.ingest.kafka.ranges import OffsetRange, Partition, partition_of
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.reading import read_newest
 from spark_jobs.lake.tables import RAW_TABLES, SOURCE_GAPS
-from spark_jobs.lake.writes import append_decision, ensure_tables
+from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.steps import Step
 
 ANSWER_SECONDS = 10.0
@@ -269,7 +270,7 @@ def accept_gap(settings: Settings, stream: str, cluster: KafkaCluster, *, reason
         }
         for gap in gaps
     ]
-    append_decision(SOURCE_GAPS, pa.Table.from_pylist(rows, SOURCE_GAPS.schema), settings, Step.SOURCE_GAPS)
+    Lake(settings).append(SOURCE_GAPS, pa.Table.from_pylist(rows, SOURCE_GAPS.schema), Step.SOURCE_GAPS)
     return gaps
 
 

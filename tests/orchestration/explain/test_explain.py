@@ -18,7 +18,7 @@ from pyspark.sql import SparkSession
 
 from orchestration.cli import app
 from orchestration.explain import Node, as_json, explain_billing_line, explain_campaign_day, explain_credit
-from orchestration.explain.lake import GROUP_OF_MART, MEASURES
+from orchestration.explain.view import GROUP_OF_MART, MEASURES
 from orchestration.marts import build_marts, query_marts
 from orchestration.marts.dbt_runner import project_dir
 from services.simulator import simulate

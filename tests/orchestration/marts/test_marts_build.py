@@ -10,13 +10,14 @@ from typing import Any
 
 import duckdb
 import pytest
+from deltalake import DeltaTable
 from filelock import FileLock
 
 from orchestration.marts import build, build_marts, query_marts
 from orchestration.marts.failures import MartsError
-from orchestration.marts.pins import SOURCES, latest_version, pin_versions
+from orchestration.marts.pins import SOURCES, pin_versions
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.errors import AdtallyError, BusyError, TableCorruptionError, UsageError
+from spark_jobs.errors import AdtallyError, BusyError, UsageError
 from spark_jobs.lake.tables import (
     ATTRIBUTED_ORDERS,
     BATCH_LEDGER,
@@ -27,6 +28,7 @@ from spark_jobs.lake.tables import (
     NAMES,
     RECONCILIATIONS,
 )
+from spark_jobs.lake.writes import ensure_tables
 from tests.orchestration.marts.delta_files import commit
 from tests.orchestration.marts.lakes import accepted, first_batch, increment, late_batch, ledger_row, money, touched
 
@@ -367,19 +369,19 @@ def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path) -> None:
     assert litter(settings) == []
 
 
-def test_latest_version_reads_the_names_of_the_log(tmp_path: Path) -> None:
-    assert latest_version(tmp_path) is None
-    log = tmp_path / "_delta_log"
-    log.mkdir()
-    with pytest.raises(TableCorruptionError):
-        latest_version(tmp_path)
-    for version in (9, 10):
-        (log / f"{version:020d}.json").touch()
-    # Neither a checksum, nor a temporary file, nor a log compaction is a commit.
-    for name in (f".{12:020d}.json.crc", f".{13:020d}.json.0000.tmp", f"{0:020d}.{14:020d}.compacted.json"):
-        (log / name).touch()
-    assert latest_version(tmp_path) == 10
-    (log / f"{11:020d}.checkpoint.parquet").touch()
-    assert latest_version(tmp_path) == 11
-    (log / f"{15:020d}.checkpoint.0000000001.0000000002.parquet").touch()
-    assert latest_version(tmp_path) == 15
+def test_a_table_whose_log_has_no_version_does_not_exist(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    ensure_tables(settings)
+    shutil.rmtree(Path(settings.table_uri("campaigns")) / "_delta_log")
+    (Path(settings.table_uri("campaigns")) / "_delta_log").mkdir()
+    with pytest.raises(AdtallyError, match=r"no marts without the Delta table campaigns in .*adtally ingest"):
+        pin_versions(settings)
+
+
+def test_tables_whose_old_commits_were_cleaned_are_pinned_at_their_checkpoints(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    ensure_tables(settings)
+    for table in SOURCES:
+        DeltaTable(settings.table_uri(table.name)).create_checkpoint()
+        (Path(settings.table_uri(table.name)) / "_delta_log" / f"{0:020d}.json").unlink()
+    assert pin_versions(settings) == {table.name: 0 for table in SOURCES}

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from deltalake import DeltaTable, write_deltalake
 
 from spark_jobs.errors import TableCorruptionError
 from spark_jobs.lake.log import Commit, DeltaLog, parse_commit
@@ -106,7 +108,7 @@ def test_only_commits_are_versions(tmp_path: Path) -> None:
     for name in (
         "00000000000000000011.json.crc",
         ".00000000000000000012.json.tmp",
-        "00000000000000000013.checkpoint.parquet",
+        "00000000000000000013.checkpoint.parquet",  # empty: torn by a power cut
         "00000000000000000014.crc",
         "_last_checkpoint",
         "15.json",
@@ -114,6 +116,52 @@ def test_only_commits_are_versions(tmp_path: Path) -> None:
         (tmp_path / "_delta_log" / name).touch()
     (tmp_path / "_delta_log" / "_commits").mkdir()
     assert DeltaLog(str(tmp_path)).latest_version() == 10
+
+
+@pytest.mark.parametrize(
+    ("names", "newest"),
+    [
+        pytest.param(["{:020d}.checkpoint.parquet"], 11, id="one file"),
+        pytest.param(["{:020d}.checkpoint.0000000001.0000000002.parquet"], 10, id="a part of it is missing"),
+        pytest.param([f"{{:020d}}.checkpoint.000000000{part}.0000000002.parquet" for part in (1, 2)], 11, id="all parts"),
+        pytest.param(["{:020d}.checkpoint.0c4ac1b2-7d1e-4d2f-9c39-8f8d9d1e5e77.parquet"], 11, id="named by a UUID"),
+        pytest.param(["{:020d}.checkpoint.0c4ac1b2-7d1e-4d2f-9c39-8f8d9d1e5e77.json"], 11, id="as JSON"),
+        pytest.param([".{:020d}.checkpoint.parquet.tmp", "00000000000000000000.{:020d}.compacted.json"], 10, id="neither"),
+    ],
+)
+@pytest.mark.parametrize("versions", [(9, 10), (10,)], ids=["with commits", "with the last one"])
+def test_a_checkpoint_makes_a_version_without_its_commit(
+    tmp_path: Path, names: list[str], newest: int, versions: tuple[int, ...]
+) -> None:
+    for version in versions:
+        write(tmp_path, version)
+    for name in names:
+        (tmp_path / "_delta_log" / name.format(11)).write_bytes(b"PAR1")
+    assert (DeltaLog(str(tmp_path)).exists(), DeltaLog(str(tmp_path)).latest_version()) == (True, newest)
+
+
+def test_a_log_with_nothing_but_a_checkpoint_is_a_table(tmp_path: Path) -> None:
+    uri = str(tmp_path / "t")
+    for number in range(3):
+        write_deltalake(uri, pa.table({"number": [number]}), mode="append")
+    table_id = DeltaLog(uri).table_id()
+    DeltaTable(uri).create_checkpoint()
+    for commit in (tmp_path / "t" / "_delta_log").glob("*.json"):
+        commit.unlink()
+    log = DeltaLog(uri)
+    assert (log.exists(), log.latest_version(), log.table_id(), log.commit(2)) == (True, 2, table_id, None)
+    assert (list(log.commits_backwards()), log.commits(1, 2)) == ([], None)
+    assert DeltaTable(uri).version() == 2
+
+
+def test_the_commits_between_two_versions(tmp_path: Path) -> None:
+    for version in (1, 2, 3):
+        write(tmp_path, version, {"add": ADD}, {"remove": REMOVE}, {"add": {**ADD, "path": "moved", "dataChange": False}})
+    log = DeltaLog(str(tmp_path))
+    found = log.commits(1, 3)
+    assert found is not None and [commit.version for commit in found] == [2, 3]
+    assert [(commit.added_paths, commit.removed_paths) for commit in found] == [([ADD["path"]], [REMOVE["path"]])] * 2
+    assert (log.commits(3, 3), log.commits(-1, 3), log.commits(1, 4)) == ([], None, None)
 
 
 def test_commits_backwards(tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ from spark_jobs.corrections.write_ahead import Correction, TableChange, unfinish
 from spark_jobs.errors import TableCorruptionError
 from spark_jobs.ingest.durable_checkpoint import CheckpointSync
 from spark_jobs.lake.commit import Transaction
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.removal import delete_unneeded_files
 from spark_jobs.lake.rewrite import rearrange
 from spark_jobs.lake.tables import BATCH_LEDGER, CAMPAIGNS, HOUR_CLOSINGS, ORDERS, RULE_SETS, TABLES, Table
-from spark_jobs.lake.writes import DeltaSink, append_decision, ensure_tables, merge_orders, replace_campaigns
+from spark_jobs.lake.writes import DeltaSink, ensure_tables, merge_orders
 from spark_jobs.steps import Step
 
 
@@ -42,14 +43,14 @@ def _write_everything(settings: Settings) -> None:
     ensure_tables(settings)
     for table in TABLES.values():
         DeltaSink(table, settings).append_rows(_row(table), Step.EVENTS, Transaction("query", 0))
-    replace_campaigns(_row(CAMPAIGNS, campaign_id="c"), settings, {})
-    append_decision(RULE_SETS, _row(RULE_SETS, rule_set="r"), settings, Step.RULE_SETS)
-    append_decision(HOUR_CLOSINGS, _row(HOUR_CLOSINGS), settings, Step.HOUR_CLOSINGS)
+    tables = Lake(settings)
+    tables.replace(CAMPAIGNS, _row(CAMPAIGNS, campaign_id="c"), Step.CAMPAIGNS, metadata={})
+    tables.append(RULE_SETS, _row(RULE_SETS, rule_set="r"), Step.RULE_SETS)
+    tables.append(HOUR_CLOSINGS, _row(HOUR_CLOSINGS), Step.HOUR_CLOSINGS)
     for number in range(3):
         merge_orders(_row(ORDERS, order_id=f"o{number}"), settings, Transaction("query", number + 1), {})
-    uri = settings.table_uri(ORDERS.name)
-    assert rearrange(uri, DeltaTable(uri), (), 10**8, "run")
-    delete_unneeded_files(settings.table_uri(CAMPAIGNS.name), 0, [])
+    assert rearrange(tables, ORDERS, tables.version(ORDERS) or 0, (), 10**8, "run")
+    delete_unneeded_files(tables, CAMPAIGNS, 0, [])
     changes = [TableChange(BATCH_LEDGER, BATCH_LEDGER.schema.empty_table(), _row(BATCH_LEDGER))]
     write_ahead(settings, Correction("token", "run", 0, changes))
     offsets = settings.checkpoints_path / "events" / "offsets"

@@ -19,6 +19,7 @@ from spark_jobs.ingest.dedupe.keys import keys_of_ids
 from spark_jobs.ingest.events import bring_index_to
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.data_files import DataFileWriter
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.rewrite import rearrange
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, ORDERS, TABLES, Table
@@ -139,7 +140,7 @@ def test_a_compaction_whose_files_were_lost_is_set_aside(home: Settings) -> None
     uri = home.table_uri(ORDERS.name)
     for batch in (0, 1):
         merge_orders(_row(ORDERS, order_id=f"o{batch}"), home, Transaction("query", batch), {})
-    assert rearrange(uri, DeltaTable(uri), (), 10**8, "run")
+    assert rearrange(Lake(home), ORDERS, 2, (), 10**8, "run")
     commit = DeltaLog(uri).commit(3)
     assert commit is not None
     (Path(uri) / commit.added[0]["path"]).unlink()

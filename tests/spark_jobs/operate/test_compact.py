@@ -22,10 +22,12 @@ from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import BusyError, TableCorruptionError, UsageError
 from spark_jobs.ingest.runner import run_ingest
 from spark_jobs.lake.commit import Transaction
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.locks import REWRITE, SECONDS, Patience, exclusive
 from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.reading import TableFile
 from spark_jobs.lake.rewrite import rearrange
-from spark_jobs.lake.tables import ORDERS, TABLES
+from spark_jobs.lake.tables import EVENTS, ORDERS, TABLES
 from spark_jobs.lake.writes import merge_orders
 from spark_jobs.operate import compact as module
 from spark_jobs.operate.compact import LATE_FILES, LOOSE_FILES, CompactReport, TableCompaction, compact
@@ -136,23 +138,28 @@ def test_closed_hours_are_put_together_and_nothing_else_changes(spark: SparkSess
 
 
 def test_the_hash_sees_every_column_and_not_the_order(home: Settings) -> None:
-    run = module._Run(home, None, Closing(), at(0).date())
+    tables = Lake(home)
     uri = home.table_uri("events")
     hour = (("event_date", DAY), ("event_hour", "8"))
-    rows, content = module.content_of(run.lake, uri, DeltaTable(uri).version(), hour)
-    assert rows == 12 * FILES
+
+    def content() -> tuple[int, str]:
+        with tables.database() as database:
+            return module.content_of(database, tables.pin(EVENTS), EVENTS, hour)
+
+    before = content()
+    assert before[0] == 12 * FILES
     table = DeltaTable(uri).to_pyarrow_table()
     write_deltalake(uri, table.take(list(range(table.num_rows - 1, -1, -1))), mode="overwrite")
-    assert module.content_of(run.lake, uri, DeltaTable(uri).version(), hour) == (rows, content)
+    assert content() == before
     for name in table.column_names:
         if name in ("event_date", "event_hour"):
             continue
         changed = DeltaTable(uri)
         value = "null" if table[name].null_count < table.num_rows else "true" if name == "is_late" else "'x'"
         changed.update(updates={name: value}, predicate="event_id = 'e1-8-1'")
-        assert module.content_of(run.lake, uri, changed.version(), hour) != (rows, content), name
+        assert content() != before, name
         changed.restore(changed.version() - 1)
-        assert module.content_of(run.lake, uri, changed.version(), hour) == (rows, content)
+        assert content() == before
 
 
 def test_a_range_is_kept_to_and_an_open_hour_refused(home: Settings) -> None:
@@ -171,10 +178,14 @@ def test_late_rows_wait_until_they_are_many(spark: SparkSession, home: Settings)
     compact(home, None)
     big = pa.table(DeltaTable(home.table_uri("events")).get_add_actions(flatten=True)).to_pylist()
     assert all(row["size_bytes"] < 100_000 for row in big)
-    large = [module._File("part-c000.zstd.parquet", 90_000_000)]
 
-    def late(count: int, size: int) -> list[module._File]:
-        return [module._File(f"part-{n}.snappy.parquet", size) for n in range(count)]
+    def file(path: str, size: int) -> TableFile:
+        return TableFile(path, size, None, {}, {}, {})
+
+    large = [file("part-c000.zstd.parquet", 90_000_000)]
+
+    def late(count: int, size: int) -> list[TableFile]:
+        return [file(f"part-{n}.snappy.parquet", size) for n in range(count)]
 
     assert not module._has_loose_rows(large)
     assert not module._has_loose_rows(late(1, 1000))
@@ -249,10 +260,10 @@ def test_a_rewrite_that_doubles_rows_is_found_and_taken_back(home: Settings, mon
     uri = home.table_uri("events")
     before = everything(home)
 
-    def beside(table: str, held: DeltaTable, *args: Any, **options: Any) -> bool:
+    def beside(*args: Any, **options: Any) -> bool:
         DeltaTable(uri).optimize.compact(partition_filters=[("event_date", "=", DAY), ("event_hour", "=", "8")])
         write_deltalake(uri, DeltaTable(uri).to_pyarrow_table().slice(0, 0), mode="append")  # and an ingest goes on
-        return rearrange(table, held, *args, **options)
+        return rearrange(*args, **options)
 
     monkeypatch.setattr(module, "rearrange", beside)
     with pytest.raises(TableCorruptionError, match=r"holds 96 rows .* held 48 .* restore version"):
@@ -288,12 +299,12 @@ def _merged_meanwhile(home: Settings, monkeypatch: pytest.MonkeyPatch, times: in
         merge_orders(new, home, Transaction("new", number), {})
     done = 0
 
-    def beside(table: str, held: DeltaTable, *args: Any, **options: Any) -> bool:
+    def beside(*args: Any, **options: Any) -> bool:
         nonlocal done
         if done < times:
             done += 1
             merge_orders(one, home, Transaction("beside", done), {})
-        return rearrange(table, held, *args, **options)
+        return rearrange(*args, **options)
 
     monkeypatch.setattr(module, "rearrange", beside)
     monkeypatch.setattr(module, "LOOSE_FILES", -1)

@@ -27,6 +27,7 @@ from spark_jobs.attribution.rules import MODELS
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import BusyError, PublicationError
 from spark_jobs.ingest.kafka.config import read_kafka
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.rewrite import rearrange
 from spark_jobs.lake.tables import MINUTE_METRICS
@@ -35,7 +36,7 @@ from spark_jobs.operate.vacuum import vacuum
 from spark_jobs.publish import outlet
 from spark_jobs.publish.job import PublishLoop, ask_publications, publish_new
 from spark_jobs.publish.outlet import CONTROL_TOPIC, Outlet
-from spark_jobs.publish.progress import TopicStatus, read_publications, table_id
+from spark_jobs.publish.progress import TopicStatus, read_publications
 from spark_jobs.steps import CRASH_VARIABLE, Step
 from tests.spark_jobs.homes.attribution_lake import add_events, add_orders, event, mark, order
 from tests.spark_jobs.publish.published import NOON, add, consume, correct, publishing, row, state, told
@@ -84,8 +85,9 @@ def test_each_version_is_published_once_and_a_compaction_is_none(settings: Setti
     sent = consume(kafka, metrics)
     assert len(sent) == 45
     assert dict(sent) == wanted, "to the byte"
-    uri = settings.table_uri("minute_metrics")
-    assert rearrange(uri, DeltaTable(uri), (("event_date", "2025-06-30"),), 10**8, "run")
+    tables = Lake(settings)
+    newest = tables.version(MINUTE_METRICS) or 0
+    assert rearrange(tables, MINUTE_METRICS, newest, (("event_date", "2025-06-30"),), 10**8, "run")
     assert publish_new(settings).topics[0].records == 0
     add(settings, 99)
     assert publish_new(settings).topics[0].records == 1
@@ -163,11 +165,14 @@ def test_versions_that_are_gone_and_a_topic_that_is_gone(settings: Settings, kaf
     add(settings, 2)
     commit = DeltaLog(settings.table_uri("minute_metrics")).commit(2)
     assert commit is not None
-    uri = settings.table_uri("minute_metrics")
-    rearrange(uri, DeltaTable(uri), (("event_date", "2025-06-30"),), 10**8, "run")
+    tables = Lake(settings)
+    newest = tables.version(MINUTE_METRICS) or 0
+    rearrange(tables, MINUTE_METRICS, newest, (("event_date", "2025-06-30"),), 10**8, "run")
     kept = {each.table: each.reasons for each in vacuum(settings, dry_run=True).tables}
     assert kept["minute_metrics"] == {2: "files of it are still to be published"}
-    (Path(uri) / commit.added[0]["path"]).unlink()  # as another vacuum may, which does not know of publishing
+    (
+        Path(tables.uri(MINUTE_METRICS)) / commit.added[0]["path"]
+    ).unlink()  # as another vacuum may, which does not know of publishing
     with pytest.raises(PublicationError, match=r"version 2 of minute_metrics .*adtally publish --whole"):
         publish_new(settings)
     assert consume(kafka, metrics) == first, "nothing of a version that cannot be read"
@@ -177,7 +182,7 @@ def test_versions_that_are_gone_and_a_topic_that_is_gone(settings: Settings, kaf
         row(n)["record_uuid"]: n for n in (1, 2)
     }
     add(settings, 3)
-    log = Path(uri) / "_delta_log"
+    log = Path(tables.uri(MINUTE_METRICS)) / "_delta_log"
     (log / f"{4:020d}.json").rename(log / "kept")
     (log / f"{5:020d}.json").write_text("{}")
     with pytest.raises(PublicationError, match="version 4 of minute_metrics is to be published next"):
@@ -198,7 +203,7 @@ def test_a_lakehouse_made_anew_is_another_one(settings: Settings, kafka: Kafka) 
     metrics, _ = publishing(settings, kafka)
     add(settings, 1)
     publish_new(settings)
-    before = table_id(settings.table_uri("minute_metrics"))
+    before = Lake(settings).table_id(MINUTE_METRICS)
     shutil.rmtree(settings.lakehouse_uri)
     ensure_tables(settings)
     add(settings, 2)
@@ -316,7 +321,7 @@ def test_who_is_shut_out_publishes_nothing_more(settings: Settings, kafka: Kafka
     metrics, _ = publishing(settings, kafka)
     publish = read_kafka(settings).publish
     assert publish is not None
-    identity = table_id(settings.table_uri(MINUTE_METRICS.name)) or ""
+    identity = Lake(settings).table_id(MINUTE_METRICS) or ""
     names = (publish.cluster, MINUTE_METRICS.name, identity, metrics, Step.PUBLISHED_METRICS)
     with Outlet(*names) as old:
         old.publish(1, iter([(["a"], ["1"])]))
@@ -333,7 +338,7 @@ def test_shut_out_once_a_loop_goes_on_and_twice_it_ends(settings: Settings, kafk
     monkeypatch.setattr("spark_jobs.publish.job._FENCED_PAUSE", 0.1)
     publish = read_kafka(settings).publish
     assert publish is not None
-    identity = table_id(settings.table_uri(MINUTE_METRICS.name)) or ""
+    identity = Lake(settings).table_id(MINUTE_METRICS) or ""
     said: list[str] = []
     sent: list[int] = []
     stop = threading.Event()

@@ -16,8 +16,8 @@ from orchestration.marts import query_marts
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.failure import one_line
-from spark_jobs.lake.duck import connect_delta
-from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.duck import literal
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.tables import (
     ATTRIBUTED_ORDERS,
@@ -27,6 +27,7 @@ from spark_jobs.lake.tables import (
     RESTATEMENTS,
     RULE_SETS,
     TRAFFIC_REVIEWS,
+    Table,
 )
 
 MEASURES = ("impressions", "clicks", "spend_nanos", "invalid_impressions", "invalid_clicks", "invalid_spend_nanos")
@@ -55,31 +56,31 @@ class Build:
 
 
 @dataclass
-class Lake:
+class BuildView:
     """Reads the marts, and Delta tables as a build saw them. Times are UTC without a zone."""
 
-    settings: Settings
+    lake: Lake
     build: Build
     connection: duckdb.DuckDBPyConnection
 
     def marts(self, sql: str) -> list[dict[str, Any]]:
         """Rows of the published marts."""
-        return mart_rows(self.settings, sql)
+        return mart_rows(self.lake.settings, sql)
 
-    def version(self, table: str) -> int | None:
+    def version(self, table: Table) -> int | None:
         """The version that the build read; the newest of a table that it did not read; None: there is no table."""
-        pinned = self.build.versions.get(table)
-        return DeltaLog(self.settings.table_uri(table)).latest_version() if pinned is None else pinned
+        pinned = self.build.versions.get(table.name)
+        return self.lake.version(table) if pinned is None else pinned
 
-    def scan(self, table: str, version: int | None = None) -> str:
+    def scan(self, table: Table, version: int | None = None) -> str:
         """SQL of the table at the version that the build read, or at another."""
         wanted = self.version(table) if version is None else version
         if wanted is None:
-            raise AdtallyError(f"there is no table {table}", hint="run `adtally ingest` first")
-        return f"delta_scan({quoted(self.settings.table_uri(table))}, version = {wanted})"
+            raise AdtallyError(f"there is no table {table.name}", hint="run `adtally ingest` first")
+        return self.lake.scan(table, wanted)
 
     def rows(self, sql: str, parameters: Sequence[object] = ()) -> list[dict[str, Any]]:
-        """Rows of a statement over the lake. Raises AdtallyError where a version is no longer there."""
+        """Rows of a statement over the Delta tables. Raises AdtallyError if a version is no longer there."""
         try:
             cursor = self.connection.execute(sql, list(parameters))
             names = [str(column[0]) for column in cursor.description or []]
@@ -93,24 +94,24 @@ class Lake:
     def messages(self, places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], str]:
         """What Kafka's records at (kafka/<cluster>/<topic>/<partition>, offset) hold, as table raw_events has it; text, or hex."""
         wanted = [(name.split("/")[1:], offset) for name, offset in places if name.startswith(KAFKA)]
-        if not wanted or DeltaLog(self.settings.table_uri(RAW_EVENTS.name)).latest_version() is None:
+        if not wanted or self.version(RAW_EVENTS) is None:
             return {}
         tests = " or ".join(
-            f"(cluster = {quoted(cluster)} and source_topic = {quoted(topic)} and source_partition = {int(partition)} "
+            f"(cluster = {literal(cluster)} and source_topic = {literal(topic)} and source_partition = {int(partition)} "
             f"and source_offset = {offset})"
             for (cluster, topic, partition), offset in wanted
         )
         rows = self.rows(
             f"""
             select '{KAFKA}' || cluster || '/' || source_topic || '/' || source_partition as name, source_offset, value
-            from {self.scan(RAW_EVENTS.name)} where {tests}
+            from {self.scan(RAW_EVENTS)} where {tests}
             """
         )
         return {(row["name"], row["source_offset"]): _text_of(row["value"]) for row in rows if row["value"] is not None}
 
     def rule_set(self, name: str) -> Node:
         """A rule set: its hash and what it says, in short."""
-        found = self.rows(f"select kind, content from {self.scan(RULE_SETS.name)} where rule_set = ? limit 1", [name])
+        found = self.rows(f"select kind, content from {self.scan(RULE_SETS)} where rule_set = ? limit 1", [name])
         if not found:
             return Node(f"rule set {name[:_HASH_SHOWN]}", {"rule_set": name}, problems=["table rule_sets does not have it"])
         facts = {"rule_set": name, "kind": found[0]["kind"], "says": _summary(json.loads(found[0]["content"]))}
@@ -118,10 +119,10 @@ class Lake:
 
 
 @contextmanager
-def open_lake(settings: Settings, mart: str) -> Iterator[Lake]:
-    """The lake as the published build of ``mart`` saw it.
+def open_build(settings: Settings, mart: str) -> Iterator[BuildView]:
+    """Open the tables as the published build of ``mart`` saw them.
 
-    Raises AdtallyError where there is none, UsageError for a lakehouse that is not a local path.
+    Raises AdtallyError if there is no build, UsageError for a lakehouse that is not a local path.
     """
     require_local(settings, "explain")
     group = GROUP_OF_MART[mart]
@@ -131,8 +132,9 @@ def open_lake(settings: Settings, mart: str) -> Iterator[Lake]:
         raise AdtallyError(f"the published marts do not say what {mart} was built from", hint="run `adtally marts build`")
     versions = {str(row["table_name"]): int(row["delta_version"]) for row in rows}
     build = Build(rows[0]["build_id"], rows[0]["built_at"], rows[0]["git_revision"], versions)
-    with connect_delta() as connection:
-        yield Lake(settings, build, connection)
+    lake = Lake(settings)
+    with lake.database() as connection:
+        yield BuildView(lake, build, connection)
 
 
 def mart_rows(settings: Settings, sql: str) -> list[dict[str, Any]]:
@@ -144,27 +146,22 @@ def mart_rows(settings: Settings, sql: str) -> list[dict[str, Any]]:
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def quoted(text: str) -> str:
-    """Text as an SQL literal."""
-    return "'" + text.replace("'", "''") + "'"
-
-
 def sums(rows: Sequence[dict[str, Any]], names: Sequence[str] = MEASURES) -> dict[str, int]:
     """The totals of these measures."""
     return {name: sum(int(row[name] or 0) for row in rows) for name in names}
 
 
 def increments(
-    lake: Lake, day: date, campaign: str, store: str, currency: str, *, metrics: int | None = None, ledger: int | None = None
+    view: BuildView, day: date, campaign: str, store: str, currency: str, *, metrics: int | None = None, ledger: int | None = None
 ) -> list[dict[str, Any]]:
     """Per batch and correction run what the increments of completed batches come to, as the marts count them."""
     totals = ", ".join(f"sum(coalesce({name}, 0))::hugeint as {name}" for name in MEASURES)
-    return lake.rows(
+    return view.rows(
         f"""
         select _query_id, _batch_id, _run_id, count(*)::bigint as increments, min(event_minute) as first_minute,
             max(event_minute) as last_minute, {totals}
-        from {lake.scan(MINUTE_METRICS.name, metrics)}
-        semi join (select distinct _query_id, _batch_id from {lake.scan(BATCH_LEDGER.name, ledger)}) using (_query_id, _batch_id)
+        from {view.scan(MINUTE_METRICS, metrics)}
+        semi join (select distinct _query_id, _batch_id from {view.scan(BATCH_LEDGER, ledger)}) using (_query_id, _batch_id)
         where event_date = ? and event_minute::date = ? and campaign_id = ? and store_id = ? and currency = ?
         group by all order by _query_id, _batch_id, _run_id nulls first
         """,
@@ -172,46 +169,46 @@ def increments(
     )
 
 
-def corrections(lake: Lake, runs: Sequence[str]) -> dict[str, dict[str, Any]]:
+def corrections(view: BuildView, runs: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Run id -> kind, reason and causes as `restatements` has them, at its newest: it is written last of a correction."""
     if not runs:
         return {}
-    newest = DeltaLog(lake.settings.table_uri(RESTATEMENTS.name)).latest_version()
-    found = lake.rows(
+    newest = view.lake.version(RESTATEMENTS)
+    found = view.rows(
         f"""
         select run_id, list(distinct kind order by kind) as kinds, list(distinct reason order by reason) as reasons,
             list(distinct cause order by cause) as causes, max(restated_at) as restated_at
-        from {lake.scan(RESTATEMENTS.name, newest)} where run_id in (select unnest(?)) group by run_id
+        from {view.scan(RESTATEMENTS, newest)} where run_id in (select unnest(?)) group by run_id
         """,
         [list(runs)],
     )
     return {row["run_id"]: row for row in found}
 
 
-def reviews_of(lake: Lake, day: date) -> list[dict[str, Any]]:
+def reviews_of(view: BuildView, day: date) -> list[dict[str, Any]]:
     """The reviews of a day's hours that the build can have seen: per run how many hours, events, invalid and changed marks."""
-    if lake.version(TRAFFIC_REVIEWS.name) is None:
+    if view.version(TRAFFIC_REVIEWS) is None:
         return []
-    return lake.rows(
+    return view.rows(
         f"""
         select run_id, rule_set, count(*)::bigint as hours, sum(events)::bigint as events, sum(invalid)::bigint as invalid,
             sum(changed)::bigint as changed, max(reviewed_at) as reviewed_at
-        from {lake.scan(TRAFFIC_REVIEWS.name)}
+        from {view.scan(TRAFFIC_REVIEWS)}
         where event_hour::date = ? and reviewed_at <= ?::timestamptz group by all order by reviewed_at, run_id
         """,
-        [day, lake.build.built_at],
+        [day, view.build.built_at],
     )
 
 
-def revisions_of(lake: Lake, order: str) -> list[dict[str, Any]]:
+def revisions_of(view: BuildView, order: str) -> list[dict[str, Any]]:
     """An order's revisions as the build saw them, one row a revision, the oldest first."""
-    return lake.rows(
+    return view.rows(
         f"""
         select revision, any_value(status) as status, any_value(reason) as reason, any_value(rule_set) as rule_set,
             any_value(_run_id) as run_id, any_value(attributed_at) as attributed_at, any_value(order_time) as order_time,
             any_value(user_id) as user_id, any_value(store_id) as store_id, any_value(currency) as currency,
             any_value(total_micros) as total_micros, count(touch_event_id)::bigint as touches
-        from {lake.scan(ATTRIBUTED_ORDERS.name)} where order_id = ? group by revision order by revision
+        from {view.scan(ATTRIBUTED_ORDERS)} where order_id = ? group by revision order by revision
         """,
         [order],
     )
