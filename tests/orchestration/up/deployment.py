@@ -53,7 +53,7 @@ def processes_of(home: Path) -> list[psutil.Process]:
 
 
 class Deployment:
-    """An ``adtally up``, started in a context. At the end of the context, what still runs is killed; a passing test has ended it."""
+    """An ``adtally up``, started in a context. The end of the context kills what still runs; a passing test has ended it."""
 
     def __init__(self, home: Path, *arguments: str, **changes: str) -> None:
         self.home = home
