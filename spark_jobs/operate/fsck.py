@@ -24,7 +24,6 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
-from spark_jobs.attribution.index import check_index
 from spark_jobs.attribution.inputs import index_folder
 from spark_jobs.config import Settings
 from spark_jobs.corrections.reconcile import reconcile
@@ -42,6 +41,7 @@ from spark_jobs.lake.locks import INGEST, exclusive
 from spark_jobs.lake.log import DeltaLog, commit_identity
 from spark_jobs.lake.removal import take_files_out
 from spark_jobs.lake.roots import require_local
+from spark_jobs.lake.runs import check_runs
 from spark_jobs.lake.tables import (
     BATCH_LEDGER,
     EVENTS,
@@ -294,7 +294,7 @@ def _look_at_key_index(settings: Settings, look: _Look, *, compare: bool) -> Non
     if index.table_id is None or index.version < 0:
         return
     try:
-        index.check()
+        check_runs(settings.key_index_path)
         log = DeltaLog(settings.table_uri(EVENTS.name))
         if not compare:
             return
@@ -326,7 +326,7 @@ def _look_at_attribution_index(settings: Settings, look: _Look) -> None:
     place = index_folder(settings)
     for folder in sorted(path for path in place.glob("*") if path.is_dir()):
         try:
-            check_index(folder)
+            check_runs(folder)
         except DamagedError as damage:
             look.add("attribution_index", f"{place.name}/{folder.name}", damage)
 
