@@ -236,6 +236,5 @@ def keys_of_version(settings: Settings, version: int) -> Iterator[Keys]:
 
 
 def _rebuild(settings: Settings, index: KeyIndex, table_id: str, version: int) -> None:
-    index.problem = None
     commit = DeltaLog(settings.table_uri(EVENTS.name)).commit(version)
     index.rebuild(table_id, keys_of_version(settings, version), version, commit_identity(commit))

@@ -46,7 +46,7 @@ class CheckedFile:
 
     def __init__(self, path: Path, size: int, checksum: str) -> None:
         """``size``: bytes of data, ``checksum``: what `seal` returned. Raises DamagedError, also where there is no such file."""
-        self._path = path
+        self.path = path
         try:
             with open(path, "rb") as file:
                 if file.seek(0, 2) < size + 8 * _count(size):
@@ -74,6 +74,10 @@ class CheckedFile:
             wanted[start:end] = True
         self._check(np.flatnonzero(wanted & ~self._is_checked))
 
+    def check_rest(self) -> None:
+        """Check the blocks that were not checked before. Raises DamagedError."""
+        self._check(np.flatnonzero(~self._is_checked))
+
     def is_checked(self, end: int) -> bool:
         """Whether all bytes before ``end`` were checked."""
         return bool(self._is_checked[: _count(end)].all())
@@ -87,7 +91,7 @@ class CheckedFile:
         for number, checksum in zip(blocks.tolist(), sums, strict=True):
             start = number * BLOCK_BYTES
             if xxh3_64_intdigest(data[start : start + BLOCK_BYTES]) != checksum:
-                raise DamagedError(f"{self._path} is damaged at byte {start}")
+                raise DamagedError(f"{self.path} is damaged at byte {start}")
         self._is_checked[blocks] = True
 
     def release(self) -> None:

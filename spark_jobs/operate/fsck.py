@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from spark_jobs.attribution.index import check_index
 from spark_jobs.attribution.inputs import index_folder
 from spark_jobs.config import Settings
 from spark_jobs.corrections.reconcile import reconcile
@@ -36,6 +35,7 @@ from spark_jobs.lake.locks import INGEST, exclusive
 from spark_jobs.lake.log import commit_identity
 from spark_jobs.lake.removal import take_files_out
 from spark_jobs.lake.roots import require_local
+from spark_jobs.lake.runs import check_runs
 from spark_jobs.lake.tables import (
     BATCH_LEDGER,
     EVENTS,
@@ -244,7 +244,7 @@ def _look_at_key_index(settings: Settings, look: _Look, *, compare: bool) -> Non
     if index.table_id is None or index.version < 0:
         return
     try:
-        index.check()
+        check_runs(settings.key_index_path)
         if not compare:
             return
         if index.commit != commit_identity(Lake(settings).log(EVENTS).commit(index.version)):
@@ -275,7 +275,7 @@ def _look_at_attribution_index(settings: Settings, look: _Look) -> None:
     place = index_folder(settings)
     for folder in sorted(path for path in place.glob("*") if path.is_dir()):
         try:
-            check_index(folder)
+            check_runs(folder)
         except DamagedError as damage:
             look.add("attribution_index", f"{place.name}/{folder.name}", damage)
 
