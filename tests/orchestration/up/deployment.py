@@ -53,7 +53,7 @@ def processes_of(home: Path) -> list[psutil.Process]:
 
 
 class Deployment:
-    """An ``adtally up``, started in a context. The end of the context kills what still runs; a passing test has ended it."""
+    """An ``adtally up`` in a context, whose end kills what still runs. A test that passes has ended it before."""
 
     def __init__(self, home: Path, *arguments: str, **changes: str) -> None:
         self.home = home
