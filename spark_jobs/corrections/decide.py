@@ -25,7 +25,7 @@ from spark_jobs.corrections.write_ahead import Correction, TableChange
 from spark_jobs.errors import AdtallyError
 from spark_jobs.ingest.contract.exact import validate_line
 from spark_jobs.ingest.contract.parse import encode_raw, parse_all
-from spark_jobs.ingest.contract.spec import CONTRACTS, EVENT_CONTRACT, Contract, Limits
+from spark_jobs.ingest.contract.spec import CONTRACTS, EVENT_CONTRACT, BatchLimits, Contract
 from spark_jobs.ingest.dedupe.keys import hash_keys, hex_fingerprint
 from spark_jobs.ingest.event_columns import INCREMENT_SCHEMA, increment_columns
 from spark_jobs.ingest.files.landing import Split
@@ -185,7 +185,7 @@ def _rejects(recount: Recount, run: Run) -> TableChange:
         entry = recount.inputs.occurrences[o].entry
         assert entry is not None  # it was judged
         name = entry.name
-        limits = Limits(rows[0]["ingested_us"], earliest_us, skew_us, rows[0]["hour_grace_us"])
+        limits = BatchLimits(rows[0]["ingested_us"], earliest_us, skew_us, rows[0]["hour_grace_us"])
         if isinstance(entry.raw, RawChunk):
             raws, of_kafka = _raw_records(entry.raw, contract, rows, limits, recount.settings.scratch_path), True
         else:
@@ -243,7 +243,7 @@ def _set_aside(recount: Recount, row: dict[str, Any], run: Run) -> dict[str, Any
     }
 
 
-def _raws(path: str, name: str, contract: Contract, rows: list[dict[str, Any]], limits: Limits) -> dict[int, dict[str, Any]]:
+def _raws(path: str, name: str, contract: Contract, rows: list[dict[str, Any]], limits: BatchLimits) -> dict[int, dict[str, Any]]:
     """Reasons and raw text of the lines of ``rows``, read again from the file, by line."""
     conflicts = np.array([row["line"] - 1 for row in rows if row["outcome"] == "conflict"], dtype=np.int64)
     region = rows[0]["region"]
@@ -283,7 +283,7 @@ def _place(name: str, offset: int) -> dict[str, Any]:
 
 
 def _raw_records(
-    chunk: RawChunk, contract: Contract, rows: list[dict[str, Any]], limits: Limits, scratch: Path
+    chunk: RawChunk, contract: Contract, rows: list[dict[str, Any]], limits: BatchLimits, scratch: Path
 ) -> dict[int, dict[str, Any]]:
     """As ``_raws``, of records of Kafka, read again from the table of raw records, by offset."""
     conflicts = {row["line"] for row in rows if row["outcome"] == "conflict"}

@@ -1,9 +1,9 @@
-"""The invariant at every start of a query: its checkpoint and the tables that its batches commit to tell the same story.
+"""Check, at every start of a query, that its checkpoint agrees with the tables that its batches commit to.
 
-A batch commits to its tables in a fixed order, and ends (Spark's ``commits/N``) when it is in the last of them. So the tables never
-know a batch that the checkpoint does not, an earlier table is never behind a later one, and no batch with records is missing from
-the last table once a later batch began. Where that does not hold (a backup of one side was restored, a commit was lost after it was
-acknowledged) going on would lose records: Delta would take new batches for ones it has.
+A batch commits to its tables in a fixed order, and ends (Spark's ``commits/N``) after the last of them. So no table has a batch
+that the checkpoint lacks, no table has a batch that an earlier table lacks, and the last table has every batch with records
+before the newest one. If this does not hold (somebody restored a backup of one side, or a commit was lost after it was
+acknowledged), an ingest would lose records: Delta would skip new batches as ones that it has already.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from deltalake import DeltaTable
 from spark_jobs.config import Settings
 from spark_jobs.errors import TableCorruptionError
 from spark_jobs.ingest.durable_checkpoint import read_state
-from spark_jobs.ingest.source import Source
+from spark_jobs.ingest.source import RecordSource
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.tables import Table
 
@@ -23,11 +23,11 @@ _KEPT = 100  # batches that Spark keeps in a checkpoint
 _FSCK = "`adtally fsck` says what is lost and repairs it; docs/runbooks/power-cut.md"
 
 
-def check_agreement(settings: Settings, source: Source, tables: Sequence[Table], rejected: Table | None = None) -> None:
-    """Raise TableCorruptionError, saying which command mends it, if a query's checkpoint and its tables do not agree.
+def check_agreement(settings: Settings, source: RecordSource, tables: Sequence[Table], rejected: Table | None = None) -> None:
+    """Raise TableCorruptionError, which names the command that repairs it, if a query's checkpoint and its tables do not agree.
 
-    ``tables`` are those that each batch with records commits to, in that order; ``rejected`` gets a commit only of some batches,
-    after the first of ``tables``. Reads a snapshot of each table. A query without a checkpoint agrees with anything.
+    Each batch with records commits to ``tables``, in that order; only some batches commit to ``rejected``, after the first of
+    ``tables``. Reads a snapshot of each table. A query without a checkpoint agrees with anything.
     """
     state = read_state(source.checkpoint)
     if state is None:
@@ -62,7 +62,7 @@ def check_agreement(settings: Settings, source: Source, tables: Sequence[Table],
 
 
 def _last_batch(settings: Settings, table: Table, query_id: str) -> int:
-    """The newest batch of a query that a table has; -1: none."""
+    """Return the newest batch of a query that a table has; -1 if it has none."""
     uri = settings.table_uri(table.name)
     found = DeltaTable(uri).transaction_version(query_id) if DeltaLog(uri).exists() else None
     return -1 if found is None else int(found)

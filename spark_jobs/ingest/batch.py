@@ -1,4 +1,4 @@
-"""A micro-batch on the driver: what it is decided with, what its tasks made of it, and its lines of the ledger."""
+"""A micro-batch on the driver: what it is decided with, what its tasks found, and its rows of the ledger."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from spark_jobs.ingest.contract.spec import Limits
+from spark_jobs.ingest.contract.spec import BatchLimits
 from spark_jobs.ingest.dedupe.classify import Classification, Outcome
 from spark_jobs.ingest.dedupe.keys import Keys
 from spark_jobs.ingest.files.fingerprint import FileState
@@ -18,7 +18,7 @@ from spark_jobs.ingest.files.landing import LandingFile
 from spark_jobs.ingest.kafka.ranges import OffsetRange, OffsetSplit
 from spark_jobs.ingest.quarantine import Quarantined
 from spark_jobs.ingest.source import Planned
-from spark_jobs.ingest.stage import StagedSplit, StageTask
+from spark_jobs.ingest.stage import NO_ROWS, StagedSplit, StageTask
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.log import Commit
 from spark_jobs.units import NO_HOUR, from_micros, hour_moment
@@ -57,42 +57,42 @@ class IngestReport:
     late: int = 0
 
     def plus(self, batch: BatchReport) -> IngestReport:
-        """These sums and one more batch."""
+        """Return these sums with one more batch added."""
         counted = {name: getattr(self, name) + getattr(batch, name) for name in COUNTS}
         return IngestReport(batches=self.batches + 1, **counted)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a batch is decided with. Stored in the commit of its first table: a batch that runs again is decided the same."""
+    """What a batch is decided with. The commit of its first table stores it, so a batch that runs again is decided the same."""
 
-    limits: Limits
+    limits: BatchLimits
     campaigns_version: int
     files: list[LandingFile]
-    rule_set: str | None = None  # of invalid traffic; None: no rule, as all were before there were rules
+    rule_set: str | None = None  # of invalid traffic; None: no rules, as in batches of an older adtally
     ranges: list[OffsetRange] = field(default_factory=list)
     lost_offsets: int = 0
     quarantined: list[Quarantined] = field(default_factory=list)  # of its files, or parts of its ranges
-    fingerprints: list[str] = field(default_factory=list)  # of the files (ingest/files/fingerprint.py); empty: of an older adtally
+    fingerprints: list[str] = field(default_factory=list)  # of the files (ingest/files/fingerprint.py); none: an older adtally
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to read and nothing to tell."""
+        """Whether there is nothing to read and no lost offset to count."""
         return not (self.files or self.ranges or self.lost_offsets)
 
     @property
     def input(self) -> Planned:
-        """What it was planned to read. Offsets that are set aside are ranges of their own."""
+        """What the batch reads. Offsets that are set aside are separate ranges."""
         ranges = [part for one in self.ranges for part in _cut(one, self.quarantined)]
         return Planned(self.limits.ingested_us, self.files, ranges, self.lost_offsets)
 
     def changed_files(self, states: Sequence[FileState]) -> list[LandingFile]:
-        """Those of ``files``, whose ``states`` are given, that are not what they were planned as; none of an older adtally's."""
+        """Return the files that changed since the plan, by their present ``states``. None if the plan has no fingerprints."""
         known = zip(self.files, self.fingerprints, states, strict=False)
         return [file for file, planned, state in known if planned != state.fingerprint]
 
     def to_metadata(self, transaction: Transaction) -> dict[str, object]:
-        """The plan as it is stored in a commit."""
+        """Return the plan as a commit stores it."""
         stored: dict[str, object] = {
             "query_id": transaction.query_id,
             "batch_id": transaction.batch_id,
@@ -112,10 +112,10 @@ class Plan:
 
     @classmethod
     def from_commit(cls, commit: Commit) -> Plan:
-        """The inverse of ``to_metadata``."""
+        """Read the plan that ``to_metadata`` stored."""
         stored = commit.metadata
         return cls(
-            Limits(**stored["limits"]),
+            BatchLimits(**stored["limits"]),
             int(stored["campaigns_version"]),
             [LandingFile(*file) for file in stored["files"]],
             stored.get("rule_set"),
@@ -127,38 +127,48 @@ class Plan:
 
 
 def _cut(whole: OffsetRange, quarantined: list[Quarantined]) -> list[OffsetRange]:
-    """A range, cut where offsets that are set aside begin and end."""
+    """Cut a range where offsets that are set aside begin and end."""
     edges = {edge for one in quarantined if one.name == whole.name for edge in (one.start, one.end)}
     points = [whole.start, *sorted(edge for edge in edges if whole.start < edge < whole.end), whole.end]
     return [OffsetRange(whole.name, start, end) for start, end in pairwise(points)]
 
 
-@dataclass
-class Batch:
-    """A parsed batch on the driver."""
+@dataclass(frozen=True)
+class PlannedBatch:
+    """A batch before its records are read.
 
-    plan: Plan
+    ``committed`` is the commit of its accepted records, if an earlier run got that far. ``history_version`` is the newest version
+    of the accepted table that has none of its rows.
+    """
+
     transaction: Transaction
-    committed: Commit | None  # of the accepted records, where the batch has come so far before
+    plan: Plan
+    committed: Commit | None
+    history_version: int
+
+
+@dataclass(frozen=True)
+class Batch(PlannedBatch):
+    """A batch whose records are parsed. ``source`` is the kind of its source, ``regions`` those that the ledger counts it by."""
+
     tasks: list[StageTask]
     splits: list[StagedSplit]
     keys: Keys
-    source: str  # kind of it, as the ledger says
-    regions: list[str]  # that the ledger counts it by
+    source: str
+    regions: list[str]
 
     @property
     def row_counts(self) -> list[int]:
         """Valid rows of each split."""
-        return [len(s.hours) // 4 for s in self.splits]
+        return [len(split.rows) for split in self.splits]
 
-    def column(self, name: str, kind: type[Any]) -> npt.NDArray[Any]:
-        """A byte column of the splits as one array."""
-        parts = [np.frombuffer(getattr(s, name), dtype=kind) for s in self.splits]
-        return np.concatenate(parts) if parts else np.empty(0, dtype=kind)
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """Return a column of `ValidRows` over all splits."""
+        return np.concatenate([getattr(rows, name) for rows in (NO_ROWS, *(split.rows for split in self.splits))])
 
     @property
     def first_lines(self) -> list[int]:
-        """The number (from 1) of the first line of each split within its file; of a topic's its first offset."""
+        """The first line of each split: its number in the file, from 1, or the first offset of the range."""
         lines, before = [], 0
         for task, split in zip(self.tasks, self.splits, strict=True):
             if isinstance(task.split, OffsetSplit):
@@ -171,19 +181,19 @@ class Batch:
 
 
 def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[dict[str, Any]]:
-    """The batch's ledger: one dict a region and event hour, in a fixed order (of a region hour None first)."""
+    """Return the batch's rows of the ledger: one dict per region and event hour, sorted, hour None first in its region."""
     regions = batch.regions
     number = {region: i for i, region in enumerate(regions)}
     of_split = [number[task.split.region] for task in batch.tasks]
     region = np.repeat(of_split, batch.row_counts).astype(np.int64)
-    hours = batch.column("hours", np.int32).astype(np.int64)
-    by_hour = [split.rejects.by_hour for split in batch.splits]
-    reject_region = np.repeat(of_split, [len(hours) for hours, _ in by_hour]).astype(np.int64)
+    hours = batch.column("hours").astype(np.int64)
+    refused = [split.rejects for split in batch.splits]
+    reject_region = np.repeat(of_split, [len(counts.hours) for counts in refused]).astype(np.int64)
     none = np.empty(0, dtype=np.int64)
-    reject_hours = np.concatenate([none, *(hours for hours, _ in by_hour)])
-    rejects = np.concatenate([none, *(counts for _, counts in by_hour)])
+    reject_hours = np.concatenate([none, *(counts.hours for counts in refused)])
+    rejects = np.concatenate([none, *(counts.counts for counts in refused)])
 
-    # a cell is a region and an hour, as one number: NO_HOUR comes first of its region
+    # a cell is a region and an hour, as one number; NO_HOUR sorts first in its region
     code = np.concatenate((region, reject_region)) * _HOURS + (np.concatenate((hours, reject_hours)) - NO_HOUR)
     cells, at = np.unique(code, return_inverse=True)
     valid_at, reject_at = at[: len(region)], at[len(region) :]
@@ -196,14 +206,14 @@ def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[d
 
     rejected = np.zeros(size, dtype=np.int64)
     np.add.at(rejected, reject_at, rejects)
-    spend = _exact_sums(batch.column("spend", np.int64)[accepted], valid_at[accepted], size)
+    spend = _exact_sums(batch.column("spend_nanos")[accepted], valid_at[accepted], size)
     received = np.full(size, _NEVER)
-    arrived = batch.column("received", np.int64)
+    arrived = batch.column("received_us")
     if batch.source == "files":
         np.maximum.at(received, valid_at[accepted], arrived[accepted])
     else:
-        # a topic's progress: a duplicate is some too, for another cluster may have been the first with all that it holds. Its
-        # partitions are read apart, so it has come no further than the last of those that it had anything of
+        # A topic's progress counts duplicates too: another cluster may have been first with all of its records. Partitions are read
+        # separately, so the topic has progressed only as far as the slowest partition of this batch.
         np.maximum.at(received, valid_at, arrived)
         np.minimum(received, _least_progress(batch), out=received)
     measures: dict[str, Sequence[int] | npt.NDArray[Any]] = {
@@ -212,9 +222,9 @@ def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[d
         "duplicate": count(outcome == Outcome.DUPLICATE),
         "conflict": count(outcome == Outcome.CONFLICT),
         "rejected": rejected,
-        "late": count(accepted & batch.column("late", np.bool_)),
-        "invalid_traffic": count(accepted & batch.column("invalid", np.bool_)),
-        "unpriced": count(accepted & batch.column("unpriced", np.bool_)),
+        "late": count(accepted & batch.column("is_late")),
+        "invalid_traffic": count(accepted & batch.column("is_invalid")),
+        "unpriced": count(accepted & batch.column("is_unpriced")),
         "spend_nanos": spend,
     }
     rows: list[dict[str, Any]] = [
@@ -228,7 +238,7 @@ def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[d
         }
         for i in range(size)
     ]
-    if not rows:  # files without a line: the batch still is complete only when it stands in the ledger
+    if not rows:  # files without a line: the ledger still must name the batch, which marks it as complete
         nothing: dict[str, Any] = {"stream": stream, "source": batch.source, **dict.fromkeys(measures, 0)}
         rows = [{**nothing, "region": region} for region in regions]
     if batch.plan.lost_offsets:
@@ -237,9 +247,9 @@ def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[d
 
 
 def _exact_sums(amounts: npt.NDArray[np.int64], at: npt.NDArray[Any], size: int) -> list[int]:
-    """The sum of the ``amounts`` of each place 0 to ``size`` - 1, as Python's integers, which no sum overflows.
+    """Return the sum of the ``amounts`` at each place 0 to ``size`` - 1, as Python integers, so that no sum overflows.
 
-    The halves of an amount are added up apart: of fewer than 2**31 amounts either sum fits into 64 bits.
+    The halves of the amounts are summed separately: for fewer than 2**31 amounts either sum fits into 64 bits.
     """
     halves = []
     for half in (amounts >> 32, amounts & 0xFFFF_FFFF):
@@ -250,10 +260,9 @@ def _exact_sums(amounts: npt.NDArray[np.int64], at: npt.NDArray[Any], size: int)
 
 
 def _least_progress(batch: Batch) -> int:
-    """Of the partitions with valid records in a batch the earliest of their latest received_at, in microseconds."""
+    """Return the earliest, over the partitions with valid records, of their latest received_at (microseconds)."""
     latest: dict[str, int] = {}
     for task, split in zip(batch.tasks, batch.splits, strict=True):
-        arrived = np.frombuffer(split.received, dtype=np.int64)
-        if len(arrived):
-            latest[task.split.name] = max(latest.get(task.split.name, _NEVER), int(arrived.max()))
+        if len(split.rows):
+            latest[task.split.name] = max(latest.get(task.split.name, _NEVER), int(split.rows.received_us.max()))
     return min(latest.values(), default=_NEVER)

@@ -1,4 +1,4 @@
-"""Campaigns from the CSV files of the landing folder into table `campaigns`."""
+"""Load campaigns from the CSV files of the landing folder into table `campaigns`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from spark_jobs.ingest.event_columns import CAMPAIGN_SCHEMA
 from spark_jobs.ingest.files.landing import CAMPAIGNS_FOLDER, csv_files, open_regular
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import DeltaLog
-from spark_jobs.lake.reading import file_paths, read_files
 from spark_jobs.lake.tables import CAMPAIGNS
 from spark_jobs.steps import Step
 from spark_jobs.units import from_micros
@@ -82,7 +81,7 @@ def _campaign(row: dict[str, str | None], where: str, name: str) -> Campaign:
 
 
 def read_campaigns(landing: Path) -> list[Campaign]:
-    """The campaigns of ``<landing>/campaigns/*.csv``, sorted. The same row in two files counts once.
+    """Read the campaigns of ``<landing>/campaigns/*.csv``, sorted. The same row in two files counts once.
 
     Raises CampaignFileError with the file, the line and the rule; ranges of one campaign must not overlap.
     """
@@ -128,9 +127,9 @@ def _require_each_once(header: Sequence[str], name: str) -> None:
 
 
 def load_campaigns(settings: Settings) -> int | None:
-    """Bring table `campaigns` up to the CSV files. Returns its version.
+    """Replace table `campaigns` by the content of the CSV files; return its version.
 
-    Nothing is written when the files say what the table holds. Without a CSV file the table stays as it is.
+    Writes nothing if the table has this content already, or if there is no CSV file.
     """
     log = DeltaLog(settings.table_uri(CAMPAIGNS.name))
     campaigns = read_campaigns(settings.landing_path)
@@ -151,16 +150,14 @@ def load_campaigns(settings: Settings) -> int | None:
 
 
 def prices_in_force(settings: Settings) -> int | None:
-    """The version of table `campaigns` whose prices hold; None where no campaign was ever loaded."""
-    uri = settings.table_uri(CAMPAIGNS.name)
-    version = DeltaLog(uri).latest_version()
-    return version if version is not None and file_paths(uri, version) else None
+    """Return the version of table `campaigns` whose prices apply; None if no campaign was ever loaded."""
+    snapshot = Lake(settings).pin(CAMPAIGNS)
+    return snapshot.version(CAMPAIGNS) if CAMPAIGNS in snapshot and snapshot.files(CAMPAIGNS) else None
 
 
 def campaigns_at(settings: Settings, version: int) -> pa.Table:
-    """Price lines (CAMPAIGN_SCHEMA) of one version of table `campaigns`."""
-    uri = settings.table_uri(CAMPAIGNS.name)
-    held = read_files(uri, file_paths(uri, version), CAMPAIGNS.schema)
+    """Return the price list (CAMPAIGN_SCHEMA) of one version of table `campaigns`."""
+    held = Lake(settings).at({CAMPAIGNS.name: version}).rows(CAMPAIGNS)
     return pa.table(
         {
             "priced_campaign_id": held["campaign_id"],

@@ -1,8 +1,8 @@
-"""Spark's checkpoint of a query across a power cut: synced before a batch commits anything, mended before Spark opens it.
+"""Keep Spark's checkpoint of a query intact across a power cut: sync it before a batch commits, repair it before Spark opens it.
 
-Spark writes ``metadata``, ``sources/0/N`` and ``offsets/N`` before a batch and ``commits/N`` after it, and syncs none of them. The
-batch syncs what was written for it before its first commit, so a file of the checkpoint that is torn belongs to a batch of which no
-table has anything, or is a ``commits/N`` whose batch runs again and is recognised by its transaction. Such files are set aside.
+Spark writes ``metadata``, ``sources/0/N`` and ``offsets/N`` before a batch and ``commits/N`` after it, and syncs none of them.
+Before its first commit, a batch syncs what Spark wrote for it. So a torn file of the checkpoint belongs to a batch that no
+table has yet, or is a ``commits/N`` whose batch runs again and is recognised by its transaction. Such files are set aside.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _log = logging.getLogger("adtally")
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What a checkpoint says: the query's id, and the newest batch that was planned and the newest that ended (-1: none)."""
+    """The query of a checkpoint, and its newest batch that was planned and that has ended (-1: none)."""
 
     query_id: str
     planned: int
@@ -38,7 +38,7 @@ class CheckpointSync:
         self._synced: set[Path] = set()
 
     def before_commit(self) -> None:
-        """Write through what Spark has written since the last call. Each batch calls it before its first commit."""
+        """Sync what Spark has written since the last call. To be called in each batch before its first commit."""
         folders = [self._checkpoint, *(self._checkpoint / name for name in ("offsets", "commits", "sources/0", "sources"))]
         new = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_file()]
         new = [path for path in new if path not in self._synced and not path.name.endswith(disk.TEMPORARY_ENDING)]
@@ -50,23 +50,28 @@ class CheckpointSync:
         self._synced.update(new)
 
 
-def read_state(checkpoint: Path) -> CheckpointState | None:
-    """What the checkpoint says; None if there is no query yet. Raises TableCorruptionError if its id cannot be read."""
+def read_query_id(checkpoint: Path) -> str:
+    """Return the id of the query that the checkpoint belongs to. Raises TableCorruptionError if it cannot be read."""
     path = checkpoint / "metadata"
-    if not path.exists():
-        return None
     try:
-        query_id = str(json.loads(path.read_text("utf-8"))["id"])
-    except (ValueError, KeyError, TypeError) as error:
+        return str(json.loads(path.read_text("utf-8"))["id"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise TableCorruptionError(f"{path} does not name the query: {error}", hint=_HINT) from None
+
+
+def read_state(checkpoint: Path) -> CheckpointState | None:
+    """Return the state of a checkpoint; None if it has no query yet. Raises TableCorruptionError if its id cannot be read."""
+    if not (checkpoint / "metadata").exists():
+        return None
+    query_id = read_query_id(checkpoint)
     planned, ended = (max((number for number, _ in _numbered(checkpoint / part)), default=-1) for part in ("offsets", "commits"))
     return CheckpointState(query_id, planned, ended)
 
 
 def set_aside_torn(checkpoint: Path) -> list[str]:
-    """Set aside the torn newest files of a checkpoint, so that Spark plans their batch again; returns a line for each, and logs it.
+    """Set aside the torn newest files of a checkpoint, so that Spark plans their batch again; return and log a line for each.
 
-    Raises TableCorruptionError if a file is torn that an ended batch needs.
+    Raises TableCorruptionError if a torn file is needed by a batch that has ended.
     """
     torn: list[Path] = []
     metadata, offsets, lists = checkpoint / "metadata", checkpoint / "offsets", checkpoint / "sources" / "0"
@@ -80,7 +85,7 @@ def set_aside_torn(checkpoint: Path) -> list[str]:
     planned = [path for number, path in _numbered(offsets) if number > ended and path not in torn_offsets]
     if metadata in torn:
         torn_offsets += planned
-    elif torn_lists:  # what was planned by them is planned again
+    elif torn_lists:  # their batches are planned again
         torn_offsets += [path for path in planned if any(_needs(path, _number(one)) for one in torn_lists)]
     torn += [*torn_lists, *torn_offsets]
     lost = [path for path in torn_offsets if int(path.name) <= ended]
@@ -96,7 +101,7 @@ def set_aside_torn(checkpoint: Path) -> list[str]:
         said.append(f"{path} was torn by a power cut and set aside; its batch is planned or ended again")
     for folder in (checkpoint, offsets, checkpoint / "commits", lists):
         for path in folder.glob(".*.crc"):
-            if not path.stat().st_size:  # without it Spark reads the file itself
+            if not path.stat().st_size:  # Spark reads a file without checksum as it is
                 path.unlink()
     for line in said:
         _log.warning("adtally: %s", line)
@@ -108,15 +113,15 @@ def _number(path: Path) -> int:
 
 
 def _needs(offset: Path, number: int) -> bool:
-    """Whether a planned batch reads what list ``number`` of the source's log names."""
+    """Return whether a planned batch reads the files in list ``number`` of the source's log."""
     try:
         return number <= int(json.loads(offset.read_text("utf-8").splitlines()[2])["logOffset"])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return True  # of a topic, whose first offsets stand in list 0; or an offset that is not there
+        return True  # a topic, whose first offsets are in list 0, or a missing offset
 
 
 def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
-    """The files of a folder that have a number for their name, the newest first."""
+    """Yield the numbered files of a folder, the newest first."""
     found = [path for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
     for path in sorted(found, key=lambda path: -int(path.name)):
         yield int(path.name), path
@@ -130,7 +135,7 @@ def _torn_tail(folder: Path) -> Iterator[Path]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file of a checkpoint reads as Spark writes it: a version, then JSON or "-" a line; ``metadata`` is JSON alone."""
+    """Return whether a file has the form that Spark writes: a version, then JSON or "-" per line; ``metadata`` is only JSON."""
     try:
         lines = path.read_text("utf-8").lstrip("\0").splitlines()
         if path.name != "metadata" and lines.pop(0) != "v1":

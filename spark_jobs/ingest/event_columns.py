@@ -1,4 +1,4 @@
-"""Columns that a valid event or order gets, and the increments that accepted events make."""
+"""Columns that are added to valid events and orders, and the increments of accepted events."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from spark_jobs.ingest.contract.spec import Contract, Limits
+from spark_jobs.ingest.contract.spec import BatchLimits, Contract
 from spark_jobs.ingest.dedupe.keys import hash_keys
 from spark_jobs.lake.duck import literal, query_arrow
-from spark_jobs.lake.tables import MINUTE_METRICS
+from spark_jobs.lake.tables import EVENTS, MINUTE_METRICS
 from spark_jobs.traffic.rules import InvalidTrafficRules, judge_of, marks
-from spark_jobs.units import HOUR_US
+from spark_jobs.units import DAY_US, HOUR_US, MINUTE_US
 
 CAMPAIGN_SCHEMA = pa.schema(
     [
@@ -33,15 +33,15 @@ INCREMENT_SCHEMA = pa.schema(
 )
 
 
-def enrich(valid: pa.Table, contract: Contract, limits: Limits, campaigns: pa.Table, rules: InvalidTrafficRules) -> pa.Table:
-    """Adds to parsed rows: hour_us, is_late, key_low, key_high, fingerprint (uint64) and, for events, the price and
-    the marks of invalid traffic: an invalid event costs nothing (spend_nanos), its price stands in invalid_spend_nanos.
+def enrich(valid: pa.Table, contract: Contract, limits: BatchLimits, campaigns: pa.Table, rules: InvalidTrafficRules) -> pa.Table:
+    """Add hour_us, is_late, key_low, key_high, fingerprint (uint64) and, for events, price and marks of invalid traffic.
 
-    received_at is filled with the time of ingestion. Late: received when the event's hour had ended at least the grace ago.
+    An invalid event has spend_nanos 0; invalid_spend_nanos is what it would have cost. A missing received_at becomes the time of
+    ingestion. A record is late if it was received when its hour, and the grace after it, had ended.
     """
     times = valid[contract.time_field].to_numpy()
     received = pc.fill_null(valid["received_at"], pa.scalar(limits.ingested_us, pa.int64()))
-    hours = times - times % HOUR_US  # never negative: the earliest accepted time is behind the epoch
+    hours = times - times % HOUR_US  # never negative: no time before the epoch is accepted
     late = received.to_numpy() >= hours + (HOUR_US + limits.hour_grace_us)
     made = valid.set_column(valid.schema.get_field_index("received_at"), "received_at", received)
     for name, column in (("hour_us", pa.array(hours)), ("is_late", pa.array(late))):
@@ -65,10 +65,10 @@ def enrich(valid: pa.Table, contract: Contract, limits: Limits, campaigns: pa.Ta
 
 
 def price(events: pa.Table, campaigns: pa.Table) -> tuple[pa.Array, pa.Array]:
-    """Billing model (null: no campaign row covers the event) and cost in nanos of each event.
+    """Return the billing model (null: no campaign row covers the event) and the cost in nanos of each event.
 
     ``campaigns`` has CAMPAIGN_SCHEMA, valid_to_us null when open; the ranges of a campaign do not overlap. A cpc click costs
-    price_micros * 1000 nanos, a cpm impression price_micros nanos (a thousandth of the price of a thousand), all else nothing.
+    price_micros * 1000 nanos, a cpm impression price_micros nanos (a thousandth of the price of a thousand), anything else nothing.
     """
     rows = events.num_rows
     if not campaigns.num_rows:
@@ -98,10 +98,10 @@ def price(events: pa.Table, campaigns: pa.Table) -> tuple[pa.Array, pa.Array]:
 
 
 def increments(events: pa.Table) -> pa.Table:
-    """Sums of accepted events (staged columns) per METRIC_KEYS, with INCREMENT_SCHEMA: DuckDB adds money up in 128 bits."""
+    """Sum accepted events (staged columns) per METRIC_KEYS. Returns INCREMENT_SCHEMA: DuckDB sums money in 128 bits."""
     return query_arrow(
         f"""
-        select event_time - event_time % 60000000 as event_minute_us, {", ".join(METRIC_KEYS[1:])},
+        select event_time - event_time % {MINUTE_US} as event_minute_us, {", ".join(METRIC_KEYS[1:])},
             count(*) filter (event_type = 'impression' and invalid_traffic_rule is null) as impressions,
             count(*) filter (event_type = 'click' and invalid_traffic_rule is null) as clicks,
             count(*) filter (event_type = 'impression' and invalid_traffic_rule is not null) as invalid_impressions,
@@ -114,7 +114,7 @@ def increments(events: pa.Table) -> pa.Table:
 
 
 def sum_increments(parts: list[pa.Table]) -> pa.Table:
-    """One table of increments from several: the sums per METRIC_KEYS."""
+    """Sum several tables of increments per METRIC_KEYS."""
     if not parts:
         return INCREMENT_SCHEMA.empty_table()
     sums = ", ".join(f"sum({name}) as {name}" for name in METRIC_MEASURES)
@@ -124,7 +124,7 @@ def sum_increments(parts: list[pa.Table]) -> pa.Table:
 
 
 def increment_columns(sums: pa.Table, query_id: str, batch_id: int) -> pa.Table:
-    """The columns of table `minute_metrics` (but for the batch's own) of increments.
+    """Return the columns of table `minute_metrics`, without those of the batch, for increments.
 
     record_uuid is the MD5 of the batch's identity and the row's key, written as a UUID: the parts (query id, batch id, minute in
     microseconds, then each text with its length in characters before it and a colon, or "-" for null) joined by 0x1F.
@@ -145,28 +145,21 @@ def increment_columns(sums: pa.Table, query_id: str, batch_id: int) -> pa.Table:
 
 
 def as_timestamp(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Microseconds since the epoch as a timestamp in UTC."""
+    """Convert microseconds since the epoch to timestamps in UTC."""
     return column.cast(pa.int64()).cast(pa.timestamp("us", "UTC"))
 
 
 def event_columns(staged: pa.Table, source_file: pa.ChunkedArray, first_line: pa.ChunkedArray, rule_set: str | None) -> pa.Table:
-    """The columns of table `events` (but for the batch's own) of accepted staged rows.
+    """Return the columns of table `events`, without those of the batch, for accepted staged rows.
 
-    ``source_file`` and ``first_line`` (the number of line n = 0) are those of each row's split. ``rule_set`` is the hash of the
-    rules of invalid traffic that they were judged by.
+    A staged column goes into the table's column of the same name. ``source_file`` and ``first_line`` (the number of line n = 0) are
+    those of each row's split. ``rule_set`` is the hash of the rules of invalid traffic that decided about the rows.
     """
     hours = pc.divide(staged["hour_us"], HOUR_US)
-    same = (
-        *("event_id", "event_type", "region", "campaign_id", "ad_id", "store_id", "user_id", "impression_id", "placement"),
-        *("price_micros", "currency", "user_agent", "billing_model", "spend_nanos", "invalid_spend_nanos", "is_late"),
-        *("invalid_traffic_rule", "invalid_traffic_rules"),
-    )
+    same = [field for field in EVENTS.schema if field.name in staged.column_names]
     return pa.table(
         {
-            **{name: staged[name] for name in same},
-            "event_time": as_timestamp(staged["event_time"]),
-            "received_at": as_timestamp(staged["received_at"]),
-            "fingerprint": pa.chunked_array([chunk.view(pa.int64()) for chunk in staged["fingerprint"].chunks], pa.int64()),
+            **{field.name: _stored(staged[field.name], field.type) for field in same},
             "rule_set": pa.repeat(pa.scalar(rule_set, pa.string()), staged.num_rows),
             "source_file": source_file,
             "source_line": pc.add(staged["n"], first_line),
@@ -176,6 +169,15 @@ def event_columns(staged: pa.Table, source_file: pa.ChunkedArray, first_line: pa
     )
 
 
+def _stored(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """Convert a staged column to its type in a table: microseconds to timestamps, unsigned words to the same 64 bits signed."""
+    if pa.types.is_timestamp(kind):
+        return as_timestamp(column)
+    if pa.types.is_uint64(column.type):
+        return pa.chunked_array([chunk.view(kind) for chunk in column.chunks], kind)
+    return column
+
+
 def _day(micros: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The UTC date of microseconds since the epoch (never negative)."""
-    return pc.divide(micros, 24 * HOUR_US).cast(pa.int32()).cast(pa.date32())
+    """Return the UTC dates of microseconds since the epoch (never negative)."""
+    return pc.divide(micros, DAY_US).cast(pa.int32()).cast(pa.date32())

@@ -18,11 +18,10 @@ from spark_jobs.ingest.dedupe.index import KeyIndex
 from spark_jobs.ingest.dedupe.keys import Keys, keys_of_ids
 from spark_jobs.ingest.event_columns import increment_columns, sum_increments
 from spark_jobs.ingest.in_force import InForce
-from spark_jobs.ingest.source import Source
+from spark_jobs.ingest.source import RecordSource
 from spark_jobs.ingest.stream import StreamJob, stamp_of
-from spark_jobs.ingest.write import Written, from_stream
+from spark_jobs.ingest.write import Written
 from spark_jobs.lake.checked import DamagedError
-from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.log import Commit, DeltaLog, commit_identity
 from spark_jobs.lake.reading import file_paths, read_files
 from spark_jobs.lake.stamp import stamped
@@ -32,7 +31,7 @@ from spark_jobs.steps import Step, durable
 from spark_jobs.traffic.rules import InvalidTrafficRules, rules_of
 
 
-class EventsJob(StreamJob):
+class EventsJob(StreamJob[Classification]):
     """Ad events."""
 
     stream = "events"
@@ -45,12 +44,12 @@ class EventsJob(StreamJob):
         self,
         settings: Settings,
         report: Callable[[BatchReport], None],
-        source: Source | None = None,
+        source: RecordSource | None = None,
         index: KeyIndex | None = None,
         in_force: InForce | None = None,
         notice: Callable[[str], None] | None = None,
     ) -> None:
-        """``index`` and ``in_force``: jobs in one process must have the same. ``notice`` is told if the index is rebuilt."""
+        """All jobs of one process must share ``index`` and ``in_force``. ``notice`` gets a line if the index is rebuilt."""
         super().__init__(settings, report, source)
         self._notice = notice
         self.index = index or KeyIndex(settings.key_index_path)
@@ -81,14 +80,14 @@ class EventsJob(StreamJob):
             self._rules = (plan.rule_set, rules_of(self.settings, plan.rule_set))
         return self._rules[1]
 
-    def classify(self, batch: Batch, history_version: int) -> Classification:
+    def classify(self, batch: Batch) -> Classification:
         """See StreamJob."""
-        bring_index_to(self.settings, self.index, history_version, self._notice)
+        bring_index_to(self.settings, self.index, batch.history_version, self._notice)
         try:
             return classify(batch.keys, self.index.lookup)
         except DamagedError as damage:
             self.index.problem = str(damage)
-        bring_index_to(self.settings, self.index, history_version, self._notice)
+        bring_index_to(self.settings, self.index, batch.history_version, self._notice)
         return classify(batch.keys, self.index.lookup)
 
     def events_uri(self, batch: Batch) -> str | None:
@@ -98,7 +97,7 @@ class EventsJob(StreamJob):
     def contradictions(
         self, batch: Batch, classified: Classification, written: list[Written], ledger: list[dict[str, Any]]
     ) -> Iterator[str]:
-        """See StreamJob: the ledger, the events in the table's files, and the increments agree, in rows and money."""
+        """See StreamJob: ledger, data files of events, and increments must agree, in rows and in money."""
         accepted, spent = (sum(int(row[name]) for row in ledger) for name in ("accepted", "spend_nanos"))
         if batch.committed is None:
             rows = sum(file.rows for part in written for file in part.events)
@@ -106,7 +105,7 @@ class EventsJob(StreamJob):
                 yield f"{accepted} accepted, but {rows} written"
         else:
             yield from self._differences_from(batch.committed, _accepted_keys(batch, classified))
-        sums = [from_stream(part.increments) for part in written if part.increments is not None]
+        sums = _increments_of(written)
         counted, charged = (
             sum(int(pc.sum(part[name]).as_py() or 0) for part in sums for name in names)
             for names in (("impressions", "clicks", "invalid_impressions", "invalid_clicks"), ("spend_nanos",))
@@ -117,7 +116,7 @@ class EventsJob(StreamJob):
             yield f"{spent} nanos accepted, but {charged} in the increments"
 
     def _differences_from(self, committed: Commit, keys: Keys) -> Iterator[str]:
-        """What the batch's own commit of `events` has other than what the batch has accepted now."""
+        """Yield how the batch's own commit of `events` differs from what the batch accepts now."""
         rows = sum(json.loads(action["stats"])["numRecords"] for action in committed.data_added)
         if rows != len(keys):
             yield f"{len(keys)} accepted, but {rows} in the commit of events that was made before (version {committed.version})"
@@ -131,43 +130,46 @@ class EventsJob(StreamJob):
         if not all(np.array_equal(getattr(held, name), getattr(keys, name)) for name in names):
             yield f"the accepted events differ from those that version {committed.version} of events has of this batch"
 
-    def commit_accepted(self, batch: Batch, history_version: int, classified: Classification, written: list[Written]) -> None:
+    def commit_accepted(self, batch: Batch, classified: Classification, written: list[Written]) -> None:
         """See StreamJob."""
         if batch.committed is None:
             files = [file for part in written for file in part.events]
             self._events.append(files, Step.EVENTS, batch.transaction, batch.plan.to_metadata(batch.transaction))
-        self._remember(_accepted_keys(batch, classified), history_version, batch.transaction)
+        self._add_to_index(_accepted_keys(batch, classified), batch)
 
     def commit_derived(self, batch: Batch, written: list[Written]) -> None:
-        """The increments of minute_metrics."""
-        sums = sum_increments([from_stream(part.increments) for part in written if part.increments is not None])
+        """Commit the increments of `minute_metrics`."""
+        sums = sum_increments(_increments_of(written))
         stamp = stamp_of(batch)
         rows = stamped(increment_columns(sums, stamp.query_id, stamp.batch_id), MINUTE_METRICS, stamp)
         self._metrics.append_rows(rows, Step.MINUTE_METRICS, batch.transaction)
 
-    def _remember(self, keys: Keys, history_version: int, transaction: Transaction) -> None:
-        """Put the batch's keys into the index, if its commit is the next one; else the next batch catches up."""
-        commit = DeltaLog(self._events.uri).commit(history_version + 1)
-        if commit and commit.txn == (transaction.query_id, transaction.batch_id):
+    def _add_to_index(self, keys: Keys, batch: Batch) -> None:
+        """Add the batch's keys to the index if its commit is the next one. Otherwise the next batch brings the index up to date."""
+        commit = DeltaLog(self._events.uri).commit(batch.history_version + 1)
+        if commit and commit.txn == (batch.transaction.query_id, batch.transaction.batch_id):
             try:
-                with durable(Step.KEY_INDEX, transaction.batch_id):
+                with durable(Step.KEY_INDEX, batch.transaction.batch_id):
                     self.index.append(keys, commit.version, commit_identity(commit))
-            except DamagedError as damage:  # found while runs were merged: the next batch rebuilds it
+            except DamagedError as damage:  # a merge of runs found it: the next batch rebuilds the index
                 self.index.problem = str(damage)
 
 
+def _increments_of(written: list[Written]) -> list[pa.Table]:
+    return [part.increments for part in written if part.increments is not None]
+
+
 def _accepted_keys(batch: Batch, classified: Classification) -> Keys:
-    """The keys of the accepted events, sorted."""
-    order = batch.keys.order  # made to classify
+    """Return the keys of the accepted events, sorted."""
+    order = batch.keys.order  # already computed by classify
     return batch.keys.take(order[(classified.outcome == Outcome.ACCEPTED)[order]])
 
 
 def bring_index_to(settings: Settings, index: KeyIndex, version: int, notice: Callable[[str], None] | None = None) -> None:
-    """Make the index cover exactly ``version`` of `events`: cut, catch up, or rebuild from the table.
+    """Make the index cover exactly ``version`` of `events`: cut it, extend it, or rebuild it from the table.
 
-    It is rebuilt where it is damaged, where the table went on from another commit than the one it covers (a rollback, a restored
-    backup), where a commit took keys away, and where the data files of a commit behind it are gone (vacuumed). ``notice`` is told
-    of damage.
+    The index is rebuilt if it is damaged, if the table no longer has the commit that it covers (a rollback, a restored backup), if
+    a later commit removed keys, or if data files of a later commit were vacuumed. ``notice`` gets a line if it is damaged.
     """
     uri = settings.table_uri(EVENTS.name)
     log = DeltaLog(uri)
@@ -187,14 +189,14 @@ def bring_index_to(settings: Settings, index: KeyIndex, version: int, notice: Ca
 
 
 def _can_follow(log: DeltaLog, index: KeyIndex, table_id: str, version: int) -> bool:
-    """Whether the index is of this table, as it is now, and can be cut or brought up to ``version``."""
+    """Return whether the index belongs to this table and its history, and can be cut or extended to ``version``."""
     if index.table_id != table_id or (index.version > version and not index.can_cut(version)):
         return False
     return index.version < 0 or index.commit == commit_identity(log.commit(index.version))
 
 
 def _append_commit(log: DeltaLog, index: KeyIndex, version: int) -> bool:
-    """Take the keys of one commit into the index; False where its keys cannot be had from it."""
+    """Add the keys of one commit to the index; return False if they cannot be read from the commit."""
     commit = log.commit(version)
     added = None if commit is None else _files_with_keys(commit)
     if added is None:
@@ -208,9 +210,9 @@ def _append_commit(log: DeltaLog, index: KeyIndex, version: int) -> bool:
 
 
 def _files_with_keys(commit: Commit) -> list[str] | None:
-    """The data files in which the keys lie that a commit added; None where it took keys away.
+    """Return the data files with the keys that a commit added; None if it removed keys.
 
-    A correction that rewrote files says so if every key in them is still there, and which files are new.
+    The metadata of a correction that rewrote files says whether all keys were kept, and which files add keys.
     """
     if not commit.data_removed:
         return [action["path"] for action in commit.data_added]
@@ -221,7 +223,7 @@ _KEY_SCHEMA = pa.schema([EVENTS.schema.field("event_id"), EVENTS.schema.field("f
 
 
 def _keys_of(uri: str, paths: list[str]) -> Keys:
-    """The keys of data files of `events`; paths as they stand in the log."""
+    """Read the keys of data files of `events`; paths as in the log."""
     return keys_of_ids(read_files(uri, paths, _KEY_SCHEMA), *_KEY_SCHEMA.names)
 
 
@@ -229,7 +231,7 @@ _REBUILD_FILES = 64
 
 
 def keys_of_version(settings: Settings, version: int) -> Iterator[Keys]:
-    """The keys of a version of `events`, some files at a time. Raises FileNotFoundError where files of it were vacuumed."""
+    """Read the keys of a version of `events`, some files at a time. Raises FileNotFoundError if files of it were vacuumed."""
     uri = settings.table_uri(EVENTS.name)
     files = file_paths(uri, version)
     return (_keys_of(uri, files[start : start + _REBUILD_FILES]) for start in range(0, len(files), _REBUILD_FILES))

@@ -1,12 +1,11 @@
-"""Batches whose landing files changed after their first commit: which they are, and finishing them without the files.
+"""Find batches whose landing files changed after their first commit, and finish them without the files.
 
-Such a batch cannot run again: what it would reject and leave out now is not what it was planned with. Its accepted records are in
-their table; what follows from those is written. Of the others the batch counts those that it committed before it was killed.
+Such a batch cannot run again: it would reject and skip other records than it was planned with. Its accepted records are in their
+table, so what is derived from them is written. Of the other records, the batch counts those that it committed before it was killed.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,17 +14,19 @@ from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
-from deltalake import DeltaTable
 
 from spark_jobs.config import Settings
+from spark_jobs.errors import TableCorruptionError
 from spark_jobs.ingest.batch import COUNTS, Plan
+from spark_jobs.ingest.durable_checkpoint import read_query_id
 from spark_jobs.ingest.event_columns import increment_columns, increments
 from spark_jobs.ingest.files.fingerprint import file_states
 from spark_jobs.ingest.files.landing import relative_name
-from spark_jobs.lake.commit import Transaction, has_seen
+from spark_jobs.lake.commit import Transaction
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.locks import WRITE_LOCKS, exclusive
 from spark_jobs.lake.log import Commit, DeltaLog
-from spark_jobs.lake.reading import file_paths, read_files
+from spark_jobs.lake.reading import read_files
 from spark_jobs.lake.stamp import Stamp, stamped, stamped_records
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, ORDERS, REJECTED_TABLES, STREAMS
 from spark_jobs.lake.writes import DeltaSink
@@ -36,7 +37,7 @@ _TABLES = {"events": EVENTS, "orders": ORDERS}
 _LEDGER_STEPS = {"events": Step.EVENTS_LEDGER, "orders": Step.ORDERS_LEDGER}
 
 
-Cell = tuple[str, datetime | None]
+RegionHour = tuple[str, datetime | None]
 """A region and an event hour (None: the records had no readable time)."""
 
 
@@ -50,24 +51,24 @@ class StuckBatch:
 
     @property
     def plan(self) -> Plan:
-        """What it was planned with."""
+        """What the batch was planned with."""
         return Plan.from_commit(self.commit)
 
     @property
     def transaction(self) -> Transaction:
-        """Its identity."""
-        assert self.commit.txn is not None  # that is how it was found
+        """The batch's identity."""
+        assert self.commit.txn is not None  # stuck_batches found the commit by it
         return Transaction(*self.commit.txn)
 
 
 def stuck_batches(settings: Settings) -> Iterator[StuckBatch]:
-    """The batches that no ingest can finish because a landing file changed or vanished."""
-    ledger = DeltaTable(settings.table_uri(BATCH_LEDGER.name))
+    """Find the batches that no ingest can finish because a landing file changed or vanished."""
+    ledger = DeltaSink(BATCH_LEDGER, settings)
     for stream in STREAMS:
         query_id = _query_id(settings, stream)
         log = DeltaLog(settings.table_uri(_TABLES[stream].name))
         newest = next((c for c in log.commits_backwards() if c.txn and c.txn[0] == query_id), None) if query_id else None
-        if newest is None or newest.txn is None or has_seen(ledger, Transaction(*newest.txn)):
+        if newest is None or newest.txn is None or ledger.has(Transaction(*newest.txn)):
             continue
         plan = Plan.from_commit(newest)
         changed_files = plan.changed_files(file_states(file.path for file in plan.files))
@@ -77,13 +78,13 @@ def stuck_batches(settings: Settings) -> Iterator[StuckBatch]:
 
 
 def _query_id(settings: Settings, stream: str) -> str | None:
-    with suppress(OSError, ValueError, KeyError):
-        return str(json.loads((settings.checkpoints_path / stream / "metadata").read_text("utf-8"))["id"])
+    with suppress(TableCorruptionError):
+        return read_query_id(settings.checkpoints_path / stream)
     return None
 
 
 def finish(settings: Settings, batch: StuckBatch) -> None:
-    """Complete a batch from its accepted records: their increments and their lines of the ledger, each once."""
+    """Complete a batch from its accepted records: write their increments and their rows of the ledger, each once."""
     transaction, stamp = batch.transaction, Stamp(*_identity(batch), batch.plan.limits.ingested_us)
     with exclusive(settings, WRITE_LOCKS[batch.stream]):
         if batch.stream == "events":
@@ -109,16 +110,16 @@ def _identity(batch: StuckBatch) -> tuple[str, int]:
 
 
 def _events(settings: Settings, commit: Commit) -> pa.Table:
-    """The events that a commit added, their times in microseconds."""
+    """Read the events that a commit added, with event_time in microseconds."""
     schema = pa.schema([field for field in EVENTS.schema if field.name not in EVENTS.partition_by])
     rows = read_files(settings.table_uri(EVENTS.name), [action["path"] for action in commit.data_added], schema)
     micros = rows["event_time"].cast(pa.int64())
     return rows.set_column(rows.schema.get_field_index("event_time"), "event_time", micros)
 
 
-def _cells_of_events(rows: pa.Table) -> dict[Cell, dict[str, Any]]:
+def _cells_of_events(rows: pa.Table) -> dict[RegionHour, dict[str, Any]]:
     names = ("region", "event_time", "received_at", "is_late", "invalid_traffic_rule", "billing_model", "spend_nanos")
-    cells: dict[Cell, dict[str, Any]] = {}
+    cells: dict[RegionHour, dict[str, Any]] = {}
     for row in rows.select(names).to_pylist():
         counts = cells.setdefault((row["region"], floor_hour(from_micros(row["event_time"]))), Counter())
         counts["offered"] += 1
@@ -131,10 +132,10 @@ def _cells_of_events(rows: pa.Table) -> dict[Cell, dict[str, Any]]:
     return cells
 
 
-def _cells_of_orders(settings: Settings, commit: Commit) -> dict[Cell, dict[str, Any]]:
-    """Orders are one row an order: a record is accepted where one came to be placed or cancelled by this commit."""
+def _cells_of_orders(settings: Settings, commit: Commit) -> dict[RegionHour, dict[str, Any]]:
+    """Count the records behind a commit of orders, whose rows say whether `placed` and `cancelled` have come."""
     before, after = (_orders(settings, version) for version in (commit.version - 1, commit.version))
-    cells: dict[Cell, dict[str, Any]] = {}
+    cells: dict[RegionHour, dict[str, Any]] = {}
     for order_id, row in after.items():
         accepted = _records(row) - _records(before.get(order_id))
         if accepted:
@@ -146,15 +147,12 @@ def _cells_of_orders(settings: Settings, commit: Commit) -> dict[Cell, dict[str,
     return cells
 
 
-def _count_rejects(settings: Settings, batch: StuckBatch, cells: dict[Cell, dict[str, Any]]) -> None:
-    """Add what the batch has committed of rejected and conflicting records, if it came so far."""
-    table = REJECTED_TABLES[batch.stream]
-    uri = settings.table_uri(table.name)
-    names = ("outcome", "region", "record_time", "records", "_batch_id", "_query_id")
-    schema = pa.schema([table.schema.field(name) for name in names])
+def _count_rejects(settings: Settings, batch: StuckBatch, cells: dict[RegionHour, dict[str, Any]]) -> None:
+    """Add the rejected and conflicting records that the batch committed, if it did."""
     query_id, batch_id = _identity(batch)
-    version = DeltaLog(uri).latest_version()
-    found = read_files(uri, file_paths(uri, version or 0), schema, ("_query_id", pa.array([query_id])))
+    table = REJECTED_TABLES[batch.stream]
+    names = ("outcome", "region", "record_time", "records", "_batch_id", "_query_id")
+    found = Lake(settings).pin(table).rows(table, *names, where_in=("_query_id", pa.array([query_id])))
     for row in found.to_pylist():
         if row["_batch_id"] == batch_id:
             hour = None if row["record_time"] is None else floor_hour(from_micros(to_micros(row["record_time"])))
@@ -165,8 +163,7 @@ def _count_rejects(settings: Settings, batch: StuckBatch, cells: dict[Cell, dict
 
 
 def _orders(settings: Settings, version: int) -> dict[str, dict[str, Any]]:
-    uri = settings.table_uri(ORDERS.name)
-    return {row["order_id"]: row for row in read_files(uri, file_paths(uri, version), ORDERS.schema).to_pylist()}
+    return {row["order_id"]: row for row in Lake(settings).at({ORDERS.name: version}).rows(ORDERS).to_pylist()}
 
 
 def _records(order: dict[str, Any] | None) -> int:

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from spark_jobs.ingest.dedupe.classify import Outcome
+import numpy as np
+
+from spark_jobs.ingest.contract.spec import ORDER_CONTRACT
+from spark_jobs.ingest.dedupe.classify import Classification, Outcome
 from spark_jobs.units import to_micros
 
-_SHARED = ("user_id", "store_id", "total_micros", "currency")
+_FIELDS = [spec.name for spec in ORDER_CONTRACT.fields]
+_SHARED = [spec.name for spec in ORDER_CONTRACT.payload if spec.name not in (ORDER_CONTRACT.time_field, "status")]
+"""What the records of one order have in common."""
+_OF_PLACED = [name for name in _FIELDS if name not in (ORDER_CONTRACT.id_field, "status", *_SHARED)]
+"""What a `placed` record says of its order, beyond that."""
 
 
-@dataclass
-class Settled:
-    """Per record (in the order given) its outcome and the fingerprint that holds its id; ``changed`` are the rows to merge."""
+@dataclass(frozen=True)
+class SettledOrders(Classification):
+    """The outcome of each record, and ``changed``: the rows to merge, by order_id."""
 
-    outcome: list[Outcome] = field(default_factory=list)
-    accepted_fingerprint: list[int] = field(default_factory=list)
-    changed: list[dict[str, Any]] = field(default_factory=list)
+    changed: list[dict[str, Any]]
 
 
-def settle_orders(records: list[dict[str, Any]], known: dict[str, dict[str, Any]]) -> Settled:
-    """Settle a batch against the rows that table `orders` holds.
+def settle_orders(records: list[dict[str, Any]], known: dict[str, dict[str, Any]]) -> SettledOrders:
+    """Settle a batch against the rows that table `orders` has.
 
     ``records`` are staged rows (times in microseconds) in the order of the source; ``known`` are rows of the table by order_id
     (times as datetimes). An order takes one `placed` and one `cancelled` record; the second of either is a duplicate, or a
     conflict if its payload differs. A cancellation must agree with the order in all but its time. Cancelled is final.
     """
-    settled = Settled()
+    outcomes: list[Outcome] = []
+    fingerprints: list[int] = []
     rows = {order_id: dict(row) for order_id, row in known.items()}
     touched: set[str] = set()
     for record in records:
@@ -42,16 +48,16 @@ def settle_orders(records: list[dict[str, Any]], known: dict[str, dict[str, Any]
                 _add(record, row)
         if outcome is Outcome.ACCEPTED:
             touched.add(order_id)
-        settled.outcome.append(outcome)
-        settled.accepted_fingerprint.append(rows[order_id]["fingerprint"] % 2**64)
-    settled.changed = [rows[order_id] for order_id in sorted(touched)]
-    return settled
+        outcomes.append(outcome)
+        fingerprints.append(rows[order_id]["fingerprint"] % 2**64)
+    changed = [rows[order_id] for order_id in sorted(touched)]
+    return SettledOrders(np.array(outcomes, dtype=np.int8), np.array(fingerprints, dtype=np.uint64), changed)
 
 
 def _new(record: dict[str, Any]) -> dict[str, Any]:
     cancelled = record["status"] == "cancelled"
     return {
-        **{name: record[name] for name in ("order_id", "order_time", "received_at", "region", "status", *_SHARED)},
+        **{name: record[name] for name in _FIELDS},
         "cancelled_at": record["received_at"] if cancelled else None,
         "has_placed": not cancelled,
         "is_late": record["is_late"],
@@ -77,17 +83,17 @@ def _add(record: dict[str, Any], row: dict[str, Any]) -> None:
         row["status"] = "cancelled"
         row["cancelled_at"] = record["received_at"]
         return
-    for name in ("order_time", "received_at", "region", "is_late", "source_file", "source_line"):
+    for name in (*_OF_PLACED, "is_late", "source_file", "source_line"):
         row[name] = record[name]
     row["has_placed"] = True
     row["fingerprint"] = signed(record["fingerprint"])
 
 
 def micros(value: Any) -> Any:
-    """Microseconds since the epoch of a time that is a number already or a datetime."""
+    """Return the microseconds since the epoch of a time, given as such or as a datetime."""
     return value if isinstance(value, int) else to_micros(value)
 
 
 def signed(fingerprint: int) -> int:
-    """The same 64 bits as a BIGINT. The fingerprint of an order is that of its `placed` record, once it has one."""
+    """Return the same 64 bits as a BIGINT. An order has the fingerprint of its `placed` record, as soon as it has one."""
     return fingerprint - 2**64 if fingerprint >= 2**63 else fingerprint

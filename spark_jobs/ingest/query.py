@@ -1,9 +1,9 @@
-"""A streaming query over a source: started in one way, its failure kept as it was, for Spark passes on its text only."""
+"""A batch job as a streaming query of Spark: Spark plans the batches and runs their tasks."""
 
 from __future__ import annotations
 
-import threading
-from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
@@ -12,70 +12,88 @@ from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, StoppedError
 from spark_jobs.ingest.activity import Activity
 from spark_jobs.ingest.durable_checkpoint import CheckpointSync, set_aside_torn
-from spark_jobs.ingest.source import Source
+from spark_jobs.ingest.job import BatchJob
+from spark_jobs.session import is_one_machine
 from spark_jobs.steps import watch_checkpoint
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
-class SourceQuery(ABC):
-    """The query of one source. Sub-classes say what a batch does.
 
-    ``failure`` is what it failed by; ``min_trigger_seconds`` the least time between two of its batches. ``batches`` counts those
-    that ended. No batch begins once ``stopping`` is set.
+class SparkExecutor:
+    """Runs the tasks of a batch in Spark's Python workers (see `job.Executor`). On one machine ``activity`` knows which."""
+
+    def __init__(self, spark: SparkSession, activity: Activity) -> None:
+        self._context = spark.sparkContext
+        self._activity = activity
+        self.parallelism = self._context.defaultParallelism
+        self.shares_disk = is_one_machine(str(self._context.master))
+
+    @property
+    def was_cut_off(self) -> bool:
+        """See Executor."""
+        return self._activity.was_ended
+
+    def map(self, function: Callable[[Iterable[Item]], Iterable[Result]], items: Sequence[Item], slices: int) -> list[Result]:
+        """See Executor."""
+        parts = self._context.parallelize(items, slices)
+        if not self.shares_disk:
+            return parts.mapPartitions(function).collect()
+        with self._activity.watched(function) as task:
+            return parts.mapPartitions(task).collect()
+
+
+class SourceQuery:
+    """The streaming query of one batch job.
+
+    ``failure`` is the error that ended it: Spark passes on only the error's text. ``batches`` counts the batches that ended.
     """
 
-    min_trigger_seconds = 0.0
-
-    def __init__(self, source: Source, settings: Settings) -> None:
-        self.source = source
-        self.activity = Activity(settings.scratch_path / "workers" / source.name)
-        self.stopping = threading.Event()
+    def __init__(self, job: BatchJob, settings: Settings) -> None:
+        self._job = job
+        self._source = job.source
+        self._sync = CheckpointSync(job.source.checkpoint)
+        self.activity = Activity(settings.scratch_path / "workers" / job.source.name)
+        self.stopping = job.stopping
         self.batches = 0
-        self.checkpoint = source.checkpoint
-        self._sync = CheckpointSync(source.checkpoint)
         self.failure: Exception | None = None
 
     def start(self, spark: SparkSession, *, continuous: bool, trigger_seconds: float) -> StreamingQuery:
-        """Start it: all that is there, or until stopped.
+        """Start the query. It reads all that is there and ends, or, with ``continuous``, runs until it is stopped.
 
-        What a power cut tore of the checkpoint is set aside. Raises TableCorruptionError if it and the tables do not agree.
+        Sets aside what a power cut tore of the checkpoint. Raises TableCorruptionError if the checkpoint and tables do not agree.
         """
-        set_aside_torn(self.checkpoint)
-        self.check_agreement()
-        # said to be local files: a cluster's default file system may be another
+        checkpoint = self._source.checkpoint
+        set_aside_torn(checkpoint)
+        self._job.check_agreement()
+        # with its scheme, because a cluster's default file system may be another one
         writer = (
-            self.source.load(spark)
-            .writeStream.queryName(self.source.name)
+            self._source.load(spark)
+            .writeStream.queryName(self._source.name)
             .foreachBatch(self._run)
-            .option("checkpointLocation", f"file://{self.checkpoint}")
+            .option("checkpointLocation", f"file://{checkpoint}")
         )
         if continuous:
-            seconds = max(self.min_trigger_seconds, trigger_seconds)
+            seconds = max(self._job.min_trigger_seconds, trigger_seconds)
             writer = writer.trigger(processingTime=f"{int(seconds * 1000)} milliseconds")
         else:
             writer = writer.trigger(availableNow=True)
-        watch_checkpoint(self.checkpoint)
+        watch_checkpoint(checkpoint)
         return writer.start()
 
     def explained(self, error: Exception) -> AdtallyError | None:
-        """A failure in the words of the source, where that is at fault."""
-        return self.source.explained(error)
-
-    @abstractmethod
-    def check_agreement(self) -> None:
-        """Raise TableCorruptionError if the checkpoint and the tables of the query do not agree (ingest/agreement.py)."""
-
-    @abstractmethod
-    def _run_batch(self, frame: DataFrame, batch_id: int) -> None:
-        """What a batch does."""
+        """Return the source's own error if the source caused ``error``."""
+        return self._source.explained(error)
 
     def _run(self, frame: DataFrame, batch_id: int) -> None:
+        """Run one batch. The frame's rows are not read: tasks read the source themselves."""
         try:
             if self.stopping.is_set():
                 raise StoppedError("stopped before this batch")
             self._sync.before_commit()
-            self._run_batch(frame, batch_id)
+            self._job.run_batch(batch_id, SparkExecutor(frame.sparkSession, self.activity))
             self.batches += 1
-            self.activity.was_ended = False  # it came to its end all the same
+            self.activity.was_ended = False  # the batch ended although its workers were killed once
         except Exception as error:
             self.failure = error if isinstance(error, AdtallyError) else self.explained(error) or error
             raise

@@ -1,5 +1,7 @@
-"""Which rejected and conflicting records get rows of their own. A file, or a partition in a batch, has at most so many rows for the
-same reasons and event hour; one more row, the summary, stands for all records beyond them.
+"""Choose the rejected and conflicting records that get rows of their own.
+
+A file, or a partition in a batch, gets at most so many rows for the same reasons and event hour. One more row, the summary, stands
+for all further records.
 """
 
 from __future__ import annotations
@@ -15,48 +17,38 @@ from spark_jobs.ingest.contract.parse import Parsed, Reject
 from spark_jobs.units import HOUR_US, NO_HOUR
 
 _HOURS = 2**32  # more than there are hours
-Kind = tuple[tuple[str, ...], int]
+RejectKind = tuple[tuple[str, ...], int]
 """Reasons and event hour (hours since the epoch; NO_HOUR: the record had no readable time)."""
 
 
 def hour_of(time_us: int | None) -> int:
-    """The hour of a time in microseconds."""
+    """Return the hour of a time in microseconds."""
     return NO_HOUR if time_us is None else time_us // HOUR_US
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RejectCounts:
-    """How many records of a split were rejected, by kind: parallel arrays. ``codes`` (int32) are indexes of ``reasons``, ``hours``
-    are int32, ``counts`` int64, as bytes.
-    """
+    """How many records of a split were rejected, by kind: parallel arrays. ``codes`` are indexes of ``reasons``."""
 
     reasons: list[tuple[str, ...]]
-    codes: bytes
-    hours: bytes
-    counts: bytes
-
-    @property
-    def by_hour(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Hours, some of them more than once, and their counts."""
-        return np.frombuffer(self.hours, dtype=np.int32), np.frombuffer(self.counts, dtype=np.int64)
+    codes: npt.NDArray[np.int32]
+    hours: npt.NDArray[np.int32]
+    counts: npt.NDArray[np.int64]
 
     @property
     def total(self) -> int:
-        """How many in all."""
-        return int(self.by_hour[1].sum())
+        """How many records in all."""
+        return int(self.counts.sum())
 
-    def by_kind(self) -> dict[Kind, int]:
-        """The counts as a dict."""
-        hours, counts = self.by_hour
-        kinds = zip(np.frombuffer(self.codes, dtype=np.int32).tolist(), hours.tolist(), counts.tolist(), strict=True)
+    def by_kind(self) -> dict[RejectKind, int]:
+        """Return the counts as a dict."""
+        kinds = zip(self.codes.tolist(), self.hours.tolist(), self.counts.tolist(), strict=True)
         return {(self.reasons[code], hour): count for code, hour, count in kinds}
 
 
 def one_reject(reason: str) -> RejectCounts:
-    """The counts of a single reject without a time."""
-    return RejectCounts(
-        [(reason,)], *(np.array([value], kind).tobytes() for value, kind in ((0, "i4"), (NO_HOUR, "i4"), (1, "i8")))
-    )
+    """Return the counts of a single reject without a time."""
+    return RejectCounts([(reason,)], np.zeros(1, np.int32), np.full(1, NO_HOUR, np.int32), np.ones(1, np.int64))
 
 
 class RejectTally:
@@ -69,9 +61,7 @@ class RejectTally:
         self.total = 0
 
     def take(self, parsed: Parsed) -> list[Reject]:
-        """Count the rejects of a chunk; returns those that may get a row: per kind the first ``kept`` and one more, which a summary
-        row may begin with.
-        """
+        """Count the rejects of a chunk; return those that may get a row: the first ``kept`` of a kind and one for the summary."""
         chosen = []
         for reject in parsed.rejects:
             before = self._add(reject, 1)
@@ -82,7 +72,7 @@ class RejectTally:
         return chosen
 
     def _add(self, reject: Reject, count: int) -> int:
-        """Count rejects of a kind; returns how many there were before."""
+        """Count rejects of a kind; return how many there were before."""
         code = self._codes.setdefault(tuple(reject.reasons), len(self._codes))
         kind = code * _HOURS + hour_of(reject.time_us) - NO_HOUR
         before = self._counts.get(kind, 0)
@@ -91,39 +81,37 @@ class RejectTally:
         return before
 
     def counts(self) -> RejectCounts:
-        """What was counted."""
+        """Return the counts."""
         kinds = np.fromiter(self._counts.keys(), dtype=np.int64, count=len(self._counts))
         return RejectCounts(
             list(self._codes),
-            (kinds // _HOURS).astype(np.int32).tobytes(),
-            (kinds % _HOURS + NO_HOUR).astype(np.int32).tobytes(),
-            np.fromiter(self._counts.values(), dtype=np.int64, count=len(self._counts)).tobytes(),
+            (kinds // _HOURS).astype(np.int32),
+            (kinds % _HOURS + NO_HOUR).astype(np.int32),
+            np.fromiter(self._counts.values(), dtype=np.int64, count=len(self._counts)),
         )
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a split may write of a kind of rejects: its first ``own`` ones as rows of their own; then, where ``summary`` is not 0,
-    a row that stands for so many records.
-    """
+    """What a split writes of a kind of rejects: its first ``own`` as rows, then a row for ``summary`` records, unless that is 0."""
 
     own: int
     summary: int
 
 
-def share_rejects(names: Sequence[str], splits: Sequence[RejectCounts], kept: int | None) -> list[dict[Kind, Share]]:
-    """Per split the kinds of which not all rejects get a row. ``names`` are those of the files or partitions of the splits."""
-    shares: list[dict[Kind, Share]] = [{} for _ in splits]
+def share_rejects(names: Sequence[str], splits: Sequence[RejectCounts], kept: int | None) -> list[dict[RejectKind, Share]]:
+    """Return, per split, the kinds of which not all rejects get a row. ``names`` are the splits' files or partitions."""
+    shares: list[dict[RejectKind, Share]] = [{} for _ in splits]
     if kept is None:
         return shares
     sizes: Counter[str] = Counter()
     for name, split in zip(names, splits, strict=True):
         sizes[name] += split.total
     flooded = [number for number, name in enumerate(names) if sizes[name] > kept]
-    totals: Counter[tuple[str, Kind]] = Counter()
+    totals: Counter[tuple[str, RejectKind]] = Counter()
     for number in flooded:
         totals.update({(names[number], kind): count for kind, count in splits[number].by_kind().items()})
-    seen: Counter[tuple[str, Kind]] = Counter()
+    seen: Counter[tuple[str, RejectKind]] = Counter()
     for number in flooded:
         for kind, count in splits[number].by_kind().items():
             place = (names[number], kind)
@@ -138,9 +126,9 @@ def share_rejects(names: Sequence[str], splits: Sequence[RejectCounts], kept: in
 def conflict_records(
     names: npt.NDArray[np.int64], hours: npt.NDArray[np.int64], kept: int | None
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """Which of a batch's conflicts, in their order, get a row, and how many records it stands for.
+    """Return which of a batch's conflicts, in their order, get a row, and how many records the row stands for (0: its own one).
 
-    ``names`` (a number for each file or partition) and ``hours`` are of the conflicts. A row of its own stands for 0.
+    ``names`` (a number for each file or partition) and ``hours`` are those of the conflicts.
     """
     records = np.zeros(len(names), dtype=np.int64)
     if kept is None or len(names) <= kept:

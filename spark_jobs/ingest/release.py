@@ -1,7 +1,7 @@
-"""Input that was set aside, and how an operator has a file of it read again.
+"""List quarantined input, and release a quarantined file so that the ingest reads it again.
 
-A released file gets a second name in the landing folder, under which the ingest takes it as a new file: once, whatever of it was
-read before counts as duplicates. The row of the time when it was set aside stays; table `releases` says that it is dealt with.
+A released file gets a second name in the landing folder, under which the ingest reads it as a new file. Records of it that were
+accepted before count as duplicates. The rejected row of the quarantine stays; table `releases` records the release.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from spark_jobs.disk import replacing, sync_folder
 from spark_jobs.errors import UsageError
 from spark_jobs.ingest.quarantine import QUARANTINE_REASONS
 from spark_jobs.lake.commit import Transaction
-from spark_jobs.lake.log import DeltaLog
-from spark_jobs.lake.reading import file_paths, read_batches, read_newest
+from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.reading import read_batches
 from spark_jobs.lake.tables import REJECTED_TABLES, RELEASES
 from spark_jobs.lake.writes import DeltaSink, ensure_tables
 from spark_jobs.steps import Step
@@ -32,7 +32,7 @@ _COLUMNS = ("source", "source_file", "source_line", "reason_codes", "raw", "inge
 
 @dataclass(frozen=True)
 class Quarantine:
-    """A file, or offsets of a topic from ``first_offset`` on, that a batch set aside, and why."""
+    """A file, or offsets of a topic from ``first_offset`` on, that a batch did not read, and why."""
 
     stream: str
     source_file: str
@@ -46,17 +46,18 @@ class Quarantine:
 
 
 def read_quarantine(settings: Settings) -> list[Quarantine]:
-    """All that was set aside, the oldest first; ``released_as`` is the name under which it is read again."""
-    released = {}
-    if DeltaLog(settings.table_uri(RELEASES.name)).exists():
-        for row in read_newest(settings.table_uri(RELEASES.name), RELEASES.schema).to_pylist():
-            released[row["source_file"], row["_query_id"], row["_batch_id"]] = row["released_as"]
+    """Return all quarantined input, the oldest first; ``released_as`` is the name under which it is read again."""
+    lake = Lake(settings)
+    released = {
+        (row["source_file"], row["_query_id"], row["_batch_id"]): row["released_as"]
+        for row in lake.pin(RELEASES).rows(RELEASES).to_pylist()
+    }
     found = []
     for stream, table in REJECTED_TABLES.items():
-        uri = settings.table_uri(table.name)
-        version = DeltaLog(uri).latest_version()
+        snapshot = lake.pin(table)
+        paths = [file.path for file in snapshot.files(table)] if table in snapshot else []
         schema = pa.schema([table.schema.field(name) for name in _COLUMNS])
-        for batch in () if version is None else read_batches(uri, file_paths(uri, version), schema):
+        for batch in read_batches(lake.uri(table), paths, schema):  # not all at once: the column raw may be large
             text = pc.binary_join(batch["reason_codes"], ",")  # a quarantined file has no other reason
             for row in batch.filter(pc.is_in(text, value_set=pa.array(QUARANTINE_REASONS))).to_pylist():
                 found.append(
@@ -76,9 +77,9 @@ def read_quarantine(settings: Settings) -> list[Quarantine]:
 
 
 def release_file(settings: Settings, name: str, *, reason: str, released_by: str) -> str:
-    """Let the next ingest read a file that was set aside; returns the name under which it does. Safe to run again.
+    """Let the next ingest read a quarantined file; return the name under which it does. Safe to run again.
 
-    Raises UsageError where the file is not set aside, is released already, or is gone.
+    Raises UsageError if the file is not quarantined, is already released, or no longer exists.
     """
     if not reason.strip() or not released_by.strip():
         raise UsageError("a reason and a name are needed: both are kept", hint="--reason …")
@@ -110,20 +111,20 @@ def release_file(settings: Settings, name: str, *, reason: str, released_by: str
         "_query_id": one.query_id,
         "_batch_id": one.batch_id,
     }
-    # whoever was killed between the two does the rest when it is run again, and nothing twice
+    # a run that was killed after the link is completed by the next one: the transaction commits the row once
     transaction = Transaction(f"release {one.query_id} {name}", one.batch_id)
     DeltaSink(RELEASES, settings).append_rows(pa.Table.from_pylist([row], RELEASES.schema), Step.RELEASES, transaction)
     return str(row["released_as"])
 
 
 def _released_name(name: str, one: Quarantine) -> str:
-    """A name that only this release gives."""
+    """Return a name that no other release gives."""
     ending = ".jsonl.gz" if name.endswith(".jsonl.gz") else ".jsonl"
     return f"{name.removesuffix(ending)}.released-{one.query_id[:8]}-{one.batch_id}{ending}"
 
 
 def _link(path: Path, target: Path) -> None:
-    """Give a file a second name, or, where the file system has no such thing, copy it."""
+    """Give a file a second name, or copy it if the file system has no links."""
     with contextlib.suppress(FileExistsError):
         try:
             os.link(path, target)

@@ -1,7 +1,7 @@
-"""Ingest: landing files and Kafka's topics into Delta, each record once. Starts the streams and ends them.
+"""Ingest landing files and Kafka topics into Delta tables, each record once: start the queries, watch them, and end them.
 
-There is a query for the files of each stream, and for its topic in each cluster; they share the write lock and the key index, so
-a record is found again wherever it came from before. A cluster that does not answer holds up its own queries alone.
+Each stream has one query for its landing files and one for its topic in each cluster. They share the write lock and the key index,
+so a duplicate is found whatever source the record came from first. A cluster that does not answer delays only its own queries.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from spark_jobs.ingest.kafka.raw import RawCopy
 from spark_jobs.ingest.kafka.source import KafkaSource
 from spark_jobs.ingest.orders import OrdersJob
 from spark_jobs.ingest.query import SourceQuery
+from spark_jobs.ingest.source import RecordSource
 from spark_jobs.ingest.watchdog import Watchdog
 from spark_jobs.ingest.write import load_task_code
 from spark_jobs.lake.locks import INGEST, WRITE_EVENTS, exclusive
@@ -45,13 +46,13 @@ from spark_jobs.session import build_session, end_java, is_one_machine, java_has
 from spark_jobs.stopping import BATCH_SECONDS, StopNow, StopRequest
 
 _JAVA_END_SECONDS = 2.0  # between the loss of its connection and its end
-_PUBLISHING_SECONDS = 3.0  # for what is being published to come to its end; the rest is published at the next start
-_PLANNED_SECONDS = 3.0  # after a signal, with --continuous: a batch that was planned before it may still begin
+_PUBLISHING_SECONDS = 3.0  # to publish what has begun; the rest is published at the next start
+_PLANNED_SECONDS = 3.0  # after a signal, with --continuous: a batch that is already planned may still begin
 _STUCK_BATCHES = 3  # in a row, of one query
 _OF_A_STOP = re.compile(
     r"cancel|shut ?down|worker exited unexpectedly|stopped SparkContext|Interrupted|Java side is empty|Connection refused"
 )
-RETRY_SECONDS = 5.0  # between two tries of a cluster that does not answer
+RETRY_SECONDS = 5.0  # between two attempts to reach a cluster that does not answer
 
 
 def run_ingest(
@@ -63,19 +64,18 @@ def run_ingest(
     notice: Callable[[str], None] | None = None,
     spark: SparkSession | None = None,
 ) -> IngestReport:
-    """Ingest events and orders: all that is there, or, with ``continuous``, until SIGTERM (which ends after the current batch).
+    """Ingest events and orders from the landing folders and from the clusters of kafka.toml, of which it keeps raw copies too.
 
-    From the landing folders and from the clusters of kafka.toml, of which raw copies are kept too. With ``continuous`` a cluster
-    that does not answer is tried again until it does; ``notice`` is told when that begins and ends. A campaign file or a rule file
-    that turns bad leaves what was in force, and is told to ``notice`` too, as are files that nothing reads, at the start. With
-    ``continuous`` what is
-    committed is also published, where kafka.toml says where (publish/job.py).
+    Without ``continuous`` it reads all that is there and ends. With ``continuous`` it runs until SIGTERM, retries clusters that do
+    not answer, publishes what is committed (where kafka.toml says so), and credits orders by a third query (not if the tables are
+    in an object store: attribution reads local paths).
 
-    With ``continuous`` a third query credits orders meanwhile (not on an object store: attribution reads local paths).
     SIGTERM and SIGINT end it after the current batch, or within 30 s (stopping.py). ``progress`` is called after each batch.
-    ``spark`` is for callers with a session of their own; it is not stopped. Raises BusyError where another ingest runs on the same
-    home, AdtallyError where a batch failed, OffsetGapError where a topic lacks what is to be read next, InterruptedIngestError
-    where it was stopped before all that is there was ingested.
+    ``notice`` gets a line when a cluster stops or starts to answer, when a campaign file or a rule file turns bad (the prices and
+    rules in force stay), and at the start for files that nothing reads. ``spark`` is a session of the caller's; it is not stopped.
+
+    Raises BusyError if another ingest runs on the same home, AdtallyError if a batch failed, OffsetGapError if a topic lacks the
+    offsets that are to be read next, InterruptedIngestError if it was stopped before it had read all that is there.
     """
     with exclusive(settings, INGEST):
         notice = notice or (lambda _line: None)
@@ -106,15 +106,15 @@ def run_ingest(
                         notice(line)
                     with_attribution = continuous and is_local(settings.lakehouse_uri)
                     queries = _queries(settings, report, in_force, notice, with_attribution=with_attribution)
-                run = _Run(session, settings, continuous, trigger_seconds, notice)
-                with _publishing(settings, run.notice, stop.event) if continuous else contextlib.nullcontext():
-                    ended = run.until_done(queries, stop.event)
+                loop = _QueryLoop(session, settings, continuous, trigger_seconds, notice)
+                with _publishing(settings, loop.notice, stop.event) if continuous else contextlib.nullcontext():
+                    ended = loop.until_done(queries, stop.event)
             except StopNow:
                 pass
             except Exception as error:
                 if not (_is_loss_of_java(error) or _OF_A_STOP.search(str(error))):
                     raise
-                if not stop.event.wait(1.0):  # else it was a signal to all processes, Java and the workers among them
+                if not stop.event.wait(1.0):  # else a signal to all processes also ended Java and the workers
                     raise (_java_lost() if java_has_ended(_JAVA_END_SECONDS) else error) from error.__cause__
             finally:
                 if is_own:
@@ -125,7 +125,7 @@ def run_ingest(
 
 
 def _end_session(session: SparkSession | None) -> None:
-    """Stop the session that was started; where the start was cut off, or Java does not answer, end Java."""
+    """Stop the session. End Java if the session never started, or if Java does not answer."""
     try:
         if session is not None and not java_has_ended():
             session.stop()
@@ -137,7 +137,7 @@ def _end_session(session: SparkSession | None) -> None:
 
 
 def _is_loss_of_java(error: Exception) -> bool:
-    """Whether something failed because Java is gone, or on its way out."""
+    """Return whether ``error`` came from the end of Java, or from an end that has begun."""
     cause: BaseException | None = error
     while cause is not None:
         if (isinstance(cause, Py4JError) and not isinstance(cause, Py4JJavaError)) or isinstance(cause, ConnectionError):
@@ -154,29 +154,29 @@ def _java_lost() -> JavaLostError:
 
 
 def _warm_up(spark: SparkSession) -> None:
-    """Start the Python workers while the queries start: the first batch need not wait for their imports."""
+    """Start the Python workers while the queries start, so that the first batch need not wait for their imports."""
     tasks = spark.sparkContext.defaultParallelism
-    with contextlib.suppress(Exception):  # whatever is wrong is said by the first batch
+    with contextlib.suppress(Exception):  # the first batch reports whatever is wrong
         spark.sparkContext.parallelize(range(tasks), tasks).foreachPartition(load_task_code)
 
 
 @contextlib.contextmanager
 def _publishing(settings: Settings, notice: Callable[[str], None], stopped: threading.Event) -> Iterator[None]:
-    """Publish what is committed meanwhile, and at the end what was, where kafka.toml says where.
+    """Publish what is committed in the block, and at its end the rest, to where kafka.toml says.
 
-    What is wrong with it is told, and stops no ingest: what is not published yet is published later, under the same ids.
+    A problem goes to ``notice`` and stops no ingest: what is not published yet is published later, under the same ids.
     """
     if not is_publishing(settings):
         yield
         return
     stop = threading.Event()
 
-    def told(problem: str) -> None:
+    def report(problem: str) -> None:
         notice(f"publishing waits: {problem}" if problem else "publishing goes on")
 
     def run() -> None:
         try:
-            PublishLoop(settings, problem=told).run(stop)
+            PublishLoop(settings, problem=report).run(stop)
         except AdtallyError as error:
             notice(f"publishing ended: {error}")
 
@@ -190,7 +190,7 @@ def _publishing(settings: Settings, notice: Callable[[str], None], stopped: thre
 
 
 class _Job(Protocol):
-    """What a query needs."""
+    """What the loop needs of a query: a SourceQuery, or that of attribution."""
 
     failure: Exception | None
     stopping: threading.Event
@@ -201,9 +201,9 @@ class _Job(Protocol):
 
 @dataclass
 class _Query:
-    """A query: how its job is made, and the job and the query while there are such.
+    """A query of the loop: ``make`` makes its job, which starts what is ``running``.
 
-    One of a ``cluster`` may have to be made again, for the cluster may be away.
+    A query of a ``cluster`` may be made again, because the cluster may not answer.
     """
 
     name: str
@@ -212,7 +212,7 @@ class _Query:
     job: _Job | None = None
     running: StreamingQuery | None = None
     retry_at: float = 0.0
-    stuck: int = 0  # times in a row that a batch of it made no progress
+    stuck: int = 0  # batches in a row that made no progress
     ended: bool = False
 
 
@@ -225,27 +225,34 @@ def _queries(
     with_attribution: bool,
 ) -> list[_Query]:
     index = KeyIndex(settings.key_index_path)
-    made = [
-        _Query("events", lambda: EventsJob(settings, report, index=index, in_force=in_force, notice=notice)),
-        _Query("orders", lambda: OrdersJob(settings, report)),
-    ]
+
+    def events(source: RecordSource | None = None) -> SourceQuery:
+        return SourceQuery(EventsJob(settings, report, source, index, in_force, notice), settings)
+
+    def orders(source: RecordSource | None = None) -> SourceQuery:
+        return SourceQuery(OrdersJob(settings, report, source), settings)
+
+    def events_of(cluster: KafkaCluster) -> SourceQuery:
+        return events(KafkaSource(settings, "events", cluster))
+
+    def orders_of(cluster: KafkaCluster) -> SourceQuery:
+        return orders(KafkaSource(settings, "orders", cluster))
+
+    def raw_of(stream: str, cluster: KafkaCluster) -> SourceQuery:
+        return SourceQuery(RawCopy(settings, stream, cluster), settings)
+
+    made = [_Query("events", events), _Query("orders", orders)]
     for cluster in read_kafka(settings).consumed:
-
-        def of_events(at: KafkaCluster = cluster) -> _Job:
-            return EventsJob(settings, report, KafkaSource(settings, "events", at), index, in_force, notice)
-
-        def of_orders(at: KafkaCluster = cluster) -> _Job:
-            return OrdersJob(settings, report, KafkaSource(settings, "orders", at))
-
-        made += [_Query(f"events-{cluster.name}", of_events, cluster), _Query(f"orders-{cluster.name}", of_orders, cluster)]
-        made += [_Query(f"raw_{stream}-{cluster.name}", partial(RawCopy, settings, stream, cluster), cluster) for stream in STREAMS]
+        made.append(_Query(f"events-{cluster.name}", partial(events_of, cluster), cluster))
+        made.append(_Query(f"orders-{cluster.name}", partial(orders_of, cluster), cluster))
+        made += [_Query(f"raw_{stream}-{cluster.name}", partial(raw_of, stream, cluster), cluster) for stream in STREAMS]
     if with_attribution:
         made.append(_Query("attribution", lambda: AttributionStream(settings, notice=notice)))
     return made
 
 
-class _Run:
-    """Runs queries to their end, or until told to stop."""
+class _QueryLoop:
+    """Runs queries until all have ended, or until a stop is requested."""
 
     def __init__(
         self, spark: SparkSession, settings: Settings, continuous: bool, trigger_seconds: float, notice: Callable[[str], None]
@@ -258,7 +265,7 @@ class _Run:
         self._away: dict[str, str] = {}  # query -> its cluster
 
     def until_done(self, queries: list[_Query], stop: threading.Event) -> bool:
-        """Run them; False: ``stop`` came before their end. Raises what a job failed by, and stops the others then."""
+        """Run the queries; return whether all ended before ``stop`` was set. If one fails, stop the others and raise its error."""
         watchdog: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if is_one_machine(str(self._spark.sparkContext.master)):
             watchdog = Watchdog(self._batch_timeout, java_pid(self._spark), lambda: _activities(queries))
@@ -266,7 +273,7 @@ class _Run:
             with watchdog:
                 while not stop.is_set() and not all(query.ended for query in queries):
                     for query in queries:
-                        self._look_after(query, queries)
+                        self._check(query, queries)
                     stop.wait(0.2)
             if stop.is_set():
                 self._stop(queries)
@@ -278,7 +285,7 @@ class _Run:
                         query.running.stop()
 
     def _stop(self, queries: list[_Query]) -> None:
-        """Let the batches that run end, for BATCH_SECONDS at most, and begin no other; then cancel what still runs."""
+        """Begin no further batch, wait up to BATCH_SECONDS for the running ones, then cancel what still runs."""
         running = {query.name: query.running for query in queries if query.running is not None and not query.ended}
         started = time.monotonic()
         while running and time.monotonic() < started + BATCH_SECONDS:
@@ -303,17 +310,17 @@ class _Run:
             )
             self._spark.sparkContext.cancelAllJobs()
             for stream in running.values():
-                with contextlib.suppress(Exception):  # it does not end either: Java is ended next
+                with contextlib.suppress(Exception):  # if this hangs or fails, Java is ended next
                     stream.stop()
 
     def _end_of_stopped(self, query: _Query) -> None:
-        """Raise what a query failed by, but for what the stop itself brought about. One that ended by itself has read all."""
+        """Raise the error that ended a query, unless the stop itself caused it. A query without an error has read all."""
         try:
             self._end_of(query)
         except StoppedError:
             return
         except KafkaError:
-            if query.cluster is None or not self._continuous:  # else it is told, and no failure
+            if query.cluster is None or not self._continuous:  # else `_check` would only have printed a notice
                 raise
         except AdtallyError as error:
             if not (isinstance(error.__cause__, Exception) and _OF_A_STOP.search(str(error))):
@@ -321,8 +328,8 @@ class _Run:
             return
         query.ended = not self._continuous
 
-    def _look_after(self, query: _Query, queries: list[_Query]) -> None:
-        """Start a query that does not run and should, and see what became of one that does."""
+    def _check(self, query: _Query, queries: list[_Query]) -> None:
+        """Start a query that should run and does not; otherwise look whether it has ended or its cluster answers again."""
         if query.ended or time.monotonic() < query.retry_at:
             return
         try:
@@ -330,7 +337,7 @@ class _Run:
                 query.job = query.make()
                 query.running = query.job.start(self._spark, continuous=self._continuous, trigger_seconds=self._trigger_seconds)
             elif not query.running.isActive:
-                if not self._begins_again(query):
+                if not self._restarts(query):
                     self._end_of(query)
                     query.ended = True
             elif query.cluster is not None and query.name in self._away and query.running.lastProgress is not None:
@@ -341,30 +348,30 @@ class _Run:
             if not self._continuous or query.cluster is None:
                 raise
             query.running = None
-            for other in queries:  # each that is not running would wait as long to be told the same
+            for other in queries:  # each would wait as long for the same error
                 if other.cluster == query.cluster and other.running is None:
                     other.retry_at = time.monotonic() + RETRY_SECONDS
-            is_told = query.cluster.name in self._away.values()
+            is_known = query.cluster.name in self._away.values()
             self._away[query.name] = query.cluster.name
-            if not is_told:
+            if not is_known:
                 self.notice(f"{error}; its streams are tried again every {RETRY_SECONDS:.0f} s, the others go on")
 
-    def _begins_again(self, query: _Query) -> bool:
-        """Whether a query ended because the workers of its batch were: then it is made anew, a few times in a row."""
+    def _restarts(self, query: _Query) -> bool:
+        """Return whether to start a query again because the watchdog killed its workers. Raises AdtallyError after a few times."""
         if not isinstance(query.job, SourceQuery) or not query.job.activity.was_ended or query.running is None:
             return False
         if query.running.exception() is None:
             return False
         query.stuck = 1 if query.job.batches else query.stuck + 1
-        told = f"a batch of {query.name} made no progress for {self._batch_timeout:.0f} s and its workers were ended"
+        problem = f"a batch of {query.name} made no progress for {self._batch_timeout:.0f} s and its workers were ended"
         if query.stuck > _STUCK_BATCHES:
-            raise AdtallyError(f"{told}, {query.stuck} times in a row", hint="docs/runbooks/ingest-restarts.md")
-        self.notice(f"{told}; it is made again")
+            raise AdtallyError(f"{problem}, {query.stuck} times in a row", hint="docs/runbooks/ingest-restarts.md")
+        self.notice(f"{problem}; it is made again")
         query.running = None
         return True
 
     def _end_of(self, query: _Query) -> None:
-        """Raise what a query that has ended failed by."""
+        """Raise the error that ended a query, if there is one."""
         error = query.running.exception() if query.running is not None else None
         if error is None or query.job is None:
             return

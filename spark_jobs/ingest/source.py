@@ -1,4 +1,4 @@
-"""A source of records: the streaming frame whose offsets are the batches, and what a batch of it consists of."""
+"""Sources of records. Spark keeps a source's offsets in a checkpoint and plans batches; a source says what a batch reads."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-from pyspark.sql import DataFrame, SparkSession
+from typing import TYPE_CHECKING
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError
+from spark_jobs.ingest.durable_checkpoint import read_query_id
 from spark_jobs.ingest.files.checkpoint import read_batch_files
 from spark_jobs.ingest.files.landing import LandingFile, Split, name_below, plan_splits, reason_of, relative_name
 from spark_jobs.ingest.kafka.ranges import OffsetRange, OffsetSplit
 
-# Spark measures a file's age from the newest file, whose time may lie centuries ahead; less than this would leave files out
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+# Spark measures a file's age from the newest file, whose time may be centuries ahead: any smaller age would skip files
 _NO_AGE = f"{2**63 - 1}ms"
 _FILE_SCHEMA = "path STRING, modificationTime TIMESTAMP, length BIGINT, content BINARY"
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A batch's records: files, or ranges of offsets; and when it was planned, in microseconds.
+    """What a batch reads: files, or ranges of offsets. ``planned_us`` is when it was planned, in microseconds.
 
-    ``lost_offsets`` are those that an operator let it go past: nobody can read them any more.
+    ``lost_offsets`` counts the offsets that an operator gave up: the topic no longer has them.
     """
 
     planned_us: int
@@ -33,39 +36,43 @@ class Planned:
     lost_offsets: int = 0
 
 
-class Source(ABC):
-    """Of one stream. ``kind`` and ``regions`` name it in the ledger; ``name`` is that of the query and of its checkpoint."""
+class RecordSource(ABC):
+    """One source of one stream. ``kind`` is its kind in the ledger; ``name`` is that of its query and of its checkpoint."""
 
     kind: str
     name: str
     checkpoint: Path
 
+    def query_id(self) -> str:
+        """Return the id of the source's streaming query, which Spark keeps in the checkpoint."""
+        return read_query_id(self.checkpoint)
+
     @abstractmethod
     def load(self, spark: SparkSession) -> DataFrame:
-        """The streaming frame. Its rows are not read: its offsets are."""
+        """Return the streaming frame. Only its offsets are used, never its rows."""
 
     @abstractmethod
     def plan(self, batch_id: int) -> Planned:
-        """What a batch consists of, the same for as long as it can run again."""
+        """Return what a batch reads: always the same, for as long as the batch can run again."""
 
     @abstractmethod
     def splits(self, planned: Planned) -> Sequence[Split | OffsetSplit]:
-        """What the tasks of a batch read, in the order of its records."""
+        """Return what the tasks of a batch read, in the order of its records."""
 
     @abstractmethod
     def has_records(self, batch_id: int) -> bool:
-        """Whether a batch of the checkpoint was planned to read anything; False where the checkpoint no longer has it."""
+        """Return whether a batch was planned to read anything; False if the checkpoint no longer has it."""
 
     def regions(self, splits: Sequence[Split | OffsetSplit]) -> list[str]:
-        """The regions that the ledger counts a batch by."""
+        """Return the regions that the ledger counts a batch by."""
         return sorted({split.region for split in splits})
 
     def explained(self, error: Exception) -> AdtallyError | None:
-        """The error in the source's own words where it is at fault; None: it is not."""
+        """Return an error in the source's own words if the source caused ``error``."""
         return None
 
 
-class FilesSource(Source):
+class FilesSource(RecordSource):
     """The landing folder of a stream."""
 
     kind = "files"
@@ -77,7 +84,7 @@ class FilesSource(Source):
         self._folder = settings.landing_path / stream
 
     def load(self, spark: SparkSession) -> DataFrame:
-        """See Source."""
+        """See RecordSource."""
         self._folder.mkdir(parents=True, exist_ok=True)
         reader = (
             spark.readStream.format("binaryFile")
@@ -93,9 +100,9 @@ class FilesSource(Source):
         return reader.load(f"file://{_escape_glob(str(self._folder))}").select("path")
 
     def plan(self, batch_id: int) -> Planned:
-        """See Source. Spark lists more than is read: what `reason_of` names is left out, and `adtally status` counts it.
+        """See RecordSource. Files that `reason_of` names are skipped, though Spark lists them; `adtally status` counts them.
 
-        Raises LandingPathError for a file that lies in no folder of the stream.
+        Raises LandingPathError for a file outside the folder of the stream.
         """
         planned = read_batch_files(self.checkpoint, batch_id, self._place)
         landing = self._settings.landing_path
@@ -103,19 +110,19 @@ class FilesSource(Source):
         return Planned(planned.planned_us, taken)
 
     def has_records(self, batch_id: int) -> bool:
-        """See Source."""
+        """See RecordSource."""
         offsets = self.checkpoint / "offsets"
         if not (offsets / str(batch_id)).exists() or (batch_id and not (offsets / str(batch_id - 1)).exists()):
             return False
         return bool(self.plan(batch_id).files)
 
     def splits(self, planned: Planned) -> list[Split]:
-        """See Source."""
+        """See RecordSource."""
         files = [replace(file, path=self._place(file.path)) for file in planned.files]
         return plan_splits(files, self._settings.landing_path, self._settings.split_bytes)
 
     def _place(self, path: str) -> str:
-        """Where a file lies that a checkpoint or a commit calls so."""
+        """Return where a file is that a checkpoint or a commit names ``path``."""
         landing = self._settings.landing_path
         return f"{landing}/{name_below(path, landing, self.name)}"
 

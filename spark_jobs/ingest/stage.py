@@ -1,4 +1,4 @@
-"""The first pass: parse a split once, keep its columns in a scratch file, give them out again as often as needed.
+"""The first pass: parse a split once, keep its columns in scratch files, and read these as often as needed.
 
 Scratch files are a cache: a task that does not find one (another worker, a lost disk) parses the split again.
 """
@@ -6,8 +6,8 @@ Scratch files are a cache: a task that does not find one (another worker, a lost
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from spark_jobs.failure import working_on
 from spark_jobs.ingest.contract.parse import Parsed, Reject, encode_raw, parse_all
-from spark_jobs.ingest.contract.spec import CONTRACTS, Limits
+from spark_jobs.ingest.contract.spec import CONTRACTS, BatchLimits
 from spark_jobs.ingest.dedupe.keys import Keys
 from spark_jobs.ingest.event_columns import enrich
 from spark_jobs.ingest.files.landing import Split
@@ -47,62 +47,91 @@ REJECT_SCHEMA = pa.schema(
 class StageTask:
     """One split of a batch and all that its parsing depends on. ``scratch`` names the batch's folder (ingest/scratch.py).
 
-    ``limits_of_files`` say when its file is set aside (None: never); ``quarantined`` says that it is: then nothing of it is read.
+    ``limits_of_files`` decide whether its file is set aside (None: never). A split with ``quarantined`` is not read.
     """
 
     stream: str
     split: Split | OffsetSplit
-    limits: Limits
+    limits: BatchLimits
     scratch: str
     limits_of_files: QuarantineLimits | None = None
     quarantined: Quarantined | None = None
 
     def path(self, part: str) -> Path:
-        """The scratch file of ``part``: "rows" or "rejects"."""
+        """Return the path of the scratch file of ``part``: "rows" or "rejects"."""
         return scratch_folder(self.scratch) / f"{self.split.number:06d}.{part}.arrow"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class ValidRows:
+    """What the driver learns of valid rows: parallel arrays, in the order of the rows. ``hours`` are since the epoch."""
+
+    hours: npt.NDArray[np.int32]
+    is_late: npt.NDArray[np.bool_]
+    is_invalid: npt.NDArray[np.bool_]
+    is_unpriced: npt.NDArray[np.bool_]
+    spend_nanos: npt.NDArray[np.int64]
+    received_us: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.hours)
+
+    @classmethod
+    def of(cls, table: pa.Table) -> ValidRows:
+        """Read the columns of ``event_columns.enrich``. Rows without prices and rules, as of orders, cost nothing."""
+        rows = table.num_rows
+        is_invalid, is_unpriced, spend = np.zeros(rows, dtype=bool), np.zeros(rows, dtype=bool), np.zeros(rows, dtype=np.int64)
+        if "billing_model" in table.column_names:
+            is_invalid = table["invalid_traffic_rule"].is_valid().to_numpy()
+            is_unpriced = table["billing_model"].is_null().to_numpy()
+            spend = table["spend_nanos"].to_numpy()
+        hours = (table["hour_us"].to_numpy() // HOUR_US).astype(np.int32)
+        return cls(hours, table["is_late"].to_numpy(), is_invalid, is_unpriced, spend, table["received_at"].to_numpy())
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[ValidRows]) -> ValidRows:
+        """Join rows of several chunks, in order."""
+        return cls(*(np.concatenate([getattr(part, one.name) for part in (NO_ROWS, *parts)]) for one in fields(cls)))
+
+
+NO_ROWS = ValidRows(*(np.empty(0, dtype=kind) for kind in (np.int32, np.bool_, np.bool_, np.bool_, np.int64, np.int64)))
+
+
+@dataclass(frozen=True, eq=False)
 class StagedSplit:
-    """What the driver learns of a split. ``keys`` (Keys.to_bytes), ``hours`` (int32 hours since the epoch), ``late``, ``invalid``,
-    ``unpriced`` (bool), ``spend`` (int64 nanos) and ``received`` (int64 micros) are of the valid rows in order. ``quarantined``:
-    the file is to be set aside, for what was found before it was read to its end; then nothing else counts."""
+    """What the driver learns of a split: records offered, keys and columns of the valid ones, and counts of the rejected ones.
+
+    With ``quarantined`` the split's file must be set aside, whatever else was found in it.
+    """
 
     number: int
     offered: int
-    keys: bytes
-    hours: bytes
-    late: bytes
-    invalid: bytes
-    unpriced: bytes
-    spend: bytes
-    received: bytes
+    keys: Keys
+    rows: ValidRows
     rejects: RejectCounts
     quarantined: Quarantined | None = None
 
 
+_REJECT_FIELDS = ("number", "reasons", *REJECT_SCHEMA.names[2:])
+"""The fields of a Reject, in the order of the schema."""
+
+
 def _reject_table(rejects: list[Reject]) -> pa.Table:
-    return pa.table(
-        {
-            "n": [r.number for r in rejects],
-            "reason_codes": [r.reasons for r in rejects],
-            "raw": [r.raw for r in rejects],
-            "raw_encoding": [r.raw_encoding for r in rejects],
-            "raw_size_bytes": [r.raw_size_bytes for r in rejects],
-            "record_id": [r.record_id for r in rejects],
-            "time_us": [r.time_us for r in rejects],
-        },
-        schema=REJECT_SCHEMA,
-    )
+    return pa.table([[getattr(one, name) for one in rejects] for name in _REJECT_FIELDS], schema=REJECT_SCHEMA)
 
 
 class _Writer:
-    """An Arrow file that appears whole or not at all."""
+    """Writes an Arrow file that appears whole or not at all."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._sink: pa.ipc.RecordBatchFileWriter | None = None
+
+    @property
+    def has_written(self) -> bool:
+        """Whether anything was written, be it a table without rows."""
+        return self._sink is not None
 
     def write(self, table: pa.Table) -> None:
         if self._sink is None:
@@ -123,9 +152,8 @@ class _Writer:
 
 
 def unread_split(task: StageTask, quarantined: Quarantined) -> StagedSplit:
-    """What stands for a split of which nothing is read: one rejected record."""
-    rejects = one_reject(quarantined.reason)
-    return StagedSplit(task.split.number, 1, b"", b"", b"", b"", b"", b"", b"", rejects, quarantined)
+    """Return what stands for a split that is not read: one rejected record."""
+    return StagedSplit(task.split.number, 1, Keys.concatenate([]), NO_ROWS, one_reject(quarantined.reason), quarantined)
 
 
 def stage_split(
@@ -134,9 +162,9 @@ def stage_split(
     rules: InvalidTrafficRules,
     parsed_already: list[tuple[Parsed, pa.Table]] | None = None,
 ) -> StagedSplit:
-    """Parse a split into its two scratch files (valid rows, rejects). ``parsed_already``: its chunks (ingest/files/small_files.py).
+    """Parse a split into its two scratch files (valid rows, rejects). ``parsed_already`` are its chunks (files/small_files.py).
 
-    Memory is bounded by a chunk of lines and by what the driver learns; a file that is a flood of rejects is left early.
+    Memory is bounded by a chunk of lines and by what the driver learns. A file that is a flood of rejects is not read to its end.
     """
     if task.quarantined is not None:
         return unread_split(task, task.quarantined)
@@ -144,33 +172,18 @@ def stage_split(
     rows, rejected = _Writer(task.path("rows")), _Writer(task.path("rejects"))
     offered = 0
     keys: list[Keys] = []
-    columns: dict[str, list[npt.NDArray[np.generic]]] = {
-        n: [] for n in ("hours", "late", "invalid", "unpriced", "spend", "received")
-    }
+    valid: list[ValidRows] = []
     tally = RejectTally(task.limits.rejects_kept)
-    wrote_rows = wrote_rejects = False
     chunks = _parsed(task, campaigns, rules) if parsed_already is None else parsed_already
     for parsed, table in chunks:
         offered += parsed.offered
-        if parsed.valid.num_rows or not wrote_rows:
+        if table.num_rows or not rows.has_written:
             rows.write(table)
-            wrote_rows = True
-            keys.append(Keys(*(table[n].to_numpy() for n in ("key_low", "key_high", "fingerprint"))))
-            columns["hours"].append((table["hour_us"].to_numpy() // HOUR_US).astype(np.int32))
-            columns["late"].append(table["is_late"].to_numpy())
-            columns["received"].append(table["received_at"].to_numpy())
-            if "billing_model" in table.column_names:
-                columns["invalid"].append(table["invalid_traffic_rule"].is_valid().to_numpy())
-                columns["unpriced"].append(table["billing_model"].is_null().to_numpy())
-                columns["spend"].append(table["spend_nanos"].to_numpy())
-            else:
-                for name in ("invalid", "unpriced"):
-                    columns[name].append(np.zeros(table.num_rows, dtype=bool))
-                columns["spend"].append(np.zeros(table.num_rows, dtype=np.int64))
+            keys.append(Keys(*(table[name].to_numpy() for name in ("key_low", "key_high", "fingerprint"))))
+            valid.append(ValidRows.of(table))
         chosen = tally.take(parsed)
-        if chosen or not wrote_rejects:
+        if chosen or not rejected.has_written:
             rejected.write(_reject_table(chosen))
-            wrote_rejects = True
         found = _set_aside(task, parsed.rejects, tally.total, offered)
         if found is not None:
             rows.discard()
@@ -178,27 +191,11 @@ def stage_split(
             return unread_split(task, found)
     rows.close()
     rejected.close()
-
-    def joined(name: str, kind: type[np.generic]) -> bytes:
-        parts = columns[name]
-        return b"" if not parts else np.concatenate(parts).astype(kind).tobytes()
-
-    return StagedSplit(
-        number=task.split.number,
-        offered=offered,
-        keys=Keys.concatenate(keys).to_bytes(),
-        hours=joined("hours", np.int32),
-        late=joined("late", np.bool_),
-        invalid=joined("invalid", np.bool_),
-        unpriced=joined("unpriced", np.bool_),
-        spend=joined("spend", np.int64),
-        received=joined("received", np.int64),
-        rejects=tally.counts(),
-    )
+    return StagedSplit(task.split.number, offered, Keys.concatenate(keys), ValidRows.concatenate(valid), tally.counts())
 
 
 def _set_aside(task: StageTask, rejects: list[Reject], rejected: int, offered: int) -> Quarantined | None:
-    """Why the file of a split is not read on; ``rejects`` are those of its last chunk, the numbers those of all so far."""
+    """Return why a split's file must be set aside, if it must. ``rejects`` are of its last chunk, the counts of all so far."""
     if task.limits_of_files is None or isinstance(task.split, OffsetSplit):
         return None
     if rejects and rejects[-1].reasons == [GZIP_BOMB]:
@@ -209,12 +206,12 @@ def _set_aside(task: StageTask, rejects: list[Reject], rejected: int, offered: i
 
 
 def flood(name: str, rejected: int, offered: int) -> Quarantined:
-    """A file of too many rejects."""
+    """Return why a file with too many rejects is set aside."""
     return Quarantined(name, TOO_MANY_REJECTS, f"{rejected} of the first {offered} records are rejected")
 
 
 def stage_splits(tasks: Iterable[StageTask], campaigns: pa.Table, rules: InvalidTrafficRules) -> Iterator[StagedSplit]:
-    """Parse the splits of one task, one after the other, small files together."""
+    """Stage the splits of one task, in order; parse small files together."""
     work = list(tasks)
     for group in groups(None if task.quarantined else task.split for task in work):
         ready: dict[int, list[tuple[Parsed, pa.Table]]] = {}
@@ -231,9 +228,9 @@ def stage_splits(tasks: Iterable[StageTask], campaigns: pa.Table, rules: Invalid
 
 
 def _parsed(task: StageTask, campaigns: pa.Table, rules: InvalidTrafficRules) -> Iterator[tuple[Parsed, pa.Table]]:
-    """The chunks of a split, parsed and enriched."""
+    """Parse and enrich a split, a chunk at a time."""
     contract = CONTRACTS[task.stream]
-    is_mirrored = isinstance(task.split, OffsetSplit)  # a topic may hold what other regions have taken in
+    is_mirrored = isinstance(task.split, OffsetSplit)  # a topic may have records that other regions received
     for parsed in parse_all(
         _chunks(task.split, task.limits_of_files), contract, task.split.region, task.limits, own_region=is_mirrored
     ):
@@ -241,9 +238,9 @@ def _parsed(task: StageTask, campaigns: pa.Table, rules: InvalidTrafficRules) ->
 
 
 def staged(task: StageTask, part: str, campaigns: pa.Table, rules: InvalidTrafficRules) -> Iterator[pa.Table]:
-    """The scratch file of a split, "rows" or "rejects", a chunk of lines at a time; made again where it is missing.
+    """Read the scratch file of a split, "rows" or "rejects", a chunk at a time. Parses the split again if the file is missing.
 
-    Nothing if the split has no line at all, or is set aside.
+    Yields nothing if the split has no line, or is set aside.
     """
     if task.quarantined is not None:
         return
@@ -252,7 +249,7 @@ def staged(task: StageTask, part: str, campaigns: pa.Table, rules: InvalidTraffi
         stage_split(task, campaigns, rules)
     if not path.exists():
         return
-    with pa.OSFile(str(path)) as source:  # not mapped: pages of a whole file would stay in memory
+    with pa.OSFile(str(path)) as source:  # not memory-mapped: the pages of the whole file would stay in memory
         reader = pa.ipc.open_file(source)
         for number in range(reader.num_record_batches):
             yield pa.Table.from_batches([reader.get_batch(number)], reader.schema)
@@ -263,7 +260,7 @@ def _chunks(split: Split | OffsetSplit, limits: QuarantineLimits | None = None) 
 
 
 def raw_lines(split: Split | OffsetSplit, wanted: npt.NDArray[np.int64]) -> Iterator[tuple[int, str, str, int]]:
-    """(n, raw, encoding, size in bytes) of the lines ``wanted`` (ascending numbers within the split), read again."""
+    """Read lines of a split again: (n, raw, encoding, size in bytes) of those ``wanted`` (ascending numbers in the split)."""
     if not len(wanted):
         return
     if isinstance(split, OffsetSplit):

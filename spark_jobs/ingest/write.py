@@ -1,4 +1,4 @@
-"""The second pass: write what became of the staged rows as data files of Delta tables; the driver commits them."""
+"""The second pass: write staged rows, by their outcome, as data files of Delta tables. The driver commits the files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from spark_jobs.ingest.event_columns import event_columns, increments, sum_incre
 from spark_jobs.ingest.files.landing import Split
 from spark_jobs.ingest.kafka.ranges import OffsetSplit
 from spark_jobs.ingest.quarantine import Quarantined
-from spark_jobs.ingest.reject_rows import Kind, Share, hour_of
+from spark_jobs.ingest.reject_rows import RejectKind, Share, hour_of
 from spark_jobs.ingest.stage import StageTask, raw_lines, staged
 from spark_jobs.lake.data_files import DataFile, DataFileWriter
 from spark_jobs.lake.duck import task_connection
@@ -37,21 +37,22 @@ _RAW_AT_ONCE = 16 * 1024 * 1024  # characters
 
 @dataclass(frozen=True)
 class SplitRows:
-    """A staged split, the number of its first line, and what became of its rows."""
+    """A staged split, the number of its first line, and the outcome of its rows."""
 
     task: StageTask
     first_line: int
     dropped: npt.NDArray[np.int64]  # row numbers of duplicates and conflicts, ascending
     conflicts: npt.NDArray[np.int64]  # row numbers of those conflicts that get a row, ascending
     accepted_fingerprints: npt.NDArray[np.uint64]  # of these conflicts
-    conflict_records: npt.NDArray[np.int64]  # how many the rows of these conflicts stand for; 0: a row of its own
-    shares: dict[Kind, Share]  # of the rejects (ingest/reject_rows.py)
+    conflict_records: npt.NDArray[np.int64]  # how many records the rows of these conflicts stand for; 0: only its own
+    shares: dict[RejectKind, Share]  # of the rejects (ingest/reject_rows.py)
 
 
 @dataclass(frozen=True)
 class WriteJob:
-    """What the tasks of a batch write: rejects always; of a batch of events also the increments, and the events themselves to
-    ``events_uri`` (None where they stand in the table already).
+    """What the tasks of a batch write: rejects, and for events also increments and, to ``events_uri``, the events themselves.
+
+    ``events_uri`` is None if the events are committed already.
     """
 
     of_events: bool
@@ -66,19 +67,19 @@ class WriteJob:
 
 @dataclass(frozen=True)
 class Written:
-    """What a task wrote. ``increments``: the sums over its accepted events, an Arrow stream (None: not of the events' stream).
+    """What a task wrote. ``increments`` are the sums over its accepted events (None for orders).
 
-    ``rejected_records``: those that the rows in ``rejects`` stand for.
+    ``rejected_records`` counts the records that the rows in ``rejects`` stand for.
     """
 
     events: list[DataFile]
     rejects: list[DataFile]
-    increments: bytes | None
+    increments: pa.Table | None
     rejected_records: int
 
 
 def load_task_code(_: Iterable[object]) -> None:
-    """Nothing but what importing this module does, and the process's DuckDB."""
+    """Open the worker's DuckDB; calling this has already imported the code of the tasks."""
     task_connection()
 
 
@@ -95,19 +96,19 @@ def write_splits(work: Iterable[SplitRows], job: WriteJob) -> Written:
                     rejects.write(rows)
                     rejected_records += _records_of(rows)
                 for rows in accepted_rows(split, job.campaigns, job.rules) if job.of_events else ():
-                    accepted.take(rows, split)
+                    accepted.add(rows, split)
         accepted.flush()
-    summed = to_stream(sum_increments(accepted.sums)) if job.of_events else None
+    summed = sum_increments(accepted.sums) if job.of_events else None
     return Written(events.files if events else [], rejects.files, summed, rejected_records)
 
 
 def _records_of(rows: pa.Table) -> int:
-    """How many records rows of a rejected table stand for: one each, unless column ``records`` says otherwise."""
+    """Return how many records the rows of a rejected table stand for: one each, unless column ``records`` has a number."""
     return int(pc.sum(pc.fill_null(rows["records"], 1)).as_py() or 0)
 
 
 class _Accepted:
-    """Accepted rows on their way into the table and the increments: those of small files are gathered first."""
+    """Writes accepted rows and sums their increments. It gathers the rows of small files first."""
 
     def __init__(self, job: WriteJob, events: DataFileWriter | None) -> None:
         self._job = job
@@ -118,8 +119,8 @@ class _Accepted:
         self._rows = 0
         self.sums: list[pa.Table] = []
 
-    def take(self, rows: pa.Table, split: SplitRows) -> None:
-        """Take rows of a split; they may be written later."""
+    def add(self, rows: pa.Table, split: SplitRows) -> None:
+        """Add rows of a split; they may be written later."""
         self._parts.append(rows)
         self._files.append(pa.repeat(pa.scalar(split.task.split.name), rows.num_rows))
         self._first_lines.append(pa.repeat(pa.scalar(split.first_line, pa.int64()), rows.num_rows))
@@ -128,7 +129,7 @@ class _Accepted:
             self.flush()
 
     def flush(self) -> None:
-        """Sum up and write what was gathered."""
+        """Sum and write the gathered rows."""
         if not self._parts:
             return
         rows = pa.concat_tables(self._parts)
@@ -140,21 +141,8 @@ class _Accepted:
         self._parts, self._files, self._first_lines, self._rows = [], [], [], 0
 
 
-def to_stream(table: pa.Table) -> bytes:
-    """A table as an Arrow stream."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
-
-
-def from_stream(data: bytes) -> pa.Table:
-    """The inverse of ``to_stream``."""
-    return pa.ipc.open_stream(data).read_all()
-
-
 def accepted_rows(work: SplitRows, campaigns: pa.Table, rules: InvalidTrafficRules) -> Iterator[pa.Table]:
-    """The staged rows of a split that are neither duplicates nor conflicts, a chunk at a time."""
+    """Read the staged rows of a split that are neither duplicates nor conflicts, a chunk at a time."""
     start = 0
     for table in staged(work.task, "rows", campaigns, rules):
         low, high = np.searchsorted(work.dropped, (start, start + table.num_rows))
@@ -168,7 +156,7 @@ def accepted_rows(work: SplitRows, campaigns: pa.Table, rules: InvalidTrafficRul
 
 
 def reject_rows(work: SplitRows, job: WriteJob) -> Iterator[pa.Table]:
-    """Rejected, then conflicting records of a split, as rows of the rejected table, some at a time."""
+    """Make rows of the rejected table: the rejected, then the conflicting records of a split, some at a time."""
     split = work.task.split
     place: dict[str, Any] = {"source": "files", "region": split.region, "source_file": split.name}
     if isinstance(split, OffsetSplit):
@@ -185,7 +173,7 @@ def reject_rows(work: SplitRows, job: WriteJob) -> Iterator[pa.Table]:
 
 
 def _some_at_a_time(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Lists of records, bounded by their number and by their raw texts."""
+    """Yield lists of records, limited in number and in the size of their raw texts."""
     made: list[dict[str, Any]] = []
     size = 0
     for record in records:
@@ -202,7 +190,7 @@ def _rejects(work: SplitRows, job: WriteJob) -> Iterator[dict[str, Any]]:
     if work.task.quarantined is not None:
         yield _quarantined(work.task.split, work.task.quarantined)
         return
-    seen: Counter[Kind] = Counter()
+    seen: Counter[RejectKind] = Counter()
     for table in staged(work.task, "rejects", job.campaigns, job.rules):
         for start in range(0, table.num_rows, _ROWS_AT_ONCE):
             for reject in table.slice(start, _ROWS_AT_ONCE).to_pylist():
@@ -218,13 +206,13 @@ def _rejects(work: SplitRows, job: WriteJob) -> Iterator[dict[str, Any]]:
 
 
 def _summary(row: dict[str, Any], records: int) -> dict[str, Any]:
-    """The row that stands for ``records`` records, of which ``row`` is the first: its place, its time and its reasons."""
+    """Return a row that stands for ``records`` records, with place, time and reasons of the first one, ``row``."""
     kept = ("outcome", "reason_codes", "source_line", "record_time")
     return {name: value if name in kept else None for name, value in row.items()} | {"records": records}
 
 
 def _quarantined(split: Split | OffsetSplit, found: Quarantined) -> dict[str, Any]:
-    """The row that stands for input that was not read: ``raw`` is the cause."""
+    """Return the row that stands for quarantined input: ``raw`` is the cause."""
     raw, encoding = encode_raw(found.cause.encode("utf-8", "backslashreplace"))
     return {
         "outcome": "rejected",
@@ -252,7 +240,7 @@ def _rejected(reject: dict[str, Any], first_line: int) -> dict[str, Any]:
 
 
 def _conflicts(work: SplitRows, job: WriteJob) -> Iterator[dict[str, Any]]:
-    """The conflicts of a split that get a row, in their order; their lines are read again meanwhile."""
+    """Make the rows of a split's conflicts that get one, in order. Reads their lines again, for the raw text."""
     if not len(work.conflicts):
         return
     contract = CONTRACTS[work.task.stream]

@@ -12,7 +12,7 @@ import pytest
 
 from spark_jobs.errors import KafkaError
 from spark_jobs.failure import failure_cause, one_line, working_on
-from spark_jobs.ingest.contract.spec import Limits
+from spark_jobs.ingest.contract.spec import BatchLimits
 from spark_jobs.ingest.event_columns import CAMPAIGN_SCHEMA
 from spark_jobs.ingest.files.landing import Split
 from spark_jobs.ingest.stage import StageTask, stage_splits
@@ -101,7 +101,7 @@ def test_a_task_names_the_split_that_it_failed_on(tmp_path: Path) -> None:
     landed = tmp_path / "a.jsonl"
     landed.write_bytes(b"{}\n")
     (tmp_path / "scratch").write_bytes(b"")  # a file where the batch's folder should be
-    limits = Limits(ingested_us=0, earliest_us=0, future_skew_us=0, hour_grace_us=0)
+    limits = BatchLimits(ingested_us=0, earliest_us=0, future_skew_us=0, hour_grace_us=0)
     tasks = [StageTask("events", Split(0, str(landed), "events/us/a.jsonl", "us", 0, None), limits, str(tmp_path / "scratch"))]
     with pytest.raises(OSError) as caught:
         list(stage_splits(tasks, CAMPAIGN_SCHEMA.empty_table(), no_rules()))

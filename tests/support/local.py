@@ -1,63 +1,67 @@
 """Batches of events and of orders made by the ingest's own code in this process, one landing file each: what a test can afford.
 
-Only Spark's part is not there: the checkpoint that plans a batch, and the workers that its tasks run in.
+Only Spark's part is missing: the checkpoint that plans a batch, and the workers that its tasks run in.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lake
 
 from spark_jobs.config import Settings
-from spark_jobs.ingest.batch import BatchReport, Plan
-from spark_jobs.ingest.contract.spec import Limits
+from spark_jobs.ingest.batch import BatchReport
 from spark_jobs.ingest.events import EventsJob
 from spark_jobs.ingest.files.landing import LandingFile
 from spark_jobs.ingest.orders import OrdersJob
+from spark_jobs.ingest.source import FilesSource, Planned
 from spark_jobs.ingest.stream import StreamJob
-from spark_jobs.lake.commit import Transaction
-from spark_jobs.units import to_micros
+from spark_jobs.units import SECOND_US, to_micros
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-class _Here:
-    """Runs the tasks of a batch one after the other."""
+class LocalExecutor:
+    """Runs the tasks of a batch in this process, one after the other (see `spark_jobs.ingest.job.Executor`)."""
 
-    defaultParallelism = 1
-    master = "local"
+    parallelism = 1
+    shares_disk = True
+    was_cut_off = False
 
-    def __init__(self, items: Iterable[Any] = ()) -> None:
-        self._items = list(items)
-
-    @property
-    def sparkContext(self) -> _Here:
-        return self
-
-    def parallelize(self, items: Iterable[Any], _slices: int) -> _Here:
-        return _Here(items)
-
-    def map(self, function: Callable[[Any], Any]) -> _Here:
-        return _Here(map(function, self._items))
-
-    def mapPartitions(self, function: Callable[[Any], Iterable[Any]]) -> _Here:
-        return _Here(function(self._items))
-
-    def collect(self) -> list[Any]:
-        return self._items
+    def map(self, function: Callable[[Iterable[Item]], Iterable[Result]], items: Sequence[Item], slices: int) -> list[Result]:
+        """Call ``function`` once for each slice."""
+        size = -(-len(items) // slices)
+        return [made for start in range(0, len(items), size) for made in function(iter(items[start : start + size]))]
 
 
-class _Local(StreamJob):
-    """A stream of a home; each call of ``take`` is a batch."""
+class _ChosenFiles(FilesSource):
+    """The landing files that a test names. Its batches are planned a second apart, on 2025-06-02 from 12:00 UTC."""
+
+    def __init__(self, settings: Settings, stream: str, query_id: str) -> None:
+        super().__init__(settings, stream)
+        self.paths: list[Path] = []
+        self._query_id = query_id
+
+    def query_id(self) -> str:
+        return self._query_id
+
+    def plan(self, batch_id: int) -> Planned:
+        states = [(path, path.stat()) for path in self.paths]
+        files = [LandingFile(state.st_mtime_ns // 1_000_000, str(path), state.st_size) for path, state in states]
+        return Planned(to_micros(datetime(2025, 6, 2, 12, tzinfo=UTC)) + batch_id * SECOND_US, files)
+
+
+class _Local(StreamJob[Any]):
+    """A stream of a home; each call of a ``take`` method is a batch."""
 
     def __init__(self, settings: Settings, query_id: str = "local") -> None:
-        super().__init__(settings, lambda _: None)
-        self._query_id = query_id
-        self._next = 0
-        self._paths: list[Path] = []
+        self._files = _ChosenFiles(settings, self.stream, query_id)
+        self._reports: list[BatchReport] = []
+        super().__init__(settings, self._reports.append, self._files)
 
     def take(self, records: Iterable[dict[str, Any]], region: str = "eu-west") -> BatchReport:
         """Land the records as a file and ingest it."""
@@ -65,38 +69,21 @@ class _Local(StreamJob):
 
     def take_content(self, content: bytes, ending: str = ".jsonl", region: str = "eu-west") -> BatchReport:
         """Land a file and ingest it."""
-        name = f"{self.stream}/{region}/{self._query_id}-{self._next:04d}{ending}"
-        self._paths = [lake.land(self.settings, name, content)]
-        return self._run_next()
+        return self.take_landed([lake.land(self.settings, f"{self._next_name(region)}{ending}", content)])
 
     def take_files(self, files: Iterable[Iterable[dict[str, Any]]], region: str = "eu-west") -> BatchReport:
         """Land several files and ingest them as one batch."""
-        named = [(f"{self.stream}/{region}/{self._query_id}-{self._next:04d}-{at}.jsonl", file) for at, file in enumerate(files)]
-        self._paths = [lake.land(self.settings, name, list(file)) for name, file in named]
-        return self._run_next()
+        name = self._next_name(region)
+        return self.take_landed([lake.land(self.settings, f"{name}-{at}.jsonl", list(file)) for at, file in enumerate(files)])
 
     def take_landed(self, paths: Iterable[Path]) -> BatchReport:
-        """Ingest files that lie in the landing folder as one batch."""
-        self._paths = list(paths)
-        return self._run_next()
+        """Ingest files of the landing folder as one batch."""
+        self._files.paths = list(paths)
+        self.run_batch(len(self._reports), LocalExecutor())
+        return self._reports[-1]
 
-    def _run_next(self) -> BatchReport:
-        report = self._batch(_Here(), Transaction(self._query_id, self._next), time.monotonic())  # type: ignore[arg-type]
-        self._first = False
-        self._next += 1
-        return report
-
-    def _plan(self, transaction: Transaction) -> Plan:
-        states = [(path, path.stat()) for path in self._paths]
-        limits = Limits(
-            ingested_us=to_micros(datetime(2025, 6, 2, 12, tzinfo=UTC)) + transaction.batch_id * 1_000_000,
-            earliest_us=to_micros(self.settings.earliest_event_time),
-            future_skew_us=self.settings.future_skew // timedelta(microseconds=1),
-            hour_grace_us=self.settings.hour_grace // timedelta(microseconds=1),
-            rejects_kept=self.settings.max_reject_rows,
-        )
-        files = [LandingFile(state.st_mtime_ns // 1_000_000, str(path), state.st_size) for path, state in states]
-        return Plan(limits, self.plan_prices(), files, self.plan_rules())
+    def _next_name(self, region: str) -> str:
+        return f"{self.stream}/{region}/{self._files.query_id()}-{len(self._reports):04d}"
 
 
 class LocalEvents(_Local, EventsJob):

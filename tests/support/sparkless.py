@@ -1,6 +1,6 @@
 """Batches of landing files without Spark: the ingest's own jobs and sources, and a checkpoint of the form that Spark writes.
 
-Only the scheduling is stood in for: tasks run in this process, one after the other. So a home takes a tenth of a second, and a
+Only the scheduling is replaced: tasks run in this process, one after the other. So a home takes a tenth of a second, and a
 property test can try hundreds. The tests with a real Spark say that the two agree.
 """
 
@@ -10,11 +10,12 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from local import LocalExecutor
 
 from spark_jobs.config import Settings
 from spark_jobs.ingest.batch import BatchReport
@@ -23,41 +24,7 @@ from spark_jobs.ingest.orders import OrdersJob
 from spark_jobs.ingest.stream import StreamJob
 from spark_jobs.steps import Step
 
-JOBS: dict[str, type[StreamJob]] = {"events": EventsJob, "orders": OrdersJob}
-
-
-class _Data:
-    """As much of an RDD as a batch uses."""
-
-    def __init__(self, parts: Iterable[Any]) -> None:
-        self._parts = list(parts)
-
-    def map(self, function: Callable[[Any], Any]) -> _Data:
-        return _Data(map(function, self._parts))
-
-    def mapPartitions(self, function: Callable[[Any], Iterable[Any]]) -> _Data:
-        return _Data(function(iter(self._parts)))
-
-    def collect(self) -> list[Any]:
-        return self._parts
-
-
-class _Frame:
-    """As much of a frame, its session and its context as a batch uses."""
-
-    master = "local[1]"
-    defaultParallelism = 1
-
-    @property
-    def sparkSession(self) -> _Frame:
-        return self
-
-    @property
-    def sparkContext(self) -> _Frame:
-        return self
-
-    def parallelize(self, parts: Iterable[Any], _: int) -> _Data:
-        return _Data(parts)
+JOBS: dict[str, type[StreamJob[Any]]] = {"events": EventsJob, "orders": OrdersJob}
 
 
 class Checkpoint:
@@ -104,10 +71,10 @@ def ingest(settings: Settings, stream: str = "orders", *, files_per_batch: int =
     checkpoint, reports = Checkpoint(settings, stream), list[BatchReport]()
     waiting = [path for path in settings.landing_path.glob(f"{stream}/*/*.jsonl*") if str(path) not in checkpoint.taken()]
     waiting.sort(key=lambda path: (path.stat().st_mtime_ns // 10**6, str(path)))
-    job: Any = JOBS[stream](settings, reports.append)
+    job = JOBS[stream](settings, reports.append)
     for start in range(0, len(waiting), files_per_batch):
         batch = checkpoint.plan(waiting[start : start + files_per_batch])
-        job._run_batch(_Frame(), batch)
+        job.run_batch(batch, LocalExecutor())
         checkpoint.end(batch)
     return reports
 
@@ -117,7 +84,7 @@ def run(
 ) -> BatchReport:
     """Run a planned batch; with ``fail_after`` it ends there by KeyboardInterrupt, as a killed one does."""
     reports: list[BatchReport] = []
-    job: Any = JOBS[stream](settings, reports.append)
+    job = JOBS[stream](settings, reports.append)
     if fail_after is not None:
         assert monkeypatch is not None
 
@@ -127,8 +94,8 @@ def run(
 
         with monkeypatch.context() as patched:
             patched.setattr("spark_jobs.steps.crash_point", crash_point)
-            job._run_batch(_Frame(), batch)
-    job._run_batch(_Frame(), batch)
+            job.run_batch(batch, LocalExecutor())
+    job.run_batch(batch, LocalExecutor())
     return reports[0]
 
 

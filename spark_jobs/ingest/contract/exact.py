@@ -14,10 +14,10 @@ from spark_jobs.ingest.contract.spec import (
     LATEST_US,
     MAX_LINE_BYTES,
     REGION_FORM,
+    BatchLimits,
     Contract,
     Field,
-    Kind,
-    Limits,
+    FieldKind,
 )
 from spark_jobs.units import EPOCH
 
@@ -26,8 +26,8 @@ _BOM = b"\xef\xbb\xbf"
 
 
 @dataclass
-class Verdict:
-    """What a line is: ``reasons`` empty and ``values`` set, or rejected. ``time_us`` and ``record_id`` where readable."""
+class LineVerdict:
+    """The outcome of one line: ``values`` if it is valid, else ``reasons``. ``time_us`` and ``record_id`` are set if readable."""
 
     reasons: list[str] = field(default_factory=list)
     values: dict[str, Any] | None = None
@@ -53,7 +53,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_refuse_con
 
 
 def parse_time(text: str) -> tuple[int | None, str | None]:
-    """Microseconds since the epoch of an RFC 3339 time with a zone, or None and what is wrong: format or precision."""
+    """Return the microseconds since the epoch of an RFC 3339 time with a zone, or None and what is wrong: format or precision."""
     match = _TIME.fullmatch(text)
     if match is None:
         return None, "format"
@@ -69,7 +69,7 @@ def parse_time(text: str) -> tuple[int | None, str | None]:
             return None, "format"
         offset = (int(off_hour) * 60 + int(off_minute)) * 60_000_000
         micros += -offset if sign == "+" else offset
-    if not EARLIEST_US <= micros <= LATEST_US:  # an offset can lead out of the years that a timestamp has
+    if not EARLIEST_US <= micros <= LATEST_US:  # the zone can move a time out of the years that a timestamp has
         return None, "format"
     if digits[6:].strip("0"):
         return None, "precision"
@@ -77,9 +77,9 @@ def parse_time(text: str) -> tuple[int | None, str | None]:
 
 
 def _check(spec: Field, value: Any, reasons: list[str]) -> Any:
-    """The value of one present field, or None with a reason added."""
+    """Return the value of a present field, or add a reason and return None."""
     name = spec.name
-    if spec.kind is Kind.INTEGER:
+    if spec.kind is FieldKind.INTEGER:
         if type(value) is not int:
             reasons.append(f"{name}_type")
         elif not 0 <= value <= spec.high:
@@ -93,13 +93,13 @@ def _check(spec: Field, value: Any, reasons: list[str]) -> Any:
     if any("\ud800" <= character <= "\udfff" for character in value):
         reasons.append("invalid_unicode")
         return None
-    if spec.kind is Kind.ID and not 1 <= len(value) <= 128:
+    if spec.kind is FieldKind.ID and not 1 <= len(value) <= 128:
         reasons.append(f"{name}_length")
-    elif (spec.kind is Kind.ENUM and value not in spec.values) or (spec.kind is Kind.CURRENCY and value not in CURRENCIES):
+    elif spec.kind in (FieldKind.ENUM, FieldKind.CURRENCY) and value not in (spec.values or CURRENCIES):
         reasons.append(f"{name}_unknown")
-    elif spec.kind is Kind.REGION and REGION_FORM.fullmatch(value) is None:
+    elif spec.kind is FieldKind.REGION and REGION_FORM.fullmatch(value) is None:
         reasons.append("region_format")
-    elif spec.kind is Kind.TIME:
+    elif spec.kind is FieldKind.TIME:
         micros, problem = parse_time(value)
         if problem:
             reasons.append(f"{name}_{problem}")
@@ -110,15 +110,15 @@ def _check(spec: Field, value: Any, reasons: list[str]) -> Any:
 
 
 def validate_line(
-    raw: bytes, contract: Contract, folder_region: str, limits: Limits, *, terminated: bool = True, own_region: bool = False
-) -> Verdict:
+    raw: bytes, contract: Contract, folder_region: str, limits: BatchLimits, *, terminated: bool = True, own_region: bool = False
+) -> LineVerdict:
     """Judge one line (without its line feed).
 
-    Valid: ``values`` holds every field of the contract, times in microseconds, the folder's region, defaults filled in;
-    received_at stays None when absent. Otherwise ``reasons`` has every reason that could be told, in the contract's order.
-    ``own_region``: the record's region holds where it has one, as of a topic into which other regions are mirrored.
+    The ``values`` of a valid line have every field of the contract, times in microseconds, the folder's region and the defaults; an
+    absent received_at stays None. Otherwise ``reasons`` has every reason that could be found, in the contract's order.
+    ``own_region``: a record's own region counts, as in a topic into which other regions are mirrored.
     """
-    verdict = Verdict()
+    verdict = LineVerdict()
     reasons = verdict.reasons
     if len(raw) > MAX_LINE_BYTES:
         reasons.append("line_too_long")
@@ -138,7 +138,7 @@ def validate_line(
         reasons.append("invalid_utf8")
         return verdict
     try:
-        # strip only JSON's own white space: the decoder takes no more, but str.strip() would
+        # strip only JSON's own white space: str.strip() would remove more than the decoder accepts
         record = _DECODER.decode(text.strip(" \t\r"))
     except (ValueError, RecursionError):
         if not {"byte_order_mark", "nul_byte"} & set(reasons):

@@ -1,4 +1,4 @@
-"""From the lines of a split to columns: the fast validator first, the exact one for all that it leaves."""
+"""Parse the lines of a split into columns: by the fast validator, and by the exact one for all lines that the fast one leaves."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from spark_jobs.ingest.contract.exact import Verdict, validate_line
-from spark_jobs.ingest.contract.spec import MAX_LINE_BYTES, MAX_RAW_BYTES, Contract, Limits
+from spark_jobs.ingest.contract.exact import LineVerdict, validate_line
+from spark_jobs.ingest.contract.spec import MAX_LINE_BYTES, MAX_RAW_BYTES, BatchLimits, Contract
 from spark_jobs.ingest.contract.vectorised import accept_plain, flat_lines, parsed_schema
 from spark_jobs.ingest.files.lines import FileFault, Lines, LongLine
 
 FILE_LEVEL_LINE = 0
-_SHORT = 64  # bytes: the verdict of a line so short is kept, for a flood of them is one line over and over
+_SHORT = 64  # bytes: verdicts of lines so short are cached, because a flood often repeats one line
 _VERDICTS_KEPT = 1000
 
 
@@ -39,8 +39,8 @@ class Reject:
 class Parsed:
     """A chunk of a split: ``valid`` has n (line number within the split, int64) and the contract's fields, by n.
 
-    Where only so many rejects of a kind are kept, a line that occurs more often in the chunk is in ``rejects`` as often as
-    it can be kept, and in ``repeats`` once, with how many more there are.
+    If only so many rejects of a kind are kept, a line that occurs more often in the chunk is in ``rejects`` as often as it can be
+    kept, and once in ``repeats``, with the number of its further occurrences.
     """
 
     offered: int
@@ -50,7 +50,7 @@ class Parsed:
 
 
 def encode_raw(raw: bytes) -> tuple[str, str]:
-    """Text that keeps ``raw`` and its encoding: utf-8, or base64 for what is not text (or holds a NUL)."""
+    """Return ``raw`` as text and the text's encoding: utf-8, or base64 for bytes that are no text or have a NUL."""
     kept = raw[:MAX_RAW_BYTES]
     if b"\0" not in kept:
         try:
@@ -61,11 +61,11 @@ def encode_raw(raw: bytes) -> tuple[str, str]:
 
 
 def decode_raw(raw: str, encoding: str) -> bytes:
-    """The bytes that ``encode_raw`` was given (up to the size it keeps)."""
+    """Return the bytes that ``encode_raw`` got (up to the size that it keeps)."""
     return binascii.a2b_base64(raw) if encoding == "base64" else raw.encode("utf-8")
 
 
-def _reject(number: int, reasons: list[str], raw: bytes, size: int | None = None, verdict: Verdict | None = None) -> Reject:
+def _reject(number: int, reasons: list[str], raw: bytes, size: int | None = None, verdict: LineVerdict | None = None) -> Reject:
     text, encoding = encode_raw(raw)
     return Reject(
         number=number,
@@ -79,7 +79,7 @@ def _reject(number: int, reasons: list[str], raw: bytes, size: int | None = None
 
 
 def parse_chunk(
-    chunk: Lines | LongLine | FileFault, contract: Contract, folder_region: str, limits: Limits, *, own_region: bool = False
+    chunk: Lines | LongLine | FileFault, contract: Contract, folder_region: str, limits: BatchLimits, *, own_region: bool = False
 ) -> Parsed:
     """Judge every line of a chunk. offered = valid rows + rejects. ``own_region`` is as in ``validate_line``."""
     if isinstance(chunk, LongLine):
@@ -91,7 +91,7 @@ def parse_chunk(
     return _parse_lines(chunk, contract, folder_region, limits, own_region)
 
 
-def _parse_lines(chunk: Lines, contract: Contract, folder_region: str, limits: Limits, own_region: bool) -> Parsed:
+def _parse_lines(chunk: Lines, contract: Contract, folder_region: str, limits: BatchLimits, own_region: bool) -> Parsed:
     count = len(chunk.ends)
     offsets = np.zeros(count + 1, dtype=np.int32)
     offsets[1:] = chunk.ends
@@ -121,7 +121,7 @@ def _parse_lines(chunk: Lines, contract: Contract, folder_region: str, limits: L
         left = np.setdiff1d(left, blank[most:], assume_unique=True)
         verdict = validate_line(b"", contract, folder_region, limits, own_region=own_region)
         repeats.append((_reject(-1, verdict.reasons, b"", verdict=verdict), len(blank) - most))
-    known: dict[bytes, tuple[Verdict, int]] = {}
+    known: dict[bytes, tuple[LineVerdict, int]] = {}
     for index in left.tolist():
         raw = chunk.raw(index)
         terminated = chunk.terminated or index < count - 1
@@ -171,7 +171,7 @@ def parse_all(
     chunks: Iterator[Lines | LongLine | FileFault],
     contract: Contract,
     folder_region: str,
-    limits: Limits,
+    limits: BatchLimits,
     *,
     own_region: bool = False,
 ) -> Iterator[Parsed]:

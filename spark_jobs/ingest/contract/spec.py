@@ -1,4 +1,8 @@
-"""The input contract as data. Both validators are generated from it."""
+"""The input contract as data.
+
+Both validators, the staged columns and the fingerprint are derived from it. Within the ingest, a new
+optional field takes a line here, its column in `lake/tables.py`, and the column's meaning in `lake/columns.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,11 @@ from enum import StrEnum
 
 MAX_LINE_BYTES = 64 * 1024
 MAX_RAW_BYTES = 1024 * 1024
-# the years 1 to 9999 in UTC: what every reader of the tables can hold
+# the years 1 to 9999 in UTC, which every reader of the tables can represent
 EARLIEST_US = -62_135_596_800_000_000
 LATEST_US = 253_402_300_799_999_999
 
-# ISO 4217 active codes. XXX (no currency) and XTS (testing) are no money and are left out.
+# The active codes of ISO 4217, without XXX (no currency) and XTS (testing), which are no money.
 _CODES = """
 AED AFN ALL AMD ANG AOA ARS AUD AWG AZN BAM BBD BDT BGN BHD BIF BMD BND BOB BOV BRL BSD BTN BWP BYN BZD CAD CDF CHE CHF
 CHW CLF CLP CNY COP COU CRC CUP CVE CZK DJF DKK DOP DZD EGP ERN ETB EUR FJD FKP GBP GEL GHS GIP GMD GNF GTQ GYD HKD HNL
@@ -25,7 +29,7 @@ CURRENCIES = frozenset(_CODES.split())
 REGION_FORM = re.compile(r"[a-z0-9-]{1,32}", flags=re.ASCII)
 
 
-class Kind(StrEnum):
+class FieldKind(StrEnum):
     """What a field's value must be."""
 
     ID = "id"  # a string of 1 to 128 characters
@@ -39,10 +43,10 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Field:
-    """One field. ``default`` stands in for an absent or null optional integer."""
+    """One field. ``default`` replaces an absent or null optional integer."""
 
     name: str
-    kind: Kind
+    kind: FieldKind
     required: bool = True
     values: tuple[str, ...] = ()
     high: int = 0
@@ -51,7 +55,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Contract:
-    """A record type. ``payload`` are the fields of the fingerprint, in order: all but the id, received_at and region."""
+    """A record type and its fields, in order."""
 
     stream: str
     id_field: str
@@ -60,7 +64,7 @@ class Contract:
 
     @property
     def payload(self) -> tuple[Field, ...]:
-        """The fields that the fingerprint covers."""
+        """The fields that the fingerprint covers, in order: all but the id, received_at and region."""
         return tuple(f for f in self.fields if f.name not in (self.id_field, "received_at", "region"))
 
 
@@ -69,20 +73,20 @@ EVENT_CONTRACT = Contract(
     id_field="event_id",
     time_field="event_time",
     fields=(
-        Field("event_id", Kind.ID),
-        Field("event_type", Kind.ENUM, values=("impression", "click")),
-        Field("event_time", Kind.TIME),
-        Field("received_at", Kind.TIME, required=False),
-        Field("region", Kind.REGION, required=False),
-        Field("campaign_id", Kind.ID),
-        Field("ad_id", Kind.ID),
-        Field("store_id", Kind.ID),
-        Field("user_id", Kind.ID),
-        Field("impression_id", Kind.TEXT, required=False),
-        Field("placement", Kind.TEXT, required=False),
-        Field("price_micros", Kind.INTEGER, required=False, high=10**12, default=0),
-        Field("currency", Kind.CURRENCY),
-        Field("user_agent", Kind.TEXT, required=False),
+        Field("event_id", FieldKind.ID),
+        Field("event_type", FieldKind.ENUM, values=("impression", "click")),
+        Field("event_time", FieldKind.TIME),
+        Field("received_at", FieldKind.TIME, required=False),
+        Field("region", FieldKind.REGION, required=False),
+        Field("campaign_id", FieldKind.ID),
+        Field("ad_id", FieldKind.ID),
+        Field("store_id", FieldKind.ID),
+        Field("user_id", FieldKind.ID),
+        Field("impression_id", FieldKind.TEXT, required=False),
+        Field("placement", FieldKind.TEXT, required=False),
+        Field("price_micros", FieldKind.INTEGER, required=False, high=10**12, default=0),
+        Field("currency", FieldKind.CURRENCY),
+        Field("user_agent", FieldKind.TEXT, required=False),
     ),
 )
 
@@ -91,15 +95,15 @@ ORDER_CONTRACT = Contract(
     id_field="order_id",
     time_field="order_time",
     fields=(
-        Field("order_id", Kind.ID),
-        Field("order_time", Kind.TIME),
-        Field("received_at", Kind.TIME, required=False),
-        Field("region", Kind.REGION, required=False),
-        Field("user_id", Kind.ID),
-        Field("store_id", Kind.ID),
-        Field("total_micros", Kind.INTEGER, high=10**15),
-        Field("currency", Kind.CURRENCY),
-        Field("status", Kind.ENUM, values=("placed", "cancelled")),
+        Field("order_id", FieldKind.ID),
+        Field("order_time", FieldKind.TIME),
+        Field("received_at", FieldKind.TIME, required=False),
+        Field("region", FieldKind.REGION, required=False),
+        Field("user_id", FieldKind.ID),
+        Field("store_id", FieldKind.ID),
+        Field("total_micros", FieldKind.INTEGER, high=10**15),
+        Field("currency", FieldKind.CURRENCY),
+        Field("status", FieldKind.ENUM, values=("placed", "cancelled")),
     ),
 )
 
@@ -107,11 +111,11 @@ CONTRACTS = {contract.stream: contract for contract in (EVENT_CONTRACT, ORDER_CO
 
 
 @dataclass(frozen=True)
-class Limits:
-    """By what the records of one batch are judged, fixed when the batch is first tried.
+class BatchLimits:
+    """The limits by which the records of one batch are judged, fixed when the batch is first tried.
 
-    All times are microseconds since the epoch, durations microseconds. ``ingested_us`` stands in for an absent received_at.
-    ``rejects_kept``: so many rejected records of a file get rows of their own, per reasons and event hour (None: all).
+    Times are microseconds since the epoch, durations microseconds. ``ingested_us`` replaces an absent received_at. ``rejects_kept``
+    is how many rejected records of a file get rows of their own, per reasons and event hour (None: all).
     """
 
     ingested_us: int

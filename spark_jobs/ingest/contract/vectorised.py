@@ -1,11 +1,12 @@
 """The fast validator: Arrow's JSON reader over a whole block of lines, then checks by column.
 
-It only says yes. A line that it does not take goes to the exact validator, so the meaning of the contract has one home. Arrow's
-reader is strict (a key twice, a wrong type, a number that is no integer: an error) but for two things: it reads objects, not
-lines, which ``flat_lines`` makes the same, and it takes NaN. One line that it refuses spoils its
-block, so a spoilt block is cut into smaller ones, down to SMALLEST_BLOCK lines, which are left to the exact validator. Unknown
-fields are learned from the first lines of a block: a field that they do not have spoils it, for Arrow makes a column of each, over
-all the lines, and a small file may name millions.
+It only accepts. Every line that it does not accept goes to the exact validator, which alone defines why a line is rejected. Arrow's
+reader is strict (a repeated key, a wrong type, a number that is no integer are errors), with two exceptions: it reads objects, not
+lines (``flat_lines`` makes sure that they are the same), and it accepts NaN.
+
+One refused line fails its block. A failed block is cut into smaller ones, down to SMALLEST_BLOCK lines, which go to the exact
+validator. Unknown fields are inferred from the first lines of a block, and a later unknown field fails the block: Arrow makes a
+column of each unknown field over all lines, and a small file may name millions.
 """
 
 from __future__ import annotations
@@ -18,30 +19,31 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
-from spark_jobs.ingest.contract.spec import CURRENCIES, EARLIEST_US, LATEST_US, REGION_FORM, Contract, Field, Kind, Limits
+from spark_jobs.ingest.contract.spec import CURRENCIES, EARLIEST_US, LATEST_US, REGION_FORM, BatchLimits, Contract, Field, FieldKind
 
 SMALLEST_BLOCK = 32
 _CUT_INTO = 16
-_INFERRED_LINES = 256  # of lines with unknown fields: a field of its own in each line makes so many columns
-_MOST_QUOTES = 200  # of a line, on the average of such a block: all fields of the contract have 56
+_INFERRED_LINES = 256  # to infer unknown fields from: each line may have another one, and each makes a column
+_MOST_QUOTES = 200  # per line, on average over these lines: all fields of the contract have 56
 _CURRENCIES = pa.array(sorted(CURRENCIES))
 _TIME_PATTERN = r"^\d{4}-\d\d-\d\dT([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)$"
 _ODD = (b"\\", b"[", b"\r", b"\0")
 
 
-def field_type(kind: Kind) -> pa.DataType:
-    """Arrow type of a parsed field: times (microseconds since the epoch) and integers are int64, all else is text."""
-    return pa.int64() if kind in (Kind.INTEGER, Kind.TIME) else pa.string()
+def field_type(kind: FieldKind) -> pa.DataType:
+    """Return the Arrow type of a parsed field: int64 for times (microseconds since the epoch) and integers, else text."""
+    return pa.int64() if kind in (FieldKind.INTEGER, FieldKind.TIME) else pa.string()
 
 
 def parsed_schema(contract: Contract) -> pa.Schema:
-    """Schema of parsed records: n (the line's number) and the contract's fields."""
+    """Return the schema of parsed records: n (the line's number) and the contract's fields."""
     return pa.schema([("n", pa.int64()), *((spec.name, field_type(spec.kind)) for spec in contract.fields)])
 
 
 def flat_lines(data: bytes, ends: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Per line of ``data`` (line i ends before ``ends[i]``): does it begin with its only brace, and have no backslash, bracket,
-    carriage return or NUL. So an object neither nests another, nor begins or ends in another line.
+    """Return which lines of ``data`` (line i ends before ``ends[i]``) have their only brace first, and no character of _ODD.
+
+    An object in such a line neither nests another one, nor begins or ends in another line.
     """
     octets = np.frombuffer(data, dtype=np.uint8)
     starts = np.concatenate(([0], ends[:-1]))
@@ -54,8 +56,10 @@ def flat_lines(data: bytes, ends: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_
     return flat
 
 
-def accept_plain(lines: pa.Table, contract: Contract, folder_region: str, limits: Limits, *, own_region: bool = False) -> pa.Table:
-    """The certainly valid ones of ``lines`` (n int64; line string with its line feed, flat, valid UTF-8, within the size limit).
+def accept_plain(
+    lines: pa.Table, contract: Contract, folder_region: str, limits: BatchLimits, *, own_region: bool = False
+) -> pa.Table:
+    """Parse the lines that are certainly valid (n int64; line string with its line feed, flat, valid UTF-8, within the size limit).
 
     Returns ``parsed_schema``: times as microseconds, received_at null when absent. ``own_region`` is as in ``validate_line``.
     """
@@ -70,7 +74,7 @@ def accept_plain(lines: pa.Table, contract: Contract, folder_region: str, limits
 
 
 def _parsed(lines: pa.StringArray, contract: Contract, start: int = 0) -> Iterator[tuple[int, pa.Table]]:
-    """Blocks that parse: the number of the block's first line, and its fields with times as int64."""
+    """Yield the blocks that Arrow can read: the number of the block's first line, and its fields with times as int64."""
     count = len(lines)
     if not count:
         return
@@ -89,7 +93,7 @@ def _read(lines: pa.StringArray, contract: Contract) -> pa.Table:
     _, offsets, data = lines.buffers()
     ends = np.frombuffer(offsets, dtype=np.int32)[lines.offset : lines.offset + len(lines) + 1]
     text = data.slice(int(ends[0]), int(ends[-1] - ends[0]))
-    schema = pa.schema([(spec.name, pa.int64() if spec.kind is Kind.INTEGER else pa.string()) for spec in contract.fields])
+    schema = pa.schema([(spec.name, pa.int64() if spec.kind is FieldKind.INTEGER else pa.string()) for spec in contract.fields])
     if len(lines) <= _INFERRED_LINES:
         made = _read_inferred(text, schema, len(lines))
     else:
@@ -103,7 +107,7 @@ def _read(lines: pa.StringArray, contract: Contract) -> pa.Table:
             made = _read_json(text, wide, "error")
     if made.num_rows != len(lines):
         raise pa.ArrowInvalid("objects and lines do not agree")
-    for name in made.column_names[len(schema) :]:  # unknown fields: read too, for JSON has no NaN and knows no key twice
+    for name in made.column_names[len(schema) :]:  # unknown fields must be valid JSON too: no NaN
         if pa.types.is_floating(made[name].type) and not pc.all(pc.is_finite(made[name])).as_py():
             raise pa.ArrowInvalid("a number that JSON does not have")
     return made.select(schema.names)
@@ -118,14 +122,14 @@ def _read_json(text: pa.Buffer, schema: pa.Schema, unknown: str) -> pa.Table:
 
 
 def _read_inferred(text: pa.Buffer, schema: pa.Schema, count: int) -> pa.Table:
-    """A few lines with their unknown fields. Each becomes a column over all the lines, so neither may be many."""
+    """Read a few lines with their unknown fields. Each field becomes a column over all the lines, so neither may be many."""
     if bytes(text).count(b'"') > count * _MOST_QUOTES:
         raise pa.ArrowInvalid("too many fields")
     return _read_json(text, schema, "infer")
 
 
 def _wider(schema: pa.Schema, sample: pa.Table) -> pa.Schema:
-    """The schema with the unknown fields of a sample, each of a type that takes more than the sample has."""
+    """Add the unknown fields of a sample to the schema, each with a type that accepts more than the sample has."""
     for unknown in list(sample.schema)[len(schema) :]:
         kind = unknown.type
         if pa.types.is_integer(kind):
@@ -137,9 +141,9 @@ def _wider(schema: pa.Schema, sample: pa.Table) -> pa.Schema:
 
 
 def _times(parsed: pa.Table, contract: Contract) -> pa.Table:
-    """Times as microseconds. Raises ArrowInvalid where a text is none."""
+    """Convert times to microseconds. Raises ArrowInvalid if a text is no time."""
     for index, spec in enumerate(parsed.schema.names):
-        if contract.fields[index].kind is not Kind.TIME:
+        if contract.fields[index].kind is not FieldKind.TIME:
             continue
         text = parsed[spec]
         fits = pc.match_substring_regex(text, _TIME_PATTERN)
@@ -152,29 +156,29 @@ def _times(parsed: pa.Table, contract: Contract) -> pa.Table:
 
 def _valid(spec: Field, values: pa.ChunkedArray, folder_region: str, own_region: bool) -> pa.ChunkedArray:
     match spec.kind:
-        case Kind.ID:
+        case FieldKind.ID:
             size = pc.utf8_length(values)
             check = pc.and_(pc.greater_equal(size, 1), pc.less_equal(size, 128))
-        case Kind.ENUM:
+        case FieldKind.ENUM:
             check = pc.is_in(values, value_set=pa.array(spec.values))
-        case Kind.CURRENCY:
+        case FieldKind.CURRENCY:
             check = pc.is_in(values, value_set=_CURRENCIES)
-        case Kind.REGION:
+        case FieldKind.REGION:
             matches = pc.match_substring_regex(values, f"^(?:{REGION_FORM.pattern})$") if own_region else None
             check = pc.equal(values, folder_region) if matches is None else matches
-        case Kind.TIME:
+        case FieldKind.TIME:
             check = pc.and_(pc.greater_equal(values, EARLIEST_US), pc.less_equal(values, LATEST_US))
-        case Kind.INTEGER:
+        case FieldKind.INTEGER:
             check = pc.and_(pc.greater_equal(values, 0), pc.less_equal(values, spec.high))
-        case Kind.TEXT:
+        case FieldKind.TEXT:
             return pa.chunked_array([pa.array(np.ones(len(values), dtype=bool))])
     return pc.fill_null(check, not spec.required)
 
 
 def _checked(
-    parsed: pa.Table, contract: Contract, folder_region: str, limits: Limits, numbers: pa.Array, own_region: bool
+    parsed: pa.Table, contract: Contract, folder_region: str, limits: BatchLimits, numbers: pa.Array, own_region: bool
 ) -> pa.Table:
-    """The rows of a parsed block that keep every rule of the contract."""
+    """Return the rows of a parsed block that meet every rule of the contract."""
     good = np.ones(parsed.num_rows, dtype=bool)
     for spec in contract.fields:
         good &= _valid(spec, parsed[spec.name], folder_region, own_region).to_numpy()
@@ -184,7 +188,7 @@ def _checked(
     columns = [numbers]
     for spec in contract.fields:
         values = parsed[spec.name]
-        if spec.kind is Kind.REGION:
+        if spec.kind is FieldKind.REGION:
             values = pc.fill_null(values, folder_region) if own_region else pa.repeat(pa.scalar(folder_region), parsed.num_rows)
         elif spec.default is not None:
             values = pc.fill_null(values, spec.default)

@@ -1,4 +1,4 @@
-"""Which records of a batch are new, resent or in conflict. Pure: arrays in, arrays out."""
+"""Find which records of a batch are new, duplicates or conflicts. Pure: arrays in, arrays out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spark_jobs.ingest.dedupe.keys import Keys, Words
 
 
 class Outcome(IntEnum):
-    """Where a valid record ends."""
+    """What becomes of a valid record."""
 
     ACCEPTED = 0
     DUPLICATE = 1
@@ -26,16 +26,16 @@ Lookup = Callable[[Words, Words], tuple[npt.NDArray[np.bool_], Words]]
 
 @dataclass(frozen=True)
 class Classification:
-    """Per record: ``outcome`` (Outcome as int8) and ``accepted_fingerprint``, that of the record which holds the id."""
+    """The outcome of each record (Outcome as int8), and the fingerprint of the accepted record with the same id."""
 
     outcome: npt.NDArray[np.int8]
     accepted_fingerprint: Words
 
 
 def classify(keys: Keys, lookup: Lookup) -> Classification:
-    """First accepted wins: the history before the batch, within the batch the earlier record.
+    """Classify records: of one id, the first is accepted, be it in the history or earlier in the batch.
 
-    A record whose id is held by another is a duplicate if the fingerprints agree, else a conflict.
+    A later record of the id is a duplicate if the fingerprints agree, else a conflict.
     """
     count = len(keys)
     if count == 0:

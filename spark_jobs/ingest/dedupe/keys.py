@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from spark_jobs.ingest.contract.spec import Contract, Kind
+from spark_jobs.ingest.contract.spec import Contract, FieldKind
 from spark_jobs.lake.duck import query_arrow
 
 Words = npt.NDArray[np.uint64]
@@ -18,7 +18,7 @@ Words = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys of n records, in the order of the records: three uint64 arrays of length n."""
+    """The keys of records, in the order of the records: three parallel arrays."""
 
     low: Words
     high: Words
@@ -28,21 +28,12 @@ class Keys:
         return len(self.low)
 
     def take(self, selection: npt.NDArray[Any]) -> Keys:
-        """The keys at ``selection`` (indices or a mask)."""
+        """Return the keys at ``selection`` (indices or a mask)."""
         return Keys(self.low[selection], self.high[selection], self.fingerprint[selection])
-
-    def to_bytes(self) -> bytes:
-        """The three arrays behind one another, for the way to the driver."""
-        return np.concatenate((self.low, self.high, self.fingerprint)).tobytes()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Keys:
-        """The inverse of ``to_bytes``."""
-        return cls(*np.frombuffer(data, dtype=np.uint64).reshape(3, -1))
 
     @classmethod
     def concatenate(cls, parts: list[Keys]) -> Keys:
-        """Keys of several splits, in order."""
+        """Join the keys of several splits, in order."""
         if not parts:
             return cls(*(np.empty(0, dtype=np.uint64) for _ in range(3)))
         return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("low", "high", "fingerprint")))
@@ -58,7 +49,7 @@ class Keys:
 
 
 def hash_keys(records: pa.Table, contract: Contract) -> pa.Table:
-    """key_low and key_high (the halves of the id's MD5) and fingerprint (half of the payload's MD5) of parsed records, uint64."""
+    """Return key_low and key_high (the halves of the id's MD5) and fingerprint (half of the payload's MD5) of records, uint64."""
     payload = _fingerprint_sql(contract, escaped=_has_control_characters(records, contract))
     return query_arrow(
         f"select {_ID_HALVES}, md5_number_lower(payload) as fingerprint from ({_hashed(contract.id_field, payload)})", records
@@ -66,29 +57,29 @@ def hash_keys(records: pa.Table, contract: Contract) -> pa.Table:
 
 
 def _fingerprint_sql(contract: Contract, *, escaped: bool) -> str:
-    """SQL text of the canonical payload: every field but id, received_at and region, separated by 0x1F, null as 0x01.
+    """Return SQL for the canonical payload: every field but id, received_at and region, separated by 0x1F, null as 0x01.
 
-    In a text 0x01 is written as 0x01 and e, 0x1F as 0x01 and s, so no two payloads have one text. Where no text has either of
-    them, which is nearly always, ``escaped`` makes no difference but to the time it takes.
+    ``escaped`` writes 0x01 in a text as 0x01 and e, and 0x1F as 0x01 and s, so that no two payloads give the same text. Without
+    these characters, which is nearly always, the result is the same and faster to compute unescaped.
     """
     parts = []
     for spec in contract.payload:
         text = spec.name
-        if spec.kind in (Kind.INTEGER, Kind.TIME):
+        if spec.kind in (FieldKind.INTEGER, FieldKind.TIME):
             text = f"{spec.name}::varchar"
-        elif escaped and spec.kind in (Kind.ID, Kind.TEXT):
+        elif escaped and spec.kind in (FieldKind.ID, FieldKind.TEXT):
             text = f"replace(replace({spec.name}, chr(1), chr(1) || 'e'), chr(31), chr(1) || 's')"
-        parts.append(text if spec.required or spec.kind is Kind.INTEGER else f"coalesce({text}, chr(1))")
+        parts.append(text if spec.required or spec.kind is FieldKind.INTEGER else f"coalesce({text}, chr(1))")
     return f"concat_ws(chr(31), {', '.join(parts)})"
 
 
 def _has_control_characters(records: pa.Table, contract: Contract) -> bool:
-    names = [spec.name for spec in contract.payload if spec.kind in (Kind.ID, Kind.TEXT)]
+    names = [spec.name for spec in contract.payload if spec.kind in (FieldKind.ID, FieldKind.TEXT)]
     buffers = [chunk.buffers()[2] for name in names for chunk in records[name].chunks if len(chunk)]
     return any(buffer and np.frombuffer(buffer, dtype=np.uint8).min() < 32 for buffer in buffers)
 
 
-# the digest is made once: md5_number_lower and md5_number_upper would each make it
+# computes the digest once: md5_number_lower and md5_number_upper would compute it twice
 _ID_HALVES = "(digest & 18446744073709551615)::ubigint as key_low, (digest >> 64)::ubigint as key_high"
 
 
@@ -97,12 +88,12 @@ def _hashed(id_column: str, payload: str = "''") -> str:
 
 
 def keys_of_ids(ids: pa.Table, id_column: str, fingerprint_column: str) -> Keys:
-    """Keys from ids and stored fingerprints (int64, the same 64 bits): how the index is rebuilt from a table."""
+    """Return keys of ids and stored fingerprints (int64, the same 64 bits), to rebuild the index from a table."""
     hashed = query_arrow(f"select {_ID_HALVES} from ({_hashed(id_column)})", ids.select([id_column]))
     fingerprint = ids[fingerprint_column].to_numpy().astype(np.int64).view(np.uint64)
     return Keys(hashed["key_low"].to_numpy(), hashed["key_high"].to_numpy(), fingerprint)
 
 
 def hex_fingerprint(value: int) -> str:
-    """A fingerprint as people see it: 16 hex digits."""
+    """Format a fingerprint as 16 hex digits."""
     return f"{value & (2**64 - 1):016x}"

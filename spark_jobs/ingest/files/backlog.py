@@ -1,6 +1,6 @@
-"""What lies in the landing folder: which files wait, which nothing reads, and which nobody accounts for. Read without Spark.
+"""Report on the landing folder without Spark: files that wait, files that nothing reads, and files that no batch accounts for.
 
-The folder decides, not the checkpoint: whatever lies there is read, waits, or is named with the reason why it is not read.
+The report starts from the folder, not from the checkpoint: each entry has been read, waits, or has a reason why it is not read.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from spark_jobs.config import Settings
 from spark_jobs.errors import UsageError
 from spark_jobs.ingest.files.checkpoint import read_batch_files, read_finished_batches, read_finished_files
-from spark_jobs.ingest.files.landing import MAX_STRAYS, Entry, Kind, Reason, kind_of, name_below, reason_of, walk_landing
+from spark_jobs.ingest.files.landing import MAX_STRAYS, Entry, EntryKind, Reason, kind_of, name_below, reason_of, walk_landing
 from spark_jobs.lake.log import Commit, DeltaLog
 from spark_jobs.lake.tables import EVENTS, ORDERS, STREAMS
 from spark_jobs.texts import counted, printable
@@ -24,7 +24,7 @@ _ACCEPTED = {"events": EVENTS, "orders": ORDERS}
 
 @dataclass(frozen=True)
 class WaitingFiles:
-    """Files of one source that no finished batch has read; ``waiting_since``: when the first of them was renamed into place."""
+    """Files of one source that no finished batch has read. ``waiting_since`` is when the first was renamed into place."""
 
     stream: str
     region: str
@@ -46,7 +46,7 @@ class IgnoredFiles:
 
 @dataclass(frozen=True)
 class LandingReport:
-    """What waits and what is ignored. Not ``is_complete``: there is more that is ignored than was looked at."""
+    """Files that wait and files that are ignored. Unless ``is_complete``, there are more ignored files than were counted."""
 
     waiting: list[WaitingFiles] = field(default_factory=list)
     ignored: list[IgnoredFiles] = field(default_factory=list)
@@ -54,20 +54,20 @@ class LandingReport:
 
     @property
     def ignored_files(self) -> int:
-        """How many entries nothing reads."""
+        """How many entries are ignored."""
         return sum(found.files for found in self.ignored)
 
     @property
     def ignored_text(self) -> str:
-        """What nothing reads, on one line."""
+        """The ignored files, on one line."""
         parts = (f"{found.files} in {found.source} ({found.meaning}), such as {found.examples[0]}" for found in self.ignored)
         return "; ".join(parts)
 
 
 def read_landing(settings: Settings) -> LandingReport:
-    """Compare the landing folder with what the checkpoints call read.
+    """Compare the landing folder with the files that are read by the checkpoints.
 
-    Raises TableCorruptionError where a checkpoint cannot be read.
+    Raises TableCorruptionError if a checkpoint cannot be read.
     """
     landing = settings.landing_path
     read = {name: ms for stream in STREAMS for name, ms in _finished_names(settings, stream).items()}
@@ -104,14 +104,14 @@ def _waiting(source: str, found: list[Entry]) -> WaitingFiles:
 
 
 def unaccounted_files(settings: Settings, stream: str, since: datetime | None = None) -> list[str]:
-    """Names of landing files that the checkpoint calls read and that no batch has taken, by the plans in the table's commits.
+    """Return the names of landing files that are read by the checkpoint but that no plan in the table's commits has.
 
-    They are regular files that should be read; Spark does not list them again. ``since``: only those of batches that were planned
-    then or later, which does not read the history. Of a log that was cleaned only what it can tell.
+    They are regular files that should be read, and Spark does not list them again. With ``since`` only files of batches planned
+    then or later count, and the older log is not read. Of a log that was cleaned, only the remaining commits count.
     """
     planned_ms = _planned_names(settings, stream, since)
     landing = settings.landing_path
-    left = {n for n in planned_ms if kind_of(landing / n) is Kind.FILE and reason_of(landing, n) is None}
+    left = {n for n in planned_ms if kind_of(landing / n) is EntryKind.FILE and reason_of(landing, n) is None}
     oldest: Commit | None = None
     for commit in DeltaLog(settings.table_uri(_ACCEPTED[stream].name)).commits_backwards() if left else ():
         left -= _names_of_plan(commit, landing, stream)
@@ -125,7 +125,7 @@ def unaccounted_files(settings: Settings, stream: str, since: datetime | None = 
 
 
 def _planned_names(settings: Settings, stream: str, since: datetime | None) -> dict[str, int | None]:
-    """The files of finished batches by name, with when their batch was planned in ms; None: the checkpoint no longer tells."""
+    """Return the files of finished batches, each with the time (ms) of its batch's plan; None if that is unknown."""
     checkpoint, landing = settings.checkpoints_path / stream, settings.landing_path
     found: dict[str, int | None] = {} if since is not None else dict.fromkeys(_finished_names(settings, stream))
     for batch_id in read_finished_batches(checkpoint):
@@ -136,13 +136,13 @@ def _planned_names(settings: Settings, stream: str, since: datetime | None) -> d
 
 
 def _finished_names(settings: Settings, stream: str) -> dict[str, int]:
-    """The names of the files that the checkpoint calls read, with the times of modification that they had."""
+    """Return the files that are read by the checkpoint, each with its time of modification then."""
     landing = settings.landing_path
     return {name_below(path, landing, stream): ms for path, ms in read_finished_files(settings.checkpoints_path / stream).items()}
 
 
 def _names_of_plan(commit: Commit, landing: Path, stream: str) -> set[str]:
-    """The files that the batch, or the repair, of a commit took."""
+    """Return the files of the batch, or of the repair, that made a commit."""
     try:
         return {name_below(str(file[1]), landing, stream) for file in commit.metadata["files"]}
     except (KeyError, TypeError, IndexError):
@@ -154,10 +154,9 @@ def _committed_ms(commit: Commit) -> int:
 
 
 def look_into_landing(settings: Settings) -> list[str]:
-    """What an ingest says at its start of files that nothing reads: one line, or none.
+    """Return the notices of an ingest at its start about files that nothing reads: one line, or none.
 
-    Raises UsageError for a link that leads back into the landing folder: Spark follows it, and several would keep it listing for
-    ever.
+    Raises UsageError for a link that leads back into the landing folder: Spark follows it, and several would make it list forever.
     """
     report = read_landing(settings)
     if not report.ignored:

@@ -1,9 +1,9 @@
-"""The landing folder: what lies in it, which of it is read, and the splits of a file that one task parses at a time.
+"""The landing folder: its entries, which of them are read, and the splits of a file that one task parses at a time.
 
-Writers follow one protocol: write elsewhere, or under a name that starts with ``.`` or ``_``, on the same file system, then
-rename into ``<landing>/<stream>/<region>/``. A file is read once, whole, after it appears under its final name. Only regular files
-are read, and no symbolic link below the landing folder is followed. Everything else is named with a Reason, never passed over in
-silence. Only hidden names are: they are the writers' temporary files.
+Writers follow one protocol: write a file elsewhere on the same file system, or under a name that starts with ``.`` or ``_``, then
+rename it into ``<landing>/<stream>/<region>/``. A file is read once, whole, after it appears under its final name. Only regular
+files are read, and no symbolic link below the landing folder is followed. Every other entry is reported with a Reason, except
+hidden names: these are the writers' temporary files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CAMPAIGNS_FOLDER = "campaigns"
 NAMES_FOLDER = "names"
 _CSV_FOLDERS = (CAMPAIGNS_FOLDER, NAMES_FOLDER)
 MAX_STRAYS = 100_000
-"""One walk names so many entries that nothing reads: by mistake the landing folder may hold a whole disk."""
+"""How many unread entries one walk reports: by mistake, the landing folder may contain a whole disk."""
 
 _FILE_ENDINGS = (".jsonl", ".jsonl.gz")
 _REGION = re.compile(r"[a-z0-9-]{1,32}")
@@ -52,7 +52,7 @@ class Reason(StrEnum):
 
     @property
     def text(self) -> str:
-        """What is wrong, for a person."""
+        """The reason as a text for people."""
         return _TEXTS[self]
 
 
@@ -71,8 +71,8 @@ _TEXTS = {
 }
 
 
-class Kind(StrEnum):
-    """What an entry of a folder is."""
+class EntryKind(StrEnum):
+    """The kind of an entry of a folder."""
 
     FILE = "file"
     FOLDER = "folder"
@@ -82,11 +82,11 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of the landing folder. ``reason`` None: it is read, or will be.
+    """One entry of the landing folder. ``reason`` is None if it is read, now or later.
 
-    ``name`` is its path under the landing folder, as the file system has it (surrogateescape). ``source`` is what it counts to:
-    ``<stream>/<region>``, the stream, ``campaigns``, ``names`` or ``landing``. Of what is read, ``modified_ms`` is the time of
-    modification as Java tells it, and ``arrived`` the last change of state (the rename) in seconds since the epoch.
+    ``name`` is its path under the landing folder, as the file system has it (surrogateescape). ``source`` is what it belongs to:
+    ``<stream>/<region>``, the stream, ``campaigns``, ``names`` or ``landing``. Of entries that are read, ``modified_ms`` is the
+    time of modification as Java reports it, and ``arrived`` the last change of state (the rename) in seconds since the epoch.
     """
 
     name: str
@@ -122,22 +122,22 @@ class Split:
     end: int | None
 
     def __str__(self) -> str:
-        """The file by its name, and which bytes of it where it is not all."""
+        """Return the file's name and, unless the split is the whole file, the bytes."""
         if self.end is None:
             return f"{self.name} from byte {self.start}" if self.start else self.name
         return f"{self.name} bytes {self.start} to {self.end}"
 
 
 def walk_landing(landing: Path) -> Iterator[Entry]:
-    """All entries of the landing folder but the hidden ones: files, links, pipes and so on, and folders in the place of a file.
+    """Yield the entries of the landing folder: files, links, pipes and so on, and folders where a file should be. No hidden ones.
 
-    Follows no link. Names at most MAX_STRAYS entries that nothing reads, and all that are read.
+    Follows no link. Yields all entries that are read, and at most MAX_STRAYS others.
     """
     strays = 0
     folders: list[tuple[str, ...]] = [()]
     while folders:
         for entry, parts in _folder_entries(landing, folders.pop()):
-            if entry is None:  # a folder that holds no file of its own accord: look into it
+            if entry is None:  # a folder: look into it
                 if strays < MAX_STRAYS or _may_hold_files(parts):
                     folders.append(parts)
                 continue
@@ -149,20 +149,20 @@ def walk_landing(landing: Path) -> Iterator[Entry]:
 
 
 def region_folders(stream_folder: Path) -> list[str]:
-    """The folders of a stream whose names are those of regions, sorted."""
+    """Return the folders of a stream that have the name of a region, sorted."""
     return sorted(e.name for e in _list(stream_folder) or () if e.is_dir(follow_symlinks=False) and _REGION.fullmatch(e.name))
 
 
 def csv_files(landing: Path, folder: str) -> list[str]:
-    """The CSV files of CAMPAIGNS_FOLDER or NAMES_FOLDER, by their names under the landing folder, sorted."""
+    """Return the CSV files of CAMPAIGNS_FOLDER or NAMES_FOLDER: their names under the landing folder, sorted."""
     entries = (entry for entry, _ in _folder_entries(landing, (folder,)) if entry is not None)
     return sorted(entry.name for entry in entries if entry.reason is None)
 
 
 def oldest_file_at(landing: Path, stream: str, region: str) -> datetime | None:
-    """When the oldest file of a region was modified, None where there is none: Spark reads it first.
+    """Return when the oldest file of a region, which Spark reads first, was modified; None if there is no file.
 
-    A file cannot have come later than it was renamed, whatever its time of modification says; times before 1970 count as 1970.
+    A file did not come later than it was renamed, whatever its time of modification; times before 1970 count as 1970.
     """
     entries = (entry for entry, _ in _folder_entries(landing, (stream, region)) if entry is not None and entry.reason is None)
     oldest = min((min(entry.modified_ms / 1000, entry.arrived) for entry in entries), default=None)
@@ -170,21 +170,21 @@ def oldest_file_at(landing: Path, stream: str, region: str) -> datetime | None:
 
 
 def reason_of(landing: Path, name: str) -> Reason | None:
-    """Why the file ``name`` of the landing folder is not read; None: it is. A file that is gone is read, and found unreadable."""
+    """Return why the file ``name`` of the landing folder is not read; None if it is. A missing file is read and rejected."""
     parts = tuple(name.split("/"))
     if any(_is_hidden(part) for part in parts):
         return Reason.HIDDEN
     for depth in range(1, len(parts)):
-        if kind_of(landing.joinpath(*parts[:depth])) is Kind.LINK:
+        if kind_of(landing.joinpath(*parts[:depth])) is EntryKind.LINK:
             return Reason.SYMLINK
-    return _reason(parts, kind_of(landing / name) or Kind.FILE)
+    return _reason(parts, kind_of(landing / name) or EntryKind.FILE)
 
 
 def name_below(path: str, landing: Path, stream: str) -> str:
-    """The name under the landing folder of a file that a checkpoint or a commit calls ``path``.
+    """Return the name under the landing folder of a file that a checkpoint or a commit calls ``path``.
 
-    The landing folder may have been spelled in another way then, or moved since; what stands below the stream's folder has not.
-    Raises LandingPathError where the path names no folder of the stream.
+    The landing folder may have had another path then; the path below the stream's folder is the same. Raises LandingPathError if
+    ``path`` has no folder of the stream.
     """
     prefix = f"{landing}/{stream}/"
     if path.startswith(prefix):
@@ -200,9 +200,9 @@ def name_below(path: str, landing: Path, stream: str) -> str:
 
 
 def open_regular(path: str | Path, depth: int = 3) -> BinaryIO:
-    """Open a regular file for reading; a pipe in its place cannot make this wait.
+    """Open a regular file for reading. A pipe instead of a file does not block.
 
-    Raises OSError for anything else than a regular file, and where one of the last ``depth`` parts of the path is a symbolic link.
+    Raises OSError if it is no regular file, or if one of the last ``depth`` parts of the path is a symbolic link.
     """
     parts = Path(path).absolute().parts
     depth = min(depth, len(parts) - 1)
@@ -212,12 +212,12 @@ def open_regular(path: str | Path, depth: int = 3) -> BinaryIO:
             inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
             os.close(folder)
             folder = inner
-        _require_regular(os.stat(parts[-1], dir_fd=folder, follow_symlinks=False), path)  # to open a device may do something
+        _require_regular(os.stat(parts[-1], dir_fd=folder, follow_symlinks=False), path)  # opening a device may have effects
         file = os.open(parts[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     finally:
         os.close(folder)
     try:
-        _require_regular(os.fstat(file), path)  # it may have been put in its place just now
+        _require_regular(os.fstat(file), path)  # somebody may have replaced it meanwhile
     except OSError:
         os.close(file)
         raise
@@ -225,29 +225,29 @@ def open_regular(path: str | Path, depth: int = 3) -> BinaryIO:
 
 
 def java_ms(nanos: int) -> int:
-    """A time of modification as Java tells it: milliseconds in 64 bits, which wrap."""
+    """Return a time of modification as Java reports it: milliseconds in 64 bits, which wrap."""
     return (nanos // 1_000_000 + 2**63) % 2**64 - 2**63
 
 
 def local_path(uri: str) -> str:
-    """A plain path of a file: URI as Spark prints it."""
+    """Return the path of a file: URI of Spark."""
     parsed = urlparse(uri)
     return unquote(parsed.path) if parsed.scheme == "file" else uri
 
 
 def relative_name(path: str, landing: Path) -> str:
-    """The name by which tables call a file: its path under the landing folder, with ``/``."""
+    """Return the name of a file in tables: its path under the landing folder, with ``/``."""
     try:
         return Path(path).relative_to(landing).as_posix()
     except ValueError:
         return path
 
 
-def _reason(parts: tuple[str, ...], kind: Kind) -> Reason | None:
-    """Why an entry at these parts of a path under the landing folder is not read."""
-    if kind is Kind.LINK:
+def _reason(parts: tuple[str, ...], kind: EntryKind) -> Reason | None:
+    """Return why an entry at this path under the landing folder is not read."""
+    if kind is EntryKind.LINK:
         return Reason.SYMLINK
-    if kind is not Kind.FILE:
+    if kind is not EntryKind.FILE:
         return Reason.WRONG_KIND
     if not all(_is_utf8(part) for part in parts):
         return Reason.NAME_NOT_UTF8
@@ -264,7 +264,7 @@ def _reason(parts: tuple[str, ...], kind: Kind) -> Reason | None:
 
 def _reason_of_name(parts: tuple[str, ...], depth: int, endings: tuple[str, ...]) -> Reason | None:
     if len(parts) == 1:
-        return Reason.WRONG_KIND  # a file in the place of a folder
+        return Reason.WRONG_KIND  # a file where a folder should be
     if len(parts) > depth:
         return Reason.WRONG_DEPTH
     return None if parts[-1].endswith(endings) else Reason.WRONG_ENDING
@@ -282,7 +282,7 @@ def _may_hold_files(parts: tuple[str, ...]) -> bool:
 
 
 def _folder_entries(landing: Path, folder: tuple[str, ...]) -> Iterator[tuple[Entry | None, tuple[str, ...]]]:
-    """(entry, parts) of what one folder holds; an entry None for a folder to look into."""
+    """Yield (entry, parts) of the entries of one folder; entry is None for a folder to look into."""
     listed = _list(landing.joinpath(*folder))
     if listed is None:
         yield Entry("/".join(folder) or ".", _source(folder), Reason.UNREADABLE_FOLDER), folder
@@ -292,7 +292,7 @@ def _folder_entries(landing: Path, folder: tuple[str, ...]) -> Iterator[tuple[En
         kind = _kind(found)
         if not folder and found.name in _OF_THE_SIMULATOR:
             continue
-        if kind is Kind.FOLDER:
+        if kind is EntryKind.FOLDER:
             yield None, parts
             if not _is_place_of_file(parts):
                 continue
@@ -303,13 +303,13 @@ def _folder_entries(landing: Path, folder: tuple[str, ...]) -> Iterator[tuple[En
             continue
         try:
             state = found.stat(follow_symlinks=False)
-        except OSError:  # gone meanwhile
+        except OSError:  # deleted meanwhile
             continue
         yield Entry(name, source, None, java_ms(state.st_mtime_ns), state.st_ctime), parts
 
 
 def _source(folder: tuple[str, ...]) -> str:
-    """What the entries of a folder count to."""
+    """Return the source to which the entries of a folder belong."""
     if not folder or folder[0] not in (*STREAMS, *_CSV_FOLDERS):
         return "landing"
     if len(folder) == 1 or folder[0] in _CSV_FOLDERS or not _REGION.fullmatch(folder[1]):
@@ -318,7 +318,7 @@ def _source(folder: tuple[str, ...]) -> str:
 
 
 def _list(folder: Path) -> list[os.DirEntry[str]] | None:
-    """What a folder holds but for the hidden; empty where there is none, or a link, None where it cannot be listed."""
+    """Return the entries of a folder, without hidden ones: none if it is missing or a link, None if it cannot be listed."""
     if folder.is_symlink():
         return []
     try:
@@ -330,12 +330,12 @@ def _list(folder: Path) -> list[os.DirEntry[str]] | None:
         return None
 
 
-def _kind(entry: os.DirEntry[str]) -> Kind:
+def _kind(entry: os.DirEntry[str]) -> EntryKind:
     return _first_kind(entry.is_symlink, lambda: entry.is_dir(follow_symlinks=False), lambda: entry.is_file(follow_symlinks=False))
 
 
-def kind_of(path: Path) -> Kind | None:
-    """What lies at a path, a link not followed; None: nothing, or nobody can tell."""
+def kind_of(path: Path) -> EntryKind | None:
+    """Return the kind of the entry at a path, without following a link; None if it is missing or cannot be examined."""
     try:
         mode = path.lstat().st_mode
     except OSError:
@@ -343,12 +343,12 @@ def kind_of(path: Path) -> Kind | None:
     return _first_kind(lambda: stat.S_ISLNK(mode), lambda: stat.S_ISDIR(mode), lambda: stat.S_ISREG(mode))
 
 
-def _first_kind(is_link: Callable[[], bool], is_folder: Callable[[], bool], is_file: Callable[[], bool]) -> Kind:
+def _first_kind(is_link: Callable[[], bool], is_folder: Callable[[], bool], is_file: Callable[[], bool]) -> EntryKind:
     if is_link():
-        return Kind.LINK
+        return EntryKind.LINK
     if is_folder():
-        return Kind.FOLDER
-    return Kind.FILE if is_file() else Kind.OTHER
+        return EntryKind.FOLDER
+    return EntryKind.FILE if is_file() else EntryKind.OTHER
 
 
 def _is_hidden(name: str) -> bool:
@@ -369,7 +369,7 @@ def _require_regular(state: os.stat_result, path: str | Path) -> None:
 
 
 def plan_splits(files: Iterable[LandingFile], landing: Path, split_bytes: int) -> list[Split]:
-    """The splits of a batch in the order of its records. A gzip file is one split."""
+    """Return the splits of a batch in the order of its records. A gzip file is one split."""
     return list(_plan(sorted(files, key=lambda file: file.order), landing, split_bytes))
 
 

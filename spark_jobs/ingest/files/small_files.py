@@ -1,6 +1,6 @@
-"""Parses many small files together: each statement costs milliseconds, whether it sees three rows or thousands.
+"""Parse many small files together: each statement costs milliseconds, whether it reads three rows or thousands.
 
-A line's outcome depends on the line and on the folder's region alone. So the outcome of a file is cut out of that of its group.
+A line's outcome depends only on the line and on the folder's region. So the outcome of a file is a slice of that of its group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spark_jobs.ingest.contract.parse import Parsed, Reject, parse_chunk
-from spark_jobs.ingest.contract.spec import Contract, Limits
+from spark_jobs.ingest.contract.spec import BatchLimits, Contract
 from spark_jobs.ingest.event_columns import enrich
 from spark_jobs.ingest.files.landing import Split
 from spark_jobs.ingest.files.lines import Lines, read_lines
@@ -24,11 +24,11 @@ from spark_jobs.traffic.rules import InvalidTrafficRules
 SMALL_BYTES = 64 * 1024  # of a plain file
 _GROUP_BYTES = 4 * 1024 * 1024
 _GROUP_FILES = 1000
-_GROUP_LINES = 32 * 1024  # rejects are Python objects, and four megabytes may be as many lines
+_GROUP_LINES = 32 * 1024  # rejects are Python objects, and four megabytes may be four million lines
 
 
 def is_small(split: object) -> bool:
-    """Whether a split is a whole plain file, so small that it is worth to parse it with others."""
+    """Return whether a split is a whole uncompressed file that is small enough to be parsed with others."""
     if not isinstance(split, Split) or split.start or split.end is not None or split.path.endswith(".gz"):
         return False
     try:
@@ -38,7 +38,7 @@ def is_small(split: object) -> bool:
 
 
 def groups(splits: Iterable[object]) -> Iterator[list[int]]:
-    """Positions of consecutive splits that are parsed together: small ones of one region; every other one by itself."""
+    """Yield positions of consecutive splits that are parsed together: small ones of one region. Any other split is alone."""
     group: list[int] = []
     region, size = None, 0
     for position, split in enumerate(splits):
@@ -60,12 +60,11 @@ def groups(splits: Iterable[object]) -> Iterator[list[int]]:
 
 
 def parse_together(
-    splits: list[Split], contract: Contract, limits: Limits, campaigns: pa.Table, rules: InvalidTrafficRules
+    splits: list[Split], contract: Contract, limits: BatchLimits, campaigns: pa.Table, rules: InvalidTrafficRules
 ) -> dict[int, list[tuple[Parsed, pa.Table]]]:
-    """Number of a split -> its chunks, parsed and enriched, of splits of one region.
+    """Parse and enrich splits of one region; return the chunks by number of the split.
 
-    Splits that are not plain whole lines, cannot be read, or have more lines than there is room for, are left out: they have to be
-    parsed by themselves.
+    Splits that are not whole lines, cannot be read, or have too many lines for the group are left out, for the caller to parse.
     """
     found: dict[int, list[tuple[Parsed, pa.Table]]] = {}
     numbers: list[int] = []
@@ -90,7 +89,7 @@ def parse_together(
             size += len(chunk.data)
     if not numbers:
         return found
-    each = replace(limits, rejects_kept=None)  # of lines that repeat each other, too: they may be of other files
+    each = replace(limits, rejects_kept=None)  # all rejects, repeated lines too: the repeats may be in other files
     whole = parse_chunk(Lines(b"".join(data), np.concatenate(ends), 0), contract, splits[0].region, each)
     enriched = enrich(whole.valid, contract, limits, campaigns, rules)
     rejects: list[list[Reject]] = [[] for _ in numbers]
@@ -106,6 +105,6 @@ def parse_together(
 
 
 def _renumbered(rows: pa.Table, first: int) -> pa.Table:
-    """Rows whose line numbers count from the first line of their own file."""
+    """Make line numbers count from the first line of the rows' own file."""
     at = rows.schema.get_field_index("n")
     return rows.set_column(at, "n", pc.subtract(rows["n"], first))

@@ -22,9 +22,17 @@ from spark_jobs.errors import KafkaConfigurationError
 KAFKA_FILE = "kafka.toml"
 _NAME = r"^[a-z0-9-]{1,32}$"
 _TOPIC = r"^[a-zA-Z0-9._-]{1,249}$"
-_OURS = {  # what adtally's guarantees stand on: another value of these would break them
-    *("bootstrap.servers", "group.id", "isolation.level", "enable.auto.commit", "auto.offset.reset", "enable.partition.eof"),
-    *("enable.idempotence", "transactional.id", "partitioner", "acks"),
+_OURS = {  # adtally sets these: other values would break its guarantees
+    "bootstrap.servers",
+    "group.id",
+    "isolation.level",
+    "enable.auto.commit",
+    "auto.offset.reset",
+    "enable.partition.eof",
+    "enable.idempotence",
+    "transactional.id",
+    "partitioner",
+    "acks",
 }
 _OURS_IN_SPARK = {"subscribe", "subscribePattern", "assign", "failOnDataLoss", "startingOffsets", "endingOffsets"}
 

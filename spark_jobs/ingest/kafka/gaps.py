@@ -1,7 +1,7 @@
-"""Records that are gone before they were read: found before each batch, told by their offsets, gone past only by decision.
+"""Gaps: records that a topic lost before they were read. A batch that meets one fails until an operator gives the records up.
 
-A topic loses records when its retention passes, or when it is deleted and made anew; its id tells, for offsets begin at 0 again.
-A decision is a row of `source_gaps`: what was missing when it was made. What goes missing later takes another one.
+A topic loses records by retention, or because somebody deletes it and creates it again. Only its id shows the latter: the offsets
+begin at 0 again. A decision is a row of `source_gaps` with the offsets that were missing then. A later loss needs another decision.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ from typing import Any
 
 import msgspec
 import pyarrow as pa
-import pyarrow.dataset as ds
 from confluent_kafka import IsolationLevel, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka import KafkaError as Code
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._listoffsets import OffsetSpec
-from deltalake import DeltaTable
 
 from spark_jobs import disk
 from spark_jobs.config import Settings
@@ -28,8 +26,6 @@ from spark_jobs.ingest.kafka.config import KafkaCluster
 from spark_jobs.ingest.kafka.offsets import read_batch_offsets
 from spark_jobs.ingest.kafka.ranges import OffsetRange, Partition, partition_of
 from spark_jobs.lake.lake import Lake
-from spark_jobs.lake.log import DeltaLog
-from spark_jobs.lake.reading import read_newest
 from spark_jobs.lake.tables import RAW_TABLES, SOURCE_GAPS
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.steps import Step
@@ -42,7 +38,7 @@ _RUNBOOK = "docs/runbooks/offset-gap.md"
 
 @dataclass(frozen=True)
 class TopicState:
-    """A topic as its cluster has it: its id, and by partition the first offset and the one behind the last committed record."""
+    """A topic as its cluster has it: its id and, by partition, the first offset and the one after the last committed record."""
 
     cluster: str
     topic: str
@@ -53,7 +49,7 @@ class TopicState:
 
 @dataclass(frozen=True)
 class Gap:
-    """Offsets [first, end) of a partition that are gone. ``end`` as ``first``: of a topic made anew, nobody knows how many."""
+    """Missing offsets [first, end) of a partition. ``end`` equals ``first`` if a topic was created again: nobody knows."""
 
     partition: Partition
     first: int
@@ -66,24 +62,24 @@ class Gap:
 
 
 @dataclass(frozen=True)
-class Settled:
-    """The ranges of a batch that can be read, and how many offsets before them were given up."""
+class ReadableRanges:
+    """The ranges of a batch that the topic has, and the number of offsets that an operator gave up."""
 
     ranges: list[OffsetRange]
     lost: int
 
 
 class KnownTopic(msgspec.Struct, frozen=True):
-    """The topic that a checkpoint's offsets are of."""
+    """The topic that a checkpoint's offsets belong to."""
 
     topic_id: str
 
 
 def read_topic(cluster: KafkaCluster, topic: str, seconds: float = ANSWER_SECONDS) -> TopicState:
-    """Ask a cluster for a topic. Raises KafkaError where it does not answer in ``seconds`` or has no such topic."""
+    """Read the state of a topic. Raises KafkaError if the cluster does not answer in ``seconds`` or lacks the topic."""
     where = f"cluster {cluster.name} at {cluster.bootstrap_servers}"
-    told: list[str] = []  # why: a refused login, a port where nobody listens
-    options: dict[str, Any] = {"log_level": "0", "error_cb": lambda error: told.append(error.str()), **cluster.client_options()}
+    errors: list[str] = []  # of the client: a refused login, a port where nobody listens
+    options: dict[str, Any] = {"log_level": "0", "error_cb": lambda error: errors.append(error.str()), **cluster.client_options()}
     admin: AdminClient | None = None
     try:
         admin = AdminClient(options)
@@ -99,27 +95,27 @@ def read_topic(cluster: KafkaCluster, topic: str, seconds: float = ANSWER_SECOND
         if error.args[0].code() == Code.UNKNOWN_TOPIC_OR_PART:
             raise KafkaError(f"{where} has no topic {topic}", hint="make it, or correct kafka.toml") from None
         raise KafkaError(
-            f"{where} does not answer: {_cause(admin, told) or error.args[0].str()}", hint="is the broker up?"
+            f"{where} does not answer: {_cause(admin, errors) or error.args[0].str()}", hint="is the broker up?"
         ) from None
     except TimeoutError:
         raise KafkaError(
-            f"{where} does not answer within {seconds:.0f} s{_cause(admin, told, ': ')}", hint="is the broker up?"
+            f"{where} does not answer within {seconds:.0f} s{_cause(admin, errors, ': ')}", hint="is the broker up?"
         ) from None
     return TopicState(cluster.name, topic, str(described.topic_id), found["earliest"], found["latest"])
 
 
-def _cause(admin: AdminClient | None, told: list[str], before: str = "") -> str:
-    """What the client told last but for that all brokers are down, which says nothing."""
+def _cause(admin: AdminClient | None, errors: list[str], prefix: str = "") -> str:
+    """Return the client's last error, ignoring that all brokers are down, which says nothing."""
     if admin is not None:
-        admin.poll(0.1)  # so that it tells
-    said = [line for line in told if "brokers are down" not in line]
-    return f"{before}{said[-1]}" if said else ""
+        admin.poll(0.1)  # which calls error_cb
+    causes = [line for line in errors if "brokers are down" not in line]
+    return f"{prefix}{causes[-1]}" if causes else ""
 
 
 def topic_label(settings: Settings, stream: str, state: TopicState) -> str:
-    """What tables and checkpoints call a topic: its name, and from the second topic of that name on ``name~2`` and so on.
+    """Return how tables and checkpoints name a topic: its name; the second topic of that name is ``name~2``, and so on.
 
-    Raises OffsetGapError where another topic of that name was read before and nobody decided to go on with this one.
+    Raises OffsetGapError if another topic of that name was read before and no operator accepted this one.
     """
     seen = _seen(settings, stream, state.cluster, state.topic)
     if state.topic_id in seen:
@@ -137,11 +133,11 @@ def _label(topic: str, nth: int) -> str:
 
 
 def _seen(settings: Settings, stream: str, cluster: str, topic: str) -> list[str]:
-    """Ids of the topics of a name that were read, or that an operator decided to read, in that order."""
+    """Return the ids of the topics of a name that were read, or that an operator accepted, in that order."""
     known = held_topic(checkpoint_of(settings, stream, cluster, topic, topic))
     ids = [known.topic_id] if known else []
     for row in sorted(_decisions(settings, stream, cluster, topic), key=lambda row: row["accepted_at"]):
-        if not ids:  # the checkpoint is lost; the decision says what it went past
+        if not ids:  # the checkpoint is lost; the decision still shows how many topics came before
             ids = [""] * (int(row["source_topic"].rpartition("~")[2]) - 1) if "~" in row["source_topic"] else []
         if row["topic_id"] not in ids:
             ids.append(row["topic_id"])
@@ -149,12 +145,12 @@ def _seen(settings: Settings, stream: str, cluster: str, topic: str) -> list[str
 
 
 def checkpoint_of(settings: Settings, stream: str, cluster: str, topic: str, label: str) -> Path:
-    """The checkpoint of the query that reads a topic; ``stream`` as the query's name begins, such as events or raw_events."""
+    """Return the checkpoint of the query that reads a topic. ``stream`` begins the query's name: events or raw_events."""
     return settings.checkpoints_path / f"{stream}-{cluster}{label.removeprefix(topic)}"
 
 
 def keep_topic(checkpoint: Path, state: TopicState) -> None:
-    """Keep in the checkpoint which topic its offsets are of. Raises OffsetGapError where it is another one by now."""
+    """Write the id of the topic into the checkpoint. Raises OffsetGapError if the checkpoint has another topic's."""
     held = held_topic(checkpoint)
     if held is None:
         disk.write_file(checkpoint / TOPIC_FILE, msgspec.json.encode(KnownTopic(state.topic_id)))
@@ -164,8 +160,8 @@ def keep_topic(checkpoint: Path, state: TopicState) -> None:
         )
 
 
-def settle_ranges(settings: Settings, stream: str, wanted: Sequence[OffsetRange], state: TopicState) -> Settled:
-    """The part of ``wanted`` that the topic still has. Raises OffsetGapError where a part is gone that nobody has given up."""
+def readable_ranges(settings: Settings, stream: str, wanted: Sequence[OffsetRange], state: TopicState) -> ReadableRanges:
+    """Return the part of ``wanted`` that the topic still has. Raises OffsetGapError if a part is gone that nobody gave up."""
     ranges, gaps = [], []
     for one in wanted:
         partition = partition_of(one.name)
@@ -175,7 +171,7 @@ def settle_ranges(settings: Settings, stream: str, wanted: Sequence[OffsetRange]
         if kept.start < kept.end:
             ranges.append(kept)
     _refuse_open(settings, stream, state, gaps)
-    return Settled(sorted(ranges), sum(gap.end - gap.first for gap in gaps))
+    return ReadableRanges(sorted(ranges), sum(gap.end - gap.first for gap in gaps))
 
 
 def _refuse_open(settings: Settings, stream: str, state: TopicState, gaps: Sequence[Gap]) -> None:
@@ -192,7 +188,7 @@ def _refuse_open(settings: Settings, stream: str, state: TopicState, gaps: Seque
 
 
 def _cut(partition: Partition, start: int, end: int, state: TopicState) -> tuple[list[Gap], OffsetRange]:
-    """The parts of [start, end) that the topic does not have, before what it has and behind it; and what it has."""
+    """Return the parts of [start, end) that the topic lacks, before and after the part that it has, and that part."""
     earliest = state.earliest.get(partition.number, end)
     latest = state.latest.get(partition.number, end)
     first, last = min(max(start, earliest), end), min(end, max(latest, start))
@@ -203,7 +199,7 @@ def _cut(partition: Partition, start: int, end: int, state: TopicState) -> tuple
 
 
 def gaps_of(checkpoint: Path, label: str, state: TopicState) -> list[Gap]:
-    """What is missing for the next batch of the query with this checkpoint, decided or not."""
+    """Return what is missing for the next batch of the query with this checkpoint, whether given up or not."""
     planned = max((int(p.name) for p in (checkpoint / "offsets").glob("*") if p.name.isdecimal()), default=None)
     if planned is None:
         return []
@@ -225,9 +221,9 @@ def gaps_of(checkpoint: Path, label: str, state: TopicState) -> list[Gap]:
 
 
 def missing_now(settings: Settings, stream: str, cluster: KafkaCluster) -> tuple[TopicState, str, list[Gap]]:
-    """The topic, its label from now on, and what is missing of it for the ingest or for the raw copy, decided or not.
+    """Return the topic, its label from now on, and what the ingest or the raw copy misses of it, whether given up or not.
 
-    Raises KafkaError where the cluster does not answer.
+    Raises KafkaError if the cluster does not answer.
     """
     state = read_topic(cluster, cluster.topic(stream))
     seen = _seen(settings, stream, cluster.name, state.topic)
@@ -243,9 +239,9 @@ def missing_now(settings: Settings, stream: str, cluster: KafkaCluster) -> tuple
 
 
 def accept_gap(settings: Settings, stream: str, cluster: KafkaCluster, *, reason: str, accepted_by: str) -> list[Gap]:
-    """Decide to go on behind all that is missing now; returns it.
+    """Give up all that is missing now; return it.
 
-    Raises UsageError where nothing is missing or no reason or name is given.
+    Raises UsageError if nothing is missing, or without a reason and a name.
     """
     if not reason.strip() or not accepted_by.strip():
         raise UsageError("a reason and a name are needed: both are kept", hint="--reason …")
@@ -275,24 +271,22 @@ def accept_gap(settings: Settings, stream: str, cluster: KafkaCluster, *, reason
 
 
 def copied_records(settings: Settings, stream: str, gap: Gap) -> int:
-    """How many records of a gap the raw copy holds, so that `adtally reconcile --repair` can bring them in."""
-    uri = settings.table_uri(RAW_TABLES[stream].name)
-    if gap.first == gap.end or not DeltaLog(uri).exists():
+    """Count the records of a gap that the raw copy has: `adtally reconcile --repair` can bring these in."""
+    lake, raw = Lake(settings), RAW_TABLES[stream]
+    snapshot = lake.pin(raw)
+    if gap.first == gap.end or raw not in snapshot:
         return 0
-    offset = ds.field("source_offset")
-    is_there = (
-        (ds.field("cluster") == gap.partition.cluster)
-        & (ds.field("source_topic") == gap.partition.topic)
-        & (ds.field("source_partition") == gap.partition.number)
-        & (offset >= gap.first)
-        & (offset < gap.end)
-    )
-    found = DeltaTable(uri).to_pyarrow_dataset().to_table(columns=["source_offset"], filter=is_there)
-    return len(found["source_offset"].unique())
+    with lake.database() as database:
+        found = database.execute(
+            f"select count(distinct source_offset) from {snapshot.scan(raw)} where cluster = ? and source_topic = ? "
+            "and source_partition = ? and source_offset >= ? and source_offset < ?",
+            [*gap.partition, gap.first, gap.end],
+        ).fetchone()
+    return int(found[0]) if found else 0
 
 
 def held_topic(checkpoint: Path) -> KnownTopic | None:
-    """The topic that a checkpoint's offsets are of; None: no batch was planned yet."""
+    """Return the topic that a checkpoint's offsets belong to; None if no batch was planned yet."""
     try:
         return msgspec.json.decode((checkpoint / TOPIC_FILE).read_bytes(), type=KnownTopic)
     except (OSError, msgspec.MsgspecError):
@@ -300,7 +294,7 @@ def held_topic(checkpoint: Path) -> KnownTopic | None:
 
 
 def _decisions(settings: Settings, stream: str, cluster: str, topic: str) -> list[dict[str, Any]]:
-    rows = read_newest(settings.table_uri(SOURCE_GAPS.name), SOURCE_GAPS.schema).to_pylist()
+    rows = Lake(settings).pin(SOURCE_GAPS).rows(SOURCE_GAPS).to_pylist()
     place = (stream, cluster, topic)
     return [row for row in rows if (row["stream"], row["cluster"], row["source_topic"].partition("~")[0]) == place]
 

@@ -8,7 +8,6 @@ checks the imports. Tasks write data files, and the driver commits them once a b
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,15 +20,14 @@ import numpy.typing as npt
 import pyarrow as pa
 from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 from confluent_kafka import KafkaError as Code
-from pyspark.sql import DataFrame
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import KafkaError
 from spark_jobs.failure import working_on
 from spark_jobs.ingest.agreement import check_agreement
+from spark_jobs.ingest.job import BatchJob, Executor
 from spark_jobs.ingest.kafka.config import KafkaCluster
 from spark_jobs.ingest.kafka.source import KafkaSource
-from spark_jobs.ingest.query import SourceQuery
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.data_files import DataFile, DataFileWriter
 from spark_jobs.lake.stamp import Stamp, stamped
@@ -77,33 +75,33 @@ class CopyJob:
     stamp: Stamp
 
 
-class RawCopy(SourceQuery):
-    """The query that copies the topic of a stream of one cluster."""
+class RawCopy(BatchJob):
+    """The job that copies the topic of a stream of one cluster."""
 
     min_trigger_seconds = 10.0  # nobody waits for it
 
     def __init__(self, settings: Settings, stream: str, cluster: KafkaCluster) -> None:
         """Raises KafkaError where the cluster does not answer or lacks the topic, OffsetGapError where it is another topic."""
         self._topic = KafkaSource(settings, stream, cluster, f"raw_{stream}", _BATCH_FACTOR)
-        super().__init__(self._topic, settings)
+        super().__init__(self._topic)
         self._settings = settings
         self._sink = DeltaSink(RAW_TABLES[stream], settings)
 
     def check_agreement(self) -> None:
-        """See SourceQuery."""
+        """See BatchJob."""
         check_agreement(self._settings, self.source, [self._sink.table])
 
-    def _run_batch(self, frame: DataFrame, batch_id: int) -> None:
+    def run_batch(self, batch_id: int, executor: Executor) -> None:
+        """Copy the records of a batch's offsets."""
         planned = self._topic.plan(batch_id)
         options = self._topic.cluster.client_options()
         slices = [part for one in planned.ranges for part in cut(one.name, one.start, one.end, options)]
         if not slices:
             return
-        query_id = json.loads((self.checkpoint / "metadata").read_text("utf-8"))["id"]
+        query_id = self.source.query_id()
         job = CopyJob(self._sink.table, self._sink.uri, Stamp(query_id, batch_id, planned.planned_us))
-        context = frame.sparkSession.sparkContext
-        tasks = min(len(slices), context.defaultParallelism)
-        written = self.activity.run(context, slices, tasks, lambda part: [copy_slices(part, job)])
+        tasks = min(len(slices), executor.parallelism)
+        written = executor.map(lambda part: [copy_slices(part, job)], slices, tasks)
         files = [file for part in written for file in part]
         self._sink.append(files, Step.RAW_COPY, Transaction(query_id, batch_id))
 

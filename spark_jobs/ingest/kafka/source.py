@@ -1,28 +1,30 @@
 """A topic as a source. Spark's Kafka source finds the offsets and keeps them in the checkpoint; tasks read the records by them.
 
-Before each batch the topic is asked whether it still has what is to be read. Where it does not, because retention passed or the
-topic was made anew, the batch fails and says which offsets are missing; an operator may decide to go on behind them
-(``gaps.accept_gap``), which the ledger then shows.
+Before each batch the source checks that the topic still has the batch's offsets. If retention removed some, or the topic was
+deleted and created again, the batch fails and names the missing offsets. An operator may give them up (``gaps.accept_gap``); the
+ledger counts them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-
-from pyspark.sql import DataFrame, SparkSession
+from typing import TYPE_CHECKING
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, KafkaError
 from spark_jobs.ingest.files.landing import Split
 from spark_jobs.ingest.kafka.config import KafkaCluster
-from spark_jobs.ingest.kafka.gaps import checkpoint_of, keep_topic, read_topic, settle_ranges, topic_label
+from spark_jobs.ingest.kafka.gaps import checkpoint_of, keep_topic, read_topic, readable_ranges, topic_label
 from spark_jobs.ingest.kafka.offsets import read_batch_offsets
 from spark_jobs.ingest.kafka.ranges import OffsetRange, OffsetSplit, Partition, plan_offset_splits
-from spark_jobs.ingest.source import Planned, Source
+from spark_jobs.ingest.source import Planned, RecordSource
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
 
 _SAID = re.compile(r"spark_jobs\.errors\.KafkaError: ([^\n]+)")
-# what Java's client and Spark's source say where no broker answers
+# what Java's client and Spark's source report if no broker answers
 _BROKER_WORDS = (
     "TimeoutException",
     "Timed out",
@@ -34,11 +36,11 @@ _BROKER_WORDS = (
 
 
 def _reader_options(cluster: KafkaCluster, topic: str, max_offsets: int) -> dict[str, str]:
-    """Options of Spark's Kafka source for a topic: from its beginning, committed records alone, and a gap is a failure."""
+    """Return options of Spark's Kafka source: read a topic from its beginning, only committed records; a gap is a failure."""
     return {
         "kafka.request.timeout.ms": "15000",
         "kafka.default.api.timeout.ms": "20000",
-        # else two minutes, in which a task that waits for a broker that is gone has the core that another cluster's could use
+        # the default is two minutes, in which a task that waits for a lost broker blocks a core that another cluster could use
         "kafkaConsumer.pollTimeoutMs": "15000",
         **cluster.spark_options(),
         "kafka.isolation.level": "read_committed",
@@ -49,7 +51,7 @@ def _reader_options(cluster: KafkaCluster, topic: str, max_offsets: int) -> dict
     }
 
 
-class KafkaSource(Source):
+class KafkaSource(RecordSource):
     """The topic of a stream in one cluster."""
 
     kind = "kafka"
@@ -57,10 +59,9 @@ class KafkaSource(Source):
     def __init__(
         self, settings: Settings, stream: str, cluster: KafkaCluster, query: str | None = None, batch_factor: int = 1
     ) -> None:
-        """``query``: how the query's name begins, where it is not the ingest's of the stream. ``batch_factor``: so many times as
-        large are its batches.
+        """``query`` is how the query's name begins, by default the stream. ``batch_factor`` multiplies the size of its batches.
 
-        Raises KafkaError where the cluster does not answer or lacks the topic, OffsetGapError where it is another topic.
+        Raises KafkaError if the cluster does not answer or lacks the topic, OffsetGapError if the topic was created again.
         """
         self.cluster = cluster
         self.topic = cluster.topic(stream)
@@ -72,14 +73,14 @@ class KafkaSource(Source):
         self._max_offsets = batch_factor * cluster.max_offsets_per_batch
 
     def load(self, spark: SparkSession) -> DataFrame:
-        """See Source."""
+        """See RecordSource."""
         reader = spark.readStream.format("kafka")
         for name, value in _reader_options(self.cluster, self.topic, self._max_offsets).items():
             reader = reader.option(name, value)
         return reader.load().select("partition")
 
     def plan(self, batch_id: int) -> Planned:
-        """See Source. Raises OffsetGapError where the topic lacks what is to be read, KafkaError where it does not answer."""
+        """See RecordSource. Raises OffsetGapError if the topic lacks offsets of the batch, KafkaError if no broker answers."""
         state = read_topic(self.cluster, self.topic)
         keep_topic(self.checkpoint, state)
         offsets = read_batch_offsets(self.checkpoint, batch_id, self.topic)
@@ -87,11 +88,11 @@ class KafkaSource(Source):
             OffsetRange(Partition(self.cluster.name, self.label, number).name, offsets.start[number], end)
             for number, end in offsets.end.items()
         ]
-        settled = settle_ranges(self._settings, self._stream, wanted, state)
-        return Planned(offsets.planned_us, ranges=settled.ranges, lost_offsets=settled.lost)
+        readable = readable_ranges(self._settings, self._stream, wanted, state)
+        return Planned(offsets.planned_us, ranges=readable.ranges, lost_offsets=readable.lost)
 
     def has_records(self, batch_id: int) -> bool:
-        """See Source."""
+        """See RecordSource."""
         offsets = self.checkpoint / "offsets"
         if not (offsets / str(batch_id)).exists() or (batch_id and not (offsets / str(batch_id - 1)).exists()):
             return False
@@ -99,20 +100,20 @@ class KafkaSource(Source):
         return any(end > found.start[number] for number, end in found.end.items())
 
     def splits(self, planned: Planned) -> list[OffsetSplit]:
-        """See Source."""
+        """See RecordSource."""
         return plan_offset_splits(planned.ranges, self.cluster.client_options())
 
     def regions(self, splits: Sequence[Split | OffsetSplit]) -> list[str]:
-        """See Source: the cluster's name, whatever region a record names."""
+        """Return the cluster's name, whatever regions the records name."""
         return [self.cluster.name]
 
     def explained(self, error: Exception) -> AdtallyError | None:
-        """See Source."""
+        """See RecordSource."""
         return explain_failure(self.cluster, error)
 
 
 def explain_failure(cluster: KafkaCluster, error: Exception) -> AdtallyError | None:
-    """A failure of a query in our own words where the cluster is at fault; None: it is not."""
+    """Return the KafkaError that a failed query's ``error`` stands for; None if the cluster did not cause it."""
     text = str(error)
     said = _SAID.search(text)
     if said:  # by a task

@@ -1,4 +1,4 @@
-"""How far the topics of each cluster are read and copied. A cluster is asked for a moment only; one that is away is said to be."""
+"""Report how far the topics of each cluster are read and copied, and which clusters do not answer within a few seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spark_jobs.ingest.kafka.config import KafkaCluster, read_kafka
 from spark_jobs.ingest.kafka.gaps import TopicState, checkpoint_of, read_topic
 from spark_jobs.ingest.kafka.offsets import finished_offsets
 from spark_jobs.ingest.kafka.reading import open_consumer
-from spark_jobs.lake.reading import read_newest
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import SOURCE_GAPS, STREAMS
 
 ASK_SECONDS = 3.0
@@ -24,9 +24,9 @@ ASK_SECONDS = 3.0
 class TopicSource:
     """A topic that is ingested. ``topic`` is what tables call it.
 
-    ``read_to`` and ``copied_to`` are, by partition, the offsets up to which batches and the raw copy are done, ``ends`` those
-    behind the last committed records (None: the cluster does not answer, and ``problem`` says so). ``gaps`` are decisions to go
-    on behind records that are gone, ``lost_offsets`` how many offsets these came to, as far as is known.
+    By partition, ``read_to`` and ``copied_to`` are the offsets up to which batches and the raw copy are complete, ``ends`` those
+    after the last committed records (None: the cluster does not answer; ``problem`` says why). ``gaps`` counts an operator's
+    decisions to give up missing records, ``lost_offsets`` the offsets that these covered, as far as is known.
     """
 
     cluster: str
@@ -41,12 +41,12 @@ class TopicSource:
 
     @property
     def lag(self) -> int | None:
-        """Offsets that wait to be read; at most so many records. None: nobody knows."""
+        """Offsets that are not read yet, which is at most so many records. None: unknown."""
         return None if self.ends is None else _behind(self.read_to, self.ends)
 
     @property
     def copy_lag(self) -> int | None:
-        """Offsets that wait to be copied: of the topic, or, where that does not answer, of what was read."""
+        """Offsets that are not copied yet: of the topic, or of what was read if the cluster does not answer."""
         return _behind(self.copied_to, self.read_to if self.ends is None else self.ends)
 
 
@@ -55,9 +55,9 @@ def _behind(at: dict[int, int], ends: dict[int, int]) -> int:
 
 
 def read_topic_sources(settings: Settings, *, seconds: float = ASK_SECONDS) -> list[TopicSource]:
-    """The topics of all clusters that are ingested, in the order of kafka.toml. Raises KafkaConfigurationError for a wrong one."""
+    """Return the topics of all ingested clusters, in the order of kafka.toml. Raises KafkaConfigurationError if that is wrong."""
     clusters = read_kafka(settings).consumed
-    gaps = read_newest(settings.table_uri(SOURCE_GAPS.name), SOURCE_GAPS.schema).to_pylist() if clusters else []
+    gaps = Lake(settings).pin(SOURCE_GAPS).rows(SOURCE_GAPS).to_pylist() if clusters else []
     found = []
     for cluster in clusters:
         away: str | None = None

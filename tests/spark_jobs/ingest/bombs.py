@@ -74,7 +74,7 @@ def _peak_mib() -> int:
 def main(folder: Path, names: list[str]) -> None:
     import numpy as np
 
-    from spark_jobs.ingest.contract.spec import Limits
+    from spark_jobs.ingest.contract.spec import BatchLimits
     from spark_jobs.ingest.event_columns import CAMPAIGN_SCHEMA
     from spark_jobs.ingest.files.landing import Split
     from spark_jobs.ingest.reject_rows import share_rejects
@@ -85,7 +85,7 @@ def main(folder: Path, names: list[str]) -> None:
     from spark_jobs.traffic.rules import no_rules
 
     now = 1_800_000_000_000_000
-    limits = Limits(now, 0, 300_000_000, 900_000_000, rejects_kept=1000)
+    limits = BatchLimits(now, 0, 300_000_000, 900_000_000, rejects_kept=1000)
     for number, name in enumerate(names):
         path = make(name, folder)
         Path("/proc/self/clear_refs").write_text("5", "ascii")  # the peak is counted from now on

@@ -13,7 +13,7 @@ from spark_jobs.errors import TableCorruptionError
 from spark_jobs.ingest.agreement import check_agreement
 from spark_jobs.ingest.files.landing import Split
 from spark_jobs.ingest.kafka.ranges import OffsetSplit
-from spark_jobs.ingest.source import Planned, Source
+from spark_jobs.ingest.source import Planned, RecordSource
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, ORDERS, RAW_EVENTS, REJECTED_EVENTS, Table
 from spark_jobs.lake.writes import DeltaSink, ensure_tables
@@ -22,7 +22,7 @@ from spark_jobs.steps import Step
 CHAIN = [EVENTS, MINUTE_METRICS, BATCH_LEDGER]
 
 
-class Planner(Source):
+class Planner(RecordSource):
     """A source of which only the batches that had records are known."""
 
     kind, name = "files", "events"

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark_jobs.ingest.dedupe.classify import Outcome
-from spark_jobs.ingest.order_rows import Settled, micros, settle_orders, signed
+from spark_jobs.ingest.order_rows import SettledOrders, micros, settle_orders, signed
 from spark_jobs.lake.tables import ORDERS
 
 Row = dict[str, Any]
@@ -63,14 +63,14 @@ class Table:
         settled = settle_orders(batch, self.rows)
         assert (batch, self.rows) == given, "what was given is not changed"
         ids = [row["order_id"] for row in settled.changed]
-        accepted = {r["order_id"] for r, outcome in zip(batch, settled.outcome, strict=True) if outcome is Outcome.ACCEPTED}
+        accepted = {r["order_id"] for r, (outcome, _) in zip(batch, pairs(settled), strict=True) if outcome is Outcome.ACCEPTED}
         assert ids == sorted(accepted), "a merge takes one row an order"
         self.rows |= {row["order_id"]: as_stored(row) for row in settled.changed}
         return pairs(settled)
 
 
-def pairs(settled: Settled) -> list[tuple[Outcome, int]]:
-    return list(zip(settled.outcome, settled.accepted_fingerprint, strict=True))
+def pairs(settled: SettledOrders) -> list[tuple[Outcome, int]]:
+    return [(Outcome(one), int(holder)) for one, holder in zip(settled.outcome, settled.accepted_fingerprint, strict=True)]
 
 
 def settle_in(batches: list[list[Row]]) -> tuple[list[tuple[Outcome, int]], dict[str, Row]]:
@@ -176,7 +176,8 @@ def test_a_changed_row_has_every_column_but_the_batch_s_own() -> None:
 
 
 def test_no_records() -> None:
-    assert settle_orders([], {"o": {}}) == Settled([], [], [])
+    settled = settle_orders([], {"o": {}})
+    assert (pairs(settled), settled.changed) == ([], [])
 
 
 @pytest.mark.parametrize(("fingerprint", "stored"), [(0, 0), (2**63 - 1, 2**63 - 1), (2**63, -(2**63)), (2**64 - 1, -1)])

@@ -17,7 +17,7 @@ from spark_jobs.corrections.reconcile import reconcile
 from spark_jobs.errors import KafkaError
 from spark_jobs.ingest import stage
 from spark_jobs.ingest.batch import Plan
-from spark_jobs.ingest.contract.spec import Limits
+from spark_jobs.ingest.contract.spec import BatchLimits
 from spark_jobs.ingest.files.landing import LandingFile
 from spark_jobs.ingest.kafka.ranges import OffsetRange
 from spark_jobs.ingest.poison import ATTEMPTS, Attempts, Unit, find_poison, is_of_content
@@ -57,7 +57,7 @@ def test_the_offsets_that_fail_are_found(tmp_path: Path) -> None:
     ranges = [OffsetRange("kafka/eu/ad-events/0", 1000, 1500), OffsetRange("kafka/eu/ad-events/1", 0, 7)]
     found = find_poison(ranges, Attempts(tmp_path / "a.json", ME), _fails_by(wrong, []))
     assert [unit for unit, _ in found] == [OffsetRange(ranges[0].name, at, at + 1) for at in (1003, 1200)]
-    plan = Plan(Limits(0, 0, 0, 0), 0, [], None, ranges, 0, [Quarantined(ranges[0].name, "poison", "", 1003, 1004)])
+    plan = Plan(BatchLimits(0, 0, 0, 0), 0, [], None, ranges, 0, [Quarantined(ranges[0].name, "poison", "", 1003, 1004)])
     assert [(one.start, one.end) for one in plan.input.ranges] == [(1000, 1003), (1003, 1004), (1004, 1500), (0, 7)]
 
 

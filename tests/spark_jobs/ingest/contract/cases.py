@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spark_jobs.ingest.contract.spec import Limits
+from spark_jobs.ingest.contract.spec import BatchLimits
 
 FOLDER = Path(__file__).resolve().parents[3] / "cases" / "contract"
 
-LIMITS = Limits(
+LIMITS = BatchLimits(
     ingested_us=1_748_908_800_000_000,  # 2025-06-03T00:00:00Z
     earliest_us=946_684_800_000_000,  # 2000-01-01T00:00:00Z
     future_skew_us=300_000_000,

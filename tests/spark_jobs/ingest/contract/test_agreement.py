@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from spark_jobs.ingest.contract import vectorised
-from spark_jobs.ingest.contract.exact import Verdict, validate_line
+from spark_jobs.ingest.contract.exact import LineVerdict, validate_line
 from spark_jobs.ingest.contract.parse import Reject, decode_raw, encode_raw, parse_chunk
 from spark_jobs.ingest.contract.spec import CONTRACTS, MAX_LINE_BYTES, MAX_RAW_BYTES, Contract
 from spark_jobs.ingest.contract.vectorised import accept_plain, flat_lines, parsed_schema
@@ -153,7 +153,7 @@ def one_by_one(chunk: Lines, contract: Contract) -> tuple[list[dict[str, Any]], 
     for index in range(len(chunk.ends)):
         raw = chunk.raw(index)
         terminated = chunk.terminated or index < len(chunk.ends) - 1
-        verdict: Verdict = validate_line(raw, contract, REGION, LIMITS, terminated=terminated)
+        verdict: LineVerdict = validate_line(raw, contract, REGION, LIMITS, terminated=terminated)
         if verdict.values is not None:
             valid.append({"n": chunk.first + index, **verdict.values})
         else:

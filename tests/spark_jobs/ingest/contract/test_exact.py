@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spark_jobs.ingest.contract.exact import parse_time, validate_line
-from spark_jobs.ingest.contract.spec import CONTRACTS, CURRENCIES, EARLIEST_US, LATEST_US, MAX_LINE_BYTES, Kind
+from spark_jobs.ingest.contract.spec import CONTRACTS, CURRENCIES, EARLIEST_US, LATEST_US, MAX_LINE_BYTES, FieldKind
 from spark_jobs.units import to_micros
 from tests.spark_jobs.ingest.contract.cases import LIMITS, Case, base, load
 
@@ -35,13 +35,13 @@ def test_every_reason_has_a_case() -> None:
     reasons |= {"crlf", "byte_order_mark", "nul_byte", "blank_line", "invalid_utf8", "not_json", "unterminated_line"}
     reasons |= {"not_an_object", "duplicate_key", "invalid_unicode", "region_mismatch", "region_format", "folder_region_format"}
     kinds = {
-        Kind.ID: ["type", "length"],
-        Kind.TEXT: ["type"],
-        Kind.ENUM: ["type", "unknown"],
-        Kind.CURRENCY: ["type", "unknown"],
-        Kind.INTEGER: ["type", "range"],
-        Kind.TIME: ["type", "format", "precision"],
-        Kind.REGION: ["type"],
+        FieldKind.ID: ["type", "length"],
+        FieldKind.TEXT: ["type"],
+        FieldKind.ENUM: ["type", "unknown"],
+        FieldKind.CURRENCY: ["type", "unknown"],
+        FieldKind.INTEGER: ["type", "range"],
+        FieldKind.TIME: ["type", "format", "precision"],
+        FieldKind.REGION: ["type"],
     }
     for contract in CONTRACTS.values():
         own = {"missing": [f.name for f in contract.fields if f.required]}

@@ -1,0 +1,53 @@
+"""A batch and what runs its tasks, without Spark: `query` connects both to Spark, tests run a batch in their own process."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeVar
+
+from spark_jobs.ingest.source import RecordSource
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Executor(Protocol):
+    """Runs the tasks of a batch."""
+
+    @property
+    def parallelism(self) -> int:
+        """How many tasks run at a time."""
+
+    @property
+    def shares_disk(self) -> bool:
+        """Whether all tasks see the driver's files."""
+
+    @property
+    def was_cut_off(self) -> bool:
+        """Whether somebody killed workers during the batch, so that its failure says nothing about its records."""
+
+    def map(self, function: Callable[[Iterable[Item]], Iterable[Result]], items: Sequence[Item], slices: int) -> list[Result]:
+        """Call ``function`` in at most ``slices`` tasks, each with some of the ``items``; return all results in their order."""
+
+
+class BatchJob(ABC):
+    """Reads the batches of one source into tables.
+
+    No batch begins after ``stopping`` is set. ``min_trigger_seconds`` is the shortest time between two batches.
+    """
+
+    min_trigger_seconds = 0.0
+
+    def __init__(self, source: RecordSource) -> None:
+        self.source = source
+        self.stopping = threading.Event()
+
+    @abstractmethod
+    def check_agreement(self) -> None:
+        """Raise TableCorruptionError if the source's checkpoint and the job's tables do not agree (`ingest/agreement.py`)."""
+
+    @abstractmethod
+    def run_batch(self, batch_id: int, executor: Executor) -> None:
+        """Read a batch that the source has planned, and commit it. A batch that ran before is completed, never counted twice."""
