@@ -70,7 +70,7 @@ class PlannedRanges:
         self.snapshot = self._raw.snapshot
         for name in sorted({*planned, *ends}):
             spans = sorted(planned.get(name, ()))
-            held = self._held[name] = self._raw.held(name, from_offset=spans[0][0] if spans else 0)
+            held = self._held[name] = self._raw.complete_spans(name, from_offset=spans[0][0] if spans else 0)
             missed = [part for gap in minus((0, ends.get(name, 0)), spans) for part in both(gap, held)]
             self._missed[name] = missed
             self._chunks_of[name] = list(self._raw.chunks(name, sorted([*spans, *missed]), held))

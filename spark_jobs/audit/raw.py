@@ -62,7 +62,7 @@ class RawTable:
         self.snapshot = snapshot.and_pin(self._table)
         self._table_id = snapshot.lake.log(self._table).table_id() if self._table in self.snapshot else ""
 
-    def held(self, name: str, *, from_offset: int) -> list[Span]:
+    def complete_spans(self, name: str, *, from_offset: int) -> list[Span]:
         """Return the offsets of a partition that are there in full, ascending; ``from_offset`` is the lowest that matters."""
         query = self._queries.get(query_key(name))
         own = None

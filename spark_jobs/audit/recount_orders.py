@@ -237,7 +237,7 @@ class OrdersRecount(Recount):
         self.database.execute(
             f"""
             insert into records by name
-            with untold as (
+            with unshown as (
                 select t.* from {self.database.scan(ORDERS)} t
                 where cancelled_at is not null and order_id in (select record_id from ids)
                     and not exists (from records r where r.is_ok and r.record_id = order_id and r.status = 'cancelled'
@@ -245,17 +245,17 @@ class OrdersRecount(Recount):
             ), of_batch as (
                 select query_id, batch_id, min_by({spot}, o) as spot from doubtful join batches using (b) group by all
             ), placed as (
-                select untold.order_id, coalesce(own.spot, if(first.spot.o < told.last, first.spot, null)) as spot
-                from untold join (select record_id, max(o) as last from records where is_ok group by record_id) told
-                        on told.record_id = untold.order_id
+                select unshown.order_id, coalesce(own.spot, if(first.spot.o < shown_until.last, first.spot, null)) as spot
+                from unshown join (select record_id, max(o) as last from records where is_ok group by record_id) shown_until
+                        on shown_until.record_id = unshown.order_id
                     left join of_batch own on own.query_id = _query_id and own.batch_id = _batch_id
                     cross join (select min_by({spot}, o) as spot from doubtful) first
             )
-            select n, spot.o as o, spot.b as b, null as name, region, -1 as line, untold.order_id as record_id,
+            select n, spot.o as o, spot.b as b, null as name, region, -1 as line, unshown.order_id as record_id,
                 epoch_us(order_time) as time_us, hour_of(epoch_us(order_time)) as hour,
                 epoch_us(cancelled_at) as received_us, {", ".join(SHARED)},
                 'cancelled' as status, true as is_ok, is_late, fingerprint, true as is_trusted
-            from untold join placed using (order_id) join ids on record_id = untold.order_id where spot is not null
+            from unshown join placed using (order_id) join ids on record_id = unshown.order_id where spot is not null
             """
         )
 

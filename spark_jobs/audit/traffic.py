@@ -68,7 +68,7 @@ class _RuleSet:
         return any(address in network for network in self._networks)
 
     def exempt_among(self, users: Collection[str]) -> list[str]:
-        """Return the users that stand for unknown people."""
+        """Return the exempt ones of ``users``."""
         return [user for user in users if _folded(user) in self._exempt]
 
     def hits_of(self, name: str, values: Collection[str]) -> list[str]:
