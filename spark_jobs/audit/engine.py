@@ -139,6 +139,10 @@ class Recount(ABC):
             "set_aside",
             # a negative o: there is no occurrence
             [(-1 - at, b, one.name, one.name.split("/")[1], one.start, [one.reason]) for at, (b, one) in enumerate(found)],
-            o=pa.int64(), b=pa.int64(), name=pa.string(), region=pa.string(), line=pa.int64(),
+            o=pa.int64(),
+            b=pa.int64(),
+            name=pa.string(),
+            region=pa.string(),
+            line=pa.int64(),
             reasons=pa.list_(pa.string()),
         )
