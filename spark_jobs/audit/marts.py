@@ -1,14 +1,14 @@
-"""The published marts against what the versions that they name must give. A mart that is merely older than the tables is right."""
+"""Compare the published marts with the table versions that they name. A mart that is only older than the tables is right."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 
-from spark_jobs.audit.compare import LEDGER_MEASURES, METRIC_MEASURES, Finding
-from spark_jobs.audit.truth import scan
+from spark_jobs.audit.compare import LEDGER_MEASURES, Finding
+from spark_jobs.audit.compare_events import METRIC_MEASURES
 from spark_jobs.config import Settings
-from spark_jobs.lake.duck import connect_delta, literal
+from spark_jobs.lake.duck import literal
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import BATCH_LEDGER, MINUTE_METRICS
 from spark_jobs.units import HOUR_US, NO_HOUR
 
@@ -16,25 +16,27 @@ _GROUP = "near_real_time"
 _COUNTS = tuple(name for name in LEDGER_MEASURES if name != "spend_nanos")
 
 
-def compare_marts(settings: Settings, spill: Path, hours: Collection[int] | None) -> list[Finding]:
-    """What differs in fct_campaign_minute (per hour and campaign) and fct_event_accounting (per hour). None: in any hour.
+def compare_marts(settings: Settings, hours: Collection[int] | None) -> list[Finding]:
+    """Return what differs in fct_campaign_minute (per hour and campaign) and fct_event_accounting (per hour). None: in all hours.
 
-    Nothing where no marts are published.
+    Returns nothing if no marts are published. Raises DuckDB's errors as TableCorruptionError.
     """
     if not settings.marts_path.exists():
         return []
-    with connect_delta({"temp_directory": str(spill)}) as lake:
-        lake.execute(f"attach {literal(settings.marts_path)} as published (read_only)")
+    lake = Lake(settings)
+    with lake.database() as database:
+        database.execute(f"attach {literal(settings.marts_path)} as published (read_only)")
         versions = dict(
-            lake.execute(f"select table_name, delta_version from published.mart_build where mart_group = '{_GROUP}'").fetchall()
+            database.execute(f"select table_name, delta_version from published.mart_build where mart_group = '{_GROUP}'").fetchall()
         )
         if not {BATCH_LEDGER.name, MINUTE_METRICS.name} <= versions.keys():
             return []
-        ledger, metrics = (scan(settings, name, versions[name]) for name in (BATCH_LEDGER.name, MINUTE_METRICS.name))
+        snapshot = lake.at(versions)
+        ledger, metrics = snapshot.scan(BATCH_LEDGER), snapshot.scan(MINUTE_METRICS)
         ended = f"semi join (from {ledger}) using (_query_id, _batch_id)"
-        lake.execute(f"create macro hour_of(t) as coalesce(epoch_us(t) // {HOUR_US}, {NO_HOUR})")  # marts keep times as UTC
+        database.execute(f"create macro hour_of(t) as coalesce(epoch_us(t) // {HOUR_US}, {NO_HOUR})")  # marts keep times as UTC
         chosen = "true" if hours is None else f"hour in ({', '.join(map(str, [*hours, 'null']))})"
-        known = {name for name, *_ in lake.execute("describe published.fct_campaign_minute").fetchall()}
+        known = {name for name, *_ in database.execute("describe published.fct_campaign_minute").fetchall()}
         measured = tuple(name for name in METRIC_MEASURES if name in known)  # an older adtally built fewer
         minute = ", ".join(measured)
         campaigns = (
@@ -52,7 +54,7 @@ def compare_marts(settings: Settings, spill: Path, hours: Collection[int] | None
             ("fct_event_accounting", _COUNTS, "offered", "0", books),
         ):
             differ = " or ".join(f"sum(side * coalesce({m}, 0)) != 0" for m in measures)
-            found += lake.execute(
+            found += database.execute(
                 f"""
                 select hour, 'marts', 'mart_differs', campaign_id, greatest(1, abs(sum(side * ({rows}))))::bigint,
                     coalesce(sum({rows}) filter (side = 1), 0)::bigint, coalesce(sum({rows}) filter (side = -1), 0)::bigint,

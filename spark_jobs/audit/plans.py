@@ -1,20 +1,19 @@
-"""What every batch of a stream was planned with: its files or ranges of Kafka's offsets in order, its limits and its prices, as the
-commits of `events` or `orders` say.
+"""Read the plans of batches from the commits of `events` or `orders`: files or offset ranges in order, limits, prices.
 
-Delta cleans its logs after a while, so what was read is kept in a catalogue. It is derived: where it is missing it is read
-again from the commits that are left, and a batch whose plan is gone is planned anew from its rows (``Inputs.lost``).
+Delta deletes old commits after a while, so plans are kept in a catalogue. The catalogue is derived data: where it is missing, the
+plans are read again from the remaining commits, and a batch without a plan gets one from its rows (``Inputs.lost``).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from spark_jobs.config import Settings
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import DeltaLog, commit_identity
 from spark_jobs.lake.tables import EVENTS, Table
 
@@ -22,7 +21,7 @@ _FORMAT = 4
 
 
 class PlannedFile(msgspec.Struct, frozen=True, array_like=True, order=True):
-    """A landing file as it was when its batch was planned. Files of a batch are read in the order of (modified_ms, name)."""
+    """A landing file in the state that its batch was planned with. A batch reads its files in the order of (modified_ms, name)."""
 
     modified_ms: int
     name: str
@@ -30,9 +29,9 @@ class PlannedFile(msgspec.Struct, frozen=True, array_like=True, order=True):
 
 
 class PlannedRange(msgspec.Struct, frozen=True, array_like=True, order=True):
-    """Offsets [start, end) of a Kafka partition. ``name`` is ``kafka/<cluster>/<topic>/<partition>``, as tables call its records.
+    """Offsets [start, end) of a Kafka partition. ``name`` is ``kafka/<cluster>/<topic>/<partition>``, as in the tables.
 
-    Not every offset has a record. Ranges of a batch are read in the order of (name, start).
+    Not every offset has a record. A batch reads its ranges in the order of (name, start).
     """
 
     name: str
@@ -43,7 +42,7 @@ class PlannedRange(msgspec.Struct, frozen=True, array_like=True, order=True):
 class SetAside(msgspec.Struct, frozen=True, array_like=True):
     """A file that a batch did not read (start and end are 0), or offsets [start, end) of a partition: one rejected record.
 
-    ``name`` is as the tables call it; ``cause`` says in a line why.
+    ``name`` is as in the tables; ``cause`` is one line that says why.
     """
 
     name: str
@@ -54,11 +53,14 @@ class SetAside(msgspec.Struct, frozen=True, array_like=True):
 
 
 class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
-    """A batch. ``version`` is that of `events`, or `orders`, which it made; its order among the batches.
+    """The plan of a batch. ``version`` is the version of `events` or `orders` that the batch wrote, and orders the batches.
 
-    Times are microseconds since the epoch, durations microseconds. ``files`` and ``ranges`` (a batch has one or the other) are in
-    the order of their records, ``rule_set`` is that of invalid traffic (None: no rule). So many rejected records of a file or
-    partition have rows of their own, per reasons and hour, as ``rejects_kept`` says (None: all). ``set_aside`` was not read.
+    - Times are microseconds since the epoch, durations microseconds.
+    - ``files`` and ``ranges`` are in the order of their records. A batch has one or the other.
+    - ``rule_set`` names the rules of invalid traffic (None: no rule).
+    - ``rejects_kept`` is how many rejected records with the same reasons and hour, per file or partition, have rows of their own
+      (None: all).
+    - ``set_aside`` was not read.
     """
 
     query_id: str
@@ -76,12 +78,12 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
     set_aside: tuple[SetAside, ...] = ()
 
     def is_set_aside(self, name: str) -> bool:
-        """Whether the batch left a whole file unread."""
+        """Return whether the batch left a whole file unread."""
         return any(one.name == name and not one.end for one in self.set_aside)
 
 
 class _Catalogue(msgspec.Struct):
-    """Plans up to ``version``, whose commit ``commit`` identifies: after a power cut another commit may have its number."""
+    """Plans up to ``version``. ``commit`` identifies its commit: after a power cut another commit may get the same version."""
 
     format: int
     table_id: str
@@ -99,7 +101,7 @@ class _StoredLimits(msgspec.Struct):
 
 
 class _StoredPlan(msgspec.Struct):
-    """A plan as it stands in a commit's userMetadata."""
+    """A plan as the user metadata of a commit stores it."""
 
     query_id: str
     batch_id: int
@@ -111,16 +113,9 @@ class _StoredPlan(msgspec.Struct):
     quarantined: list[SetAside] = []
 
 
-@dataclass(frozen=True)
-class Plans:
-    """The plans up to a version of the table, in the order of their commits; a batch occurs once."""
-
-    batches: tuple[BatchPlan, ...]
-
-
-def read_plans(settings: Settings, version: int, table: Table = EVENTS) -> Plans:
-    """All plans that the commits of ``table`` (`events` or `orders`) up to ``version`` hold or once held."""
-    log = DeltaLog(settings.table_uri(table.name))
+def read_plans(settings: Settings, version: int, table: Table = EVENTS) -> list[BatchPlan]:
+    """Return the plans of all commits of ``table`` (`events` or `orders`) up to ``version``, in their order, each batch once."""
+    log = Lake(settings).log(table)
     path = settings.recount_path / ("plans.json" if table is EVENTS else f"plans-{table.name}.json")
     table_id = log.table_id()
     catalogue = _load(path, log, table_id)
@@ -128,7 +123,7 @@ def read_plans(settings: Settings, version: int, table: Table = EVENTS) -> Plans
         found = [plan for number in range(catalogue.version + 1, version + 1) if (plan := _plan_of(log, number))]
         catalogue = _Catalogue(_FORMAT, table_id, version, commit_identity(log.commit(version)), [*catalogue.plans, *found])
         _save(path, catalogue)
-    return Plans(tuple(_once(plan for plan in catalogue.plans if plan.version <= version)))
+    return list(_once(plan for plan in catalogue.plans if plan.version <= version))
 
 
 def _once(plans: Iterable[BatchPlan]) -> Iterable[BatchPlan]:
@@ -146,7 +141,7 @@ def _plan_of(log: DeltaLog, version: int) -> BatchPlan | None:
     try:
         stored = msgspec.json.decode(commit.user_metadata, type=_StoredPlan)
     except msgspec.MsgspecError:
-        return None  # of a compaction, a correction or another tool: no batch
+        return None  # a commit of a compaction, a correction or another tool
     limits = stored.limits
     return BatchPlan(
         query_id=stored.query_id,
@@ -166,18 +161,18 @@ def _plan_of(log: DeltaLog, version: int) -> BatchPlan | None:
 
 
 def landing_name(path: str) -> str:
-    """The name of a planned file under the landing folder: the folder may have moved since, the last three parts have not."""
+    """Return the name of a planned file under the landing folder: the last three parts, whatever the folder's path was."""
     return "/".join(Path(path).parts[-3:])
 
 
 def _load(path: Path, log: DeltaLog, table_id: str) -> _Catalogue:
     try:
         held = msgspec.json.decode(path.read_bytes(), type=_Catalogue)
-        is_current = commit_identity(log.commit(held.version)) in (held.commit, "")  # empty: the log no longer has the commit
+        is_current = commit_identity(log.commit(held.version)) in (held.commit, "")  # empty: Delta has deleted the commit
         if held.format == _FORMAT and held.table_id == table_id and is_current and held.version <= (log.latest_version() or 0):
             return held
     except (OSError, msgspec.MsgspecError):
-        pass  # missing or damaged: read from the commits again
+        pass  # missing or damaged: the commits are read again
     return _Catalogue(_FORMAT, table_id, -1, "", [])
 
 

@@ -1,10 +1,11 @@
-"""The records of landing files and of Kafka's raw records, parsed once and kept under ADTALLY_HOME: a Parquet file each.
+"""The store of parsed input: one Parquet file per landing file, or per chunk of Kafka's raw records, under ADTALLY_HOME.
 
-An entry of a landing file is keyed by the file's name under the landing folder, its time of modification and its size, so a changed
-file is another file. Raw records are parsed by chunks of a partition's offsets, however batches were cut; an entry is keyed by the
-partition, the offsets and the table. Entries are derived data: the folder may be deleted at any time, and what is damaged or of
-another format is made again.
-Several processes may work at once: an entry appears by rename, and two that make the same one make it alike.
+- The key of a landing file's entry is its name under the landing folder, its time of modification and its size: a changed file is
+  another file.
+- Raw records are parsed in chunks of a partition's offsets, whatever the batches. The key is the partition, the offsets and the
+  table.
+- Entries are derived data. The folder may be deleted at any time; an entry that is damaged or has another format is made again.
+- Several processes may write at once: an entry appears by rename, and two processes that make the same entry make it equal.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spark_jobs.audit.worker import FORMAT, METADATA_KEY, AnyTask, ChunkTask, ParseTask, is_as_said, parse_into
+from spark_jobs.audit.worker import FORMAT, METADATA_KEY, AnyTask, ChunkTask, ParseTask, is_in_state, parse_into
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError
 
 Progress = Callable[[int, int], None]
-# from so many bytes on, two processes are done sooner than this one: each takes half a second to start
+# with more bytes than this, two processes are faster than one: each takes half a second to start
 _WORTH_PROCESSES = 48 * 1024 * 1024
-_GZIP_FACTOR = 8  # about so much more is in it
+_GZIP_FACTOR = 8  # about the ratio of unpacked to stored bytes
 _ABANDONED_SECONDS = 86_400.0
 
 
@@ -50,9 +51,9 @@ class RawFile:
 
 @dataclass(frozen=True)
 class RawChunk:
-    """Offsets [start, end) of a Kafka partition (``name``: kafka/<cluster>/<topic>/<partition>), all of which the raw table has.
+    """Offsets [start, end) of a Kafka partition (``name``: kafka/<cluster>/<topic>/<partition>), which the raw table has in full.
 
-    ``paths`` lists the data files of table ``table_id`` that may hold some of them; it is asked only where they are to be parsed.
+    ``paths`` returns the data files of table ``table_id`` that may have some of them. It is called only to parse them.
     """
 
     name: str
@@ -64,11 +65,11 @@ class RawChunk:
 
 @dataclass(frozen=True)
 class ParsedFile:
-    """A landing file or a chunk of raw records, and the Parquet file of its records (``parser.record_schema``).
+    """A landing file or a chunk of raw records, and the Parquet file of its records (``contract.record_schema``).
 
-    ``name`` is the path under the landing folder, with ``/``, or that of the partition; ``region`` is the folder's, or the name of
-    the cluster. ``min_us`` and ``max_us`` bound the times of all records that have
-    one, rejected ones too; ``has_unknown_time`` says that some have none.
+    ``name`` is the path under the landing folder, with ``/``, or the name of the partition; ``region`` is the folder's, or the name
+    of the cluster. ``min_us`` and ``max_us`` bound the times of all records that have one, including rejected ones;
+    ``has_unknown_time`` says that some have none.
     """
 
     raw: RawFile | RawChunk
@@ -82,35 +83,34 @@ class ParsedFile:
 
 
 def ensure_parsed(
-    settings: Settings, stream: str, files: Sequence[RawFile | RawChunk], progress: Progress | None = None, *, verify: bool = False
+    settings: Settings, stream: str, files: Sequence[RawFile | RawChunk], progress: Progress | None = None
 ) -> list[ParsedFile]:
-    """The parsed form of ``files`` and chunks, in their order; made where the store does not have it.
+    """Return the entries of files and chunks, in their order. Parses those that the store does not have.
 
-    A file that the store does not have and that is gone, or has changed since ``raw`` was taken, is left out of the result.
-    ``progress(done, total)`` is told of the bytes to read, as stored. ``verify`` reads what the store has to the end, against the
-    checksums, so that no damage is taken for records. Raises AdtallyError where the records cannot be written.
+    Leaves out a file that the store does not have if it is gone, or has changed since ``raw`` was taken. Calls
+    ``progress(done, total)`` with the stored bytes. Raises AdtallyError where the records cannot be written.
     """
     tasks = [_task(settings, stream, raw) for raw in files]
-    found = {task.target: entry for task in tasks if (entry := _entry(task, verify=verify)) and not entry["is_unreadable"]}
+    found = {task.target: entry for task in tasks if (entry := _entry(task)) and not entry["is_unreadable"]}
     missing = {task.target: (raw, task) for raw, task in zip(files, tasks, strict=True) if task.target not in found}
-    present = [there for raw, task in missing.values() if (there := _there(raw, task)) is not None]
+    present = [ready for raw, task in missing.values() if (ready := _ready(raw, task)) is not None]
     _parse(present, progress)
     for task in present:
         if (entry := _entry(task)) is not None:
             found[task.target] = entry
-    _forget_shorter([task for task in present if isinstance(task, ChunkTask)])
+    _remove_shorter([task for task in present if isinstance(task, ChunkTask)])
     return [_parsed(raw, task, found[task.target]) for raw, task in zip(files, tasks, strict=True) if task.target in found]
 
 
-def _there(raw: RawFile | RawChunk, task: AnyTask) -> AnyTask | None:
-    """A task that can be done; None for that of a landing file which is gone or changed."""
+def _ready(raw: RawFile | RawChunk, task: AnyTask) -> AnyTask | None:
+    """Return the task, ready to run; None if its landing file is gone or has changed."""
     if isinstance(task, ChunkTask) and isinstance(raw, RawChunk):
         return replace(task, paths=raw.paths())
-    return task if isinstance(task, ParseTask) and is_as_said(task.path, task.mtime_ms, task.size) else None
+    return task if isinstance(task, ParseTask) and is_in_state(task.path, task.mtime_ms, task.size) else None
 
 
-def _forget_shorter(chunks: Sequence[ChunkTask]) -> None:
-    """Remove the entries that new ones have taken the place of: of the same offsets, when there were fewer of them."""
+def _remove_shorter(chunks: Sequence[ChunkTask]) -> None:
+    """Remove the entries that new, longer chunks replace."""
     for task in chunks:
         target = Path(task.target)
         for path in target.parent.glob(f"{_stem(task.name, task.start, task.table_id)}-*.parquet"):
@@ -120,7 +120,7 @@ def _forget_shorter(chunks: Sequence[ChunkTask]) -> None:
 
 
 def _parse(tasks: Sequence[AnyTask], progress: Progress | None) -> None:
-    """Make the entries of ``tasks``, in processes if there is enough to do."""
+    """Write the entries of ``tasks``, in processes if that is faster."""
     total, done = sum(task.size for task in tasks), 0
 
     def on_read(count: int) -> None:
@@ -146,17 +146,17 @@ def _failed(reason: str) -> AdtallyError:
 
 
 def _parse_in_processes(tasks: Sequence[AnyTask], workers: int, on_read: Callable[[int], None]) -> None:
-    """The largest files first, each process taking the next one when it is done with one."""
+    """Start the largest files first. Each process takes the next task when it finishes one."""
     waiting = deque(sorted(tasks, key=lambda task: -task.size))
-    told: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+    answers: SimpleQueue[tuple[str, Any]] = SimpleQueue()
     processes = [_start() for _ in range(workers)]
-    threads = [threading.Thread(target=_feed, args=(process, waiting, told), daemon=True) for process in processes]
+    threads = [threading.Thread(target=_feed, args=(process, waiting, answers), daemon=True) for process in processes]
     try:
         for thread in threads:
             thread.start()
         busy = workers
         while busy:
-            what, value = told.get()
+            what, value = answers.get()
             if what == "read":
                 on_read(value)
             elif what == "error":
@@ -172,7 +172,7 @@ def _parse_in_processes(tasks: Sequence[AnyTask], workers: int, on_read: Callabl
                 thread.join()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
-                    with contextlib.suppress(OSError):  # what was not flushed to a process that is gone
+                    with contextlib.suppress(OSError):  # unflushed input of a process that has ended
                         pipe.close()
 
 
@@ -192,8 +192,8 @@ def _next(waiting: deque[AnyTask]) -> AnyTask | None:
         return None
 
 
-def _feed(process: subprocess.Popen[str], waiting: deque[AnyTask], told: SimpleQueue[tuple[str, Any]]) -> None:
-    """Give a process one task after the other and pass on what it says, until there is none or it fails."""
+def _feed(process: subprocess.Popen[str], waiting: deque[AnyTask], answers: SimpleQueue[tuple[str, Any]]) -> None:
+    """Send tasks to a process, one at a time, and pass on its answers, until no task is left or one fails."""
     assert process.stdin is not None and process.stdout is not None
     try:
         while (task := _next(waiting)) is not None:
@@ -202,20 +202,23 @@ def _feed(process: subprocess.Popen[str], waiting: deque[AnyTask], told: SimpleQ
                 answer = json.loads(line)
                 if "done" in answer:
                     break
-                told.put(next(iter(answer.items())))
+                answers.put(next(iter(answer.items())))
                 if "error" in answer:
                     return
             else:
-                told.put(("error", "a process that parses has ended before its time"))
+                answers.put(("error", "a process that parses has ended too early"))
                 return
     except (OSError, ValueError) as error:
-        told.put(("error", f"a process that parses has gone: {error}"))
+        answers.put(("error", f"a process that parses has gone: {error}"))
     else:
-        told.put(("end", None))
+        answers.put(("end", None))
 
 
 def prune(settings: Settings, stream: str, keep: Collection[RawFile | RawChunk]) -> int:
-    """Remove the entries of files that are not in ``keep``, and what killed runs left behind; how many files were removed."""
+    """Remove the entries of inputs that are not in ``keep``, and files that killed runs left. Returns the number of removed files.
+
+    Nobody else may read or write the store of this stream meanwhile: callers hold the lock of corrections.
+    """
     wanted = {_task(settings, stream, raw).target for raw in keep}
     removed = 0
     for path in _folder(settings, stream).glob("*"):
@@ -245,21 +248,19 @@ def _hash(*parts: str) -> str:
 
 
 def _stem(name: str, start: int, table_id: str) -> str:
-    """What the entries of a chunk begin with, however far it reaches."""
+    """Return the beginning of the name of a chunk's entry, whatever its end."""
     return f"{_hash(name, table_id)}-{start}"
 
 
-def _entry(task: AnyTask, *, verify: bool = False) -> dict[str, Any] | None:
-    """What an entry says of itself; None where there is none that can be used."""
+def _entry(task: AnyTask) -> dict[str, Any] | None:
+    """Return the facts of a usable entry; None if there is none."""
     try:
         metadata = pq.read_metadata(task.target)
         entry: dict[str, Any] = json.loads((metadata.metadata or {})[METADATA_KEY])
-        if verify:
-            pq.read_table(task.target, page_checksum_verification=True)
     except (OSError, pa.ArrowException, KeyError, ValueError):
         return None
-    said = (entry.get("format"), entry.get("name"), entry.get("state"), entry.get("records"))
-    if said != (FORMAT, task.name, task.state, metadata.num_rows):
+    key = (entry.get("format"), entry.get("name"), entry.get("state"), entry.get("records"))
+    if key != (FORMAT, task.name, task.state, metadata.num_rows):
         return None
     return entry
 

@@ -1,9 +1,8 @@
-"""One landing file, or one chunk of a topic's raw records, into one entry of the store; and the process that does so for others
-(``python -m spark_jobs.audit.worker``).
+"""Parse one landing file, or one chunk of a topic's raw records, into one entry of the store.
 
-The process reads tasks as JSON lines from its standard input and answers with JSON lines: ``{"read": bytes}`` while it reads,
-``{"done": kept}`` or ``{"error": text}`` at the end of a task. It ends with its input. It is started anew rather than forked (who
-forks while threads run copies their locks as they are), so it imports little.
+As a process (``python -m spark_jobs.audit.worker``) it reads tasks as JSON lines from its standard input and answers with JSON
+lines: ``{"read": bytes}`` while it reads, ``{"done": kept}`` or ``{"error": text}`` at the end of a task. It ends when its input
+ends. The store starts it instead of forking, because a fork copies locks that other threads hold. So it imports little.
 """
 
 from __future__ import annotations
@@ -27,20 +26,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from spark_jobs.audit.parser import LONGEST_LINE, UNREADABLE, Ints, parse_file, parse_values, record_schema
+from spark_jobs.audit.contract import LONGEST_LINE, record_schema
+from spark_jobs.audit.decode import Ints, parse_values
+from spark_jobs.audit.files import UNREADABLE, parse_file
 
-FORMAT = 3  # raise it when the records or their meaning change: entries of another one are made again
+FORMAT = 3  # raise it when the records or their meaning change: entries with another format are made again
 METADATA_KEY = b"adtally.recount"
 ROW_GROUP_ROWS = 128 * 1024
-RECORD_BYTES = 350  # about so many does a raw record have: for progress only
+RECORD_BYTES = 350  # about the size of a raw record; only for progress
 _VALUES_AT_ONCE = 4096
-_SORT_MEMORY = "512MB"  # more is spilled
-_PLAIN_COLUMNS = ("record_id", "impression_id", "user_id")  # too many values for a dictionary to pay
+_SORT_MEMORY = "512MB"  # the rest spills to disk
+_PLAIN_COLUMNS = ("record_id", "impression_id", "user_id")  # too many different values for a dictionary
 
 
 @dataclass(frozen=True)
 class ParseTask:
-    """A landing file and where its records go. ``mtime_ms`` and ``size`` say which state of the file is meant."""
+    """A landing file in one state (``mtime_ms``, ``size``), and the entry to write."""
 
     path: str
     name: str
@@ -52,15 +53,15 @@ class ParseTask:
 
     @property
     def state(self) -> list[Any]:
-        """Which state of it was parsed."""
+        """The state of the file, as the entry stores it."""
         return [self.mtime_ms, self.size]
 
 
 @dataclass(frozen=True)
 class ChunkTask:
-    """Offsets [start, end) of a Kafka partition, and where its records go. ``name`` is ``kafka/<cluster>/<topic>/<partition>``.
+    """Offsets [start, end) of a Kafka partition (``name``: ``kafka/<cluster>/<topic>/<partition>``), and the entry to write.
 
-    ``paths`` are the data files of the table of raw records that may hold some of them; ``table_id`` is that table.
+    ``paths`` are the data files of the raw table ``table_id`` that may have some of the records.
     """
 
     name: str
@@ -73,12 +74,12 @@ class ChunkTask:
 
     @property
     def size(self) -> int:
-        """About how many bytes there are to read."""
+        """About the number of bytes to read."""
         return (self.end - self.start) * RECORD_BYTES
 
     @property
     def state(self) -> list[Any]:
-        """Which part of the partition was parsed, and of which table."""
+        """The table and the offsets, as the entry stores them."""
         return [self.table_id, self.start, self.end]
 
 
@@ -86,12 +87,12 @@ AnyTask = ParseTask | ChunkTask
 
 
 def mtime_ms(state: os.stat_result) -> int:
-    """A time of modification in milliseconds, in 64 bits that wrap: as the plans of batches have it."""
+    """Return the time of modification in milliseconds, wrapped to 64 bits as in the plans of batches."""
     return int.from_bytes((state.st_mtime_ns // 1_000_000 % 2**64).to_bytes(8), signed=True)
 
 
-def is_as_said(path: str, modified_ms: int, size: int) -> bool:
-    """Whether a regular file is there in this state."""
+def is_in_state(path: str, modified_ms: int, size: int) -> bool:
+    """Return whether a regular file exists in this state."""
     try:
         found = os.lstat(path)
     except OSError:
@@ -100,7 +101,7 @@ def is_as_said(path: str, modified_ms: int, size: int) -> bool:
 
 
 class _Facts:
-    """What is said of all records of a file."""
+    """Facts about all records of an entry."""
 
     def __init__(self) -> None:
         self.records = 0
@@ -119,9 +120,9 @@ class _Facts:
 
 
 def parse_into(task: AnyTask, on_read: Callable[[int], None]) -> bool:
-    """Parse what a task says into its ``target``, which appears whole or not at all.
+    """Parse the input of a task into its ``target``, which appears whole or not at all.
 
-    Returns False, and leaves nothing, where a landing file is not or no longer in the state that the task says.
+    Returns False, and writes nothing, if the landing file is not, or no longer, in the state that the task names.
     """
     if not _is_there(task):
         return False
@@ -139,29 +140,29 @@ def parse_into(task: AnyTask, on_read: Callable[[int], None]) -> bool:
 
 
 def _is_there(task: AnyTask) -> bool:
-    """Raw records never change; a landing file may."""
-    return isinstance(task, ChunkTask) or is_as_said(task.path, task.mtime_ms, task.size)
+    """Return whether the input is in its state. Raw records never change; a landing file may."""
+    return isinstance(task, ChunkTask) or is_in_state(task.path, task.mtime_ms, task.size)
 
 
 def _records(task: AnyTask, on_read: Callable[[int], None]) -> Iterator[pa.Table]:
     if isinstance(task, ParseTask):
         yield from parse_file(Path(task.path), task.stream, task.region, on_read)
         return
-    told = 0
+    reported = 0
     for offsets, values in raw_values(task):
         yield parse_values(values, offsets, task.stream)
-        count = min(len(values) * RECORD_BYTES, task.size - told)
-        told += count
+        count = min(len(values) * RECORD_BYTES, task.size - reported)
+        reported += count
         on_read(count)
-    on_read(task.size - told)
+    on_read(task.size - reported)
 
 
 def raw_values(
     task: ChunkTask, only: Collection[int] | None = None, *, cut: bool = True
 ) -> Iterator[tuple[Ints, list[bytes | None]]]:
-    """(offsets, values) of a task's records, in the order of their offsets, each offset once, some thousand at a time.
+    """Yield (offsets, values) of a task's records in the order of their offsets, each offset once, a few thousand at a time.
 
-    ``only``: these offsets alone. ``cut``: for a value too long to be valid stands another one, not much longer than that.
+    ``only`` selects offsets. With ``cut`` a shorter value, which is still too long to be valid, replaces one that is too long.
     """
     if not task.paths:
         return
@@ -169,8 +170,8 @@ def raw_values(
     is_long = f"octet_length(value) > {LONGEST_LINE}" if cut else "false"
     chosen = "true" if only is None else f"source_offset in ({', '.join(map(str, only))})"
     config: dict[str, Any] = {"threads": 1, "memory_limit": _SORT_MEMORY, "temp_directory": f"{task.target}.spill"}
-    with duckdb.connect(":memory:", config=config) as lake:
-        found = lake.execute(
+    with duckdb.connect(":memory:", config=config) as database:
+        found = database.execute(
             f"""
             select source_offset, if({is_long}, null, value) as value, {is_long} as is_long
             from read_parquet(?)
@@ -183,7 +184,7 @@ def raw_values(
         last = -1
         for batch in found.to_arrow_reader(_VALUES_AT_ONCE):
             offsets = batch["source_offset"].to_numpy()
-            once = np.diff(offsets, prepend=last) != 0  # after a lost checkpoint a record may stand there twice
+            once = np.diff(offsets, prepend=last) != 0  # after a lost checkpoint the raw table may have a record twice
             last = int(offsets[-1]) if len(offsets) else last
             kept = batch.filter(pa.array(once))
             values = kept["value"].to_pylist()
@@ -209,12 +210,12 @@ def _write(task: AnyTask, temporary: Path, on_read: Callable[[int], None]) -> No
                 waiting = []
         if waiting:
             writer.write_table(pa.concat_tables(waiting))
-        said = {"format": FORMAT, "name": task.name, "state": task.state, **vars(facts)}
-        writer.add_key_value_metadata({METADATA_KEY.decode(): json.dumps(said)})
+        entry = {"format": FORMAT, "name": task.name, "state": task.state, **vars(facts)}
+        writer.add_key_value_metadata({METADATA_KEY.decode(): json.dumps(entry)})
 
 
 class _NoPandas(MetaPathFinder):
-    """Arrow imports pandas with the first list that it is given, if it can: a second for something that is not used here."""
+    """Hides pandas from Arrow, which would import it with the first list: a second for nothing that is used here."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name == "pandas":
@@ -222,17 +223,17 @@ class _NoPandas(MetaPathFinder):
 
 
 def main() -> int:
-    """Work until the standard input ends."""
+    """Do tasks until the standard input ends."""
     sys.meta_path.insert(0, _NoPandas())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asked, who then ends this process
-    gc.disable()  # records form no cycles
-    pa.set_cpu_count(1)  # there is a process for each core
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends this process
+    gc.disable()  # records have no cycles
+    pa.set_cpu_count(1)  # each core has a process
     for line in sys.stdin:
-        said = json.loads(line)
-        task = ChunkTask(**said) if "paths" in said else ParseTask(**said)
+        fields = json.loads(line)
+        task = ChunkTask(**fields) if "paths" in fields else ParseTask(**fields)
         try:
             answer: dict[str, object] = {"done": parse_into(task, lambda read: print(json.dumps({"read": read}), flush=True))}
-        except Exception as error:  # whatever it is, the one who asked must be told
+        except Exception as error:  # the parent must hear of any failure
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), flush=True)
     return 0

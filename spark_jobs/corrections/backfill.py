@@ -19,8 +19,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from spark_jobs.audit.compare import Comparison
-from spark_jobs.audit.truth import FILES_VERSION, Inputs, Recount, Rules, rules_of
+from spark_jobs.audit.compare_events import EventsComparison
+from spark_jobs.audit.database import open_database
+from spark_jobs.audit.engine import Recount
+from spark_jobs.audit.inputs import BatchState, Inputs, Rules, todays_rules
+from spark_jobs.audit.recount_events import FILES_VERSION, EventsRecount
 from spark_jobs.config import Settings
 from spark_jobs.corrections.decide import decide
 from spark_jobs.corrections.reconcile import chunks, compare_hours, current_inputs, is_correctable, recounting, whole_batches
@@ -80,11 +83,11 @@ class _Today:
     prices: pa.Table | None
     price_list: list[Campaign]
 
-    def rules(self, settings: Settings, inputs: Inputs) -> Rules:
+    def rules(self, inputs: Inputs) -> Rules:
         """The rules, for all batches that have ended."""
-        pending = [p.version for p, state in zip(inputs.plans, inputs.states, strict=True) if state == "pending"]
+        pending = [p.version for p, state in zip(inputs.plans, inputs.states, strict=True) if state is BatchState.PENDING]
         last = min(pending, default=inputs.versions[EVENTS.name] + 1) - 1
-        return replace(rules_of(settings, inputs.versions), campaigns_version=self.campaigns_version, events_version=last)
+        return replace(todays_rules(inputs.snapshot), campaigns_version=self.campaigns_version, events_version=last)
 
     def digest(self, rules: Rules) -> str:
         """SHA-256 of the limits and the price list."""
@@ -181,7 +184,7 @@ def _today(settings: Settings, *, dry_run: bool) -> _Today:
 
 
 def _groups(settings: Settings, hours: set[int], now: datetime) -> list[list[int]]:
-    with recounting(settings, current_inputs(settings, "missed", now, lambda _: None)) as recount:
+    with recounting(current_inputs(settings, "missed", now, lambda _: None)) as recount:
         records = recount.records_by_hour(hours)
     return [group[at : at + _HOURS_AT_ONCE] for group in chunks(records, hours) for at in range(0, len(group), _HOURS_AT_ONCE)]
 
@@ -191,10 +194,11 @@ def _restate(
 ) -> tuple[list[Restated], int]:
     """Restate the hours of ``group``, which are of ``wanted``; what changes, and in how many hours."""
     inputs = current_inputs(settings, run.token, run.now, lambda _: None)
-    rules = today.rules(settings, inputs)
+    rules = today.rules(inputs)
     run = replace(run, rule_set=today.digest(rules))
-    with recounting(settings, inputs, dict.fromkeys(wanted, rules), today.prices) as recount:
-        comparison = Comparison(recount, cause=CAUSE)
+    with open_database(inputs.snapshot) as database:
+        recount = EventsRecount(database, inputs, dict.fromkeys(wanted, rules), today.prices)
+        comparison = EventsComparison(recount, cause=CAUSE)
         hours = whole_batches(recount, group)
         while True:
             findings = [found for found in comparison.run(hours)[0] if is_correctable(found)]
@@ -217,7 +221,7 @@ def _restate(
 
 def _hours_of_same_ids(recount: Recount) -> set[int]:
     """The hours in which other records have the ids whose events change."""
-    found = recount.rows(
+    found = recount.database.rows(
         """
         select distinct hour from others where is_ok
             and record_id in (select record_id from events_lost union select event_id from events_over)
@@ -228,7 +232,7 @@ def _hours_of_same_ids(recount: Recount) -> set[int]:
 
 def _changes(recount: Recount) -> list[Restated]:
     day = f"(hour * {HOUR_US} // {24 * HOUR_US})"
-    found = recount.rows(
+    found = recount.database.rows(
         f"""
         with changed as (
             select {day} as day, campaign_id, currency, count(distinct id) as rows from (
@@ -259,7 +263,7 @@ def _sum(one: Restated, other: Restated) -> Restated:
 
 def _hour_rules(recount: Recount, hours: list[int], rules: Rules, run: Run) -> TableChange:
     # the latest set_at holds: what is set later is later, also where the clock was put back or who waited began earlier
-    ((before,),) = recount.rows(f"select epoch_us(max(set_at)) from {recount.scan(HOUR_RULES.name)}")
+    ((before,),) = recount.database.rows(f"select epoch_us(max(set_at)) from {recount.database.scan(HOUR_RULES)}")
     set_at = run.now if before is None else max(run.now, from_micros(before + 1))
     made: list[dict[str, Any]] = [
         {

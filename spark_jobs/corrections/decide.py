@@ -15,10 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from spark_jobs.audit.compare import LEDGER_MEASURES, METRIC_MEASURES
-from spark_jobs.audit.raw import cluster_of
+from spark_jobs.audit.checkpoints import cluster_of
+from spark_jobs.audit.compare import LEDGER_MEASURES
+from spark_jobs.audit.compare_events import METRIC_MEASURES
+from spark_jobs.audit.engine import Recount
+from spark_jobs.audit.inputs import BatchState
 from spark_jobs.audit.store import RawChunk
-from spark_jobs.audit.truth import Recount
 from spark_jobs.audit.worker import ChunkTask, raw_values
 from spark_jobs.corrections.run import Run, table_rows
 from spark_jobs.corrections.write_ahead import Correction, TableChange
@@ -55,13 +57,9 @@ def decide(recount: Recount, run: Run) -> Correction:
     return Correction(run.token, run.run_id, recount.inputs.versions[EVENTS.name], [c for c in changes if not c.is_nothing])
 
 
-def _arrow(recount: Recount, sql: str) -> pa.Table:
-    return recount.lake.execute(sql).to_arrow_table()
-
-
 def _held(recount: Recount, name: str, table: Table) -> pa.Table:
     """Rows that a comparison keeps in table ``name``, as rows of ``table``."""
-    return _arrow(recount, f"select {', '.join(table.schema.names)} from {name}").cast(table.schema)
+    return recount.database.arrow(f"select {', '.join(table.schema.names)} from {name}").cast(table.schema)
 
 
 # --- events
@@ -86,8 +84,7 @@ def _signed(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _events(recount: Recount, run: Run) -> TableChange:
-    lost = _arrow(
-        recount,
+    lost = recount.database.arrow(
         """
         select * rename (record_id as event_id, time_us as event_time, received_us as received_at, name as source_file,
             line as source_line, ingested_us as ingested_at, query_id as _query_id, batch_id as _batch_id) from events_lost
@@ -108,7 +105,9 @@ def _events(recount: Recount, run: Run) -> TableChange:
     remove = _held(recount, "events_over", EVENTS)
     metadata: dict[str, Any] = {"correction": {"run_id": run.run_id, "kind": run.kind}}
     if remove.num_rows:
-        metadata["keys"] = "kept" if _keys_stay(remove, _arrow(recount, "select is_copy from events_over"), add) else "changed"
+        metadata["keys"] = (
+            "kept" if _keys_stay(remove, recount.database.arrow("select is_copy from events_over"), add) else "changed"
+        )
     return TableChange(EVENTS, remove, add, metadata | _plan_of_missed(recount, run))
 
 
@@ -126,7 +125,7 @@ def _keys_stay(remove: pa.Table, copies: pa.Table, add: pa.Table) -> bool:
 def _plan_of_missed(recount: Recount, run: Run) -> dict[str, Any]:
     """The plan of the batch that takes the missed files or records, as a batch of the ingest would store its own."""
     for plan, state in zip(recount.inputs.plans, recount.inputs.states, strict=True):
-        if state == "missed" and plan.query_id == run.token:
+        if state is BatchState.MISSED and plan.query_id == run.token:
             return {
                 "query_id": plan.query_id,
                 "batch_id": plan.batch_id,
@@ -143,8 +142,7 @@ def _plan_of_missed(recount: Recount, run: Run) -> dict[str, Any]:
 
 def _orders(recount: Recount, run: Run) -> TableChange:
     """An order that differs goes, and comes back as all of its records say. Attribution sees both (attribution/inputs.py)."""
-    lost = _arrow(
-        recount,
+    lost = recount.database.arrow(
         """
         select * rename (time_us as order_time, received_us as received_at, cancelled_us as cancelled_at, name as source_file,
             line as source_line, ingested_us as ingested_at, query_id as _query_id, batch_id as _batch_id) from orders_lost
@@ -163,8 +161,7 @@ def _rejects(recount: Recount, run: Run) -> TableChange:
     stream = recount.inputs.stream
     table, contract = (REJECTED_ORDERS if stream == "orders" else REJECTED_EVENTS), CONTRACTS[stream]
     remove = _held(recount, "rejects_over", table)
-    lost = _arrow(
-        recount,
+    lost = recount.database.arrow(
         """
         select l.* exclude (query_id, batch_id, ingested_us, state, rule_set), batches.*,
             coalesce(h.earliest_us, batches.earliest_us) as judged_earliest_us,
@@ -308,8 +305,7 @@ def _conflict_fingerprints(recount: Recount) -> dict[tuple[int, int], tuple[str,
     """(occurrence, line) of a lost conflict -> its fingerprint and that of the record which holds the id, as people see them."""
     both = []
     for place in (("o", "line"), ("holder_o", "holder_line")):
-        rows = _arrow(
-            recount,
+        rows = recount.database.arrow(
             f"""
             select l.o as at_o, l.line as at_line, r.* rename (record_id as event_id, time_us as event_time)
             from rejects_lost l join ranked r on r.o = l.{place[0]} and r.line = l.{place[1]}
@@ -326,8 +322,8 @@ def _conflict_fingerprints(recount: Recount) -> dict[tuple[int, int], tuple[str,
 
 def _metrics(recount: Recount, run: Run) -> TableChange:
     remove = _held(recount, "metrics_over", MINUTE_METRICS)
-    present = {uuid for (uuid,) in recount.rows("select record_uuid from held_metrics where copy = 1")}
-    deltas = _arrow(recount, "select * rename (minute_us as event_minute_us) from metrics_delta order by query_id, batch_id")
+    present = {uuid for (uuid,) in recount.database.rows("select record_uuid from held_metrics where copy = 1")}
+    deltas = recount.database.arrow("select * rename (minute_us as event_minute_us) from metrics_delta order by query_id, batch_id")
     parts = [MINUTE_METRICS.schema.empty_table()]
     identities = set(zip(deltas["query_id"].to_pylist(), deltas["batch_id"].to_pylist(), strict=True))
     for query_id, batch_id in sorted(identities, key=repr):
@@ -349,10 +345,10 @@ def _metrics(recount: Recount, run: Run) -> TableChange:
 
 def _ledger(recount: Recount, run: Run) -> TableChange:
     """A run has one row a cell: one that it has written before is replaced by the sum."""
-    recount.lake.execute("create or replace temp table this_run as select ?::varchar as run_id", [run.run_id])
+    recount.database.execute("create or replace temp table this_run as select ?::varchar as run_id", [run.run_id])
     cell = "d.query_id = _query_id and d.batch_id = _batch_id and d.source = t.source"
     cell += " and d.region is not distinct from t.region and d.hour = t.hour"
-    recount.lake.execute(
+    recount.database.execute(
         f"""
         create or replace temp table ledger_before as
         select t.* from held_ledger t where not (is_copy or is_broken) and _run_id in (from this_run)
@@ -361,8 +357,7 @@ def _ledger(recount: Recount, run: Run) -> TableChange:
     )
     remove = pa.concat_tables([_held(recount, name, BATCH_LEDGER) for name in ("ledger_over", "ledger_before")])
     counts = ", ".join(f"d.{name} + coalesce(t.{name}, 0) as {name}" for name in LEDGER_MEASURES)
-    rows = _arrow(
-        recount,
+    rows = recount.database.arrow(
         f"""
         select d.query_id, d.batch_id, d.source, d.region, {counts}, coalesce(batches.ingested_us, {run.now_us}) as ingested_us,
             if(d.hour = {NO_HOUR}, null, d.hour * {HOUR_US}) as hour_us
@@ -390,8 +385,7 @@ def _restatements(recount: Recount, run: Run) -> TableChange:
     """What the published increments change by, per hour, region, campaign, currency and cause."""
     sums = ", ".join(f"sum({name}) as {name}" for name in METRIC_MEASURES)
     less = ", ".join(f"-coalesce({name}, 0) as {name}" for name in METRIC_MEASURES)
-    rows = _arrow(
-        recount,
+    rows = recount.database.arrow(
         f"""
         select hour * {HOUR_US} as event_hour, region, campaign_id, currency, cause, {sums} from (
             select hour, region, campaign_id, currency, cause, {", ".join(METRIC_MEASURES)} from metrics_delta

@@ -14,17 +14,22 @@ from typing import Any
 
 import pyarrow as pa
 
-from spark_jobs.audit.compare import Comparison, Finding, HourSums
+from spark_jobs.audit.checkpoints import is_of_kafka
+from spark_jobs.audit.compare import Finding, HourSums, StreamComparison
+from spark_jobs.audit.compare_events import EventsComparison
+from spark_jobs.audit.compare_orders import ORDERS_LEDGER_LAYER, OrdersComparison
+from spark_jobs.audit.database import open_database
+from spark_jobs.audit.engine import Recount
+from spark_jobs.audit.inputs import BatchState, Inputs, read_inputs
 from spark_jobs.audit.marts import compare_marts
-from spark_jobs.audit.orders import LEDGER_LAYER, OrdersComparison, OrdersRecount
-from spark_jobs.audit.raw import is_of_kafka
-from spark_jobs.audit.truth import Inputs, Recount, Rules, read_inputs
+from spark_jobs.audit.recount_events import EventsRecount
+from spark_jobs.audit.recount_orders import OrdersRecount
+from spark_jobs.audit.store import prune
 from spark_jobs.config import Settings
 from spark_jobs.corrections.decide import decide
 from spark_jobs.corrections.run import Run, correcting, writing
 from spark_jobs.corrections.write_ahead import TableChange, append_once, carry_out, write_ahead
 from spark_jobs.lake.duck import translate_duckdb_errors
-from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.tables import BATCH_LEDGER, RAW_TABLES, RECONCILIATIONS, STREAMS
 from spark_jobs.lake.writes import ensure_tables
@@ -105,20 +110,10 @@ class ReconcileReport:
 
 
 @contextmanager
-def recounting(
-    settings: Settings, inputs: Inputs, rules: dict[int, Rules] | None = None, prices: pa.Table | None = None
-) -> Iterator[Recount]:
-    """A recount over ``inputs``; see Recount and OrdersRecount.
-
-    Raises TableCorruptionError where a table or what was parsed cannot be read.
-    """
-    with Lake(settings).scratch("recount-") as spill, translate_duckdb_errors(settings.home_path):
-        kind = OrdersRecount if inputs.stream == "orders" else Recount
-        recount = kind(settings, inputs, spill, rules, prices)
-        try:
-            yield recount
-        finally:
-            recount.close()
+def recounting(inputs: Inputs) -> Iterator[Recount]:
+    """Open a recount of ``inputs``. Raises TableCorruptionError where a table or a parsed file cannot be read."""
+    with open_database(inputs.snapshot) as database:
+        yield OrdersRecount(database, inputs) if inputs.stream == "orders" else EventsRecount(database, inputs)
 
 
 def chunks(records: dict[int, int], hours: Collection[int]) -> Iterator[list[int]]:
@@ -135,15 +130,14 @@ def chunks(records: dict[int, int], hours: Collection[int]) -> Iterator[list[int
         yield group
 
 
-def comparison_of(recount: Recount) -> Comparison:
-    """The comparison of a recount with its tables."""
-    return OrdersComparison(recount) if isinstance(recount, OrdersRecount) else Comparison(recount)
+def comparison_of(recount: Recount) -> StreamComparison:
+    """Return the comparison of a recount with its tables."""
+    return EventsComparison(recount) if isinstance(recount, EventsRecount) else OrdersComparison(recount)
 
 
 def check_marts(settings: Settings, hours: HourRange | None) -> list[Difference]:
-    """What the published marts have other than the table versions that they name give. Layer marts, cause mart_differs."""
-    with Lake(settings).scratch("recount-") as spill, translate_duckdb_errors(settings.home_path):
-        found = compare_marts(settings, spill, None if hours is None else [hour_number(hour) for hour in hours])
+    """Return the differences of the published marts from the table versions that they name. Layer marts, cause mart_differs."""
+    found = compare_marts(settings, None if hours is None else [hour_number(hour) for hour in hours])
     return [difference(finding) for finding in found]
 
 
@@ -255,9 +249,9 @@ def compare_hours(
     inputs = current_inputs(settings, "missed", now, say, stream)
     findings: list[Finding] = []
     sums: list[HourSums] = []
-    with recounting(settings, inputs) as recount:
+    with recounting(inputs) as recount:
         records = recount.records_by_hour(hours)
-        wanted = recount.hours_held() if hours is None else hours
+        wanted = recount.all_hours() if hours is None else hours
         done = 0
         for group in chunks(records, wanted):
             say(f"comparing hours of {stream}: {done} of {len(wanted)}")
@@ -268,6 +262,8 @@ def compare_hours(
         if hours is None:
             findings += gone_without_rows(recount)
         waiting = _waiting(recount, hours)
+    if hours is None:  # all entries in use are known, and the lock of corrections keeps other recounts away
+        prune(settings, stream, [entry.raw for entry in inputs.entries])
     return Pass(findings, sums, inputs.versions, waiting)
 
 
@@ -277,9 +273,9 @@ def _waiting(recount: Recount, hours: set[int] | None) -> list[Waiting]:
     if not inputs.waiting:
         return []
     held: dict[tuple[str, int], set[int]] = {}
-    for query, batch, hour in recount.rows(
+    for query, batch, hour in recount.database.rows(
         f"""
-        select _query_id, _batch_id, hour_of(epoch_us(event_hour)) from {recount.scan("batch_ledger")}
+        select _query_id, _batch_id, hour_of(epoch_us(event_hour)) from {recount.database.scan(BATCH_LEDGER)}
         where stream = '{inputs.stream}' and source = 'kafka' and offered != 0
         """
     ):
@@ -288,7 +284,7 @@ def _waiting(recount: Recount, hours: set[int] | None) -> list[Waiting]:
     for one in inputs.waiting:
         plan = inputs.plans[one.batch]
         own = held.get((plan.query_id, plan.batch_id), set())
-        if inputs.states[one.batch] == "waiting" and (hours is None or not own or own & hours):
+        if inputs.states[one.batch] is BatchState.WAITING and (hours is None or not own or own & hours):
             moments = [moment for hour in sorted(own) if (moment := hour_moment(hour)) is not None]
             raw_table = RAW_TABLES[inputs.stream].name
             found.append(Waiting(plan.query_id, plan.batch_id, one.name, one.start, one.end, moments, raw_table))
@@ -298,7 +294,7 @@ def _waiting(recount: Recount, hours: set[int] | None) -> list[Waiting]:
 def gone_without_rows(recount: Recount) -> list[Finding]:
     """Files, and ranges of Kafka's offsets, that are gone or have changed and of which no row is left to tell the hours."""
     empty = {(b, file.name) for b, plan in enumerate(recount.inputs.plans) for file in plan.files if not file.size}
-    told = {o for (o,) in recount.rows("select distinct o from trusted")}
+    told = {o for (o,) in recount.database.rows("select distinct o from trusted")}
     absent = [
         found
         for o, found in enumerate(recount.inputs.occurrences)
@@ -312,7 +308,7 @@ def gone_without_rows(recount: Recount) -> list[Finding]:
         if is_of_kafka(first.name)
         else f"{first.name} is gone or has changed since it was read"
     )
-    layer = LEDGER_LAYER if recount.inputs.stream == "orders" else BATCH_LEDGER.name
+    layer = ORDERS_LEDGER_LAYER if recount.inputs.stream == "orders" else BATCH_LEDGER.name
     return [Finding(NO_HOUR, layer, "raw_missing", None, len(absent), 0, 0, 0, 0, detail)]
 
 
@@ -337,7 +333,7 @@ def _repair(settings: Settings, stream: str, hours: list[int], run: Run) -> list
     """Compare ``hours`` again while nobody else writes, and put them right; what was found."""
     with writing(settings):
         inputs = current_inputs(settings, run.token, run.now, lambda _: None, stream)
-        with recounting(settings, inputs) as recount:
+        with recounting(inputs) as recount:
             findings, _ = comparison_of(recount).run(whole_batches(recount, hours))
             findings = [found for found in findings if is_correctable(found)]
             if not findings:
@@ -359,7 +355,7 @@ def whole_batches(recount: Recount, hours: Collection[int]) -> set[int]:
     """``hours``, and all hours of a batch that has one of them and is not in the ledger: it becomes complete, or stays as it is."""
     found = set(hours)
     for number, state in enumerate(recount.inputs.states):
-        if state in ("unfinished", "unbooked", "missed"):
+        if state in (BatchState.UNFINISHED, BatchState.UNBOOKED, BatchState.MISSED):
             own = recount.hours_of_batch(number)
             if own & found:
                 found |= own

@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow as pa
 from deltalake import DeltaTable, write_deltalake
 
-from spark_jobs.audit.compare import LEDGER_MEASURES, METRIC_KEYS, METRIC_MEASURES
+from spark_jobs.audit.compare import LEDGER_MEASURES
+from spark_jobs.audit.compare_events import METRIC_KEYS, METRIC_MEASURES
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.lake.duck import connect_delta
 from spark_jobs.lake.tables import TABLES

@@ -221,7 +221,7 @@ def test_a_batch_whose_checkpoint_is_gone_is_finished(spark: SparkSession, base:
     assert correct.contents(killed, identity=False)["minute_metrics"] == correct.contents(base, identity=False)["minute_metrics"]
 
 
-# those of orders are killed in tests/spark_jobs/audit/test_orders.py
+# those of orders are killed in tests/spark_jobs/audit/test_recount_orders.py
 NOT_OF_EVENTS = (Step.HOUR_RULES, Step.CORRECTED_ORDERS, Step.CORRECTED_ORDER_REJECTS)
 STEPS = [(moment, step) for step in CORRECTION for moment in ("before", "after") if step not in NOT_OF_EVENTS]
 

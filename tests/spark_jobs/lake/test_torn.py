@@ -175,12 +175,12 @@ def test_what_is_derived_from_a_torn_version_is_not_believed(home: Settings) -> 
         plan = {"query_id": "query", "batch_id": batch, "limits": dict.fromkeys(_LIMITS, 0), "campaigns_version": 0, "files": []}
         DeltaSink(EVENTS, home).append(writer.files, Step.EVENTS, Transaction("query", batch), plan)
         bring_index_to(home, index, batch + 1)
-        assert len(read_plans(home, batch + 1).batches) == batch + 1
+        assert len(read_plans(home, batch + 1)) == batch + 1
     _commit_path(home, EVENTS, 2).write_bytes(b"")
     mend_tables(home)
-    assert [plan.batch_id for plan in read_plans(home, 1).batches] == [0]
+    assert [plan.batch_id for plan in read_plans(home, 1)] == [0]
     _append(home, EVENTS, 1, event_id="c", fingerprint=1)
-    assert [plan.batch_id for plan in read_plans(home, 2).batches] == [0]
+    assert [plan.batch_id for plan in read_plans(home, 2)] == [0]
     bring_index_to(home, index, 2)
     keys = keys_of_ids(pa.table({"event_id": ["a", "b", "c"], "fingerprint": [1, 1, 1]}), "event_id", "fingerprint")
     keys = keys.take(keys.order)

@@ -1,15 +1,9 @@
-"""The recount's parser against the contract's cases, and against the validator of the ingest, with which it shares nothing."""
+"""The auditor's contract and decoder against the contract's cases and the ingest's validator, with which they share nothing."""
 
 from __future__ import annotations
 
-import base64
-import gzip
-import io
 import json
-import tracemalloc
-import zlib
 from datetime import UTC, date, datetime, timedelta, timezone
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,25 +12,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from spark_jobs.audit import parser
-from spark_jobs.audit.parser import (
-    judge_line,
-    parse_block,
-    parse_file,
-    parse_values,
-    payload_rules,
-    read_time,
-    read_times,
-    record_schema,
-)
+from spark_jobs.audit import decode
+from spark_jobs.audit.contract import PAYLOAD, judge_line, read_time, record_schema
+from spark_jobs.audit.decode import parse_block, parse_values
 from spark_jobs.ingest.contract.exact import validate_line
-from spark_jobs.ingest.contract.parse import parse_all
 from spark_jobs.ingest.contract.spec import CONTRACTS, MAX_LINE_BYTES
-from spark_jobs.ingest.files.lines import read_lines
 from tests.spark_jobs.ingest.contract.cases import LIMITS, base, load
 from tests.spark_jobs.ingest.contract.test_agreement import CHUNKS, REGION, STREAMS, TIMES, VALUES
 
-FILES = json.loads((Path(__file__).resolve().parents[2] / "cases" / "recount" / "files.json").read_text("utf-8"))["cases"]
 OF_THE_LIMITS = ("_out_of_range", "_in_future")
 SLOW = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
@@ -56,7 +39,7 @@ def expected(
         wide = type(LIMITS)(ingested_us=2**60, earliest_us=-(2**60), future_skew_us=2**60, hour_grace_us=0)
         values = validate_line(raw, CONTRACTS[stream], folder, wide, terminated=terminated, own_region=own_region).values
         assert values is not None
-    payload = {rule.name: None if values is None else values[rule.name] for rule in payload_rules(stream)}
+    payload = {name: None if values is None else values[name] for name in PAYLOAD[stream]}
     return {
         "line": number,
         "is_valid": values is not None,
@@ -99,14 +82,6 @@ def assert_values_agree(stream: str, values: list[bytes | None]) -> None:
     assert [region or "a-cluster" for region, held in zip(regions, own, strict=True) if held] == [
         held["region"] for held in own if held
     ]
-
-
-def parsed(path: Path, stream: str = "events", folder: str = REGION) -> pa.Table:
-    tables = list(parse_file(path, stream, folder, lambda _: None))
-    return pa.concat_tables([record_schema(stream).empty_table(), *tables])
-
-
-# --- lines
 
 
 @pytest.mark.parametrize("stream", STREAMS)
@@ -175,7 +150,7 @@ def test_plain_lines_take_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> Any:
         raise AssertionError("a line was judged one by one")
 
-    monkeypatch.setattr(parser, "judge_line", never)
+    monkeypatch.setattr(decode, "judge_line", never)
     plain = [
         line(),
         line(region=None, impression_id=None, placement=None, price_micros=None, user_agent=None, received_at=None),
@@ -190,6 +165,7 @@ def test_plain_lines_take_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
     table = parse_block(b"".join(raw + b"\n" for raw in plain), 1, "events", REGION)
     assert table["is_valid"].to_pylist() == [True] * len(plain)
     assert parse_block(line("orders"), 1, "orders", REGION)["is_valid"].to_pylist() == [True]
+    assert parse_values(plain, np.arange(len(plain)), "events")["is_valid"].to_pylist() == [True] * len(plain)
 
 
 def test_limits_are_not_judged() -> None:
@@ -206,9 +182,6 @@ def test_the_hash_is_the_same_for_ever() -> None:
     raws = [line(event_id="e1"), line(event_id="é"), line(event_id="e1", currency="none"), b"{}"]
     table = parse_block(b"\n".join(raws), 1, "events", REGION)
     assert table["id_hash"].to_pylist() == [2269290854245001967, 17839895020865391795, 2269290854245001967, None]
-
-
-# --- times
 
 
 def text_of(moment: datetime, digits: int, minutes: int, zone: str) -> str:
@@ -228,174 +201,33 @@ def test_times_are_those_of_the_standard_library(moment: datetime, digits: int, 
     text = text_of(moment, digits, minutes, zone)
     micros = (datetime.fromisoformat(text.upper()) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
     assert read_time(text) == micros
-    assert read_times(pa.array(["", text, None, "2025-06-02T10:00:00Z"], pa.string())).tolist()[1] == micros
 
 
-def test_every_day_of_a_column() -> None:
+def test_every_day() -> None:
     first = date(1895, 1, 1)
     days = [first + timedelta(days=number) for number in range(45_000)]  # both kinds of years that end a century
-    micros = read_times(pa.array([f"{day}T00:00:00Z" for day in days], pa.string()))
+    micros = [read_time(f"{day}T00:00:00Z") for day in days]
     start = (first - date(1970, 1, 1)) // timedelta(microseconds=1)
-    assert micros.tolist() == [start + number * 86_400_000_000 for number in range(len(days))]
+    assert micros == [start + number * 86_400_000_000 for number in range(len(days))]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *(("2025-06-02T10:00:00.1234567Z", "precision"), ("2025-06-02T10:00:00.1234560Z", 1_748_858_400_123_456)),
+        *(("0000-01-01T00:00:00Z", "format"), ("1900-02-29T00:00:00Z", "format"), ("2000-02-29T00:00:00.5Z", 951_782_400_500_000)),
+        *(("2025-06-0/T10:00:00Z", "format"), ("2025-06-02T10:00:0:Z", "format"), ("2025-06-02T10:00:60Z", "format")),
+        *(("2025-06-02T24:00:00Z", "format"), ("2025-06-02T10:60:00Z", "format"), ("2025-06-02 10:00:00Z", "format")),
+        *(("2025-06-02T10:00:00+24:00", "format"), ("2025-06-02T10:00:00+23:60", "format"), ("2025-06-02T10:00:00", "format")),
+        *(("0001-01-01T00:00:00+00:01", "format"), ("9999-12-31T23:59:59.999999-00:01", "format")),
+        *(("0001-01-01T00:00:00Z", -62_135_596_800_000_000), ("9999-12-31T23:59:59.999999Z", 253_402_300_799_999_999)),
+    ],
+)
+def test_times_at_the_edges(text: str, expected: int | str) -> None:
+    assert read_time(text) == expected
 
 
 @SLOW
 @given(st.text(alphabet="0123456789-:.TtZz+ é", max_size=30) | st.sampled_from(TIMES).map(lambda text: text.strip('"')))
-@example("2025-06-02T10:00:00.1234567Z")
-@example("0000-01-01T00:00:00Z")
-@example("1900-02-29T00:00:00Z")
-@example("2000-02-29T00:00:00.5Z")
-@example("2025-06-0/T10:00:00Z")
-@example("2025-06-02T10:00:0:Z")
-def test_columns_of_times_read_what_one_time_reads(text: str) -> None:
-    one = read_time(text)
-    column = read_times(pa.array([text, None, "2025-06-02T10:00:00Z"], pa.string()).slice(0, 2)).tolist()
-    assert column == [one if isinstance(one, int) else parser._NO_TIME, parser._NO_TIME]
-
-
-# --- files
-
-
-def stored(case: dict[str, Any]) -> tuple[str, bytes]:
-    def full(text: str) -> bytes:
-        event = line().decode()
-        return "".join({"E": event, "P": event[:40]}.get(character, character) for character in text).encode()
-
-    if "text" in case:
-        return "file.jsonl", full(case["text"])
-    if "stored" in case:
-        return "file.jsonl.gz", base64.b64decode(case["stored"])
-    packed = b"".join(gzip.compress(full(text), mtime=0) for text in case["gzip"])
-    return "file.jsonl.gz", packed[: len(packed) - case.get("cut", 0)] + base64.b64decode(case.get("behind", ""))
-
-
-@pytest.mark.parametrize("read", [1, 7, 1 << 20])
-@pytest.mark.parametrize("case", FILES, ids=[case["name"] for case in FILES])
-def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any], read: int) -> None:
-    name, content = stored(case)
-    (tmp_path / name).write_bytes(content)
-    monkeypatch.setattr(parser, "READ_BYTES", read)
-    monkeypatch.setattr(parser, "_STORED_BYTES", read)
-    rows = [[row["line"], row["reasons"] or []] for row in parsed(tmp_path / name).to_pylist()]
-    assert rows == case["gives"]
-
-
-def by_the_ingest(path: Path, region: str) -> list[tuple[int, bool, str | None]]:
-    """(line, valid, a reason that stands for the file as a whole) as the ingest reads a file."""
-    rows: list[tuple[int, bool, str | None]] = []
-    for chunk in parse_all(read_lines(path), CONTRACTS["events"], region, LIMITS):
-        rows += [(n + 1, True, None) for n in chunk.valid["n"].to_pylist()]
-        rows += [(one.number + 1, False, one.reasons[0] if one.reasons[0].endswith("gzip") else None) for one in chunk.rejects]
-    return sorted(rows)
-
-
-@SLOW
-@given(data=st.data())
-def test_broken_files_have_the_lines_that_the_ingest_finds(tmp_path: Path, data: st.DataObject) -> None:
-    """Whatever the bytes, cut, changed or added to, and whatever the sizes of the reads."""
-    pieces = st.sampled_from([line(), line(event_id="e2"), b"", b"x", line()[:50], b"y" * 70, line() + b"\r"])
-    content = b"\n".join(data.draw(st.lists(pieces, max_size=6)))
-    path = tmp_path / data.draw(st.sampled_from(["a.jsonl", "a.jsonl.gz"]))
-    if path.suffix == ".gz":
-        middle = data.draw(st.integers(0, len(content)))
-        content = b"".join(gzip.compress(part, mtime=0) for part in (content[:middle], content[middle:]))
-        match data.draw(st.integers(0, 3)):
-            case 0:
-                content = content[: data.draw(st.integers(0, len(content)))]
-            case 1:
-                changed = bytearray(content)
-                changed[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
-                content = bytes(changed)
-            case 2:
-                content += data.draw(st.sampled_from([b"\0" * 9, b"\0x", b"x", b"\x1f\x8b"]))
-            case _:
-                pass
-    path.write_bytes(content)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parser, "READ_BYTES", data.draw(st.integers(1, 600)))
-        patch.setattr(parser, "_STORED_BYTES", data.draw(st.integers(1, 600)))
-        rows = parsed(path).to_pylist()
-    mine = [(row["line"], row["is_valid"], next((r for r in row["reasons"] or () if r.endswith("gzip")), None)) for row in rows]
-    assert mine == by_the_ingest(path, REGION)
-
-
-@pytest.mark.parametrize("read", [1, 7, 64, 1 << 20])
-def test_gzip_cut_at_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: int) -> None:
-    """What zlib still holds back when it has taken the last byte belongs to the file."""
-    whole = gzip.compress(b"one line as another\n" * 60, mtime=0)
-    path = tmp_path / "cut.jsonl.gz"
-    monkeypatch.setattr(parser, "READ_BYTES", read)
-    for size in range(1, len(whole)):
-        path.write_bytes(whole[:size])
-        lines, half = divmod(len(zlib.decompressobj(31).decompress(whole[:size])), 20)
-        rows = parsed(path).to_pylist()
-        assert [row["reasons"] for row in rows] == [["not_json"]] * lines + [["truncated_gzip"]], size
-        assert rows[-1]["line"] == (lines + 1 if lines or half else 0)
-
-
-def test_gzip_wrong_in_the_middle_of_much(tmp_path: Path) -> None:
-    """More comes before the wrong byte than one step unpacks."""
-    out = io.BytesIO()
-    with gzip.GzipFile(fileobj=out, mode="wb", mtime=0) as writer:
-        writer.write((line() + b"\n") * 50_000)
-        writer.flush(zlib.Z_FULL_FLUSH)
-        good = len(out.getvalue())
-        writer.write(line() + b"\n")
-    path = tmp_path / "file.jsonl.gz"
-    path.write_bytes(out.getvalue()[:good] + b"\xff" * 50)
-    table = parsed(path)
-    assert (table.num_rows, table["is_valid"].to_pylist().count(True)) == (50_001, 50_000)
-    assert table.slice(50_000)["reasons"].to_pylist() == [["corrupt_gzip"]]
-
-
-@pytest.mark.parametrize("name", ["missing.jsonl", "missing.jsonl.gz", "."])
-def test_a_file_that_cannot_be_opened(tmp_path: Path, name: str) -> None:
-    rows = parsed(tmp_path / name).to_pylist()
-    assert [(row["line"], row["reasons"]) for row in rows] == [(0, ["unreadable_file"])]
-
-
-def test_a_disk_that_fails_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Failing(io.BytesIO):
-        def read(self, size: int | None = -1) -> bytes:
-            if self.tell() >= 400:
-                raise OSError(5, "Input/output error")
-            return super().read(200)
-
-    content = (line() + b"\n") * 3
-    monkeypatch.setattr(parser, "_open", lambda _: Failing(content))
-    assert [(row["line"], row["reasons"]) for row in parsed(tmp_path / "x.jsonl").to_pylist()] == [
-        (1, None),
-        (2, ["unreadable_file"]),
-    ]
-
-
-@pytest.mark.parametrize("name", ["long.jsonl", "long.jsonl.gz"])
-@pytest.mark.parametrize("end", [b"\n" + line(), b"", b"\n"])
-def test_a_line_longer_than_memory_should_hold(tmp_path: Path, name: str, end: bytes) -> None:
-    content = line() + b"\n" + b"x" * 30_000_000 + end
-    path = tmp_path / name
-    path.write_bytes(gzip.compress(content, compresslevel=1) if name.endswith(".gz") else content)
-    del content
-    tracemalloc.start()
-    try:
-        rows = parsed(path).to_pylist()
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert [row["reasons"] for row in rows] == [None, ["line_too_long"], *([None] if len(end) > 1 else [])]
-    assert peak < 6 * parser.READ_BYTES
-
-
-def test_a_block_of_line_feeds_is_judged_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parser, "_JUDGED_AT_ONCE", 100)
-    (tmp_path / "file.jsonl").write_bytes(b"\n" * 250 + line() + b"\n" * 300)
-    table = parsed(tmp_path / "file.jsonl")
-    assert table["line"].to_pylist() == list(range(1, 551))
-    assert [n for n, valid in enumerate(table["is_valid"].to_pylist(), start=1) if valid] == [251]
-
-
-def test_what_was_read_is_told(tmp_path: Path) -> None:
-    (tmp_path / "file.jsonl.gz").write_bytes(gzip.compress(line()))
-    told: list[int] = []
-    list(parse_file(tmp_path / "file.jsonl.gz", "events", REGION, told.append))
-    assert sum(told) == (tmp_path / "file.jsonl.gz").stat().st_size
+def test_any_text_is_a_time_or_has_a_reason(text: str) -> None:
+    assert isinstance(read_time(text), int) or read_time(text) in ("format", "precision")

@@ -75,6 +75,17 @@ def test_clean_data_has_no_difference(base: Settings) -> None:
     assert correct.rows(base, f"{outcomes} from batch_ledger") == [(12, 2, 3, 4, 7)]
 
 
+def test_a_recount_of_everything_removes_what_it_does_not_use(home: Settings) -> None:
+    reconcile(home, None)
+    used = sorted(path.name for path in home.recount_path.rglob("*.parquet"))
+    assert used
+    (home.recount_path / "parsed" / "orders" / "unused.parquet").write_bytes(b"of a file that is gone")
+    reconcile(home, HourRange.of(datetime(2025, 6, 2, 11, tzinfo=UTC)))
+    assert (home.recount_path / "parsed" / "orders" / "unused.parquet").exists()
+    assert reconcile(home, None).differences == []
+    assert sorted(path.name for path in home.recount_path.rglob("*.parquet")) == used
+
+
 @pytest.mark.parametrize("names", ORDER_FAULTS_TOGETHER, ids=lambda names: names[0])
 def test_faults_are_found_and_put_right_once(home: Settings, truth: dict[str, Any], names: tuple[str, ...]) -> None:
     expected: set[str] = set()
@@ -332,5 +343,5 @@ def test_a_rule_that_the_ingest_breaks_is_found(
 
 
 def test_a_rule_that_the_recount_breaks_is_found(base: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spark_jobs.audit.orders._FINGERPRINT", "7")
+    monkeypatch.setattr("spark_jobs.audit.recount_orders._FINGERPRINT", "7")
     assert {found.layer for found in reconcile(base, None).differences} == {"orders", "rejected_orders"}

@@ -11,7 +11,8 @@ import lake
 import pytest
 from pyspark.sql import SparkSession
 
-from spark_jobs.audit.landing import LandedFile, RunningQuery, missed_files
+from spark_jobs.audit.checkpoints import FileQuery
+from spark_jobs.audit.landing import LandedFile, missed_files
 from spark_jobs.audit.plans import read_plans
 from spark_jobs.audit.store import RawFile
 from spark_jobs.config import Settings, load_settings
@@ -73,7 +74,7 @@ def test_a_batch_is_planned_anew_where_its_plan_is_gone(spark: SparkSession, set
     reconcile(settings, None)
     log = Path(settings.table_uri("events")) / "_delta_log"
     read = read_plans(settings, 3)
-    assert [[file.name for file in plan.files] for plan in read.batches] == [[f"events/eu/{n}.jsonl"] for n in range(3)]
+    assert [[file.name for file in plan.files] for plan in read] == [[f"events/eu/{n}.jsonl"] for n in range(3)]
     # the log of events is cleaned up to a checkpoint, as Delta does after a while; the catalogue still knows the plans
     from deltalake import DeltaTable
 
@@ -113,6 +114,6 @@ def test_a_missed_file_is_told_from_one_that_waits(file: LandedFile, taken: set[
         "events/eu/late": _landed("events/eu/late", mtime=7, renamed=200),
         "events/eu/early": _landed("events/eu/early", mtime=7, renamed=50),
     }
-    query = RunningQuery("q", frozenset({0}), frozenset(taken))
+    query = FileQuery("q", frozenset({0}), frozenset(taken))
     found = missed_files({**others, file.name: file}, set(others), query)
     assert [entry.name for entry in found] == ([file.name] if missed else [])
