@@ -16,6 +16,7 @@ from spark_jobs.config import Settings, load_settings
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.data_files import DataFileWriter
 from spark_jobs.lake.duck import connect_delta
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.reading import read_newest
 from spark_jobs.lake.tables import BATCH_LEDGER, BILLING_LINES, MINUTE_METRICS, TABLES, Table
@@ -75,7 +76,7 @@ def test_which_tables_hold_sums_of_money() -> None:
 
 def test_old_tables_get_the_new_types_and_keep_all_else(old_home: Settings) -> None:
     before = {table.name: contents(old_home, table) for table in OLD}
-    messages = list(MetricsMessages(old_home).whole(2, 0))
+    messages = list(MetricsMessages(Lake(old_home)).whole(2, 0))
     ensure_tables(old_home)
     ensure_tables(old_home)
     for table in OLD:
@@ -88,7 +89,7 @@ def test_old_tables_get_the_new_types_and_keep_all_else(old_home: Settings) -> N
         assert commit is not None and commit.added and commit.removed
         assert not commit.changes_rows, "for whoever follows the log nothing has happened"
         assert DeltaTable(uri).transaction_version(WROTE.query_id) == WROTE.batch_id
-    assert list(MetricsMessages(old_home).whole(3, 0)) == [
+    assert list(MetricsMessages(Lake(old_home)).whole(3, 0)) == [
         (keys, [value.replace('"version":2', '"version":3') for value in values]) for keys, values in messages
     ]
 
@@ -106,7 +107,7 @@ def test_a_home_with_new_types_holds_more_than_64_bits(old_home: Settings) -> No
         assert sorted(read_newest(old_home.table_uri(table.name), schema)[money].to_pylist()) == [5, 10, HUGE]
     commit = DeltaLog(old_home.table_uri(MINUTE_METRICS.name)).commit(4)
     assert commit is not None
-    _, values = next(MetricsMessages(old_home).of_commit(commit))
+    _, values = next(MetricsMessages(Lake(old_home)).of_commit(commit))
     assert json.loads(values[0])["spend_nanos"] == HUGE
 
 
