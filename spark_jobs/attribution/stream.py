@@ -1,7 +1,7 @@
-"""Attribution as a stream: a query over the ledger of batches that credits the orders concerned by what they brought.
+"""Attribution as a stream: a query over the ledger of batches that credits the orders which the batches changed.
 
-The ledger only says that there is something to do: what, and how far it has come, stands in the commits of `attributed_orders`,
-so a lost checkpoint costs nothing, and a batch that runs again finds nothing to do.
+The ledger only says that there is work. The commits of `attributed_orders` note how far the inputs were read, so a lost checkpoint
+costs nothing, and a batch that runs again finds nothing to do.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from spark_jobs.attribution.rules import load_attribution_rules
 from spark_jobs.config import Settings
 from spark_jobs.errors import BusyError, RuleFileError, StoppedError, TableCorruptionError
 from spark_jobs.ingest.durable_checkpoint import set_aside_torn
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import BATCH_LEDGER
 
-TRIGGER_SECONDS = 10.0  # at least: the events need not wait for it, nor share their cores with it more often
+TRIGGER_SECONDS = 10.0  # at least: attribution takes cores from the ingest of events
 
 
 class AttributionStream:
-    """The query, beside those of events and orders. Raises RuleFileError where the rules are wrong.
+    """The query, beside those of events and orders. Raises RuleFileError if the rules are wrong.
 
-    Rules that turn bad later hold credits up until the file is right again: ``notice`` is told once of either.
+    If the rule file becomes invalid later, no order is credited until it is valid again; ``notice`` gets one line at each change.
     """
 
     stream = "attribution"
@@ -47,7 +48,7 @@ class AttributionStream:
         self._problem = ""
 
     def start(self, spark: SparkSession, *, continuous: bool, trigger_seconds: float) -> StreamingQuery:
-        """Start it: until stopped, or up to the ledger as it is. A torn checkpoint is set aside, or removed: it costs nothing."""
+        """Start the query: until it is stopped, or up to the ledger's newest version. Sets aside or removes a torn checkpoint."""
         checkpoint = self.settings.checkpoints_path / self.stream
         try:
             set_aside_torn(checkpoint)
@@ -56,7 +57,7 @@ class AttributionStream:
         rows = (
             spark.readStream.format("delta")
             .option("skipChangeCommits", "true")  # a correction rewrites files; what it changes is in `events` too
-            .load(self.settings.table_uri(BATCH_LEDGER.name))
+            .load(Lake(self.settings).uri(BATCH_LEDGER))
             .select("_batch_id")
         )
         writer = rows.writeStream.queryName(self.stream).foreachBatch(self._run).option("checkpointLocation", str(checkpoint))
@@ -70,15 +71,15 @@ class AttributionStream:
         try:
             if self.stopping.is_set():
                 raise StoppedError("stopped before this batch")
-            with suppress(BusyError):  # another attribution is at it; the next batch looks again
+            with suppress(BusyError):  # another attribution runs; the next batch tries again
                 report = attribute(self.settings)
                 self._say("")
                 if self._report is not None:
                     self._report(report)
-        except RuleFileError as error:  # nothing was done; the next batch, or the next run, does it
+        except RuleFileError as error:  # nothing was committed; the next batch or run tries again
             self._say(f"{error}; orders are credited again once it is right")
         except Exception as error:
-            self.failure = error  # Spark passes on its text only
+            self.failure = error  # Spark keeps only its text
             raise
 
     def _say(self, problem: str) -> None:

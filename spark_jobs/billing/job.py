@@ -1,11 +1,11 @@
 """The billing ledger: a line per day, campaign, store and currency when the day closes, and one for each later change.
 
-A day is charged once all of its hours are closed. What its spend is from then on, be it by late events, by clicks found invalid, by
-a repair or a backfill, is posted as further lines, each with its reason, its run and its amount: nothing is ever changed or taken
-out. Amounts are differences of the rounded total, so that the lines of a key sum to its spend, rounded once (half away from zero),
-as `fct_campaign_day` shows it. docs/decisions/0009 has the reasons.
+A day is charged when all of its hours are closed. Later changes of its spend (late events, clicks found invalid, a repair, a
+backfill) are posted as further lines, each with its reason, its run and its amount: no line is ever changed or removed. Amounts are
+differences of the rounded total, so the lines of a key sum to its spend, rounded once (half away from zero), as `fct_campaign_day`
+shows it. docs/decisions/0009 has the reasons.
 
-Days are looked at where increments or ledger rows came since the last posting, and when they close: what is new is what it costs.
+A run looks only at days that have closed, or got increments or ledger rows, since the last posting.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _COMMITS_UNREAD = 500  # of minute_metrics without a line; then the place that w
 
 @dataclass(frozen=True)
 class BillingLine:
-    """A line as table `billing_lines` holds it."""
+    """A row of table `billing_lines`."""
 
     line_id: str
     line_type: str
@@ -76,7 +76,7 @@ class BillingLine:
 
 @dataclass(frozen=True)
 class BillingReport:
-    """What a run posted. ``days``: closed days that it looked at."""
+    """The lines that a run posted. ``days``: the number of closed days that it looked at."""
 
     run_id: str
     lines: list[BillingLine] = field(default_factory=list)
@@ -86,7 +86,7 @@ class BillingReport:
 
 @dataclass(frozen=True)
 class _Place:
-    """Up to where the last posting read; days before ``billed_through`` are closed for good, whatever a new source says."""
+    """The versions that the last posting read. Days before ``billed_through`` stay closed, whatever a new source reports."""
 
     metrics_version: int
     ledger_version: int
@@ -95,7 +95,7 @@ class _Place:
 
 @dataclass
 class _Day:
-    """What the increments of a key sum up to. ``parts``: nanos of the batches' own rows (_OWN) and of each correction run."""
+    """The sums of a key's increments. ``parts``: nanos of the batches' own rows (_OWN) and of each correction run."""
 
     measures: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_MEASURES, 0))
     parts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -103,7 +103,7 @@ class _Day:
 
 @dataclass(frozen=True)
 class _Billed:
-    """What the lines of a key sum up to, with the parts that they hold."""
+    """The sum of a key's lines, and the parts noted in the newest."""
 
     micros: int
     parts: dict[str, int]
@@ -111,7 +111,7 @@ class _Billed:
 
 @dataclass
 class _RestatementReasons:
-    """What `restatements` says: (run, day, campaign, currency) -> kind -> its money and rule set."""
+    """From `restatements`: (run, day, campaign, currency) -> kind -> its money and rule set."""
 
     kinds: dict[tuple[str, date, str, str], dict[str, tuple[int, str | None]]]
     reviewed_by: dict[date, str]  # day -> rule set of its latest review
@@ -126,8 +126,8 @@ def bill(
 ) -> BillingReport:
     """Post the lines of the closed days whose spend differs from what is billed; the report has those lines.
 
-    One run at a time, others wait. All lines of a run stand in one commit: killed, it has posted all of them or none. Run again it
-    posts nothing. Raises UsageError where the lakehouse is not a local path.
+    One run at a time, others wait. One commit has all lines of a run, so a killed run has posted all of them or none. A second run
+    posts nothing. Raises UsageError if the lakehouse is not on a local path.
     """
     require_local(settings, "billing")
     began, name = time.monotonic(), run_id or uuid.uuid4().hex
@@ -201,10 +201,10 @@ class _BillingRun:
         until = self._snapshot.version(table)
         return None if since > until else self._lake.log(table).commits(since, until)
 
-    # --- what they come to
+    # --- their lines
 
     def lines(self, days: list[date]) -> list[BillingLine]:
-        """The lines that bring these days to what they come to."""
+        """The lines that bring the billed amounts of these days to their spend."""
         billed, why = self._billed(days), self._why(days)
         lines: list[BillingLine] = []
         totals = self._totals(days, why)
@@ -275,7 +275,7 @@ class _BillingRun:
         if parts == before.parts:
             return
         if self._is_correcting and any(part.startswith(_UNKNOWN) for part in parts):
-            self._waits = True  # its increments are there, why they are is about to come: the next run posts it
+            self._waits = True  # a correction has committed its increments, not yet its reasons: the next run posts them
             return
         place = self._place
         if billed is None and (place is None or key[0] >= place.billed_through):
@@ -327,7 +327,7 @@ class _BillingRun:
             billed_at=self._now,
         )
 
-    # --- put down
+    # --- posting
 
     def post(self, lines: list[BillingLine]) -> None:
         """Append the lines and the place read up to in one commit. Without lines, only if the noted place is far behind."""

@@ -1,8 +1,8 @@
-"""Compaction: many small data files become few, without a Spark session, and without an ingest noticing.
+"""Compaction: merges many small data files into few, without a Spark session, while an ingest may run.
 
-Closed hours of `events` are rewritten in Z-order (docs/decisions/0005 has the measurement); of the other tables, which are only
-appended to or small, the small files are put together, whether or not a day has ended. Each rewrite is one commit that says
-``dataChange: false``, and is proved: the partition's rows are counted and hashed right before and right after that commit.
+It rewrites closed hours of `events` in Z-order (docs/decisions/0005 has the measurement). In the other tables, which are only
+appended to or small, it merges small files, whether or not a day has ended. Each rewrite is one commit with ``dataChange: false``.
+It proves each: it counts and hashes the partition's rows at the versions right before and right after that commit.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from spark_jobs.operate.watermark import Closing, read_closing, require_closed
 from spark_jobs.units import HourRange
 
 Z_ORDER = ("campaign_id", "user_id")
-LATE_FILES = 4  # so many files may lie beside what was compacted of an hour,
-LATE_SHARE = 0.1  # with up to this share of its bytes
-LOOSE_FILES = 32  # so many more than needed may a partition have that is still written to
+LATE_FILES = 4  # a compacted hour with this many other files is compacted again,
+LATE_SHARE = 0.1  # or if these have more than this share of its bytes
+LOOSE_FILES = 32  # a partition that is still written to may have this many files more than it needs
 _ATTEMPTS = 6
-# replaced as a whole or hardly written: nothing to gain
+# replaced as a whole or rarely written: nothing to gain
 _LEFT_ALONE = ("campaigns", NAMES.name, "hour_closings", HOUR_RULES.name)
 
 
@@ -59,7 +59,7 @@ class TableCompaction:
 
 @dataclass(frozen=True)
 class CompactReport:
-    """What was rewritten; empty where nothing needed it."""
+    """The partitions that were rewritten; none if no partition needed it."""
 
     tables: list[TableCompaction] = field(default_factory=list)
     seconds: float = 0.0
@@ -72,11 +72,11 @@ def compact(
     progress: Callable[[str], None] | None = None,
     now: datetime | None = None,
 ) -> CompactReport:
-    """Compact the closed hours of ``hours`` (None: all) that need it, and whatever else has too many small files.
+    """Compact the closed hours of ``hours`` (None: all) that need it, and other tables with too many small files.
 
     An ingest may run meanwhile: neither waits for the other. Raises UsageError for an hour that is not closed and for a lakehouse
-    that is not a local path, BusyError where the lock or a table never came free, TableCorruptionError where rows were not the
-    same afterwards (the rewrite is taken back then).
+    that is not on a local path, BusyError if it does not get the lock or a table in time, TableCorruptionError if the rows were not
+    the same afterwards (it takes that rewrite back).
     """
     started = time.monotonic()
     require_local(settings, "compaction")
@@ -153,7 +153,7 @@ class _Compaction:
         return len(files) > needed + (0 if self._is_past(table, partition) else LOOSE_FILES)
 
     def _is_past(self, table: Table, partition: Partition) -> bool:
-        """Whether a day will hardly be written to again."""
+        """Whether a day will probably get no more rows."""
         if not partition:
             return False
         day = date.fromisoformat(partition[0][1])

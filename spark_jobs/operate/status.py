@@ -1,4 +1,4 @@
-"""What the lakehouse holds and whether it adds up, read without Spark."""
+"""The contents of the lakehouse, and whether the tables agree with each other; read without Spark."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ _MEMORY = "1GB"  # more is spilled: an ingest may need the rest
 class SourceStatus:
     """Sums of one stream, source ('files' or 'kafka') and region. ``lag_seconds``: newest ingestion less newest receipt.
 
-    Where a collector's clock runs ahead, its receipts lie after their ingestion: the lag is 0 then, and ``clock_ahead_seconds``
-    says by how much.
+    If a collector's clock is fast, its receipts are later than their ingestion: then the lag is 0, and ``clock_ahead_seconds``
+    is the difference.
     """
 
     stream: str
@@ -85,7 +85,7 @@ class TableStatus:
 
 @dataclass(frozen=True)
 class QuarantinedFile:
-    """A landing file that could not be read to its end, or that was set aside; one that is released is none any more."""
+    """A landing file that could not be read to its end, or that was set aside. Released files are not listed."""
 
     source_file: str
     reason_codes: list[str]
@@ -94,10 +94,10 @@ class QuarantinedFile:
 
 @dataclass(frozen=True)
 class Status:
-    """All of it. ``problems`` are one line each; ``conservation_holds`` is false where rows and books contradict each other.
+    """The whole report. ``problems`` are one line each; ``conservation_holds`` is false if tables contradict the ledger.
 
-    ``waiting`` and ``ignored`` are what lies in the landing folder unread, by source. ``publications``: how far behind publishing
-    is, where kafka.toml says where to publish; ``topics``: how far its topics are read.
+    ``waiting`` and ``ignored`` are the unread files in the landing folder, by source. ``publications``: how far behind publishing
+    is, if kafka.toml says where to publish; ``topics``: how far its topics are read.
     """
 
     sources: list[SourceStatus] = field(default_factory=list)
@@ -113,10 +113,10 @@ class Status:
 
 
 def read_status(settings: Settings) -> Status:
-    """Read the lakehouse of ``settings``; a problem says so where nothing has been ingested.
+    """Read the lakehouse of ``settings``. If nothing was ingested, a problem says so.
 
-    An ingest may run meanwhile. Raises UsageError for a lakehouse that is not a local path, MachineError where DuckDB's delta
-    extension is missing, TableCorruptionError where a table cannot be read.
+    An ingest may run meanwhile. Raises UsageError for a lakehouse that is not on a local path, MachineError if DuckDB's delta
+    extension is missing, TableCorruptionError if a table cannot be read.
     """
     require_local(settings, "status")
     lake = Lake(settings)
@@ -140,7 +140,7 @@ def read_status(settings: Settings) -> Status:
 
 
 def _with_landing(settings: Settings, status: Status) -> Status:
-    """The status with what lies in the landing folder, and with what the checkpoints call read and nobody accounts for."""
+    """Add the landing folder's unread files, and the files that a checkpoint calls read and no batch has taken."""
     try:
         unaccounted, landing = read_unaccounted(settings), read_landing(settings)
     except AdtallyError as error:  # a checkpoint that cannot be read
@@ -166,9 +166,9 @@ def read_unaccounted(settings: Settings, since: datetime | None = None) -> list[
 
 
 def read_recent_problems(settings: Settings, since: datetime) -> tuple[int, list[str]]:
-    """How many batches were ingested at ``since`` or later, and the contradictions among their rows, a line each.
+    """Count the batches that were ingested at ``since`` or later, and list the contradictions among their rows, a line each.
 
-    Of what `read_status` finds only what the rows of those batches tell: data files of others are not read. Raises as it does.
+    Reads only data files with rows of these batches. Raises as `read_status`.
     """
     lake = Lake(settings)
     snapshot = lake.pin(*_READ)
@@ -284,7 +284,7 @@ class _Reader:
         return [QuarantinedFile(*row) for row in found]
 
     def _ledger_rows(self) -> list[str]:
-        """The ledger by itself: each row adds up and stands there once."""
+        """Check the ledger by itself: each row adds up and exists once."""
         problems = [
             f"{place}: {offered} offered, but {accepted} accepted + {duplicate} duplicate + {conflict} conflict + "
             f"{rejected} rejected"
@@ -310,7 +310,7 @@ class _Reader:
         ]
 
     def _cells(self) -> list[str]:
-        """What the ledger says of each batch, region and hour against the rows that other tables hold."""
+        """Compare the ledger's sums of each batch, region and hour with the rows of the other tables."""
         problems = []
         for measure, held_in in _MEASURES.items():
             for stream, tables in held_in.items():
@@ -328,7 +328,7 @@ class _Reader:
         return problems
 
     def _unique(self) -> list[str]:
-        """Ids that more than one row of events holds, told by the newest batch that has them."""
+        """Ids that more than one row of events has, by the newest batch that has them."""
         if not self._suspect_ids():
             return []
         return [
@@ -354,7 +354,7 @@ class _Reader:
         return False
 
     def _orders(self) -> list[str]:
-        """Orders keep the batch of their latest record only, so they are counted as a whole."""
+        """Compare orders as a whole: an order has only the batch of its latest record."""
         booked, held, unbooked = self._rows(
             """
             select (select coalesce(sum(accepted), 0)::bigint from batch_ledger where stream = 'orders'),
@@ -363,7 +363,7 @@ class _Reader:
                     and orders._query_id = batches._query_id and orders._batch_id = batches._batch_id)
             """
         )[0]
-        # a batch that is not in the ledger yet adds to the orders, by a number that nothing else knows
+        # A batch that is not in the ledger yet may have added any number of orders.
         if held == booked or (unbooked and held > booked):
             return []
         return [f"orders of all batches: accepted is {booked} in batch_ledger, {held} in orders (placed and cancelled)"]
@@ -400,7 +400,7 @@ class _Reader:
         return never, unfinished
 
     def _running_queries(self, stream: str) -> set[str]:
-        """The ids of the queries that go on with a checkpoint of ``stream``: that of files, and those of topics."""
+        """The ids of the queries with a checkpoint of ``stream``: that of files, and those of topics."""
         checkpoints = self._snapshot.lake.settings.checkpoints_path
         folders = (checkpoints / stream, *checkpoints.glob(f"{stream}-*"))
         found = set()

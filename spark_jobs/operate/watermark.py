@@ -1,11 +1,11 @@
-"""Which hours are closed: told by the progress of the sources, or decided by an operator. Read without Spark.
+"""Which hours are closed, by the progress of the sources or by an operator's decision. Read without Spark.
 
-Hour H is closed when every source has come past H + 1 h + ADTALLY_HOUR_GRACE. A source is a stream and a region of the ledger; its
-progress is what it has received, never beyond when that was ingested, so a sender whose clock runs ahead closes nothing. The wall
-clock closes nothing either: a source that falls silent, and a cluster of kafka.toml of which no event has come yet, hold the hours
-open until they speak, are retired (ADTALLY_RETIRED_SOURCES), or an operator closes them by hand (table `hour_closings`). A region
-of which files have landed and none was read yet has come as far as the oldest of them, which is read first. Nothing closes before
-an event was read.
+Hour H is closed when the progress of every source is past H + 1 h + ADTALLY_HOUR_GRACE. A source is a stream and a region of the
+ledger; its progress is the newest time of receipt, at most the time of ingestion, so a sender whose clock is fast closes nothing.
+The wall clock closes nothing either. A silent source, and a cluster of kafka.toml without any event yet, keep the hours open until
+they send, are retired (ADTALLY_RETIRED_SOURCES), or an operator closes the hours (table `hour_closings`). The progress of a region
+with landed files, none of them read yet, is the time of the oldest file, which is read first. Nothing closes before the first
+event was read.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _LEDGER_COLUMNS = (*_SOURCE, "event_hour", "accepted", "max_received_at", "inges
 
 @dataclass(frozen=True)
 class SourceProgress:
-    """How far one source has come. ``progress_at`` None: nothing of it was accepted yet.
+    """The progress of one source. ``progress_at`` None: no record of it was accepted yet.
 
-    Nothing waits for such a one, unless it ``is_awaited``: a cluster of kafka.toml of which no event has come yet. A region whose
-    first files lie in the landing folder unread is awaited too; its progress is when the oldest of them was modified.
+    Such a source keeps no hour open, unless it ``is_awaited``: a cluster of kafka.toml without any event yet. A region with landed
+    files, none of them read yet, is awaited too; its progress is when the oldest file was modified.
     """
 
     stream: str
@@ -56,7 +56,7 @@ class SourceProgress:
 
 @dataclass(frozen=True)
 class Closing:
-    """What is closed. Hours that end at or before ``closed_through`` are; None: none is.
+    """The closed hours: those that end at or before ``closed_through``; None: none.
 
     ``by_hand_through`` is the part of it that operators decided, ``first_hour`` the earliest hour with an accepted record.
     """
@@ -68,7 +68,7 @@ class Closing:
 
     @property
     def silent(self) -> list[SourceProgress]:
-        """The sources that hold hours open by having fallen silent."""
+        """The sources that keep hours open because they are silent."""
         return [source for source in self.sources if source.is_silent]
 
     def is_closed(self, hour: datetime) -> bool:
@@ -77,15 +77,15 @@ class Closing:
 
 
 def read_closing(settings: Settings) -> Closing:
-    """The state of closing of a home; nothing is closed where nothing was ingested."""
+    """Read which hours are closed; none if nothing was ingested."""
     lake = Lake(settings)
     ledger = lake.rows(BATCH_LEDGER, *_LEDGER_COLUMNS)
-    ledger = ledger.filter(pc.is_null(ledger["_run_id"]))  # a correction says nothing of what the source has sent
+    ledger = ledger.filter(pc.is_null(ledger["_run_id"]))  # rows of corrections say nothing about what a source has sent
     sources = _sources(settings, ledger)
     # a source without progress has sent nothing that an hour could lack
     progress = [source.progress_at for source in sources if source.progress_at is not None and not source.is_retired]
     is_held = any(source.is_awaited and not source.progress_at and not source.is_retired for source in sources)
-    # orders alone close nothing, nor does what was not read
+    # Orders alone close nothing, nor do files that were not read.
     is_held |= not any(source.stream == "events" and source.progress_at and not source.is_awaited for source in sources)
     through = floor_hour(earlier(min(progress), settings.hour_grace)) if progress and not is_held else None
     by_hand = pc.max(lake.rows(HOUR_CLOSINGS, "closed_through")["closed_through"]).as_py()
@@ -122,7 +122,7 @@ def close_by_hand(settings: Settings, through: datetime, *, reason: str, closed_
 
 
 def require_closed(settings: Settings, hours: HourRange) -> None:
-    """Raises UsageError that names the first open hour of ``hours`` and the sources that are silent."""
+    """Raise UsageError that names the first open hour of ``hours``, if there is one, and the silent sources."""
     closing = read_closing(settings)
     first_open = next((hour for hour in hours if not closing.is_closed(hour)), None)
     if first_open is None:

@@ -1,7 +1,7 @@
-"""Publish: what new Delta versions of `minute_metrics` and `attributed_orders` add, into Kafka, each version once.
+"""Publishes the rows of new Delta versions of `minute_metrics` and `attributed_orders` to Kafka, each version once.
 
-A version is published in its order, in a transaction that also notes how far publishing has come (``spark_jobs.publish.outlet``),
-so whatever is killed, a reader of committed messages sees each once. Versions that only rearrange rows publish nothing.
+It publishes versions in order, each in a transaction that also notes the version (``spark_jobs.publish.outlet``). So a reader of
+committed messages sees each message once, whatever process is killed. Versions that only rearrange rows publish nothing.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from spark_jobs.publish.outlet import Outlet, Position, read_positions
 from spark_jobs.publish.progress import TopicStatus, committed_ms, status_of, told_by, topics_of
 from spark_jobs.steps import Step
 
-POLL_SECONDS = 0.05  # a look for a new version is one attempt to open its file
-REMOTE_POLL_SECONDS = 1.0  # on an object store, where a look costs a request
-_LOOK_AROUND_SECONDS = 30.0  # for versions that are gone, for a table that was made anew
+POLL_SECONDS = 0.05  # a check for a new version is one attempt to open its file
+REMOTE_POLL_SECONDS = 1.0  # on an object store, where a check costs a request
+_LOOK_AROUND_SECONDS = 30.0  # between checks for versions that are gone, and for a table that was created again
 _TELL_SECONDS = 10.0  # between two rows of `publications`
-_LAST_SECONDS = 20.0  # what was committed before the end is published within, or by the next run
-_QUIET_VERSIONS = 50  # versions without rows after which the position is noted all the same
+_LAST_SECONDS = 20.0  # at the end, for versions that were committed before it; the next run publishes the rest
+_QUIET_VERSIONS = 50  # versions without rows after which the position is noted
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
-# who stood still for longer than a transaction may take is shut out as if by another publisher, so once is no proof of one
+# Kafka also fences a publisher that was suspended for longer than a transaction may take: one fencing proves no other publisher.
 _FENCED_PAUSE, _FENCED_AGAIN_SECONDS = 5.0, 600.0
 _WHOLE = "`adtally publish --whole` publishes all rows as they stand, under the same ids"
 
@@ -102,11 +102,11 @@ def publish_new(
     adopt: bool = False,
     progress: Callable[[Published], None] | None = None,
 ) -> PublishReport:
-    """Publish all versions that are not published yet; nothing where kafka.toml does not say where.
+    """Publish all versions that are not published yet; nothing if kafka.toml does not say where.
 
-    ``whole``: all rows as they stand, whatever was published before, for when versions are gone or a topic was lost. ``adopt``:
-    into a topic that has what another table published. Raises KafkaError where the broker does not answer, BusyError where another
-    publisher is at it, PublicationError where versions are gone or a topic is another table's.
+    ``whole``: publish all current rows, whatever was published before, for when versions are gone or a topic was lost. ``adopt``:
+    publish to a topic that has messages of another table. Raises KafkaError if the broker does not answer, BusyError if another
+    publisher runs, PublicationError if versions are gone or a topic is another table's.
     """
     started = time.monotonic()
     publish = read_kafka(settings).publish
@@ -123,10 +123,10 @@ def publish_new(
 
 
 class PublishLoop:
-    """Publishes each version soon after it is committed. Raises KafkaConfigurationError where kafka.toml does not say where.
+    """Publishes each version soon after it is committed. Raises KafkaConfigurationError if kafka.toml does not say where.
 
-    ``problem`` is told once when the broker does not answer any more (an empty text when it does again); publishing is tried
-    again until it does. It is told too when one topic cannot be gone on with; the other one is.
+    Calls ``problem`` once when the broker stops answering (with an empty text when it answers again), and tries again until then.
+    Calls it too if one topic is blocked; the other one continues.
     """
 
     def __init__(
@@ -145,9 +145,9 @@ class PublishLoop:
         self._failure: Exception | None = None
 
     def run(self, stop: threading.Event) -> None:
-        """Publish until ``stop`` is set; then what was committed before that, and end.
+        """Publish until ``stop`` is set, then the versions that were committed before that.
 
-        Raises as ``publish_new``, but for a broker that does not answer, and at the end; sooner where no topic can be gone on with.
+        Raises at the end what `publish_new` raises, apart from KafkaError. Ends early if every topic is blocked.
         """
         with exclusive(self._settings, PUBLISH):
             threads = [
@@ -295,7 +295,7 @@ class _Publisher:
         self._progress(Published(self._target.name, self._target.topic, version, records, time.time() - at / 1000))
 
     def _require_same(self, outlet: Outlet) -> None:
-        """Raises PublicationError where the version that was published last is no more, or another one has its number."""
+        """Raise PublicationError if the version that was published last is gone, or another commit has its number."""
         at, latest = outlet.position, self._log.latest_version()
         if at is None or latest is None:
             return
@@ -307,7 +307,7 @@ class _Publisher:
             )
 
     def _require_next(self, outlet: Outlet) -> None:
-        """Raises PublicationError where the log goes on behind the next version, but no longer has it."""
+        """Raise PublicationError if the log has newer versions than the next one to publish, but not that one."""
         wanted, latest = _next(outlet.position), self._log.latest_version()
         if latest is not None and latest >= wanted and self._log.commit(wanted) is None:
             raise PublicationError(
@@ -317,7 +317,7 @@ class _Publisher:
 
 
 class _Deadline:
-    """As an event that is set when a time has passed."""
+    """Like an event that is set when a time has passed."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
@@ -333,7 +333,7 @@ def _next(position: Position | None) -> int:
 
 
 class _Told:
-    """Rows of `publications`, some seconds' versions in one, so that telling costs less than publishing."""
+    """Writes rows of `publications`, one for the versions of some seconds, so that this costs less than publishing."""
 
     def __init__(self, lake: Lake, cluster: str) -> None:
         self._lake, self._cluster = lake, cluster
@@ -342,7 +342,7 @@ class _Told:
         self._written = time.monotonic()
 
     def add(self, position: Position, records: int, first_version: int) -> None:
-        """A version more."""
+        """Add a published version to the next row."""
         if self._newest is None:
             self._first, self._records = first_version, 0
         self._newest, self._records = position, self._records + records
@@ -354,7 +354,7 @@ class _Told:
                 self.write()
 
     def write(self) -> None:
-        """Write the row, once per version, if there is something to tell."""
+        """Write the row, once per version, if a version was published since the last one."""
         newest, self._newest, self._written = self._newest, None, time.monotonic()
         if newest is None:
             return
@@ -378,7 +378,7 @@ class _Told:
 
 
 def ask_publications(settings: Settings, *, now: datetime | None = None) -> list[TopicStatus]:
-    """As ``read_publications``, but from Kafka's own notes. Raises KafkaError where the broker does not answer."""
+    """Do as `read_publications`, but from the notes in Kafka. Raises KafkaError if the broker does not answer."""
     publish = read_kafka(settings).publish
     if publish is None:
         raise _nowhere(settings)
