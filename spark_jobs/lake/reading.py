@@ -1,4 +1,4 @@
-"""Rows of a Delta table as Arrow, without a Spark job."""
+"""Read the files and rows of a Delta table as Arrow, without a Spark job."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _KINDS = ("partition", "min", "max")
 
 @dataclass(frozen=True)
 class TableFile:
-    """A data file of a table's version, as the log describes it: path within the table, size in bytes, rows.
+    """A data file of a table's version, as the log describes it: path within the table, size in bytes, number of rows.
 
-    ``values`` are the values of the partition columns; ``low`` and ``high`` the least and the largest value of each column that
-    has statistics.
+    ``values`` are the values of the partition columns; ``low`` and ``high`` are the smallest and the largest value of each column
+    that has statistics.
     """
 
     path: str
@@ -35,12 +35,12 @@ class TableFile:
 
     @property
     def partition(self) -> dict[str, str | None]:
-        """The values of the partition columns as Delta writes them."""
+        """Return the values of the partition columns as Delta writes them."""
         return {name: None if value is None else str(value) for name, value in self.values.items()}
 
 
 def table_files(held: DeltaTable) -> list[TableFile]:
-    """The data files of a snapshot."""
+    """Return the data files of a snapshot."""
     rows = pa.table(held.get_add_actions(flatten=True))
     parts = {kind: {n.split(".", 1)[1]: n for n in rows.column_names if n.startswith(f"{kind}.")} for kind in _KINDS}
     return [
@@ -55,14 +55,14 @@ def table_files(held: DeltaTable) -> list[TableFile]:
 
 
 def file_paths(uri: str, version: int) -> list[str]:
-    """The data files of a version, as they stand in the log."""
+    """Return the paths of a version's data files, as the log has them."""
     return list(pa.table(DeltaTable(uri, version=version).get_add_actions())["path"].to_pylist())
 
 
 def read_files(uri: str, paths: Sequence[str], schema: pa.Schema, where_in: tuple[str, pa.Array] | None = None) -> pa.Table:
-    """The columns of ``schema`` (none of them a partition column) of data files, whose paths stand in the log.
+    """Read the columns of ``schema`` (no partition column) from data files; ``paths`` are as the log has them.
 
-    ``where_in``: only rows whose column has one of the values.
+    ``where_in`` (column, values): read only the rows in which the column has one of the values.
     """
     if not paths:
         return schema.empty_table()
@@ -71,20 +71,23 @@ def read_files(uri: str, paths: Sequence[str], schema: pa.Schema, where_in: tupl
     dataset = ds.dataset(files, schema=schema, format="parquet", filesystem=filesystem)
     if where_in is None:
         return dataset.to_table()
-    # not as the scanner's filter: it cannot compare the statistics of string_view columns, which delta-rs writes
+    # The scanner cannot filter: it fails to compare the statistics of string_view columns, which delta-rs writes.
     name, values = where_in
     kept = [batch.filter(pc.is_in(batch[name], value_set=values)) for batch in dataset.to_batches()]
     return pa.Table.from_batches(kept, schema)
 
 
 def read_newest(uri: str, schema: pa.Schema) -> pa.Table:
-    """The columns of ``schema`` of a table's newest version; no row where there is no table. A column that it lacks yet is null."""
+    """Read the columns of ``schema`` from a table's newest version.
+
+    Returns no rows if the table does not exist. A column that the table does not have yet is null.
+    """
     version = DeltaLog(uri).latest_version()
     return schema.empty_table() if version is None else read_files(uri, file_paths(uri, version), schema)
 
 
 def read_batches(uri: str, paths: Sequence[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """As ``read_files``, a batch at a time, file by file: what is held does not grow with the files."""
+    """Yield the rows that `read_files` returns in batches, file by file, so that memory does not grow with the files."""
     filesystem, root = open_root(uri)
     for path in paths:
         dataset = ds.dataset([f"{root}/{unquote(path)}"], schema=schema, format="parquet", filesystem=filesystem)
