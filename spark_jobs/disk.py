@@ -1,8 +1,8 @@
-"""Files that survive a power cut: written beside, synced, renamed, and the folder that names them synced too.
+"""Write files that survive a power cut: write a temporary file, sync it, rename it, and sync its folder.
 
-A rename or a new name is on the disk only when its folder was synced; a file's bytes only when the file was. Every file that must
-last, or that is believed when it is read again, is written by these functions. Paths are local: what an object store has answered
-for, it keeps.
+A file's bytes are on the disk only after the file is synced; a new name or a rename only after its folder is synced. Use these
+functions for every file that must last, and for every file whose content is trusted when it is read again. Paths are local: an
+object store keeps what it has acknowledged.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-_THREADS = 8  # the disk orders concurrent syncs better than one thread could
+_THREADS = 8  # a disk handles concurrent syncs faster than one after another
 TEMPORARY_ENDING = ".tmp"
 
 
@@ -39,7 +39,7 @@ def sync_files(paths: Iterable[Path | str]) -> None:
 
 
 def sync_new_folders(folders: Iterable[Path | str], root: Path | str) -> None:
-    """Sync folders and all folders between them and ``root`` (inclusive), each once. For folders that may be new themselves."""
+    """Sync folders that may be new, and all folders between them and ``root`` (inclusive), each once."""
     top = Path(root)
     wanted: set[Path] = {top}
     for folder in map(Path, folders):
@@ -59,16 +59,16 @@ def make_folder(path: Path | str) -> Path:
 
 
 def write_file(path: Path | str, data: bytes) -> None:
-    """Replace a file: whoever reads it, even after a power cut, sees the old bytes or the new ones, whole."""
+    """Replace a file atomically: a reader, even after a power cut, sees either all old or all new bytes."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
 @contextlib.contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary path in the same folder; what was written there becomes ``path``, as by ``write_file``.
+    """Yield a temporary path in the same folder; after the block, that file replaces ``path`` atomically.
 
-    The folder is created if it is missing. If the block raises, the temporary file is removed and ``path`` stays as it was.
+    Creates the folder if it is missing. If the block raises, the temporary file is removed and ``path`` stays unchanged.
     """
     target = Path(path)
     make_folder(target.parent)
@@ -84,7 +84,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
 
 
 def replace(source: Path | str, target: Path | str) -> None:
-    """Rename a file or folder within a file system so that the rename survives a power cut. Its contents must be synced already."""
+    """Rename a file or folder within a file system so that the rename survives a power cut. Sync its contents before."""
     os.replace(source, target)
     sync_folder(Path(target).parent)
     if Path(source).parent != Path(target).parent:

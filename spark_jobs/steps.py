@@ -1,7 +1,7 @@
-"""The durable steps of the jobs, each named once. Every durable write stands in a ``with durable(...)`` block.
+"""The durable steps of the jobs, each named once. Every durable write runs in a ``with durable(...)`` block.
 
-The crash tests take the steps from here: a process that was given ``ADTALLY_CRASH_AT=before:events:2`` kills itself with
-SIGKILL right before the events of batch 2 are committed. Nothing else reads that variable.
+The crash tests use these steps: a process with ``ADTALLY_CRASH_AT=before:events:2`` in its environment kills itself with SIGKILL
+right before it commits the events of batch 2. Nothing else reads that variable.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CRASH_VARIABLE = "ADTALLY_CRASH_AT"
 
 
 class Step(StrEnum):
-    """A durable step. The order is that of a batch; those of maintenance follow."""
+    """A durable step. First the steps of a batch in their order, then the steps of maintenance."""
 
     CAMPAIGNS = "campaigns"
     OFFSETS = "offsets"  # Spark's: the batch is planned (checkpoint offsets/N)
@@ -32,17 +32,17 @@ class Step(StrEnum):
     REJECTED_ORDERS = "rejected_orders"
     ORDERS_LEDGER = "orders_ledger"
     COMMITS = "commits"  # Spark's: the batch is done (checkpoint commits/N)
-    TYPES_CHANGED = "types_changed"  # a table of an older adtally is written anew, with the types of this one
+    TYPES_CHANGED = "types_changed"  # a table of an older release is rewritten with the types of this one
     NAMES = "names"
     HOUR_CLOSINGS = "hour_closings"
     SOURCE_GAPS = "source_gaps"
     RELEASES = "releases"  # of quarantined files
-    RAW_COPY = "raw_copy"  # of a topic, by a query of its own
+    RAW_COPY = "raw_copy"  # of a topic, by a separate query
     COMPACTION = "compaction"
-    RESTORE = "restore"  # what a compaction did is taken back
+    RESTORE = "restore"  # a compaction is reverted
     VACUUM = "vacuum"
-    DAMAGE_REMOVED = "damage_removed"  # damaged data files are taken out of a table
-    CORRECTION_DECIDED = "correction_decided"  # a correction stands under ADTALLY_HOME, whole
+    DAMAGE_REMOVED = "damage_removed"  # damaged data files are removed from a table
+    CORRECTION_DECIDED = "correction_decided"  # the whole correction is written under ADTALLY_HOME
     CORRECTED_EVENTS = "corrected_events"
     CORRECTED_REJECTS = "corrected_rejects"
     CORRECTED_METRICS = "corrected_metrics"
@@ -52,12 +52,12 @@ class Step(StrEnum):
     RESTATEMENTS = "restatements"
     HOUR_RULES = "hour_rules"
     RECONCILIATIONS = "reconciliations"
-    CORRECTION_DONE = "correction_done"  # and is gone again
+    CORRECTION_DONE = "correction_done"  # the correction is deleted from ADTALLY_HOME
     RULE_SETS = "rule_sets"
     TRAFFIC_REVIEWS = "traffic_reviews"
     ATTRIBUTED_ORDERS = "attributed_orders"
     BILLING_LINES = "billing_lines"
-    PUBLISHED_METRICS = "published_metrics"  # a version's increments stand in their topic
+    PUBLISHED_METRICS = "published_metrics"  # a version's increments are in their topic
     PUBLISHED_CREDITS = "published_credits"
     PUBLICATIONS = "publications"
 
@@ -94,8 +94,8 @@ CORRECTION: tuple[Step, ...] = (
 )
 """The steps of a correction, in their order."""
 
-# Every point of a batch at which a kill is tried: before and after each step that this package makes, and around the two of Spark's
-# ("before offsets" is "after commits" of the batch before).
+# Every point of a batch at which the tests kill it: before and after each of our steps, and around Spark's two steps ("before
+# offsets" is the same point as "after commits" of the previous batch).
 CRASH_POINTS: tuple[tuple[str, Step], ...] = (
     ("after", Step.OFFSETS),
     *((moment, step) for step in Step if step in OF_A_BATCH - {Step.OFFSETS, Step.COMMITS} for moment in ("before", "after")),
@@ -105,21 +105,24 @@ CRASH_POINTS: tuple[tuple[str, Step], ...] = (
 
 
 def crash_point(moment: str, step: Step, batch_id: int) -> None:
-    """Kill this process if a crash was ordered for exactly this point."""
+    """Kill this process if CRASH_VARIABLE names exactly this point."""
     if os.environ.get(CRASH_VARIABLE) == f"{moment}:{step}:{batch_id}":
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager
 def durable(step: Step, batch_id: int = 0) -> Iterator[None]:
-    """Marks one durable write."""
+    """Mark the block as one durable write, with a crash point before and after it."""
     crash_point("before", step, batch_id)
     yield
     crash_point("after", step, batch_id)
 
 
 def watch_checkpoint(checkpoint: Path) -> None:
-    """For the steps that Spark itself makes: kill this process as soon as the ordered checkpoint file is there."""
+    """Kill this process as soon as Spark has written the checkpoint file that CRASH_VARIABLE names.
+
+    Spark makes the step itself, so no `durable` block surrounds it.
+    """
     ordered = os.environ.get(CRASH_VARIABLE, "").split(":")
     if len(ordered) != 3 or ordered[0] != "after" or ordered[1] != Step.COMMITS:
         return

@@ -1,9 +1,8 @@
-"""Files of derived data that are checked before they are believed.
+"""Read files of derived data with checks, so that damage is never taken for data.
 
-A sealed file is its data, then a footer: an XXH3 checksum of each block of the data, and whatever else its owner keeps there. The
-owner's manifest holds the checksum of the footer and one of itself, so a flipped bit, a zeroed page, a cut file and a file that
-was put in the place of another are all found. Blocks are checked when they are read for the first time, each once for as long as
-the file is open, so that a look-up costs by what it reads.
+A sealed file is data and a footer: an XXH3 checksum of each block of the data, then words that the owner adds. The owner's manifest
+has the checksum of the footer and one of itself. This detects a flipped bit, a zeroed page, a cut file and a file in the place of
+another. A block is checked when it is first read, once while the file is open, so that a look-up pays only for what it reads.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ Ints = npt.NDArray[np.int64]
 
 
 class DamagedError(Exception):
-    """A file contradicts its checksums. Its owner discards it and builds it again."""
+    """A file contradicts its checksums. Its owner discards and rebuilds it."""
 
 
 def seal(path: Path, extra: Words | None = None) -> str:
-    """Put the footer behind the data of a file that was just written. ``extra`` goes into it. Returns the footer's checksum."""
+    """Append the footer, with ``extra`` in it, to a file that was just written. Returns the footer's checksum."""
     with open(path, "r+b") as file:
         size = file.seek(0, 2)
         sums = np.empty(_count(size), dtype="<u8")
@@ -42,10 +41,10 @@ def seal(path: Path, extra: Words | None = None) -> str:
 
 
 class CheckedFile:
-    """A sealed file, memory-mapped. ``data`` are its bytes without the footer, ``extra`` the words that `seal` was given."""
+    """A sealed file, memory-mapped. ``data`` are its bytes without the footer; ``extra`` are the words that `seal` added."""
 
     def __init__(self, path: Path, size: int, checksum: str) -> None:
-        """``size``: bytes of data, ``checksum``: what `seal` returned. Raises DamagedError, also where there is no such file."""
+        """``size``: bytes of data, ``checksum``: what `seal` returned. Raises DamagedError, also if the file does not exist."""
         self.path = path
         try:
             with open(path, "rb") as file:
@@ -65,7 +64,7 @@ class CheckedFile:
         self._is_checked = np.zeros(len(self._sums), dtype=bool)
 
     def check(self, starts: Ints, ends: Ints) -> None:
-        """Check the blocks of bytes [start, end) of each pair that were not checked before. Raises DamagedError."""
+        """Check the blocks of each byte range [start, end), except those that were checked before. Raises DamagedError."""
         first, last = starts // BLOCK_BYTES, (ends - 1) // BLOCK_BYTES
         wanted = np.zeros(len(self._sums), dtype=bool)
         wanted[first] = True
@@ -75,15 +74,15 @@ class CheckedFile:
         self._check(np.flatnonzero(wanted & ~self._is_checked))
 
     def check_rest(self) -> None:
-        """Check the blocks that were not checked before. Raises DamagedError."""
+        """Check all blocks, except those that were checked before. Raises DamagedError."""
         self._check(np.flatnonzero(~self._is_checked))
 
     def is_checked(self, end: int) -> bool:
-        """Whether all bytes before ``end`` were checked."""
+        """Return whether all bytes before ``end`` were checked."""
         return bool(self._is_checked[: _count(end)].all())
 
     def check_all(self) -> None:
-        """Check every block again, also those that were checked before. Raises DamagedError."""
+        """Check all blocks, including those that were checked before. Raises DamagedError."""
         self._check(np.arange(len(self._sums)))
 
     def _check(self, blocks: npt.NDArray[Any]) -> None:
@@ -95,13 +94,13 @@ class CheckedFile:
         self._is_checked[blocks] = True
 
     def release(self) -> None:
-        """Give the pages back: they stay in the system's cache, and this process does not grow with the file."""
+        """Unmap the pages, so that the memory of this process does not grow. They stay in the system's page cache."""
         if self.size:
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def file_checksum(path: Path | str) -> str:
-    """The XXH3 checksum of a whole file."""
+    """Return the XXH3 checksum of a whole file."""
     hasher = xxh3_64()
     with open(path, "rb", buffering=0) as file:
         while part := file.read(4 * 1024 * 1024):
@@ -114,12 +113,12 @@ def _count(size: int) -> int:
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:
-    """A manifest as text, with its checksum in it."""
+    """Return a manifest as JSON, including its checksum."""
     return json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=1)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The inverse of ``manifest_text``. None where there is no such file. Raises DamagedError."""
+    """Read what `manifest_text` wrote. Returns None if the file does not exist. Raises DamagedError."""
     try:
         manifest = json.loads(path.read_bytes())
         checksum = manifest.pop("checksum")
@@ -137,7 +136,10 @@ def _checksum(manifest: dict[str, Any]) -> str:
 
 
 def bisect(values: npt.NDArray[Any], left: Ints, right: Ints, wanted: npt.NDArray[Any], *, after: bool = False) -> Ints:
-    """Of each slice [left, right) of sorted ``values`` the first place whose value is not below (``after``: above) ``wanted``."""
+    """Find in each slice [left, right) of sorted ``values`` the first value not smaller (``after``: larger) than ``wanted``.
+
+    Returns its place, or ``right`` if there is none.
+    """
     left, right = left.copy(), right.copy()
     open_ = np.flatnonzero(left < right)
     while len(open_):

@@ -1,6 +1,6 @@
-"""Data files of Delta tables, written by tasks with Arrow. A file counts for nothing until a commit names it.
+"""Write data files of Delta tables with Arrow. No reader sees a file until a commit names it.
 
-Runs in Spark's Python workers and must stay importable without a session.
+Spark's Python workers import this module, so it must not need a session.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
 def named_checksum(path: str) -> str | None:
-    """The checksum of the whole file (`file_checksum`) that its name has; None: delta-rs wrote it, or it is in an object store."""
+    """Return the checksum of the whole file (`file_checksum`) from its name.
+
+    None if the name has none: delta-rs wrote the file, or it is in an object store.
+    """
     found = _NAMED_CHECKSUM.search(path)
     return None if found is None else found[1]
 
@@ -52,10 +55,10 @@ class DataFile:
 
 
 class DataFileWriter:
-    """Writes rows into one Parquet file a partition, or more where over MAX_OPEN_FILES partitions take turns.
+    """Write rows into one Parquet file per partition, or several if more than MAX_OPEN_FILES partitions alternate.
 
-    Holds up to _PENDING_ROWS rows, or _PENDING_BYTES of them, before it writes. Use as a context manager; when it has ended,
-    ``files`` is complete and the files are synced to the disk (their folders are synced by the commit that names them).
+    Buffers up to _PENDING_ROWS rows or _PENDING_BYTES. Use it as a context manager: at the end ``files`` is complete and the
+    files are synced to the disk. The commit that names the files syncs their folders.
     """
 
     def __init__(self, uri: str, table: Table) -> None:
@@ -81,7 +84,7 @@ class DataFileWriter:
             disk.sync_files(self._local / unquote(file.path) for file in self.files)
 
     def write(self, rows: pa.Table) -> None:
-        """Take rows: the table's columns in any order, each of the table's type."""
+        """Add rows: the table's columns in any order, with the table's types."""
         if not rows.num_rows:
             return
         rows = rows.select(self._table.schema.names)
@@ -99,7 +102,7 @@ class DataFileWriter:
                 while len(self._open) >= MAX_OPEN_FILES:
                     self._close(next(iter(self._open)))
                 held = _OpenFile(self._filesystem, self._root, self._local, self._table, self._schema, key)
-            self._open[key] = held  # at the end: the one that was used last
+            self._open[key] = held  # last in the dict: the first one is closed when there are too many
             held.writer.write_table(pa.concat_tables(parts).cast(self._schema))
         self._pending.clear()
         self._pending_rows = self._pending_bytes = 0
@@ -133,7 +136,7 @@ class _OpenFile:
             compression="snappy",
             write_statistics=list(table.stats_columns),
             store_schema=False,
-            write_page_checksum=True,  # `adtally fsck` reads against it
+            write_page_checksum=True,  # `adtally fsck` checks it
             metadata_collector=self._metadata,
         )
 
@@ -150,7 +153,7 @@ class _OpenFile:
 
 
 def _partitions(rows: pa.Table, names: tuple[str, ...]) -> list[tuple[tuple[str | None, ...], pa.Table]]:
-    """``rows`` by their partition values (as Delta writes them), without the partition columns."""
+    """Split ``rows`` by their partition values (as Delta writes them), and drop the partition columns."""
     rest = rows.drop_columns(list(names)) if names else rows
     if not names:
         return [((), rest)]
@@ -176,7 +179,7 @@ def _partitions(rows: pa.Table, names: tuple[str, ...]) -> list[tuple[tuple[str 
 
 
 def _stats(metadata: pq.FileMetaData, names: tuple[str, ...]) -> str:
-    """Delta's statistics of a file, from what Parquet keeps of its row groups."""
+    """Return Delta's statistics of a file (JSON), from Parquet's statistics of its row groups."""
     lowest: dict[str, Any] = {}
     highest: dict[str, Any] = {}
     nulls: dict[str, int] = {}
@@ -193,9 +196,9 @@ def _stats(metadata: pq.FileMetaData, names: tuple[str, ...]) -> str:
 
 
 def _edge(value: Any, *, up: bool) -> Any:
-    """A bound as Delta writes it: days as text, times in milliseconds, an upper one rounded up.
+    """Return a bound as Delta writes it: a date as text, a time in milliseconds, rounded up if it is an upper bound.
 
-    None for a time in the last millisecond of the year 9999: no millisecond of a year that Delta has bounds it from above.
+    None for an upper bound in the last millisecond of the year 9999: rounded up, it would exceed Delta's years.
     """
     if not isinstance(value, datetime):
         return value.isoformat() if isinstance(value, date) else value

@@ -28,10 +28,10 @@ _STATISTICS_STEP = timedelta(milliseconds=1)  # Delta's statistics have times in
 
 @dataclass(frozen=True)
 class TableFile:
-    """A data file of a table's version, as the log describes it: path within the table, size in bytes, rows.
+    """A data file of a table's version, as the log describes it: path within the table, size in bytes, number of rows.
 
-    ``values`` are the values of the partition columns; ``low`` and ``high`` the least and the largest value of each column that
-    has statistics.
+    ``values`` are the values of the partition columns; ``low`` and ``high`` are the smallest and the largest value of each column
+    that has statistics.
     """
 
     path: str
@@ -43,7 +43,7 @@ class TableFile:
 
     @property
     def partition(self) -> dict[str, str | None]:
-        """The values of the partition columns as Delta writes them."""
+        """Return the values of the partition columns as Delta writes them."""
         return {name: None if value is None else str(value) for name, value in self.values.items()}
 
     def may_have(self, column: str, start: datetime, end: datetime) -> bool:
@@ -68,7 +68,7 @@ def open_table(uri: str, version: int | None = None) -> DeltaTable:
 
 
 def table_files(held: DeltaTable) -> list[TableFile]:
-    """The data files of a snapshot."""
+    """Return the data files of a snapshot."""
     rows = pa.table(held.get_add_actions(flatten=True))
     parts = {kind: {n.split(".", 1)[1]: n for n in rows.column_names if n.startswith(f"{kind}.")} for kind in _KINDS}
     return [
