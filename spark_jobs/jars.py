@@ -28,7 +28,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -58,25 +58,9 @@ builder.getOrCreate().stop()
 """
 
 
-class PinnedJar(Protocol):
-    """What every lock says of a jar."""
-
-    @property
-    def name(self) -> str:
-        """The file's name in the cache."""
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-
-    @property
-    def sha256(self) -> str:
-        """The SHA-256 in hexadecimal."""
-
-
 @dataclass(frozen=True)
 class LockedJar:
-    """A jar that Spark needs, under the file name that Ivy gives it."""
+    """A jar of a lock: its file name in the cache, its size in bytes and its SHA-256 in hexadecimal."""
 
     name: str
     size: int
@@ -159,7 +143,7 @@ def parse_lock(path: Path, parse: Callable[[dict[str, Any]], Lock]) -> Lock:
 
 def ensure_cached(
     folder: Path,
-    jars: Sequence[PinnedJar],
+    jars: Sequence[LockedJar],
     resolve: Callable[[Path], Iterable[Path]],
     *,
     description: str,
@@ -194,17 +178,17 @@ def ensure_cached(
     return [folder / jar.name for jar in jars]
 
 
-def megabytes(jars: Sequence[PinnedJar]) -> str:
+def megabytes(jars: Sequence[LockedJar]) -> str:
     """Return the size of all jars in whole megabytes."""
     return f"{sum(jar.size for jar in jars) / 1e6:.0f}"
 
 
-def _missing(folder: Path, jars: Sequence[PinnedJar]) -> bool:
+def _missing(folder: Path, jars: Sequence[LockedJar]) -> bool:
     """Return whether a jar is missing or has another size: a crash of the machine may leave files that are cut short."""
     return not all((path := folder / jar.name).is_file() and path.stat().st_size == jar.size for jar in jars)
 
 
-def _check(path: Path, jar: PinnedJar, *, hint: str) -> None:
+def _check(path: Path, jar: LockedJar, *, hint: str) -> None:
     size = path.stat().st_size
     if size != jar.size:
         raise MachineError(f"{path} has {size} bytes, {LOCK_FILE.name} says {jar.size}; no jar was used", hint=hint)
@@ -219,7 +203,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fill(folder: Path, jars: Sequence[PinnedJar], resolve: Callable[[Path], Iterable[Path]], update: str) -> None:
+def _fill(folder: Path, jars: Sequence[LockedJar], resolve: Callable[[Path], Iterable[Path]], update: str) -> None:
     prefix = f"resolve-{folder.name}-"
     for left in folder.parent.glob(f"{prefix}*"):  # from a process that was killed: this process has the lock, so nobody uses it
         shutil.rmtree(left, ignore_errors=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 SHOWN = 60
+_COLUMNS = ("date", "campaign", "measure", "ours", "theirs", "difference", "discrepancy", "explained by")
 
 
 @app.command(
@@ -47,36 +48,15 @@ def compare(
 
 def comparison_tables(found: Comparison) -> Iterator[RenderableType]:
     """Make the table of figures with what explains the differences, and the verdict."""
-    lines = table(
-        f"Ours and theirs, tolerance {found.tolerance:.1%}",
-        "date",
-        "campaign",
-        "measure",
-        "ours",
-        "theirs",
-        "difference",
-        "discrepancy",
-        "explained by",
-        left=3,
-        texts=["explained by"],
-    )
+    lines = table(f"Ours and theirs, tolerance {found.tolerance:.1%}", *_COLUMNS, left=3, texts=["explained by"])
     cells = [cell for line in found.lines for cell in line.cells]
     for line in found.lines[:SHOWN]:
         for cell in line.cells:
             style = "" if cell.is_within else "red"
             causes = ", ".join(f"{name} {count:+,}" for name, count in cell.causes.items() if count)
+            figures = (f"{cell.ours:,}", f"{cell.theirs:,}", f"{cell.ours - cell.theirs:+,}")
             share = "-" if cell.discrepancy is None else f"{cell.discrepancy:+.2%}"
-            lines.add_row(
-                line.date.isoformat(),
-                line.campaign,
-                cell.measure,
-                f"{cell.ours:,}",
-                f"{cell.theirs:,}",
-                f"{cell.ours - cell.theirs:+,}",
-                share,
-                causes or "-",
-                style=style,
-            )
+            lines.add_row(str(line.date), line.campaign, cell.measure, *figures, share, causes or "-", style=style)
     yield lines
     if len(found.lines) > SHOWN:
         yield Text(f"and {len(found.lines) - SHOWN:,} more lines (--json has them)")

@@ -24,7 +24,6 @@ from orchestration.cli.context import call_of
 from orchestration.cli.options import Json, Panel, examples
 from orchestration.cli.output import print_json, show
 from spark_jobs.errors import AdtallyError, MachineError
-from spark_jobs.lake.roots import is_local
 
 if TYPE_CHECKING:
     from spark_jobs.config import Settings
@@ -141,6 +140,8 @@ def _extension() -> str:
 
 
 def _writable(settings: Settings) -> str:
+    from spark_jobs.lake.roots import is_local
+
     home = settings.home_path
     place = nearest(home)
     if not place.is_dir():

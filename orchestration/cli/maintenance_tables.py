@@ -34,19 +34,8 @@ def hour_text(hour: datetime | None) -> str:
 def reconciliation_table(report: ReconcileReport) -> Iterator[RenderableType]:
     """Make the table of differences, and the verdict."""
     if report.differences:
-        shown = table(
-            "Differences",
-            "hour",
-            "layer",
-            "cause",
-            "campaign",
-            "rows",
-            "expected",
-            "found",
-            "spend found - expected",
-            "repaired",
-            left=4,
-        )
+        figures = ("rows", "expected", "found", "spend found - expected", "repaired")
+        shown = table("Differences", "hour", "layer", "cause", "campaign", *figures, left=4)
         for found in report.differences[:SHOWN]:
             shown.add_row(
                 hour_text(found.event_hour),

@@ -13,7 +13,6 @@ from orchestration.cli.maintenance_tables import SHOWN, hour_text
 from orchestration.cli.options import From, Json, Panel, To, examples, hour_range
 from orchestration.cli.output import run_and_show, say, with_spinner
 from orchestration.cli.tables import table
-from spark_jobs.lake.roots import is_local
 from spark_jobs.texts import counted, duration, money
 
 if TYPE_CHECKING:
@@ -82,6 +81,7 @@ def settle_at_end(settings: Settings) -> None:
 
     With tables on an object store it does nothing and says so.
     """
+    from spark_jobs.lake.roots import is_local
     from spark_jobs.operate.settle import settle
 
     if not is_local(settings.lakehouse_uri):

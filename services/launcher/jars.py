@@ -26,6 +26,7 @@ from services.launcher.errors import ServiceError
 from spark_jobs.errors import AdtallyError, MachineError
 from spark_jobs.jars import (
     RESOLVE_TIMEOUT_SECONDS,
+    LockedJar,
     Progress,
     ensure_cached,
     jars_of_spark,
@@ -92,11 +93,12 @@ def ensure_jars(lock: JarLock, cache: Path, java: Path, progress: Progress = lam
 
     Raises as `spark_jobs.jars.ensure_cached`.
     """
+    jars = [LockedJar(jar.name, jar.size, jar.sha256) for jar in lock.jars]
     return ensure_cached(
         cache / f"{lock.service}-{lock.digest}",
-        lock.jars,
+        jars,
         lambda work: _resolve(lock, work, java),
-        description=f"{len(lock.jars)} jars of {lock.service} {lock.version}, {megabytes(lock.jars)} MB, once",
+        description=f"{len(lock.jars)} jars of {lock.service} {lock.version}, {megabytes(jars)} MB, once",
         update=f"python -m services.launcher.jars {lock.service} --update",
         progress=progress,
     )
