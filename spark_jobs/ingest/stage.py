@@ -94,7 +94,8 @@ class ValidRows:
         return cls(*(np.concatenate([getattr(part, one.name) for part in (NO_ROWS, *parts)]) for one in fields(cls)))
 
 
-NO_ROWS = ValidRows(*(np.empty(0, dtype=kind) for kind in (np.int32, np.bool_, np.bool_, np.bool_, np.int64, np.int64)))
+_NO_FLAG, _NO_NUMBER = np.empty(0, dtype=np.bool_), np.empty(0, dtype=np.int64)
+NO_ROWS = ValidRows(np.empty(0, dtype=np.int32), _NO_FLAG, _NO_FLAG, _NO_FLAG, _NO_NUMBER, _NO_NUMBER)
 
 
 @dataclass(frozen=True, eq=False)

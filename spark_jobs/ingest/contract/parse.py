@@ -17,7 +17,6 @@ from spark_jobs.ingest.contract.spec import MAX_LINE_BYTES, MAX_RAW_BYTES, Batch
 from spark_jobs.ingest.contract.vectorised import accept_plain, flat_lines, parsed_schema
 from spark_jobs.ingest.files.lines import FileFault, Lines, LongLine
 
-FILE_LEVEL_LINE = 0
 _SHORT = 64  # bytes: verdicts of lines so short are cached, because a flood often repeats one line
 _VERDICTS_KEPT = 1000
 

@@ -293,7 +293,7 @@ def _versions(settings: Settings) -> dict[str, int | None]:
     return {name: DeltaLog(settings.table_uri(name)).latest_version() for name in TABLES}
 
 
-def _stop_before(patch: pytest.MonkeyPatch, job: type[StreamJob], step: str) -> None:
+def _stop_before(patch: pytest.MonkeyPatch, job: type[StreamJob[Any]], step: str) -> None:
     """Let a batch fail right before a step, as a kill would."""
 
     def stop(*_: object) -> None:
@@ -311,7 +311,7 @@ SOURCES = [
 @pytest.mark.parametrize("way_out", ["put back", "fsck"])
 @pytest.mark.parametrize(("stream", "job", "records"), SOURCES)
 def test_a_file_that_changed_between_a_crash_and_the_restart(
-    spark: SparkSession, settings: Settings, stream: str, job: type[StreamJob], records: list[dict[str, Any]], way_out: str
+    spark: SparkSession, settings: Settings, stream: str, job: type[StreamJob[Any]], records: list[dict[str, Any]], way_out: str
 ) -> None:
     path = lake.land(settings, f"{stream}/eu-west/a.jsonl", records)
     whole, at = path.read_bytes(), path.stat().st_mtime_ns
@@ -342,7 +342,7 @@ def test_a_file_that_changed_between_a_crash_and_the_restart(
 
 @pytest.mark.parametrize(("stream", "job", "records"), SOURCES)
 def test_what_runs_again_must_give_what_was_committed(
-    spark: SparkSession, settings: Settings, monkeypatch: pytest.MonkeyPatch, stream: str, job: type[StreamJob], records: Any
+    spark: SparkSession, settings: Settings, monkeypatch: pytest.MonkeyPatch, stream: str, job: type[StreamJob[Any]], records: Any
 ) -> None:
     """Behind the fingerprint, which sees both ends of a file: the accepted records are held to those in the table."""
     path = lake.land(settings, f"{stream}/eu-west/a.jsonl", records)
@@ -364,14 +364,14 @@ def test_a_batch_that_does_not_add_up_is_not_committed(
     settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
     stream: str,
-    job: type[StreamJob],
+    job: type[StreamJob[Any]],
     records: list[dict[str, Any]],
 ) -> None:
     path = lake.land(settings, f"{stream}/eu-west/a.jsonl", records)
     before = _versions(settings)
     stage, write = job._stage, job._write
 
-    def line_more(self: StreamJob, *arguments: Any) -> Any:
+    def line_more(self: StreamJob[Any], *arguments: Any) -> Any:
         batch = stage(self, *arguments)
         batch.splits[0] = replace(batch.splits[0], offered=batch.splits[0].offered + 1)
         return batch
