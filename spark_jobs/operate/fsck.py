@@ -49,7 +49,7 @@ from spark_jobs.lake.tables import (
 from spark_jobs.operate.status import read_status
 
 RUNBOOK = "docs/runbooks/fsck.md"
-# tables whose rows the recount can give back from the raw input
+# tables whose rows the recount can restore from the raw input
 _FROM_RAW = {table.name for table in (EVENTS, REJECTED_EVENTS, MINUTE_METRICS, BATCH_LEDGER, ORDERS, REJECTED_ORDERS)}
 _OF_FILES = ("file_missing", "file_size", "file_damaged", "file_rows")
 
@@ -58,9 +58,9 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not whole. ``kind`` is explained in docs/runbooks/fsck.md; ``place`` is a table, or a path under the home.
+    """Something that is damaged. docs/runbooks/fsck.md explains ``kind``; ``place`` is a table, or a path under the home.
 
-    ``can_repair``: whether ``fsck --repair`` can put it right; ``way_out``: what to do if it cannot.
+    ``can_repair``: whether ``fsck --repair`` can repair it; ``way_out``: what to do if it cannot.
     """
 
     kind: str
@@ -74,7 +74,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class FsckReport:
-    """What was read (data files and their bytes, log commits), and what was found. ``left_out``: what a running ingest works at."""
+    """The findings, and how much was read: data files and their bytes, log commits. ``left_out``: parts in use by an ingest."""
 
     run_id: str
     findings: list[Finding]
@@ -108,10 +108,10 @@ class _Look:
 
 
 def fsck(settings: Settings, *, repair: bool = False, progress: Say | None = None) -> FsckReport:
-    """Check everything; with ``repair`` put right what can be put right, then check again.
+    """Check everything; with ``repair`` repair what can be repaired, then check again.
 
-    While an ingest runs, its key index and the batch that it works at are left out, and ``repair`` raises BusyError. Raises
-    UsageError for a lakehouse that is not a local path.
+    While an ingest runs, skips its key index and unfinished batch, and ``repair`` raises BusyError. Raises UsageError for a
+    lakehouse that is not on a local path.
     """
     require_local(settings, "fsck")
     started, run_id, say = time.monotonic(), uuid.uuid4().hex, progress or (lambda _: None)
@@ -133,7 +133,7 @@ def fsck(settings: Settings, *, repair: bool = False, progress: Say | None = Non
 
 @contextmanager
 def _ingest_lock(settings: Settings) -> Iterator[bool]:
-    """Keeps ingests away; yields False if one runs already."""
+    """Hold the ingest's lock; yields False if an ingest holds it."""
     with ExitStack() as stack:
         try:
             stack.enter_context(exclusive(settings, INGEST))
@@ -223,7 +223,7 @@ def _look_at_files(lake: Lake, table: Table, look: _Look, say: Say) -> None:
 
 
 def _look_at_checkpoints(settings: Settings, look: _Look) -> None:
-    """The checkpoints of the file streams against the tables."""
+    """Compare the checkpoints of the file streams with the tables."""
     for stream, tables, rejected in (
         ("events", [EVENTS, MINUTE_METRICS, BATCH_LEDGER], REJECTED_EVENTS),
         ("orders", [ORDERS, BATCH_LEDGER], REJECTED_ORDERS),
@@ -236,7 +236,7 @@ def _look_at_checkpoints(settings: Settings, look: _Look) -> None:
 
 
 def _look_at_key_index(settings: Settings, look: _Look, *, compare: bool) -> None:
-    """Every byte of the key index against its checksums, and its keys against those of the table at the version it covers."""
+    """Check every byte of the key index by its checksums, and compare its keys with the table's at the version it covers."""
     index = KeyIndex(settings.key_index_path)
     place = settings.key_index_path.name
     if index.problem is not None:
@@ -258,7 +258,7 @@ def _look_at_key_index(settings: Settings, look: _Look, *, compare: bool) -> Non
 
 
 def _sums(parts: Iterator[Keys]) -> tuple[int, int, int]:
-    """How many keys, and two sums of hashes of them that do not depend on their order."""
+    """The number of keys, and two sums of their hashes that do not depend on their order."""
     rows, first, second = 0, 0, 0
     for keys in parts:
         mixed = keys.low * np.uint64(0x9E3779B97F4A7C15) ^ keys.high * np.uint64(0xC2B2AE3D27D4EB4F)
@@ -271,7 +271,7 @@ def _sums(parts: Iterator[Keys]) -> tuple[int, int, int]:
 
 
 def _look_at_attribution_index(settings: Settings, look: _Look) -> None:
-    """Every byte of the indexes of attribution against their checksums, by whatever rules they were made."""
+    """Check every byte of the indexes of attribution by their checksums, whatever rules they were made with."""
     place = index_folder(settings)
     for folder in sorted(path for path in place.glob("*") if path.is_dir()):
         try:
@@ -281,7 +281,7 @@ def _look_at_attribution_index(settings: Settings, look: _Look) -> None:
 
 
 def _look_at_corrections(settings: Settings, look: _Look) -> None:
-    """Corrections that were decided and not carried out to the end: a killed repair, review or backfill."""
+    """Find corrections that were decided and not finished: a killed repair, review or backfill."""
     folders = sorted(settings.corrections_path.iterdir()) if settings.corrections_path.is_dir() else []
     for folder in folders:
         if not folder.name.startswith("."):
@@ -330,7 +330,7 @@ def _repair(settings: Settings, look: _Look, run_id: str, say: Say) -> list[Find
 
 
 def _recount(settings: Settings, run_id: str, say: Say) -> list[Finding]:
-    """Recount all of it from the raw input itself, not from what an earlier recount has parsed of it, and repair."""
+    """Recount everything from the raw input, not from what an earlier recount has parsed, and repair."""
     shutil.rmtree(settings.recount_path / "parsed", ignore_errors=True)
     with correcting(settings):
         pass  # a killed correction is finished first

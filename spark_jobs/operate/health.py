@@ -1,5 +1,5 @@
-"""Is all well? A few signals, each with a threshold from the settings and a runbook. Read without Spark, cheap enough for every
-half minute: nothing here reads the history, only what the last hour brought and what waits.
+"""Health signals, each with a threshold from the settings and a runbook. Read without Spark, cheap enough for every half minute:
+they read only the last hour's batches and the pending work, not the history.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class Signal:
 
 
 def read_health(settings: Settings, *, now: datetime | None = None) -> list[Signal]:
-    """All SIGNALS, in their order. Works on an empty home; a signal that cannot be read is one that is not ok."""
+    """Read all SIGNALS, in their order. Works on an empty home; a signal that cannot be read is not ok."""
     return [read_signal(settings, name, now=now) for name in SIGNALS]
 
 
 def read_signal(settings: Settings, name: str, *, now: datetime | None = None) -> Signal:
-    """One of SIGNALS. Raises KeyError for another name."""
+    """Read one of SIGNALS. Raises KeyError for another name."""
     measure, threshold_of, unit = _SIGNALS[name]
     threshold, runbook = threshold_of(settings), f"docs/runbooks/{name.replace('_', '-')}.md"
     if name == "conservation":
@@ -69,9 +69,9 @@ def read_signal(settings: Settings, name: str, *, now: datetime | None = None) -
 
 
 def _stream_lag(settings: Settings, now: datetime) -> tuple[float, str]:
-    """Seconds since the oldest landing file, or record of a topic, arrived that no finished batch has read; 0 where none waits.
+    """Seconds since the oldest pending landing file or record of a topic arrived; 0 if none is pending.
 
-    Topics of a cluster that does not answer are left out: `kafka_clusters` tells of it.
+    Pending: no finished batch has read it. Skips topics of a cluster that does not answer: `kafka_clusters` reports those.
     """
     found = [*_waiting_files(settings, now), *_waiting_records(settings, now)]
     if not found:
@@ -97,7 +97,7 @@ def _waiting_records(settings: Settings, now: datetime) -> Iterator[tuple[float,
 
 
 def _kafka_clusters(settings: Settings, now: datetime) -> tuple[float, str]:
-    """How many topics cannot be asked: their cluster does not answer, or does not have them."""
+    """The number of topics that cannot be read: their cluster does not answer, or does not have them."""
     found = read_topic_sources(settings)
     away = [source for source in found if source.problem is not None]
     if not found:
@@ -107,13 +107,13 @@ def _kafka_clusters(settings: Settings, now: datetime) -> tuple[float, str]:
 
 
 def _ignored_files(settings: Settings, now: datetime) -> tuple[float, str]:
-    """How many files lie where nothing reads them."""
+    """The number of files in places that nothing reads."""
     found = read_landing(settings)
     return float(found.ignored_files), found.ignored_text or "whatever lies in the landing folder is read"
 
 
 def _freshness(settings: Settings, now: datetime) -> tuple[float, str]:
-    """Seconds since the first change of the ledger that the published marts do not have; 0 where they have all."""
+    """Seconds since the first change of the ledger that the published marts lack; 0 if they have all."""
     log = Lake(settings).log(BATCH_LEDGER)
     newest, pinned = log.latest_version(), _pinned_version(settings)
     if newest is None:
@@ -125,7 +125,7 @@ def _freshness(settings: Settings, now: datetime) -> tuple[float, str]:
 
 
 def _pinned_version(settings: Settings) -> int | None:
-    """The ledger's version of the newest group of marts, None where there are none."""
+    """The ledger's version in the newest group of marts, None if there are no marts."""
     if not settings.marts_path.is_file():
         return None
     with duckdb.connect(":memory:") as connection:  # an instance of its own opens the file anew, whoever has an older one open
@@ -137,7 +137,7 @@ def _pinned_version(settings: Settings) -> int | None:
 
 
 def _publishing_behind(settings: Settings, now: datetime) -> tuple[float, str]:
-    """Seconds since the first version that is not published; 0 where all are, or nothing is to be published."""
+    """Seconds since the first version that is not published; 0 if all are, or if nothing is to be published."""
     found = read_publications(settings, now=now)
     if not found:
         return 0.0, "nothing is to be published"
@@ -158,7 +158,7 @@ def _duplicate_share(settings: Settings, now: datetime) -> tuple[float, str]:
 
 
 def _share(settings: Settings, now: datetime, outcome: str) -> tuple[float, str]:
-    """The share of an outcome in what was offered in the batches of the last hour; 0 below MIN_OFFERED."""
+    """The share of an outcome in the records offered in the batches of the last hour; 0 below MIN_OFFERED."""
     counts = recent_counts(settings, now - RECENT)
     offered, found = counts["offered"], counts[outcome]
     detail = f"{found:,} {outcome} of {offered:,} offered in the last hour"
@@ -166,7 +166,7 @@ def _share(settings: Settings, now: datetime, outcome: str) -> tuple[float, str]
 
 
 def recent_counts(settings: Settings, since: datetime) -> Counter[str]:
-    """Sums of the ledger (offered, rejected, duplicate) over the batches that were committed at ``since`` or later."""
+    """Sum the ledger (offered, rejected, duplicate) over the batches that were committed at ``since`` or later."""
     total: Counter[str] = Counter()
     for commit in Lake(settings).log(BATCH_LEDGER).commits_backwards():
         if _committed(commit) < since.timestamp():
@@ -186,7 +186,7 @@ def _file_counts(settings: Settings, path: str) -> Counter[str]:
 
 
 def _user_share(settings: Settings, now: datetime) -> tuple[float, str]:
-    """The largest share of one user, who is not exempt, in the events of the last hour's batches; 0 below MIN_OFFERED."""
+    """The largest share of one user, exempt users apart, in the events of the last hour's batches; 0 below MIN_OFFERED."""
     total, users = 0, Counter[str]()
     for commit in Lake(settings).log(EVENTS).commits_backwards():
         if _committed(commit) < (now - RECENT).timestamp():
@@ -218,7 +218,7 @@ def _committed(commit: Commit) -> float:
 
 
 def _conservation(settings: Settings, now: datetime) -> tuple[float, str]:
-    """Contradictions among the tables over the batches of the last hour. The whole history is `adtally status`'s."""
+    """Contradictions among the tables over the batches of the last hour. `adtally status` checks the whole history."""
     batches, problems = read_recent_problems(settings, now - RECENT)
     problems = [*problems, *read_unaccounted(settings, now - RECENT)]
     shown = "; ".join(problems[:_PROBLEMS_SHOWN])
@@ -237,7 +237,7 @@ def _rule_file(settings: Settings, now: datetime) -> tuple[float, str]:
 
 
 def _disk_space(settings: Settings, now: datetime) -> tuple[float, str]:
-    """Free bytes where ADTALLY_HOME lies or will lie."""
+    """Free bytes on the disk of ADTALLY_HOME."""
     folder = next(path for path in (settings.home_path, *settings.home_path.parents) if path.exists())
     free = shutil.disk_usage(folder).free
     return float(free), f"{free / 1024**3:.1f} GiB are free"

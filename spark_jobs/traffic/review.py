@@ -1,8 +1,8 @@
-"""The review: all events of an hour judged by all rules of invalid traffic, and what differs restated, with its money.
+"""The review: judges all events of an hour by all rules of invalid traffic, and restates what differs, with its money.
 
-The ingest judges a record by what stands in it. Repeats, unmatched clicks and click rates need the events around it, in whatever
-order they came, so they are judged here, over whole hours and the hours that the rules look back to. An hour is reviewed again
-where events came that its review has not seen. The rules of its first review hold for it; only a backfill changes them
+The ingest judges a record by its own fields. Repeats, unmatched clicks and click rates need the events around it, in whatever order
+they arrived, so the review judges these, over whole hours and the hours that the rules look back to. It reviews an hour again if
+events came that its review has not seen. An hour keeps the rules of its first review; only a backfill changes them
 (docs/decisions/0007). Read and written without Spark.
 """
 
@@ -43,10 +43,10 @@ _MICROSECOND = timedelta(microseconds=1)
 
 @dataclass(frozen=True)
 class ReviewedHour:
-    """An hour that was reviewed: its events, how many are invalid now, of how many the marks changed.
+    """An hour that was reviewed: its events, how many are invalid now, and how many have other marks than before.
 
-    ``rewritten``: of how many the marks, the rule set or the price is written anew.
-    ``spend_nanos_change`` is what its billable spend changed by; a credit is negative.
+    ``rewritten``: how many events got other marks, another rule set or another price. ``spend_nanos_change`` is the change of its
+    billable spend; a credit is negative.
     """
 
     event_hour: datetime
@@ -60,7 +60,7 @@ class ReviewedHour:
 
 @dataclass(frozen=True)
 class ReviewReport:
-    """A review. Hours that were up to date are not in it."""
+    """A review. It does not list the hours that were up to date."""
 
     run_id: str
     hours: list[ReviewedHour]
@@ -78,9 +78,9 @@ class _Review:
 
 @dataclass(frozen=True)
 class _State:
-    """What the tables hold at one moment. Hours are numbers since the epoch.
+    """The state of the tables at one moment. Hours are numbers since the epoch.
 
-    ``judged_version``: the batches that `events` has up to it have ended. ``accepted``: their accepted events, by hour;
+    ``judged_version``: all batches in `events` up to this version have ended. ``accepted``: their accepted events, by hour;
     ``batches``: their identities.
     """
 
@@ -91,7 +91,7 @@ class _State:
     reviews: dict[int, _Review]
 
     def inputs(self, hour: int, rules: InvalidTrafficRules) -> int:
-        """The accepted events that a review of the hour looks at."""
+        """The number of accepted events that a review of the hour reads."""
         return sum(self.accepted.get(at, 0) for at in range(hour - rules.look_back_hours, hour + 1))
 
 
@@ -114,9 +114,9 @@ def review(
 ) -> ReviewReport:
     """Review the hours (of ``hours``, None: all) whose review is missing or out of date.
 
-    An ingest may go on meanwhile: it waits while some hours are put right. Run again it changes nothing; one that was killed is
-    finished by the next. Raises UsageError for a lakehouse that is not a local path, RuleFileError for rules that cannot be right,
-    TableCorruptionError where a table cannot be read.
+    An ingest may run meanwhile: it waits while a group of hours is corrected. A second run changes nothing; the next run finishes a
+    killed one. Raises UsageError for a lakehouse that is not on a local path, RuleFileError for invalid rules, TableCorruptionError
+    if a table cannot be read.
     """
     started = time.monotonic()
     require_local(settings, "the review")
@@ -139,7 +139,7 @@ def _has_work(settings: Settings, wanted: Collection[int] | None) -> bool:
 
 
 def review_outdated(settings: Settings, wanted: Collection[int] | None, run: Run, say: Callable[[str], None]) -> list[ReviewedHour]:
-    """As ``review``, for whoever holds the corrections lock."""
+    """Do as `review`. The caller holds the corrections lock."""
     with translate_duckdb_errors(settings.home_path):
         state = _read_state(settings)
         outdated = _outdated(settings, state, wanted)
@@ -149,9 +149,9 @@ def review_outdated(settings: Settings, wanted: Collection[int] | None, run: Run
 
 
 def review_anew(settings: Settings, hours: Collection[int], run: Run, say: Callable[[str], None]) -> list[ReviewedHour]:
-    """Judge ``hours`` by today's rules, whatever they were reviewed by, and again those after them that look back to them.
+    """Judge ``hours`` by today's rules, whatever rules reviewed them, and again the later hours that look back to them.
 
-    For whoever holds the corrections lock.
+    The caller holds the corrections lock.
     """
     with translate_duckdb_errors(settings.home_path):
         state = _read_state(settings)
@@ -164,7 +164,7 @@ def review_anew(settings: Settings, hours: Collection[int], run: Run, say: Calla
         return _review(settings, state, sets, run, say)
 
 
-# --- what there is
+# --- the state of the tables
 
 
 def _read_state(settings: Settings) -> _State:
@@ -199,7 +199,7 @@ def _read_state(settings: Settings) -> _State:
 
 
 def _batches(log: DeltaLog, versions: range) -> dict[tuple[str, int], int]:
-    """The batches whose events the ``versions`` committed, and each one's first version. A commit with limits is a batch's."""
+    """The batches that the ``versions`` committed, and the first version of each. Only a batch's commit has limits."""
     found: dict[tuple[str, int], int] = {}
     for version in versions:
         commit = log.commit(version)
@@ -385,7 +385,7 @@ def _activity_codes(database: duckdb.DuckDBPyConnection, rules: InvalidTrafficRu
         yield f"if(event_type = 'click' and not is_exempt and {clicks} > {rules.click_rate.clicks}, {BITS['click_rate']}, 0)"
 
 
-# --- what becomes of it
+# --- the changes of the tables
 
 
 def _events_change(database: duckdb.DuckDBPyConnection, group: _Group, run: Run) -> TableChange:
