@@ -15,7 +15,7 @@ timed as (
 
 ),
 
--- The range that began last. A campaign that has not begun shows the range that begins first.
+-- The range that started last. A campaign that has not started shows its first range.
 ranked as (
 
     select

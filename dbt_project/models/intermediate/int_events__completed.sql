@@ -1,4 +1,4 @@
--- A view: what reads it needs few of the columns.
+-- A view, because its readers need few of the columns.
 {{ config(materialized='view') }}
 
 with

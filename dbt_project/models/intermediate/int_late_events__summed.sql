@@ -12,7 +12,7 @@ batches as (
 
 ),
 
--- What a late event counted as when it came: a correction that marked it later is a restatement of its own.
+-- What a late event counted as when it arrived. A correction that marked it later is a separate restatement.
 arrived as (
 
     select

@@ -57,7 +57,7 @@ dense_hours as (
 
 ),
 
--- How much of its spend a day had had by the end of each hour. A day that came to nothing says nothing.
+-- The share of a day's spend by the end of each hour. A day whose spend sums to 0 is skipped.
 shares as (
 
     select

@@ -29,7 +29,7 @@ seen as (
 
 ),
 
--- Whose campaign it is, where no row says so: the store that its events named last.
+-- If no row names the campaign's store: the store that its newest event names.
 last_store as (
 
     select

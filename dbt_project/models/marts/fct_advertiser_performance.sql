@@ -34,7 +34,7 @@ delivery as (
 
 ),
 
--- Spend and revenue of one currency stand in one row; those of two are two rows and never meet.
+-- Spend and revenue in one currency share a row. In two currencies they have two rows, which are never combined.
 joined as (
 
     select

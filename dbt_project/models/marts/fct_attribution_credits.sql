@@ -8,7 +8,7 @@ orders as (
 
 ),
 
--- The lists of a model stand side by side over the windows; first a row a model, then one a window.
+-- Each model has a list over the windows. First unnest the models, then the windows.
 by_model as (
 
     select

@@ -25,7 +25,7 @@ billed as (
 
 ),
 
--- What is not billed at this build: days that are open, and what came since the last billing run.
+-- What is not billed at this build: open days, and changes since the last billing run.
 accruals as (
 
     select

@@ -47,7 +47,7 @@ spent as (
 
 ),
 
--- The budget in force at the end of the minute, in the same currency: others cannot be compared.
+-- The budget in force at the end of the minute, in the same currency. Other currencies cannot be compared.
 budgeted as (
 
     select
@@ -145,7 +145,7 @@ counted as (
 
 ),
 
--- When what had been ingested reached the budget: from then on delivery could have stopped.
+-- When the ingested spend reached the budget. From then on delivery could have stopped.
 known as (
 
     select

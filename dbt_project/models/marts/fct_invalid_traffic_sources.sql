@@ -6,7 +6,7 @@ events as (
 
 ),
 
--- One row an invalid event and way to look at where it came from.
+-- One row per invalid event and type of source.
 sourced as (
 
     select

@@ -6,7 +6,7 @@ findings as (
 
 ),
 
--- The run that looked at an hour last says how the hour stands.
+-- The newest run of an hour gives the hour's state.
 ranked as (
 
     select

@@ -92,7 +92,7 @@ charged as (
 
 ),
 
--- After a change: what stands now, less what changed later.
+-- After a change: the current value minus all later changes.
 chained as (
 
     select

@@ -20,7 +20,7 @@ days_of_users as (
 
 ),
 
--- A user of two days is one user of the week: weeks are counted from users, not from days.
+-- A user who appears on two days is one user of the week, so weeks are counted from users, not from days.
 periods_of_users as (
 
     select

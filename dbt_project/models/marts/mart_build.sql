@@ -1,4 +1,4 @@
--- Every build replaces the rows of the groups of marts that it built; those of the others stay.
+-- Every build replaces the rows of the groups of marts that it built and keeps those of the others.
 {{
     config(
         materialized='incremental',

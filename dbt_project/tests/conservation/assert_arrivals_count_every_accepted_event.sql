@@ -1,6 +1,6 @@
 -- Per hour and region fct_late_arrivals has the accepted and late events of the ledger. A warning: the events
--- themselves are held against the ledger by `adtally status` and the recount, and no money is made from these.
--- Where there is a Kafka topic, per hour only: the ledger has its cluster there, an event the region that it names.
+-- themselves are compared with the ledger by `adtally status` and the recount, and no amount is computed from these.
+-- With a Kafka topic, per hour only: the ledger has the topic's cluster, an event the region that it names.
 {{ config(severity='warn') }}
 
 with

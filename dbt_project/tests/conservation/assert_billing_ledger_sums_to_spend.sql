@@ -1,4 +1,4 @@
--- Per day, campaign, store and currency, lines and accruals come to the spend, rounded once.
+-- Per day, campaign, store and currency, lines and accruals sum to the spend, rounded once.
 {{ config(severity='error') }}
 
 with

@@ -52,7 +52,7 @@ measured as (
 
 )
 
--- Three equal rows a date, or something differs.
+-- A date without three equal rows is a failure.
 select
     event_date,
     impressions,

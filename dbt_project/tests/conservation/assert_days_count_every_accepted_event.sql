@@ -1,4 +1,4 @@
--- Per date, fct_campaign_day counts what the ledger says was accepted. A null date is an accepted event without a time.
+-- Per date, fct_campaign_day counts the events that the ledger accepted. A null date is an event without a time.
 {{ config(severity='error') }}
 
 with

@@ -1,5 +1,5 @@
 -- Per batch, hour and region the increments count each accepted event once, and their spend is the ledger's. A batch
--- of a Kafka topic is booked by its cluster, while its records may name other regions, so it is compared as a whole.
+-- of a Kafka topic is counted under its cluster, while its records may name other regions, so it is compared whole.
 {{ config(severity='error') }}
 
 with

@@ -1,4 +1,4 @@
--- What a key comes to after a posting is the sum of its lines so far; credits take, adjustments add, and a key is
+-- The total of a key after a posting is the sum of its lines so far. Credits subtract, adjustments add, and a key is
 -- charged once.
 {{ config(severity='error') }}
 

@@ -1,4 +1,4 @@
--- The last minute of a day has spent what the increments of the campaign and currency come to.
+-- The spend by the last minute of a day equals the sum of the increments of the campaign and currency.
 {{ config(severity='error') }}
 
 with

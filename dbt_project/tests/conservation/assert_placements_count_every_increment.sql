@@ -1,4 +1,4 @@
--- Per date and currency fct_placement_day has what the increments have, those without a placement too.
+-- Per date and currency fct_placement_day equals the increments, including those without a placement.
 {{ config(severity='error') }}
 
 with

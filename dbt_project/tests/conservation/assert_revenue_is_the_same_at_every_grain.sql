@@ -1,4 +1,4 @@
--- Per model, window and currency the credits are the same money dated by touch, dated by order, and as they are.
+-- Per model, window and currency the credits sum to the same money dated by touch, dated by order, and undated.
 {{ config(severity='error') }}
 
 with

@@ -1,4 +1,4 @@
--- The micros of a row lie within half a micro of its nanos; a tie goes away from zero.
+-- The micros of a row are within half a micro of its nanos; a tie rounds away from zero.
 {{ config(severity='error') }}
 
 select

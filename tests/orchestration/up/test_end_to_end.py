@@ -31,7 +31,7 @@ MEASURES = ("impressions", "clicks", "spend_nanos")
 PAGES = {
     "/assets/ad_events?view=checks": ("expectations", "Great Expectations over the hour", "stream_lag"),
     "/assets/reconciled_hours?view=partitions": ("Materialized (", "Failed (0)"),
-    "/assets/fct_campaign_day": ("One row a UTC day", "gross_spend_micros", "closed_hours_marts"),
+    "/assets/fct_campaign_day": ("One row per UTC day", "gross_spend_micros", "closed_hours_marts"),
     "/runs": ("closed_hours", "marts_near_real_time", "Success"),
     "/automation": ("alert_conservation", "closed_hours_marts_sensor"),
 }
