@@ -1,13 +1,12 @@
 """Data quality: Great Expectations suites over the Delta tables and the marts. Imports neither Dagster nor the Spark jobs.
 
-``validate_hour`` and ``validate_marts`` judge, each check being data (``suites/``); the data docs lie where they are told.
+``validate_hour`` and ``validate_marts`` validate the suites in ``suites/`` and write the data docs to a folder.
 """
 
 import expectations._gx  # noqa: F401 - first
-from expectations.checks import Severity
 from expectations.docs import DataDocs
 from expectations.errors import ExpectationsError
-from expectations.results import CheckOutcome, HourValidation
+from expectations.results import CheckOutcome, HourValidation, Severity
 from expectations.suites import MARTS, SUITES
 from expectations.validate import related_tables, validate_hour, validate_marts
 

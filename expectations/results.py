@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from expectations.checks import Severity
+
+class Severity(StrEnum):
+    """ERROR: the data is wrong, and what is built from it would be too. WARN: somebody should look."""
+
+    ERROR = "error"
+    WARN = "warn"
 
 
 @dataclass(frozen=True)
 class CheckOutcome:
-    """One expectation, judged. ``observed`` None: not judged (``expected`` says why), which counts as met.
+    """The result of one expectation. ``observed`` None: it was not judged (``expected`` says why), which counts as met.
 
-    ``observed`` is the number of offending rows, unless ``expected`` names another number. ``failing_rows``: a few examples, of
-    the columns that identify a row and the column concerned.
+    ``observed`` is the number of unexpected rows, or what ``expected`` names instead. ``failing_rows``: a few examples, with the
+    columns that identify a row and the column concerned.
     """
 
     name: str
@@ -30,7 +36,7 @@ class CheckOutcome:
 
 @dataclass(frozen=True)
 class HourValidation:
-    """A table's hour (None: all of it), judged at one Delta version (None: not a Delta table).
+    """The result for a table's hour (None: all of it) at one Delta version (None: not a Delta table).
 
     ``success``: every expectation is met. ``error_failed``: one of severity error is not, so nothing may be built from the hour.
     ``page``: its page of the data docs.

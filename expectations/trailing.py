@@ -1,6 +1,7 @@
 """The trailing week: what the hours before an hour looked like, kept as a small file an hour when it is validated.
 
-Derived: a file that is missing or cannot be read is an hour of which nothing is known. Without enough of them nothing is judged.
+The files are derived data: if one is missing or unreadable, nothing is known of its hour. Without enough known hours nothing is
+judged.
 """
 
 from __future__ import annotations
@@ -14,36 +15,37 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from expectations.profile import REST, Profile
+Shares = dict[str, float]
+"""Value -> weight."""
 
 WEEK = timedelta(days=7)
 MIN_HOURS = 3  # known hours below which nothing is judged
-COMPARED = 20  # values compared one by one; well below what is kept, so that each of them is kept in every hour
 MIN_ROWS = 1_000  # below it, on either side, shares move by chance
+MAX_STABILITY_INDEX = 0.25  # by convention: below 0.1 none, above 0.25 a major shift
+MAX_ROBUST_Z = 6.0
+MOST_VALUES = 200  # shares with more values keep the largest, and the rest as one
+REST = "(rest)"
+COMPARED = 20  # values compared one by one; well below MOST_VALUES, so that each of them is kept in every hour
 _HOUR = timedelta(hours=1)
 _SMALLEST_SHARE = 1e-4  # of a value that one side does not have; the index has no value for zero
 
 
 class TrailingWeek:
-    """Profiles of one table under ``folder``/<table>/."""
+    """Reads and writes the volume and the shares of each hour of one table, under ``folder``/<table>/."""
 
     def __init__(self, folder: Path, table: str) -> None:
         self._folder = folder / table
 
-    def keep(self, hour: datetime, profile: Profile) -> None:
-        """Write an hour's profile, in place of the one that it had."""
+    def keep(self, hour: datetime, volume: float, shares: dict[str, Shares]) -> None:
+        """Write what was measured of an hour, in place of what was there."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"volume": profile.volume, "shares": profile.shares})
         path = self._path(hour)
         made = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
-        made.write_text(text, "utf-8")
+        made.write_text(json.dumps({"volume": volume, "shares": shares}), "utf-8")
         made.replace(path)
 
-    def stability_index(self, hour: datetime, name: str, profile: Profile) -> float | None:
-        """How far the shares by ``name`` have moved from those of the seven days before; None: too little is known.
-
-        Population stability index, the sum over values of (now - before) * ln(now / before).
-        """
+    def shares(self, hour: datetime, name: str) -> Shares | None:
+        """Return the sum of the shares by ``name`` over the seven days before; None if fewer than MIN_HOURS hours are known."""
         before: Counter[str] = Counter()
         known = 0
         for past in (hour - _HOUR * n for n in range(1, WEEK // _HOUR + 1)):
@@ -51,21 +53,18 @@ class TrailingWeek:
             if kept is not None and kept[1].get(name):
                 known += 1
                 before.update(kept[1][name])
-        now = profile.shares[name]
-        if known < MIN_HOURS or min(before.total(), sum(now.values())) < MIN_ROWS:
-            return None
-        return stability_index(dict(before), now)
+        return dict(before) if known >= MIN_HOURS else None
 
-    def robust_z(self, hour: datetime, profile: Profile) -> float | None:
-        """How unusual the hour's volume is among the same hour of the seven days before; None: too little is known."""
+    def volumes(self, hour: datetime) -> list[float] | None:
+        """Return the volumes of the same hour of the seven days before; None if fewer than MIN_HOURS hours are known."""
         days = (self._read(hour - timedelta(days=day)) for day in range(1, 8))
         volumes = [kept[0] for kept in days if kept is not None]
-        return robust_z(volumes, profile.volume) if len(volumes) >= MIN_HOURS else None
+        return volumes if len(volumes) >= MIN_HOURS else None
 
     def _path(self, hour: datetime) -> Path:
         return self._folder / f"{hour.astimezone(UTC):%Y-%m-%dT%H}.json"
 
-    def _read(self, hour: datetime) -> tuple[float, dict[str, dict[str, float]]] | None:
+    def _read(self, hour: datetime) -> tuple[float, dict[str, Shares]] | None:
         try:
             kept = json.loads(self._path(hour).read_text("utf-8"))
             shares = {str(k): {str(v): float(w) for v, w in share.items()} for k, share in kept["shares"].items()}
@@ -74,8 +73,18 @@ class TrailingWeek:
             return None
 
 
-def stability_index(before: dict[str, float], now: dict[str, float]) -> float:
-    """The population stability index of two sets of weights. All but the largest values count as one."""
+def keep_largest(shares: Shares) -> Shares:
+    """Keep the MOST_VALUES largest positive weights, and the sum of the others as REST."""
+    ordered = sorted(((value, weight) for value, weight in shares.items() if weight > 0), key=lambda each: (-each[1], each[0]))
+    rest = sum(weight for _, weight in ordered[MOST_VALUES:])
+    return dict(ordered[:MOST_VALUES]) | ({REST: rest} if rest else {})
+
+
+def stability_index(before: Shares, now: Shares) -> float:
+    """Return the population stability index of two sets of weights; all but the largest values count as one.
+
+    It is the sum over values of (now - before) * ln(now / before), of shares.
+    """
     named = [value for value in before.keys() | now.keys() if value != REST]
     total_before, total_now = sum(before.values()), sum(now.values())
     shares = sorted(((before.get(v, 0) / total_before, now.get(v, 0) / total_now) for v in named), key=sum, reverse=True)
@@ -86,9 +95,9 @@ def stability_index(before: dict[str, float], now: dict[str, float]) -> float:
 
 
 def robust_z(volumes: list[float], volume: float) -> float:
-    """Distance from the median in robust standard deviations.
+    """Return the distance from the median in robust standard deviations.
 
-    1.4826 times the median absolute deviation, but not less than a tenth of the median nor than counting noise.
+    One is 1.4826 times the median absolute deviation, but not less than a tenth of the median nor than counting noise.
     """
     middle = statistics.median(volumes)
     spread = 1.4826 * statistics.median(abs(each - middle) for each in volumes)

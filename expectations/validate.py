@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import duckdb
+from great_expectations.core import ExpectationSuiteValidationResult, ExpectationValidationResult
+from great_expectations.expectations.expectation import Expectation
 
-from expectations.checks import Check, Kind, Severity, Suite
 from expectations.docs import DataDocs, Entry
+from expectations.engine import DuckDBValidator, unexpected_query
 from expectations.errors import UnknownTableError, UnreadableTableError
-from expectations.lake import Related, connect, connect_marts, delta_scan, hour_literals, one_line
-from expectations.profile import Profile, Profiler
-from expectations.results import CheckOutcome, HourValidation
-from expectations.suites import MARTS, SUITES
+from expectations.lake import Related, connect, connect_marts, delta_scan, hour_literals, one_line, records
+from expectations.results import CheckOutcome, HourValidation, Severity
+from expectations.suites import MARTS, SUITES, Suite
+from expectations.suites.suite import SEVERITIES, name_of, needs
 from expectations.trailing import MIN_HOURS, TrailingWeek
 
 DEFAULT_RUN = "by hand"
+EXAMPLES = 5
 
 
 def validate_hour(
@@ -33,23 +39,27 @@ def validate_hour(
 ) -> HourValidation:
     """Judge the rows of ``hour`` (its beginning, with a zone) in a Delta table at ``version`` (None: the newest).
 
-    ``related``: the other tables by name, as ``related_tables(table)`` lists them; what needs one that is missing is not judged.
-    Pin `batch_ledger` before the others, as the marts do. ``docs``: the folder of the data docs, which also keeps what the trailing
-    week is told by; None: no page, and nothing is compared with a week. An hour without rows is valid.
+    ``related``: the other tables by name, as ``related_tables(table)`` lists them; what needs a missing one is not judged. Pin
+    `batch_ledger` before the others, as the marts do. ``docs``: the folder of the data docs, which also keeps the trailing week;
+    None: no page, and nothing is compared with a week. An hour without rows is valid.
 
     Raises UnknownTableError, UnreadableTableError, and DocsBusyError.
     """
     began = time.perf_counter()
     suite = _suite(table, SUITES)
+    week = None if docs is None else TrailingWeek(docs / "profiles", table)
     connection = connect()
     try:
-        held = _load_related(connection, suite, related or {}, hour)
-        profiler = Profiler(connection, suite, delta_scan(uri, version), hour, related=held)
-        profiler.group()
-        profile = profiler.measure()
-        if docs is not None:
-            _compare(profile, suite, TrailingWeek(docs / "profiles", table), hour)
-        return _judged(suite, profiler, profile, hour, version, began, docs, run_name)
+        _create_hour(connection, hour)
+        _load_rows(connection, suite, delta_scan(uri, version), hour)
+        _load_related(connection, suite, related or {}, hour)
+        before = _before(suite, week, hour)
+        given = [each for each in suite.expectations if needs(each) is None or needs(each) in (related or {})]
+        with closing(DuckDBValidator(connection)) as validator:
+            result = validator.validate(table, given, suite.place, before)
+            if week is not None:
+                _keep(week, hour, result)
+            return _Outcome(suite, connection, result, began).report(hour, version, docs, run_name)
     except duckdb.Error as error:
         raise UnreadableTableError(f"{table} at version {version} cannot be checked: {one_line(error)}") from error
     finally:
@@ -64,37 +74,33 @@ def validate_marts(
     docs: Path | None = None,
     run_name: str = DEFAULT_RUN,
 ) -> list[HourValidation]:
-    """Judge the marts of a DuckDB file, or of them what belongs to ``hour`` (a mart by days: its day). ``marts``: only these.
+    """Judge the marts of a DuckDB file, or only their rows of ``hour`` (of a mart by days: its day). ``marts``: only these.
 
     The file is opened anew and read-only, so it may be replaced meanwhile.
 
     Raises UnknownTableError, UnreadableTableError, and DocsBusyError.
     """
     chosen = [_suite(name, MARTS) for name in (MARTS if marts is None else marts)]
+    found = []
     try:
         with connect_marts(path) as connection:
-            return [_validate_mart(connection, suite, hour, docs, run_name) for suite in chosen]
+            _create_hour(connection, hour)
+            with closing(DuckDBValidator(connection)) as validator:
+                for suite in chosen:
+                    began = time.perf_counter()
+                    where = "true" if hour is None else suite.in_hour.format(**hour_literals(hour))
+                    connection.execute(f"create temp view {suite.table} as select * from marts.main.{suite.table} where {where}")
+                    result = validator.validate(suite.table, suite.expectations, suite.place, {})
+                    outcome = _Outcome(suite, connection, result, began)
+                    found.append(outcome.report(hour, None, docs, run_name))
     except duckdb.Error as error:
         raise UnreadableTableError(f"the marts at {path} cannot be checked: {one_line(error)}") from error
+    return found
 
 
 def related_tables(table: str) -> tuple[str, ...]:
-    """The tables that a suite compares its own with. Raises UnknownTableError."""
+    """Return the tables that a suite compares its own with. Raises UnknownTableError."""
     return _suite(table, SUITES).related
-
-
-def _validate_mart(
-    connection: duckdb.DuckDBPyConnection, suite: Suite, hour: datetime | None, docs: Path | None, run_name: str
-) -> HourValidation:
-    began = time.perf_counter()
-    for name in suite.related:
-        connection.execute(f"create or replace temp view {name} as select * from marts.main.{name}")
-    minutes = "true" if hour is None else "event_date = " + hour_literals(hour)["date"]
-    source = f"marts.main.{suite.table}"
-    related = frozenset(suite.related)
-    profiler = Profiler(connection, suite, source, hour, related=related, literals={"minutes": minutes})
-    profiler.group()
-    return _judged(suite, profiler, profiler.measure(), hour, None, began, docs, run_name)
 
 
 def _suite(name: str, among: dict[str, Suite]) -> Suite:
@@ -103,17 +109,42 @@ def _suite(name: str, among: dict[str, Suite]) -> Suite:
     return among[name]
 
 
-def _load_related(connection: duckdb.DuckDBPyConnection, suite: Suite, related: Related, hour: datetime) -> frozenset[str]:
-    """What the checks need of other tables, as temporary tables of a few columns."""
+def _create_hour(connection: duckdb.DuckDBPyConnection, hour: datetime | None) -> None:
+    bounds = hour_literals(hour)
+    connection.execute(
+        f"create temp table this_hour as select cast({bounds['start']} as timestamptz) as starts_at, "
+        f"cast({bounds['end']} as timestamptz) as ends_at"
+    )
+
+
+def _load_rows(connection: duckdb.DuckDBPyConnection, suite: Suite, source: str, hour: datetime) -> None:
+    """Load the columns that the suite reads, once, with their declared types: so the rest is judged whatever the schema is.
+
+    The temporary table ``table_columns`` says how the schema differs.
+    """
+    described = connection.execute(f"describe select * from {source}").fetchall()
+    found = {str(name): str(kind) for name, kind, *_ in described}
+    parts = []
+    for name in suite.read_columns:
+        kind = suite.columns[name]
+        if name not in found:
+            parts.append(f"cast(null as {kind}) as {name}")
+        else:
+            parts.append(name if found[name] == kind else f"try_cast({name} as {kind}) as {name}")
+    where = suite.in_hour.format(**hour_literals(hour))
+    connection.execute(f"create temp table {suite.table} as select {', '.join(parts)} from {source} where {where}")
+    rows = [(name, suite.columns.get(name), found.get(name)) for name in dict.fromkeys((*suite.columns, *found))]
+    connection.execute('create temp table table_columns ("column" varchar, declared varchar, found varchar)')
+    connection.executemany("insert into table_columns values (?, ?, ?)", rows)
+
+
+def _load_related(connection: duckdb.DuckDBPyConnection, suite: Suite, related: Related, hour: datetime) -> None:
+    """Load what the checks need of other tables: a few columns."""
     for name in suite.related:
         if name in related:
             columns, where = _RELATED[name]
-            scan = delta_scan(*related[name])
-            condition = where.format(**hour_literals(hour))
-            connection.execute(
-                f"create temp table {name} as select {columns.format(**hour_literals(hour))} from {scan} where {condition}"
-            )
-    return frozenset(suite.related) & related.keys()
+            sql = f"select {columns} from {delta_scan(*related[name])} where {where}".format(**hour_literals(hour))
+            connection.execute(f"create temp table {name} as {sql}")
 
 
 _RELATED = {
@@ -126,65 +157,103 @@ _RELATED = {
 }
 
 
-def _compare(profile: Profile, suite: Suite, week: TrailingWeek, hour: datetime) -> None:
-    """Add the measures against the trailing week, where enough is known of it; then keep this hour for the next ones."""
-    found = {f"{name}.drift": week.stability_index(hour, name, profile) for name in suite.shares}
-    found["table.volume"] = week.robust_z(hour, profile)
-    profile.measures.update({name: value for name, value in found.items() if value is not None})
-    week.keep(hour, profile)
+def _drifts(suite: Suite) -> list[str]:
+    return [name.removesuffix(".drift") for name in suite.names if name.endswith(".drift")]
 
 
-def _judged(
-    suite: Suite,
-    profiler: Profiler,
-    profile: Profile,
-    hour: datetime | None,
-    version: int | None,
-    began: float,
-    docs: Path | None,
-    run_name: str,
-) -> HourValidation:
-    from expectations.judge import Judge, expectation_type, successes  # it takes seconds to import
+def _before(suite: Suite, week: TrailingWeek | None, hour: datetime) -> dict[str, Any]:
+    """Return what is known of the hours before, as parameters of the expectations."""
+    if week is None:
+        return dict.fromkeys((*_drifts(suite), "volume"))
+    return {name: week.shares(hour, name) for name in _drifts(suite)} | {"volume": week.volumes(hour)}
 
-    judged = [check for check in suite.checks if check.name in profile.measures]
-    result = Judge.shared().judge(suite.table, judged, profile.measures)
-    success = successes(result)
-    failing = {check.name: profiler.offenders(check) for check in judged if not success[check.name]}
-    outcomes = [
-        CheckOutcome(
-            name=check.name,
-            expectation=expectation_type(check),
-            column=check.column,
-            severity=check.severity,
-            success=success.get(check.name, True),
-            observed=profile.measures.get(check.name),
-            expected=check.expected if check.name in success else f"{check.expected} (not judged: {_why(check)})",
-            failing_rows=failing.get(check.name, []),
+
+def _keep(week: TrailingWeek, hour: datetime, result: ExpectationSuiteValidationResult) -> None:
+    """Keep what was measured of this hour for the next ones."""
+    measured = {
+        name_of(each.expectation_config): each.result["details"]["measured"]
+        for each in result.results
+        if "measured" in (each.result.get("details") or {})
+    }
+    volume = measured.pop("table.volume")
+    week.keep(hour, volume, {name.removesuffix(".drift"): shares for name, shares in measured.items()})
+
+
+class _Outcome:
+    """The result of a validation, put together for the caller and for the data docs."""
+
+    def __init__(
+        self,
+        suite: Suite,
+        connection: duckdb.DuckDBPyConnection,
+        result: ExpectationSuiteValidationResult,
+        began: float,
+    ) -> None:
+        self._suite, self._connection, self._result, self._began = suite, connection, result, began
+        self._by_name = {name_of(each.expectation_config): each for each in result.results}
+
+    def report(self, hour: datetime | None, version: int | None, docs: Path | None, run_name: str) -> HourValidation:
+        """Return the validation, and add its page to the data docs."""
+        table = self._suite.table
+        outcomes = [self._outcome(each) for each in self._suite.expectations]
+        failed = sorted((each for each in outcomes if not each.success), key=lambda each: each.severity is not Severity.ERROR)
+        errors = sum(outcome.severity is Severity.ERROR for outcome in failed)
+        ((rows,),) = self._connection.execute(f"select count(*) from {table}").fetchall()
+        page = None
+        if docs is not None:
+            entry = Entry(
+                page="",
+                table=table,
+                hour="" if hour is None else f"{hour.astimezone(UTC):%Y-%m-%dT%HZ}",
+                version=version,
+                run_name=run_name,
+                rows=rows,
+                expectations=sum(each.observed is not None for each in outcomes),
+                errors=errors,
+                warnings=len(failed) - errors,
+                validated_at=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+            )
+            page = DataDocs(docs).add(entry, self._result, {each.name: each.failing_rows for each in failed})
+        seconds = time.perf_counter() - self._began
+        return HourValidation(table, hour, version, not failed, errors > 0, outcomes, rows, seconds, page)
+
+    def _outcome(self, expectation: Expectation) -> CheckOutcome:
+        name = name_of(expectation)
+        found = self._by_name.get(name)
+        success = found is None or bool(found.success)
+        observed = None if found is None else _observed(found)
+        described = str(expectation.description)
+        return CheckOutcome(
+            name=name,
+            expectation=str(expectation.expectation_type),
+            column=name.partition(".")[0],
+            severity=next(ours for ours, theirs in SEVERITIES.items() if theirs == expectation.severity),
+            success=success,
+            observed=observed,
+            expected=described if observed is not None else f"{described} (not judged: {_why(expectation)})",
+            failing_rows=[] if found is None or success else self._failing_rows(found),
         )
-        for check in suite.checks
-    ]
-    failed = sorted((each for each in outcomes if not each.success), key=lambda each: each.severity is not Severity.ERROR)
-    errors = sum(outcome.severity is Severity.ERROR for outcome in failed)
-    page = None
-    if docs is not None:
-        entry = Entry(
-            page="",
-            table=suite.table,
-            hour="" if hour is None else f"{hour.astimezone(UTC):%Y-%m-%dT%HZ}",
-            version=version,
-            run_name=run_name,
-            rows=profile.rows,
-            expectations=len(judged),
-            errors=errors,
-            warnings=len(failed) - errors,
-            validated_at=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-        )
-        page = DataDocs(docs).add(entry, result, {each.name: each.failing_rows for each in failed})
-    seconds = time.perf_counter() - began
-    return HourValidation(suite.table, hour, version, not failed, errors > 0, outcomes, profile.rows, seconds, page)
+
+    def _failing_rows(self, found: ExpectationValidationResult) -> list[dict[str, Any]]:
+        query = unexpected_query(self._suite.table, found)
+        if query is None:
+            return []
+        rows = records(self._connection, f"select * from ({query}) order by all", EXAMPLES)
+        return [{name: value for name, value in row.items() if not _is_twice(name, row)} for row in rows]
 
 
-def _why(check: Check) -> str:
-    if check.kind is Kind.BASELINE:
-        return f"less than {MIN_HOURS} comparable hours are known"
-    return f"{check.needs} was not given"
+def _is_twice(name: str, row: dict[str, Any]) -> bool:
+    """Tell whether Great Expectations selected this column twice, as the one judged and as a part of the place."""
+    twice = re.fullmatch(r"(.+?)_{1,2}1", name)
+    return twice is not None and twice[1] in row
+
+
+def _observed(found: ExpectationValidationResult) -> float | None:
+    """Return the number of unexpected rows, or the measure."""
+    observed = found.result.get("unexpected_count", found.result.get("observed_value"))
+    return None if observed is None else float(observed)
+
+
+def _why(expectation: Expectation) -> str:
+    needed = needs(expectation)
+    return f"less than {MIN_HOURS} comparable hours are known" if needed is None else f"{needed} was not given"

@@ -15,7 +15,7 @@ def test_a_round_and_what_it_holds_the_validations_to(tmp_path: Path) -> None:
     args.adtally_env = {}
     small = Bench(args)
     runs = small.round(0)
-    assert [(run["round"], run["what"]) for run in runs] == [(1, what) for what in ("ingest", "steady", "cold", "warm", "rows")]
+    assert [(run["round"], run["what"]) for run in runs] == [(1, what) for what in ("ingest", "steady", "cold", "warm")]
     assert [problem for run in runs for problem in run["wrong"]] == []
     figures = figures_of(runs)
     assert set(figures) == set(LABELS)

@@ -9,15 +9,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
 from filelock import FileLock
 
 from expectations import docs as docs_module
 from expectations import validate_hour
-from expectations.checks import Check, Kind
 from expectations.docs import DataDocs, Entry
+from expectations.engine import DuckDBValidator
 from expectations.errors import DocsBusyError
-from expectations.judge import Judge
+from expectations.suites.common import unique
 from tests.expectations.small_lake import HOUR, NEXT_HOUR, Lake
 
 ENTRY = Entry("", "events", "2025-06-02T10Z", 3, "by hand", 10, 1, 0, 0, "2025-06-02T12:00:00Z")
@@ -32,8 +33,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Lake:
 
 
 def result() -> Any:
-    check = Check("event_id.unique", "event_id", Kind.UNIQUE, "event_id stands once in the hour")
-    return Judge.shared().judge("events", [check], {check.name: 0.0})
+    with duckdb.connect() as connection:
+        connection.execute("create temp table events as select 'e-' || n as event_id from range(3) as numbers(n)")
+        return DuckDBValidator(connection).validate("events", [unique("event_id")], ["event_id"], {})
 
 
 class Links(HTMLParser):

@@ -8,23 +8,27 @@ from pathlib import Path
 import pytest
 
 from expectations import validate_hour
-from expectations.checks import MAX_ROBUST_Z, MAX_STABILITY_INDEX
-from expectations.profile import REST, Profile
-from expectations.trailing import TrailingWeek, robust_z, stability_index
+from expectations.trailing import (
+    MAX_ROBUST_Z,
+    MAX_STABILITY_INDEX,
+    MOST_VALUES,
+    REST,
+    Shares,
+    TrailingWeek,
+    keep_largest,
+    robust_z,
+    stability_index,
+)
 from tests.expectations.small_lake import HOUR, Lake
 
 USUAL = {"region": {"eu": 6_000.0, "us": 4_000.0}}
 
 
-def profile(volume: float, shares: dict[str, dict[str, float]] = USUAL) -> Profile:
-    return Profile(int(volume), {}, shares, volume)
-
-
-def week(folder: Path, volumes: list[float], shares: dict[str, dict[str, float]] = USUAL) -> TrailingWeek:
+def week(folder: Path, volumes: list[float], shares: dict[str, Shares] = USUAL) -> TrailingWeek:
     """A week that knows the same hour of as many days as there are volumes."""
     made = TrailingWeek(folder, "events")
     for day, volume in enumerate(volumes, start=1):
-        made.keep(HOUR - timedelta(days=day), profile(volume, shares))
+        made.keep(HOUR - timedelta(days=day), volume, shares)
     return made
 
 
@@ -60,28 +64,36 @@ def test_robust_z(volumes: list[float], volume: float, is_usual: bool) -> None:
     assert (robust_z(volumes, volume) <= MAX_ROBUST_Z) == is_usual
 
 
-def test_too_little_known_is_not_judged(tmp_path: Path) -> None:
-    assert week(tmp_path / "a", [1000.0] * 2).robust_z(HOUR, profile(0)) is None
-    assert week(tmp_path / "a", [1000.0] * 2).stability_index(HOUR, "region", profile(1000)) is None
-    few = {"region": {"eu": 6.0, "us": 4.0}}
-    assert week(tmp_path / "b", [10.0] * 7, few).stability_index(HOUR, "region", profile(10, few)) is None
-    assert week(tmp_path / "c", [1000.0] * 7).stability_index(HOUR, "region", profile(0, {"region": {}})) is None
+def test_too_few_known_hours_are_no_week(tmp_path: Path) -> None:
+    made = week(tmp_path, [1000.0] * 2)
+    assert (made.volumes(HOUR), made.shares(HOUR, "region")) == (None, None)
+    made = week(tmp_path, [1000.0] * 3)
+    assert made.volumes(HOUR) == [1000.0] * 3
+    assert made.shares(HOUR, "region") == {"eu": 18_000, "us": 12_000}
+
+
+def test_the_largest_values_are_kept_and_the_rest_is_one() -> None:
+    many = {f"c-{n}": float(n) for n in range(MOST_VALUES + 5)}
+    kept = keep_largest(many)
+    assert list(kept)[:2] == ["c-204", "c-203"]
+    assert (len(kept), kept[REST]) == (MOST_VALUES + 1, sum(range(5)))
+    assert keep_largest({"eu": 2.0, "us": 0.0}) == {"eu": 2.0}
 
 
 def test_a_week_that_cannot_be_read_is_not_known(tmp_path: Path) -> None:
     made = week(tmp_path, [1000.0] * 4)
     for file, text in zip(sorted((tmp_path / "events").iterdir()), ["", "{", '{"volume": 1, "shares": [1]}'], strict=False):
         file.write_text(text)
-    assert made.robust_z(HOUR, profile(0)) is None
+    assert made.volumes(HOUR) is None
 
 
 def test_hours_beyond_the_week_are_not_compared(tmp_path: Path) -> None:
     made = TrailingWeek(tmp_path, "events")
     for day in (8, 9, 10, 11):
-        made.keep(HOUR - timedelta(days=day), profile(1000))
-    made.keep(HOUR + timedelta(days=1), profile(1000))
-    assert made.robust_z(HOUR, profile(0)) is None
-    assert made.stability_index(HOUR, "region", profile(1000)) is None
+        made.keep(HOUR - timedelta(days=day), 1000, USUAL)
+    made.keep(HOUR + timedelta(days=1), 1000, USUAL)
+    assert made.volumes(HOUR) is None
+    assert made.shares(HOUR, "region") is None
 
 
 def grown(made: Lake, hour: datetime, *, regions: str) -> None:
@@ -114,7 +126,21 @@ def test_drift_and_volume_are_warnings_against_the_hours_validated_before(tmp_pa
     found = validate_hour("events", made.uri("events"), None, HOUR, docs=docs)
     assert {result.name for result in found.failed} == {"region.drift", "table.volume"}
     assert not found.error_failed
+    drift = next(result for result in found.results if result.name == "event_type.drift")
+    assert (drift.success, drift.observed is not None) == (True, True)
     again = validate_hour("events", made.uri("events"), None, HOUR, docs=docs)  # an hour is not compared with itself
     assert [(result.name, result.observed) for result in again.failed] == [
         (result.name, result.observed) for result in found.failed
     ]
+
+
+def test_shares_of_few_rows_are_not_judged(tmp_path: Path) -> None:
+    made, docs = Lake(tmp_path / "lake"), tmp_path / "quality"
+    made.write()
+    TrailingWeek(docs / "profiles", "events").keep(HOUR, 12, USUAL)
+    for day in range(1, 5):
+        TrailingWeek(docs / "profiles", "events").keep(HOUR - timedelta(days=day), 12, USUAL)
+    found = {each.name: each for each in validate_hour("events", made.uri("events"), None, HOUR, docs=docs).results}
+    assert found["region.drift"].observed is None and found["region.drift"].success
+    assert "not judged" in found["region.drift"].expected
+    assert found["table.volume"].observed == 0
