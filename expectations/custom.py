@@ -36,7 +36,7 @@ class ExpectSharesToBeStable(AgainstTheWeek):
     ``query`` returns (value, weight). ``before``: value -> weight of the week, or None.
     """
 
-    before: Shares | SuiteParameterDict | None = None
+    before: Shares | SuiteParameterDict | None = None  # type: ignore[type-arg]
     max_index: float = MAX_STABILITY_INDEX
 
     def _validate(self, metrics: dict[str, Any], runtime_configuration: Any = None, execution_engine: Any = None) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class ExpectVolumeToBeUsual(AgainstTheWeek):
     ``query`` returns one number. ``before``: the volumes of the days, or None.
     """
 
-    before: list[float] | SuiteParameterDict | None = None
+    before: list[float] | SuiteParameterDict | None = None  # type: ignore[type-arg]
     max_score: float = MAX_ROBUST_Z
 
     def _validate(self, metrics: dict[str, Any], runtime_configuration: Any = None, execution_engine: Any = None) -> dict[str, Any]:

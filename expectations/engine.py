@@ -6,6 +6,7 @@ The suites need only DuckDBDatasource, which Great Expectations does not ship. A
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -63,7 +64,7 @@ class DuckDBDatasource(SQLDatasource):
     type: Literal["duckdb"] = "duckdb"  # type: ignore[assignment] # every data source narrows it
 
     @property
-    def execution_engine_type(self) -> type[SqlAlchemyExecutionEngine]:
+    def execution_engine_type(self) -> builtins.type[SqlAlchemyExecutionEngine]:
         """Return the engine that can fetch DuckDB's results."""
         return DuckDBExecutionEngine
 
@@ -132,7 +133,7 @@ def _run(
     batch: Batch, table: str, expectations: Sequence[Expectation], result_format: Any, parameters: Mapping[str, Any]
 ) -> ExpectationSuiteValidationResult:
     suite = gx.ExpectationSuite(name=table, expectations=list(expectations))
-    result: ExpectationSuiteValidationResult = batch.validate(
+    result: ExpectationSuiteValidationResult = batch.validate(  # type: ignore[attr-defined]
         suite, result_format=result_format, expectation_parameters=dict(parameters)
     )
     for each in result.results:

@@ -96,7 +96,7 @@ def quoted(text: str) -> str:
     return text.replace("'", "''")
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: object) -> str:
     """Return an error's text on one line; of a long one the beginning and the end, for its cause may stand in either."""
     line = " ".join(str(error).split())
     return line if len(line) <= 300 else f"{line[:195]} ... {line[-100:]}"

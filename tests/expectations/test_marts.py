@@ -9,7 +9,7 @@ from typing import Any
 
 import duckdb
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from expectations import MARTS, validate_marts
 from expectations.errors import UnknownTableError, UnreadableTableError
