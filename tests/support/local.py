@@ -26,16 +26,15 @@ Result = TypeVar("Result")
 
 
 class LocalExecutor:
-    """Runs the tasks of a batch in this process, one after the other (see `spark_jobs.ingest.job.Executor`)."""
+    """Runs the work of a batch in this process (see `spark_jobs.ingest.job.Executor`)."""
 
     parallelism = 1
     shares_disk = True
     was_cut_off = False
 
     def map(self, function: Callable[[Iterable[Item]], Iterable[Result]], items: Sequence[Item], slices: int) -> list[Result]:
-        """Call ``function`` once for each slice."""
-        size = -(-len(items) // slices)
-        return [made for start in range(0, len(items), size) for made in function(iter(items[start : start + size]))]
+        """Run all items as one task."""
+        return list(function(iter(items)))
 
 
 class _ChosenFiles(FilesSource):
