@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deltalake import DeltaTable
-
 from spark_jobs.config import Settings
 from spark_jobs.errors import TableCorruptionError
 from spark_jobs.ingest.durable_checkpoint import read_state
 from spark_jobs.ingest.source import RecordSource
-from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import Table
 
 _KEPT = 100  # batches that Spark keeps in a checkpoint
@@ -63,9 +61,9 @@ def check_agreement(settings: Settings, source: RecordSource, tables: Sequence[T
 
 def _last_batch(settings: Settings, table: Table, query_id: str) -> int:
     """Return the newest batch of a query that a table has; -1 if it has none."""
-    uri = settings.table_uri(table.name)
-    found = DeltaTable(uri).transaction_version(query_id) if DeltaLog(uri).exists() else None
-    return -1 if found is None else int(found)
+    lake = Lake(settings)
+    found = lake.last_transaction(table, query_id) if lake.exists(table) else None
+    return -1 if found is None else found
 
 
 def _count(planned: int) -> str:
