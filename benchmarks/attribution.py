@@ -32,13 +32,13 @@ from rich.table import Table
 from benchmarks.measure import BenchmarkError, machine, note, verdict, write_result
 from benchmarks.run import common_options
 from spark_jobs.attribution.job import AttributionReport, attribute
-from spark_jobs.attribution.rules import DAY_US
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.duck import connect_delta
 from spark_jobs.lake.tables import EVENTS, ORDERS
 from spark_jobs.lake.writes import DeltaSink, ensure_tables
 from spark_jobs.steps import Step
+from spark_jobs.units import DAY_US
 
 PEER_ORDERS_PER_SECOND = 20_000  # a core: Nexmark q20, a join, on Flink makes 19 k events/s per core
 END = int(datetime(2025, 7, 1, tzinfo=UTC).timestamp() * 1_000_000)
