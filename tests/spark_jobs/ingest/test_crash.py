@@ -182,7 +182,11 @@ def test_every_durable_write_is_a_named_step() -> None:
         tree = ast.parse(source)
         # delta-rs' execute() ends a merge; where there is none, it is DuckDB's
         commits = COMMITS if ".merge(" in source else COMMITS - {"execute"}
-        deltas = any(isinstance(node, ast.ImportFrom) and node.module == "deltalake" for node in ast.walk(tree))
+        deltas = any(
+            isinstance(node, ast.ImportFrom)
+            and (node.module == "deltalake" or any(alias.name == "open_table" for alias in node.names))
+            for node in ast.walk(tree)
+        )
         guarded: set[ast.AST] = set()
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "Step":
