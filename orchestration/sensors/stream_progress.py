@@ -21,6 +21,7 @@ from orchestration.up.instance import request_reload
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import BATCH_LEDGER, CAMPAIGNS, HOUR_CLOSINGS, NAMES
+from spark_jobs.texts import duration
 from spark_jobs.units import HOUR, floor_hour
 
 SECONDS_BETWEEN = 30
@@ -245,7 +246,9 @@ class _Report:
 
     def _of_table(self, key: str, cell: Cell, hour: datetime) -> dict[str, Any]:
         total = self._totals.get((cell.stream, hour), cell)
-        common = {"batches": cell.batches, "lag_seconds": None if cell.lag_seconds is None else round(cell.lag_seconds, 3)}
+        common: dict[str, Any] = {"batches": cell.batches}
+        if cell.lag_seconds is not None:  # the number for the chart, the text for people
+            common |= {"lag_seconds": round(cell.lag_seconds, 3), "lag": duration(cell.lag_seconds)}
         if key in ("rejected_events", "rejected_orders"):
             added, so_far = cell.conflict + cell.rejected, total.conflict + total.rejected
             outcomes = {"rejected": cell.rejected, "conflict": cell.conflict, "duplicate": cell.duplicate}

@@ -110,6 +110,7 @@ def test_each_commit_is_told_once_with_its_figures(home: Home) -> None:
         "late": 2,
         "batches": 1,
         "lag_seconds": 60.0,
+        "lag": "1 min 0 s",
     }
     assert [(found["rows_added"], found["rejected"], found["conflict"]) for found in of(first, "rejected_events")] == [(2, 1, 1)]
     [metrics] = of(first, "minute_metrics")
