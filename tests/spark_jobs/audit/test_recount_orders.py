@@ -328,7 +328,7 @@ def test_credits_follow_a_repair(settings: Settings) -> None:
 @pytest.mark.parametrize(
     ("broken", "by", "layers"),
     [
-        ("_SHARED", ("user_id", "store_id", "currency"), {"orders", "rejected_orders", "orders_ledger"}),
+        ("_SHARED", ("user_id", "store_id", "currency"), {"rejected_orders", "orders_ledger"}),
         ("_add", lambda record, row: None, {"orders"}),
         ("signed", lambda fingerprint: 7, {"orders", "rejected_orders"}),
     ],
