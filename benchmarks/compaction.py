@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,7 @@ def strategies(inputs: Inputs) -> tuple[dict[str, Any], list[str]]:
             rewrite(DeltaTable(homes[name].table_uri("events")), partition)
         figures[name] = {"rewrite": medians([watch.taken()]), **file_figures(homes[name], hour)}
         note(f"{name}: {figures[name]}")
-    measures = {name: (lambda held=held: scan_seconds(held, hour)) for name, held in homes.items()}
+    measures = {name: partial(scan_seconds, held, hour) for name, held in homes.items()}
     scans, wrong = in_turn(args.rounds, measures)
     return {name: figures[name] | {"scans": scans[name]} for name in STRATEGIES}, wrong
 
@@ -224,9 +225,9 @@ def before_and_after(inputs: Inputs) -> tuple[dict[str, Any], list[str]]:
         **medians([watch.taken()]),
     }
     note(f"compaction: {sums}")
-    measures = {name: (lambda held=held: scan_seconds(held, hour)) for name, held in homes.items()}
+    measures = {name: partial(scan_seconds, held, hour) for name, held in homes.items()}
     scans, wrong = in_turn(args.rounds, measures)
-    builds, wrong_builds = in_turn(args.mart_rounds, {n: (lambda held=held: mart_seconds(held)) for n, held in homes.items()})
+    builds, wrong_builds = in_turn(args.mart_rounds, {name: partial(mart_seconds, held) for name, held in homes.items()})
     return {
         "compaction": sums,
         "scans": scans,
@@ -308,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         {"name": "an hour's scan, after / before, CPU", "value": ratio, "limit": 1.0, "strict": True, "met": ratio < 1.0},
         {"name": "mart build, after / before, CPU", "value": build, "limit": 1.05, "strict": False, "met": build <= 1.05},
     ]
-    document = {
+    document: dict[str, Any] = {
         "scenario": "compaction",
         "machine": host | {"load_average_at_end": round(os.getloadavg()[0], 2)},
         "parameters": {k: v for k, v in vars(args).items() if k not in ("work", "results", "name")},

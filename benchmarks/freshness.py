@@ -32,7 +32,7 @@ from rich.console import Console
 from benchmarks import delta_log
 from benchmarks.contestants import Job, adtally_command, adtally_environment
 from benchmarks.make_input import REGIONS, World, uuid_text
-from benchmarks.measure import BenchmarkError, TreeSampler, end_tree, note, tail, verdict, write_result
+from benchmarks.measure import BenchmarkError, TreeSampler, end_tree, machine, note, tail, verdict, write_result
 
 POLL_SECONDS = 0.1
 COUNTS = ["impressions", "clicks", "invalid_impressions", "invalid_clicks"]
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
         return run.main(["ingest", "--scenario", "freshness", "--work", args.work, "--results", args.results])
     work = Path(args.work).absolute()
     work.mkdir(parents=True, exist_ok=True)
-    host, runs, targets = run.machine(), [], []
+    host, runs, targets = machine(), [], []
     try:
         with FileLock(work / "lock", timeout=0):
             for rate in (float(text) for text in args.rates.split(",")):

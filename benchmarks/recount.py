@@ -16,8 +16,10 @@ import os
 import shutil
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +101,10 @@ class Bench:
         runs: list[dict[str, Any]] = []
         for number in range(self.args.rounds):
             recounted = number - number % 2  # of two rounds the recounts are of the first one's home
-            steps = [
-                lambda n=number: self.ingest(n),
-                *(lambda n=recounted, w=what: self.reconcile(n, w) for what in ("cold", "warm")),
+            steps: list[Callable[[], dict[str, Any]]] = [
+                partial(self.ingest, number),
+                partial(self.reconcile, recounted, "cold"),
+                partial(self.reconcile, recounted, "warm"),
             ]
             for step in steps if recounted == number else [*steps[1:], steps[0]]:
                 runs.append({"round": number + 1, **step()})
