@@ -16,7 +16,6 @@ from spark_jobs.errors import AdtallyError
 from spark_jobs.lake.duck import literal
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, REJECTED_EVENTS
 
-HALF_HOUR = timedelta(minutes=30)
 LONGEST_SHIFT = timedelta(hours=14)
 
 PARTS = ("net", "invalid", "late", "late_invalid", "duplicate", "duplicate_invalid")

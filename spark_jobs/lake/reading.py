@@ -15,7 +15,6 @@ from deltalake.exceptions import DeltaError
 
 from spark_jobs.errors import TableCorruptionError
 from spark_jobs.failure import one_line
-from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.roots import open_root
 from spark_jobs.lake.tables import Table
 
@@ -106,12 +105,6 @@ def read_files(uri: str, paths: Sequence[str], schema: pa.Schema, where_in: tupl
     name, values = where_in
     kept = [batch.filter(pc.is_in(batch[name], value_set=values)) for batch in files.to_batches()]
     return pa.Table.from_batches(kept, schema)
-
-
-def read_newest(uri: str, schema: pa.Schema) -> pa.Table:
-    """Read columns of a table's newest version; no row if there is no table. A column that the table lacks is null."""
-    version = DeltaLog(uri).latest_version()
-    return schema.empty_table() if version is None else read_files(uri, file_paths(uri, version), schema)
 
 
 def read_batches(uri: str, paths: Sequence[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:

@@ -49,11 +49,6 @@ class Signal:
     runbook: str
 
 
-def read_health(settings: Settings, *, now: datetime | None = None) -> list[Signal]:
-    """Read all SIGNALS, in their order. Works on an empty home; a signal that cannot be read is not ok."""
-    return [read_signal(settings, name, now=now) for name in SIGNALS]
-
-
 def read_signal(settings: Settings, name: str, *, now: datetime | None = None) -> Signal:
     """Read one of SIGNALS. Raises KeyError for another name."""
     measure, threshold_of, unit = _SIGNALS[name]

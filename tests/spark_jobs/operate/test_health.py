@@ -20,7 +20,7 @@ from pyspark.sql import SparkSession
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.ingest.runner import run_ingest
 from spark_jobs.lake.tables import BATCH_LEDGER
-from spark_jobs.operate.health import SIGNALS, Signal, read_health, read_signal
+from spark_jobs.operate.health import SIGNALS, Signal, read_signal
 from spark_jobs.traffic.review import review
 
 NOW = datetime.now(UTC)
@@ -28,6 +28,10 @@ NOW = datetime.now(UTC)
 
 def signal(settings: Settings, name: str, *, after: timedelta = timedelta(0)) -> Signal:
     return read_signal(settings, name, now=datetime.now(UTC) + after)
+
+
+def read_all(settings: Settings) -> list[Signal]:
+    return [read_signal(settings, name) for name in SIGNALS]
 
 
 def checkpoint(settings: Settings, stream: str, finished: int, batches: list[list[Path]]) -> None:
@@ -59,19 +63,19 @@ def publish(settings: Settings, version: int) -> None:
 
 
 def test_an_empty_home_is_well(tmp_path: Path) -> None:
-    found = read_health(load_settings(home=tmp_path / "nowhere", min_free_bytes=0))
+    found = read_all(load_settings(home=tmp_path / "nowhere", min_free_bytes=0))
     assert [each.name for each in found] == list(SIGNALS)
     assert [each for each in found if not each.ok] == []
     assert not (tmp_path / "nowhere").exists()
 
 
 def test_empty_tables_are_well(settings: Settings) -> None:
-    assert [each.name for each in read_health(settings) if not each.ok and each.name != "disk_space"] == []
+    assert [each.name for each in read_all(settings) if not each.ok and each.name != "disk_space"] == []
 
 
 def test_every_runbook_is_there(settings: Settings) -> None:
     root = Path(__file__).parents[3]
-    assert [each.runbook for each in read_health(settings) if not (root / each.runbook).is_file()] == []
+    assert [each.runbook for each in read_all(settings) if not (root / each.runbook).is_file()] == []
 
 
 def test_lag_is_that_of_the_oldest_file_that_no_finished_batch_read(settings: Settings) -> None:
