@@ -82,12 +82,12 @@ bench: setup ## Measure the ingest against its contestants (see benchmarks/READM
 	@$(RUN) adtally bench ingest
 
 .PHONY: audit
-audit: setup ## Look for known vulnerabilities of all packages and jars; fails where it cannot (needs a network)
+audit: setup ## Look for known vulnerabilities of all packages, jars and browser code; fails where it cannot (needs a network)
 	@$(RUN) python scripts/audit.py
 	@$(UV) export --frozen --all-groups --no-emit-project --no-hashes --quiet | $(RUN) pip-audit --strict --no-deps --disable-pip -r /dev/stdin
 
 .PHONY: sbom
-sbom: setup ## Build the bill of materials of packages and jars (CycloneDX, dist/adtally.cdx.json) and check it
+sbom: setup ## Build the bill of materials of packages, jars and browser code (CycloneDX, dist/adtally.cdx.json) and check it
 	@$(RUN) python scripts/sbom.py
 
 .PHONY: setup
