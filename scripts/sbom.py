@@ -167,7 +167,9 @@ def _jar_of_spark(path: Path) -> Component:
 
 def components() -> list[Component]:
     """All of it, in a fixed order."""
-    return sorted({*python_packages(), *jars(), *browser_packages()}, key=lambda one: (one.used_by, one.group or "", one.name, one.version))
+    return sorted(
+        {*python_packages(), *jars(), *browser_packages()}, key=lambda one: (one.used_by, one.group or "", one.name, one.version)
+    )
 
 
 def bill(found: list[Component]) -> dict[str, Any]:
