@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import duckdb
+from duckdb_extensions import import_extension
+
 from spark_jobs.errors import AdtallyError, MachineError
 from spark_jobs.failure import one_line
 from spark_jobs.lake.duck import connect_delta
@@ -50,11 +53,15 @@ def git_revision(folder: Path) -> str | None:
 
 
 def install_delta_extension() -> None:
-    """Makes DuckDB's ``delta`` extension loadable, from the installed package, without a network.
+    """Install DuckDB's ``delta`` extension for this user, from the package and without a network: dbt loads it by its name.
 
-    Raises MachineError when the package is missing or does not fit this DuckDB.
+    Raises MachineError if the package is missing or does not fit this DuckDB, or if the user's folder cannot be written.
     """
-    connect_delta().close()
+    with connect_delta() as connection:
+        try:
+            import_extension("delta", con=connection)
+        except (ImportError, RuntimeError, duckdb.Error) as error:
+            raise MachineError(f"DuckDB's delta extension cannot be installed: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)
