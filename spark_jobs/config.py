@@ -111,11 +111,19 @@ class Settings(BaseSettings):
     webserver_hosts: Annotated[
         tuple[str, ...],
         NoDecode,
-        Field(description="Names beside the loopback address by which browsers may call the Dagster UI, as tally.example."),
+        Field(description="Names beside the loopback address by which browsers may call the Dagster UI and the console."),
     ] = ()
     webserver_token: Annotated[
         SecretStr | None,
         Field(min_length=16, description="What every request to the Dagster UI must have: ?token=... once a browser."),
+    ] = None
+    console_port: Annotated[int, Field(ge=0, le=65535, description="Port of the console on 127.0.0.1; 0 takes a free one.")] = 3001
+    console_token: Annotated[
+        SecretStr | None,
+        Field(min_length=16, description="What every request to the console must have: ?token=... once a browser."),
+    ] = None
+    webserver_url: Annotated[
+        str | None, Field(pattern="^https?://", description="Where browsers find the Dagster UI, for links; `adtally up` sets it.")
     ] = None
     query_memory: Annotated[str, Field(pattern=r"^[1-9]\d*[mg]$", description="Memory of a query of the marts, as 512m or 2g.")] = (
         "1g"

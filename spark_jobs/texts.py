@@ -63,3 +63,8 @@ def duration(seconds: float | None) -> str:
         if whole >= size:
             return f"{whole // size:,} {big} {whole % size // part} {small}"
     return f"{seconds:.1f} s"
+
+
+def minor_digits(currency: str | None) -> int:
+    """The decimals of a currency: 0 for JPY, 3 for KWD, 2 for most and for an unknown one."""
+    return _DECIMALS.get(currency or "", 2)

@@ -17,6 +17,7 @@ import typer
 from orchestration.cli import (
     bench,
     compare,
+    console,
     demo,
     doctor,
     explain,
@@ -65,6 +66,7 @@ for module in (
     simulating,
     ingest,
     up,
+    console,
     query,
     status,
     maintenance,

@@ -6,6 +6,8 @@ marts of the others stay as they were, and `mart_build` says for each group what
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
 import uuid
@@ -25,10 +27,12 @@ from orchestration.marts.dbt_runner import (
     git_revision,
     install_delta_extension,
     project_dir,
+    project_hash,
+    project_version,
     run_dbt,
 )
 from orchestration.marts.failures import MartsError, failing_rows, keep_rows
-from orchestration.marts.pins import pin_versions
+from orchestration.marts.pins import pin_versions, table_ids
 from spark_jobs import disk
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, BusyError, NamesFileError, UsageError
@@ -73,7 +77,7 @@ def build_marts(
     the old build.
 
     ``group``: build the marts of one of GROUPS only, with the tests that need no mart of another, in a copy of what is published.
-    Where nothing is, all of them are built. ``progress`` gets a line at each step. ``now`` (with a zone) is the build's time; it
+    All of them are built if nothing is published, or if another version of the dbt project built what is. ``progress`` gets a line at each step. ``now`` (with a zone) is the build's time; it
     decides which row of a campaign is the current one. ``with_unit_tests``: those of dbt as well. They judge the SQL and not the
     data, so a change of the project needs them and a build does not.
 
@@ -91,7 +95,10 @@ def build_marts(
         _remove_leftovers(folder)
         built_at = (now or datetime.now(UTC)).astimezone(UTC)
         build_id = f"{built_at:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
-        groups = (group,) if group is not None and _has_all_groups(settings.marts_path) else GROUPS
+        project = project_dir()
+        formulas = project_hash(project)
+        previous = _published_builds(settings.marts_path)
+        groups = (group,) if group is not None and _has_all_groups(previous, formulas) else GROUPS
         versions = pin_versions(settings)
         try:
             versions[NAMES.name] = load_names(settings)
@@ -99,7 +106,8 @@ def build_marts(
             say(f"{error}; the names stay as they were")
         say("pinned " + ", ".join(f"{name} at version {version}" for name, version in versions.items()))
         install_delta_extension()
-        revision = git_revision(project_dir())
+        revision = git_revision(project)
+        ids = table_ids(settings)
         variables = {
             "lakehouse": settings.lakehouse_uri,
             "delta_versions": versions,
@@ -107,6 +115,11 @@ def build_marts(
             "build_id": build_id,
             "built_at": f"{built_at:%Y-%m-%d %H:%M:%S.%f}",
             "git_revision": revision or "",
+            "project_version": project_version(project),
+            "project_hash": formulas,
+            "inputs_hash": _hash_of_inputs(versions, ids),
+            "table_ids": ids,
+            "previous_build_ids": {name: build.build_id for name, build in previous.items()},
         }
         # A folder, so that the database is called `marts` while it is built as well, and its spill files stay inside.
         workplace = folder / f".build-{build_id}"
@@ -149,16 +162,35 @@ def _only_build(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _has_all_groups(published: Path) -> bool:
-    """Whether the published file holds every group of marts, and says so. One that an older adtally built may not."""
+@dataclass(frozen=True)
+class _PublishedBuild:
+    """The build of a group of marts in the published file. ``project_hash`` is empty if the build does not say it."""
+
+    build_id: str
+    project_hash: str
+
+
+def _published_builds(published: Path) -> dict[str, _PublishedBuild]:
+    """Group of marts -> its build, as the published file says. Empty if there is no file, or an older adtally built it."""
     if not published.is_file():
-        return False
+        return {}
     try:
         with duckdb.connect(str(published), read_only=True) as connection:
-            found = connection.execute("select distinct mart_group from main.mart_build").fetchall()
+            found = connection.execute("select distinct mart_group, build_id, project_hash from main.mart_build").fetchall()
     except duckdb.Error:
-        return False
-    return {group for (group,) in found} == set(GROUPS)
+        return {}
+    return {group: _PublishedBuild(build_id, hash_of or "") for group, build_id, hash_of in found}
+
+
+def _has_all_groups(published: dict[str, _PublishedBuild], formulas: str) -> bool:
+    """Return whether every group of marts is published, built by the dbt project with this hash: all have the columns of today."""
+    return set(published) == set(GROUPS) and {build.project_hash for build in published.values()} == {formulas}
+
+
+def _hash_of_inputs(versions: Mapping[str, int], ids: Mapping[str, str]) -> str:
+    """Hash of the tables that a build reads: their ids and versions."""
+    inputs = [[name, ids[name], version] for name, version in sorted(versions.items())]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
 
 
 def _selection(groups: tuple[str, ...], *, with_unit_tests: bool) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -10,12 +11,17 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import duckdb
+from duckdb_extensions import import_extension
 
 from spark_jobs.errors import AdtallyError, MachineError
 from spark_jobs.failure import one_line
 from spark_jobs.lake.duck import connect_delta
 
 _NAMES_SHOWN = 5
+_PROJECT_FILE = "dbt_project.yml"
 
 # `-m dbt.cli.main` would import that module twice and warn about it.
 _DBT = "from dbt.cli.main import cli; cli(prog_name='dbt')"
@@ -28,7 +34,7 @@ def project_dir() -> Path:
     """
     package = Path(__file__).resolve().parents[1]
     for candidate in (package / "dbt_project", package.parent / "dbt_project"):
-        if (candidate / "dbt_project.yml").is_file():
+        if (candidate / _PROJECT_FILE).is_file():
             return candidate
     raise MachineError("the dbt project is not installed", hint="reinstall adtally")
 
@@ -37,7 +43,7 @@ def git_revision(folder: Path) -> str | None:
     """Commit of the checkout that tracks the project in ``folder``, ``-dirty`` when changed; None when unknown."""
     # An installed package may lie inside somebody else's repository: only one that tracks the project counts.
     for arguments in (
-        ["ls-files", "--error-unmatch", "dbt_project.yml"],
+        ["ls-files", "--error-unmatch", _PROJECT_FILE],
         ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
     ):
         try:
@@ -49,12 +55,35 @@ def git_revision(folder: Path) -> str | None:
     return done.stdout.strip() or None
 
 
-def install_delta_extension() -> None:
-    """Makes DuckDB's ``delta`` extension loadable, from the installed package, without a network.
+def project_version(project: Path) -> str:
+    """Version of the dbt project in ``project``, as its dbt_project.yml says."""
+    import yaml  # type: ignore[import-untyped]  # here, since the command line imports this module
 
-    Raises MachineError when the package is missing or does not fit this DuckDB.
+    loaded: dict[str, Any] = yaml.safe_load((project / _PROJECT_FILE).read_text("utf-8"))
+    return str(loaded["version"])
+
+
+def project_hash(project: Path) -> str:
+    """Hash of all that decides what the marts contain: models, macros and dbt_project.yml, without tests and descriptions."""
+    files = [project / _PROJECT_FILE, *(path for folder in ("models", "macros") for path in (project / folder).rglob("*.sql"))]
+    found = hashlib.sha256()
+    for path in sorted(files):
+        content = path.read_bytes()
+        found.update(f"{path.relative_to(project).as_posix()}\0{len(content)}\0".encode())
+        found.update(content)
+    return found.hexdigest()[:32]
+
+
+def install_delta_extension() -> None:
+    """Install DuckDB's ``delta`` extension for this user, from the package and without a network: dbt loads it by its name.
+
+    Raises MachineError if the package is missing or does not fit this DuckDB, or if the user's folder cannot be written.
     """
-    connect_delta().close()
+    with connect_delta() as connection:
+        try:
+            import_extension("delta", con=connection)
+        except (ImportError, RuntimeError, duckdb.Error) as error:
+            raise MachineError(f"DuckDB's delta extension cannot be installed: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -47,10 +47,7 @@ def query_marts(
     Raises AdtallyError when nothing has been published yet, the file cannot be read, or the statement takes more than it has;
     UsageError when the SQL is wrong, does more than read or is not a single statement.
     """
-    path = settings.marts_path
-    if not path.is_file():
-        raise AdtallyError(f"there are no marts yet at {path}", hint="run `adtally marts build` first")
-    with Lake(settings).scratch("query-") as folder, _connected(settings, path, folder) as connection:
+    with Lake(settings).scratch("query-") as folder, open_marts(settings, folder) as connection:
         try:
             statement = _reading_statement(connection, sql)
             with _time_limit(connection, settings):
@@ -71,15 +68,20 @@ def query_marts(
 
 
 @contextmanager
-def _connected(settings: Settings, path: Path, folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A DuckDB with the marts attached and everything else locked.
+def open_marts(settings: Settings, folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Open a DuckDB with the published marts attached and everything else locked. ``folder`` is for temporary files.
 
     Within a process, DuckDB gives every connection to a path the instance that is already open for it: connecting to the path
     would show the old build to whoever still holds it open. An instance of its own that attaches the file opens it anew.
 
     A file that is attached stays among DuckDB's `allowed_paths`, for writing too, and cannot be taken off. So it is attached by a
     second name (a hard link) that is then removed: what is allowed is a name of nothing.
+
+    Raises AdtallyError when nothing has been published yet, or the file cannot be read.
     """
+    path = settings.marts_path
+    if not path.is_file():
+        raise AdtallyError(f"there are no marts yet at {path}", hint="run `adtally marts build` first")
     config: dict[str, str | bool | int | float | list[str]] = {
         "temp_directory": str(folder / "spill"),
         "memory_limit": _bytes(settings.query_memory),

@@ -1,0 +1,124 @@
+"""The published marts for the pages: one build open at a time, shared by all requests, exchanged when another is published."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import duckdb
+
+from orchestration.console.tables import Row
+from orchestration.marts.query import open_marts
+from spark_jobs.config import Settings
+from spark_jobs.errors import AdtallyError
+from spark_jobs.failure import one_line
+from spark_jobs.lake.lake import Lake
+
+Signature = tuple[int, int, int]
+
+
+@dataclass
+class OpenBuild:
+    """A build of the marts. It stays readable, whole, until it is closed, although another one is published meanwhile.
+
+    ``build_id`` and ``built_at`` are those of the near-real-time group, ``versions`` the Delta versions that it read by table.
+    """
+
+    signature: Signature
+    connection: duckdb.DuckDBPyConnection
+    resources: ExitStack
+    build_id: str = ""
+    built_at: datetime | None = None
+    versions: dict[str, int] = field(default_factory=dict)
+    readers: int = 0
+    is_replaced: bool = False
+
+    def rows(self, sql: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
+        """The rows of a statement, as dicts. ``parameters`` are the values of its ``$name``; others than it names are ignored.
+
+        Raises AdtallyError where the file lacks what it asks for: another adtally built it.
+        """
+        cursor = self.connection.cursor()
+        try:
+            cursor.execute("use marts")  # a cursor does not inherit it
+            used = {name: value for name, value in (parameters or {}).items() if f"${name}" in sql}
+            cursor.execute(sql, used or None)
+            names = [str(column[0]) for column in cursor.description or []]
+            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+        except (duckdb.CatalogException, duckdb.BinderException) as error:
+            raise AdtallyError(
+                f"the published marts are of another adtally: {one_line(error)}", hint="run `adtally marts build`"
+            ) from error
+        finally:
+            cursor.close()
+
+
+class PublishedMarts:
+    """Opens the newest published build."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._open: OpenBuild | None = None
+
+    def build_id(self) -> str:
+        """The id of the newest build; empty where there is none."""
+        try:
+            with self.opened() as build:
+                return build.build_id
+        except AdtallyError:
+            return ""
+
+    @contextmanager
+    def opened(self) -> Iterator[OpenBuild]:
+        """The newest build, for the time of the context. Raises AdtallyError where none was published or it cannot be read."""
+        with self._lock:
+            build = self._newest()
+            build.readers += 1
+        try:
+            yield build
+        finally:
+            with self._lock:
+                build.readers -= 1
+                if build.is_replaced and not build.readers:
+                    build.resources.close()
+
+    def close(self) -> None:
+        """Close the build that is open."""
+        with self._lock:
+            self._replace(None)
+
+    def _newest(self) -> OpenBuild:
+        try:
+            found = self._settings.marts_path.stat()
+        except OSError:
+            self._replace(None)
+            raise AdtallyError("no marts have been published yet", hint="run `adtally marts build`") from None
+        signature = (found.st_dev, found.st_ino, found.st_mtime_ns)
+        if self._open is None or self._open.signature != signature:
+            self._replace(self._load(signature))
+        assert self._open is not None
+        return self._open
+
+    def _load(self, signature: Signature) -> OpenBuild:
+        with ExitStack() as resources:
+            folder = resources.enter_context(Lake(self._settings).scratch("console-"))
+            connection = resources.enter_context(open_marts(self._settings, folder))
+            build = OpenBuild(signature, connection, ExitStack())
+            for row in build.rows("select * from mart_build where mart_group = 'near_real_time'"):
+                build.build_id, build.built_at = row["build_id"], row["built_at"]
+                build.versions[row["table_name"]] = row["delta_version"]
+            build.resources = resources.pop_all()
+            return build
+
+    def _replace(self, build: OpenBuild | None) -> None:
+        old, self._open = self._open, build
+        if old is not None:
+            old.is_replaced = True
+            if not old.readers:
+                with suppress(duckdb.Error):
+                    old.resources.close()

@@ -1,0 +1,8 @@
+"""The pages of the console, in the order of the menu. Each module has one page with its queries and tables."""
+
+from __future__ import annotations
+
+from orchestration.console.pages import today
+from orchestration.console.view import Page
+
+PAGES: tuple[Page, ...] = (today.PAGE,)
