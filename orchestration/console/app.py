@@ -7,7 +7,7 @@ import json
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -118,8 +118,7 @@ class Console:
         with self.marts.opened() as build:
             view = self.view(request, build)
             table = make(view).arranged(view.filters, limit=None)
-            filters = replace(view.filters, first=view.first, last=view.last)
-            return table.export(form, build.build_id, filters), f"adtally-{page.name}-{name}-{build.build_id}.{form}"
+            return table.export(form, build.build_id, view.stamp(page)), f"adtally-{page.name}-{name}-{build.build_id}.{form}"
 
     def mart(self, name: str, form: str) -> tuple[bytes, str]:
         """A whole mart as a file, and the file's name."""
@@ -135,9 +134,10 @@ class Console:
 
     def view(self, request: Request, build: Any) -> View:
         """The view of a request."""
-        values = {**dict(request.query_params), **request.path_params}
+        values = {**request.query_params, **request.path_params}
+        extras = {name: value for name, value in request.query_params.items() if name not in Filters.names()}
         return View(
-            self.settings, build, self.live, self.live.state, Filters.of(values), request.url.path, utc_now(), arguments=values
+            self.settings, build, self.live, self.live.state, Filters.of(values), request.url.path, utc_now(), values, extras
         )
 
     @staticmethod
