@@ -48,6 +48,12 @@ def bench_quality(context: typer.Context) -> None:
     _bench("quality", *context.args)
 
 
+@app.command("console", context_settings=_FORWARD, epilog=examples("adtally bench console", "adtally bench console --viewers 10"))
+def bench_console(context: typer.Context) -> None:
+    """Measure the console with many viewers while the ingest runs. Needs a checkout of the repository."""
+    _bench("run", "console", *context.args)
+
+
 def _bench(module: str, *arguments: str) -> None:
     """Run a module of the benchmarks and end with its exit status."""
     import subprocess
