@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from functools import cached_property
 from typing import Any
+from urllib.parse import quote
 
 from orchestration.console.filters import Filters
 from orchestration.console.live import LiveFigures, LiveState
@@ -66,6 +67,10 @@ class View:
     def url(self, path: str = "", **changes: object) -> str:
         """The address of a page with this view's filters, but for ``changes``."""
         return self.filters.url(path or self.path, **changes)
+
+    def campaign_url(self, campaign: str) -> str:
+        """The address of a campaign's own page, with this view's other filters."""
+        return self.url(f"/campaigns/{quote(campaign, safe='')}", campaign="", search="", sort="", rows="")
 
     @cached_property
     def days(self) -> tuple[date, date]:

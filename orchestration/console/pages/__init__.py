@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from orchestration.console.pages import today
+from orchestration.console.pages import campaign, campaigns, today
 from orchestration.console.view import Page
 
-PAGES: tuple[Page, ...] = (today.PAGE,)
+PAGES: tuple[Page, ...] = (
+    today.PAGE,
+    campaigns.PAGE,
+    campaign.PAGE,
+)
