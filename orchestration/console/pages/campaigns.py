@@ -40,6 +40,7 @@ def campaigns(view: View) -> DataTable:
         key, currency = (row["campaign_id"], row["currency"]), row["currency"]
         add_rates(row)
         row["campaign"] = names.get(row["campaign_id"], row["campaign_id"])
+        row["id_below"] = row["campaign_id"] if row["campaign"] != row["campaign_id"] else None
         row["pacing"] = paced.get(key)
         row |= dict.fromkeys(("budget", "projected", "paced_share", "alert")) | figures_of(paced.get(key))
         earned = revenue.get(key)
@@ -58,9 +59,9 @@ def campaigns(view: View) -> DataTable:
 
 def _columns(view: View) -> tuple[Column, ...]:
     return (
-        Column("campaign", "campaign", link=lambda row: view.campaign_url(row["campaign_id"])),
-        Column("campaign_id", "id", "id"),
-        Column("currency", "currency"),
+        Column("campaign", "campaign", link=lambda row: view.campaign_url(row["campaign_id"]), below="id_below"),
+        Column("campaign_id", "id", "id", is_shown=False),
+        Column("currency", "currency", is_shown=False),
         Column("impressions", "impressions", "count"),
         Column("clicks", "clicks", "count"),
         Column("ctr", "CTR", "percent", help="clicks / impressions, both net of invalid traffic"),
@@ -68,7 +69,7 @@ def _columns(view: View) -> tuple[Column, ...]:
         Column("budget", "budget", "money", unit="a day"),
         Column("paced_share", "of plan", "percent", help="spent / what the campaign's own curve expects by that minute"),
         Column("projected", "projected", "money", help="spend at the end of the day if the rest follows the campaign's own curve"),
-        Column("alert", "alert"),
+        Column("alert", "alert", is_shown=False),
         Column("roas", "ROAS", "ratio", help="revenue by the chosen model and window / net spend"),
         Column("invalid_share", "invalid", "percent", help="share of all impressions and clicks that a rule marked as invalid"),
     )
