@@ -13,6 +13,7 @@ from http import HTTPStatus
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -98,7 +99,7 @@ class Console:
         """The HTML of a page, from the cache where nothing changed. Raises AdtallyError."""
         with self.marts.opened() as build:
             view = self.view(request, build)
-            key = (request.url.path, request.url.query, build.signature, view.live_state, *self._extra_key(page, view.now))
+            key = (request.scope["path"], request.url.query, build.signature, view.live_state, *self._extra_key(page, view.now))
             with self._pages_lock:
                 if (found := self._pages.get(key)) is not None:
                     self._pages.move_to_end(key)
@@ -136,9 +137,8 @@ class Console:
         """The view of a request."""
         values = {**request.query_params, **request.path_params}
         extras = {name: value for name, value in request.query_params.items() if name not in Filters.names()}
-        return View(
-            self.settings, build, self.live, self.live.state, Filters.of(values), request.url.path, utc_now(), values, extras
-        )
+        path = quote(request.scope["path"])  # request.url.path ends at an encoded question mark
+        return View(self.settings, build, self.live, self.live.state, Filters.of(values), path, utc_now(), values, extras)
 
     @staticmethod
     def _extra_key(page: Page, now: datetime) -> tuple[object, ...]:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from orchestration.console.filters import Filters
 from orchestration.console.pages.accounting import shares
+from orchestration.console.pages.campaigns import bar as pacing_bar
 from orchestration.console.tables import money, shown
 from orchestration.console.view import Page, View
 from spark_jobs.attribution.rules import MODELS
@@ -44,6 +45,7 @@ class Renderer:
             "sparkline": sparkline,
             "shares": shares,
             "commands": commands,
+            "pacing_bar": pacing_bar,
         }
         self._templates.globals |= {"pages": [page for page in pages if page.in_menu], "webserver": settings.webserver_url}
         self._templates.globals["models"] = [(name, name.replace("_", " ")) for name in MODELS]

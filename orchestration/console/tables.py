@@ -29,7 +29,8 @@ class Column:
     """A column: ``name`` in the rows and in exports, ``label`` and ``unit`` for people.
 
     ``kind`` says how a value reads. Money is a Decimal in whole units; its currency is the row's ``currency``. ``link`` makes the
-    address behind a cell, ``why`` that of the explanation of its number; both get the row and may return None.
+    address behind a cell, ``why`` that of the explanation of its number; both get the row and may return None. ``below`` names a
+    text of the row that stands small below the value. A column that is not ``is_shown`` can be searched and is exported.
     """
 
     name: str
@@ -39,6 +40,8 @@ class Column:
     help: str = ""
     link: Callable[[Row], str | None] | None = None
     why: Callable[[Row], str | None] | None = None
+    below: str = ""
+    is_shown: bool = True
 
     @property
     def is_right(self) -> bool:
@@ -76,6 +79,11 @@ class DataTable:
             rows = known + [row for row in rows if row.get(name) is None]
         cut = rows if limit is None or filters.rows == "all" else rows[:limit]
         return replace(self, rows=cut, count=len(rows))
+
+    @property
+    def columns_shown(self) -> list[Column]:
+        """The columns that a page shows."""
+        return [column for column in self.columns if column.is_shown]
 
     def next_sort(self, column: Column, filters: Filters) -> str:
         """The order that a click on a column's head asks for: numbers first descending; a second click turns it."""

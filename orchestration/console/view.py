@@ -86,7 +86,7 @@ class View:
 
     def campaign_url(self, campaign: str) -> str:
         """The address of a campaign's own page, with this view's other filters."""
-        return self.url(f"/campaigns/{quote(campaign, safe='')}", campaign="")
+        return self.url(f"/campaigns/{quote(campaign, safe='')}", campaign="", search="", sort="", rows="")
 
     @cached_property
     def days(self) -> tuple[date, date]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from orchestration.console.pages import attribution, billing, invalid, operations, today, trust
+from orchestration.console.pages import attribution, billing, campaign, campaigns, invalid, operations, today, trust
 from orchestration.console.view import Page
 
 PAGES: tuple[Page, ...] = (
     today.PAGE,
+    campaigns.PAGE,
+    campaign.PAGE,
     trust.PAGE,
     invalid.PAGE,
     attribution.PAGE,
