@@ -7,12 +7,13 @@ import json
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -98,7 +99,7 @@ class Console:
         """The HTML of a page, from the cache where nothing changed. Raises AdtallyError."""
         with self.marts.opened() as build:
             view = self.view(request, build)
-            key = (request.url.path, request.url.query, build.signature, view.live_state, *self._extra_key(page, view.now))
+            key = (request.scope["path"], request.url.query, build.signature, view.live_state, *self._extra_key(page, view.now))
             with self._pages_lock:
                 if (found := self._pages.get(key)) is not None:
                     self._pages.move_to_end(key)
@@ -118,8 +119,7 @@ class Console:
         with self.marts.opened() as build:
             view = self.view(request, build)
             table = make(view).arranged(view.filters, limit=None)
-            filters = replace(view.filters, first=view.first, last=view.last)
-            return table.export(form, build.build_id, filters), f"adtally-{page.name}-{name}-{build.build_id}.{form}"
+            return table.export(form, build.build_id, view.stamp(page)), f"adtally-{page.name}-{name}-{build.build_id}.{form}"
 
     def mart(self, name: str, form: str) -> tuple[bytes, str]:
         """A whole mart as a file, and the file's name."""
@@ -135,10 +135,10 @@ class Console:
 
     def view(self, request: Request, build: Any) -> View:
         """The view of a request."""
-        values = {**dict(request.query_params), **request.path_params}
-        return View(
-            self.settings, build, self.live, self.live.state, Filters.of(values), request.url.path, utc_now(), arguments=values
-        )
+        values = {**request.query_params, **request.path_params}
+        extras = {name: value for name, value in request.query_params.items() if name not in Filters.names()}
+        path = quote(request.scope["path"])  # request.url.path ends at an encoded question mark
+        return View(self.settings, build, self.live, self.live.state, Filters.of(values), path, utc_now(), values, extras)
 
     @staticmethod
     def _extra_key(page: Page, now: datetime) -> tuple[object, ...]:

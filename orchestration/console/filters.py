@@ -51,6 +51,11 @@ class Filters:
         texts = {name: values[name] for name in ("advertiser", "campaign", "region", "currency", "search", "sort", "rows")}
         return cls(**texts, first=first or last, last=last or first, model=model, window=int(window))
 
+    @staticmethod
+    def names() -> set[str]:
+        """The parameters of a URL that are filters."""
+        return {_NAMES.get(field.name, field.name) for field in fields(Filters)}
+
     def parameters(self) -> dict[str, str]:
         """The parameters of the URL, without those that say what is the default."""
         found = {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) != field.default}

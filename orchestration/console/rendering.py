@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from orchestration.console.filters import Filters
 from orchestration.console.pages.accounting import shares
+from orchestration.console.pages.campaigns import bar as pacing_bar
 from orchestration.console.tables import money, shown
 from orchestration.console.view import Page, View
 from spark_jobs.attribution.rules import MODELS
@@ -43,6 +44,8 @@ class Renderer:
             "json": _json,
             "sparkline": sparkline,
             "shares": shares,
+            "commands": commands,
+            "pacing_bar": pacing_bar,
         }
         self._templates.globals |= {"pages": [page for page in pages if page.in_menu], "webserver": settings.webserver_url}
         self._templates.globals["models"] = [(name, name.replace("_", " ")) for name in MODELS]
@@ -82,6 +85,13 @@ def sparkline(values: Sequence[float | int | Decimal | None]) -> Markup:
     return Markup(
         '<svg class="spark" width="{w}" height="{h}" viewBox="0 0 {w} {h}" aria-hidden="true"><polyline points="{p}"/></svg>'
     ).format(w=SPARK_WIDTH, h=SPARK_HEIGHT, p=points)
+
+
+def commands(text: str) -> Markup:
+    """A text in which what is between backticks is shown as code."""
+    return Markup().join(
+        Markup("<code>{}</code>").format(part) if index % 2 else part for index, part in enumerate(text.split("`"))
+    )
 
 
 def _iso(value: datetime | date | None) -> str:

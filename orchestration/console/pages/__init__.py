@@ -1,8 +1,18 @@
-"""The pages of the console, in the order of the menu. Each module has one page with its queries and tables."""
+"""The pages of the console, in the order of the menu. Each module has its pages with their queries and tables."""
 
 from __future__ import annotations
 
-from orchestration.console.pages import today
+from orchestration.console.pages import attribution, billing, campaign, campaigns, invalid, operations, today, trust
 from orchestration.console.view import Page
 
-PAGES: tuple[Page, ...] = (today.PAGE,)
+PAGES: tuple[Page, ...] = (
+    today.PAGE,
+    campaigns.PAGE,
+    campaign.PAGE,
+    trust.PAGE,
+    invalid.PAGE,
+    attribution.PAGE,
+    billing.PAGE,
+    billing.STATEMENT,
+    operations.PAGE,
+)

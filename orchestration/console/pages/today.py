@@ -132,7 +132,7 @@ def campaigns(view: View) -> DataTable:
         "campaigns",
         f"Top campaigns by net spend, {TOP} a currency",
         (
-            Column("campaign", "campaign", link=lambda row: view.url(f"/campaigns/{row['campaign_id']}")),
+            Column("campaign", "campaign", link=lambda row: view.campaign_url(row["campaign_id"])),
             Column("campaign_id", "id", "id"),
             Column("currency", "currency"),
             Column("impressions", "impressions", "count"),
