@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from orchestration.console.pages import campaign, campaigns, today
+from orchestration.console.pages import campaign, campaigns, today, why
 from orchestration.console.view import Page
 
 PAGES: tuple[Page, ...] = (
     today.PAGE,
     campaigns.PAGE,
     campaign.PAGE,
+    why.PART,
+    why.LINE,
+    why.PAGE,
 )

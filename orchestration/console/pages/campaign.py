@@ -33,7 +33,9 @@ def build(view: View) -> dict[str, Any]:
 
 def _known(view: View) -> Row:
     """The campaign's name, store, price and budget as they are now."""
-    found = view.rows("from dim_campaign where campaign_id = $campaign order by is_current desc, valid_from desc nulls last limit 1")
+    found = view.rows(
+        "from dim_campaign where campaign_id = $campaign order by is_current desc, valid_from desc nulls last limit 1"
+    )
     if found:
         return found[0]
     if view.live_rows("select 1 as found from minutes where campaign_id = $campaign limit 1"):
