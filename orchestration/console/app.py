@@ -6,9 +6,9 @@ import asyncio
 import json
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
-from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
 from threading import Lock
@@ -62,7 +62,7 @@ class Console:
         self.marts = PublishedMarts(settings)
         self.live = LiveFigures(settings)
         self.renderer = Renderer(settings, PAGES)
-        self._pages: OrderedDict[tuple[object, ...], bytes] = OrderedDict()
+        self._pages: OrderedDict[tuple[object, ...], Future[bytes]] = OrderedDict()
         self._pages_lock = Lock()
         self._changed = asyncio.Condition()
         self._version: tuple[LiveState, str] = (LiveState(), "")
@@ -96,20 +96,26 @@ class Console:
             await self._changed.wait_for(lambda: self._version != seen)
 
     def page(self, page: Page, request: Request) -> bytes:
-        """The HTML of a page, from the cache where nothing changed. Raises AdtallyError."""
+        """The HTML of a page, made once for all who ask while nothing changed. Raises AdtallyError."""
         with self.marts.opened() as build:
             view = self.view(request, build)
-            key = (request.scope["path"], request.url.query, build.signature, view.live_state, *self._extra_key(page, view.now))
+            live = view.live_state if page.is_live else view.live_state.days
+            moment = int(view.now.timestamp() // page.seconds) if page.seconds else 0
+            key = (request.url.path, request.url.query, build.signature, live, moment)
             with self._pages_lock:
-                if (found := self._pages.get(key)) is not None:
-                    self._pages.move_to_end(key)
-                    return found
-            html = self.renderer.page(page, view)
-            with self._pages_lock:
-                self._pages[key] = html
+                is_mine = key not in self._pages
+                html = self._pages.setdefault(key, Future())
+                self._pages.move_to_end(key)
                 while len(self._pages) > _CACHED_PAGES:
                     self._pages.popitem(last=False)
-            return html
+            if is_mine:
+                try:
+                    html.set_result(self.renderer.page(page, view))
+                except BaseException as error:
+                    html.set_exception(error)
+                    with self._pages_lock:
+                        self._pages.pop(key, None)
+            return html.result()
 
     def table(self, page: Page, name: str, form: str, request: Request) -> tuple[bytes, str]:
         """A table of a page as a file, and the file's name."""
@@ -139,11 +145,6 @@ class Console:
         extras = {name: value for name, value in request.query_params.items() if name not in Filters.names()}
         path = quote(request.scope["path"])  # request.url.path ends at an encoded question mark
         return View(self.settings, build, self.live, self.live.state, Filters.of(values), path, utc_now(), values, extras)
-
-    @staticmethod
-    def _extra_key(page: Page, now: datetime) -> tuple[object, ...]:
-        """What else a page depends on: one that shows the machine's state is kept for two seconds."""
-        return (int(now.timestamp()) // 2,) if page.name in ("operations", "why", "changes") else ()
 
     def close(self) -> None:
         """Close the databases."""

@@ -161,7 +161,8 @@ class View:
 class Page:
     """A page: its address, its template, what it shows, and its tables by name, which can be exported.
 
-    ``shows`` names the filters that the page heeds. A path may have parameters, as ``/campaigns/{campaign}``.
+    ``shows`` names the filters that the page heeds. ``is_live``: it shows live figures. ``seconds``: it shows the state of the
+    machine, and is made again after so many seconds although no data changed. A path may have parameters, as ``/campaigns/{campaign}``.
     """
 
     name: str
@@ -171,6 +172,8 @@ class Page:
     tables: Mapping[str, Callable[[View], DataTable]] = field(default_factory=dict)
     shows: tuple[str, ...] = ("advertiser", "campaign", "day", "currency")
     in_menu: bool = True
+    is_live: bool = False
+    seconds: int = 0
 
 
 def _with_query(url: str, parameters: Mapping[str, str]) -> str:

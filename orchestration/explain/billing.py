@@ -55,6 +55,7 @@ def explain_billing_line(settings: Settings, line: str, *, sample: int = SAMPLE)
         for day in days:
             node = Node("fct_campaign_day, at the marts' build", _facts(day, (*MEASURES, "spend_micros")))
             in_ledger = sum(found["amount_micros"] for found in lines)
+            node.checks.append("the ledger's lines of the day")
             if in_ledger != day["spend_micros"]:
                 node.problems.append(f"its spend is {day['spend_micros']} micros and the ledger's lines come to {in_ledger}")
             top.add(node)
@@ -95,7 +96,7 @@ def _ledger(lines: list[dict[str, Any]], row: dict[str, Any]) -> Node:
     for found in lines:
         billed += found["amount_micros"]
         mark = " (this one)" if found["line_id"] == row["line_id"] else ""
-        part = Node(f"{found['line_type']}{mark}", _facts(found, ("line_id", *_LINE)))
+        part = Node(f"{found['line_type']}{mark}", _facts(found, ("line_id", *_LINE)), checks=["the lines up to it"])
         if billed != found["billed_micros"]:
             part.problems.append(f"billed_micros is {found['billed_micros']} and the lines up to it come to {billed}")
         if found["billed_micros"] != _micros(found["spend_nanos"]):
@@ -131,6 +132,7 @@ def _posting(view: BuildView, line: str, row: dict[str, Any]) -> Node:
         return node
     parts = json.loads(held[0]["spend_parts"])
     total = sums(found, ("spend_nanos",))["spend_nanos"]
+    node.checks.append("the increments that it read")
     if total != sum(parts.values()):
         node.problems.append(f"the increments come to {total} nanos and the posting to {sum(parts.values())}")
     why = corrections(view, sorted({found_row["_run_id"] for found_row in found if found_row["_run_id"]}))

@@ -75,6 +75,18 @@ def _missing(settings: Settings, campaign: str, day: date) -> AdtallyError:
     return AdtallyError(f"fct_campaign_day has no row of {campaign!r} on {day}", hint=f"it has days from {first} to {last}")
 
 
+def explain_batch_events(
+    settings: Settings, campaign: str, day: date, store: str, currency: str, query: str, batch: int, *, count: int, offset: int = 0
+) -> Node:
+    """A batch's events of a campaign's day, ``count`` of them after the first ``offset``, each with its file and line.
+
+    Invalid and late ones come first, then the dearest. Raises AdtallyError where there are no marts.
+    """
+    with open_build(settings, "fct_campaign_day") as view:
+        events = _sample(view, query, batch, day, campaign, store, currency, count, offset)
+        return Node(f"events of batch {batch}", parts=[view.build.node(), *events.parts])
+
+
 def _check_gross(node: Node, row: dict[str, Any]) -> None:
     for name in ("impressions", "clicks"):
         if row[f"gross_{name}"] != row[name] + row[f"invalid_{name}"]:
@@ -154,7 +166,9 @@ def _files(events: list[dict[str, Any]]) -> list[Node]:
     return nodes
 
 
-def _sample(view: BuildView, query: str, batch: int, day: date, campaign: str, store: str, currency: str, count: int) -> Node:
+def _sample(
+    view: BuildView, query: str, batch: int, day: date, campaign: str, store: str, currency: str, count: int, offset: int = 0
+) -> Node:
     """Some events of a batch: invalid and late ones first, then the dearest."""
     rows = view.rows(
         f"""
@@ -162,9 +176,9 @@ def _sample(view: BuildView, query: str, batch: int, day: date, campaign: str, s
             invalid_spend_nanos, invalid_traffic_rule, invalid_traffic_rules, is_late, source_file, source_line
         from {view.scan(EVENTS)}
         where event_date = ? and campaign_id = ? and store_id = ? and currency = ? and _query_id = ? and _batch_id = ?
-        order by invalid_traffic_rule is null, not is_late, spend_nanos desc, event_id limit ?
+        order by invalid_traffic_rule is null, not is_late, spend_nanos desc, event_id limit ? offset ?
         """,
-        [day, campaign, store, currency, query, batch, count],
+        [day, campaign, store, currency, query, batch, count, offset],
     )
     return Node(f"{len(rows)} of its events", parts=event_nodes(view, rows))
 

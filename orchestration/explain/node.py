@@ -19,19 +19,24 @@ QUIET = ("clicks", "invalid_impressions", "invalid_clicks", "invalid_spend_nanos
 
 @dataclass
 class Node:
-    """A fact with what it is made of. ``facts`` are plain values; ``problems`` say where the parts do not add up."""
+    """A fact with what it is made of. ``facts`` are plain values; ``problems`` say where the parts do not add up.
+
+    ``checks`` name what was compared with it; where there are no problems, they are equal.
+    """
 
     what: str
     facts: dict[str, Any] = field(default_factory=dict)
     parts: list[Node] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    checks: list[str] = field(default_factory=list)
 
     def add(self, *parts: Node) -> None:
         """Put parts below it."""
         self.parts += parts
 
     def must_equal(self, below: str, expected: dict[str, Any], found: dict[str, Any]) -> None:
-        """Note a problem for each measure of ``expected`` in which what lies below comes to something else."""
+        """Note the check, and a problem for each measure of ``expected`` in which what lies below comes to something else."""
+        self.checks.append(below)
         for name, value in expected.items():
             if found.get(name, 0) != value:
                 self.problems.append(f"{name} is {value} here and {found.get(name, 0)} in {below}")

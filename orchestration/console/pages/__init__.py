@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestration.console.pages import attribution, billing, campaign, campaigns, invalid, operations, today, trust
+from orchestration.console.pages import attribution, billing, campaign, campaigns, invalid, operations, today, trust, why
 from orchestration.console.view import Page
 
 PAGES: tuple[Page, ...] = (
@@ -15,4 +15,7 @@ PAGES: tuple[Page, ...] = (
     billing.PAGE,
     billing.STATEMENT,
     operations.PAGE,
+    why.PART,
+    why.LINE,
+    why.PAGE,
 )

@@ -242,4 +242,5 @@ PAGE = Page(
     },
     ("day", "region", "currency"),
     in_menu=False,
+    is_live=True,
 )

@@ -194,4 +194,5 @@ PAGE = Page(
     build,
     {"campaigns": campaigns},
     ("advertiser", "campaign", "day", "region", "currency", "model", "window", "search"),
+    is_live=True,
 )

@@ -93,4 +93,4 @@ def _runs(view: View) -> tuple[list[Row], str]:
     return sorted(found, key=lambda run: run["endTime"] is not None), ""
 
 
-PAGE = Page("operations", "/operations", "Operations", build, {"sources": sources, "tables": sizes}, ())
+PAGE = Page("operations", "/operations", "Operations", build, {"sources": sources, "tables": sizes}, (), seconds=5)
