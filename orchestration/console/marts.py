@@ -22,7 +22,10 @@ from spark_jobs.lake.lake import Lake
 
 Signature = tuple[int, int, int]
 
-_MART = "database_name = 'marts' and schema_name = 'main'"
+_COLUMNS = (
+    "select column_name, data_type from duckdb_columns() "
+    "where database_name = 'marts' and schema_name = 'main' and table_name = $name order by column_index"
+)
 _ROWS_A_PART = 20_000
 
 
@@ -139,9 +142,7 @@ def export_mart(build: OpenBuild, name: str, form: str, file: IO[bytes]) -> None
 
     Texts that a spreadsheet would run as formulas begin with an apostrophe in CSV. Raises UsageError if there is no such mart.
     """
-    columns = build.rows(
-        f"select column_name, data_type from duckdb_columns() where {_MART} and table_name = $name", {"name": name}
-    )
+    columns = build.rows(_COLUMNS, {"name": name})
     if not columns:
         raise UsageError(f"there is no mart {name!r}", hint='`adtally query "show tables"` lists them')
     # Arrow has no integers of 128 bits: DuckDB would make floating-point numbers of them.
