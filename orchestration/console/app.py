@@ -114,9 +114,8 @@ class Console:
             with self._pages_lock:
                 html = self._pages.get(key)
                 is_missing = html is None
-                is_old = (
-                    bool(page.seconds) and html is not None and html.done() and time.monotonic() - self._made[key] > page.seconds
-                )
+                age = time.monotonic() - self._made.get(key, 0.0)
+                is_old = html is not None and html.done() and 0 < page.seconds < age
                 if html is None:
                     html = self._pages[key] = Future()
                 if is_missing or is_old:
