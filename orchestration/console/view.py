@@ -162,7 +162,8 @@ class Page:
     """A page: its address, its template, what it shows, and its tables by name, which can be exported.
 
     ``shows`` names the filters that the page heeds. ``is_live``: it shows live figures. ``seconds``: it shows the state of the
-    machine, and is made again after so many seconds although no data changed. A path may have parameters, as ``/campaigns/{campaign}``.
+    machine, and is made again after so many seconds although no data changed. A path may have parameters, as
+    ``/campaigns/{campaign}``.
     """
 
     name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC
 from typing import Any
 
 from orchestration.console.tables import Column, DataTable, Row
@@ -13,9 +14,11 @@ from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import TABLES
 from spark_jobs.operate.health import SIGNALS, read_signal
 from spark_jobs.operate.watermark import Closing, read_closing
+from spark_jobs.units import HOUR
 
 _RUNS = "{ runsOrError(limit: 25) { __typename ... on Runs { results { runId jobName status startTime endTime } } } }"
 _ASK_SECONDS = 2.0
+_HOURS = 24
 
 
 def build(view: View) -> dict[str, Any]:
@@ -51,6 +54,29 @@ def sources(view: View) -> DataTable:
         Column("holds_open", "holds hours open", "flag", help="no hour closes before this source has passed it"),
     )
     return DataTable("sources", "Sources", columns, rows, empty="Nothing was ingested yet: run `adtally ingest`.")
+
+
+def hours(view: View) -> DataTable:
+    """The newest hours with data: closed, or open and held open by which sources."""
+    closing = read_closing(view.settings)
+    found = view.rows(
+        "select event_hour, sum(accepted)::bigint as accepted, sum(offered)::bigint as offered from fct_event_accounting "
+        f"where event_hour is not null and accepted > 0 group by event_hour order by event_hour desc limit {_HOURS}"
+    )
+    for row in found:
+        end = row["event_hour"].replace(tzinfo=UTC) + HOUR
+        row["state"] = "closed" if closing.is_closed(end - HOUR) else "open"
+        waited = [each for each in closing.sources if not each.is_retired and (each.progress_at is not None or each.is_awaited)]
+        behind = [each.name for each in waited if each.progress_at is None or each.progress_at < end + view.settings.hour_grace]
+        row["held_by"] = "" if row["state"] == "closed" else ", ".join(sorted(behind))
+    columns = (
+        Column("event_hour", "hour (UTC)", "time"),
+        Column("state", "state"),
+        Column("held_by", "held open by", help="sources that have not sent anything from after the hour's end and the grace"),
+        Column("offered", "offered", "count"),
+        Column("accepted", "accepted", "count"),
+    )
+    return DataTable("hours", f"Newest {_HOURS} hours with data", columns, found, empty="There is no hour with data yet.")
 
 
 def sizes(view: View) -> DataTable:
@@ -93,4 +119,4 @@ def _runs(view: View) -> tuple[list[Row], str]:
     return sorted(found, key=lambda run: run["endTime"] is not None), ""
 
 
-PAGE = Page("operations", "/operations", "Operations", build, {"sources": sources, "tables": sizes}, (), seconds=5)
+PAGE = Page("operations", "/operations", "Operations", build, {"sources": sources, "hours": hours, "tables": sizes}, (), seconds=5)
