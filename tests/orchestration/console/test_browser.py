@@ -32,6 +32,8 @@ def addresses() -> dict[str, str]:
     """Each page with all that its address needs."""
     hostile = quote(MARKUP, safe="")
     found = {page.name: f"{page.path}?{FILTERS}" for page in PAGES if "{" not in page.path}
+    del found["why_part"]  # a part of a page
+    found["why"] = f"/why/campaign?campaign={hostile}&currency=EUR&{FILTERS}"
     found["statement"] = f"/billing/statement?advertiser={hostile}&month={DAY[:7]}"
     return found | {"campaign": f"/campaigns/{hostile}?{FILTERS}"}
 
@@ -192,3 +194,30 @@ def test_a_build_of_the_marts_disturbs_no_reader_and_shows_at_once(browser: Brow
         recorded.wait_for_text(build, seconds=MOVES_WITHIN_SECONDS)
         recorded.page.reload()
         assert build in recorded.page.inner_text("footer")
+
+
+_OPEN_DEEPEST = """() => {
+  const depth = (level) => (level ? 1 + depth(level.parentElement.closest("details.level")) : 0);
+  const closed = [...document.querySelectorAll("details.level:not([open])")].sort((one, other) => depth(other) - depth(one));
+  closed[0]?.querySelector("summary").click();
+  return closed.length > 0;
+}"""
+_LOADED = """() => !document.querySelector(".htmx-request, .htmx-swapping, .htmx-settling, .htmx-added")
+  && ![...document.querySelectorAll("details.level[open] > .parts")].some((parts) => parts.textContent.trim() === "loading")"""
+
+
+def test_a_number_is_explained_down_to_its_lines(browser: Browser, console: RunningConsole, console_home: Settings) -> None:
+    with opened(browser, console, ADDRESSES["today"]) as recorded:
+        spend = recorded.page.inner_text('[data-measure="spend-EUR"]')
+        recorded.page.click('[data-measure="spend-EUR"]')
+        recorded.page.wait_for_url("**/why/**")
+        assert spend in recorded.text()
+        for _ in range(12):
+            if (found := re.search(r"(\S+\.jsonl(?:\.gz)?)", recorded.text())) is not None:
+                break
+            assert recorded.page.evaluate(_OPEN_DEEPEST), recorded.text()
+            recorded.page.wait_for_function(_LOADED)
+        assert found is not None, recorded.text()
+        assert Path(found[1]).name in {path.name for path in (console_home.landing_path / "events").rglob("*.jsonl*")}
+        assert "does not add up" not in recorded.text()
+        assert recorded.axe_findings() == []
