@@ -14,7 +14,7 @@ from dagster._grpc import server_watcher
 from dagster_webserver import cli
 
 from orchestration.up.request_filter import RequestFilter
-from orchestration.up.services import WATCH_SECONDS, listens
+from orchestration.up.services import WATCH_SECONDS, is_listening
 from spark_jobs.config import load_settings
 
 
@@ -29,7 +29,7 @@ def main(socket: str, *arguments: str) -> None:
 
     cli.create_app_from_workspace_process_context = create_filtered_app  # type: ignore[attr-defined,assignment]
     server_watcher.WATCH_INTERVAL = WATCH_SECONDS
-    while not listens(Path(socket)):
+    while not is_listening(Path(socket)):
         time.sleep(0.05)
     cli.cli(arguments, auto_envvar_prefix="DAGSTER_WEBSERVER")
 
