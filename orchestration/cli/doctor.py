@@ -133,9 +133,9 @@ def _jars(settings: Settings, fix: bool) -> str:
 def _extension() -> str:
     import duckdb
 
-    from orchestration.marts.dbt_runner import install_delta_extension
+    from spark_jobs.lake.duck import connect_delta
 
-    install_delta_extension()
+    connect_delta().close()
     return f"delta for DuckDB {duckdb.__version__}"
 
 
