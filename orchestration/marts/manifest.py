@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
@@ -103,7 +104,7 @@ def _generic(node: dict[str, Any]) -> tuple[str, str]:
     return name.format(**words), description.format(**words)
 
 
-def is_mart(node: dict[str, Any]) -> bool:
+def is_mart(node: Mapping[str, Any]) -> bool:
     """Return whether a node is a model that is published."""
     return bool(node["resource_type"] == "model" and "marts" in node["fqn"])
 
