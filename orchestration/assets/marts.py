@@ -38,7 +38,7 @@ class MartsTranslator(DagsterDbtTranslator):
         props = self.get_resource_props(manifest, unique_id)
         source = dg.LocalFileCodeReference(file_path=str(project_dir() / props["original_file_path"]), line_number=1)
         spec = super().get_asset_spec(manifest, unique_id, project)
-        spec = spec.merge_attributes(metadata={"dagster/code_references": dg.CodeReferencesMetadataValue([source])})
+        spec = spec.merge_attributes(metadata={"dagster/code_references": dg.CodeReferencesMetadataValue(code_references=[source])})
         text = str(props.get("description") or "").strip()
         if not is_mart(props):
             return spec.replace_attributes(owners=OWNERS, group_name="marts_staging", description=text)

@@ -21,7 +21,7 @@ if __name__ == "__main__":
     settings = load_settings()
     token = None if settings.webserver_token is None else settings.webserver_token.get_secret_value()
     create_app = cli.create_app_from_workspace_process_context  # type: ignore[attr-defined]
-    cli.create_app_from_workspace_process_context = lambda *context, **options: RequestFilter(  # type: ignore[attr-defined]
+    cli.create_app_from_workspace_process_context = lambda *context, **options: RequestFilter(  # type: ignore[attr-defined,assignment]
         create_app(*context, **options), hosts=settings.webserver_hosts, token=token
     )
     server_watcher.WATCH_INTERVAL = WATCH_SECONDS
