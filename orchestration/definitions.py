@@ -97,7 +97,7 @@ def _definitions(settings: Settings) -> dg.Definitions:
             schedules.closed_hours_marts_sensor(closed_hours, closed_hours_marts),
             *ALERT_SENSORS,
         ],
-        # A step needs no process of its own: each run has one, and a second would load these definitions again.
+        # Each run has a process. A second one for a step would load these definitions again.
         executor=dg.in_process_executor,
     )
 

@@ -245,6 +245,7 @@ def _dagster(settings: Settings) -> Iterator[RunJob]:
         for name in others & set(os.environ):
             del os.environ[name]
         with home_instance(settings, captures_output=False) as instance:
+            from orchestration.alerts.sensors import failure_reason
             from orchestration.definitions import build_definitions
 
             definitions = build_definitions(settings)
@@ -257,22 +258,13 @@ def _dagster(settings: Settings) -> Iterator[RunJob]:
                         run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
                     )
                 if not done.success:
-                    raise AdtallyError(_failure(done.all_events), hint=f"run {done.run_id}; adtally up shows it")
+                    reasons = (failure_reason(event) for event in done.all_events if event.is_step_failure)
+                    raise AdtallyError(next(reasons, "the run failed"), hint=f"run {done.run_id}; adtally up shows it")
 
             yield run_job
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def _failure(events: Iterable[Any]) -> str:
-    """Return the message of the first step that failed."""
-    for event in events:
-        if event.is_step_failure:
-            data = event.step_failure_data
-            message = data.user_failure_data.description if data.user_failure_data else None
-            return str(message or data.error_display_string.strip().splitlines()[0])
-    return "the run failed"
 
 
 def _ingest(run_job: RunJob, offered: int, progress: Progress) -> None:

@@ -128,28 +128,20 @@ class WebhookNotifier:
 
     name = "webhook"
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        timeout_seconds: float = 5.0,
-        tries: int = 3,
-        wait_seconds: float = 0.5,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self._url, self._timeout, self._tries, self._wait, self._sleep = url, timeout_seconds, tries, wait_seconds, sleep
+    def __init__(self, url: str, *, timeout_seconds: float = 5.0, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._url, self._timeout, self._sleep = url, timeout_seconds, sleep
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def send(self, alert: Alert) -> None:
         """See Notifier. Raises NotDeliveredError after the last try, or at once if a retry cannot help."""
         body = json.dumps(alert.to_json()).encode("utf-8")
-        for attempt in range(1, self._tries + 1):
+        for wait_seconds in (0.5, 1.0, None):
             problem, may_pass = self._post(body)
             if problem is None:
                 return
-            if not may_pass or attempt == self._tries:
+            if not may_pass or wait_seconds is None:
                 raise NotDeliveredError(f"the webhook did not take the alert: {problem}")
-            self._sleep(self._wait * 2 ** (attempt - 1))
+            self._sleep(wait_seconds)
 
     def _post(self, body: bytes) -> tuple[str | None, bool]:
         """Return what went wrong, or None, and whether a retry may help."""

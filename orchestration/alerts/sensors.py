@@ -220,7 +220,7 @@ def failed_run_sensor(context: dg.RunFailureSensorContext) -> None:
     run = context.dagster_run
     failures = context.get_step_failure_events()
     steps = ", ".join(sorted(event.step_key for event in failures if event.step_key))
-    reasons = "; ".join(filter(None, map(_reason, failures)))
+    reasons = "; ".join(filter(None, map(failure_reason, failures)))
     alert = Alert(
         name="failed_run",
         title=f"run of {run.job_name} failed" + (f" in {steps}" if steps else ""),
@@ -232,7 +232,7 @@ def failed_run_sensor(context: dg.RunFailureSensorContext) -> None:
     notify(alert, make_notifiers(load_settings()))
 
 
-def _reason(event: dg.DagsterEvent) -> str:
+def failure_reason(event: dg.DagsterEvent) -> str:
     """Return why a step failed in one line: the description of a dg.Failure, else the innermost error."""
     data = event.step_failure_data
     if data.user_failure_data is not None and data.user_failure_data.description:
@@ -348,6 +348,8 @@ def _early_spend(found: Sequence[EarlySpend]) -> Alert:
 
 ALERT_SENSORS: list[dg.SensorDefinition] = [
     *map(signal_sensor, SIGNAL_SENSORS),
-    *(failed_run_sensor, failed_check_sensor, budget_pacing_sensor),
+    failed_run_sensor,
+    failed_check_sensor,
+    budget_pacing_sensor,
 ]
 """All alert sensors, for the definitions."""

@@ -36,8 +36,8 @@ class Reconciliation(dg.Config):
 class Backfill(dg.Config):
     """Configuration of a run of a backfill."""
 
-    dry_run: bool = Field(default=False, description="Tell what would change, per campaign and day, and write nothing.")
-    reason: str = Field(default="asked for in Dagster", description="Why; it stands in the restatements.")
+    dry_run: bool = Field(default=False, description="Show what would change, per campaign and day, and write nothing.")
+    reason: str = Field(default="asked for in Dagster", description="Why; the restatements show it.")
 
 
 def closed_hours(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, settings: Settings) -> HourRange:
@@ -60,8 +60,8 @@ def compacted_events(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinitio
         partitions_def=hours,
         backfill_policy=dg.BackfillPolicy.single_run(),
         pool="compaction",
-        description="The hour's data files of `events`, merged into few. The rows are the same before and after: their number and "
-        "hash are compared, and stand here.\n\n" + runbook("compaction"),
+        description="The hour's data files of `events`, merged into few. The rows are the same before and after: the metadata show "
+        "their number and hash.\n\n" + runbook("compaction"),
     )
     def compacted_events(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
         """Compact the hours of this run."""
@@ -116,7 +116,9 @@ def reconciled_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinitio
         description="The hour's raw input, recounted and compared with all that was made of it. With `repair` in the run's "
         "configuration, differences are put right exactly once.\n\n" + runbook("reconciliation-difference"),
     )
-    def reconciled_hours(context: dg.AssetExecutionContext, config: Reconciliation) -> Iterator[Any]:
+    def reconciled_hours(
+        context: dg.AssetExecutionContext, config: Reconciliation
+    ) -> Iterator[dg.MaterializeResult[None] | dg.AssetCheckEvaluation | dg.Output[None]]:
         """Recount the hours of this run."""
         from orchestration.reconciliation import run_reconciliation
 

@@ -66,7 +66,7 @@ def marts_asset(manifest: Manifest) -> dg.AssetsDefinition:
     translator = MartsTranslator()
 
     @dbt_assets(manifest=attached, dagster_dbt_translator=translator, name="marts", pool="marts")
-    def marts(context: dg.AssetExecutionContext) -> Iterator[Any]:
+    def marts(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]:
         """Build the selected groups of marts from pinned Delta versions, test them, and publish them together."""
         group = group_of_marts(attached, (key.path[-1] for key in context.selected_asset_keys))
         events = _BuildEvents(attached, translator, context)

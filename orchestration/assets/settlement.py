@@ -33,7 +33,7 @@ def reviewed_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinition:
         backfill_policy=dg.BackfillPolicy.single_run(),
         pool="corrections",
         description="The hour's events judged as a whole for invalid traffic: repeats, activity, crawlers, lists. What is found "
-        "keeps its place in `events`, marked; its money goes back by compensating increments and stands in the restatements.\n\n"
+        "stays in `events`, marked. Compensating increments take its money back, and the restatements show it.\n\n"
         + runbook("invalid-traffic"),
     )
     def reviewed_hours(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
@@ -62,8 +62,8 @@ def attributed_orders(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefiniti
         partitions_def=hours,
         backfill_policy=dg.BackfillPolicy.single_run(),
         pool="attribution",
-        description="The orders of the hour, credited anew from all their touches, and every other order that a touch of the hour "
-        "concerns. An order whose credits come out the same keeps its revision.\n\n" + runbook("attribution"),
+        description="The orders of the hour, credited again from all their touches, and every other order that a touch of the hour "
+        "concerns. An order with unchanged credits keeps its revision.\n\n" + runbook("attribution"),
     )
     def attributed_orders(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
         """Credit the orders of this run's hours."""

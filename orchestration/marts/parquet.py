@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from spark_jobs.errors import UsageError
 
 
-def parquet(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
+def parquet(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> bytes:
     """Return a Parquet file of ``rows``. Whole numbers beyond 64 bits become decimals; a column without a value has type null.
 
     Raises UsageError if two columns have one name.

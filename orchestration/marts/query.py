@@ -147,7 +147,7 @@ def _require_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
         raise UsageError(f"the function {name} is not available here: a query reads the marts and nothing else")
 
 
-def _refused_functions(node: Any) -> Iterator[str]:
+def _refused_functions(node: object) -> Iterator[str]:
     if isinstance(node, list):
         for part in node:
             yield from _refused_functions(part)

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Sequence
 from datetime import date, datetime, time
 from decimal import Decimal
-from typing import Any
 
 from spark_jobs.errors import UsageError
 from spark_jobs.texts import printable, printable_json
@@ -21,7 +20,12 @@ _FORMULA = re.compile(r"(?![+-]?[0-9]+(\.[0-9]+)?$)(\s*[=+\-@\uff1d\uff0b\uff0d\
 
 
 def render(
-    columns: Sequence[str], rows: Sequence[Sequence[Any]], format: str = "table", width: int | None = None, *, is_raw: bool = False
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    format: str = "table",
+    width: int | None = None,
+    *,
+    is_raw: bool = False,
 ) -> str:
     """Return ``rows`` as text, without a line end after the last line.
 
@@ -41,7 +45,7 @@ def render(
     raise UsageError(f"no format {format!r}", hint=f"one of {', '.join(FORMATS)}")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Return a value as JSON can hold it, without loss."""
     if value is None or isinstance(value, bool | int | str):
         return value
@@ -58,7 +62,7 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     plain = _plain(value)
     if isinstance(plain, bool):
         return "true" if plain else "false"
@@ -67,19 +71,19 @@ def _text(value: Any) -> str:
     return str(plain)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     """Return whether a column with this value may be aligned to the right."""
     return value is None or (isinstance(value, int | float | Decimal) and not isinstance(value, bool))
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """Return a cell as a person reads it: nobody needs the sixteenth digit of a rate."""
     if isinstance(value, float) and value == value and abs(value) < 1e15:
         return f"{value:.6f}".rstrip("0").rstrip(".") if abs(value) >= 1e-4 or not value else f"{value:.6g}"
     return "NULL" if value is None else printable(_text(value))
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]], room: int | None) -> str:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[object]], room: int | None) -> str:
     cells = [[_shown(value) for value in row] for row in rows]
     header = [printable(column) for column in columns]
     widths = [max([len(name), *(len(row[index]) for row in cells)]) for index, name in enumerate(header)]
@@ -111,7 +115,7 @@ def _blocks(header: Sequence[str], cells: Sequence[Sequence[str]], room: int) ->
         yield f"  {line}"
 
 
-def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, is_raw: bool) -> str:
+def _csv(columns: Sequence[str], rows: Sequence[Sequence[object]], *, is_raw: bool) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     as_text = str if is_raw else _guarded
@@ -127,7 +131,7 @@ def _guarded(text: str) -> str:
     return ("'" if _FORMULA.match(text) else "") + printable(text, keep="\n")
 
 
-def _json(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def _json(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     if len(set(columns)) != len(columns):
         raise UsageError("two columns have one name", hint="name them apart with `as`, or use csv")
     if not rows:

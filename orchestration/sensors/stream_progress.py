@@ -93,9 +93,10 @@ def stream_progress_sensor(hours: dg.HourlyPartitionsDefinition) -> dg.SensorDef
             if hourly_partitions(settings).start < hours.start:
                 request_reload(settings)
             context.log.warning(
-                "%d hours with records lie before the first partition, %s. If they are too few for partitions, `adtally reconcile` "
+                "%d hours with records are before the first partition, %s. If they are too few for partitions, `adtally reconcile` "
                 "recounts them; ADTALLY_START_DATE gives them partitions",
-                *(early, hours.start.isoformat()),
+                early,
+                hours.start.isoformat(),
             )
         reported = f"{len(events)} events report the commits through version {progress.reported} of the ledger"
         reason = reported if events else "nothing new was committed"
