@@ -48,10 +48,10 @@ _INDEX = """# adtally: reports and runbooks
 
 
 def docs_dir() -> Path:
-    """Return the folder of the documentation, which is beside the package in a checkout, and bundled with an installed one."""
+    """Return the folder of the documentation, which is bundled with an installed package, and beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
-    beside = package.parent / "docs"
-    return beside if (beside / "runbooks").is_dir() else package / "docs"
+    bundled = package / "docs"
+    return bundled if (bundled / "runbooks").is_dir() else package.parent / "docs"
 
 
 @contextmanager
