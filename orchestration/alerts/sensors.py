@@ -140,10 +140,7 @@ def signal_sensor(watched: SignalSensor) -> dg.SensorDefinition:
         state, now = SignalState.from_cursor(context.cursor), time.time()
         signal = read_signal(settings, watched.signal)
         alert = change_of(signal, state, watched.bad_ticks, now)
-        if alert is not None:
-            context.log.info(f"{alert.title}: {alert.detail}")
-            state.pending, state.pending_for = alert.to_json(), []
-        _deliver(settings, state, is_new=alert is not None)
+        _deliver(context, settings, state, alert)
         evaluates = state.takes_turn(now, is_new=alert is not None)
         events = [signal_evaluation(settings, watched.asset, signal, passed=not state.is_told)] if evaluates else []
         reason = f"{signal.name} is {'well' if signal.ok else 'BAD'}: {signal.detail}"
@@ -171,14 +168,15 @@ def change_of(signal: Signal, state: SignalState, bad_ticks: int, now: float) ->
     )
 
 
-def _deliver(settings: Settings, state: SignalState, *, is_new: bool) -> None:
-    """Send the pending alert: a new one by all notifiers, an older one by those that failed before."""
-    if state.pending is None:
-        return
-    only = None if is_new else state.pending_for
-    state.pending_for = notify(Alert.from_json(state.pending), make_notifiers(settings), only=only)
-    if not state.pending_for:
-        state.pending = None
+def _deliver(context: dg.SensorEvaluationContext, settings: Settings, state: SignalState, alert: Alert | None) -> None:
+    """Send a new alert by all notifiers. If there is none, send the pending alert by the notifiers that failed before."""
+    if alert is not None:
+        context.log.info(f"{alert.title}: {alert.detail}")
+        state.pending = alert.to_json()
+    if state.pending is not None:
+        only = state.pending_for if alert is None else None
+        state.pending_for = notify(Alert.from_json(state.pending), make_notifiers(settings), only=only)
+        state.pending = state.pending if state.pending_for else None
 
 
 def signal_evaluation(settings: Settings, asset: str, signal: Signal, *, passed: bool) -> dg.AssetCheckEvaluation:
@@ -318,12 +316,8 @@ def budget_pacing_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult
         state.day, state.campaigns = day, []
     new = {name: found for found in early if (name := f"{found.campaign_id} {found.currency}") not in state.campaigns}
     evaluates = state.takes_turn(now, is_new=bool(new))
-    if new:
-        alert = _early_spend(list(new.values()))
-        context.log.info(f"{alert.title}: {alert.detail}")
-        state.campaigns += new
-        state.pending, state.pending_for = alert.to_json(), []
-    _deliver(settings, state, is_new=bool(new))
+    state.campaigns += new
+    _deliver(context, settings, state, _early_spend(list(new.values())) if new else None)
     events = [pacing_evaluation(settings, early)] if evaluates else []
     reason = f"{len(early)} campaigns spend their budget early on {day}" if early else "no campaign spends its budget early"
     return dg.SensorResult(skip_reason=reason, cursor=state.to_cursor(), asset_events=events)
