@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
 from pathlib import Path
 from socketserver import TCPServer
+from string import Template
 from urllib.parse import unquote
 
 from orchestration.up.services import HOST
@@ -31,32 +33,25 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
 }
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; }}
-code, pre {{ font: 13px/1.4 ui-monospace, monospace; }}
-pre {{ background: #8882; overflow-x: auto; padding: .6rem; }}
-table {{ border-collapse: collapse; }}
-th, td {{ border-bottom: 1px solid #8884; padding: .3rem .6rem; text-align: left; vertical-align: top; }}
-img {{ max-width: 100%; }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
+_INDEX = """# adtally: reports and runbooks
+
+{data_docs}
+
+[Runbooks](/docs/runbooks/README.md)
+
+[Dagster: a tour](/docs/dagster.md)
+
+[Measures](/docs/metrics.md)
+
+[Rules](/docs/rules.md)
 """
 
 
-def docs_dir() -> Path | None:
-    """Return the folder of the documentation, which is bundled with the package or beside it in a checkout; None if missing."""
+def docs_dir() -> Path:
+    """Return the folder of the documentation, which is bundled with an installed package, and beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
-    return next((found for found in (package / "docs", package.parent / "docs") if (found / "runbooks").is_dir()), None)
+    bundled = package / "docs"
+    return bundled if (bundled / "runbooks").is_dir() else package.parent / "docs"
 
 
 @contextmanager
@@ -68,19 +63,14 @@ def serving_reports(settings: Settings, port: int) -> Iterator[str]:
     except OSError:
         server = _Server((HOST, 0), handler)
     with server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True, name="reports")
-        thread.start()
+        threading.Thread(target=server.serve_forever, daemon=True, name="reports").start()
         try:
             yield f"http://{HOST}:{server.server_port}"
         finally:
             server.shutdown()
-            thread.join()
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    allow_reuse_address = True
-
     def server_bind(self) -> None:
         """Bind as the base class does, but without its slow query for the name of the address."""
         TCPServer.server_bind(self)
@@ -93,28 +83,27 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     """Answers GET and HEAD below ``/<name>/`` with files of the folder of that name, and ``/`` with a table of contents."""
 
+    server: _Server
     server_version, sys_version = "adtally", ""
     timeout = 30.0
 
-    def __init__(self, folders: dict[str, Path | None], *arguments: object) -> None:
+    def __init__(self, folders: dict[str, Path], *arguments: object) -> None:
         self._folders = folders
         super().__init__(*arguments)  # type: ignore[arg-type]  # socketserver's own arguments
 
     def do_GET(self) -> None:
         """Answer with a page."""
-        assert isinstance(self.server, ThreadingHTTPServer)
+        path = unquote(self.path.partition("?")[0])
         if self.headers.get("Host") not in {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}:
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"this server answers to its own address only\n")
-            return
-        path = unquote(self.path.partition("?")[0])
-        if path == "/":
-            self._answer(HTTPStatus.OK, "text/html", self._index().encode())
-            return
-        file = self._file(path)
-        if file is None:
+        elif path == "/":
+            is_built = (self._folders[QUALITY] / "index.html").is_file()
+            data_docs = f"[Data docs](/{QUALITY}/index.html)" if is_built else "Data docs: no hour has been validated yet."
+            self._answer(HTTPStatus.OK, "text/html", _page("adtally", _INDEX.format(data_docs=data_docs)))
+        elif (file := self._file(path)) is None:
             self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"there is no such page\n")
         elif file.suffix == ".md":
-            self._answer(HTTPStatus.OK, "text/html", rendered(file).encode())
+            self._answer(HTTPStatus.OK, "text/html", _page(file.stem, file.read_text("utf-8")))
         else:
             self._answer(HTTPStatus.OK, mimetypes.guess_type(file.name)[0] or "text/plain", file.read_bytes())
 
@@ -126,44 +115,27 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, path: str) -> Path | None:
         """Return the file of a path; None if it is missing, outside the folder, or of another type (validations.json, locks)."""
         start, _, rest = path.partition("/")[2].partition("/")
-        folder = self._folders.get(start)
-        if folder is None:
+        if (folder := self._folders.get(start)) is None:
             return None
         try:
-            root, file = folder.resolve(), (folder / rest.lstrip("/")).resolve()
-            return file if file.is_relative_to(root) and file.suffix in _SERVED and file.is_file() else None
+            file = (folder / rest.lstrip("/")).resolve()
+            return file if file.is_relative_to(folder.resolve()) and file.suffix in _SERVED and file.is_file() else None
         except (OSError, ValueError):  # a name that no file can have
             return None
 
-    def _index(self) -> str:
-        quality, docs = self._folders[QUALITY], self._folders["docs"]
-        assert quality is not None
-        built = (quality / "index.html").is_file()
-        lines = ["# adtally: reports and runbooks"]
-        lines += [f"[Data docs](/{QUALITY}/index.html)" if built else "Data docs: no hour has been validated yet."]
-        if docs is not None:
-            lines += ["[Runbooks](/docs/runbooks/README.md)", "[Dagster: a tour](/docs/dagster.md)"]
-            lines += ["[Measures](/docs/metrics.md)", "[Rules](/docs/rules.md)"]
-        return _page("adtally", "\n\n".join(lines))
-
     def _answer(self, status: HTTPStatus, kind: str, body: bytes) -> None:
         self.send_response(status)
-        for name, value in _HEADERS.items():
+        kind = f"{kind}; charset=utf-8" if kind.startswith("text/") else kind
+        for name, value in (_HEADERS | {"Content-Type": kind, "Content-Length": str(len(body))}).items():
             self.send_header(name, value)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8" if kind.startswith("text/") else kind)
-        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
 
 
-def rendered(file: Path) -> str:
-    """Return a page of the documentation as HTML."""
-    return _page(file.stem, file.read_text("utf-8"))
-
-
-def _page(title: str, markdown: str) -> str:
+def _page(title: str, markdown: str) -> bytes:
     from markdown_it import MarkdownIt  # here, since the definitions import this module and render nothing
 
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
-    return _PAGE.format(title=html.escape(title), body=body)
+    template = (files("orchestration.up") / "page.html").read_text("utf-8")
+    return Template(template).substitute(title=html.escape(title), body=body).encode()

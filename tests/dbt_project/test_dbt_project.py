@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 import pytest
 
-from orchestration.marts.dbt_runner import DbtFolders, project_dir, run_dbt
+from orchestration.marts.manifest import load_manifest
 from orchestration.marts.pins import SOURCES
+from spark_jobs.config import load_settings
 
 RATIOS = {"credit_weight", "orders_by_touch_date", "orders_by_order_date", "ctr", "roas", "roas_by_order_date"} | {
     "day_share",
@@ -19,11 +19,8 @@ RATIOS = {"credit_weight", "orders_by_touch_date", "orders_by_order_date", "ctr"
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Manifest of the project, parsed in a folder where there is no lakehouse."""
-    folders = DbtFolders(tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("logs"))
-    run_dbt("parse", project=project_dir(), folders=folders, variables={}, environment={})
-    loaded: dict[str, Any] = json.loads((folders.target / "manifest.json").read_text())
-    return loaded
+    """Manifest of the project, compiled where there is no lakehouse."""
+    return load_manifest(load_settings(cache_dir=tmp_path_factory.mktemp("cache")))
 
 
 def marts(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from deltalake import DeltaTable
 from filelock import FileLock
 
 from orchestration.marts import build, build_marts, query_marts
-from orchestration.marts.failures import MartsError
+from orchestration.marts.dbt_runner import MartsError
 from orchestration.marts.pins import SOURCES, pin_versions
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, BusyError, UsageError
