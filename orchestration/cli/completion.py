@@ -1,4 +1,4 @@
-"""What a shell completes beside commands and options. Nothing heavy is imported: an answer has to come at once."""
+"""Values that a shell completes. This module imports nothing heavy at its top, so that an answer comes at once."""
 
 from __future__ import annotations
 

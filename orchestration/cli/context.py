@@ -1,4 +1,4 @@
-"""What one call of ``adtally`` knows: its global options, and by them the settings of the installation."""
+"""The global options of one call of ``adtally``, and the settings of the installation that they name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Call:
-    """The global options. The root command sets them; every other command finds them in its context."""
+    """The global options. The root command sets them in the context, where every other command finds them."""
 
     debug: bool = False
     home: Path | None = None
@@ -28,7 +28,7 @@ def call_of(context: typer.Context) -> Call:
 
 
 def settings_of(context: typer.Context) -> Settings:
-    """Return the settings of the installation that the user named. Raises UsageError where its home cannot be a folder."""
+    """Return the settings of the chosen installation. Raises UsageError if its home cannot be a folder."""
     from orchestration.cli.doctor import nearest
     from spark_jobs.config import load_settings
 

@@ -28,9 +28,8 @@ def demo(
 ) -> None:
     """Run the main job end to end in a folder of its own and compare it with the known truth.
 
-    Lands the samples and simulated traffic, ingests them in several micro-batches, builds the marts, and prints the
-    conservation law, the differences from the truth (all 0, or exit status 1) and the top campaigns. A second run
-    starts clean.
+    It lands the samples and simulated traffic, ingests them in several micro-batches, builds the marts, and prints the
+    conservation law, the differences from the truth (all 0, or exit status 1) and the top campaigns. A second run starts clean.
     """
     from orchestration.cli.demo_report import show_demo
 

@@ -1,35 +1,49 @@
-"""Tables for a person: aligned where the terminal is wide enough, else a block a row. No key is dropped, no number cut."""
+"""Tables for a person: aligned columns in a wide terminal, else one block for each row. No key or number is ever cut."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from datetime import datetime
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.padding import Padding
+from rich.style import StyleType
 from rich.table import Table
 from rich.text import Text
 
+from spark_jobs.texts import counted
+
 _LEAST_TEXT = 16
-"""Columns that a wrapped text keeps at least, so that it does not become a tower of words."""
+"""The least width of a wrapped text column, in characters: a narrower one would have a word on each line."""
 
 
 class RecordTable(Table):
-    """A rich table that prints a block for each row where its columns do not fit.
+    """A rich table that prints a block for each row if its columns do not fit.
 
-    Text columns may wrap between words; numbers, times and single words never break. In a block the key comes first, then every
-    other cell behind the name of its column.
+    The first ``left`` columns are the key, which heads a block. They and the columns named in ``texts`` are text, which may wrap
+    between words; the other columns are numbers and times, which never break.
     """
 
-    def __init__(self, title: str, columns: Sequence[str], keys: int, texts: Iterable[int]) -> None:
+    def __init__(self, title: str, *columns: str, left: int = 1, texts: Iterable[str] = ()) -> None:
         super().__init__(
             title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
         )
-        self.keys = keys
-        self.texts = set(texts)
+        self.keys = left
+        self.texts = {index for index, name in enumerate(columns) if index < left or name in texts}
         for index, column in enumerate(columns):
             self.add_column(column, justify="left" if index in self.texts else "right", overflow="fold")
+
+    def add_row(self, *cells: object, style: StyleType | None = None, end_section: bool = False) -> None:
+        """Add a row. A whole number gets separators, a time the form 2025-06-02 08:00:00, and None is shown as ``-``."""
+        super().add_row(*map(_cell, cells), style=style, end_section=end_section)
+
+    def with_rows(self, rows: Iterable[Iterable[object]]) -> RecordTable:
+        """Add all rows, and return the table."""
+        for cells in rows:
+            self.add_row(*cells)
+        return self
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the table, or its blocks."""
@@ -43,7 +57,7 @@ class RecordTable(Table):
         yield from super().__rich_console__(console, options)
 
     def _widths(self, cells: list[list[Text]], room: int) -> list[int] | None:
-        """Return the width of each column; None where they do not fit into ``room``, which includes edges and gaps."""
+        """Return the width of each column, or None if they do not fit into ``room``, which includes edges and gaps."""
         least, whole = [], []
         for index, (column, texts) in enumerate(zip(self.columns, cells, strict=True)):
             name = str(column.header)
@@ -99,13 +113,20 @@ class _Flow:
             yield line
 
 
-def table(title: str, *columns: str, left: int = 1, texts: Iterable[str] = ()) -> RecordTable:
-    """Return an empty table. The first ``left`` columns and those named in ``texts`` are text, the others numbers.
+def rest_line(total: int, shown: int, noun: str) -> Iterator[Text]:
+    """Yield a line that counts the rows beyond the first ``shown``, if there are any."""
+    if total > shown:
+        yield Text(f"and {counted(total - shown, f'more {noun}')}; --json prints all")
 
-    The first column, or with ``left`` all of the first columns, are the key that heads a block.
-    """
-    named = set(texts)
-    return RecordTable(title, columns, left, {index for index, name in enumerate(columns) if index < left or name in named})
+
+def _cell(value: object) -> RenderableType:
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M:%S}"
+    return value if isinstance(value, Text) else str(value)
 
 
 def _text(console: Console, cell: object) -> Text:

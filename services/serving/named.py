@@ -1,8 +1,8 @@
-"""The named queries: what dashboards ask of Pinot, as SQL in ``queries/<name>.sql``, and of the marts in ``<name>.duckdb.sql``.
+"""Named queries: what dashboards ask of Pinot (SQL in ``queries/<name>.sql``) and of the marts (``<name>.duckdb.sql``).
 
-Both give the same columns and, of the same data, the same rows, so that the two stores can be held beside each other. SUM of
-Pinot 0.11 is a double and loses digits above 2^53, SUMPRECISION does not; arithmetic on sums is done in doubles too. So sums of
-money are SUMPRECISION, and rounding to micros and ratios are made here, from whole numbers.
+Both return the same columns and, for the same data, the same rows, so that the two stores can be compared. SUM of Pinot 0.11 is a
+double, as is arithmetic on sums, and loses digits above 2^53. So sums of money are SUMPRECISION, and this module computes ratios
+and rounds to micros from whole numbers.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from services.serving.tables import MODELS
 ROW_LIMIT = 50_000
 _DAY_MS = 86_400_000
 _LONGEST_TEXT = 128
+Value = str | int | None
+Values = dict[str, Value]
 Row = dict[str, Any]
-Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """``kind``: text (up to 128 characters), day (2025-06-02), whole (a whole number), or model. Without ``default`` and not
-    ``is_required`` it may be left out: then nothing is filtered by it.
+    """``kind``: text (up to 128 characters), day (2025-06-02), whole (a whole number), or model.
+
+    A parameter that has no ``default`` and is not required is optional: without it the query does not filter by it.
     """
 
     name: str
@@ -41,7 +43,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class NamedQuery:
-    """``columns`` of its result with their meaning. ``finish`` makes them from Pinot's rows, the parameters and the time."""
+    """``columns``: name -> meaning. ``finish`` makes them from Pinot's rows, the parameters and the time."""
 
     name: str
     meaning: str
@@ -51,17 +53,17 @@ class NamedQuery:
 
     @property
     def engines(self) -> tuple[str, ...]:
-        """Where it can be asked: pinot, and duckdb where the marts know the same."""
+        """Return the engines that can answer it: pinot, and duckdb if the marts have the same data."""
         return ("pinot", "duckdb") if (_QUERIES / f"{self.name}.duckdb.sql").is_file() else ("pinot",)
 
     def text(self, engine: str) -> str:
-        """Its SQL. Raises ServiceUsageError where the engine cannot be asked for it."""
+        """Return its SQL. Raises ServiceUsageError if the engine cannot answer it."""
         if engine not in self.engines:
             raise ServiceUsageError(f"{self.name} is not a query of {engine}", hint=f"--engine {self.engines[0]}")
         return (_QUERIES / f"{self.name}{'' if engine == 'pinot' else '.duckdb'}.sql").read_text("utf-8")
 
     def values(self, given: Mapping[str, str]) -> Values:
-        """A value for every parameter, None where it is left out. Raises ServiceUsageError for what cannot be one."""
+        """Return a value for every parameter, None for a missing one. Raises ServiceUsageError for a wrong or unknown one."""
         known = {parameter.name: parameter for parameter in self.parameters}
         for name in given:
             if name not in known:
@@ -75,64 +77,63 @@ class NamedQuery:
         return made
 
     def pinot_sql(self, given: Mapping[str, str]) -> str:
-        """The statement for Pinot. A line with a parameter that is left out is left out too."""
+        """Return the statement for Pinot, without the lines whose parameter is missing."""
         values = self.values(given)
-        lines = [line for line in self.text("pinot").splitlines() if not line.startswith("--")]
-        return "\n".join(made for line in lines if (made := _filled(line, values)) is not None)
+        lines = (_filled(line, values) for line in self.text("pinot").splitlines() if not line.startswith("--"))
+        return "\n".join(line for line in lines if line is not None)
 
     def ask_pinot(self, client: PinotClient, given: Mapping[str, str], *, now: datetime) -> tuple[list[str], list[list[Any]]]:
-        """Column names and rows. Raises ServiceError, also where there are more rows than one answer holds."""
+        """Return column names and rows. Raises ServiceError, also if there are more rows than one answer can have."""
         try:
             answer = client.ask(self.pinot_sql(given))
         except PinotQueryError as error:
-            raise explained(error) from None
+            raise add_hint(error) from None
         if len(answer.rows) >= ROW_LIMIT:
             raise ServiceError(f"{self.name} has more than {ROW_LIMIT:,} rows", hint="narrow it with --param")
         rows = self.finish([dict(zip(answer.columns, row, strict=True)) for row in answer.rows], self.values(given), now)
         return list(self.columns), [[row[name] for name in self.columns] for row in rows]
 
 
-def explained(error: PinotQueryError) -> PinotQueryError:
-    """The error with what to do about it."""
+def add_hint(error: PinotQueryError) -> PinotQueryError:
+    """Add what to do about the error, if that is known, and return it."""
     hints = {
         190: "tables are made by `adtally services pinot up` once there is a Kafka to read from",
         710: "`adtally services pinot status` names the tables; a model and window have a column only if the rules have the window",
     }
-    if error.code in hints and error.hint is None:
-        error.hint = hints[error.code]
+    error.hint = error.hint or hints.get(error.code)
     return error
 
 
 def named_queries() -> list[NamedQuery]:
-    """All of them, in the order of their names."""
+    """Return all named queries, sorted by name."""
     return sorted(_NAMED, key=lambda query: query.name)
 
 
 def named_query(name: str) -> NamedQuery:
-    """The query of that name. Raises ServiceUsageError where there is none."""
-    for query in _NAMED:
-        if query.name == name:
-            return query
-    raise ServiceUsageError(f"there is no query {name}", hint=f"one of {', '.join(one.name for one in named_queries())}")
+    """Return the query of that name. Raises ServiceUsageError if there is none."""
+    queries = {query.name: query for query in named_queries()}
+    if name not in queries:
+        raise ServiceUsageError(f"there is no query {name}", hint=f"one of {', '.join(queries)}")
+    return queries[name]
 
 
 def micros(nanos: int) -> int:
-    """Nanos as micros, rounded half away from zero."""
+    """Round nanos to micros, half away from zero."""
     return (nanos + 500) // 1000 if nanos >= 0 else -((500 - nanos) // 1000)
 
 
 def literal(text: str) -> str:
-    """A text as Pinot's SQL takes it, whatever is in it.
+    """Return any text as a literal of Pinot's SQL.
 
     Pinot looks for OPTION(...) in the whole statement before it parses it, within quotes too, so quoting alone would let a text
-    change how the query is run. Anything but plain characters is written percent-encoded, which Pinot decodes when it compiles.
+    change how the query runs. So other than plain characters are percent-encoded, which Pinot decodes when it compiles.
     """
     if re.fullmatch(r"[A-Za-z0-9_.-]*", text):
         return f"'{text}'"
     return f"decodeUrl('{quote(text, safe='')}')"
 
 
-def _value(parameter: Parameter, text: str) -> Any:
+def _value(parameter: Parameter, text: str) -> str | int:
     if parameter.kind == "day":
         try:
             return date.fromisoformat(text).isoformat()
@@ -152,7 +153,7 @@ def _value(parameter: Parameter, text: str) -> Any:
 
 
 def _filled(line: str, values: Values) -> str | None:
-    """A line of SQL with its parameters in place; None if one of them is left out."""
+    """Return a line of SQL with its parameters replaced by values, or None if one of them is missing."""
     missing = False
 
     def fill(match: re.Match[str]) -> str:
@@ -160,8 +161,8 @@ def _filled(line: str, values: Values) -> str | None:
         name = match[1]
         for suffix, days in (("_start_ms", 0), ("_end_ms", 1)):
             if name.endswith(suffix):
-                day = values[name.removesuffix(suffix)]
-                return str(_ms(date.fromisoformat(day)) + days * _DAY_MS)
+                day = date.fromisoformat(str(values[name.removesuffix(suffix)]))
+                return str(((day - date(1970, 1, 1)).days + days) * _DAY_MS)
         if name == "credit":
             return f"{values['model']}_{values['window_days']}d_micros"
         value = values[name]
@@ -172,17 +173,13 @@ def _filled(line: str, values: Values) -> str | None:
     return None if missing else made
 
 
-def _ms(day: date) -> int:
-    return (day - date(1970, 1, 1)).days * _DAY_MS
-
-
 def _moment(milliseconds: float) -> datetime:
-    """UTC, without a zone, as the marts have times."""
+    """Return a UTC time without a zone, as the marts have times."""
     return datetime(1970, 1, 1) + timedelta(milliseconds=int(milliseconds))
 
 
 def _whole(rows: list[Row], *names: str) -> None:
-    """Make whole numbers of what Pinot gives as double (sum, count below 2^53) or text (SUMPRECISION)."""
+    """Convert the doubles (sum, count below 2^53) and texts (SUMPRECISION) of Pinot to whole numbers."""
     for row in rows:
         for name in names:
             row[name] = int(row[name])
@@ -216,6 +213,7 @@ def _spend_by_hour(rows: list[Row], _values: Values, _now: datetime) -> list[Row
 def _budget_pacing(rows: list[Row], values: Values, _now: datetime) -> list[Row]:
     _whole(rows, "spend_nanos")
     budget, key, spent = values["daily_budget_micros"], None, 0
+    assert budget is None or isinstance(budget, int)  # the parameter is a whole number
     made = []
     for row in rows:
         if row["spend_nanos"] == 0:
@@ -250,6 +248,7 @@ def _freshness(rows: list[Row], _values: Values, now: datetime) -> list[Row]:
 
 _QUERIES = files("services.serving") / "queries"
 _COUNTS = ("impressions", "clicks", "invalid_impressions", "invalid_clicks")
+_ROUNDED = "rounded once from nanos, half away from zero"
 _CAMPAIGN = Parameter("campaign_id", "text", "only this campaign")
 _STORE = Parameter("store_id", "text", "only campaigns of this store, the advertiser")
 _DAYS = (
@@ -265,7 +264,7 @@ _DELIVERY = {
 _NAMED = (
     NamedQuery(
         "totals",
-        "counts and exact money by currency, to hold beside the marts",
+        "counts and exact money by currency, to compare with the marts",
         (Parameter("from_day", "day", "from this day on, UTC"), Parameter("to_day", "day", "up to this day, UTC")),
         {"currency": "ISO 4217"}
         | _DELIVERY
@@ -282,7 +281,7 @@ _NAMED = (
             "gross_impressions": "net and invalid",
             "gross_clicks": "net and invalid",
             "ctr": "clicks / impressions; null without an impression",
-            "spend_micros": "net, rounded once from nanos, half away from zero",
+            "spend_micros": f"net, {_ROUNDED}",
             "invalid_spend_micros": "rounded likewise",
             "gross_spend_micros": "net and invalid, rounded once",
         },
@@ -298,7 +297,7 @@ _NAMED = (
             "currency": "ISO 4217",
             "impressions": "net",
             "clicks": "net",
-            "spend_micros": "net, rounded once from nanos, half away from zero",
+            "spend_micros": f"net, {_ROUNDED}",
         },
         _spend_by_hour,
     ),
@@ -314,7 +313,7 @@ _NAMED = (
             "event_minute": "UTC",
             "campaign_id": "",
             "currency": "ISO 4217",
-            "spent_micros": "net spend of the day by the end of the minute, rounded once from nanos, half away from zero",
+            "spent_micros": f"net spend of the day by the end of the minute, {_ROUNDED}",
             "daily_budget_micros": "as given",
             "clock_micros": "the budget's part by the end of the minute, were it spent evenly over the day",
             "overspend_micros": "spent above the budget, else 0",
@@ -342,7 +341,7 @@ _NAMED = (
     ),
     NamedQuery(
         "freshness",
-        "how far each region's increments have come",
+        "the newest increment of each region",
         (),
         {
             "region": "",
