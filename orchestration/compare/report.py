@@ -20,7 +20,7 @@ _WHOLE = re.compile(r"\d{1,18}")
 
 @dataclass(frozen=True)
 class ReportLine:
-    """What they count for a campaign's day; ``line`` is its number in the file, the header's being 1."""
+    """Their counts of a campaign's day; ``line`` is its number in the file, where the header has number 1."""
 
     line: int
     date: date
@@ -28,11 +28,16 @@ class ReportLine:
     impressions: int
     clicks: int
 
+    @property
+    def key(self) -> tuple[date, str]:
+        """Return the day and the campaign."""
+        return self.date, self.campaign
+
 
 def read_report(path: Path) -> list[ReportLine]:
-    """The lines of a report, in its order. Columns may stand in any order, others are ignored.
+    """Return the lines of a report, in its order. Columns may have any order; other columns are ignored.
 
-    Raises UsageError that names the line and the column that cannot be right.
+    Raises UsageError that names the wrong line and column.
     """
     try:
         text = path.read_text("utf-8-sig")
@@ -51,11 +56,9 @@ def read_report(path: Path) -> list[ReportLine]:
         raise UsageError(f"{path} has no line below its header")
     seen: dict[tuple[date, str], int] = {}
     for found in lines:
-        first = seen.setdefault((found.date, found.campaign), found.line)
+        first = seen.setdefault(found.key, found.line)
         if first != found.line:
-            raise UsageError(
-                f"{path}, line {found.line}: {found.campaign!r} on {found.date} stands there twice, first in line {first}"
-            )
+            raise UsageError(f"{path}, line {found.line}: {found.campaign!r} on {found.date} is there twice, first in line {first}")
     return lines
 
 
