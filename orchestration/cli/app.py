@@ -35,6 +35,7 @@ from orchestration.cli import (
 )
 from orchestration.cli.context import Call, call_of
 from orchestration.cli.options import Panel, examples
+from services.errors import HintedError
 from spark_jobs.errors import AdtallyError
 from spark_jobs.failure import MESSAGE_LENGTH, failure_cause, one_line
 from spark_jobs.private import keep_files_private
@@ -82,8 +83,7 @@ def _global(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show stack traces of errors.")] = False,
     home: Annotated[
-        Path | None,
-        typer.Option("--home", help="Folder of the installation, in place of ADTALLY_HOME.", file_okay=False),
+        Path | None, typer.Option("--home", help="Folder of the installation, in place of ADTALLY_HOME.", file_okay=False)
     ] = None,
     _version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version of adtally.")
@@ -110,6 +110,8 @@ def run(arguments: list[str] | None = None) -> int:
         return result if isinstance(result, int) else 0
     except AdtallyError as error:
         return _fail(call, str(error), error.exit_code, error.excerpt)
+    except HintedError as error:
+        return _fail(call, str(error), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         return _fail(call, "interrupted", 130)
     except BrokenPipeError:

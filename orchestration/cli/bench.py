@@ -12,9 +12,7 @@ from orchestration.cli.options import examples
 from spark_jobs.errors import UsageError
 
 app = typer.Typer(
-    help="Measurements against other ways to do the same.",
-    no_args_is_help=True,
-    epilog=examples("adtally bench ingest"),
+    help="Measurements against other ways to do the same.", no_args_is_help=True, epilog=examples("adtally bench ingest")
 )
 
 _BENCHMARKS = {

@@ -133,14 +133,14 @@ def _writable(settings: Settings) -> str:
     from spark_jobs.lake.roots import is_local
 
     home = settings.home_path
-    place = nearest(home)
+    place, hint = nearest(home), "set ADTALLY_HOME to another place"
     if not place.is_dir():
-        raise MachineError(f"{place} is not a folder", hint="set ADTALLY_HOME to another place")
+        raise MachineError(f"{place} is not a folder", hint=hint)
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise MachineError(f"{place} cannot be written: {error.strerror}", hint="set ADTALLY_HOME to another place") from None
+        raise MachineError(f"{place} cannot be written: {error.strerror}", hint=hint) from None
     folders = [settings.checkpoints_path, settings.scratch_path, settings.key_index_path]
     if is_local(settings.lakehouse_uri):
         lakehouse = Path(settings.lakehouse_uri)
@@ -229,13 +229,12 @@ def _locale() -> str:
 def _ports(port: int) -> str:
     """Check loopback, which Spark needs, and the port of the UI, which only `adtally up` needs."""
     try:
-        with socket.create_server((_LOOPBACK, 0)) as server, socket.create_connection(server.getsockname(), timeout=5):
-            pass
+        with socket.create_server((_LOOPBACK, 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=5).close()
     except OSError as error:
         raise MachineError(f"no connection on {_LOOPBACK}: {error}", hint="Spark needs it, and a free port there") from None
     try:
-        with socket.create_server((_LOOPBACK, port)):
-            pass
+        socket.create_server((_LOOPBACK, port)).close()
     except OSError:
         return f"{_LOOPBACK} works; {port} is taken: `adtally up --port 0` takes a free one"
     return f"{_LOOPBACK} works"

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from orchestration.marts import MartBuild
 
 app = typer.Typer(
-    help="The marts: DuckDB tables built from the lakehouse.",
-    no_args_is_help=True,
-    epilog=examples("adtally marts build"),
+    help="The marts: DuckDB tables built from the lakehouse.", no_args_is_help=True, epilog=examples("adtally marts build")
 )
 
 

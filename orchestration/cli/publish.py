@@ -19,7 +19,7 @@ from orchestration.cli.options import Json, OnlyStatus, Panel, examples
 from orchestration.cli.output import console, print_json, say, show
 from orchestration.cli.status import publications_table
 from orchestration.cli.tables import RecordTable, rest_line
-from spark_jobs.errors import AdtallyError, BusyError, KafkaError, UsageError
+from spark_jobs.errors import UsageError
 from spark_jobs.texts import duration, money
 
 if TYPE_CHECKING:
@@ -121,19 +121,18 @@ def budget(
     path = store or settings.home_path / "budget" / "budget.sqlite"
     client, topic = _find_topic(settings, cluster, bootstrap_servers, topic, is_needed=not only_status)
     offsets_behind: dict[int, int] | None = None
-    with _translate_budget_errors():
-        if client:
-            service = BudgetService(path, client, topic, keep_days=keep_days or None)
-            if not only_status:
-                with _stop_on_signals() as stop:
-                    service.run(stop, once=once, from_start=from_start, accept_gap=accept_gap)
-            try:
-                offsets_behind = service.lags()
-            except BrokerError as error:
-                say(str(error), stderr=True)
-        budgets = read_budgets(campaigns) if campaigns else []
-        now = datetime.now(UTC)
-        found = read_budget_status(path, topic, now=now, budgets=budgets, day=_day(day), offsets_behind=offsets_behind)
+    if client:
+        service = BudgetService(path, client, topic, keep_days=keep_days or None)
+        if not only_status:
+            with _stop_on_signals() as stop:
+                service.run(stop, once=once, from_start=from_start, accept_gap=accept_gap)
+        try:
+            offsets_behind = service.lags()
+        except BrokerError as error:
+            say(str(error), stderr=True)
+    budgets = read_budgets(campaigns) if campaigns else []
+    now = datetime.now(UTC)
+    found = read_budget_status(path, topic, now=now, budgets=budgets, day=_day(day), offsets_behind=offsets_behind)
     show(found, budget_tables(found), as_json=as_json)
 
 
@@ -157,15 +156,12 @@ def _find_topic(
             raise UsageError("--cluster and --bootstrap-servers name two places", hint="use one of them")
         return {"bootstrap.servers": servers}, topic or _BUDGET_TOPIC
     kafka = read_kafka(settings)
-    name = topic or (kafka.publish.metrics_topic if kafka.publish else _BUDGET_TOPIC)
-    if cluster is not None:
-        return kafka.cluster(cluster).client_options(), name
-    if kafka.publish is not None:
-        return kafka.publish.cluster.client_options(), name
-    if is_needed:
+    publish = kafka.publish
+    chosen = kafka.cluster(cluster) if cluster is not None else publish.cluster if publish else None
+    if chosen is None and is_needed:
         hint = "use --bootstrap-servers, or --cluster with a cluster of HOME/kafka.toml"
         raise UsageError("nobody says where the topic is", hint=hint)
-    return {}, name
+    return chosen.client_options() if chosen else {}, topic or (publish.metrics_topic if publish else _BUDGET_TOPIC)
 
 
 def _day(text: str | None) -> str | None:
@@ -192,18 +188,6 @@ def _stop_on_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _translate_budget_errors() -> Iterator[None]:
-    """Raise the errors of the budget service as errors of adtally, which have the exit statuses."""
-    from services.budget.errors import BrokerError, BudgetBusyError, BudgetError, BudgetUsageError
-
-    kinds = {BudgetUsageError: UsageError, BudgetBusyError: BusyError, BrokerError: KafkaError}
-    try:
-        yield
-    except BudgetError as error:
-        raise kinds.get(type(error), AdtallyError)(error.message, hint=error.hint) from None
 
 
 def published_lines(report: PublishReport) -> Iterator[str]:

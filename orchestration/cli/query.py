@@ -62,8 +62,7 @@ class Engine(StrEnum):
 def query(
     context: typer.Context,
     sql: Annotated[
-        str | None,
-        typer.Argument(metavar="SQL", help="One reading statement in the engine's SQL; - reads it from standard input."),
+        str | None, typer.Argument(metavar="SQL", help="One reading statement in the engine's SQL; - reads it from standard input.")
     ] = None,
     engine: Annotated[Engine, typer.Option(help="The marts in DuckDB, or Pinot.")] = Engine.duckdb,
     named: Annotated[
@@ -77,13 +76,11 @@ def query(
     ] = None,
     form: Annotated[Format, typer.Option("--format", help="The output format.")] = Format.table,
     limit: Annotated[
-        int | None,
-        typer.Option(min=0, help="Rows to print, 0 for all. Default: 100 as a table, all in other formats."),
+        int | None, typer.Option(min=0, help="Rows to print, 0 for all. Default: 100 as a table, all in other formats.")
     ] = None,
     as_json: Json = False,
     is_raw: Annotated[
-        bool,
-        typer.Option("--raw", help="With csv: print texts unchanged. A spreadsheet or a terminal may run them as commands."),
+        bool, typer.Option("--raw", help="With csv: print texts unchanged. A spreadsheet or a terminal may run them as commands.")
     ] = False,
     with_build: Annotated[
         bool,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,7 +38,7 @@ app.add_typer(pinot_app, name="pinot")
 
 Heap = Annotated[str | None, typer.Option(help="Largest heap of its Java, as 512m or 2g.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete its data first.")]
-
+_tell = partial(say, stderr=True)
 
 _KAFKA_FILE = """# docs/kafka.md lists the entries.
 [[clusters]]
@@ -163,13 +164,8 @@ def _source(settings: Settings, servers: str | None) -> Source | None:
         cluster = published.cluster
         java = {name.removeprefix("kafka."): value for name, value in cluster.spark_options().items() if name.startswith("kafka.")}
         del java["bootstrap.servers"]
-        return Source(
-            cluster.bootstrap_servers,
-            published.metrics_topic,
-            published.credits_topic,
-            client_options=cluster.client_options(),
-            java_options=java,
-        )
+        topics = (published.metrics_topic, published.credits_topic)
+        return Source(cluster.bootstrap_servers, *topics, client_options=cluster.client_options(), java_options=java)
     if servers is None:
         servers = kafka_service(settings).status().addresses.get("bootstrap_servers")
     return None if servers is None else Source(servers)
@@ -185,10 +181,6 @@ def _heap(text: str | None) -> str | None:
     if text is not None and not re.fullmatch(r"[1-9]\d*[mg]", text):
         raise UsageError(f"--heap {text!r} is not a size", hint="as in 512m or 2g")
     return text
-
-
-def _tell(line: str) -> None:
-    say(line, stderr=True)
 
 
 def status_lines(found: Status) -> Iterator[str]:

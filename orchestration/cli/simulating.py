@@ -16,7 +16,7 @@ import typer
 from orchestration.cli.context import settings_of
 from orchestration.cli.options import Json, Panel, examples, moment
 from orchestration.cli.output import console, show
-from spark_jobs.errors import KafkaError, UsageError
+from spark_jobs.errors import UsageError
 
 if TYPE_CHECKING:
     from services.simulator.kafka import Cluster
@@ -58,8 +58,7 @@ def simulate(
     start: Annotated[str | None, typer.Option(help="When the traffic begins: 2025-06-02 or an RFC 3339 time.")] = None,
     days: Annotated[float | None, typer.Option(help="How many days it lasts. Default: 3.")] = None,
     rate: Annotated[
-        float | None,
-        typer.Option(help="In place of --days: event lines a second. For Kafka also the rate of sending."),
+        float | None, typer.Option(help="In place of --days: event lines a second. For Kafka also the rate of sending.")
     ] = None,
     listed_users: Annotated[int, typer.Option(min=0, help="Put so many users on the operator's list in OUT/rules.")] = 0,
     to: Annotated[Target, _kafka_option(help="Landing files, or the topics of one or two Kafka clusters.")] = Target.files,
@@ -72,8 +71,7 @@ def simulate(
     mirror: Annotated[float, _kafka_option(help="Share of the ids whose records to send to the other cluster too.")] = 0.0,
     mirror_again: Annotated[float, _kafka_option(help="Share of the mirrored records to mirror twice.")] = 0.0,
     clock_ahead: Annotated[
-        list[str] | None,
-        _kafka_option(metavar="REGION=SECONDS", help="How far the clock of a cluster's collectors is ahead."),
+        list[str] | None, _kafka_option(metavar="REGION=SECONDS", help="How far the clock of a cluster's collectors is ahead.")
     ] = None,
     live: Annotated[bool, _kafka_option("--live", help="Now, at --rate: received_at is the time of sending.")] = False,
     as_json: Json = False,
@@ -114,18 +112,21 @@ def simulate(
     elif out is None:
         raise UsageError("Missing option '--out'", hint="name a folder that is new or empty")
     started = time.monotonic()
-    with _translate_errors(out), _progress_bar(events) as progress:
-        if clusters:
-            from services.simulator.kafka import Sending, simulate_to_kafka
+    try:
+        with _progress_bar(events) as progress:
+            if clusters:
+                from services.simulator.kafka import Sending, simulate_to_kafka
 
-            if live:  # the rate of sending decides how long the traffic lasts
-                options = {name: value for name, value in options.items() if name != "rate" and value is not None}
-            chosen = Sending(rate=rate, **sending)
-            totals = simulate_to_kafka(out, events, seed, clusters, chosen, progress=progress, **options).totals
-        else:
-            from services.simulator.simulate import simulate as write_files
+                if live:  # the rate of sending decides how long the traffic lasts
+                    options = {name: value for name, value in options.items() if name != "rate" and value is not None}
+                chosen = Sending(rate=rate, **sending)
+                totals = simulate_to_kafka(out, events, seed, clusters, chosen, progress=progress, **options).totals
+            else:
+                from services.simulator.simulate import simulate as write_files
 
-            totals = write_files(out, events, seed, progress=progress, **options).totals
+                totals = write_files(out, events, seed, progress=progress, **options).totals
+    except OSError as error:
+        raise UsageError(f"{error.filename or out} cannot be written: {error.strerror}", hint="name another with --out") from error
     counts = ", ".join(f"{totals[name]:,} {name}" for name in ("accepted", "duplicate", "conflict", "rejected", "late"))
     lines = []
     place = str(out)
@@ -177,18 +178,3 @@ def _progress_bar(events: int) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=shown, transient=True, disable=not shown.is_terminal) as bar:
         task = bar.add_task("simulating", total=events)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def _translate_errors(out: Path) -> Iterator[None]:
-    """Raise the errors of the simulator and of the disk as errors of adtally, which have the exit statuses."""
-    from services.simulator.errors import DeliveryError, SimulationError
-
-    try:
-        yield
-    except SimulationError as error:
-        raise UsageError(str(error)) from None
-    except DeliveryError as error:
-        raise KafkaError(error.message, hint=error.hint) from None
-    except OSError as error:
-        raise UsageError(f"{error.filename or out} cannot be written: {error.strerror}", hint="name another with --out") from error

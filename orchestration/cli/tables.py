@@ -7,7 +7,7 @@ from datetime import datetime
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.style import StyleType
 from rich.table import Table
@@ -47,10 +47,12 @@ class RecordTable(Table):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the table, or its blocks."""
-        cells = [[_text(console, cell) for cell in column.cells] for column in self.columns]
+        cells = [
+            [cell if isinstance(cell, Text) else console.render_str(str(cell)) for cell in column.cells] for column in self.columns
+        ]
         widths = self._widths(cells, options.max_width)
         if widths is None:
-            yield from self._blocks(console, cells)
+            yield from self._blocks(cells, options.max_width)
             return
         for column, width in zip(self.columns, widths, strict=True):
             column.width = width
@@ -80,37 +82,31 @@ class RecordTable(Table):
             widths.append(low + given)
         return widths
 
-    def _blocks(self, console: Console, cells: list[list[Text]]) -> Iterator[Padding | Text]:
+    def _blocks(self, cells: list[list[Text]], width: int) -> Iterator[Padding | Text]:
         names = [str(column.header) for column in self.columns]
         yield Text(str(self.title), style="bold")
         for number, row in enumerate(self.rows):
             pairs = [(name, column[number]) for name, column in zip(names, cells, strict=True)]
             style = row.style or ""
-            yield Padding(_Flow(pairs[: self.keys], "bold"), (0, 0, 0, 1), style=style, expand=False)
-            yield Padding(_Flow(pairs[self.keys :]), (0, 0, 0, 3), style=style, expand=False)
+            for part, indent, weight in ((pairs[: self.keys], 1, "bold"), (pairs[self.keys :], 3, "")):
+                lines = Group(*_flow(part, weight, width - indent))
+                yield Padding(lines, (0, 0, 0, indent), style=style, expand=False)
         yield Text(f"{self.caption}\n" if self.caption else "")
 
 
-class _Flow:
-    """Print names and values, as many on a line as fit."""
-
-    def __init__(self, pairs: list[tuple[str, Text]], style: str = "") -> None:
-        self.pairs = pairs
-        self.style = style
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        line = Text(style=self.style)
-        for name, value in self.pairs:
-            pair = Text.assemble((name, "dim"), " " if name else "", value)
-            if line and line.cell_len + 3 + pair.cell_len > options.max_width:
-                yield line
-                line = Text(style=self.style)
-            if line:
-                line.append("   ")
-            line.append_text(pair)
-        if line:
-            line.overflow = "fold"
+def _flow(pairs: list[tuple[str, Text]], style: str, width: int) -> Iterator[Text]:
+    """Yield lines of names and values, with as many on a line as fit into ``width``."""
+    line = Text(style=style, overflow="fold")
+    for name, value in pairs:
+        pair = Text.assemble((name, "dim"), " " if name else "", value)
+        if line and line.cell_len + 3 + pair.cell_len > width:
             yield line
+            line = Text(style=style, overflow="fold")
+        if line:
+            line.append("   ")
+        line.append_text(pair)
+    if line:
+        yield line
 
 
 def rest_line(total: int, shown: int, noun: str) -> Iterator[Text]:
@@ -127,7 +123,3 @@ def _cell(value: object) -> RenderableType:
     if isinstance(value, datetime):
         return f"{value:%Y-%m-%d %H:%M:%S}"
     return value if isinstance(value, Text) else str(value)
-
-
-def _text(console: Console, cell: object) -> Text:
-    return cell if isinstance(cell, Text) else console.render_str(str(cell))

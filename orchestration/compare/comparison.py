@@ -20,8 +20,8 @@ from datetime import date
 from itertools import combinations
 from pathlib import Path
 
-from orchestration.compare.counts import Counts, Key, read_counts
-from orchestration.compare.report import MEASURES, ReportLine, read_report
+from orchestration.compare.counts import Counts, read_counts
+from orchestration.compare.report import MEASURES, Key, ReportLine, read_report
 from orchestration.explain.view import open_build
 from spark_jobs.config import Settings
 

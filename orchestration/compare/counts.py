@@ -9,15 +9,13 @@ from datetime import date, datetime, timedelta
 
 import pyarrow as pa
 
-from orchestration.compare.report import MEASURES
+from orchestration.compare.report import MEASURES, Key
 from orchestration.explain.view import BuildView, Row
 from spark_jobs.errors import AdtallyError
 from spark_jobs.lake.duck import literal
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, REJECTED_EVENTS
 
 LONGEST_SHIFT = timedelta(hours=14)
-
-Key = tuple[date, str]
 
 
 @dataclass

@@ -18,6 +18,9 @@ _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _WHOLE = re.compile(r"\d{1,18}")
 
 
+Key = tuple[date, str]
+
+
 @dataclass(frozen=True)
 class ReportLine:
     """Their counts of a campaign's day; ``line`` is its number in the file, where the header has number 1."""
@@ -29,7 +32,7 @@ class ReportLine:
     clicks: int
 
     @property
-    def key(self) -> tuple[date, str]:
+    def key(self) -> Key:
         """Return the day and the campaign."""
         return self.date, self.campaign
 
@@ -54,7 +57,7 @@ def read_report(path: Path) -> list[ReportLine]:
         raise UsageError(f"{path}, line {reader.line_num}: {error}") from None
     if not lines:
         raise UsageError(f"{path} has no line below its header")
-    seen: dict[tuple[date, str], int] = {}
+    seen: dict[Key, int] = {}
     for found in lines:
         first = seen.setdefault(found.key, found.line)
         if first != found.line:

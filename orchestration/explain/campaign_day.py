@@ -6,24 +6,11 @@ from datetime import date
 from operator import itemgetter
 
 from orchestration.explain.node import Node
-from orchestration.explain.view import (
-    KAFKA,
-    MEASURES,
-    BuildView,
-    DayKey,
-    Row,
-    corrections,
-    grouped,
-    increments,
-    open_build,
-    reviews_of,
-    sums,
-)
-from orchestration.marts import query_marts
+from orchestration.explain.view import KAFKA, MEASURES, BuildView, DayKey, Row, corrections, grouped, increments, open_build, sums
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError
 from spark_jobs.lake.duck import literal
-from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, RESTATEMENTS
+from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, RESTATEMENTS, TRAFFIC_REVIEWS
 
 SAMPLE = 5
 
@@ -41,7 +28,7 @@ def explain_campaign_day(settings: Settings, campaign: str, day: date, *, sample
             "order by store_id, currency"
         )
         if not rows:
-            raise _missing(settings, campaign, day)
+            raise _missing(view, campaign, day)
         top = Node(f"fct_campaign_day {campaign} {day}")
         top.add(view.build.node())
         for row in rows:
@@ -74,9 +61,9 @@ def walk_back(view: BuildView, node: Node, key: DayKey, *, sample: int) -> None:
     node.add(Node("late", {"late_events": late["late"], "of_events": late["events"], "late_spend_nanos": late["late_spend_nanos"]}))
 
 
-def _missing(settings: Settings, campaign: str, day: date) -> AdtallyError:
+def _missing(view: BuildView, campaign: str, day: date) -> AdtallyError:
     sql = f"select min(event_date), max(event_date), count(*) from fct_campaign_day where campaign_id = {literal(campaign)}"
-    _, [(first, last, count)] = query_marts(settings, sql)
+    first, last, count = view.marts(sql)[0].values()
     if not count:
         return AdtallyError(
             f"fct_campaign_day has no campaign {campaign!r}",
@@ -197,7 +184,18 @@ def _changes(view: BuildView, key: DayKey) -> Node:
 
 
 def _reviews(view: BuildView, day: date) -> Node:
-    rows = reviews_of(view, day)
+    """Return the reviews of the day's hours before the build, one part for each run."""
+    rows = []
+    if view.version(TRAFFIC_REVIEWS) is not None:
+        rows = view.rows(
+            f"""
+            select run_id, rule_set, count(*)::bigint as hours, sum(events)::bigint as events, sum(invalid)::bigint as invalid,
+                sum(changed)::bigint as changed, max(reviewed_at) as reviewed_at
+            from {view.scan(TRAFFIC_REVIEWS)}
+            where event_hour::date = ? and reviewed_at <= ?::timestamptz group by all order by reviewed_at, run_id
+            """,
+            [day, view.build.built_at],
+        )
     node = Node("reviews of the day's hours for invalid traffic", {"runs": len(rows)})
-    node.add(*(Node(f"run {row['run_id']}", {name: value for name, value in row.items() if name != "run_id"}) for row in rows))
+    node.add(*(Node(f"run {row.pop('run_id')}", row) for row in rows))
     return node

@@ -19,16 +19,7 @@ from spark_jobs.failure import one_line
 from spark_jobs.lake.duck import literal
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.roots import require_local
-from spark_jobs.lake.tables import (
-    ATTRIBUTED_ORDERS,
-    BATCH_LEDGER,
-    MINUTE_METRICS,
-    RAW_EVENTS,
-    RESTATEMENTS,
-    RULE_SETS,
-    TRAFFIC_REVIEWS,
-    Table,
-)
+from spark_jobs.lake.tables import ATTRIBUTED_ORDERS, BATCH_LEDGER, MINUTE_METRICS, RAW_EVENTS, RESTATEMENTS, RULE_SETS, Table
 
 MEASURES = ("impressions", "clicks", "spend_nanos", "invalid_impressions", "invalid_clicks", "invalid_spend_nanos")
 GROUP_OF_MART = {"fct_campaign_day": "near_real_time", "fct_billing_ledger": "near_real_time", "fct_attribution_credits": "hourly"}
@@ -215,21 +206,6 @@ def corrections(view: BuildView, runs: Sequence[str]) -> dict[str, Row]:
         [list(runs)],
     )
     return {row["run_id"]: row for row in found}
-
-
-def reviews_of(view: BuildView, day: date) -> list[Row]:
-    """Return the reviews of a day's hours before the build: per run the hours, events, invalid events and changed marks."""
-    if view.version(TRAFFIC_REVIEWS) is None:
-        return []
-    return view.rows(
-        f"""
-        select run_id, rule_set, count(*)::bigint as hours, sum(events)::bigint as events, sum(invalid)::bigint as invalid,
-            sum(changed)::bigint as changed, max(reviewed_at) as reviewed_at
-        from {view.scan(TRAFFIC_REVIEWS)}
-        where event_hour::date = ? and reviewed_at <= ?::timestamptz group by all order by reviewed_at, run_id
-        """,
-        [day, view.build.built_at],
-    )
 
 
 def revisions_of(view: BuildView, order: str) -> list[Row]:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from services.budget.campaigns import read_budgets
-from services.budget.errors import BudgetError, BudgetUsageError
+from services.budget.errors import BudgetError
 from services.budget.report import read_budget_status
 from services.budget.service import KEEP_DAYS, BudgetService
 
@@ -44,9 +44,10 @@ def main() -> int:
         )
     except BudgetError as error:
         print(f"budget: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, BudgetUsageError) else 1
+        return error.exit_code
     print(json.dumps(dataclasses.asdict(found), default=str, indent=2))
     return 0
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

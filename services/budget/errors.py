@@ -12,6 +12,8 @@ class BudgetError(HintedError):
 class BudgetUsageError(BudgetError):
     """Wrong use: a file of another program, a missing topic, a campaign file that cannot be read."""
 
+    exit_code = 2
+
 
 class BudgetBusyError(BudgetError):
     """Another process consumes into the same file."""

@@ -74,10 +74,10 @@ def read_budget_status(
         rows = store.sums(day or newest) if day or newest else []
         asides = dict(store.asides())
     campaigns = []
-    for event_date, campaign_id, store_id, currency, impressions, clicks, nanos in rows:
-        budget = budget_of(budgets, event_date, campaign_id, store_id, currency)
-        measures = (impressions, clicks, nanos, rounded_micros(nanos), budget, budget is not None and nanos > budget * 1000)
-        campaigns.append(CampaignSpend(event_date, campaign_id, store_id, currency, *measures))
+    for row in rows:
+        nanos, budget = row[6], budget_of(budgets, *row[:4])
+        is_over = budget is not None and nanos > budget * 1000
+        campaigns.append(CampaignSpend(*row, rounded_micros(nanos), budget, is_over))
     return BudgetStatus(
         store=str(path),
         topic=topic,

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 
 from services.budget.errors import BudgetUsageError
 from services.budget.messages import BadMessage, Increment, parse
@@ -110,7 +109,7 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, _kind: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.db.close()
 
     @contextmanager
@@ -200,11 +199,9 @@ class Store:
 
     def _key(self, increment: Increment) -> int:
         names = (increment.event_date, increment.campaign_id, increment.store_id, increment.currency)
-        where = "select id from keys where event_date = ? and campaign_id = ? and store_id = ? and currency = ?"
-        row = self.db.execute(where, names).fetchone()
-        if row is None:
-            insert = "insert into keys (event_date, campaign_id, store_id, currency) values (?, ?, ?, ?) returning id"
-            row = self.db.execute(insert, names).fetchone()
+        # the update changes nothing, but makes the statement return the id of an existing row too
+        insert = "insert into keys (event_date, campaign_id, store_id, currency) values (?, ?, ?, ?)"
+        row = self.db.execute(f"{insert} on conflict do update set currency = excluded.currency returning id", names).fetchone()
         return int(row[0])
 
     def _add(self, changes: Sequence[tuple[int, tuple[int, int, int]]]) -> bool:

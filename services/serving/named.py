@@ -43,12 +43,12 @@ class Parameter:
 
 @dataclass(frozen=True)
 class NamedQuery:
-    """``columns``: name -> meaning. ``finish`` makes them from Pinot's rows, the parameters and the time."""
+    """``columns`` are those of its result. ``finish`` makes them from Pinot's rows, the parameters and the time."""
 
     name: str
     meaning: str
     parameters: tuple[Parameter, ...]
-    columns: dict[str, str]
+    columns: tuple[str, ...]
     finish: Callable[[list[Row], Values, datetime], list[Row]]
 
     @property
@@ -68,13 +68,13 @@ class NamedQuery:
         for name in given:
             if name not in known:
                 raise ServiceUsageError(f"{self.name} has no parameter {name}", hint=f"it has {', '.join(known) or 'none'}")
-        made: Values = {}
+        values: Values = {}
         for name, parameter in known.items():
             text = given.get(name, parameter.default)
             if text is None and parameter.is_required:
                 raise ServiceUsageError(f"{self.name} needs --param {name}=...", hint=parameter.meaning)
-            made[name] = None if text is None else _value(parameter, text)
-        return made
+            values[name] = None if text is None else _value(parameter, text)
+        return values
 
     def pinot_sql(self, given: Mapping[str, str]) -> str:
         """Return the statement for Pinot, without the lines whose parameter is missing."""
@@ -90,7 +90,10 @@ class NamedQuery:
             raise add_hint(error) from None
         if len(answer.rows) >= ROW_LIMIT:
             raise ServiceError(f"{self.name} has more than {ROW_LIMIT:,} rows", hint="narrow it with --param")
-        rows = self.finish([dict(zip(answer.columns, row, strict=True)) for row in answer.rows], self.values(given), now)
+        # Pinot returns doubles (sum, count below 2^53) and texts (SUMPRECISION) for whole numbers
+        named = [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
+        whole = [{name: int(value) if name in _WHOLE else value for name, value in row.items()} for row in named]
+        rows = self.finish(whole, self.values(given), now)
         return list(self.columns), [[row[name] for name in self.columns] for row in rows]
 
 
@@ -169,8 +172,8 @@ def _filled(line: str, values: Values) -> str | None:
         missing = missing or value is None
         return str(value) if isinstance(value, int) else literal(str(value))
 
-    made = re.sub(r":([a-z_]+)", fill, line)
-    return None if missing else made
+    filled = re.sub(r":([a-z_]+)", fill, line)
+    return None if missing else filled
 
 
 def _moment(milliseconds: float) -> datetime:
@@ -178,20 +181,7 @@ def _moment(milliseconds: float) -> datetime:
     return datetime(1970, 1, 1) + timedelta(milliseconds=int(milliseconds))
 
 
-def _whole(rows: list[Row], *names: str) -> None:
-    """Convert the doubles (sum, count below 2^53) and texts (SUMPRECISION) of Pinot to whole numbers."""
-    for row in rows:
-        for name in names:
-            row[name] = int(row[name])
-
-
-def _totals(rows: list[Row], _values: Values, _now: datetime) -> list[Row]:
-    _whole(rows, *_COUNTS, "spend_nanos", "invalid_spend_nanos")
-    return rows
-
-
 def _campaign_day(rows: list[Row], _values: Values, _now: datetime) -> list[Row]:
-    _whole(rows, *_COUNTS, "spend_nanos", "invalid_spend_nanos")
     for row in rows:
         row["event_date"] = date.fromisoformat(row["event_date"])
         row["gross_impressions"] = row["impressions"] + row["invalid_impressions"]
@@ -204,14 +194,12 @@ def _campaign_day(rows: list[Row], _values: Values, _now: datetime) -> list[Row]
 
 
 def _spend_by_hour(rows: list[Row], _values: Values, _now: datetime) -> list[Row]:
-    _whole(rows, "impressions", "clicks", "spend_nanos")
     for row in rows:
         row["event_hour"], row["spend_micros"] = _moment(row["event_hour"]), micros(row["spend_nanos"])
     return rows
 
 
 def _budget_pacing(rows: list[Row], values: Values, _now: datetime) -> list[Row]:
-    _whole(rows, "spend_nanos")
     budget, key, spent = values["daily_budget_micros"], None, 0
     assert budget is None or isinstance(budget, int)  # the parameter is a whole number
     made = []
@@ -231,14 +219,12 @@ def _budget_pacing(rows: list[Row], values: Values, _now: datetime) -> list[Row]
 
 
 def _attributed_revenue(rows: list[Row], _values: Values, _now: datetime) -> list[Row]:
-    _whole(rows, "revenue_micros")
     for row in rows:
         row["touch_date"] = date.fromisoformat(row["touch_date"])
     return rows
 
 
 def _freshness(rows: list[Row], _values: Values, now: datetime) -> list[Row]:
-    _whole(rows, "increments", "newest_version")
     for row in rows:
         committed = _moment(row["newest_commit"])
         row["newest_minute"], row["newest_commit"] = _moment(row["newest_minute"]), committed
@@ -248,57 +234,35 @@ def _freshness(rows: list[Row], _values: Values, now: datetime) -> list[Row]:
 
 _QUERIES = files("services.serving") / "queries"
 _COUNTS = ("impressions", "clicks", "invalid_impressions", "invalid_clicks")
-_ROUNDED = "rounded once from nanos, half away from zero"
+_GROSS = ("gross_impressions", "gross_clicks", "ctr")
+_SPEND = ("spend_micros", "invalid_spend_micros", "gross_spend_micros")
+_WHOLE = {*_COUNTS, "spend_nanos", "invalid_spend_nanos", "revenue_micros", "increments", "newest_version"}
 _CAMPAIGN = Parameter("campaign_id", "text", "only this campaign")
 _STORE = Parameter("store_id", "text", "only campaigns of this store, the advertiser")
 _DAYS = (
     Parameter("from_day", "day", "first day, UTC", is_required=True),
     Parameter("to_day", "day", "last day, UTC", is_required=True),
 )
-_DELIVERY = {
-    "impressions": "net: billable",
-    "clicks": "net: billable",
-    "invalid_impressions": "of invalid traffic",
-    "invalid_clicks": "of invalid traffic",
-}
 _NAMED = (
     NamedQuery(
         "totals",
         "counts and exact money by currency, to compare with the marts",
         (Parameter("from_day", "day", "from this day on, UTC"), Parameter("to_day", "day", "up to this day, UTC")),
-        {"currency": "ISO 4217"}
-        | _DELIVERY
-        | {"spend_nanos": "net", "invalid_spend_nanos": "what invalid traffic would have cost"},
-        _totals,
+        ("currency", *_COUNTS, "spend_nanos", "invalid_spend_nanos"),
+        lambda rows, _values, _now: rows,
     ),
     NamedQuery(
         "campaign_day",
         "delivery and spend by campaign and day: net, invalid, gross",
         (*_DAYS, _CAMPAIGN, _STORE),
-        {"event_date": "UTC", "campaign_id": "", "store_id": "the advertiser", "currency": "ISO 4217"}
-        | _DELIVERY
-        | {
-            "gross_impressions": "net and invalid",
-            "gross_clicks": "net and invalid",
-            "ctr": "clicks / impressions; null without an impression",
-            "spend_micros": f"net, {_ROUNDED}",
-            "invalid_spend_micros": "rounded likewise",
-            "gross_spend_micros": "net and invalid, rounded once",
-        },
+        ("event_date", "campaign_id", "store_id", "currency", *_COUNTS, *_GROSS, *_SPEND),
         _campaign_day,
     ),
     NamedQuery(
         "spend_by_hour",
         "net delivery and spend by campaign and hour",
         (*_DAYS, _CAMPAIGN, _STORE),
-        {
-            "event_hour": "UTC",
-            "campaign_id": "",
-            "currency": "ISO 4217",
-            "impressions": "net",
-            "clicks": "net",
-            "spend_micros": f"net, {_ROUNDED}",
-        },
+        ("event_hour", "campaign_id", "currency", "impressions", "clicks", "spend_micros"),
         _spend_by_hour,
     ),
     NamedQuery(
@@ -309,15 +273,7 @@ _NAMED = (
             _CAMPAIGN,
             Parameter("daily_budget_micros", "whole", "the budget to compare with; the marts know it, Pinot does not"),
         ),
-        {
-            "event_minute": "UTC",
-            "campaign_id": "",
-            "currency": "ISO 4217",
-            "spent_micros": f"net spend of the day by the end of the minute, {_ROUNDED}",
-            "daily_budget_micros": "as given",
-            "clock_micros": "the budget's part by the end of the minute, were it spent evenly over the day",
-            "overspend_micros": "spent above the budget, else 0",
-        },
+        ("event_minute", "campaign_id", "currency", "spent_micros", "daily_budget_micros", "clock_micros", "overspend_micros"),
         _budget_pacing,
     ),
     NamedQuery(
@@ -330,27 +286,14 @@ _NAMED = (
             _CAMPAIGN,
             _STORE,
         ),
-        {
-            "touch_date": "UTC",
-            "store_id": "",
-            "campaign_id": "",
-            "currency": "of the orders",
-            "revenue_micros": "sum of the credits: whole micros, nothing is rounded",
-        },
+        ("touch_date", "store_id", "campaign_id", "currency", "revenue_micros"),
         _attributed_revenue,
     ),
     NamedQuery(
         "freshness",
         "the newest increment of each region",
         (),
-        {
-            "region": "",
-            "increments": "rows",
-            "newest_minute": "newest event minute, UTC",
-            "newest_version": "newest Delta version of minute_metrics with a row of this region",
-            "newest_commit": "when that was committed, UTC",
-            "seconds_since_commit": "how long ago that was",
-        },
+        ("region", "increments", "newest_minute", "newest_version", "newest_commit", "seconds_since_commit"),
         _freshness,
     ),
 )
