@@ -33,7 +33,7 @@ from orchestration.cli import (
     status,
     up,
 )
-from orchestration.cli.context import Call, call_of
+from orchestration.cli.context import Call
 from orchestration.cli.options import Panel, examples
 from services.errors import HintedError
 from spark_jobs.errors import AdtallyError
@@ -89,7 +89,7 @@ def _global(
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version of adtally.")
     ] = False,
 ) -> None:
-    call = call_of(context)
+    call = context.ensure_object(Call)
     call.debug, call.home = debug, home
     keep_files_private()
 

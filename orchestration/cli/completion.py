@@ -18,7 +18,7 @@ def named_queries(incomplete: str) -> list[tuple[str, str]]:
 
 
 def campaigns(context: typer.Context, incomplete: str) -> list[str]:
-    """Return the campaigns of the published marts that begin with the typed text; none where there are no marts."""
+    """Return the campaigns of the published marts that begin with the typed text; none without marts."""
     import duckdb
 
     home = context.find_root().params.get("home") or os.environ.get("ADTALLY_HOME") or ".adtally"

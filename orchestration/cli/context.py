@@ -22,17 +22,12 @@ class Call:
     home: Path | None = None
 
 
-def call_of(context: typer.Context) -> Call:
-    """Return the options of this call."""
-    return context.ensure_object(Call)
-
-
 def settings_of(context: typer.Context) -> Settings:
     """Return the settings of the chosen installation. Raises UsageError if its home cannot be a folder."""
     from orchestration.cli.doctor import nearest
     from spark_jobs.config import load_settings
 
-    settings = load_settings(home=call_of(context).home)
+    settings = load_settings(home=context.ensure_object(Call).home)
     place = nearest(settings.home_path)
     if not place.is_dir():
         raise UsageError(f"{place} is not a folder", hint="set ADTALLY_HOME or --home to one, which may be new")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from orchestration.cli.context import call_of
+from orchestration.cli.context import Call
 from orchestration.cli.options import Panel, examples
 from orchestration.cli.output import console
 
@@ -33,5 +33,5 @@ def demo(
     """
     from orchestration.cli.demo_report import show_demo
 
-    if not show_demo(call_of(context).home, events=events, seed=seed, console=console()):
+    if not show_demo(context.ensure_object(Call).home, events=events, seed=seed, console=console()):
         raise typer.Exit(1)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from orchestration.cli.context import call_of
+from orchestration.cli.context import Call
 from orchestration.cli.options import Json, Panel, examples
 from orchestration.cli.output import show
 from spark_jobs.errors import AdtallyError, MachineError
@@ -53,7 +53,7 @@ def doctor(
 
     Exit status 2 if one fails.
     """
-    checks = examine(call_of(context).home, fix=fix)
+    checks = examine(context.ensure_object(Call).home, fix=fix)
     is_ok = all(check.ok for check in checks)
     marks = {True: ("ok     ", "green"), False: ("missing", "red")}
     lines = (Text.assemble(marks[check.ok], f" {check.name}: {check.detail}") for check in checks)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Sample = Annotated[int, typer.Option("--events", min=0, help="Events shown of each batch.")]
 
 app = typer.Typer(
-    help="Why a number of the marts is what it is: build, Delta versions, batches, files, rules, corrections, events.",
+    help="Explain a number of the marts: build, Delta versions, batches, files, rules, corrections, events.",
     no_args_is_help=True,
     epilog=examples(
         "adtally explain fct_campaign_day --campaign c00001 --date 2025-06-02",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestration.cli.context import call_of, settings_of
+from orchestration.cli.context import Call, settings_of
 from orchestration.cli.options import Json, Panel, Trigger, examples, seconds
 from orchestration.cli.output import console, print_json, say
 from orchestration.cli.publish import publish_at_end
@@ -47,7 +47,7 @@ def ingest(
     """
     every = seconds(trigger, "--trigger")
     settings = settings_of(context)
-    is_named = call_of(context).home is not None or "ADTALLY_HOME" in os.environ
+    is_named = context.ensure_object(Call).home is not None or "ADTALLY_HOME" in os.environ
     if is_named and not settings.home_path.exists() and not settings.landing_path.exists():
         raise UsageError(f"there is no home at {settings.home_path}", hint="mistyped? mkdir makes a new one")
     from spark_jobs.ingest.runner import run_ingest

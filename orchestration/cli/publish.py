@@ -60,7 +60,7 @@ def publish(
     if (continuous and whole) or (only_status and (continuous or whole or adopt)):
         raise UsageError("--continuous, --whole and --status are for different runs", hint="use one of them")
     settings = settings_of(context)
-    if only_status or not is_publishing(settings):  # without [publish] ask_publications raises and names what is missing
+    if only_status or not is_publishing(settings):  # without [publish] ask_publications raises and names the missing entries
         found = ask_publications(settings)
         show(found, [publications_table(found)], as_json=as_json)
         return
@@ -94,7 +94,7 @@ def publish(
 def budget(
     context: typer.Context,
     cluster: Annotated[str | None, typer.Option(help="A cluster of HOME/kafka.toml. Default: that of \\[publish].")] = None,
-    bootstrap_servers: Annotated[str | None, typer.Option(help="In place of --cluster: where a broker is.")] = None,
+    bootstrap_servers: Annotated[str | None, typer.Option(help="In place of --cluster: addresses of brokers.")] = None,
     topic: Annotated[str | None, typer.Option(help="Default: the metrics_topic of \\[publish], else ads-metrics.")] = None,
     store: Annotated[Path | None, typer.Option(help="The SQLite file. Default: HOME/budget/budget.sqlite.")] = None,
     once: Annotated[bool, typer.Option("--once", help="End when all present messages are consumed.")] = False,
@@ -105,7 +105,7 @@ def budget(
         int, typer.Option(min=0, max=36_500, help="Keep the ids of so many days; older days are final. 0 keeps all.")
     ] = 35,
     campaigns: Annotated[Path | None, typer.Option(help="CSV of the campaigns with their budgets, or a folder of them.")] = None,
-    day: Annotated[str | None, typer.Option(help="The day to show, as 2025-06-02. Default: the newest.")] = None,
+    day: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="The day to show. Default: the newest.")] = None,
     as_json: Json = False,
 ) -> None:
     """Run an example consumer: it sums spend per campaign and day from the topic of increments, exactly once, in SQLite.
@@ -131,8 +131,8 @@ def budget(
         except BrokerError as error:
             say(str(error), stderr=True)
     budgets = read_budgets(campaigns) if campaigns else []
-    now = datetime.now(UTC)
-    found = read_budget_status(path, topic, now=now, budgets=budgets, day=_day(day), offsets_behind=offsets_behind)
+    now, shown_day = datetime.now(UTC), None if day is None else day.date().isoformat()
+    found = read_budget_status(path, topic, now=now, budgets=budgets, day=shown_day, offsets_behind=offsets_behind)
     show(found, budget_tables(found), as_json=as_json)
 
 
@@ -160,15 +160,8 @@ def _find_topic(
     chosen = kafka.cluster(cluster) if cluster is not None else publish.cluster if publish else None
     if chosen is None and is_needed:
         hint = "use --bootstrap-servers, or --cluster with a cluster of HOME/kafka.toml"
-        raise UsageError("nobody says where the topic is", hint=hint)
+        raise UsageError("no cluster is known for the topic", hint=hint)
     return chosen.client_options() if chosen else {}, topic or (publish.metrics_topic if publish else _BUDGET_TOPIC)
-
-
-def _day(text: str | None) -> str | None:
-    try:
-        return None if text is None else datetime.strptime(text, "%Y-%m-%d").date().isoformat()
-    except ValueError:
-        raise UsageError(f"--day {text!r} is not a day", hint="as in 2025-06-02") from None
 
 
 @contextmanager
@@ -193,11 +186,8 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 def published_lines(report: PublishReport) -> Iterator[str]:
     """Return a line for each topic of a report."""
     for topic in report.topics:
-        if topic.versions:
-            messages = f"{topic.records:,} messages of {topic.versions:,} versions"
-            yield f"{topic.topic}: {messages}, up to version {topic.version} of {topic.table}"
-        else:
-            yield f"{topic.topic}: nothing new in {topic.table}"
+        messages = f"{topic.records:,} messages of {topic.versions:,} versions, up to version {topic.version} of"
+        yield f"{topic.topic}: {messages if topic.versions else 'nothing new in'} {topic.table}"
 
 
 def budget_tables(found: BudgetStatus) -> Iterator[RenderableType]:

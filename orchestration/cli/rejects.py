@@ -14,7 +14,7 @@ from orchestration.cli.options import Json, Panel, examples, moment
 from orchestration.cli.output import show
 from orchestration.cli.status import reasons_table
 from orchestration.cli.tables import RecordTable
-from spark_jobs.texts import counted
+from spark_jobs.texts import counted, printable
 
 if TYPE_CHECKING:
     from spark_jobs.operate.rejects import Reject, RejectReport
@@ -67,7 +67,6 @@ def reject_tables(found: RejectReport) -> Iterator[RenderableType]:
 
 def _records_table(rejects: list[Reject]) -> RecordTable:
     from spark_jobs.ingest.contract.parse import decode_raw
-    from spark_jobs.texts import printable
 
     shown = RecordTable("The newest", "place", "reasons", "records", "id", "ingested", "raw", texts=["reasons", "id", "raw"])
     for reject in rejects:

@@ -125,8 +125,5 @@ def status_tables(status: Status) -> Iterator[RenderableType]:
         yield Text(trouble, style="yellow")
     for problem in status.problems:
         yield Text(problem, style="red")
-    law = "offered = accepted + duplicate + conflict + rejected"
-    if status.conservation_holds:
-        yield Text(f"{law}: holds", style="green")
-    else:
-        yield Text(f"{law}: DOES NOT HOLD", style="bold red")
+    verdict, style = ("holds", "green") if status.conservation_holds else ("DOES NOT HOLD", "bold red")
+    yield Text(f"offered = accepted + duplicate + conflict + rejected: {verdict}", style=style)

@@ -109,7 +109,7 @@ def _posting(view: BuildView, line: str, row: Row, key: DayKey) -> Node:
     if total != posted:
         node.problems.append(f"the increments come to {total} nanos and the posting to {posted}")
     by_run = grouped(found, itemgetter("_run_id"))
-    reasons = corrections(view, sorted(filter(None, by_run)))
+    reasons = corrections(view, by_run)
     for run, rows in by_run.items():
         facts = {"batches": len(rows), **sums(rows)}
         if run is not None:

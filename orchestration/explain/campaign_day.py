@@ -47,7 +47,7 @@ def walk_back(view: BuildView, node: Node, key: DayKey, *, sample: int) -> None:
     found = increments(view, key)
     node.must_equal("its increments", {name: node.facts[name] for name in MEASURES}, sums(found))
     events = _events(view, key)
-    runs = corrections(view, sorted({row["_run_id"] for row in found if row["_run_id"]}))
+    runs = corrections(view, (row["_run_id"] for row in found))
     counted, judged = grouped(found, _batch_of), grouped(events, _batch_of)
     batches = Node("increments by batch", {"batches": len(counted)})
     node.add(batches)

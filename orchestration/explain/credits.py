@@ -41,7 +41,7 @@ def explain_credit(settings: Settings, order: str, *, model: str | None = None, 
         shown = [row for row in credits if model in (None, row["model"]) and window in (None, row["window_days"])]
         top.add(*_models(shown, latest))
         if not credits:
-            why = "a cancelled order has no credit" if latest["status"] != "placed" else "no touch lies before it in any window"
+            why = "a cancelled order has no credit" if latest["status"] != "placed" else "no touch is before it in any window"
             top.add(Node("no credit", {"because": why}))
         if credits and latest["touches"] == 0:
             top.problems.append("the newest revision has no touch and the mart has credits")

@@ -30,7 +30,7 @@ class Node:
         """Append parts."""
         self.parts += parts
 
-    def must_equal(self, below: str, expected: dict[str, Any], found: dict[str, Any]) -> None:
+    def must_equal(self, below: str, expected: dict[str, int], found: dict[str, int]) -> None:
         """Add a problem for each measure of ``expected`` that differs in ``found``. ``below`` names the parts of ``found``."""
         for name, value in expected.items():
             if found.get(name, 0) != value:
@@ -49,8 +49,8 @@ def as_json(node: Node) -> dict[str, Any]:
     return {"adds_up": not any(node.all_problems()), **_plain(node)}
 
 
-def _plain(node: Node) -> dict[str, Any]:
-    result: dict[str, Any] = {"what": node.what, **node.facts}
+def _plain(node: Node) -> dict[str, object]:
+    result: dict[str, object] = {"what": node.what, **node.facts}
     if node.problems:
         result["problems"] = node.problems
     if node.parts:
@@ -86,7 +86,7 @@ def _label(node: Node, style: str = "") -> Text:
     return Text.assemble((node.what, style), (f"  {known}" if known else "", "dim"))
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, datetime):
         return f"{value:%Y-%m-%d %H:%M:%S}" + (f".{value:%f}" if value.microsecond else "") + "Z"
     if isinstance(value, date):

@@ -189,12 +189,13 @@ def increments(view: BuildView, key: DayKey, *, metrics: int | None = None, ledg
     )
 
 
-def corrections(view: BuildView, runs: Sequence[str]) -> dict[str, Row]:
-    """Return run id -> kinds, reasons and causes of corrections.
+def corrections(view: BuildView, runs: Iterable[str | None]) -> dict[str, Row]:
+    """Return run id -> kinds, reasons and causes of those runs that are corrections.
 
     They come from the newest version of `restatements`, because a correction writes this table last.
     """
-    if not runs:
+    wanted = sorted({run for run in runs if run})
+    if not wanted:
         return {}
     newest = view.lake.version(RESTATEMENTS)
     found = view.rows(
@@ -203,7 +204,7 @@ def corrections(view: BuildView, runs: Sequence[str]) -> dict[str, Row]:
             list(distinct cause order by cause) as causes, max(restated_at) as restated_at
         from {view.scan(RESTATEMENTS, newest)} where run_id in (select unnest(?)) group by run_id
         """,
-        [list(runs)],
+        [wanted],
     )
     return {row["run_id"]: row for row in found}
 
@@ -228,13 +229,13 @@ def _text_of(value: bytes) -> str:
         return value.hex()
 
 
-def _naive(value: Any) -> Any:
+def _naive(value: object) -> object:
     return value.replace(tzinfo=None) if isinstance(value, datetime) else value
 
 
-def _summary(content: dict[str, Any]) -> dict[str, Any]:
+def _summary(content: dict[str, object]) -> dict[str, object]:
     """Return a rule set's entries on one line each; of long lists only the length."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for name, value in content.items():
         if isinstance(value, dict) and value.get("mode") == "off":
             found[name] = "off"

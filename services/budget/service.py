@@ -180,16 +180,12 @@ def _split(polled: list[Received[bytes, bytes]]) -> tuple[list[Message], dict[in
         if partition is None or offset is None:  # an error of no partition
             partition, offset = -1, -1
         if error is None:
-            messages.append(Message(partition, offset, _bytes(received.key()), _bytes(received.value())))
+            messages.append(Message(partition, offset, received.key(), received.value()))
         elif error.code() == KafkaError._PARTITION_EOF:
             ends[partition] = offset
         elif not error.retriable() and error.code() not in _RETRIED:
             raise KafkaException(error)
     return messages, ends
-
-
-def _bytes(value: str | bytes | None) -> bytes | None:
-    return value.encode() if isinstance(value, str) else value
 
 
 def _broker_error(error: KafkaException) -> BrokerError:

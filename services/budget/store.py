@@ -121,13 +121,10 @@ class Store:
     def begin_topic(self, topic: str, topic_id: str) -> None:
         """Record the id of the topic. Forget the offsets of an earlier topic of the same name, so that reading starts anew."""
         with self._transaction():
-            row = self.db.execute("select topic_id from topics where topic = ?", (topic,)).fetchone()
-            self.db.execute(
-                "insert into topics (topic, topic_id) values (?, ?) on conflict do update set topic_id = excluded.topic_id",
-                (topic, topic_id),
-            )
-            if row is not None and row[0] != topic_id:
-                self.db.execute("delete from offsets where topic = ?", (topic,))
+            other = "select topic from topics where topic = ? and topic_id <> ?"
+            self.db.execute(f"delete from offsets where topic in ({other})", (topic, topic_id))
+            insert = "insert into topics (topic, topic_id) values (?, ?)"
+            self.db.execute(f"{insert} on conflict do update set topic_id = excluded.topic_id", (topic, topic_id))
 
     def offsets(self, topic: str) -> dict[int, int]:
         """Return partition -> the next offset to read."""

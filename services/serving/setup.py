@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from confluent_kafka import KafkaException
@@ -52,7 +53,7 @@ def ensure_tables(client: PinotClient, specs: Iterable[TableSpec], tell: Callabl
             _update_schema(client, spec, tell)
             _update_config(client, spec, found, tell)
     for spec in specs:
-        _await(lambda name=spec.name: client.query(f"select count(*) from {name}"), spec.name)  # type: ignore[misc]
+        _await(partial(client.query, f"select count(*) from {spec.name}"), spec.name)
 
 
 def _check_meaning(spec: TableSpec, found: dict[str, Any]) -> None:
@@ -100,7 +101,7 @@ def _update_config(client: PinotClient, spec: TableSpec, found: dict[str, Any], 
     client.put_table(wanted)
     if old != new:
         client.pause(spec.name)
-        _await(lambda: _check_stopped(client, spec.name), spec.name)
+        _await(partial(_check_stopped, client, spec.name), spec.name)
         client.resume(spec.name)
     else:
         client.reload(spec.name)
