@@ -85,7 +85,7 @@ def publish(
 @app.command(
     rich_help_panel=Panel.ASK,
     epilog=examples(
-        "adtally budget --once                         all that is there, then end",
+        "adtally budget --once                         all present messages, then end",
         "adtally budget --campaigns .adtally/landing/campaigns",
         "adtally budget --status --json | jq .campaigns",
         "adtally budget --bootstrap-servers 127.0.0.1:9092 --once",

@@ -168,11 +168,12 @@ def _run_named(
 
 
 def _run_sql(context: typer.Context, sql: str, engine: Engine, broker: str | None, with_build: bool) -> tuple[list[str], Rows]:
-    from orchestration.marts import query_marts
     from services.launcher.errors import PinotQueryError
     from services.serving.named import add_hint
 
     if engine is Engine.duckdb:
+        from orchestration.marts import query_marts
+
         return query_marts(settings_of(context), sql, with_build=with_build)
     statement = sql.strip().removesuffix(";")
     if not _SELECT.match(statement):

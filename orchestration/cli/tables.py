@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from datetime import datetime
 
 from rich import box
@@ -26,7 +26,7 @@ class RecordTable(Table):
     between words; the other columns are numbers and times, which never break.
     """
 
-    def __init__(self, title: str, *columns: str, left: int = 1, texts: Iterable[str] = ()) -> None:
+    def __init__(self, title: str, *columns: str, left: int = 1, texts: Collection[str] = ()) -> None:
         super().__init__(
             title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
         )

@@ -197,5 +197,5 @@ def _reviews(view: BuildView, day: date) -> Node:
             [day, view.build.built_at],
         )
     node = Node("reviews of the day's hours for invalid traffic", {"runs": len(rows)})
-    node.add(*(Node(f"run {row.pop('run_id')}", row) for row in rows))
+    node.add(*(Node(f"run {row['run_id']}", {name: value for name, value in row.items() if name != "run_id"}) for row in rows))
     return node
