@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError
+from spark_jobs.ingest.checkpoint_log import has_plan
 from spark_jobs.ingest.durable_checkpoint import read_query_id
 from spark_jobs.ingest.files.checkpoint import read_batch_files
 from spark_jobs.ingest.files.landing import LandingFile, Split, name_below, plan_splits, reason_of, relative_name
@@ -111,10 +112,7 @@ class FilesSource(RecordSource):
 
     def has_records(self, batch_id: int) -> bool:
         """See RecordSource."""
-        offsets = self.checkpoint / "offsets"
-        if not (offsets / str(batch_id)).exists() or (batch_id and not (offsets / str(batch_id - 1)).exists()):
-            return False
-        return bool(self.plan(batch_id).files)
+        return has_plan(self.checkpoint, batch_id) and bool(self.plan(batch_id).files)
 
     def splits(self, planned: Planned) -> list[Split]:
         """See RecordSource."""

@@ -22,6 +22,7 @@ from confluent_kafka.admin._listoffsets import OffsetSpec
 from spark_jobs import disk
 from spark_jobs.config import Settings
 from spark_jobs.errors import KafkaError, OffsetGapError, UsageError
+from spark_jobs.ingest.checkpoint_log import numbers
 from spark_jobs.ingest.kafka.config import KafkaCluster
 from spark_jobs.ingest.kafka.offsets import read_batch_offsets
 from spark_jobs.ingest.kafka.ranges import OffsetRange, Partition, partition_of
@@ -200,7 +201,7 @@ def _cut(partition: Partition, start: int, end: int, state: TopicState) -> tuple
 
 def gaps_of(checkpoint: Path, label: str, state: TopicState) -> list[Gap]:
     """Return what is missing for the next batch of the query with this checkpoint, whether given up or not."""
-    planned = max((int(p.name) for p in (checkpoint / "offsets").glob("*") if p.name.isdecimal()), default=None)
+    planned = max(numbers(checkpoint / "offsets"), default=None)
     if planned is None:
         return []
     offsets = read_batch_offsets(checkpoint, planned, state.topic)

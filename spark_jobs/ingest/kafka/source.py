@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, KafkaError
+from spark_jobs.ingest.checkpoint_log import has_plan
 from spark_jobs.ingest.files.landing import Split
 from spark_jobs.ingest.kafka.config import KafkaCluster
 from spark_jobs.ingest.kafka.gaps import checkpoint_of, keep_topic, read_topic, readable_ranges, topic_label
@@ -93,8 +94,7 @@ class KafkaSource(RecordSource):
 
     def has_records(self, batch_id: int) -> bool:
         """See RecordSource."""
-        offsets = self.checkpoint / "offsets"
-        if not (offsets / str(batch_id)).exists() or (batch_id and not (offsets / str(batch_id - 1)).exists()):
+        if not has_plan(self.checkpoint, batch_id):
             return False
         found = read_batch_offsets(self.checkpoint, batch_id, self.topic)
         return any(end > found.start[number] for number, end in found.end.items())
