@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spark_jobs.ingest.checkpoint_log import numbers, read_log, read_offset, refuse_unreadable
-from spark_jobs.ingest.files.landing import LandingFile, local_path
+from spark_jobs.ingest.files.landing import LandingFile, uri_path
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def read_batch_files(checkpoint: Path, batch_id: int, place: Callable[[str], str
     start = _offset(checkpoint, batch_id - 1)[1] if batch_id else -1
     listed = [file for log_id in range(start + 1, end + 1) for file in _listed_files(checkpoint, log_id)]
     files = [LandingFile(ms, path, _size(path)) for ms, path in ((ms, place(path)) for ms, path in listed)]
-    return BatchFiles(planned_ms * 1000, sorted(files, key=lambda file: file.order))
+    return BatchFiles(planned_ms * 1000, sorted(files))
 
 
 def read_finished_files(checkpoint: Path) -> dict[str, int]:
@@ -51,7 +51,7 @@ def read_finished_files(checkpoint: Path) -> dict[str, int]:
     lists = [f"{compacted}.compact"] if compacted >= 0 else []
     lists += map(str, range(compacted + 1, end + 1))
     entries = (entry for name in lists for entry in _entries(log / name) if entry["batchId"] <= end)
-    return {local_path(entry["path"]): int(entry["timestamp"]) for entry in entries}
+    return {uri_path(entry["path"]): int(entry["timestamp"]) for entry in entries}
 
 
 def read_finished_batches(checkpoint: Path) -> list[int]:
@@ -85,7 +85,7 @@ def _listed_files(checkpoint: Path, log_id: int) -> list[tuple[int, str]]:
     with refuse_unreadable(f"{path} is not the list of a file source"):
         compacted = min((number for number in numbers(folder, ".compact") if number >= log_id), default=log_id)
         entries = map(json.loads, read_log(path if path.exists() else folder / f"{compacted}.compact"))
-        files = [(int(entry["timestamp"]), local_path(entry["path"])) for entry in entries if entry["batchId"] == log_id]
+        files = [(int(entry["timestamp"]), uri_path(entry["path"])) for entry in entries if entry["batchId"] == log_id]
         if not files:  # the source only writes a list when it has found files
             raise ValueError(f"no file of {log_id}")
         return files

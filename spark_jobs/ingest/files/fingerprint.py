@@ -1,6 +1,6 @@
-"""What a landing file was when its batch was planned, so that another file under its name is noticed.
+"""Fingerprint landing files when a batch is planned, so that the batch notices another file under the same name.
 
-Size and a hash of the first and the last 64 KiB: two reads a file, however large it is.
+A fingerprint is the size and a hash of the first and the last 64 KiB: two reads, however large the file is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class FileState:
 
 
 def file_states(paths: Iterable[str]) -> list[FileState]:
-    """The states of files as they are now."""
+    """Return the present states of files."""
     return [_state(path) for path in paths]
 
 

@@ -27,34 +27,33 @@ _GROUP_FILES = 1000
 _GROUP_LINES = 32 * 1024  # rejects are Python objects, and four megabytes may be four million lines
 
 
-def is_small(split: object) -> bool:
-    """Return whether a split is a whole uncompressed file that is small enough to be parsed with others."""
+def _small_file(split: object) -> tuple[str, int] | None:
+    """Return region and size of a split that is a whole, small, uncompressed file; None for any other split."""
     if not isinstance(split, Split) or split.start or split.end is not None or split.path.endswith(".gz"):
-        return False
+        return None
     try:
-        return os.stat(split.path).st_size <= SMALL_BYTES
+        size = os.stat(split.path).st_size
     except OSError:
-        return False
+        return None
+    return (split.region, size) if size <= SMALL_BYTES else None
 
 
 def groups(splits: Iterable[object]) -> Iterator[list[int]]:
     """Yield positions of consecutive splits that are parsed together: small ones of one region. Any other split is alone."""
     group: list[int] = []
-    region, size = None, 0
+    group_region, group_bytes = "", 0
     for position, split in enumerate(splits):
-        if not (isinstance(split, Split) and is_small(split)):
-            if group:
-                yield group
-            yield [position]
-            group = []
-            continue
-        if group and (split.region != region or size >= _GROUP_BYTES or len(group) >= _GROUP_FILES):
+        small = _small_file(split)
+        is_full = group_bytes >= _GROUP_BYTES or len(group) >= _GROUP_FILES
+        if group and (small is None or is_full or small[0] != group_region):
             yield group
-            group = []
-        if not group:
-            region, size = split.region, 0
+            group, group_bytes = [], 0
+        if small is None:
+            yield [position]
+            continue
         group.append(position)
-        size += SMALL_BYTES if split.end is not None else os.path.getsize(split.path)
+        group_region = small[0]
+        group_bytes += small[1]
     if group:
         yield group
 
@@ -64,7 +63,7 @@ def parse_together(
 ) -> dict[int, list[tuple[Parsed, pa.Table]]]:
     """Parse and enrich splits of one region; return the chunks by number of the split.
 
-    Splits that are not whole lines, cannot be read, or have too many lines for the group are left out, for the caller to parse.
+    Leaves out splits that are not whole lines, are unreadable, or have too many lines for the group: the caller parses them.
     """
     found: dict[int, list[tuple[Parsed, pa.Table]]] = {}
     numbers: list[int] = []
