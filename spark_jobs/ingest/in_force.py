@@ -1,7 +1,7 @@
-"""The prices and rules that new batches are decided with, and what is wrong with the files that they come from.
+"""Choose the prices and rules that new batches are decided with, and report bad campaign and rule files.
 
-A file that breaks its contract while an ingest runs must not stop the streams: what its last right content said stays in force,
-and `adtally status`, a health signal and a notice say so. An ingest that has nothing in force yet does not start.
+A file that breaks its contract during an ingest must not stop the streams: its last good content stays in force, and `adtally
+status`, a health signal and a notice report the file. An ingest that has nothing in force yet does not start.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from spark_jobs.ingest.campaigns import load_campaigns, prices_in_force, read_ca
 from spark_jobs.rules.store import keep_rule_set
 from spark_jobs.traffic.rules import KIND, InvalidTrafficRules, current_rules
 
-Notice = Callable[[str], None]
-
 
 class InForce:
     """Prices and rules of invalid traffic for new batches. All streams of one process share it.
@@ -25,60 +23,59 @@ class InForce:
     ``notice`` gets one line when a file turns bad, and one when it is right again.
     """
 
-    def __init__(self, settings: Settings, notice: Notice | None = None) -> None:
+    def __init__(self, settings: Settings, notice: Callable[[str], None] = lambda _line: None) -> None:
         self._settings = settings
-        self._notice = notice or (lambda _line: None)
+        self._notice = notice
         self._problems: dict[str, str] = {}
         self._rules: InvalidTrafficRules | None = None
         self._kept: tuple[str, InvalidTrafficRules] | None = None
 
     def prices(self) -> int:
-        """Bring table `campaigns` up to its files; returns its version. A bad file leaves the prices in force.
+        """Load the campaign files into table `campaigns`; return its version. A bad file leaves the prices in force.
 
-        Raises CampaignFileError where there are none.
+        Raises CampaignFileError if there are none.
         """
+        problem = ""
         try:
             version = load_campaigns(self._settings)
         except CampaignFileError as error:
             version = prices_in_force(self._settings)
             if version is None:
                 raise
-            self._say("campaign files", f"{error}; the prices in force stay")
-        else:
-            self._say("campaign files", "")
+            problem = f"{error}; the prices in force stay"
+        self._report("campaign files", problem)
         return version or 0
 
     def rules(self) -> InvalidTrafficRules:
-        """The rules of invalid traffic as the files say them. A bad file leaves those that this process read last.
+        """Return the rules of invalid traffic in the files. A bad file leaves the rules that this process read last.
 
-        Raises RuleFileError where it read none yet.
+        Raises RuleFileError if it has not read any yet.
         """
+        problem = ""
         try:
             self._rules = current_rules(self._settings)
         except RuleFileError as error:
             if self._rules is None:
                 raise
-            self._say("rules of invalid traffic", f"{error}; the rules in force stay")
-        else:
-            self._say("rules of invalid traffic", "")
+            problem = f"{error}; the rules in force stay"
+        self._report("rules of invalid traffic", problem)
         return self._rules
 
     def rule_set(self) -> tuple[str, InvalidTrafficRules]:
-        """``rules``, and the hash under which `rule_sets` then holds them."""
+        """Return ``rules`` and their hash, the key of table `rule_sets`. Adds them to the table if they are new."""
         rules = self.rules()
         if self._kept is None or self._kept[1] != rules:
             self._kept = (keep_rule_set(self._settings, KIND, rules, datetime.now(UTC)), rules)
         return self._kept
 
-    def _say(self, what: str, problem: str) -> None:
-        before = self._problems.get(what, "")
-        self._problems[what] = problem
-        if problem != before:
-            self._notice(problem or f"{what}: all is right again")
+    def _report(self, files: str, problem: str) -> None:
+        if problem != self._problems.get(files, ""):
+            self._notice(problem or f"{files}: all is right again")
+        self._problems[files] = problem
 
 
 def campaign_file_problems(settings: Settings) -> list[str]:
-    """One line if the campaign files cannot be read as they are, and what holds meanwhile."""
+    """Return a line if the campaign files are bad, with the prices that apply meanwhile."""
     try:
         read_campaigns(settings.landing_path)
     except CampaignFileError as error:
@@ -88,7 +85,7 @@ def campaign_file_problems(settings: Settings) -> list[str]:
 
 
 def rule_file_problems(settings: Settings) -> list[str]:
-    """One line for each rule file that cannot be right."""
+    """Return a line for each bad rule file."""
     problems = []
     for load in (current_rules, load_attribution_rules):
         try:
