@@ -1,4 +1,4 @@
-"""Offsets of a topic: what a batch is made of, and what one task reads of it."""
+"""Name partitions, and cut the offsets of a batch into the splits that tasks read."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 PREFIX = "kafka"
 _NAME = re.compile(rf"{PREFIX}/([a-z0-9-]{{1,32}})/([a-zA-Z0-9._-]{{1,249}}(?:~[0-9]{{1,6}})?)/([0-9]{{1,9}})")
-SPLIT_OFFSETS = 500_000  # a task's: reading begins anew with each, so they are large
+SPLIT_OFFSETS = 500_000  # large, because each split costs a new start of reading
 
 
 class Partition(NamedTuple):
-    """A partition of a topic of a cluster. ``name`` is what tables call it in source_file; source_line is the offset then.
+    """A partition of a topic of a cluster. Tables have its ``name`` in source_file, and a record's offset in source_line.
 
-    Offsets of a topic that was deleted and made anew begin at 0 again, so ``topic`` is a label: the name, and from the second
-    topic of that name on ``~2`` and so on, which no name can have.
+    Offsets of a topic that was deleted and created again begin at 0. So ``topic`` is a label: the name, and from the second topic
+    of that name on the name and ``~2`` and so on, which no topic's name can have.
     """
 
     cluster: str
@@ -30,14 +30,14 @@ class Partition(NamedTuple):
 
 
 def partition_of(name: str) -> Partition | None:
-    """The inverse of ``Partition.name``; None: it names a file."""
+    """Return the partition with a ``Partition.name``; None if the name is a file's."""
     found = _NAME.fullmatch(name)
     return Partition(found[1], found[2], int(found[3])) if found else None
 
 
 @dataclass(frozen=True, order=True)
 class OffsetRange:
-    """Offsets [start, end) of the partition that ``name`` is the name of. Records of a batch come in the order (name, offset)."""
+    """Offsets [start, end) of the partition ``name``. A batch has its records in the order (name, offset)."""
 
     name: str
     start: int
@@ -46,9 +46,9 @@ class OffsetRange:
 
 @dataclass(frozen=True)
 class OffsetSplit:
-    """The ``number``-th split of a batch: offsets [start, end) of a partition. ``region`` is that of records that name none.
+    """The ``number``-th split of a batch: offsets [start, end) of a partition. ``region`` is for records without a region.
 
-    ``options`` are the settings by which a client connects; they may hold secrets.
+    ``options`` are the client's settings; they may hold secrets.
     """
 
     number: int
@@ -61,12 +61,12 @@ class OffsetSplit:
     options: dict[str, str] = field(repr=False)
 
     def __str__(self) -> str:
-        """The partition by its name, and which offsets of it."""
+        """Return the partition's name and the offsets."""
         return f"{self.name} offsets {self.start} to {self.end - 1}"
 
 
 def plan_offset_splits(ranges: Iterable[OffsetRange], options: dict[str, str], size: int = SPLIT_OFFSETS) -> list[OffsetSplit]:
-    """The splits of a batch of one cluster, in the order of its records."""
+    """Return the splits of a batch of one cluster, in the order of its records."""
     splits: list[OffsetSplit] = []
     for one in sorted(ranges):
         partition = partition_of(one.name)
@@ -74,6 +74,5 @@ def plan_offset_splits(ranges: Iterable[OffsetRange], options: dict[str, str], s
         topic = partition.topic.partition("~")[0]
         for start in range(one.start, one.end, size):
             end = min(start + size, one.end)
-            made = OffsetSplit(len(splits), one.name, partition.cluster, topic, partition.number, start, end, options)
-            splits.append(made)
+            splits.append(OffsetSplit(len(splits), one.name, partition.cluster, topic, partition.number, start, end, options))
     return splits
