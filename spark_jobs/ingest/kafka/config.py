@@ -209,10 +209,9 @@ def read_kafka(settings: Settings) -> KafkaConfig:
     except tomllib.TOMLDecodeError as error:
         raise KafkaConfigurationError(f"{path}: {re.sub(r'[^ -~]', '?', str(error))}") from None
     except ValidationError as error:
-        problems = (
-            (".".join(map(str, item["loc"])) or "file", item["msg"].removeprefix("Value error, ")) for item in error.errors()
+        wrong = "; ".join(
+            f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg'].removeprefix('Value error, ')}" for item in error.errors()
         )
-        wrong = "; ".join(f"{place}: {problem}" for place, problem in problems)
         raise KafkaConfigurationError(f"{path}: {wrong}", hint="docs/kafka.md lists the entries") from None
 
 

@@ -51,9 +51,9 @@ _CONSUMER = {
 
 @dataclass(frozen=True)
 class Slice:
-    """Offsets [start, end) of a partition, for one task. ``name`` is kafka/<cluster>/<topic>/<partition>; ``options`` may hold secrets."""
+    """Offsets [start, end) of a partition, for one task. ``options`` may hold secrets."""
 
-    name: str
+    name: str  # kafka/<cluster>/<topic>/<partition>
     start: int
     end: int
     options: dict[str, str] = field(repr=False)

@@ -25,9 +25,9 @@ ASK_SECONDS = 3.0
 class TopicSource:
     """A topic that is ingested. ``topic`` is its label in tables.
 
-    By partition, batches are complete up to the offset ``read_to``, the raw copy up to ``copied_to``, and the committed records end
-    at ``ends`` (None: the cluster does not answer; ``problem`` says why). ``gaps`` counts an operator's decisions to give up missing
-    records, ``lost_offsets`` the offsets that these covered, as far as is known.
+    By partition, batches are complete up to the offset ``read_to``, the raw copy up to ``copied_to``, and the committed records
+    end at ``ends`` (None: the cluster does not answer; ``problem`` says why). ``gaps`` counts an operator's decisions to give up
+    missing records, ``lost_offsets`` the offsets that these covered, as far as is known.
     """
 
     cluster: str
