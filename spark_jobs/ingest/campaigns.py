@@ -107,15 +107,11 @@ def _refuse_repeated_columns(name: str, header: Sequence[str]) -> None:
 
 
 def load_campaigns(settings: Settings) -> int | None:
-    """Replace table `campaigns` by the content of the CSV files; return its version.
-
-    Writes nothing if the table has this content already, or if there is no CSV file.
-    """
+    """Replace table `campaigns` by the content of the CSV files, if there are any and it is new; return the table's version."""
     log = DeltaLog(settings.table_uri(CAMPAIGNS.name))
     campaigns = read_campaigns(settings.landing_path)
     digest = hashlib.sha256(json.dumps([astuple(c) for c in campaigns]).encode()).hexdigest()
-    held = log.newest_metadata()
-    if campaigns and (held is None or held.get("campaigns_sha256") != digest):
+    if campaigns and (log.newest_metadata() or {}).get("campaigns_sha256") != digest:
         rows = [asdict(c) | {"valid_from": c.valid_from_us, "valid_to": c.valid_to_us} for c in campaigns]
         table = pa.Table.from_pylist(rows, CAMPAIGNS.schema)
         Lake(settings).replace(CAMPAIGNS, table, Step.CAMPAIGNS, metadata={"campaigns_sha256": digest})
@@ -130,12 +126,6 @@ def prices_in_force(settings: Settings) -> int | None:
 
 def campaigns_at(settings: Settings, version: int) -> pa.Table:
     """Return the price list (CAMPAIGN_SCHEMA) of one version of table `campaigns`."""
-    held = Lake(settings).at({CAMPAIGNS.name: version}).rows(CAMPAIGNS)
-    return pa.table(
-        {
-            "priced_campaign_id": held["campaign_id"],
-            "billing_model": held["billing_model"],
-            "valid_from_us": held["valid_from"].cast(pa.int64()),
-            "valid_to_us": held["valid_to"].cast(pa.int64()),
-        }
-    ).cast(CAMPAIGN_SCHEMA)
+    columns = ("campaign_id", "billing_model", "valid_from", "valid_to")
+    rows = Lake(settings).at({CAMPAIGNS.name: version}).rows(CAMPAIGNS, *columns)
+    return rows.select(columns).rename_columns(CAMPAIGN_SCHEMA.names).cast(CAMPAIGN_SCHEMA)

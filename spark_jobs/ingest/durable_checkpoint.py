@@ -71,7 +71,7 @@ def read_state(checkpoint: Path) -> CheckpointState | None:
 
 
 def set_aside_torn(checkpoint: Path) -> list[str]:
-    """Set aside the torn newest files of a checkpoint, so that Spark plans their batch again; return and log a line for each.
+    """Set aside torn files, so that Spark plans their batches again; return and log a line for each.
 
     Raises TableCorruptionError if a batch that has ended needs a torn file.
     """

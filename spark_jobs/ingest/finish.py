@@ -1,14 +1,13 @@
 """Find batches whose landing files changed after their first commit, and finish them without the files.
 
-Such a batch cannot run again: it would reject and skip other records than it was planned with. Its accepted records are in their
-table, so what is derived from them is written. Of the other records, the batch counts those that it committed before it was killed.
+Such a batch cannot run again: it would reject and skip other records than planned. Its accepted records are in their table, and
+this module writes what derives from them. Of the other records, the batch counts those that it committed before it was killed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -20,8 +19,7 @@ from spark_jobs.errors import TableCorruptionError
 from spark_jobs.ingest.batch import COUNTS, Plan
 from spark_jobs.ingest.durable_checkpoint import read_query_id
 from spark_jobs.ingest.event_columns import increment_columns, increments
-from spark_jobs.ingest.files.fingerprint import file_states
-from spark_jobs.ingest.files.landing import relative_name
+from spark_jobs.ingest.files.landing import file_state, relative_name
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.locks import WRITE_LOCKS, exclusive
@@ -33,7 +31,6 @@ from spark_jobs.lake.writes import DeltaSink
 from spark_jobs.steps import Step
 from spark_jobs.units import floor_hour, from_micros
 
-_LEDGER_STEPS = {"events": Step.EVENTS_LEDGER, "orders": Step.ORDERS_LEDGER}
 RegionHour = tuple[str, datetime | None]
 """A region and an event hour (None: the records had no readable time)."""
 Cells = dict[RegionHour, dict[str, Any]]
@@ -42,44 +39,32 @@ Cells = dict[RegionHour, dict[str, Any]]
 
 @dataclass(frozen=True)
 class StuckBatch:
-    """An incomplete batch of a stream, its first commit, and the names of its files that are not what they were."""
+    """An incomplete batch of a stream, its first commit, and the names of its files that changed or vanished."""
 
     stream: str
     commit: Commit
+    transaction: Transaction
+    plan: Plan
     changed: list[str]
-
-    @property
-    def plan(self) -> Plan:
-        """What the batch was planned with."""
-        return Plan.from_commit(self.commit)
-
-    @property
-    def transaction(self) -> Transaction:
-        """The batch's identity."""
-        assert self.commit.txn is not None  # stuck_batches found the commit by it
-        return Transaction(*self.commit.txn)
 
 
 def stuck_batches(settings: Settings) -> Iterator[StuckBatch]:
     """Find the batches that no ingest can finish because a landing file changed or vanished."""
     ledger = DeltaSink(BATCH_LEDGER, settings)
     for stream in STREAMS:
-        query_id = _query_id(settings, stream)
+        try:
+            query_id = read_query_id(settings.checkpoints_path / stream)
+        except TableCorruptionError:
+            continue
         log = DeltaLog(settings.table_uri(stream))
-        newest = next((c for c in log.commits_backwards() if c.txn and c.txn[0] == query_id), None) if query_id else None
-        if newest is None or newest.txn is None or ledger.has(Transaction(*newest.txn)):
+        newest = next((commit for commit in log.commits_backwards() if commit.txn and commit.txn[0] == query_id), None)
+        if newest is None or newest.txn is None or ledger.has(transaction := Transaction(*newest.txn)):
             continue
         plan = Plan.from_commit(newest)
-        changed = plan.changed_files(file_states(file.path for file in plan.files))
+        changed = plan.changed_files([file_state(file.path) for file in plan.files])
         if changed:
             names = [relative_name(file.path, settings.landing_path) for file in changed]
-            yield StuckBatch(stream, newest, names)
-
-
-def _query_id(settings: Settings, stream: str) -> str | None:
-    with suppress(TableCorruptionError):
-        return read_query_id(settings.checkpoints_path / stream)
-    return None
+            yield StuckBatch(stream, newest, transaction, plan, names)
 
 
 def finish(settings: Settings, batch: StuckBatch) -> None:
@@ -100,7 +85,7 @@ def finish(settings: Settings, batch: StuckBatch) -> None:
         nothing |= {"stream": batch.stream, "source": "files"}
         lines = [{"region": region, "event_hour": hour, **nothing, **counts} for (region, hour), counts in cells.items()]
         ledger = stamped_records(lines or [nothing], BATCH_LEDGER, stamp)
-        DeltaSink(BATCH_LEDGER, settings).append_rows(ledger, _LEDGER_STEPS[batch.stream], transaction)
+        DeltaSink(BATCH_LEDGER, settings).append_rows(ledger, Step(f"{batch.stream}_ledger"), transaction)
 
 
 def _events(settings: Settings, commit: Commit) -> pa.Table:
@@ -123,7 +108,7 @@ def _cells_of_events(rows: pa.Table) -> Cells:
 
 
 def _cells_of_orders(settings: Settings, commit: Commit) -> Cells:
-    """Count the records behind a commit of orders: a row names an accepted `placed`, an accepted `cancelled` record, or both."""
+    """Count the accepted records of a commit of orders: a row has an accepted `placed`, an accepted `cancelled` record, or both."""
     before, after = (_orders(settings, version) for version in (commit.version - 1, commit.version))
     cells: Cells = {}
     for order_id, row in after.items():

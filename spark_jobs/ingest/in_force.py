@@ -18,10 +18,7 @@ from spark_jobs.traffic.rules import KIND, InvalidTrafficRules, current_rules
 
 
 class InForce:
-    """Prices and rules of invalid traffic for new batches. All streams of one process share it.
-
-    ``notice`` gets one line when a file turns bad, and one when it is right again.
-    """
+    """Prices and rules for all new batches of a process. ``notice`` gets a line when a file turns bad, or is right again."""
 
     def __init__(self, settings: Settings, notice: Callable[[str], None] = lambda _line: None) -> None:
         self._settings = settings
@@ -31,10 +28,7 @@ class InForce:
         self._kept: tuple[str, InvalidTrafficRules] | None = None
 
     def prices(self) -> int:
-        """Load the campaign files into table `campaigns`; return its version. A bad file leaves the prices in force.
-
-        Raises CampaignFileError if there are none.
-        """
+        """Load the campaign files; return the version of `campaigns`. Raises CampaignFileError if they are bad and it is empty."""
         problem = ""
         try:
             version = load_campaigns(self._settings)
@@ -47,10 +41,7 @@ class InForce:
         return version or 0
 
     def rules(self) -> InvalidTrafficRules:
-        """Return the rules of invalid traffic in the files. A bad file leaves the rules that this process read last.
-
-        Raises RuleFileError if it has not read any yet.
-        """
+        """Return the rules in the files or, if these are bad, the last good ones. Raises RuleFileError if there are none."""
         problem = ""
         try:
             self._rules = current_rules(self._settings)
@@ -61,12 +52,12 @@ class InForce:
         self._report("rules of invalid traffic", problem)
         return self._rules
 
-    def rule_set(self) -> tuple[str, InvalidTrafficRules]:
-        """Return ``rules`` and their hash, the key of table `rule_sets`. Adds them to the table if they are new."""
+    def rule_set(self) -> str:
+        """Return the hash of ``rules``, which is their key in table `rule_sets`. Adds them to the table if they are new."""
         rules = self.rules()
         if self._kept is None or self._kept[1] != rules:
             self._kept = (keep_rule_set(self._settings, KIND, rules, datetime.now(UTC)), rules)
-        return self._kept
+        return self._kept[0]
 
     def _report(self, files: str, problem: str) -> None:
         if problem != self._problems.get(files, ""):
@@ -79,8 +70,8 @@ def campaign_file_problems(settings: Settings) -> list[str]:
     try:
         read_campaigns(settings.landing_path)
     except CampaignFileError as error:
-        held = "there are no prices in force" if prices_in_force(settings) is None else "the prices in force stay"
-        return [f"{error}; {held}"]
+        effect = "there are no prices in force" if prices_in_force(settings) is None else "the prices in force stay"
+        return [f"{error}; {effect}"]
     return []
 
 

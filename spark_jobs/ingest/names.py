@@ -26,10 +26,7 @@ _LONGEST = {"id": 128, "name": 200}
 
 
 def read_names(landing: Path) -> list[dict[str, str]]:
-    """Return the rows of table `names` from ``<landing>/names/*.csv``, sorted. Of two names of one id, the later one applies.
-
-    Raises NamesFileError with the file, the line and the rule.
-    """
+    """Return the rows of table `names` from CSV files, sorted. The later of two names of an id applies. Raises NamesFileError."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     for file, where, row in read_rows(landing, NAMES_FOLDER, COLUMNS, NamesFileError):
         values = {column: (row[column] or "").strip() for column in COLUMNS}
@@ -43,15 +40,12 @@ def read_names(landing: Path) -> list[dict[str, str]]:
 
 
 def load_names(settings: Settings) -> int:
-    """Replace table `names`, which must exist, by the content of the CSV files; return its version.
-
-    Writes nothing if the table has this content already. Raises NamesFileError.
-    """
+    """Replace table `names`, which must exist, by the content of the CSV files, if it is new; return the table's version."""
     log = DeltaLog(settings.table_uri(NAMES.name))
     names = read_names(settings.landing_path)
     digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-    held = log.newest_metadata()
-    if names if held is None else held.get("names_sha256") != digest:
+    metadata = log.newest_metadata()
+    if names if metadata is None else metadata.get("names_sha256") != digest:
         rows = pa.Table.from_pylist(names, NAMES.schema)
         Lake(settings).replace(NAMES, rows, Step.NAMES, metadata={"names_sha256": digest})
     return log.latest_version() or 0

@@ -1,11 +1,14 @@
 """The first pass: parse each split once into scratch files, and read these as often as needed.
 
-Scratch files are a cache: a task that does not find one (another worker, a lost disk) parses the split again.
+Scratch files are a cache: a task that does not find one (another worker, a lost disk) parses the split again. On one machine they
+are under HOME/scratch; the driver removes them. On a cluster each executor has its own folder in Spark's local folders.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -26,7 +29,6 @@ from spark_jobs.ingest.kafka.ranges import OffsetSplit
 from spark_jobs.ingest.kafka.reading import read_records
 from spark_jobs.ingest.quarantine import GZIP_BOMB, TOO_MANY_REJECTS, Quarantined, QuarantineLimits
 from spark_jobs.ingest.reject_rows import RejectCounts, RejectTally, one_reject
-from spark_jobs.ingest.scratch import forget_earlier_batches, scratch_folder
 from spark_jobs.traffic.rules import InvalidTrafficRules
 from spark_jobs.units import HOUR_US
 
@@ -45,7 +47,7 @@ REJECT_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class StageTask:
-    """One split of a batch and all that its parsing depends on. ``scratch`` names the batch's folder (ingest/scratch.py).
+    """One split of a batch and all that its parsing depends on. ``scratch`` names the batch's folder (`scratch_folder`).
 
     ``limits_of_files`` decide whether to set its file aside (None: never). A split with ``quarantined`` is not read.
     """
@@ -263,3 +265,24 @@ def raw_lines(split: Split | OffsetSplit, wanted: npt.NDArray[np.int64]) -> Iter
             for number, index in chunk.find(wanted - first):
                 raw = chunk.raw(index)
                 yield number + first, *encode_raw(raw), len(raw)
+
+
+def scratch_folder(scratch: str) -> Path:
+    """Return the folder of a batch: ``scratch`` itself if it is an absolute path, else this executor's folder of that name."""
+    return Path(scratch) if os.path.isabs(scratch) else _executor_folder() / scratch
+
+
+def forget_earlier_batches(scratch: str) -> None:
+    """Remove this executor's folders of earlier batches of a query; the driver cannot. ``scratch`` is <query>-<batch>."""
+    if os.path.isabs(scratch):
+        return
+    query, _, batch = scratch.rpartition("-")
+    for folder in _executor_folder().glob(f"{query}-*"):
+        number = folder.name.removeprefix(f"{query}-")
+        if number.isdecimal() and int(number) < int(batch):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _executor_folder() -> Path:
+    local = os.environ.get("SPARK_LOCAL_DIRS", "").split(",")[0]  # Spark sets it for its Python workers
+    return Path(local or tempfile.gettempdir()) / "adtally"

@@ -19,9 +19,7 @@ from spark_jobs.ingest.contract.parse import encode_raw
 from spark_jobs.ingest.contract.spec import CONTRACTS
 from spark_jobs.ingest.dedupe.keys import hex_fingerprint
 from spark_jobs.ingest.event_columns import event_columns, increments, sum_increments
-from spark_jobs.ingest.files.landing import Split
 from spark_jobs.ingest.kafka.ranges import OffsetSplit
-from spark_jobs.ingest.quarantine import Quarantined
 from spark_jobs.ingest.reject_rows import RejectKind, Share, hour_of
 from spark_jobs.ingest.stage import StageTask, raw_lines, staged
 from spark_jobs.lake.data_files import DataFile, DataFileWriter
@@ -67,14 +65,11 @@ class WriteJob:
 
 @dataclass(frozen=True)
 class Written:
-    """What a task wrote. ``increments`` are the sums over its accepted events (None for orders).
-
-    ``rejected_records`` counts the records that the rows in ``rejects`` stand for.
-    """
+    """The files of a task, the increments of its accepted events, and the number of records that its ``rejects`` stand for."""
 
     events: list[DataFile]
     rejects: list[DataFile]
-    increments: pa.Table | None
+    increments: pa.Table
     rejected_records: int
 
 
@@ -94,17 +89,11 @@ def write_splits(work: Iterable[SplitRows], job: WriteJob) -> Written:
             with working_on(split.task.split):
                 for rows in reject_rows(split, job):
                     rejects.write(rows)
-                    rejected_records += _records_of(rows)
+                    rejected_records += int(pc.sum(pc.fill_null(rows["records"], 1)).as_py() or 0)
                 for rows in accepted_rows(split, job.campaigns, job.rules) if job.of_events else ():
                     accepted.add(rows, split)
         accepted.flush()
-    summed = sum_increments(accepted.sums) if job.of_events else None
-    return Written(events.files if events else [], rejects.files, summed, rejected_records)
-
-
-def _records_of(rows: pa.Table) -> int:
-    """Return how many records the rows of a rejected table stand for: one each, unless column ``records`` has a number."""
-    return int(pc.sum(pc.fill_null(rows["records"], 1)).as_py() or 0)
+    return Written(events.files if events else [], rejects.files, sum_increments(accepted.sums), rejected_records)
 
 
 class _Accepted:
@@ -182,8 +171,18 @@ def _some_at_a_time(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str
 
 
 def _rejects(work: SplitRows, job: WriteJob) -> Iterator[dict[str, Any]]:
+    """Make the rows of a split's rejects; of quarantined input, one row whose ``raw`` is the cause."""
     if work.task.quarantined is not None:
-        yield _quarantined(work.task.split, work.task.quarantined)
+        cause = work.task.quarantined.cause.encode("utf-8", "backslashreplace")
+        raw, encoding = encode_raw(cause)
+        yield {
+            "outcome": "rejected",
+            "reason_codes": [work.task.quarantined.reason],
+            "source_line": work.task.quarantined.start,  # 0 for a file
+            "raw": raw,
+            "raw_encoding": encoding,
+            "raw_size_bytes": len(raw),
+        }
         return
     seen: Counter[RejectKind] = Counter()
     for table in staged(work.task, "rejects", job.campaigns, job.rules):
@@ -204,19 +203,6 @@ def _rejects(work: SplitRows, job: WriteJob) -> Iterator[dict[str, Any]]:
 def _summary(row: dict[str, Any], records: int) -> dict[str, Any]:
     """Return a row that stands for ``records`` records, with place, time and reasons of the first one, ``row``."""
     return {name: row[name] for name in ("outcome", "reason_codes", "source_line", "record_time")} | {"records": records}
-
-
-def _quarantined(split: Split | OffsetSplit, found: Quarantined) -> dict[str, Any]:
-    """Return the row that stands for quarantined input: ``raw`` is the cause."""
-    raw, encoding = encode_raw(found.cause.encode("utf-8", "backslashreplace"))
-    return {
-        "outcome": "rejected",
-        "reason_codes": [found.reason],
-        "source_line": found.start if isinstance(split, OffsetSplit) else 0,
-        "raw": raw,
-        "raw_encoding": encoding,
-        "raw_size_bytes": len(raw),
-    }
 
 
 def _conflicts(work: SplitRows, job: WriteJob) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -143,17 +144,18 @@ def _parse_lines(chunk: Lines, contract: Contract, folder_region: str, limits: B
     return Parsed(count, accepted, rejects, repeats)
 
 
-def _valid_utf8(chunk: Lines) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    valid = np.ones(len(chunk.ends), dtype=bool)
+def _valid_utf8(chunk: Lines) -> npt.NDArray[np.bool_]:
+    if _is_utf8(chunk.data):
+        return np.ones(len(chunk.ends), dtype=bool)
+    return np.array([_is_utf8(chunk.raw(index)) for index in range(len(chunk.ends))])
+
+
+def _is_utf8(data: bytes) -> bool:
     try:
-        chunk.data.decode("utf-8")
+        data.decode("utf-8")
     except UnicodeDecodeError:
-        for index in range(len(valid)):
-            try:
-                chunk.raw(index).decode("utf-8")
-            except UnicodeDecodeError:
-                valid[index] = False
-    return valid
+        return False
+    return True
 
 
 def parse_all(

@@ -64,10 +64,7 @@ class LandingReport:
 
 
 def read_landing(settings: Settings) -> LandingReport:
-    """Compare the landing folder with the files that the checkpoints have read.
-
-    Raises TableCorruptionError if a checkpoint cannot be read.
-    """
+    """Compare the landing folder with the checkpoints. Raises TableCorruptionError if a checkpoint is unreadable."""
     landing = settings.landing_path
     read = {name: ms for stream in STREAMS for name, ms in _finished_names(settings, stream).items()}
     waiting: dict[str, list[Entry]] = {}
@@ -156,7 +153,10 @@ def look_into_landing(settings: Settings) -> list[str]:
         return []
     landing = settings.landing_path
     for entry in walk_landing(landing):
-        if entry.reason is Reason.SYMLINK and entry.source != "landing" and _leads_back(landing / entry.name, landing):
+        target = Path(os.path.realpath(landing / entry.name)) if entry.reason is Reason.SYMLINK else None
+        if target is None or entry.source == "landing" or not target.is_dir():
+            continue
+        if target.is_relative_to(landing) or landing.is_relative_to(target):
             raise UsageError(
                 f"{printable(entry.name)} is a link to a folder that leads back into the landing folder {landing}",
                 hint="remove it: no link is followed there (docs/runbooks/ignored-files.md)",
@@ -164,8 +164,3 @@ def look_into_landing(settings: Settings) -> list[str]:
     least = "" if report.is_complete else "at least "
     count = counted(report.ignored_files, "file")
     return [f"{least}{count} where nothing reads them: {report.ignored_text}; docs/runbooks/ignored-files.md"]
-
-
-def _leads_back(link: Path, landing: Path) -> bool:
-    target = Path(os.path.realpath(link))
-    return target.is_dir() and (target.is_relative_to(landing) or landing.is_relative_to(target))

@@ -38,10 +38,7 @@ def read_batch_files(checkpoint: Path, batch_id: int, place: Callable[[str], str
 
 
 def read_finished_files(checkpoint: Path) -> dict[str, int]:
-    """Return the files of all finished batches: path to planned time of modification in milliseconds.
-
-    Raises TableCorruptionError as ``read_batch_files`` does.
-    """
+    """Return the files of all finished batches: path to planned modification time (ms). Raises as ``read_batch_files`` does."""
     finished = max(numbers(checkpoint / "commits"), default=None)
     if finished is None:
         return {}

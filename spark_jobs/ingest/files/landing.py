@@ -1,9 +1,9 @@
-"""The landing folder: its entries, which of them are read, and the splits of a file that one task parses at a time.
+"""List the landing folder, decide which of its entries are read, and cut files into the splits that one task parses at a time.
 
 Writers follow one protocol: write a file elsewhere on the same file system, or under a name that starts with ``.`` or ``_``, then
-rename it into ``<landing>/<stream>/<region>/``. A file is read once, whole, after it appears under its final name. Only regular
-files are read, and no symbolic link below the landing folder is followed. Every other entry is reported with a Reason, except
-hidden names: these are the writers' temporary files.
+rename it into ``<landing>/<stream>/<region>/``. adtally reads a file once, whole, after it appears under its final name. It reads
+only regular files and follows no symbolic link below the landing folder. It reports every other entry with a Reason, except hidden
+names: these are the writers' temporary files.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlparse
+
+from xxhash import xxh3_64_hexdigest
 
 from spark_jobs.errors import LandingPathError
 from spark_jobs.lake.tables import STREAMS
@@ -30,6 +33,8 @@ _CSV_FOLDERS = (CAMPAIGNS_FOLDER, NAMES_FOLDER)
 MAX_STRAYS = 100_000
 """How many unread entries one walk reports: by mistake, the landing folder may contain a whole disk."""
 
+_EDGE_BYTES = 64 * 1024
+_HIDDEN = (".", "_")  # beginnings of hidden names
 _FILE_ENDINGS = (".jsonl", ".jsonl.gz")
 _REGION = re.compile(r"[a-z0-9-]{1,32}")
 _OF_THE_SIMULATOR = ("truth.json", "rules")  # `adtally simulate` writes them beside the streams
@@ -63,9 +68,9 @@ class Reason(StrEnum):
 class Entry:
     """One entry of the landing folder. ``reason`` is None if it is read, now or later.
 
-    ``name`` is its path under the landing folder, as the file system has it (surrogateescape). ``source`` is what it belongs to:
-    ``<stream>/<region>``, the stream, ``campaigns``, ``names`` or ``landing``. Of entries that are read, ``modified_ms`` is the
-    time of modification as Java reports it, and ``arrived`` the last change of state (the rename) in seconds since the epoch.
+    ``name`` is its path under the landing folder, as the file system has it (surrogateescape). ``source`` is the folder that it
+    belongs to: ``<stream>/<region>``, the stream, ``campaigns``, ``names`` or ``landing``. An entry that is read also has
+    ``modified_ms``, its time of modification as Java reports it, and ``arrived``, the last change of state (the rename) in seconds.
     """
 
     name: str
@@ -115,11 +120,9 @@ def walk_landing(landing: Path) -> Iterator[Entry]:
                 if strays < MAX_STRAYS or _may_hold_files(parts):
                     folders.append(parts)
                 continue
-            if entry.reason is not None:
-                strays += 1
-                if strays > MAX_STRAYS:
-                    continue
-            yield entry
+            strays += entry.reason is not None
+            if entry.reason is None or strays <= MAX_STRAYS:
+                yield entry
 
 
 def region_folders(stream_folder: Path) -> list[str]:
@@ -149,7 +152,7 @@ def _read_entries(landing: Path, *folder: str) -> Iterator[Entry]:
 def reason_of(landing: Path, name: str) -> Reason | None:
     """Return why the file ``name`` of the landing folder is not read; None if it is. A missing file is read and rejected."""
     parts = tuple(name.split("/"))
-    if any(_is_hidden(part) for part in parts):
+    if any(part.startswith(_HIDDEN) for part in parts):
         return Reason.HIDDEN
     if any(os.path.islink(landing.joinpath(*parts[:depth])) for depth in range(1, len(parts))):
         return Reason.SYMLINK
@@ -302,15 +305,11 @@ def _list(folder: Path) -> list[os.DirEntry[str]] | None:
         return []
     try:
         with os.scandir(folder) as entries:
-            return [entry for entry in entries if not _is_hidden(entry.name)]
+            return [entry for entry in entries if not entry.name.startswith(_HIDDEN)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError:
         return None
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "_"))
 
 
 def _require_regular(state: os.stat_result, path: str | Path) -> None:
@@ -327,3 +326,28 @@ def plan_splits(files: Iterable[LandingFile], landing: Path, split_bytes: int) -
         for start, end in zip(starts, [*starts[1:], None], strict=True):
             splits.append(Split(len(splits), file.path, name, region, start, end))
     return splits
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A file at one moment, so that a batch notices another file under the same name.
+
+    ``fingerprint`` (the size and a hash of the first and last 64 KiB) is the same for a copy; empty: there is no such file.
+    """
+
+    fingerprint: str
+    modified_ns: int = 0
+    inode: int = 0
+
+
+def file_state(path: str) -> FileState:
+    """Return the present state of a file."""
+    # not blocking, because a pipe must not hang
+    with suppress(OSError), open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        found = os.fstat(file.fileno())
+        if stat.S_ISREG(found.st_mode):
+            edges = os.pread(file.fileno(), _EDGE_BYTES, 0)
+            if found.st_size > _EDGE_BYTES:
+                edges += os.pread(file.fileno(), _EDGE_BYTES, max(_EDGE_BYTES, found.st_size - _EDGE_BYTES))
+            return FileState(f"{found.st_size}:{xxh3_64_hexdigest(edges)}", found.st_mtime_ns, found.st_ino)
+    return FileState("")

@@ -189,10 +189,7 @@ class KafkaConfig(_Frozen):
 
 
 def read_kafka(settings: Settings) -> KafkaConfig:
-    """Read ``settings.kafka_path``; no cluster if the file is missing.
-
-    Raises KafkaConfigurationError, which names the entry and never its value.
-    """
+    """Read kafka.toml; no cluster if it is missing. Raises KafkaConfigurationError, which names an entry, but never its value."""
     path = settings.kafka_path
     try:
         text = path.read_text("utf-8")

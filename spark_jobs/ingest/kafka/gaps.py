@@ -1,7 +1,7 @@
-"""Gaps: records that a topic lost before they were read. A batch that meets one fails until an operator gives the records up.
+"""Find gaps: records that a topic lost before a batch read them. Such a batch fails until an operator gives the records up.
 
-A topic loses records by retention, or because somebody deletes it and creates it again. Only its id shows the latter: the offsets
-begin at 0 again. A decision is a row of `source_gaps` with the offsets that were missing then. A later loss needs another decision.
+A topic loses records by retention, or because somebody deletes it and creates it again, which only its id shows: the offsets begin
+at 0 again. A decision is a row of `source_gaps` with the offsets that were missing then. A later loss needs another decision.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from spark_jobs.config import Settings
 from spark_jobs.errors import KafkaError, OffsetGapError, UsageError
 from spark_jobs.ingest.checkpoint_log import numbers
 from spark_jobs.ingest.kafka.config import KafkaCluster
-from spark_jobs.ingest.kafka.offsets import read_batch_offsets
-from spark_jobs.ingest.kafka.ranges import OffsetRange, Partition, partition_of
+from spark_jobs.ingest.kafka.ranges import OffsetRange, Partition, partition_of, read_batch_offsets
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import RAW_TABLES, SOURCE_GAPS
 from spark_jobs.lake.writes import ensure_tables
@@ -81,13 +80,11 @@ def read_topic(cluster: KafkaCluster, topic: str, seconds: float = ANSWER_SECOND
     except KafkaException as error:
         if error.args[0].code() == Code.UNKNOWN_TOPIC_OR_PART:
             raise KafkaError(f"{where} has no topic {topic}", hint="make it, or correct kafka.toml") from None
-        raise KafkaError(
-            f"{where} does not answer: {_cause(admin, errors) or error.args[0].str()}", hint="is the broker up?"
-        ) from None
+        problem = f": {_cause(admin, errors) or error.args[0].str()}"
+        raise KafkaError(f"{where} does not answer{problem}", hint="is the broker up?") from None
     except TimeoutError:
-        raise KafkaError(
-            f"{where} does not answer within {seconds:.0f} s{_cause(admin, errors, ': ')}", hint="is the broker up?"
-        ) from None
+        problem = f" within {seconds:.0f} s{_cause(admin, errors, ': ')}"
+        raise KafkaError(f"{where} does not answer{problem}", hint="is the broker up?") from None
     return TopicState(cluster.name, topic, str(described.topic_id), found["earliest"], found["latest"])
 
 
@@ -206,7 +203,7 @@ def _gaps_of(checkpoint: Path, label: str, state: TopicState) -> list[Gap]:
 
 
 def missing_now(settings: Settings, stream: str, cluster: KafkaCluster) -> tuple[TopicState, str, list[Gap]]:
-    """Return the topic, its label from now on, and what the ingest or the raw copy misses of it, whether given up or not.
+    """Return the topic, its label from now on, and the gaps of the ingest or the raw copy, whether given up or not.
 
     Raises KafkaError if the cluster does not answer.
     """
@@ -218,16 +215,13 @@ def missing_now(settings: Settings, stream: str, cluster: KafkaCluster) -> tuple
     for query in (stream, f"raw_{stream}"):
         for gap in _gaps_of(checkpoint_of(settings, query, cluster.name, state.topic, current), current, state):
             key = (gap.partition.number, gap.first == gap.end)
-            held = merged.get(key, gap)
-            merged[key] = Gap(gap.partition, min(held.first, gap.first), max(held.end, gap.end) if not key[1] else held.first)
+            other = merged.get(key, gap)
+            merged[key] = Gap(gap.partition, min(other.first, gap.first), max(other.end, gap.end) if not key[1] else other.first)
     return state, _label(state.topic, nth), [merged[key] for key in sorted(merged)]
 
 
 def accept_gap(settings: Settings, stream: str, cluster: KafkaCluster, *, reason: str, accepted_by: str) -> list[Gap]:
-    """Give up all that is missing now; return it.
-
-    Raises UsageError if nothing is missing, or without a reason and a name.
-    """
+    """Give up all offsets that are missing now; return them. Raises UsageError if none is, or without a reason and a name."""
     if not reason.strip() or not accepted_by.strip():
         raise UsageError("a reason and a name are needed: both are kept", hint="--reason …")
     ensure_tables(settings)

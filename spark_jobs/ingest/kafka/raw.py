@@ -63,15 +63,6 @@ class Slice:
         return f"{self.name} offsets {self.start} to {self.end - 1}"
 
 
-@dataclass(frozen=True)
-class CopyJob:
-    """The table that the tasks of a batch write, and the batch's own columns."""
-
-    table: Table
-    uri: str
-    stamp: Stamp
-
-
 class RawCopy(BatchJob):
     """The job that copies the topic of a stream of one cluster."""
 
@@ -96,28 +87,25 @@ class RawCopy(BatchJob):
         if not slices:
             return
         query_id = self.source.query_id()
-        job = CopyJob(self._sink.table, self._sink.uri, Stamp(query_id, batch_id, planned.planned_us))
+        table, uri, stamp = self._sink.table, self._sink.uri, Stamp(query_id, batch_id, planned.planned_us)
         tasks = min(len(slices), executor.parallelism)
-        written = executor.map(lambda part: [copy_slices(part, job)], slices, tasks)
+        written = executor.map(lambda part: [copy_slices(part, table, uri, stamp)], slices, tasks)
         files = [file for part in written for file in part]
         self._sink.append(files, Step.RAW_COPY, Transaction(query_id, batch_id))
 
 
-def cut(name: str, start: int, end: int, options: dict[str, str], size: int = _SLICE_OFFSETS) -> list[Slice]:
-    """Cut the offsets [start, end) of a partition into slices of at most ``size``."""
-    return [Slice(name, first, min(first + size, end), options) for first in range(start, end, size)]
+def cut(name: str, start: int, end: int, options: dict[str, str]) -> list[Slice]:
+    """Cut the offsets [start, end) of a partition into slices."""
+    return [Slice(name, at, min(at + _SLICE_OFFSETS, end), options) for at in range(start, end, _SLICE_OFFSETS)]
 
 
-def copy_slices(slices: Iterable[Slice], job: CopyJob) -> list[DataFile]:
-    """Write the records of one task's slices as data files of the raw table.
-
-    Raises KafkaError if the broker does not answer, or no longer has the offsets.
-    """
-    with DataFileWriter(job.uri, job.table) as writer, _no_garbage_collection():
+def copy_slices(slices: Iterable[Slice], table: Table, uri: str, stamp: Stamp) -> list[DataFile]:
+    """Write the records of slices as data files. Raises KafkaError if the broker does not answer, or lacks the offsets."""
+    with DataFileWriter(uri, table) as writer, _no_garbage_collection():
         for part in slices:
             with working_on(part):
                 for records in read_slice(part):
-                    writer.write(stamped(records, job.table, job.stamp))
+                    writer.write(stamped(records, table, stamp))
     return writer.files
 
 
@@ -162,10 +150,7 @@ def _connect(options: dict[str, str]) -> Consumer:
 
 
 def _end_of_partition(event: Message, part: Slice, next_offset: int) -> int:
-    """Return the offset after the last record if ``event`` is the end of the partition, else 0.
-
-    Raises KafkaError if the topic no longer has ``next_offset``.
-    """
+    """Return the end of the partition if ``event`` is that, else 0. Raises KafkaError if the topic lacks ``next_offset``."""
     error: Any = event.error()
     if error.code() in (Code.OFFSET_OUT_OF_RANGE, Code._AUTO_OFFSET_RESET):
         raise KafkaError(f"{part.name}: the topic does not have offset {next_offset} any more")

@@ -17,8 +17,7 @@ from spark_jobs.ingest.checkpoint_log import has_plan
 from spark_jobs.ingest.files.landing import Split
 from spark_jobs.ingest.kafka.config import KafkaCluster
 from spark_jobs.ingest.kafka.gaps import checkpoint_of, keep_topic, read_topic, readable_ranges, topic_label
-from spark_jobs.ingest.kafka.offsets import read_batch_offsets
-from spark_jobs.ingest.kafka.ranges import OffsetRange, OffsetSplit, Partition, plan_offset_splits
+from spark_jobs.ingest.kafka.ranges import OffsetRange, OffsetSplit, Partition, plan_offset_splits, read_batch_offsets
 from spark_jobs.ingest.source import Planned, RecordSource
 
 if TYPE_CHECKING:
@@ -26,14 +25,7 @@ if TYPE_CHECKING:
 
 _TASK_ERROR = re.compile(r"spark_jobs\.errors\.KafkaError: ([^\n]+)")
 # Java's client and Spark's source report one of these if no broker answers
-_BROKER_WORDS = (
-    "TimeoutException",
-    "Timed out",
-    "DisconnectException",
-    "UnknownTopicOrPartition",
-    "BrokerNotAvailable",
-    "KafkaException",
-)
+_NO_BROKER = re.compile("TimeoutException|Timed out|DisconnectException|UnknownTopicOrPartition|BrokerNotAvailable|KafkaException")
 
 
 class KafkaSource(RecordSource):
@@ -106,7 +98,7 @@ class KafkaSource(RecordSource):
         message = _TASK_ERROR.search(text)
         if message:
             return KafkaError(message[1].strip())
-        if any(word in text for word in _BROKER_WORDS):
+        if _NO_BROKER.search(text):
             where = f"cluster {self.cluster.name} does not answer at {self.cluster.bootstrap_servers}"
             return KafkaError(where, hint="is the broker up?")
         return None

@@ -13,7 +13,7 @@ from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError
 from spark_jobs.ingest.kafka.config import KafkaCluster, read_kafka
 from spark_jobs.ingest.kafka.gaps import TopicState, checkpoint_of, read_topic
-from spark_jobs.ingest.kafka.offsets import finished_offsets
+from spark_jobs.ingest.kafka.ranges import finished_offsets
 from spark_jobs.ingest.kafka.reading import open_consumer
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import SOURCE_GAPS, STREAMS
@@ -64,11 +64,10 @@ def read_topic_sources(settings: Settings, *, seconds: float = ASK_SECONDS) -> l
         away: str | None = None
         for stream in STREAMS:
             state = None
-            if away is None:
-                try:
-                    state = read_topic(cluster, cluster.topic(stream), seconds)
-                except AdtallyError as error:
-                    away = str(error)
+            try:
+                state = read_topic(cluster, cluster.topic(stream), seconds) if away is None else None
+            except AdtallyError as error:
+                away = str(error)
             decided = [row for row in gaps if (row["stream"], row["cluster"]) == (stream, cluster.name)]
             found.append(_source(settings, stream, cluster, state, decided, away))
             if state is None and "has no topic" in (away or ""):
@@ -109,10 +108,7 @@ def _newest_suffix(settings: Settings, stream: str, cluster: str) -> str:
 
 
 def oldest_waiting(settings: Settings, source: TopicSource, *, seconds: float = ASK_SECONDS) -> float | None:
-    """Return when the oldest record that waits to be read entered its topic, in seconds since the epoch.
-
-    None if no record waits, or none arrived in ``seconds``.
-    """
+    """Return when the oldest unread record entered its topic (seconds since the epoch); None if none arrives in ``seconds``."""
     if not source.lag or source.ends is None:
         return None
     topic = source.topic.partition("~")[0]
