@@ -336,7 +336,7 @@ def test_credits_follow_a_repair(settings: Settings) -> None:
 def test_a_rule_that_the_ingest_breaks_is_found(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, broken: str, by: Any, layers: set[str]
 ) -> None:
-    monkeypatch.setattr(f"spark_jobs.ingest.order_rows.{broken}", by)
+    monkeypatch.setattr(f"spark_jobs.ingest.orders.{broken}", by)
     land_orders(settings)
     sparkless.ingest(settings)
     assert {found.layer for found in reconcile(settings, None).differences} == layers
