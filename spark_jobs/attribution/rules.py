@@ -16,7 +16,7 @@ MODELS = ("last_click", "first_click", "linear", "position_based", "time_decay")
 
 
 class AttributionRules(BaseModel):
-    """By what an order's touches are credited. All models are computed for all windows."""
+    """The rules that credit an order's touches. All models are computed for all windows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,10 +40,10 @@ class AttributionRules(BaseModel):
 
     @property
     def lookback_us(self) -> int:
-        """The longest window, in microseconds: a touch further back counts in none."""
+        """The longest window, in microseconds. An earlier touch counts in no window."""
         return self.window_days[-1] * DAY_US
 
 
 def load_attribution_rules(settings: Settings) -> AttributionRules:
-    """Today's rules. Raises RuleFileError where the file cannot be right."""
+    """Read today's rules. Raises RuleFileError if the file is wrong."""
     return read_rules(settings.rules_path / "attribution.toml", AttributionRules)
