@@ -1,4 +1,4 @@
-"""Compare the tables with a recount, for some hours: the rows that differ, and why. What all streams share.
+"""Compare the tables of a stream with a recount, for some hours: find the rows that differ, and the cause.
 
 Accepted and rejected records are compared row by row. The ledger, whose corrections are further rows, is compared by sums per batch
 and key. Batches that a running query has yet to finish, or whose raw records are yet to be copied, are left out on both sides.
@@ -9,15 +9,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from spark_jobs.audit.checkpoints import PREFIX
 from spark_jobs.audit.engine import Recount, within
 from spark_jobs.audit.inputs import BatchState
 from spark_jobs.lake.tables import BATCH_LEDGER, RAW_TABLES, Table
 
-LEDGER_MEASURES = (
-    *("offered", "accepted", "duplicate", "conflict", "rejected", "late", "invalid_traffic", "unpriced", "spend_nanos"),
-)
+_OUTCOMES = ("accepted", "duplicate", "conflict", "rejected")
+LEDGER_MEASURES = ("offered", *_OUTCOMES, "late", "invalid_traffic", "unpriced", "spend_nanos")
+
+Sums = dict[int, list[int]]
+"""Sums of rows, by hour."""
 
 
 @dataclass(frozen=True)
@@ -168,13 +171,11 @@ class StreamComparison(ABC):
     def _ledger(self) -> list[Finding]:
         found = self._found(BATCH_LEDGER, "hour_of(epoch_us(event_hour))", f"stream = '{self._recount.inputs.stream}'")
         keys = "query_id, batch_id, source, region, hour"
+        sums = ", ".join(f"coalesce(sum({side}_{m}), 0)::hugeint as {side}_{m}" for m in LEDGER_MEASURES for side in "ef")
         comparable = "" if self._compares_partial else " and not coalesce(is_partial, false)"
         counts = {
             "offered": "sum(coalesce(records, 1))",
-            **{
-                name: f"coalesce(sum(coalesce(records, 1)) filter (outcome = '{name}'), 0)"
-                for name in ("accepted", "duplicate", "conflict", "rejected")
-            },
+            **{name: f"coalesce(sum(coalesce(records, 1)) filter (outcome = '{name}'), 0)" for name in _OUTCOMES},
             "late": "count(*) filter (outcome = 'accepted' and is_late)",
             "invalid_traffic": "count(*) filter (outcome = 'accepted' and invalid_traffic_rule is not null)",
             "unpriced": "count(*) filter (outcome = 'accepted' and billing_model is null)",
@@ -189,17 +190,13 @@ class StreamComparison(ABC):
             create or replace temp table ledger_over as select * from held_ledger where is_copy or is_broken;
             create or replace temp table ledger_delta as
             with cells as (
-                select {keys}, any_value(state) as state,
-                    {", ".join(f"sum(e_{m})::hugeint as e_{m}, sum(f_{m})::hugeint as f_{m}" for m in LEDGER_MEASURES)},
-                    sum(e_rows)::bigint as expected_rows, sum(f_rows)::bigint as found_rows
+                select {keys}, any_value(state) as state, {sums}, count(e_rows) as expected_rows, count(f_rows) as found_rows
                 from (
-                    select {keys}, state, {", ".join(f"{sql} as e_{m}" for m, sql in counts.items())}, 1 as e_rows,
-                        {", ".join(f"0 as f_{m}" for m in LEDGER_MEASURES)}, 0 as f_rows
+                    select {keys}, state, {", ".join(f"{sql} as e_{m}" for m, sql in counts.items())}, 1 as e_rows
                     from (select * exclude (region) rename (source_region as region) from expected) group by all
                     union all by name
                     select _query_id as query_id, _batch_id as batch_id, source, region, hour, state,
-                        {", ".join(f"0 as e_{m}" for m in LEDGER_MEASURES)}, 0 as e_rows,
-                        {", ".join(f"coalesce({m}, 0) as f_{m}" for m in LEDGER_MEASURES)}, 1 as f_rows
+                        {", ".join(f"{m} as f_{m}" for m in LEDGER_MEASURES)}, 1 as f_rows
                     from held_ledger where not (is_copy or is_broken)
                 ) group by {keys}
             ), known as (
@@ -241,3 +238,16 @@ class StreamComparison(ABC):
             """
         )
         return [Finding(hour, layer, *rest) for hour, *rest in found]
+
+    def _sums(self, sql: str) -> Sums:
+        """Return the rows of a query (hour, sum, ...) by hour."""
+        return {hour: sums for hour, *sums in self._database.rows(sql)}
+
+
+def differing_hours(expected: Sums, found: Sums) -> list[int]:
+    """Return the hours whose sums differ. An hour that is missing has sums of zero."""
+    return [
+        hour
+        for hour in {*expected, *found}
+        if any(ours != theirs for ours, theirs in zip_longest(expected.get(hour, ()), found.get(hour, ()), fillvalue=0))
+    ]

@@ -135,12 +135,10 @@ def _hash(record_id: str) -> int:
 
 
 def _row(number: int, judged: Judged, stream: str) -> Row:
-    fields = judged.fields or {}
-    return (
-        *(number, judged.fields is not None, judged.reasons or None, judged.record_id, judged.time_us, judged.received_us),
-        *(fields.get(name) for name in PAYLOAD[stream]),
-        *(judged.region, None if judged.record_id is None else _hash(judged.record_id)),
-    )
+    fields = judged.fields or dict.fromkeys(PAYLOAD[stream])
+    id_hash = None if judged.record_id is None else _hash(judged.record_id)
+    known = (judged.record_id, judged.time_us, judged.received_us)
+    return number, judged.fields is not None, judged.reasons or None, *known, *fields.values(), judged.region, id_hash
 
 
 def _table(rows: Iterable[Row], stream: str) -> pa.Table:

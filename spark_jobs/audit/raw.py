@@ -65,14 +65,11 @@ class RawTable:
     def complete_spans(self, name: str, *, from_offset: int) -> list[Span]:
         """Return the offsets of a partition that are there in full, ascending; ``from_offset`` is the lowest that matters."""
         query = self._queries.get(query_key(name))
-        own = None
-        if query is not None and name in query.end:
-            own = (query.start.get(name, 0), query.end[name])
-        if own is not None and own[0] <= from_offset:
-            return [own] if own[0] < own[1] else []
-        earlier = self._row_spans.get(name)
-        spans = [] if earlier is None else minus((earlier[0], earlier[1]), [] if own is None else [(own[0], NO_END)])
-        return [span for span in (*spans, *([] if own is None else [own])) if span[0] < span[1]]
+        own = [(query.start.get(name, 0), query.end[name])] if query is not None and name in query.end else []
+        earlier: list[Span] = []
+        if not own or own[0][0] > from_offset:
+            earlier = [part for span in self._row_spans.get(name, ()) for part in minus(span, [(own[0][0], NO_END)] if own else [])]
+        return [span for span in (*earlier, *own) if span[0] < span[1]]
 
     def will_reach(self, name: str, offset: int) -> bool:
         """Return whether the query that writes the table has yet to reach ``offset``; False if there is no query."""
@@ -80,17 +77,12 @@ class RawTable:
         return query is not None and offset >= query.end.get(name, query.start.get(name, 0))
 
     @cached_property
-    def _row_spans(self) -> dict[str, Span]:
+    def _row_spans(self) -> dict[str, list[Span]]:
         """For each partition: from its first row to its last one, without the rows that the running query has written."""
         if self._table not in self.snapshot:
             return {}
-        starts = [(name, query.start.get(name, 0)) for query in self._queries.values() for name in query.end]
-        began = pa.table(
-            {
-                "name": pa.array([name for name, _ in starts], pa.string()),
-                "began": pa.array([start for _, start in starts], pa.int64()),
-            }
-        )
+        starts = [{"name": name, "began": query.start.get(name, 0)} for query in self._queries.values() for name in query.end]
+        began = pa.Table.from_pylist(starts, pa.schema({"name": pa.string(), "began": pa.int64()}))
         with self.snapshot.lake.database() as database:
             database.register("starts", began)
             found = database.execute(
@@ -103,7 +95,7 @@ class RawTable:
                 where began is null or source_offset < began group by name
                 """
             ).fetchall()
-        return {name: (low, high) for name, low, high in found}
+        return {name: [(low, high)] for name, low, high in found}
 
     def chunks(self, name: str, wanted: Iterable[Span], held: list[Span]) -> Iterator[RawChunk]:
         """Yield the chunks of ``held`` that have an offset of ``wanted`` (ascending), each once."""

@@ -16,7 +16,6 @@ import sys
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +110,11 @@ class _Facts:
 
     def add(self, table: pa.Table) -> None:
         self.records += table.num_rows
-        times = pc.min_max(table["time_us"]).as_py()
-        self.min_us = min((t for t in (self.min_us, times["min"]) if t is not None), default=None)
-        self.max_us = max((t for t in (self.max_us, times["max"]) if t is not None), default=None)
+        times = [*pc.min_max(table["time_us"]).as_py().values(), self.min_us, self.max_us]
+        known = [time for time in times if time is not None]
+        self.min_us, self.max_us = min(known, default=None), max(known, default=None)
         self.has_unknown_time |= table["time_us"].null_count > 0
-        if table.num_rows == 1:
-            self.is_unreadable |= table["reasons"][0].as_py() == [UNREADABLE]
+        self.is_unreadable |= table.num_rows == 1 and table["reasons"][0].as_py() == [UNREADABLE]
 
 
 def parse_into(task: AnyTask, on_read: Callable[[int], None]) -> bool:
@@ -195,13 +193,10 @@ def raw_values(
 
 def _write(task: AnyTask, temporary: Path, on_read: Callable[[int], None]) -> None:
     schema, facts = record_schema(task.stream), _Facts()
-    coded = [
-        name for name, kind in zip(schema.names, schema.types, strict=True) if kind == pa.string() and name not in _PLAIN_COLUMNS
-    ]
+    coded = [field.name for field in schema if field.type == pa.string() and field.name not in _PLAIN_COLUMNS]
+    options = {"compression": "zstd", "compression_level": 1, "use_dictionary": coded, "write_page_checksum": True}
     waiting: list[pa.Table] = []
-    with pq.ParquetWriter(
-        temporary, schema, compression="zstd", compression_level=1, use_dictionary=coded, write_page_checksum=True
-    ) as writer:
+    with pq.ParquetWriter(temporary, schema, **options) as writer:
         for table in _records(task, on_read):
             facts.add(table)
             waiting.append(table)
@@ -214,17 +209,9 @@ def _write(task: AnyTask, temporary: Path, on_read: Callable[[int], None]) -> No
         writer.add_key_value_metadata({METADATA_KEY.decode(): json.dumps(entry)})
 
 
-class _NoPandas(MetaPathFinder):
-    """Hides pandas from Arrow, which would import it with the first list: a second for nothing that is used here."""
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        if name == "pandas":
-            raise ImportError(name)
-
-
 def main() -> int:
     """Do tasks until the standard input ends."""
-    sys.meta_path.insert(0, _NoPandas())
+    sys.modules["pandas"] = None  # type: ignore[assignment]  # Arrow would import it with the first list, which takes a second
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends this process
     gc.disable()  # records have no cycles
     pa.set_cpu_count(1)  # each core has a process
