@@ -88,24 +88,20 @@ def credit_orders(orders: pa.Table, touches: pa.Table, rules: AttributionRules |
     is_click = found["is_click"].to_numpy()
     times = orders["order_time"].cast(_TIME).cast(pa.int64()).to_numpy()
     made = credit(times, orders["total_micros"].to_numpy(), order, found["touch_us"].to_numpy(), is_click, chosen)
-    parts = []
-    for model in MODELS:
-        for window, days in enumerate(chosen.window_days):
-            weights = made.weights[model][:, window]
-            at = np.flatnonzero(weights > 0)
-            touch, of = found.take(pa.array(at)), orders.take(pa.array(order[at]))
-            columns = {
-                "order_id": of["order_id"],
-                "model": pa.repeat(model, len(at)),
-                "window_days": pa.repeat(pa.scalar(days, pa.int64()), len(at)),
-                "touch_event_id": touch["event_id"],
-                "campaign_id": touch["campaign_id"],
-                "ad_id": touch["ad_id"],
-                "touch_time": touch["touch_us"].cast(_TIME),
-                "order_time": of["order_time"],
-                "credit_weight": pa.array(weights[at]),
-                "credit_micros": pa.array(made.micros[model][at, window]),
-                "currency": of["currency"],
-            }
-            parts.append(pa.table([columns[field.name].cast(field.type) for field in CREDITS], schema=CREDITS))
-    return pa.concat_tables(parts)
+    weights, micros = (np.stack([of_model[model] for model in MODELS]) for of_model in (made.weights, made.micros))
+    model, at, window = np.nonzero(weights > 0)
+    touch, of = found.take(pa.array(at)), orders.take(pa.array(order[at]))
+    columns = {
+        "order_id": of["order_id"],
+        "model": pa.array(MODELS).take(pa.array(model)),
+        "window_days": pa.array(chosen.window_days, pa.int64()).take(pa.array(window)),
+        "touch_event_id": touch["event_id"],
+        "campaign_id": touch["campaign_id"],
+        "ad_id": touch["ad_id"],
+        "touch_time": touch["touch_us"].cast(_TIME),
+        "order_time": of["order_time"],
+        "credit_weight": pa.array(weights[model, at, window]),
+        "credit_micros": pa.array(micros[model, at, window]),
+        "currency": of["currency"],
+    }
+    return pa.table([columns[field.name].cast(field.type) for field in CREDITS], schema=CREDITS)

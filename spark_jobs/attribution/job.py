@@ -11,7 +11,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 
 import numpy as np
@@ -115,9 +115,6 @@ class _Progress:
 
     events: Position
     orders: Position
-
-    def to_metadata(self) -> dict[str, object]:
-        return {name: [at.table_id, at.version] for name, at in (("events", self.events), ("orders", self.orders))}
 
     @classmethod
     def of(cls, log: DeltaLog, version: int) -> _Progress | None:
@@ -235,13 +232,12 @@ class _AttributionRun:
         orders = orders.combine_chunks()
         is_cancelled = pc.or_(orders["is_cancelled"], pc.equal(orders["cause"], _REMOVED))
         orders = orders.set_column(orders.schema.get_field_index("is_cancelled"), "is_cancelled", is_cancelled)
-        low, high = order_keys(orders["order_id"])
-        before = _PreviousRevisions.of(self._revision_index, low, high)
+        before = _PreviousRevisions.of(self._revision_index, *order_keys(orders["order_id"]))
         names = np.array([self._today_name if is_anew or name is None else name for name in before.rule_set], dtype=object)
         for name in sorted(set(names.tolist())):
             of_rules = np.flatnonzero(names == name)
             for part in self._touched_orders(orders, of_rules, self._rules[name]):
-                yield from self._revisions_by(name, orders, part, before, (low, high))
+                yield from self._revisions_by(name, orders, part, before)
 
     def _touched_orders(self, orders: pa.Table, chosen: Ints, rules: AttributionRules) -> Iterator[tuple[Ints, Ints, pa.Table]]:
         """Yield the ``chosen`` orders in parts with a bounded number of touches.
@@ -267,7 +263,7 @@ class _AttributionRun:
             start, touch = end, last
 
     def _revisions_by(
-        self, name: str, orders: pa.Table, part: tuple[Ints, Ints, pa.Table], before: _PreviousRevisions, keys: tuple[Words, Words]
+        self, name: str, orders: pa.Table, part: tuple[Ints, Ints, pa.Table], before: _PreviousRevisions
     ) -> Iterator[pa.Table]:
         """Yield the new rows of the orders of a part, credited by the rule set ``name``, and keep their keys for the index."""
         chosen, order, found = part
@@ -298,8 +294,8 @@ class _AttributionRun:
         self._revised.append(
             pa.table(
                 {
-                    "low": keys[0][chosen[revised]],
-                    "high": keys[1][chosen[revised]],
+                    "low": before.low[chosen[revised]],
+                    "high": before.high[chosen[revised]],
                     "time_us": revision[revised],
                     "id": np.zeros(len(revised), dtype=np.uint64),
                     "counts": np.ones(len(revised), dtype=bool),
@@ -339,11 +335,16 @@ class _AttributionRun:
         """Commit the revisions and how far the inputs were read, in one commit."""
         if files and any(table["rule_set"][0].as_py() == self._today_name for table in self._revised):
             keep_rule_set(self.settings, KIND, self._today, self.now)
-        metadata = {_METADATA: done.to_metadata() if done else {}, "run_id": self.run_id}
+        progress = {"events": astuple(done.events), "orders": astuple(done.orders)} if done else {}
         base = self._base.version
-        transaction = Transaction(_APP_ID, base)
         self._lake.commit(
-            ATTRIBUTED_ORDERS, Step.ATTRIBUTED_ORDERS, base=base, add=files, transaction=transaction, metadata=metadata, batch_id=0
+            ATTRIBUTED_ORDERS,
+            Step.ATTRIBUTED_ORDERS,
+            base=base,
+            add=files,
+            transaction=Transaction(_APP_ID, base),
+            metadata={_METADATA: progress, "run_id": self.run_id},
+            batch_id=0,
         )
         commit = self._lake.log(ATTRIBUTED_ORDERS).commit(base + 1)
         if commit is not None and commit.txn == (_APP_ID, base):  # else the next run reads it from the table
@@ -357,8 +358,10 @@ class _AttributionRun:
 
 @dataclass(frozen=True)
 class _PreviousRevisions:
-    """The newest revisions of some orders, in their order; 0 where there is none."""
+    """The newest revisions of some orders, in their order; 0 where there is none. ``low`` and ``high`` are the orders' keys."""
 
+    low: Words
+    high: Words
     revision: Ints
     fingerprint: Words
     rule_set: list[str | None]
@@ -367,7 +370,8 @@ class _PreviousRevisions:
     @classmethod
     def of(cls, index: RowIndex, low: Words, high: Words) -> _PreviousRevisions:
         number, found = index.between(low, high, np.zeros(len(low), dtype=np.int64), np.full(len(low), _FOREVER))
-        made = cls(np.zeros(len(low), np.int64), np.zeros(len(low), np.uint64), [None] * len(low), np.zeros(len(low), bool))
+        size = len(low)
+        made = cls(low, high, np.zeros(size, np.int64), np.zeros(size, np.uint64), [None] * size, np.zeros(size, bool))
         made.revision[number] = found["time_us"].to_numpy()  # in the order of revisions: the last one wins
         made.fingerprint[number] = found["fingerprint"].to_numpy()
         made.is_cancelled[number] = _bools(found["is_cancelled"])

@@ -9,12 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import zip_longest
 
 from spark_jobs.audit.checkpoints import PREFIX
 from spark_jobs.audit.engine import Recount, within
 from spark_jobs.audit.inputs import BatchState
 from spark_jobs.lake.tables import BATCH_LEDGER, RAW_TABLES, Table
+from spark_jobs.units import NO_HOUR, hour_moment, hour_number
 
 _OUTCOMES = ("accepted", "duplicate", "conflict", "rejected")
 LEDGER_MEASURES = ("offered", *_OUTCOMES, "late", "invalid_traffic", "unpriced", "spend_nanos")
@@ -24,13 +26,13 @@ Sums = dict[int, list[int]]
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One kind of difference in one hour (NO_HOUR: records without a readable time), layer and campaign.
+class Difference:
+    """One kind of difference in one hour (None: records without a readable time), layer and campaign, and its ``cause``.
 
     Rows and nanos are the rows that differ and their spend: as the recount expects them, and as found. ``detail`` has an example.
     """
 
-    hour: int
+    event_hour: datetime | None
     layer: str
     cause: str
     campaign_id: str | None
@@ -39,14 +41,20 @@ class Finding:
     rows_found: int
     nanos_expected: int
     nanos_found: int
+    is_repaired: bool
     detail: str
+
+    @property
+    def hour(self) -> int:
+        """The number of the hour; NO_HOUR if there is none."""
+        return NO_HOUR if self.event_hour is None else hour_number(self.event_hour)
 
 
 @dataclass(frozen=True)
 class HourSums:
     """The accepted events of an hour and their spend, and the orders placed in it: by the recount, and in the tables."""
 
-    hour: int
+    hour: datetime
     events_expected: int = 0
     events_found: int = 0
     nanos_expected: int = 0
@@ -76,7 +84,7 @@ class StreamComparison(ABC):
         self._raw_table = RAW_TABLES[inputs.stream].name
         self._missed = "'record_missed'" if any(plan.ranges and not plan.files for plan in missed) else "'file_missed'"
 
-    def run(self, hours: Collection[int]) -> tuple[list[Finding], list[HourSums]]:
+    def run(self, hours: Collection[int]) -> tuple[list[Difference], list[HourSums]]:
         """Count ``hours`` and compare them."""
         self._recount.count(hours)
         self._expect()
@@ -87,11 +95,11 @@ class StreamComparison(ABC):
         return sorted(findings, key=lambda f: (f.hour, f.layer, f.cause, f.campaign_id or "")), sums
 
     @abstractmethod
-    def _compare_accepted(self, hours: Collection[int]) -> tuple[list[Finding], list[HourSums]]:
+    def _compare_accepted(self, hours: Collection[int]) -> tuple[list[Difference], list[HourSums]]:
         """Compare the table of accepted records, and what is derived from it."""
 
     @abstractmethod
-    def _gone(self) -> list[Finding]:
+    def _gone(self) -> list[Difference]:
         """Find rows that cannot be recounted because their file, or raw record, is gone or has changed."""
 
     def _absent(self, otherwise: str, state: str = "state") -> str:
@@ -120,7 +128,7 @@ class StreamComparison(ABC):
             where {where} and {hour} in (from hours) and is_left_out is not true
         """
 
-    def _rejects(self, hours: Collection[int]) -> list[Finding]:
+    def _rejects(self, hours: Collection[int]) -> list[Difference]:
         moment = within("epoch_us(record_time)", hours)
         found = self._found(self.rejected, "hour_of(epoch_us(record_time))", moment)
         key = f"""
@@ -168,7 +176,7 @@ class StreamComparison(ABC):
             """,
         )
 
-    def _ledger(self) -> list[Finding]:
+    def _ledger(self) -> list[Difference]:
         found = self._found(BATCH_LEDGER, "hour_of(epoch_us(event_hour))", f"stream = '{self._recount.inputs.stream}'")
         keys = "query_id, batch_id, source, region, hour"
         sums = ", ".join(f"coalesce(sum({side}_{m}), 0)::hugeint as {side}_{m}" for m in LEDGER_MEASURES for side in "ef")
@@ -228,16 +236,16 @@ class StreamComparison(ABC):
             """,
         )
 
-    def _findings(self, layer: str, sql: str) -> list[Finding]:
+    def _findings(self, layer: str, sql: str) -> list[Difference]:
         """Return findings from rows (hour, cause, campaign_id, expected, found, expected_nanos, found_nanos, example)."""
         found = self._database.rows(
             f"""
             select hour, cause, campaign_id, count(*), sum(expected)::bigint, sum(found)::bigint,
-                coalesce(sum(expected_nanos), 0)::hugeint, coalesce(sum(found_nanos), 0)::hugeint, min(example)
+                coalesce(sum(expected_nanos), 0)::hugeint, coalesce(sum(found_nanos), 0)::hugeint, false, min(example)
             from ({sql}) group by hour, cause, campaign_id
             """
         )
-        return [Finding(hour, layer, *rest) for hour, *rest in found]
+        return [Difference(hour_moment(hour), layer, *rest) for hour, *rest in found]
 
     def _sums(self, sql: str) -> Sums:
         """Return the rows of a query (hour, sum, ...) by hour."""

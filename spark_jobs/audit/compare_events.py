@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from spark_jobs.audit.compare import Finding, HourSums, StreamComparison, differing_hours
+from spark_jobs.audit.compare import Difference, HourSums, StreamComparison, differing_hours
 from spark_jobs.audit.contract import PAYLOAD
 from spark_jobs.audit.database import hour_in
 from spark_jobs.audit.inputs import BatchState
 from spark_jobs.audit.recount_events import EventsRecount
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, REJECTED_EVENTS
-from spark_jobs.units import MINUTE_US, NO_HOUR
+from spark_jobs.units import EPOCH, HOUR, MINUTE_US, NO_HOUR
 
 METRIC_KEYS = ("region", "campaign_id", "ad_id", "store_id", "placement", "currency")
 _PLAIN = (*PAYLOAD["events"], "region", "billing_model", "is_late")
@@ -46,7 +46,7 @@ class EventsComparison(StreamComparison):
         super().__init__(recount)
         self._cause = "null" if cause is None else f"'{cause}'"
 
-    def _compare_accepted(self, hours: Collection[int]) -> tuple[list[Finding], list[HourSums]]:
+    def _compare_accepted(self, hours: Collection[int]) -> tuple[list[Difference], list[HourSums]]:
         sums, wrong = self._find_events(hours)
         return self._events(wrong) + self._metrics(hours), sums
 
@@ -72,12 +72,12 @@ class EventsComparison(StreamComparison):
             self._sums(f"select hour, {measures} from {side} group by hour") for side in ("expected_events", "found_events")
         )
         sums = []
-        for hour in sorted({*expected, *held, *hours}):
+        for hour in {*expected, *held, *hours} - {NO_HOUR}:
             (ours, our_nanos), (theirs, their_nanos) = expected.get(hour, [0, 0])[:2], held.get(hour, [0, 0])[:2]
-            sums.append(HourSums(hour, ours, theirs, our_nanos, their_nanos))
+            sums.append(HourSums(EPOCH + hour * HOUR, ours, theirs, our_nanos, their_nanos))
         return sums, differing_hours(expected, held)
 
-    def _events(self, wrong: list[int]) -> list[Finding]:
+    def _events(self, wrong: list[int]) -> list[Difference]:
         chosen = hour_in(wrong)
         self._database.execute(
             f"""
@@ -135,7 +135,7 @@ class EventsComparison(StreamComparison):
             """,
         )
 
-    def _metrics(self, hours: Collection[int]) -> list[Finding]:
+    def _metrics(self, hours: Collection[int]) -> list[Difference]:
         found = self._found(MINUTE_METRICS, "hour_of(epoch_us(event_minute))", _days("event_date", hours))
         self._database.execute(f"create or replace temp view found_metrics as {found}")
         chosen = self._hours_of_increments()
@@ -196,7 +196,7 @@ class EventsComparison(StreamComparison):
             )
         )
 
-    def _gone(self) -> list[Finding]:
+    def _gone(self) -> list[Difference]:
         if not self._recount.inputs.gone and not self._recount.inputs.lacking:
             return []
         return self._findings(

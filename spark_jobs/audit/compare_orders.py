@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from spark_jobs.audit.checkpoints import PREFIX
-from spark_jobs.audit.compare import Finding, HourSums, StreamComparison, differing_hours
+from spark_jobs.audit.compare import Difference, HourSums, StreamComparison, differing_hours
 from spark_jobs.audit.database import hour_in
 from spark_jobs.audit.inputs import BatchState
 from spark_jobs.lake.tables import ORDERS, REJECTED_ORDERS
+from spark_jobs.units import EPOCH, HOUR, NO_HOUR
 
 ORDERS_LEDGER_LAYER = "orders_ledger"
 """The layer that findings name for the rows of `batch_ledger` of the stream orders."""
@@ -46,7 +47,7 @@ class OrdersComparison(StreamComparison):
             and k.accepted_fingerprint is not distinct from e.accepted_fingerprint))
     """
 
-    def _compare_accepted(self, hours: Collection[int]) -> tuple[list[Finding], list[HourSums]]:
+    def _compare_accepted(self, hours: Collection[int]) -> tuple[list[Difference], list[HourSums]]:
         same = " and ".join(f"e.{ours} is not distinct from {theirs.format('f')}" for _, ours, theirs in _COLUMNS)
         differs = ", ".join(
             f"if(e.{ours} is distinct from {theirs.format('f')}, '{name}', null)" for name, ours, theirs in _COLUMNS
@@ -112,10 +113,13 @@ class OrdersComparison(StreamComparison):
             select order_id from expected_orders where {chosen} union select order_id from found_orders where {chosen}
             """
         )
-        known = sorted({*hours} & {*expected, *found})
-        return [HourSums(hour, orders_expected=expected.get(hour, [0])[0], orders_found=found.get(hour, [0])[0]) for hour in known]
+        sums = []
+        for hour in {*hours} & {*expected, *found} - {NO_HOUR}:
+            ours, theirs = expected.get(hour, [0])[0], found.get(hour, [0])[0]
+            sums.append(HourSums(EPOCH + hour * HOUR, orders_expected=ours, orders_found=theirs))
+        return sums
 
-    def _gone(self) -> list[Finding]:
+    def _gone(self) -> list[Difference]:
         return self._findings(
             ORDERS.name,
             f"""

@@ -6,7 +6,7 @@ after rule. A line that is then certainly valid is done; any other line goes to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from operator import itemgetter
 from typing import Annotated, Any, Literal
@@ -163,13 +163,9 @@ def parse_block(data: bytes, first: int, stream: str, folder: str) -> pa.Table:
     if is_terminated:
         lines.pop()
     reader = _LineReader(stream, folder)
-
-    def rows() -> Iterator[Row]:
-        last = first + len(lines) - 1
-        for number, raw in enumerate(lines, first):
-            yield reader.read(raw, number, is_terminated=is_terminated or number < last)
-
-    return _table(rows(), stream)
+    last = first + len(lines) - 1
+    rows = (reader.read(raw, at, is_terminated=is_terminated or at < last) for at, raw in enumerate(lines, first))
+    return _table(rows, stream)
 
 
 def parse_values(values: Sequence[bytes | None], offsets: Ints, stream: str) -> pa.Table:

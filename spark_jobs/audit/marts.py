@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from spark_jobs.audit.compare import LEDGER_MEASURES, Finding
+from spark_jobs.audit.compare import LEDGER_MEASURES, Difference
 from spark_jobs.audit.compare_events import METRIC_MEASURES
 from spark_jobs.audit.database import hour_in
 from spark_jobs.config import Settings
 from spark_jobs.lake.duck import literal
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import BATCH_LEDGER, MINUTE_METRICS
-from spark_jobs.units import HOUR_US, NO_HOUR
+from spark_jobs.units import HOUR_US, NO_HOUR, hour_moment
 
 _GROUP = "near_real_time"
 _COUNTS = tuple(name for name in LEDGER_MEASURES if name != "spend_nanos")
 
 
-def compare_marts(settings: Settings, hours: Collection[int] | None) -> list[Finding]:
+def compare_marts(settings: Settings, hours: Collection[int] | None) -> list[Difference]:
     """Return what differs in fct_campaign_minute (per hour and campaign) and fct_event_accounting (per hour). None: in all hours.
 
     Returns nothing if no marts are published. Raises DuckDB's errors as TableCorruptionError.
@@ -52,9 +52,10 @@ def compare_marts(settings: Settings, hours: Collection[int] | None) -> list[Fin
                 select hour, 'marts', 'mart_differs', campaign_id, greatest(1, abs(sum(side * ({rows}))))::bigint,
                     coalesce(sum({rows}) filter (side = 1), 0)::bigint, coalesce(sum({rows}) filter (side = -1), 0)::bigint,
                     coalesce(sum({nanos}) filter (side = 1), 0)::hugeint, coalesce(sum({nanos}) filter (side = -1), 0)::hugeint,
-                    '{mart} does not say what the versions that it was built from hold'
+                    false, '{mart} does not say what the versions that it was built from hold'
                 from (select 1 as side, {columns} from {table} union all select -1, {columns} from published.{mart})
                 where {chosen} group by hour, campaign_id having {differ}
                 """
             ).fetchall()
-    return sorted((Finding(*row) for row in found), key=lambda f: (f.hour, f.campaign_id or "", f.detail))
+    differences = [Difference(hour_moment(hour), *rest) for hour, *rest in found]
+    return sorted(differences, key=lambda f: (f.hour, f.campaign_id or "", f.detail))

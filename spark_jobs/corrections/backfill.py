@@ -179,7 +179,7 @@ def _today(settings: Settings, *, dry_run: bool) -> _Today:
 
 
 def _groups(settings: Settings, hours: set[int], now: datetime) -> list[list[int]]:
-    with recounting(current_inputs(settings, "missed", now, lambda _: None)) as recount:
+    with recounting(settings, "missed", now) as recount:
         records = recount.records_by_hour(hours)
     groups = groups_of_hours(hours, records, RECORDS_AT_ONCE)
     return [group[at : at + _HOURS_AT_ONCE] for group in groups for at in range(0, len(group), _HOURS_AT_ONCE)]

@@ -10,10 +10,11 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import Any
 
 from spark_jobs.audit.checkpoints import is_of_kafka
-from spark_jobs.audit.compare import Finding, HourSums
+from spark_jobs.audit.compare import Difference, HourSums
 from spark_jobs.audit.compare_events import EventsComparison
 from spark_jobs.audit.compare_orders import ORDERS_LEDGER_LAYER, OrdersComparison
 from spark_jobs.audit.database import open_database
@@ -32,7 +33,7 @@ from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.tables import BATCH_LEDGER, RAW_TABLES, RECONCILIATIONS, STREAMS
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.steps import Step
-from spark_jobs.units import NO_HOUR, HourRange, hour_moment, hour_number, to_micros
+from spark_jobs.units import HourRange, hour_moment, hour_number, to_micros
 
 RECORDS_AT_ONCE = 1_500_000  # per comparison, to bound its memory
 _PATIENCE_SECONDS = 20.0  # twice the time between two batches of raw records
@@ -40,37 +41,10 @@ _HOURS_AT_ONCE = 6  # repaired at a time, because an ingest waits meanwhile
 
 
 @dataclass(frozen=True)
-class Difference:
-    """What differs in one hour (None: records without a readable time), layer and campaign, and why (``cause``).
+class HourResult(HourSums):
+    """A recounted hour with its differences."""
 
-    Rows and nanos are the rows that differ and their spend: as the recount expects them, and as found. ``detail`` has an example.
-    """
-
-    event_hour: datetime | None
-    layer: str
-    cause: str
-    campaign_id: str | None
-    rows_different: int
-    rows_expected: int
-    rows_found: int
-    nanos_expected: int
-    nanos_found: int
-    is_repaired: bool
-    detail: str
-
-
-@dataclass(frozen=True)
-class HourResult:
-    """A recounted hour: its accepted events, their spend and the orders placed in it, by the recount and in the tables."""
-
-    hour: datetime
-    events_expected: int
-    events_found: int
-    nanos_expected: int
-    nanos_found: int
     differences: list[Difference] = field(default_factory=list)
-    orders_expected: int = 0
-    orders_found: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,7 +84,7 @@ class ReconcileReport:
 class Comparison:
     """One comparison of some hours at pinned versions."""
 
-    findings: list[Finding]
+    findings: list[Difference]
     sums: list[HourSums]
     versions: dict[str, int]
     waiting: list[Waiting]
@@ -149,13 +123,12 @@ def reconcile(
             time.sleep(1.0)
         remaining: list[Difference] = []
         repaired: list[Difference] = []
+        kind = attrgetter("hour", "layer", "cause", "campaign_id")
         for stream, each in compared.items():
             left, done = _repair(settings, stream, each, run_id, now, say) if repair else (each.findings, [])
-            tried = {(found.hour, found.layer, found.cause, found.campaign_id) for found in done}
-            for found in left:
-                is_tried = (found.hour, found.layer, found.cause, found.campaign_id) in tried
-                remaining.append(difference(replace(found, cause=f"{found.cause}_after_repair") if is_tried else found))
-            repaired += [difference(found, is_repaired=True) for found in done]
+            tried = set(map(kind, done))
+            remaining += [replace(one, cause=f"{one.cause}_after_repair") if kind(one) in tried else one for one in left]
+            repaired += done
         remaining += check_marts(settings, hours)
         versions = {name: version for stream in reversed(STREAMS) for name, version in compared[stream].versions.items()}
         results = _hour_results([sums for each in compared.values() for sums in each.sums], [*repaired, *remaining])
@@ -167,27 +140,23 @@ def reconcile(
 
 def check_marts(settings: Settings, hours: HourRange | None) -> list[Difference]:
     """Return the differences of the published marts from the table versions that they name. Layer marts, cause mart_differs."""
-    found = compare_marts(settings, None if hours is None else [hour_number(hour) for hour in hours])
-    return [difference(finding) for finding in found]
-
-
-def difference(found: Finding, *, is_repaired: bool = False) -> Difference:
-    """Return a finding as the report shows it."""
-    values = asdict(found)
-    return Difference(event_hour=hour_moment(values.pop("hour")), is_repaired=is_repaired, **values)
+    return compare_marts(settings, None if hours is None else [hour_number(hour) for hour in hours])
 
 
 # --- comparing
 
 
 @contextmanager
-def recounting(inputs: Inputs) -> Iterator[Recount]:
-    """Open a recount of ``inputs``. Raises TableCorruptionError if a table or a parsed file cannot be read."""
+def recounting(
+    settings: Settings, missed_as: str, now: datetime, say: Callable[[str], None] = lambda _: None, stream: str = "events"
+) -> Iterator[Recount]:
+    """Open a recount of the current inputs. Raises TableCorruptionError if a table or a parsed file cannot be read."""
+    inputs = current_inputs(settings, missed_as, now, say, stream)
     with open_database(inputs.snapshot) as database:
-        yield OrdersRecount(database, inputs) if inputs.stream == "orders" else EventsRecount(database, inputs)
+        yield OrdersRecount(database, inputs) if stream == "orders" else EventsRecount(database, inputs)
 
 
-def _compare(recount: Recount, hours: Collection[int]) -> tuple[list[Finding], list[HourSums]]:
+def _compare(recount: Recount, hours: Collection[int]) -> tuple[list[Difference], list[HourSums]]:
     comparison = EventsComparison(recount) if isinstance(recount, EventsRecount) else OrdersComparison(recount)
     return comparison.run(hours)
 
@@ -196,10 +165,9 @@ def compare_hours(
     settings: Settings, hours: set[int] | None, now: datetime, say: Callable[[str], None], stream: str = "events"
 ) -> Comparison:
     """Recount and compare hours (numbers since the epoch; None: all hours with a record) of a stream."""
-    inputs = current_inputs(settings, "missed", now, say, stream)
-    findings: list[Finding] = []
+    findings: list[Difference] = []
     sums: list[HourSums] = []
-    with recounting(inputs) as recount:
+    with recounting(settings, "missed", now, say, stream) as recount:
         records = recount.records_by_hour(hours)
         wanted = recount.all_hours() if hours is None else hours
         done = 0
@@ -212,6 +180,7 @@ def compare_hours(
         if hours is None:
             findings += _missing_without_rows(recount)
         waiting = _waiting(recount, hours)
+    inputs = recount.inputs
     if hours is None:  # all entries in use are known, and the corrections lock keeps other recounts out
         prune(settings, stream, [entry.raw for entry in inputs.entries])
     return Comparison(findings, sums, inputs.versions, waiting)
@@ -241,7 +210,7 @@ def _waiting(recount: Recount, hours: set[int] | None) -> list[Waiting]:
     return found
 
 
-def _missing_without_rows(recount: Recount) -> list[Finding]:
+def _missing_without_rows(recount: Recount) -> list[Difference]:
     """Find files and offsets that are gone or have changed, and of which no row is left that names the hours."""
     empty = {(b, file.name) for b, plan in enumerate(recount.inputs.plans) for file in plan.files if not file.size}
     with_rows = set(recount.database.values("select distinct o from trusted"))
@@ -259,7 +228,7 @@ def _missing_without_rows(recount: Recount) -> list[Finding]:
         else f"{first.name} is gone or has changed since it was read"
     )
     layer = ORDERS_LEDGER_LAYER if recount.inputs.stream == "orders" else BATCH_LEDGER.name
-    return [Finding(NO_HOUR, layer, "raw_missing", None, len(absent), 0, 0, 0, 0, detail)]
+    return [Difference(None, layer, "raw_missing", None, len(absent), 0, 0, 0, 0, False, detail)]
 
 
 def current_inputs(settings: Settings, missed_as: str, now: datetime, say: Callable[[str], None], stream: str = "events") -> Inputs:
@@ -277,20 +246,20 @@ def current_inputs(settings: Settings, missed_as: str, now: datetime, say: Calla
 # --- repairing
 
 
-def is_correctable(found: Finding) -> bool:
+def is_correctable(found: Difference) -> bool:
     """Return whether a repair can correct a difference. It cannot where the raw input is missing."""
     return found.cause != "raw_missing"
 
 
 def _repair(
     settings: Settings, stream: str, compared: Comparison, run_id: str, now: datetime, say: Callable[[str], None]
-) -> tuple[list[Finding], list[Finding]]:
+) -> tuple[list[Difference], list[Difference]]:
     """Correct what a comparison of a stream found. Returns the findings that remain and those that were corrected."""
     findings = compared.findings
     wrong = sorted({found.hour for found in findings if is_correctable(found)})
     if not wrong:
         return findings, []
-    repaired: list[Finding] = []
+    repaired: list[Difference] = []
     for start in range(0, len(wrong), _HOURS_AT_ONCE):
         say(f"repairing {len(wrong) - start} hours")
         run = Run(run_id, "repair", "recount differs from the tables", now)
@@ -300,21 +269,20 @@ def _repair(
     return [*(found for found in findings if found.hour not in again), *remaining], repaired
 
 
-def _repair_hours(settings: Settings, stream: str, hours: list[int], run: Run) -> list[Finding]:
+def _repair_hours(settings: Settings, stream: str, hours: list[int], run: Run) -> list[Difference]:
     """Compare ``hours`` again while nobody else writes, and correct them. Returns what was corrected."""
     with writing(settings):
-        inputs = current_inputs(settings, run.token, run.now, lambda _: None, stream)
-        with recounting(inputs) as recount:
+        with recounting(settings, run.token, run.now, stream=stream) as recount:
             findings, _ = _compare(recount, whole_batches(recount, hours))
             findings = [found for found in findings if is_correctable(found)]
             if not findings:
                 return []
-            repaired = [asdict(difference(found, is_repaired=True)) for found in findings]
-            rows = _reconciliation_rows(run.run_id, repaired, inputs.versions, run.now)
+            repaired = [replace(found, is_repaired=True) for found in findings]
+            rows = _reconciliation_rows(run.run_id, list(map(asdict, repaired)), recount.inputs.versions, run.now)
             correction = decide(recount, run, TableChange.append(RECONCILIATIONS, rows))
         write_ahead(settings, correction)
         carry_out(settings, correction)
-    return findings
+    return repaired
 
 
 def whole_batches(recount: Recount, hours: Collection[int]) -> set[int]:
@@ -353,13 +321,11 @@ def _no_difference(result: HourResult) -> dict[str, Any]:
 
 def _hour_results(sums: list[HourSums], differences: list[Difference]) -> list[HourResult]:
     """Return the hours in order, each with its differences. ``sums`` may have an hour twice: its events and its orders."""
-    totals: dict[int, Counter[str]] = {}
+    totals: dict[datetime, Counter[str]] = {}
     for each in sums:
         counts = asdict(each)
         totals.setdefault(counts.pop("hour"), Counter()).update(counts)
-    results = []
-    for number, total in sorted(totals.items()):
-        hour = hour_moment(number)
-        if hour is not None:
-            results.append(HourResult(hour, differences=[found for found in differences if found.event_hour == hour], **total))
-    return results
+    return [
+        HourResult(hour, differences=[found for found in differences if found.event_hour == hour], **total)
+        for hour, total in sorted(totals.items())
+    ]

@@ -93,15 +93,6 @@ class _State:
         return sum(self.accepted[at] for at in range(hour - rules.look_back_hours, hour + 1))
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Hours that are judged together by one rule set."""
-
-    rule_set: str
-    rules: InvalidTrafficRules
-    hours: list[int]
-
-
 def review(
     settings: Settings,
     hours: HourRange | None = None,
@@ -199,48 +190,45 @@ def _outdated(settings: Settings, state: _State, wanted: Collection[int] | None)
     return found
 
 
-def _groups(settings: Settings, state: _State, sets: dict[int, str]) -> Iterator[_Group]:
-    """Yield the hours of each rule set in order, in groups of about _EVENTS_AT_ONCE events."""
-    for rule_set in sorted(set(sets.values())):
-        rules = rules_of(settings, rule_set)
-        own = [hour for hour, name in sets.items() if name == rule_set]
-        for hours in groups_of_hours(own, state.accepted, _EVENTS_AT_ONCE, gap_hours=_GAP_HOURS):
-            yield _Group(rule_set, rules, hours)
-
-
 # --- judging
 
 
 def _review_groups(
     settings: Settings, state: _State, sets: dict[int, str], run: Run, say: Callable[[str], None]
 ) -> list[ReviewedHour]:
+    """Review hours by their rule sets, ``sets``, a group of hours at a time."""
     done: list[ReviewedHour] = []
-    for group in _groups(settings, state, sets):
-        say(f"reviewing hours: {len(done)} of {len(sets)}")
-        with writing(settings):
-            own = replace(run, token=uuid.uuid4().hex, rule_set=group.rule_set)
-            correction, hours = _decide(Lake(settings), _read_state(settings), group, own)
-            if correction.changes:
-                write_ahead(settings, correction)
-                carry_out(settings, correction)
-        done += hours
+    for rule_set in sorted(set(sets.values())):
+        rules = rules_of(settings, rule_set)
+        own = [hour for hour, name in sets.items() if name == rule_set]
+        for hours in groups_of_hours(own, state.accepted, _EVENTS_AT_ONCE, gap_hours=_GAP_HOURS):
+            say(f"reviewing hours: {len(done)} of {len(sets)}")
+            with writing(settings):
+                one = replace(run, token=uuid.uuid4().hex, rule_set=rule_set)
+                correction, reviewed = _decide(Lake(settings), _read_state(settings), rule_set, rules, hours, one)
+                if correction.changes:
+                    write_ahead(settings, correction)
+                    carry_out(settings, correction)
+            done += reviewed
     return sorted(done, key=lambda hour: hour.event_hour)
 
 
-def _decide(lake: Lake, state: _State, group: _Group, run: Run) -> tuple[Correction, list[ReviewedHour]]:
+def _decide(
+    lake: Lake, state: _State, rule_set: str, rules: InvalidTrafficRules, hours: list[int], run: Run
+) -> tuple[Correction, list[ReviewedHour]]:
     with lake.scratch("review-") as spill, lake.database(memory=_MEMORY) as database:
         database.execute("set preserve_insertion_order = false")
-        _judge(database, lake.scan(EVENTS, state.events_version), state, group, spill)
+        _judge(database, lake.scan(EVENTS, state.events_version), state, rule_set, rules, hours, spill)
         sums = {hour: rest for hour, *rest in database.execute(_SUMS).fetchall()}
-        hours = [ReviewedHour(EPOCH + hour * HOUR, *sums.get(hour, [0] * 5), group.rule_set) for hour in group.hours]
+        reviewed = [ReviewedHour(EPOCH + hour * HOUR, *sums.get(hour, [0] * 5), rule_set) for hour in hours]
         changes = [
             _events_change(database, run),
             _metrics_change(database, run),
             _ledger_change(lake, database, run),
             _restatements_change(database, run),
-            _reviews_change(state, group, run, hours),
+            _reviews_change(state, rules, run, reviewed),
         ]
-    return Correction(run.token, run.run_id, state.events_version, [one for one in changes if not one.is_empty]), hours
+    return Correction(run.token, run.run_id, state.events_version, [one for one in changes if not one.is_empty]), reviewed
 
 
 _SUMS = """
@@ -251,14 +239,22 @@ _SUMS = """
 """
 
 
-def _judge(database: duckdb.DuckDBPyConnection, events: str, state: _State, group: _Group, spill: Path) -> None:
+def _judge(
+    database: duckdb.DuckDBPyConnection,
+    events: str,
+    state: _State,
+    rule_set: str,
+    rules: InvalidTrafficRules,
+    hours: list[int],
+    spill: Path,
+) -> None:
     """Make the tables `judged` and `changed` from ``events`` (SQL).
 
     `judged` has each event of the hours with the rules that hit it and its old and new marks. `changed` has the rows of `events`
     whose marks change.
     """
-    wide = {at for hour in group.hours for at in range(hour - group.rules.look_back_hours, hour + 1)}
-    keep_table(database, "hours", pa.table({"hour": pa.array(group.hours, pa.int64())}), spill)
+    wide = {at for hour in hours for at in range(hour - rules.look_back_hours, hour + 1)}
+    keep_table(database, "hours", pa.table({"hour": pa.array(hours, pa.int64())}), spill)
     keep_table(database, "wide", pa.table({"hour": pa.array(sorted(wide), pa.int64())}), spill)
     batches = {
         "_query_id": pa.array([query for query, _ in state.batches], pa.string()),
@@ -275,16 +271,16 @@ def _judge(database: duckdb.DuckDBPyConnection, events: str, state: _State, grou
         create temp table seen as
         select event_id, event_type, epoch_us(event_time) as time_us, user_id, ad_id, impression_id, hour,
             if(hour in (from hours), user_agent, null) as user_agent, hour in (from hours) as is_asked,
-            {is_exempt_sql(group.rules.exempt_users)} as is_exempt,
+            {is_exempt_sql(rules.exempt_users)} as is_exempt,
             invalid_traffic_rule as old_rule, invalid_traffic_rules as old_rules, rule_set as old_rule_set,
             coalesce(spend_nanos, 0) as old_spend, coalesce(invalid_spend_nanos, 0) as old_invalid_spend
         from table_rows where hour in (from wide)
         """
     )
-    code = " | ".join([_record_code(database, group.rules, spill), *_activity_codes(database, group.rules)])
+    code = " | ".join([_record_code(database, rules, spill), *_activity_codes(database, rules)])
     database.execute(f"create temp table coded as select * from (select *, {code} as code from seen) where is_asked")
     codes = database.execute("select distinct code from coded").to_arrow_table()["code"].combine_chunks().cast(pa.int64())
-    rule, hits = marks(codes.to_numpy(zero_copy_only=False), group.rules)
+    rule, hits = marks(codes.to_numpy(zero_copy_only=False), rules)
     keep_table(database, "verdicts", pa.table({"code": codes, "new_rule": rule, "new_rules": hits}), spill)
     database.execute(
         """
@@ -297,7 +293,7 @@ def _judge(database: duckdb.DuckDBPyConnection, events: str, state: _State, grou
             from coded join verdicts using (code)
         )
         """,
-        [group.rule_set],
+        [rule_set],
     )
     database.execute(
         """
@@ -452,19 +448,19 @@ def _restatements_change(database: duckdb.DuckDBPyConnection, run: Run) -> Table
     return restate(rows.to_arrow_table(), run)
 
 
-def _reviews_change(state: _State, group: _Group, run: Run, hours: list[ReviewedHour]) -> TableChange:
+def _reviews_change(state: _State, rules: InvalidTrafficRules, run: Run, hours: list[ReviewedHour]) -> TableChange:
     """Add a row per hour, except for hours whose last row says the same."""
     rows = []
-    for hour, done in zip(group.hours, hours, strict=True):
-        last = state.reviews.get(hour)
-        inputs = state.inputs(hour, group.rules)
-        if last is not None and not done.rewritten and (last.rule_set, last.inputs) == (group.rule_set, inputs):
+    for done in hours:
+        last = state.reviews.get(hour_number(done.event_hour))
+        inputs = state.inputs(hour_number(done.event_hour), rules)
+        if last is not None and not done.rewritten and (last.rule_set, last.inputs) == (done.rule_set, inputs):
             continue
         rows.append(
             {
                 "run_id": run.run_id,
                 "event_hour": done.event_hour,
-                "rule_set": group.rule_set,
+                "rule_set": done.rule_set,
                 "events_version": state.judged_version,
                 "inputs": inputs,
                 "events": done.events,

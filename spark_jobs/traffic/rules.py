@@ -18,6 +18,7 @@ from functools import cache, lru_cache
 from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
+from typing import Annotated
 
 import crawleruseragents
 import numpy as np
@@ -41,7 +42,7 @@ BITS = {name: 1 << at for at, name in enumerate(RULE_NAMES)}
 """A set of rules as a number: the sum of the bits of its rules."""
 
 HOUR_SECONDS = 3600
-_LONGEST_SECONDS = 30 * 24 * HOUR_SECONDS
+Seconds = Annotated[int, Field(gt=0, le=30 * 24 * HOUR_SECONDS)]
 _AGENTS_HELD = 65_536
 
 
@@ -67,26 +68,26 @@ class WindowRule(_Frozen):
     """A rule that looks back ``window_seconds``."""
 
     mode: Mode = Mode.INVALID
-    window_seconds: int = Field(gt=0, le=_LONGEST_SECONDS)
+    window_seconds: Seconds
 
 
 class RepeatClick(WindowRule):
     """Repeated clicks, by default within an hour."""
 
-    window_seconds: int = Field(default=HOUR_SECONDS, gt=0, le=_LONGEST_SECONDS)
+    window_seconds: Seconds = HOUR_SECONDS
 
 
 class RepeatImpression(WindowRule):
     """Repeated impressions, by default within a minute."""
 
-    window_seconds: int = Field(default=60, gt=0, le=_LONGEST_SECONDS)
+    window_seconds: Seconds = 60
 
 
 class UnmatchedClick(WindowRule):
     """Clicks without an impression, by default within a day; off by default."""
 
     mode: Mode = Mode.OFF
-    window_seconds: int = Field(default=24 * HOUR_SECONDS, gt=0, le=_LONGEST_SECONDS)
+    window_seconds: Seconds = 24 * HOUR_SECONDS
 
 
 class RateRule(_Frozen):
@@ -96,12 +97,7 @@ class RateRule(_Frozen):
     clicks: int = Field(default=60, gt=0)
 
 
-class RuleFile(_Frozen):
-    """The content of the rule file. ``list_file`` names a list of user ids and networks, relative to the folder of the rules.
-
-    ``exempt_users`` are ids that stand for "unknown": rules that compare the events of a user skip them.
-    """
-
+class _AllRules(_Frozen):
     crawler_user_agent: Rule = Rule()
     listed_user: Rule = Rule()
     listed_network: Rule = Rule()
@@ -109,20 +105,21 @@ class RuleFile(_Frozen):
     repeat_impression: RepeatImpression = RepeatImpression()
     unmatched_click: UnmatchedClick = UnmatchedClick()
     click_rate: RateRule = RateRule()
+
+
+class RuleFile(_AllRules):
+    """The content of the rule file. ``list_file`` names a list of user ids and networks, relative to the folder of the rules.
+
+    ``exempt_users`` are ids that stand for "unknown": rules that compare the events of a user skip them.
+    """
+
     list_file: str | None = None
     exempt_users: ExemptUsers = PLACEHOLDERS
 
 
-class InvalidTrafficRules(_Frozen):
+class InvalidTrafficRules(_AllRules):
     """A whole rule set with the crawler patterns and the lists, so that its hash covers everything that decides a result."""
 
-    crawler_user_agent: Rule
-    listed_user: Rule
-    listed_network: Rule
-    repeat_click: RepeatClick
-    repeat_impression: RepeatImpression
-    unmatched_click: UnmatchedClick
-    click_rate: RateRule
     crawler_source: str
     crawler_patterns: tuple[str, ...]
     users: tuple[str, ...]
