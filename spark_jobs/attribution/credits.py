@@ -8,7 +8,6 @@ the weights of ``time_decay`` are not fractions: they are rounded to whole multi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -165,7 +164,7 @@ def _rank(group: _Groups, rest: Ints, left: Ints) -> Ints:
     return rank
 
 
-def nested(values: npt.NDArray[Any], inside: Bools) -> pa.ListArray:
+def nested(values: Ints | Floats, inside: Bools) -> pa.ListArray:
     """Return a column with a list per row of ``values``; null where not ``inside``."""
     rows, width = values.shape
     flat = pa.array(np.ascontiguousarray(values).reshape(-1), mask=~inside.reshape(-1))

@@ -27,7 +27,7 @@ class AttributionRules(BaseModel):
     half_life_days: Annotated[
         float, Field(ge=0.001, le=3650, allow_inf_nan=False, description="time_decay: a touch this much older weighs half.")
     ] = 7.0
-    view_through: Annotated[bool, Field(description="Whether impressions count where no click lies in the window.")] = False
+    view_through: Annotated[bool, Field(description="Whether impressions count if no click is in the window.")] = False
     view_through_hours: Annotated[int, Field(ge=1, le=8760, description="How long before an order an impression may lie.")] = 24
     exempt_users: ExemptUsers = PLACEHOLDERS
 

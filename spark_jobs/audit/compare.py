@@ -91,7 +91,7 @@ class StreamComparison(ABC):
         findings, sums = self._compare_accepted(hours)
         findings += self._rejects(hours)
         findings += self._ledger()
-        findings += self._gone()
+        findings += self._missing_raw()
         return sorted(findings, key=lambda f: (f.hour, f.layer, f.cause, f.campaign_id or "")), sums
 
     @abstractmethod
@@ -99,10 +99,10 @@ class StreamComparison(ABC):
         """Compare the table of accepted records, and what is derived from it."""
 
     @abstractmethod
-    def _gone(self) -> list[Difference]:
+    def _missing_raw(self) -> list[Difference]:
         """Find rows that cannot be recounted because their file, or raw record, is gone or has changed."""
 
-    def _absent(self, otherwise: str, state: str = "state") -> str:
+    def _if_missing(self, otherwise: str, state: str = "state") -> str:
         """Return SQL for the cause of rows that the tables do not have."""
         return f"""
             case {state} when '{BatchState.MISSED}' then {self._missed}
@@ -165,7 +165,7 @@ class StreamComparison(ABC):
         return self._findings(
             self.rejected.name,
             f"""
-            select hour, {self._absent("rejected_lost")} as cause, campaign_id, 1 as expected, 0 as found,
+            select hour, {self._if_missing("rejected_lost")} as cause, campaign_id, 1 as expected, 0 as found,
                 0 as expected_nanos, 0 as found_nanos,
                 outcome || ' record of ' || name || ', line ' || line as example
             from rejects_lost
@@ -222,8 +222,9 @@ class StreamComparison(ABC):
         return self._findings(
             self.ledger_layer,
             f"""
-            select hour, case when found_rows = 0 then {self._absent("ledger_missing")} when expected_rows = 0 then 'ledger_unknown'
-                else 'ledger_altered' end as cause, null as campaign_id, 1 as expected, found_rows as found,
+            select hour, case when found_rows = 0 then {self._if_missing("ledger_missing")}
+                when expected_rows = 0 then 'ledger_unknown' else 'ledger_altered' end as cause,
+                null as campaign_id, 1 as expected, found_rows as found,
                 expected_nanos, found_nanos,
                 'batch ' || batch_id || ', ' || coalesce(region, 'no region') || ': ' || found_offered || ' offered instead of '
                 || expected_offered as example

@@ -68,14 +68,14 @@ class EventsComparison(StreamComparison):
         found = self._found(EVENTS, by_partition, _days("event_date", hours, with_hour="event_hour"))
         self._database.execute(f"create or replace temp view found_events as select *, {hashed} as h from ({found})")
         measures = "count(*), coalesce(sum(spend_nanos), 0)::hugeint, sum(h::hugeint), bit_xor(h)"
-        expected, held = (
+        expected, found_sums = (
             self._sums(f"select hour, {measures} from {side} group by hour") for side in ("expected_events", "found_events")
         )
         sums = []
-        for hour in {*expected, *held, *hours} - {NO_HOUR}:
-            (ours, our_nanos), (theirs, their_nanos) = expected.get(hour, [0, 0])[:2], held.get(hour, [0, 0])[:2]
+        for hour in {*expected, *found_sums, *hours} - {NO_HOUR}:
+            (ours, our_nanos), (theirs, their_nanos) = expected.get(hour, [0, 0])[:2], found_sums.get(hour, [0, 0])[:2]
             sums.append(HourSums(EPOCH + hour * HOUR, ours, theirs, our_nanos, their_nanos))
-        return sums, differing_hours(expected, held)
+        return sums, differing_hours(expected, found_sums)
 
     def _events(self, wrong: list[int]) -> list[Difference]:
         chosen = hour_in(wrong)
@@ -152,7 +152,7 @@ class EventsComparison(StreamComparison):
                 coalesce(sum(e_spend_nanos), 0)::hugeint as expected_nanos, coalesce(sum(f_spend_nanos), 0)::hugeint as found_nanos,
                 count(e_rows) as expected_rows, count(f_rows) as found_rows,
                 case when {self._cause} is not null then {self._cause}
-                    when found_rows = 0 then {self._absent("increment_missing", "any_value(state)")}
+                    when found_rows = 0 then {self._if_missing("increment_missing", "any_value(state)")}
                     when expected_rows = 0 then 'increment_unknown'
                     else 'increment_altered' end as cause
             from (
@@ -196,7 +196,7 @@ class EventsComparison(StreamComparison):
             )
         )
 
-    def _gone(self) -> list[Difference]:
+    def _missing_raw(self) -> list[Difference]:
         if not self._recount.inputs.gone and not self._recount.inputs.lacking:
             return []
         return self._findings(

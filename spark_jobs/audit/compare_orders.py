@@ -119,7 +119,7 @@ class OrdersComparison(StreamComparison):
             sums.append(HourSums(EPOCH + hour * HOUR, orders_expected=ours, orders_found=theirs))
         return sums
 
-    def _gone(self) -> list[Difference]:
+    def _missing_raw(self) -> list[Difference]:
         return self._findings(
             ORDERS.name,
             f"""

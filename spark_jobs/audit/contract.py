@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import pyarrow as pa
 
@@ -137,7 +137,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made if len(made) == len(pairs) else _DuplicateKeys(made)
 
 
-def _no_constant(text: str) -> Any:
+def _no_constant(text: str) -> NoReturn:
     raise ValueError(text)
 
 
@@ -180,7 +180,7 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _wrong(rule: FieldRule, value: Any) -> str | None:
+def _wrong(rule: FieldRule, value: object) -> str | None:
     """Return what is wrong with a field that is present and not a time; None if nothing is."""
     if rule.kind == "amount":
         if not isinstance(value, int) or isinstance(value, bool):

@@ -56,13 +56,13 @@ _ANYTHING = msgspec.json.Decoder()
 _DECODERS = {stream: msgspec.json.Decoder(_struct(stream)) for stream in RULES}
 
 
-def _quotation_marks(value: Any) -> int:
+def _quotation_marks(value: object) -> int:
     """Return the least number of quotation marks that a decoded value can have had: two per key, two per text."""
-    if type(value) is dict:
+    if isinstance(value, dict):
         return 2 * len(value) + sum(map(_quotation_marks, value.values()))
-    if type(value) is list:
+    if isinstance(value, list):
         return sum(map(_quotation_marks, value))
-    return 2 if type(value) is str else 0
+    return 2 if isinstance(value, str) else 0
 
 
 class _LineReader:

@@ -54,7 +54,7 @@ def missed_files(landed: dict[str, LandedFile], planned: set[str], query: FileQu
     """Return the files that the query has passed over: no plan has them, and they do not just wait.
 
     The query has passed over a file if it names the file in a finished batch. Or it has taken another file that was renamed clearly
-    later and comes later in the order of reading (time of modification), so it has listed the file and left it out.
+    later and is later in the order of reading (time of modification), so it has listed the file and left it out.
     """
     taken = [landed[name] for name in query.taken if name in landed]
 

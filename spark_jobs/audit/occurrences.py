@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from spark_jobs.audit.checkpoints import TopicQuery
 from spark_jobs.audit.plans import BatchPlan, PlannedRange
-from spark_jobs.audit.raw import NO_END, RawTable, Span, both, minus
+from spark_jobs.audit.raw import NO_END, RawTable, Span, intersect, subtract
 from spark_jobs.audit.store import ParsedFile, RawChunk, RawFile
 from spark_jobs.config import Settings
 from spark_jobs.lake.lake import Snapshot
@@ -61,7 +61,7 @@ class PlannedRanges:
         ends = {name: end for topic in topics.values() for name, end in topic.end.items()}
         self.chunks: list[RawChunk] = []
         self.snapshot = snapshot
-        self._held: dict[str, list[Span]] = {}
+        self._complete: dict[str, list[Span]] = {}
         self._missed: dict[str, list[Span]] = {}  # the running query has passed over them and no batch has them
         self._chunks_of: dict[str, list[RawChunk]] = {}
         if not planned and not ends:
@@ -70,9 +70,11 @@ class PlannedRanges:
         self.snapshot = self._raw.snapshot
         for name in sorted({*planned, *ends}):
             spans = sorted(planned.get(name, ()))
-            held = self._held[name] = self._raw.complete_spans(name, from_offset=spans[0][0] if spans else 0)
-            missed = self._missed[name] = [part for gap in minus((0, ends.get(name, 0)), spans) for part in both(gap, held)]
-            self._chunks_of[name] = list(self._raw.chunks(name, sorted([*spans, *missed]), held))
+            complete = self._complete[name] = self._raw.complete_spans(name, from_offset=spans[0][0] if spans else 0)
+            missed = self._missed[name] = [
+                part for gap in subtract((0, ends.get(name, 0)), spans) for part in intersect(gap, complete)
+            ]
+            self._chunks_of[name] = list(self._raw.chunks(name, sorted([*spans, *missed]), complete))
             self.chunks += self._chunks_of[name]
 
     def missed(self, parsed: dict[RawFile | RawChunk, ParsedFile]) -> tuple[PlannedRange, ...]:
@@ -88,9 +90,11 @@ class PlannedRanges:
         """Return what is there of a plan's ranges, and what is not, in the order of reading."""
         found: list[Occurrence] = []
         for name, span in _read_ranges(plan):
-            held = self._held.get(name, [])
+            complete = self._complete.get(name, [])
             found += [Occurrence(number, name, *at, entry) for entry, at in self._parts(name, span, parsed)]
-            found += [Occurrence(number, name, *gap, is_waiting=self._raw.will_reach(name, gap[0])) for gap in minus(span, held)]
+            found += [
+                Occurrence(number, name, *gap, is_waiting=self._raw.will_reach(name, gap[0])) for gap in subtract(span, complete)
+            ]
         if any(one.entry is None for one in found) and not any(one.is_waiting for one in found):
             here = [one for one in found if one.entry is not None]
             # If no record is missing, what seems to be gone is a gap in the offsets.
@@ -113,7 +117,7 @@ def _read_ranges(plan: BatchPlan) -> Iterator[tuple[str, Span]]:
     """Yield the offsets that a batch read: its ranges without what it set aside."""
     for part in plan.ranges:
         aside = sorted((one.start, one.end) for one in plan.set_aside if one.name == part.name)
-        for span in minus((part.start, part.end), aside):
+        for span in subtract((part.start, part.end), aside):
             yield part.name, span
 
 

@@ -159,10 +159,11 @@ def landing_name(path: str) -> str:
 
 def _load(path: Path, log: DeltaLog, table_id: str) -> _Catalogue:
     try:
-        held = msgspec.json.decode(path.read_bytes(), type=_Catalogue)
-        is_current = commit_identity(log.commit(held.version)) in (held.commit, "")  # empty: Delta has deleted the commit
-        if held.format == _FORMAT and held.table_id == table_id and is_current and held.version <= (log.latest_version() or 0):
-            return held
+        stored = msgspec.json.decode(path.read_bytes(), type=_Catalogue)
+        is_current = commit_identity(log.commit(stored.version)) in (stored.commit, "")  # empty: Delta has deleted the commit
+        is_known = stored.version <= (log.latest_version() or 0)
+        if (stored.format, stored.table_id) == (_FORMAT, table_id) and is_current and is_known:
+            return stored
     except (OSError, msgspec.MsgspecError):
         pass  # missing or damaged: the commits are read again
     return _Catalogue(_FORMAT, table_id, -1, "", [])

@@ -31,7 +31,7 @@ Span = tuple[int, int]
 # --- spans
 
 
-def minus(span: Span, taken: Iterable[Span]) -> list[Span]:
+def subtract(span: Span, taken: Iterable[Span]) -> list[Span]:
     """Return the parts of ``span`` outside ``taken``, which is in ascending order and may overlap."""
     left, at = [], span[0]
     for start, end in taken:
@@ -43,7 +43,7 @@ def minus(span: Span, taken: Iterable[Span]) -> list[Span]:
     return [*left, (at, span[1])] if at < span[1] else left
 
 
-def both(span: Span, others: Iterable[Span]) -> list[Span]:
+def intersect(span: Span, others: Iterable[Span]) -> list[Span]:
     """Return the parts of ``span`` inside ``others``, which is in ascending order and does not overlap."""
     cut = ((max(span[0], start), min(span[1], end)) for start, end in others)
     return [part for part in cut if part[0] < part[1]]
@@ -68,7 +68,9 @@ class RawTable:
         own = [(query.start.get(name, 0), query.end[name])] if query is not None and name in query.end else []
         earlier: list[Span] = []
         if not own or own[0][0] > from_offset:
-            earlier = [part for span in self._row_spans.get(name, ()) for part in minus(span, [(own[0][0], NO_END)] if own else [])]
+            earlier = [
+                part for span in self._row_spans.get(name, ()) for part in subtract(span, [(own[0][0], NO_END)] if own else [])
+            ]
         return [span for span in (*earlier, *own) if span[0] < span[1]]
 
     def will_reach(self, name: str, offset: int) -> bool:
@@ -97,13 +99,13 @@ class RawTable:
             ).fetchall()
         return {name: [(low, high)] for name, low, high in found}
 
-    def chunks(self, name: str, wanted: Iterable[Span], held: list[Span]) -> Iterator[RawChunk]:
-        """Yield the chunks of ``held`` that have an offset of ``wanted`` (ascending), each once."""
+    def chunks(self, name: str, wanted: Iterable[Span], complete: list[Span]) -> Iterator[RawChunk]:
+        """Yield the chunks of ``complete`` that have an offset of ``wanted`` (ascending), each once."""
         last = -1
         for start, end in wanted:
             for number in range(max(start // CHUNK_OFFSETS, last + 1), -(-end // CHUNK_OFFSETS)):
                 last = number
-                for low, high in both((number * CHUNK_OFFSETS, (number + 1) * CHUNK_OFFSETS), held):
+                for low, high in intersect((number * CHUNK_OFFSETS, (number + 1) * CHUNK_OFFSETS), complete):
                     yield RawChunk(name, low, high, self._table_id, partial(self._paths, name, low, high))
 
     def _paths(self, name: str, low: int, high: int) -> list[str]:

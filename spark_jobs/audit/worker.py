@@ -51,7 +51,7 @@ class ParseTask:
     target: str
 
     @property
-    def state(self) -> list[Any]:
+    def state(self) -> list[int | str]:
         """The state of the file, as the entry stores it."""
         return [self.mtime_ms, self.size]
 
@@ -77,7 +77,7 @@ class ChunkTask:
         return (self.end - self.start) * RECORD_BYTES
 
     @property
-    def state(self) -> list[Any]:
+    def state(self) -> list[int | str]:
         """The table and the offsets, as the entry stores them."""
         return [self.table_id, self.start, self.end]
 
