@@ -16,6 +16,7 @@ import sys
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -209,9 +210,17 @@ def _write(task: AnyTask, temporary: Path, on_read: Callable[[int], None]) -> No
         writer.add_key_value_metadata({METADATA_KEY.decode(): json.dumps(entry)})
 
 
+class _NoPandas(MetaPathFinder):
+    """Hides pandas from Arrow, which would import it with the first list and take a second for that."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "pandas":
+            raise ImportError(name)
+
+
 def main() -> int:
     """Do tasks until the standard input ends."""
-    sys.modules["pandas"] = None  # type: ignore[assignment]  # Arrow would import it with the first list, which takes a second
+    sys.meta_path.insert(0, _NoPandas())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends this process
     gc.disable()  # records have no cycles
     pa.set_cpu_count(1)  # each core has a process
