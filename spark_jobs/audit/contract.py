@@ -119,6 +119,7 @@ class Judged:
     fields: dict[str, Any] | None = None
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")  # an escape of half a surrogate pair, which UTF-8 cannot encode
 REGION_NAME = re.compile(r"[a-z0-9-]{1,32}")
 _RFC_3339 = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2}[Tt](?:[01][0-9]|2[0-3]):[0-9]{2}:[0-9]{2})(?:\.([0-9]+))?(?:[Zz]|([+-])([0-9]{2}):([0-9]{2}))"
@@ -172,14 +173,6 @@ def read_time(text: str) -> int | str:
     return seconds * 1_000_000 + int(f"{fraction[:6]:0<6}")
 
 
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # an escape of half a surrogate pair
-        return False
-    return True
-
-
 def _wrong(rule: FieldRule, value: object) -> str | None:
     """Return what is wrong with a field that is present and not a time; None if nothing is."""
     if rule.kind == "amount":
@@ -188,7 +181,7 @@ def _wrong(rule: FieldRule, value: object) -> str | None:
         return None if 0 <= value <= rule.most else f"{rule.name}_range"
     if not isinstance(value, str):
         return f"{rule.name}_type"
-    if not _is_utf8(value):
+    if _SURROGATE.search(value):
         return "invalid_unicode"
     if rule.kind == "id" and not 0 < len(value) <= 128:
         return f"{rule.name}_length"

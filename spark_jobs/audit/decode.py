@@ -82,9 +82,7 @@ class _LineReader:
     def read(self, raw: bytes, number: int, *, is_terminated: bool = True) -> Row:
         """Return the record of a line, which has no line feed at its end, or of a value."""
         row = self._read_valid(raw, number)
-        if row is None:
-            row = _row(number, judge_line(raw, self._stream, self._folder, is_terminated=is_terminated), self._stream)
-        return row
+        return row or _row(number, judge_line(raw, self._stream, self._folder, is_terminated=is_terminated), self._stream)
 
     def _read_valid(self, raw: bytes, number: int) -> Row | None:
         """Return the record of a line that is certainly valid; None for any other line.

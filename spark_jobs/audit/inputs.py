@@ -168,7 +168,10 @@ def read_inputs(
         if any(found.is_waiting for found in of_ranges) and states[number] is not BatchState.PENDING:
             states[number] = BatchState.WAITING
         occurrences += of_ranges
-    lacking = _lacking(plans, states, offered, [found for found in occurrences if is_of_kafka(found.name)])
+    of_topics = [found for found in occurrences if is_of_kafka(found.name)]
+    whole = {found.batch for found in of_topics} - {found.batch for found in of_topics if found.entry is None}
+    wanted_records = {b: offered[plans[b].query_id, plans[b].batch_id] for b in whole if states[b] is BatchState.BOOKED}
+    lacking = batches_lacking_records(wanted_records, of_topics)
     return Inputs(stream, ranges.snapshot, plans, states, lost, occurrences, lacking - lost)
 
 
@@ -205,16 +208,6 @@ def _as_planned(landed: dict[str, LandedFile], file: PlannedFile, *, is_lost: bo
     found = landed.get(file.name)
     is_planned = found is not None and (is_lost or (found.raw.mtime_ms, found.raw.size) == (file.modified_ms, file.size))
     return found if is_planned else None
-
-
-def _lacking(
-    plans: list[BatchPlan], states: list[BatchState], offered: dict[BatchKey, int], occurrences: list[Occurrence]
-) -> frozenset[int]:
-    """Return the booked batches whose ranges are all there, with fewer records than the batch was offered."""
-    absent = {found.batch for found in occurrences if found.entry is None}
-    whole = [found for found in occurrences if states[found.batch] is BatchState.BOOKED and found.batch not in absent]
-    wanted = {found.batch: offered[plans[found.batch].query_id, plans[found.batch].batch_id] for found in whole}
-    return batches_lacking_records(wanted, whole)
 
 
 def _offered(snapshot: Snapshot, stream: str) -> dict[BatchKey, int]:

@@ -122,14 +122,14 @@ def _read_ranges(plan: BatchPlan) -> Iterator[tuple[str, Span]]:
 
 
 def batches_lacking_records(wanted: dict[int, int], occurrences: list[Occurrence]) -> frozenset[int]:
-    """Return the batches (by number) whose ranges have fewer records than ``wanted``: somebody has removed some.
+    """Return the batches whose ranges have fewer records than ``wanted`` (by batch number): records were removed from the raw copy.
 
-    ``occurrences`` are all ranges of these batches, and all of them have an entry. Counts batch by batch only if all records
-    together are too few, because that reads the records.
+    ``occurrences`` have all ranges of these batches, each with an entry. Counts batch by batch only if all records together are too
+    few, because that reads the records.
     """
     by_entry: dict[ParsedFile, list[Occurrence]] = {}
     for found in occurrences:
-        if found.entry is not None:
+        if found.entry is not None and found.batch in wanted:
             by_entry.setdefault(found.entry, []).append(found)
     spans = {entry: [(found.start, found.end) for found in taken] for entry, taken in by_entry.items()}
     if sum(_count(entry, *spans[entry]) for entry in spans) >= sum(wanted.values()):
