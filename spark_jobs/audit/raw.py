@@ -66,11 +66,10 @@ class RawTable:
         """Return the offsets of a partition that are there in full, ascending; ``from_offset`` is the lowest that matters."""
         query = self._queries.get(query_key(name))
         own = [(query.start.get(name, 0), query.end[name])] if query is not None and name in query.end else []
-        earlier: list[Span] = []
-        if not own or own[0][0] > from_offset:
-            earlier = [
-                part for span in self._row_spans.get(name, ()) for part in subtract(span, [(own[0][0], NO_END)] if own else [])
-            ]
+        if own and own[0][0] <= from_offset:
+            return [span for span in own if span[0] < span[1]]
+        later = [(own[0][0], NO_END)] if own else []
+        earlier = [part for span in self._row_spans.get(name, ()) for part in subtract(span, later)]
         return [span for span in (*earlier, *own) if span[0] < span[1]]
 
     def will_reach(self, name: str, offset: int) -> bool:
