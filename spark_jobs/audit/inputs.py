@@ -113,12 +113,7 @@ class Inputs:
 
 
 def read_inputs(
-    settings: Settings,
-    stream: str,
-    *,
-    missed_as: str,
-    now_us: int,
-    progress: Callable[[int, int], None] | None = None,
+    settings: Settings, stream: str, *, missed_as: str, now_us: int, progress: Callable[[int, int], None] | None = None
 ) -> Inputs:
     """Pin the tables, read the plans, and parse what the store does not have.
 

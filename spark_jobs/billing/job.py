@@ -119,11 +119,7 @@ class _RestatementReasons:
 
 
 def bill(
-    settings: Settings,
-    *,
-    run_id: str | None = None,
-    now: datetime | None = None,
-    progress: Callable[[str], None] | None = None,
+    settings: Settings, *, run_id: str | None = None, now: datetime | None = None, progress: Callable[[str], None] | None = None
 ) -> BillingReport:
     """Post lines for the closed days whose spend differs from what is billed.
 

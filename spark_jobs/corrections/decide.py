@@ -33,15 +33,7 @@ from spark_jobs.ingest.dedupe.keys import hash_keys, hex_fingerprint
 from spark_jobs.ingest.files.landing import Split
 from spark_jobs.ingest.files.lines import read_lines
 from spark_jobs.ingest.stage import raw_lines
-from spark_jobs.lake.tables import (
-    BATCH_LEDGER,
-    EVENTS,
-    MINUTE_METRICS,
-    ORDERS,
-    REJECTED_EVENTS,
-    REJECTED_ORDERS,
-    Table,
-)
+from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, ORDERS, REJECTED_EVENTS, REJECTED_ORDERS, Table
 from spark_jobs.units import DAY_US, HOUR_US, NO_HOUR
 
 Row = dict[str, Any]
@@ -154,7 +146,7 @@ def _rejects(recount: Recount, run: Run) -> TableChange:
             coalesce(h.future_skew_us, batches.future_skew_us) as judged_skew_us
         from rejects_lost l join batches using (b) left join hour_rules h on h.hour = l.hour and version <= events_version
         where not is_trusted or o < 0 order by o, line
-        """,
+        """
     ).to_pylist()
     fingerprints = _conflict_fingerprints(recount) if stream == "events" else {}
     groups: dict[tuple[int, int, int], list[Row]] = {}
@@ -260,7 +252,7 @@ def _conflict_fingerprints(recount: Recount) -> dict[tuple[int, int], tuple[str,
             select l.o as at_o, l.line as at_line, r.* rename (record_id as event_id, time_us as event_time)
             from rejects_lost l join ranked r on r.o = l.{place[0]} and r.line = l.{place[1]}
             where l.outcome = 'conflict' and not l.is_trusted order by l.o, l.line
-            """,
+            """
         )
         places = list(zip(rows["at_o"].to_pylist(), rows["at_line"].to_pylist(), strict=True))
         both.append(dict(zip(places, map(hex_fingerprint, _fingerprints(rows).to_pylist()), strict=True)))
@@ -299,7 +291,7 @@ def _ledger(recount: Recount, run: Run) -> TableChange:
             coalesce(batches.ingested_us, {run.now_us}) as ingested_at,
             if(d.hour = {NO_HOUR}, null, d.hour * {HOUR_US}) as event_hour
         from ledger_delta d left join batches using (query_id, batch_id) left join ledger_before t on {cell}
-        """,
+        """
     )
     add = table_rows(BATCH_LEDGER, rows, stream=recount.inputs.stream, _run_id=run.run_id)
     return TableChange(BATCH_LEDGER, remove, add)
@@ -316,6 +308,6 @@ def _restatements(recount: Recount, run: Run) -> TableChange:
             union all by name
             select hour, region, campaign_id, currency, 'increment_twice' as cause, {less} from metrics_over
         ) group by all
-        """,
+        """
     )
     return restate(rows, run)
