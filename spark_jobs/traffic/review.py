@@ -220,7 +220,7 @@ def _decide(
         database.execute("set preserve_insertion_order = false")
         _judge(database, lake.scan(EVENTS, state.events_version), state, rule_set, rules, hours, spill)
         sums = {hour: rest for hour, *rest in database.execute(_SUMS).fetchall()}
-        reviewed = [ReviewedHour(EPOCH + hour * HOUR, *sums.get(hour, [0] * 5), rule_set=rule_set) for hour in hours]
+        reviewed = [ReviewedHour(EPOCH + hour * HOUR, *(*sums.get(hour, [0] * 5), rule_set)) for hour in hours]
         changes = [
             _events_change(database, run),
             _metrics_change(database, run),
