@@ -20,10 +20,11 @@ from orchestration.explain.node import as_json
 from orchestration.marts import build_marts, query_marts
 from orchestration.marts.render import render
 from spark_jobs.attribution.job import attribute
+from spark_jobs.audit.compare import Difference
 from spark_jobs.billing.job import BillingLine, bill
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.corrections.backfill import backfill
-from spark_jobs.corrections.reconcile import Difference, reconcile
+from spark_jobs.corrections.reconcile import reconcile
 from spark_jobs.lake.duck import connect_delta
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS
 from spark_jobs.lake.writes import ensure_tables

@@ -34,9 +34,10 @@ from orchestration.cli.tables import RecordTable
 from orchestration.compare.comparison import Cell, Comparison, Line
 from orchestration.demo import MONEY
 from services.budget.report import BudgetStatus, CampaignSpend
+from spark_jobs.audit.compare import Difference
 from spark_jobs.billing.job import BillingLine, BillingReport
 from spark_jobs.corrections.backfill import BackfillReport, Restated
-from spark_jobs.corrections.reconcile import Difference, ReconcileReport
+from spark_jobs.corrections.reconcile import ReconcileReport
 from spark_jobs.ingest.files.backlog import IgnoredFiles, WaitingFiles
 from spark_jobs.ingest.kafka.topics import TopicSource
 from spark_jobs.operate.compact import CompactReport, TableCompaction
