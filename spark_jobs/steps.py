@@ -77,10 +77,7 @@ def durable(step: Step, batch_id: int = 0) -> Iterator[None]:
 
 
 def watch_checkpoint(checkpoint: Path) -> None:
-    """Kill this process as soon as Spark has written the checkpoint file that CRASH_VARIABLE names.
-
-    Spark makes the step itself, so no `durable` block surrounds it.
-    """
+    """Kill this process once Spark, which makes this step itself, has written the checkpoint file that CRASH_VARIABLE names."""
     ordered = os.environ.get(CRASH_VARIABLE, "").split(":")
     if len(ordered) != 3 or ordered[0] != "after" or ordered[1] != Step.COMMITS:
         return
