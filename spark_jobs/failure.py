@@ -60,7 +60,7 @@ class FailureCause:
 
 @contextmanager
 def working_on(work: object) -> Iterator[None]:
-    """Add the name of the input to an exception, for the driver gets only the text of a worker's exception. The innermost counts."""
+    """Add the name of the input to an exception: the driver gets only the text of a worker's exception. The innermost counts."""
     try:
         yield
     except Exception as error:

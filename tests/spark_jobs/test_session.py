@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spark_jobs.session import _java_option, _local_folder, _cluster_options, is_one_machine
+from spark_jobs.session import _cluster_options, _java_option, _local_folder, is_one_machine
 
 
 @pytest.mark.parametrize(
