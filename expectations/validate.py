@@ -183,11 +183,7 @@ class _Outcome:
     """The result of a validation, put together for the caller and for the data docs."""
 
     def __init__(
-        self,
-        suite: Suite,
-        connection: duckdb.DuckDBPyConnection,
-        result: ExpectationSuiteValidationResult,
-        began: float,
+        self, suite: Suite, connection: duckdb.DuckDBPyConnection, result: ExpectationSuiteValidationResult, began: float
     ) -> None:
         self._suite, self._connection, self._result, self._began = suite, connection, result, began
         self._by_name = {name_of(each.expectation_config): each for each in result.results}

@@ -312,11 +312,7 @@ def _late_range(lines: EventLines, limits: Limits) -> list[int]:
 
 
 def _send(
-    traffic: Traffic,
-    schedule: _Schedule,
-    outlets: Sequence[_Outlet],
-    sending: Sending,
-    progress: Callable[[int, int], None] | None,
+    traffic: Traffic, schedule: _Schedule, outlets: Sequence[_Outlet], sending: Sending, progress: Callable[[int, int], None] | None
 ) -> None:
     """Send all records, chunk by chunk, at their times. With ``live`` writes the times of receipt into the traffic's lines."""
     encoder = Encoder(traffic.world, from_topics(EVENT_BREAKAGES))
