@@ -36,16 +36,7 @@ from spark_jobs.lake.log import commit_identity
 from spark_jobs.lake.removal import take_files_out
 from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.runs import check_runs
-from spark_jobs.lake.tables import (
-    BATCH_LEDGER,
-    EVENTS,
-    MINUTE_METRICS,
-    ORDERS,
-    REJECTED_EVENTS,
-    REJECTED_ORDERS,
-    TABLES,
-    Table,
-)
+from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, ORDERS, REJECTED_EVENTS, REJECTED_ORDERS, TABLES, Table
 from spark_jobs.operate.status import read_status
 
 RUNBOOK = "docs/runbooks/fsck.md"

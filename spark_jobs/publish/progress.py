@@ -45,7 +45,7 @@ def publications_app_id(cluster: str, key: str) -> str:
 
 
 def read_publications(settings: Settings, *, now: datetime | None = None) -> list[TopicStatus]:
-    """Return the position of each topic, some seconds late; empty without [publish] in kafka.toml. Raises KafkaConfigurationError."""
+    """Return the position of each topic, some seconds late; empty without [publish]. Raises KafkaConfigurationError."""
     publish = read_kafka(settings).publish
     if publish is None:
         return []
