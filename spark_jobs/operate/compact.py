@@ -1,8 +1,8 @@
-"""Compaction: merges many small data files into few, without a Spark session, while an ingest may run.
+"""Merges small data files into few, without a Spark session, while an ingest may run.
 
-It rewrites closed hours of `events` in Z-order (docs/decisions/0005 has the measurement). In the other tables, which are only
-appended to or small, it merges small files, whether or not a day has ended. Each rewrite is one commit with ``dataChange: false``.
-It proves each: it counts and hashes the partition's rows at the versions right before and right after that commit.
+Compaction rewrites closed hours of `events` in Z-order (docs/decisions/0005 has the measurement). In the other tables it merges
+small files, whether or not a day has ended. Each rewrite is one commit with ``dataChange: false``. The job checks it: it counts and
+hashes the partition's rows at the versions before and after that commit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from spark_jobs.units import HourRange
 Z_ORDER = ("campaign_id", "user_id")
 LATE_FILES = 4  # a compacted hour with this many other files is compacted again,
 LATE_SHARE = 0.1  # or if these have more than this share of its bytes
-LOOSE_FILES = 32  # a partition that is still written to may have this many files more than it needs
+LOOSE_FILES = 32  # a partition that still gets rows may have this many files more than it needs
 _ATTEMPTS = 6
 # replaced as a whole or rarely written: nothing to gain
 _LEFT_ALONE = ("campaigns", NAMES.name, "hour_closings", HOUR_RULES.name)
@@ -39,9 +39,9 @@ _LEFT_ALONE = ("campaigns", NAMES.name, "hour_closings", HOUR_RULES.name)
 
 @dataclass(frozen=True)
 class TableCompaction:
-    """One partition (None: all of the table) that was rewritten.
+    """One rewritten partition (None: all of the table).
 
-    ``content_hash`` is of all rows and columns, whatever their order, and was the same at ``version_before`` and ``version_after``.
+    ``content_hash`` covers all rows and columns, in any order; it was the same at ``version_before`` and ``version_after``.
     """
 
     table: str
@@ -59,24 +59,20 @@ class TableCompaction:
 
 @dataclass(frozen=True)
 class CompactReport:
-    """The partitions that were rewritten; none if no partition needed it."""
+    """The rewritten partitions."""
 
     tables: list[TableCompaction] = field(default_factory=list)
     seconds: float = 0.0
 
 
 def compact(
-    settings: Settings,
-    hours: HourRange | None,
-    *,
-    progress: Callable[[str], None] | None = None,
-    now: datetime | None = None,
+    settings: Settings, hours: HourRange | None, *, progress: Callable[[str], None] | None = None, now: datetime | None = None
 ) -> CompactReport:
     """Compact the closed hours of ``hours`` (None: all) that need it, and other tables with too many small files.
 
-    An ingest may run meanwhile: neither waits for the other. Raises UsageError for an hour that is not closed and for a lakehouse
-    that is not on a local path, BusyError if it does not get the lock or a table in time, TableCorruptionError if the rows were not
-    the same afterwards (it takes that rewrite back).
+    An ingest may run meanwhile: neither waits for the other. Raises UsageError for an open hour and for a lakehouse that is not on
+    a local path, BusyError if it does not get the lock or a table in time, TableCorruptionError if the rows differ afterwards (it
+    undoes that rewrite).
     """
     started = time.monotonic()
     require_local(settings, "compaction")
@@ -109,7 +105,7 @@ class _Compaction:
         self._today = today
 
     def work(self) -> Iterator[tuple[Table, Partition]]:
-        """The partitions that need it: hours of `events` in their order, then the other tables."""
+        """Yield the partitions that need compaction: hours of `events` in their order, then the other tables."""
         for table in TABLES.values():
             if table.name in _LEFT_ALONE or not self._lake.exists(table):
                 continue
@@ -119,14 +115,14 @@ class _Compaction:
                     yield table, partition
 
     def rewrite(self, database: duckdb.DuckDBPyConnection, table: Table, partition: Partition) -> TableCompaction | None:
-        """Rewrite one partition; None if there is nothing to do any more."""
+        """Rewrite one partition; None if it no longer needs it."""
         started = time.monotonic()
         target, z_order = self._settings.compacted_file_bytes, Z_ORDER if table is EVENTS else ()
         with exclusive(self._settings, REWRITE):
             for attempt in range(_ATTEMPTS):
                 snapshot = self._lake.pin(table)
                 if not self._needs(table, partition, snapshot.partitions(table).get(partition, [])):
-                    return None  # somebody else has done it
+                    return None  # another process has compacted it
                 run_id = str(uuid.uuid4())
                 try:
                     if not rearrange(self._lake, table, snapshot.version(table), partition, target, run_id, z_order=z_order):
@@ -142,7 +138,7 @@ class _Compaction:
             return self._proved(database, table, partition, version_of_run(self._lake, table, run_id), started)
 
     def _needs(self, table: Table, partition: Partition, files: list[TableFile]) -> bool:
-        """Whether a partition needs to be rewritten. After that it does not, until more rows come."""
+        """Return whether a partition needs compaction. After that it does not, until more rows come."""
         target = self._settings.compacted_file_bytes
         if table is EVENTS:
             hour = _hour(partition)
@@ -153,18 +149,18 @@ class _Compaction:
         return len(files) > needed + (0 if self._is_past(table, partition) else LOOSE_FILES)
 
     def _is_past(self, table: Table, partition: Partition) -> bool:
-        """Whether a day will probably get no more rows."""
+        """Return whether a day will probably get no more rows."""
         if not partition:
             return False
         day = date.fromisoformat(partition[0][1])
         if table.partition_by == ("event_date",):
             return self._closing.is_closed(datetime(day.year, day.month, day.day, 23, tzinfo=UTC))
-        return day < self._today - timedelta(days=1)  # by ingestion: a batch may go on over midnight
+        return day < self._today - timedelta(days=1)  # by ingestion: a batch may last over midnight
 
     def _proved(
         self, database: duckdb.DuckDBPyConnection, table: Table, partition: Partition, version: int, started: float
     ) -> TableCompaction:
-        """Report the compaction of ``version``. Takes it back, and raises TableCorruptionError, if the rows are not the same."""
+        """Report the compaction of ``version``; if the rows differ, undo it and raise TableCorruptionError."""
         snapshots = [self._lake.at({table.name: each}) for each in (version - 1, version)]
         before, after = (snapshot.partitions(table).get(partition, []) for snapshot in snapshots)
         held_before, held_after = (content_of(database, snapshot, table, partition) for snapshot in snapshots)
@@ -205,7 +201,7 @@ def content_of(database: duckdb.DuckDBPyConnection, snapshot: Snapshot, table: T
 
 
 def _has_loose_rows(files: list[TableFile]) -> bool:
-    """Whether an hour has more files that no compaction wrote than it may have beside a compacted one."""
+    """Return whether an hour has too many files that no compaction wrote."""
     loose = [file.size for file in files if not file.path.endswith(COMPACTED_SUFFIX)]
     if len(files) == 1 or not loose:
         return False

@@ -15,6 +15,7 @@ import correct
 import lake
 import pytest
 import sparkless
+from crash_points import CORRECTION
 from deltalake import DeltaTable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ from spark_jobs.config import Settings, load_settings
 from spark_jobs.corrections.reconcile import ReconcileReport, reconcile
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.operate.status import read_status
-from spark_jobs.steps import CORRECTION, CRASH_VARIABLE, Step
+from spark_jobs.steps import CRASH_VARIABLE, Step
 from spark_jobs.units import HourRange
 from tests.spark_jobs.homes.attribution_lake import credits, revisions
 from tests.spark_jobs.homes.faults import ORDER_FAULTS, ORDER_FAULTS_TOGETHER, land_orders
