@@ -53,7 +53,7 @@ test-soak: setup ## Set up and run everything at once for minutes: ingest, compa
 	@$(RUN) pytest -m soak $(PYTEST_ARGS)
 
 .PHONY: test-e2e
-test-e2e: setup ## Set up and run whole programs: adtally up with files that land, marts and Ctrl-C; small benchmarks
+test-e2e: browser ## Set up and run whole programs: adtally up with files that land, marts and Ctrl-C; small benchmarks
 	@$(LONG) -m e2e $(PYTEST_ARGS)
 
 .PHONY: test-services
@@ -61,7 +61,7 @@ test-services: setup ## Set up and run on real Kafkas, a real Pinot and a Spark 
 	@$(LONG) -m services $(PYTEST_ARGS)
 
 .PHONY: test-long
-test-long: setup ## Set up and run what make test leaves out, but for the trials of services that take many minutes each
+test-long: browser ## Set up and run what make test leaves out, but for the trials of services that take many minutes each
 	@$(LONG) -m "(homes or crash or services or soak or e2e) and not trial" $(PYTEST_ARGS)
 
 .PHONY: lint
@@ -82,17 +82,21 @@ bench: setup ## Measure the ingest against its contestants (see benchmarks/READM
 	@$(RUN) adtally bench ingest
 
 .PHONY: audit
-audit: setup ## Look for known vulnerabilities of all packages and jars; fails where it cannot (needs a network)
+audit: setup ## Look for known vulnerabilities of all packages, jars and browser code; fails where it cannot (needs a network)
 	@$(RUN) python scripts/audit.py
 	@$(UV) export --frozen --all-groups --no-emit-project --no-hashes --quiet | $(RUN) pip-audit --strict --no-deps --disable-pip -r /dev/stdin
 
 .PHONY: sbom
-sbom: setup ## Build the bill of materials of packages and jars (CycloneDX, dist/adtally.cdx.json) and check it
+sbom: setup ## Build the bill of materials of packages, jars and browser code (CycloneDX, dist/adtally.cdx.json) and check it
 	@$(RUN) python scripts/sbom.py
 
 .PHONY: setup
 setup: $(filter-out uv,$(UV)) $(STAMP) ## Environment, Java, jars, DuckDB extension: what the other targets do by themselves
 	@$(RUN) python scripts/setup_machine.py
+
+.PHONY: browser
+browser: setup ## Chromium, with which tests open pages: what test-e2e and test-long do by themselves
+	@$(RUN) python scripts/setup_browser.py
 
 # The stamp's name holds the hash of the lock: another lock, another stamp, so nothing is done twice. All code is compiled here,
 # once: where PYTHONDONTWRITEBYTECODE is set, every start of a command would compile it again. What is edited later is compiled

@@ -20,7 +20,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from rich.console import Console
 from benchmarks import delta_log
 from benchmarks.contestants import Job, adtally_command, adtally_environment
 from benchmarks.make_input import REGIONS, World, uuid_text
-from benchmarks.measure import BenchmarkError, TreeSampler, end_tree, machine, note, tail, verdict, write_result
+from benchmarks.measure import BenchmarkError, TreeSampler, end_tree, machine, note, quantile, tail, verdict, write_result
 
 POLL_SECONDS = 0.1
 COUNTS = ["impressions", "clicks", "invalid_impressions", "invalid_clicks"]
@@ -68,10 +70,10 @@ class LandingWriter:
         scratch.rename(self.landing / "events" / region / scratch.name)
         self.renamed_at[placement] = time.monotonic()
 
-    def run(self, seconds: float) -> int:
-        """Keep the rate for ``seconds``; the number of files put."""
+    def run(self, seconds: float, ended: threading.Event | None = None) -> int:
+        """Keep the rate for ``seconds``, or until ``ended``; the number of files put."""
         started, index = time.monotonic(), 0
-        while (due := started + index * self.lines / self.rate) < started + seconds:
+        while (due := started + index * self.lines / self.rate) < started + seconds and not (ended and ended.is_set()):
             time.sleep(max(0.0, due - time.monotonic()))
             self.put(index)
             index += 1
@@ -117,10 +119,46 @@ class IncrementReader(threading.Thread):
         return True
 
 
-def quantile(values: list[float], share: float) -> float:
-    """The smallest value that at least ``share`` of the values do not exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, max(0, int(np.ceil(share * len(ordered))) - 1))]
+@dataclass
+class ContinuousIngest:
+    """The project's own ingest in continuous mode, whose processes are sampled."""
+
+    process: subprocess.Popen[str]
+    sampler: TreeSampler
+    log: Path
+    output: Path
+    status: int | None = None
+    stop_seconds: float = 0.0
+
+    def stop(self) -> None:
+        """End it by SIGTERM and note its exit status. Raises BenchmarkError if it has ended before."""
+        early = self.process.poll()
+        if early is not None:
+            raise BenchmarkError(f"continuous mode ended by itself with status {early}; its log: {self.log}\n{tail(self.log)}")
+        sent = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.status = self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            note("freshness: SIGTERM was not followed within 60 s")
+        self.stop_seconds = time.monotonic() - sent
+
+
+@contextmanager
+def continuous_ingest(job: Job, trigger: str | None) -> Iterator[ContinuousIngest]:
+    """Start the ingest of a job's landing folder; what is left of it in the end is killed."""
+    log, output = job.work / "logs" / "freshness.log", job.work / "logs" / "freshness.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = adtally_command("--continuous", *(["--trigger", trigger] if trigger else []))
+    with log.open("w") as err, output.open("w") as out:
+        process = subprocess.Popen(command, env=adtally_environment(job), stdout=out, stderr=err, text=True, start_new_session=True)
+        sampler = TreeSampler(process.pid)
+        sampler.start()
+        try:
+            yield ContinuousIngest(process, sampler, log, output)
+        finally:
+            sampler.stop()
+            end_tree(process)
 
 
 def run_freshness(
@@ -129,13 +167,7 @@ def run_freshness(
     """Start the project in continuous mode, feed it, measure. Files put during ``warm_up`` are not counted."""
     writer = LandingWriter(job.landing, job.home / "staging", lines, rate, seed)
     reader = IncrementReader(job.home / "lakehouse" / "minute_metrics", lines)
-    log, output = job.work / "logs" / "freshness.log", job.work / "logs" / "freshness.jsonl"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = adtally_command("--continuous", *(["--trigger", trigger] if trigger else []))
-    with log.open("w") as err, output.open("w") as out:
-        process = subprocess.Popen(command, env=adtally_environment(job), stdout=out, stderr=err, text=True, start_new_session=True)
-        sampler = TreeSampler(process.pid)
-        sampler.start()
+    with continuous_ingest(job, trigger) as ingest:
         reader.start()
         try:
             note(f"freshness: {rate:.0f} events/s for {warm_up + seconds:.0f} s")
@@ -143,28 +175,16 @@ def run_freshness(
             put = writer.run(warm_up + seconds)
             behind = time.monotonic() - started - (warm_up + seconds)
             deadline = time.monotonic() + 60
-            while len(reader.readable_at) < put and time.monotonic() < deadline and process.poll() is None:
+            while len(reader.readable_at) < put and time.monotonic() < deadline and ingest.process.poll() is None:
                 time.sleep(POLL_SECONDS)
-            early = process.poll()
-            stop_sent = time.monotonic()
-            process.send_signal(signal.SIGTERM)
-            status: int | None = None
-            try:
-                status = process.wait(60)
-            except subprocess.TimeoutExpired:
-                note("freshness: SIGTERM was not followed within 60 s")
-            stop_seconds = time.monotonic() - stop_sent
+            ingest.stop()
         finally:
-            sampler.stop()
             reader.stop()
-            end_tree(process)
-    if early is not None:
-        raise BenchmarkError(f"continuous mode ended by itself with status {early}; its log: {log}\n{tail(log)}")
     counted = {p: t for p, t in writer.renamed_at.items() if t - started >= warm_up}
     lags = [reader.readable_at[p] - t for p, t in counted.items() if p in reader.readable_at]
     if not lags:
-        raise BenchmarkError(f"no file became readable in minute_metrics; its log: {log}\n{tail(log)}")
-    batches = [json.loads(line) for line in output.read_text().splitlines() if line.startswith("{")]
+        raise BenchmarkError(f"no file became readable in minute_metrics; its log: {ingest.log}\n{tail(ingest.log)}")
+    batches = [json.loads(line) for line in ingest.output.read_text().splitlines() if line.startswith("{")]
     return {
         "files": len(counted),
         "unread_files": len(counted) - len(lags),
@@ -175,9 +195,9 @@ def run_freshness(
         "mean_seconds": round(statistics.fmean(lags), 3),
         "first_file_seconds": round(min(reader.readable_at.values()) - started, 3),
         "batches": len(batches),
-        "peak_pss_bytes": max((s.pss for s in sampler.samples), default=0),
-        "stop_seconds": round(stop_seconds, 2),
-        "exit_status": status,
+        "peak_pss_bytes": max((s.pss for s in ingest.sampler.samples), default=0),
+        "stop_seconds": round(ingest.stop_seconds, 2),
+        "exit_status": ingest.status,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import signal
@@ -159,6 +160,20 @@ def json_object(line: str) -> dict[str, Any] | None:
 def tail(path: Path, lines: int = 15) -> str:
     """The last lines of a log."""
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The smallest value that at least ``share`` of the values do not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, max(0, math.ceil(share * len(ordered)) - 1))]
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """The 50th, 95th and 99th percentile and the highest value, rounded to milliseconds; empty without values."""
+    if not values:
+        return {}
+    found = {f"p{share}": quantile(values, share / 100) for share in (50, 95, 99)}
+    return {name: round(value, 3) for name, value in {**found, "max": max(values)}.items()}
 
 
 def machine() -> dict[str, Any]:

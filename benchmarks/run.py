@@ -6,6 +6,7 @@
     python -m benchmarks.run ingest --scenario batch10       one batch of 1 M against one of 10 M
     python -m benchmarks.run ingest --scenario memory        peak memory at 4 M and at 40 M
     python -m benchmarks.run ingest --scenario freshness     continuous mode at 2,000 events/s
+    python -m benchmarks.run console                         the console with 50 viewers while the ingest runs
     python -m benchmarks.run report                          the results as Markdown
 
 Results go to benchmarks/results/<name>.json. Exit status 1: a contestant failed or gave wrong numbers, or, with
@@ -30,6 +31,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.console import Load, run_console
 from benchmarks.contestants import CONTESTANTS, Job, event_batches
 from benchmarks.freshness import run_freshness
 from benchmarks.make_input import RESENT_SHARE, InputSpec, make_input, prefix_view
@@ -248,6 +250,25 @@ def freshness(bench: Bench) -> Outcome:
     return [run], {k: v for k, v in run.items() if k != "wrong"}, targets
 
 
+def console_load(args: argparse.Namespace) -> Outcome:
+    """The console with viewers while the ingest runs; see console.py."""
+    root = Path(args.work).absolute() / "runs" / "console"
+    shutil.rmtree(root, ignore_errors=True)
+    job = Job(root / "landing", root / "home", Path(args.work).absolute(), 2_000, args.adtally_env)
+    load = Load(args.viewers, args.think, args.seconds, args.warm_up, args.rate, args.lines, args.seed, args.trigger)
+    run = run_console(job, load)
+    if run["exit_status"] != 0:
+        run["wrong"].append(f"SIGTERM led to exit status {run['exit_status']}")
+    if not args.keep:
+        shutil.rmtree(root, ignore_errors=True)
+    targets = [
+        Target("page p95, s", run["page_seconds"]["p95"], 0.3),
+        Target("freshness p95 with viewers / without", run["freshness_p95_ratio"], 1.1),
+        Target("console peak memory, GiB", run["console_peak_pss_bytes"] / GIB, 0.5),
+    ]
+    return [run], {name: value for name, value in run.items() if name != "wrong"}, targets
+
+
 RUNNERS: dict[str, Callable[[Bench], Outcome]] = {
     "throughput": throughput,
     "history": history,
@@ -389,9 +410,29 @@ def parser() -> argparse.ArgumentParser:
     ingest.add_argument("--results", default=str(HERE / "results"))
     ingest.add_argument("--keep", action="store_true", help="keep what the last run of each contestant wrote")
     ingest.add_argument("--check", action="store_true", help="exit status 1 if a target is missed")
+    viewers = commands.add_parser("console", help="the console with viewers while the ingest runs")
+    viewers.add_argument("--viewers", type=int, default=50, help="each polls pages and holds a stream of events")
+    viewers.add_argument("--think", type=float, default=2.0, help="seconds between two pages of a viewer")
+    viewers.add_argument("--seconds", type=float, default=120.0, help="measured time with viewers, and again without")
+    viewers.add_argument("--warm-up", type=float, default=60.0, help="time before it that is not counted")
+    viewers.add_argument("--rate", type=float, default=2_000, help="events a second")
+    viewers.add_argument("--lines", type=int, default=1_000, help="events of a landing file")
+    viewers.add_argument("--seed", type=int, default=7)
+    viewers.add_argument("--trigger", help="seconds between two batches, passed on")
+    viewers.add_argument("--keep", action="store_true", help="keep what the run wrote")
+    viewers.add_argument("--json", action="store_true", dest="as_json", help="print the result as JSON")
+    common_options(viewers)
     rep = commands.add_parser("report", help="print the results as Markdown")
     rep.add_argument("--results", default=str(HERE / "results"))
     return top
+
+
+def default_name(args: argparse.Namespace) -> str:
+    """The name of a result: scenario and size."""
+    if args.command == "console":
+        return f"console-{args.viewers}"
+    size = {"throughput": args.events, "memory": args.events, "history": args.high, "batch10": args.batch * 10}
+    return f"ingest-{args.scenario}-{size.get(args.scenario, int(args.rate))}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -402,33 +443,40 @@ def main(argv: list[str] | None = None) -> int:
         print(report(Path(args.results)))
         return 0
     args.adtally_env = dict(args.adtally_env)
+    is_console = args.command == "console"
+    scenario = "console" if is_console else args.scenario
+    work = Path(args.work).absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    host = machine()
     try:
-        bench = Bench(args, InputSpec(args.batch, args.files_per_batch, args.seed))
-        bench.work.mkdir(parents=True, exist_ok=True)
-        host = machine()
         # Two at once would disturb each other's figures and delete each other's tables.
-        with FileLock(bench.work / "lock", timeout=0):
-            runs, summary, targets = RUNNERS[args.scenario](bench)
+        with FileLock(work / "lock", timeout=0):
+            if is_console:
+                runs, summary, targets = console_load(args)
+            else:
+                bench = Bench(args, InputSpec(args.batch, args.files_per_batch, args.seed))
+                runs, summary, targets = RUNNERS[scenario](bench)
     except Timeout:
-        print(f"benchmark: another one is running in {bench.work}", file=sys.stderr)
+        print(f"benchmark: another one is running in {work}", file=sys.stderr)
         return 1
     except (BenchmarkError, ValueError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1
     document = {
-        "scenario": args.scenario,
+        "scenario": scenario,
         "machine": host,
-        "parameters": {k: v for k, v in vars(args).items() if k not in ("work", "results", "keep", "name", "command")},
+        "parameters": {k: v for k, v in vars(args).items() if k not in ("work", "results", "keep", "name", "command", "as_json")},
         "summary": summary,
         "targets": [asdict(t) | {"met": t.met} for t in targets],
         "runs": runs,
     }
-    size = {"throughput": args.events, "memory": args.events, "history": args.high, "batch10": args.batch * 10}
-    name = args.name or f"ingest-{args.scenario}-{size.get(args.scenario, int(args.rate))}"
-    path = write_result(args.results, name, document)
-    show(document, console)
-    console.print(f"written: {path}")
-    wrong = [f"{r.get('contestant', args.scenario)}: {problem}" for r in runs for problem in r["wrong"]]
+    path = write_result(args.results, args.name or default_name(args), document)
+    if is_console and args.as_json:
+        print(json.dumps(document, indent=1))
+    else:
+        show(document, console)
+        console.print(f"written: {path}")
+    wrong = [f"{r.get('contestant', scenario)}: {problem}" for r in runs for problem in r["wrong"]]
     return verdict(wrong, is_missed=args.check and not all(t.met for t in targets))
 
 

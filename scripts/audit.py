@@ -1,4 +1,4 @@
-"""Look for known vulnerabilities of all that is in the bill of materials: Python packages and jars.
+"""Look for known vulnerabilities of all that is in the bill of materials: Python packages, jars, browser code.
 
     python scripts/audit.py [--url URL]     ask OSV; exit status 0 only where every one was asked about and none has an advisory
     python scripts/audit.py --list          print what would be asked, as OSV has it, and ask nobody
@@ -33,9 +33,7 @@ def queries(found: list[Component]) -> list[dict[str, Any]]:
         raise AuditError(f"{len(nameless)} jars have no group, so nobody can be asked about them: {', '.join(nameless)}")
     return [
         {
-            "package": {"ecosystem": "PyPI", "name": one.name}
-            if one.group is None
-            else {"ecosystem": "Maven", "name": f"{one.group}:{one.name}"},
+            "package": {"ecosystem": one.ecosystem, "name": one.name if one.group is None else f"{one.group}:{one.name}"},
             "version": one.version,
         }
         for one in found

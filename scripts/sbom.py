@@ -1,8 +1,9 @@
-"""Build and check the bill of materials (CycloneDX) of all that is installed or started: Python packages and jars.
+"""Build and check the bill of materials (CycloneDX) of all that is installed or started: Python packages, jars, browser code.
 
     python scripts/sbom.py [PATH]        write it, default dist/adtally.cdx.json; exit status 1 where something is missing in it
 
-It says the same on every run: packages come from uv.lock, jars from the lock files and from the Spark that is installed.
+It says the same on every run: packages come from uv.lock, jars from the lock files and from the Spark that is installed, browser
+code from the console's vendor.toml.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tomllib
 import uuid
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +26,8 @@ from typing import Any
 from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parents[1]
+VENDORED = ROOT / "orchestration" / "console" / "static" / "vendor"
+VENDORED_LIST = VENDORED / "vendor.toml"
 DEFAULT = ROOT / "dist" / "adtally.cdx.json"
 LOCK = ROOT / "uv.lock"
 SPARK_JARS_LOCK = ROOT / "spark_jobs" / "jars.lock.json"
@@ -65,7 +69,7 @@ _NOT_LOCKED = {"adtally", "pip", "setuptools", "uv", "wheel"}  # the project, an
 
 @dataclass(frozen=True, order=True)
 class Component:
-    """A package or jar. ``group`` is Maven's, None for a Python package; "" for a jar that does not say its own."""
+    """A package or jar. ``group`` is Maven's, None for a package of PyPI or npm; "" for a jar that does not say its own."""
 
     group: str | None
     name: str
@@ -74,10 +78,17 @@ class Component:
     hashes: tuple[tuple[str, str], ...]  # (file, SHA-256 in hexadecimal)
 
     @property
+    def ecosystem(self) -> str:
+        """The kind of registry that the component comes from, as OSV calls it."""
+        if self.group is not None:
+            return "Maven"
+        return "npm" if self.used_by == "console" else "PyPI"
+
+    @property
     def purl(self) -> str | None:
         """The package URL; None for a jar without a group."""
         if self.group is None:
-            return f"pkg:pypi/{quote(self.name)}@{quote(self.version)}"
+            return f"pkg:{self.ecosystem.lower()}/{quote(self.name)}@{quote(self.version)}"
         return f"pkg:maven/{quote(self.group)}/{quote(self.name)}@{quote(self.version)}" if self.group else None
 
     def as_dict(self) -> dict[str, Any]:
@@ -121,6 +132,12 @@ def jars() -> Iterator[Component]:
         yield _jar_of_spark(jar_file)
 
 
+def browser_packages() -> Iterator[Component]:
+    """Packages of npm of which the console serves copies."""
+    for package in tomllib.loads(VENDORED_LIST.read_text("utf-8"))["package"]:
+        yield Component(None, package["name"], package["version"], "console", tuple(sorted(package["files"].items())))
+
+
 def spark_jar_files() -> list[Path]:
     """The jars within the installed pyspark."""
     spec = find_spec("pyspark")
@@ -150,7 +167,9 @@ def _jar_of_spark(path: Path) -> Component:
 
 def components() -> list[Component]:
     """All of it, in a fixed order."""
-    return sorted({*python_packages(), *jars()}, key=lambda one: (one.used_by, one.group or "", one.name, one.version))
+    return sorted(
+        {*python_packages(), *jars(), *browser_packages()}, key=lambda one: (one.used_by, one.group or "", one.name, one.version)
+    )
 
 
 def bill(found: list[Component]) -> dict[str, Any]:
@@ -193,6 +212,9 @@ def problems(text: str) -> list[str]:
             for jar in json.loads(path.read_text("utf-8"))["jars"]
             if jar["sha256"] not in digests
         ]
+    for path in sorted(VENDORED.iterdir()):
+        if path != VENDORED_LIST and hashlib.sha256(path.read_bytes()).hexdigest() not in digests:
+            found.append(f"the console's {path.name} is not in it as it is")
     files = {file["url"] for one in listed for file in one["externalReferences"]}
     return found + [f"Spark's {jar.name} is not in it" for jar in spark_jar_files() if quote(jar.name) not in files]
 
@@ -207,8 +229,8 @@ def main(arguments: list[str]) -> int:
     wrong = problems(text)
     for line in wrong:
         print(f"sbom: error: {line}", file=sys.stderr)
-    count = sum(component.group is None for component in found)
-    print(f"sbom: {count} Python packages and {len(found) - count} jars in {path}")
+    count = Counter(component.ecosystem for component in found)
+    print(f"sbom: {count['PyPI']} Python packages, {count['Maven']} jars and {count['npm']} packages of npm in {path}")
     return 1 if wrong else 0
 
 

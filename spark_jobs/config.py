@@ -125,10 +125,17 @@ class Settings(BaseSettings):
     )
     webserver_port: int = Field(3000, ge=0, le=65535, description="Port of the Dagster UI on 127.0.0.1; 0 takes a free one.")
     webserver_hosts: Names = Field(
-        (), description="Names beside the loopback address by which browsers may call the Dagster UI, as tally.example."
+        (), description="Names beside the loopback address by which browsers may call the Dagster UI and the console."
     )
     webserver_token: SecretStr | None = Field(
         None, min_length=16, description="What every request to the Dagster UI must have: ?token=... once a browser."
+    )
+    console_port: int = Field(3001, ge=0, le=65535, description="Port of the console on 127.0.0.1; 0 takes a free one.")
+    console_token: SecretStr | None = Field(
+        None, min_length=16, description="What every request to the console must have: ?token=... once a browser."
+    )
+    webserver_url: str | None = Field(
+        None, pattern="^https?://", description="Where browsers find the Dagster UI, for links; `adtally up` sets it."
     )
     query_memory: Size = Field("1g", description="Memory of a query of the marts, as 512m or 2g.")
     query_spill: Size = Field("4g", description="Disk space that a query of the marts may take beyond its memory.")

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browser import started_browser
+from playwright.sync_api import Browser
 from pyspark.sql import SparkSession
 
 from services.launcher.kafka import Kafka
@@ -57,6 +59,13 @@ def kafka() -> Iterator[Kafka]:
     jars = load_settings().jar_cache_path
     with throwaway_kafka(jar_cache=jars, java=lambda: require_java().executable, topics=(), heap="256m") as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """One browser of the run; each test opens pages of its own (`browser.recorded_page`)."""
+    with started_browser() as started:
+        yield started
 
 
 @pytest.fixture(autouse=True)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import audit
+import pytest
 import sbom
 
 
@@ -25,7 +21,7 @@ def whole() -> list[sbom.Component]:
 def test_the_bill_has_all_that_is_installed_and_pinned(whole: list[sbom.Component]) -> None:
     assert sbom.problems(json.dumps(sbom.bill(whole))) == []
     assert sbom.bill(whole) == sbom.bill(list(whole))  # it says the same again
-    assert {one.used_by for one in whole} == {"python", "ingest", "kafka", "pinot", "spark"}
+    assert {one.used_by for one in whole} == {"console", "python", "ingest", "kafka", "pinot", "spark"}
 
 
 def test_what_a_bill_leaves_out_is_named(whole: list[sbom.Component]) -> None:
@@ -35,6 +31,7 @@ def test_what_a_bill_leaves_out_is_named(whole: list[sbom.Component]) -> None:
     assert [line.split(" is not")[0].rsplit(" ", 1)[0] for line in without("duckdb")] == ["the installed package duckdb"]
     assert any("delta-storage" in line and "jars.lock.json" in line for line in without("delta-storage"))
     assert any(line.startswith("Spark's rocksdbjni-") for line in without("rocksdbjni"))
+    assert "the console's htmx.min.js is not in it as it is" in without("htmx.org")
     nameless = sbom.Component("", "a", "1", "spark", (("a-1.jar", "0" * 64),))
     assert "spark::a@1 has no group: no advisory can be found for it" in sbom.problems(json.dumps(sbom.bill([*whole, nameless])))
     twin = sbom.Component(whole[0].group, whole[0].name, whole[0].version, whole[0].used_by, (("b.jar", "0" * 64),))
@@ -46,6 +43,16 @@ FOUND = [
     sbom.Component(None, "jinja2", "2.4", "python", ()),
     sbom.Component("org.apache.logging.log4j", "log4j-core", "2.14.1", "spark", ()),
 ]
+
+
+def test_a_component_names_its_registry() -> None:
+    browser_code = next(one for one in sbom.browser_packages() if one.name == "htmx.org")
+    assert browser_code.purl == f"pkg:npm/htmx.org@{browser_code.version}"
+    assert [query["package"] for query in audit.queries([*FOUND, browser_code])] == [
+        {"ecosystem": "PyPI", "name": "jinja2"},
+        {"ecosystem": "Maven", "name": "org.apache.logging.log4j:log4j-core"},
+        {"ecosystem": "npm", "name": "htmx.org"},
+    ]
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import typer
 from orchestration.cli import (
     bench,
     compare,
+    console,
     decisions,
     demo,
     doctor,
@@ -60,8 +61,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 # the order of the help: commands, then groups
-_COMMANDS = (demo, simulating, ingest, up, query, status, maintenance, rejects, decisions, settlement, compare, publish, doctor)
-for module in _COMMANDS:
+_USE = (demo, simulating, ingest, up, console, query, status)
+_KEEP_RIGHT = (maintenance, rejects, decisions, settlement, compare, publish, doctor)
+for module in _USE + _KEEP_RIGHT:
     app.add_typer(module.app)
 app.add_typer(marts.app, name="marts", rich_help_panel=Panel.ASK)
 app.add_typer(bench.app, name="bench", rich_help_panel=Panel.KEEP_SMALL)

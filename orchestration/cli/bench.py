@@ -20,6 +20,7 @@ _BENCHMARKS = {
     "recount": "Measure the recount of an hour beside its ingest.",
     "compaction": "Measure scans of an hour and the build of the marts before and after compaction.",
     "quality": "Measure what the expectations of an hour cost beside its ingest.",
+    "console": "Measure the console with many viewers while the ingest runs.",
 }
 
 
@@ -30,7 +31,8 @@ def _bench(context: typer.Context) -> None:
     root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks").is_dir() or find_spec("benchmarks") is None:
         raise UsageError("the benchmarks are not part of the installed package", hint="run it in a checkout")
-    module = ["benchmarks.run", "ingest"] if context.info_name == "ingest" else [f"benchmarks.{context.info_name}"]
+    name = str(context.info_name)
+    module = ["benchmarks.run", name] if name in ("ingest", "console") else [f"benchmarks.{name}"]
     done = subprocess.run([sys.executable, "-m", *module, *context.args], cwd=root, check=False)
     raise typer.Exit(done.returncode if done.returncode in (0, 1, 2) else 1)
 

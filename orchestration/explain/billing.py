@@ -43,6 +43,7 @@ def explain_billing_line(settings: Settings, line: str, *, sample: int = SAMPLE)
         for day in view.marts(f"select * from fct_campaign_day where {key.condition()}"):
             node = Node("fct_campaign_day, at the marts' build", _facts(day, (*MEASURES, "spend_micros")))
             billed = sum(found["amount_micros"] for found in lines)
+            node.checks.append("the ledger's lines of the day")
             if billed != day["spend_micros"]:
                 node.problems.append(f"its spend is {day['spend_micros']} micros and the ledger's lines come to {billed}")
             top.add(node)
@@ -74,7 +75,7 @@ def _ledger(lines: list[Row], row: Row) -> Node:
     for found in lines:
         billed += found["amount_micros"]
         mark = " (this one)" if found["line_id"] == row["line_id"] else ""
-        part = Node(f"{found['line_type']}{mark}", _facts(found, ("line_id", *_AMOUNTS, *_SOURCE)))
+        part = Node(f"{found['line_type']}{mark}", _facts(found, ("line_id", *_AMOUNTS, *_SOURCE)), checks=["the lines up to it"])
         if billed != found["billed_micros"]:
             part.problems.append(f"billed_micros is {found['billed_micros']} and the lines up to it come to {billed}")
         if found["billed_micros"] != _micros(found["spend_nanos"]):
@@ -106,6 +107,7 @@ def _posting(view: BuildView, line: str, row: Row, key: DayKey) -> Node:
         return node
     posted = sum(json.loads(lines[0]["spend_parts"]).values())
     total = sum(int(increment["spend_nanos"]) for increment in found)
+    node.checks.append("the increments that it read")
     if total != posted:
         node.problems.append(f"the increments come to {total} nanos and the posting to {posted}")
     by_run = grouped(found, itemgetter("_run_id"))

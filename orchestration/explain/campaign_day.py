@@ -72,6 +72,16 @@ def _missing(view: BuildView, campaign: str, day: date) -> AdtallyError:
     return AdtallyError(f"fct_campaign_day has no row of {campaign!r} on {day}", hint=f"it has days from {first} to {last}")
 
 
+def explain_batch_events(settings: Settings, key: DayKey, query: str, batch: int, *, count: int, offset: int = 0) -> Node:
+    """Return ``count`` events of a batch after the first ``offset``, each with its file and line: the order is that of a sample.
+
+    Raises AdtallyError if there are no marts.
+    """
+    with open_build(settings, "fct_campaign_day") as view:
+        events = _sample(view, query, batch, key, count, offset)
+        return Node(f"events of batch {batch}", parts=[view.build.node(), *events.parts])
+
+
 def _events(view: BuildView, key: DayKey) -> list[Row]:
     """Sum the events of completed batches by batch, file, rule set and mark."""
     kinds = (("impressions", "impression"), ("clicks", "click"))
@@ -123,7 +133,7 @@ def _batch(view: BuildView, found: list[Row], events: list[Row], runs: dict[str,
     return node
 
 
-def _sample(view: BuildView, query: str, batch: int, key: DayKey, count: int) -> Node:
+def _sample(view: BuildView, query: str, batch: int, key: DayKey, count: int, offset: int = 0) -> Node:
     """Return some events of a batch: first invalid ones, then late ones, then by falling spend."""
     rows = view.rows(
         f"""
@@ -131,9 +141,9 @@ def _sample(view: BuildView, query: str, batch: int, key: DayKey, count: int) ->
             invalid_spend_nanos, invalid_traffic_rule, invalid_traffic_rules, is_late, source_file, source_line
         from {view.scan(EVENTS)}
         where event_date = ? and campaign_id = ? and store_id = ? and currency = ? and _query_id = ? and _batch_id = ?
-        order by invalid_traffic_rule is null, not is_late, spend_nanos desc, event_id limit ?
+        order by invalid_traffic_rule is null, not is_late, spend_nanos desc, event_id limit ? offset ?
         """,
-        [*key, query, batch, count],
+        [*key, query, batch, count, offset],
     )
     return Node(f"{len(rows)} of its events", parts=event_nodes(view, rows))
 

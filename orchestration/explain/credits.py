@@ -83,7 +83,11 @@ def _models(credits: list[Row], latest: Row) -> list[Node]:
     nodes = []
     for (model, window), mine in grouped(credits, itemgetter("model", "window_days")).items():
         total, weight = sum(row["credit_micros"] for row in mine), sum(row["credit_weight"] for row in mine)
-        node = Node(f"{model}, {window} days", {"credit_micros": total, "weight": weight, "touches": len(mine)})
+        node = Node(
+            f"{model}, {window} days",
+            {"credit_micros": total, "weight": weight, "touches": len(mine)},
+            checks=["the order's total"],
+        )
         if total != latest["total_micros"]:
             node.problems.append(f"the credits come to {total} micros and the order to {latest['total_micros']}")
         if abs(weight - 1) > _WEIGHT_TOLERANCE:

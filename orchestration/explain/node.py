@@ -19,19 +19,24 @@ QUIET = ("clicks", "invalid_impressions", "invalid_clicks", "invalid_spend_nanos
 
 @dataclass
 class Node:
-    """A fact and its parts. ``facts`` are plain values; ``problems`` say where the parts do not add up."""
+    """A fact and its parts. ``facts`` are plain values; ``problems`` say where the parts do not add up.
+
+    ``checks`` name what was compared with the fact. Without problems, they are equal.
+    """
 
     what: str
     facts: dict[str, Any] = field(default_factory=dict)
     parts: list[Node] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    checks: list[str] = field(default_factory=list)
 
     def add(self, *parts: Node) -> None:
         """Append parts."""
         self.parts += parts
 
     def must_equal(self, below: str, expected: dict[str, int], found: dict[str, int]) -> None:
-        """Add a problem for each measure of ``expected`` that differs in ``found``. ``below`` names the parts of ``found``."""
+        """Note the check, and a problem for each measure of ``expected`` that differs in ``found``, which ``below`` names."""
+        self.checks.append(below)
         for name, value in expected.items():
             if found.get(name, 0) != value:
                 self.problems.append(f"{name} is {value} here and {found.get(name, 0)} in {below}")

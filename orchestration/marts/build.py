@@ -6,10 +6,12 @@ marts of the others stay as they were, and `mart_build` says for each group what
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,8 +19,16 @@ from pathlib import Path
 import duckdb
 from filelock import FileLock, Timeout
 
-from orchestration.marts.dbt_runner import DbtNode, git_revision, install_delta_extension, project_dir, run_dbt_build
-from orchestration.marts.pins import pin_versions
+from orchestration.marts.dbt_runner import (
+    DbtNode,
+    git_revision,
+    install_delta_extension,
+    project_dir,
+    project_hash,
+    project_version,
+    run_dbt_build,
+)
+from orchestration.marts.pins import pin_versions, table_ids
 from spark_jobs import disk
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, BusyError, NamesFileError, UsageError
@@ -64,9 +74,9 @@ def build_marts(
     file, which replaces ``settings.marts_path`` by a rename: whoever has the old file open continues to read the old build.
 
     ``group``: one of GROUPS, which is built in a copy of the published file and tested by the tests that need no mart of another
-    group. If nothing is published, all are built. ``progress`` gets a line at each step. ``now`` (with a zone) is the build's time;
-    it decides which row of a campaign is the current one. ``with_unit_tests``: dbt's unit tests as well, which judge the SQL and
-    not the data.
+    group. All are built if nothing is published, or if another version of the dbt project built it. ``progress`` gets a line at
+    each step. ``now`` (with a zone) is the build's time; it decides which row of a campaign is the current one.
+    ``with_unit_tests``: dbt's unit tests as well, which judge the SQL and not the data.
 
     Raises BusyError if another build runs, AdtallyError if a table does not exist yet, MartsError if a model or test fails (the
     message has its name and rows that the test found), UsageError if the lakehouse is not a local path or the group is unknown.
@@ -83,7 +93,9 @@ def build_marts(
         raise BusyError("another build of the marts runs", hint="wait until it is done") from None
     with lock:
         _remove_leftovers(folder)
-        groups = (group,) if group is not None and _has_all_groups(settings.marts_path) else GROUPS
+        project = project_dir()
+        formulas, previous = project_hash(project), _published_builds(settings.marts_path)
+        groups = (group,) if group is not None and _has_all_groups(previous, formulas) else GROUPS
         versions = pin_versions(settings)
         try:
             versions[NAMES.name] = load_names(settings)
@@ -91,7 +103,7 @@ def build_marts(
             say(f"{error}; the names stay as they were")
         say("pinned " + ", ".join(f"{name} at version {version}" for name, version in versions.items()))
         install_delta_extension()
-        built_at, revision = (now or datetime.now(UTC)).astimezone(UTC), git_revision(project_dir())
+        built_at, revision, ids = (now or datetime.now(UTC)).astimezone(UTC), git_revision(project), table_ids(settings)
         build_id = f"{built_at:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
         variables = {
             "lakehouse": settings.lakehouse_uri,
@@ -100,6 +112,11 @@ def build_marts(
             "build_id": build_id,
             "built_at": f"{built_at:%Y-%m-%d %H:%M:%S.%f}",
             "git_revision": revision or "",
+            "project_version": project_version(project),
+            "project_hash": formulas,
+            "inputs_hash": _hash_of_inputs(versions, ids),
+            "table_ids": ids,
+            "previous_build_ids": {name: build.build_id for name, build in previous.items()},
         }
         # A folder, so that the database is called `marts` while it is built as well, and its spill files stay inside.
         new = folder / f".build-{build_id}" / settings.marts_path.name
@@ -128,16 +145,35 @@ def build_marts(
     )
 
 
-def _has_all_groups(published: Path) -> bool:
-    """Return whether the published file has every group of marts. One that an older adtally built may not."""
+@dataclass(frozen=True)
+class _PublishedBuild:
+    """The build of a group of marts in the published file. ``project_hash`` is empty if the build does not say it."""
+
+    build_id: str
+    project_hash: str
+
+
+def _published_builds(published: Path) -> dict[str, _PublishedBuild]:
+    """Return group of marts -> its build, as the published file says. Empty if there is no file, or an older adtally built it."""
     if not published.is_file():
-        return False
+        return {}
     try:
         with duckdb.connect(str(published), read_only=True) as connection:
-            found = connection.execute("select distinct mart_group from main.mart_build").fetchall()
+            found = connection.execute("select distinct mart_group, build_id, project_hash from main.mart_build").fetchall()
     except duckdb.Error:
-        return False
-    return {group for (group,) in found} == set(GROUPS)
+        return {}
+    return {group: _PublishedBuild(build_id, hash_of or "") for group, build_id, hash_of in found}
+
+
+def _has_all_groups(published: dict[str, _PublishedBuild], formulas: str) -> bool:
+    """Return whether every group of marts is published, built by the dbt project with this hash: all have the columns of today."""
+    return set(published) == set(GROUPS) and {build.project_hash for build in published.values()} == {formulas}
+
+
+def _hash_of_inputs(versions: Mapping[str, int], ids: Mapping[str, str]) -> str:
+    """Hash of the tables that a build reads: their ids and versions."""
+    inputs = [[name, ids[name], version] for name, version in sorted(versions.items())]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
 
 
 def _selection(groups: tuple[str, ...], *, with_unit_tests: bool) -> list[str]:

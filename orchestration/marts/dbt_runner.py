@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import duckdb
 from duckdb_extensions import import_extension
@@ -27,6 +29,25 @@ _DBT = "from dbt.cli.main import cli; cli(prog_name='dbt')"  # `-m dbt.cli.main`
 
 Rows = dict[str, list[dict[str, object]]]
 """Test (dbt's unique id) -> the first rows that it found."""
+
+
+def project_version(project: Path) -> str:
+    """Version of the dbt project in ``project``, as its dbt_project.yml says."""
+    import yaml  # type: ignore[import-untyped]  # here, since the command line imports this module
+
+    loaded: dict[str, Any] = yaml.safe_load((project / "dbt_project.yml").read_text("utf-8"))
+    return str(loaded["version"])
+
+
+def project_hash(project: Path) -> str:
+    """Hash of all that decides what the marts contain: models, macros and dbt_project.yml, without tests and descriptions."""
+    files = [project / "dbt_project.yml", *(path for folder in ("models", "macros") for path in (project / folder).rglob("*.sql"))]
+    found = hashlib.sha256()
+    for path in sorted(files):
+        content = path.read_bytes()
+        found.update(f"{path.relative_to(project).as_posix()}\0{len(content)}\0".encode())
+        found.update(content)
+    return found.hexdigest()[:32]
 
 
 def install_delta_extension() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError
 from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.tables import (
     ATTRIBUTED_ORDERS,
@@ -42,3 +43,8 @@ def pin_versions(settings: Settings) -> dict[str, int]:
         )
     ensure_tables(settings)
     return lake.pin(*SOURCES).versions
+
+
+def table_ids(settings: Settings) -> dict[str, str]:
+    """Return Delta's id of each table of SOURCES: table name -> id. A table that was created again has another id."""
+    return {table.name: DeltaLog(settings.table_uri(table.name)).table_id() for table in SOURCES}

@@ -46,10 +46,7 @@ def query_marts(
     Raises AdtallyError if nothing is published yet, the file cannot be read, or the statement exceeds a limit; UsageError if the
     SQL is wrong, does more than read, or is not a single statement.
     """
-    path = settings.marts_path
-    if not path.is_file():
-        raise AdtallyError(f"there are no marts yet at {path}", hint="run `adtally marts build` first")
-    with Lake(settings).scratch("query-") as folder, _connected(settings, path, folder) as connection:
+    with Lake(settings).scratch("query-") as folder, open_marts(settings, folder) as connection:
         try:
             statement = _reading_statement(connection, sql)
             with _time_limit(connection, settings):
@@ -70,15 +67,20 @@ def query_marts(
 
 
 @contextmanager
-def _connected(settings: Settings, path: Path, folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Yield a DuckDB with the marts attached and everything else locked.
+def open_marts(settings: Settings, folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Yield a DuckDB with the published marts attached and everything else locked. ``folder`` is for temporary files.
 
     A process has one DuckDB instance per path: a connection to the path would show the old build while somebody has it open. A
     separate instance that attaches the file opens the new build.
 
     An attached file stays among DuckDB's `allowed_paths`, for writing too. So it is attached by a second name (a hard link), which
     is then removed: the allowed path does not exist any more.
+
+    Raises AdtallyError if nothing is published yet, or the file cannot be read.
     """
+    path = settings.marts_path
+    if not path.is_file():
+        raise AdtallyError(f"there are no marts yet at {path}", hint="run `adtally marts build` first")
     config: dict[str, str | bool | int | float | list[str]] = {
         "temp_directory": str(folder / "spill"),
         "memory_limit": _bytes(settings.query_memory),

@@ -1,4 +1,4 @@
-"""Filters requests to Dagster's webserver: only its own pages, and programs on this machine, may operate the pipeline.
+"""Filters requests to Dagster's webserver and the console: only their own pages, and programs on this machine, may call them.
 
 Dagster asks for no password, runs mutations sent by GET, and accepts any Host, any Origin and any WebSocket. A browser on this
 machine sends it the requests of any web page. The rules of this filter need no login:
@@ -8,7 +8,7 @@ machine sends it the requests of any web page. The rules of this filter need no 
   person opens is allowed, because it changes nothing.
 - GraphQL by GET is refused. A POST must have the content type JSON or GraphQL, which a form cannot send.
 - No page may show the UI within a frame.
-- If ADTALLY_WEBSERVER_TOKEN is set, every request needs the token.
+- If ADTALLY_WEBSERVER_TOKEN (or ADTALLY_CONSOLE_TOKEN) is set, every request needs the token.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-COOKIE = "adtally_token"
 
 _HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^:\[\]/@]+)(?::\d{1,5})?")
 _READS = ("GET", "HEAD", "OPTIONS")
@@ -45,8 +44,11 @@ _HEADERS = {
 class RequestFilter:
     """An ASGI application that forwards the requests that the rules of this module allow."""
 
-    def __init__(self, app: ASGIApp, *, hosts: Iterable[str] = (), token: str | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, *, hosts: Iterable[str] = (), token: str | None = None, setting: str = "ADTALLY_WEBSERVER_TOKEN"
+    ) -> None:
         self._app, self._token = app, token
+        self._setting = setting  # the token comes from it, and it names the cookie: the ports of a host share their cookies
         self._hosts = frozenset(name.lower() for name in (*LOOPBACK, *hosts))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,19 +89,19 @@ class RequestFilter:
             return _refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"its Content-Type is none of {', '.join(_CONTENT_TYPES)}")
         return None if self._token is None else self._answer_without_token(request, self._token)
 
-    @staticmethod
-    def _answer_without_token(request: HTTPConnection, token: str) -> Response | None:
+    def _answer_without_token(self, request: HTTPConnection, token: str) -> Response | None:
         """Return the answer to a request without the token; None if it has it. A cookie replaces a token in the address."""
-        cookie = hashlib.sha256(f"{COOKIE}:{token}".encode()).hexdigest()
-        if _same(request.headers.get("authorization", ""), f"Bearer {token}") or _same(request.cookies.get(COOKIE, ""), cookie):
+        name = self._setting.lower()
+        cookie = hashlib.sha256(f"{name}:{token}".encode()).hexdigest()
+        if _same(request.headers.get("authorization", ""), f"Bearer {token}") or _same(request.cookies.get(name, ""), cookie):
             return None
         if request.scope["type"] == "http" and _same(request.query_params.get("token", ""), token):
-            rest = urlencode([(name, value) for name, value in request.query_params.multi_items() if name != "token"])
+            rest = urlencode([(key, value) for key, value in request.query_params.multi_items() if key != "token"])
             path = f"/{quote(request.scope['path'].lstrip('/'))}"  # one slash: two would begin the name of another host
             answer = RedirectResponse(f"{path}{'?' if rest else ''}{rest}", HTTPStatus.SEE_OTHER)
-            answer.set_cookie(COOKIE, cookie, httponly=True, samesite="strict")
+            answer.set_cookie(name, cookie, httponly=True, samesite="strict")
             return answer
-        how = "it needs the token of ADTALLY_WEBSERVER_TOKEN, once as ?token=... in the address, or as the header Authorization: "
+        how = f"it needs the token of {self._setting}, once as ?token=... in the address, or as the header Authorization: "
         return _refusal(HTTPStatus.UNAUTHORIZED, f"{how}Bearer ...", {"WWW-Authenticate": "Bearer"})
 
 

@@ -14,8 +14,8 @@ import pytest
 from filelock import FileLock
 
 from benchmarks import delta_log, run
-from benchmarks.freshness import COUNTS, IncrementReader, quantile
-from benchmarks.measure import BenchmarkError, run_measured
+from benchmarks.freshness import COUNTS, IncrementReader
+from benchmarks.measure import BenchmarkError, quantile, quantiles, run_measured
 
 
 def commit(table: Path, version: int, actions: list[dict[str, object]]) -> None:
@@ -110,6 +110,8 @@ def test_quantiles_are_of_the_values() -> None:
     assert quantile(values, 0.5) == 50
     assert quantile(values, 0.95) == 95
     assert quantile([3.0], 0.95) == 3
+    assert quantiles(values) == {"p50": 50, "p95": 95, "p99": 99, "max": 100}
+    assert quantiles([]) == {}
 
 
 def test_wrong_use_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+import benchmarks.console
 import benchmarks.contestants
 import benchmarks.freshness
 from benchmarks import run
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
+CONSOLE = Path(__file__).with_name("stand_in_console.py")
 SMALL = ["--batch", "400", "--files-per-batch", "4"]
 
 
@@ -67,6 +69,28 @@ def test_freshness_counts_every_file(tmp_path: Path) -> None:
     assert summary["unread_files"] == 0
     assert 25 <= summary["files"] <= 31
     assert 0 < summary["p50_seconds"] <= summary["p95_seconds"]
+
+
+@pytest.mark.parametrize("broken", [(), ("--broken",)])
+def test_viewers_of_the_console_are_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(benchmarks.console, "cli_command", lambda *given: [sys.executable, str(CONSOLE), *given, *broken])
+    monkeypatch.setattr(benchmarks.console, "SETTLE_SECONDS", 0.5)
+    options = ["--viewers", "3", "--think", "0.2", "--seconds", "3", "--warm-up", "1", "--lines", "50", "--rate", "500", "--json"]
+    places = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results"), "--name", "it"]
+    status = run.main(["console", *options, *places])
+    said = capsys.readouterr()
+    document = json.loads(said.out)
+    assert document == json.loads((tmp_path / "results" / "it.json").read_text())
+    summary = document["summary"]
+    assert summary["streams"] == 3 and summary["stream_events"] >= 9
+    assert 20 <= summary["pages"] == sum(page["pages"] for page in summary["by_page"].values())
+    assert 0 < summary["page_seconds"]["p50"] <= summary["page_seconds"]["p99"]
+    assert min(phase["files"] for phase in summary["freshness"].values()) >= 15
+    assert [target["name"].split(" ")[0] for target in document["targets"]] == ["page", "freshness", "console"]
+    assert summary["console_peak_pss_bytes"] > 0
+    assert (status, "/billing: status 500" in said.err) == ((1, True) if broken else (0, False))
 
 
 def test_wrong_numbers_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ final as (
 
     select
         spans.ad_id,
-        names.name as ad_name,
+        coalesce(names.name, spans.ad_id) as ad_name,
         last_owner.campaign_id,
         last_owner.store_id,
         spans.first_seen_minute,

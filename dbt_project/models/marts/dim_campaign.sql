@@ -52,10 +52,11 @@ final as (
 
     select
         campaign_ids.campaign_id,
-        names.name as campaign_name,
+        coalesce(names.name, campaign_ids.campaign_id) as campaign_name,
         coalesce(priced.store_id, last_store.store_id) as store_id,
         priced.billing_model,
         priced.daily_budget_micros,
+        {{ micros_to_decimal('priced.daily_budget_micros', 'priced.currency') }} as daily_budget,
         priced.currency,
         priced.valid_from,
         priced.valid_to,

@@ -51,7 +51,7 @@ final as (
 
     select
         store_ids.store_id,
-        names.name as store_name,
+        coalesce(names.name, store_ids.store_id) as store_name,
         coalesce(owned.campaigns, 0) as campaigns,
         seen.first_seen_minute,
         seen.last_seen_minute

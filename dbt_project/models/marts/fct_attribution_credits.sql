@@ -53,6 +53,7 @@ final as (
         cast(order_time as date) as order_date,
         credit_weight,
         credit_micros,
+        {{ micros_to_decimal('credit_micros', 'currency') }} as credit,
         currency,
         revision,
         rule_set

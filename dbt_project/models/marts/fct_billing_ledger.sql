@@ -46,7 +46,7 @@ accruals as (
 
 ),
 
-final as (
+all_lines as (
 
     select
         line_id,
@@ -86,6 +86,31 @@ final as (
         null as billed_at
     from accruals
     where amount_micros <> 0
+
+),
+
+final as (
+
+    select
+        line_id,
+        line_type,
+        event_date,
+        campaign_id,
+        store_id,
+        currency,
+        amount_micros,
+        {{ micros_to_decimal('amount_micros', 'currency') }} as amount,
+        billed_micros,
+        {{ micros_to_decimal('billed_micros', 'currency') }} as billed,
+        spend_nanos,
+        is_posted,
+        reason,
+        run_id,
+        rule_set,
+        metrics_version,
+        posting,
+        billed_at
+    from all_lines
 
 )
 

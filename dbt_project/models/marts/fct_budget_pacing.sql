@@ -182,7 +182,7 @@ joined as (
 
 ),
 
-final as (
+measured as (
 
     select
         event_date,
@@ -190,7 +190,9 @@ final as (
         campaign_id,
         currency,
         daily_budget_micros,
-        {{ nanos_to_micros('spent_nanos') }} as spent_micros,
+        spent_nanos,
+        overspend_nanos,
+        least(overspend_nanos, unknown_nanos) as overspend_from_lag_nanos,
         cast(minutes_passed / 1440 as double) as day_share,
         history_days,
         cast(expected_share as double) as expected_share,
@@ -199,13 +201,39 @@ final as (
         try_cast(
             round(spent_nanos / 1000 / coalesce(nullif(expected_share, 0), minutes_passed / 1440)) as hugeint
         ) as projected_micros,
-        {{ nanos_to_micros('overspend_nanos') }} as overspend_micros,
-        {{ nanos_to_micros('least(overspend_nanos, unknown_nanos)') }} as overspend_from_lag_micros,
         case when overspend_nanos > 0 then budget_known_at end as budget_known_at,
         coalesce(
             spent_nanos * 10 > 9000 * cast(daily_budget_micros as hugeint) and minutes_passed * 10 < 1440 * 8, false
         ) as is_alert
     from joined
+
+),
+
+final as (
+
+    select
+        event_date,
+        event_minute,
+        campaign_id,
+        currency,
+        daily_budget_micros,
+        {{ micros_to_decimal('daily_budget_micros', 'currency') }} as daily_budget,
+        {{ nanos_to_micros('spent_nanos') }} as spent_micros,
+        {{ nanos_to_decimal('spent_nanos', 'currency') }} as spent,
+        day_share,
+        history_days,
+        expected_share,
+        expected_micros,
+        {{ micros_to_decimal('expected_micros', 'currency') }} as expected,
+        projected_micros,
+        {{ micros_to_decimal('projected_micros', 'currency') }} as projected,
+        {{ nanos_to_micros('overspend_nanos') }} as overspend_micros,
+        {{ nanos_to_decimal('overspend_nanos', 'currency') }} as overspend,
+        {{ nanos_to_micros('overspend_from_lag_nanos') }} as overspend_from_lag_micros,
+        {{ nanos_to_decimal('overspend_from_lag_nanos', 'currency') }} as overspend_from_lag,
+        budget_known_at,
+        is_alert
+    from measured
 
 )
 

@@ -47,7 +47,9 @@ final as (
         clicks + invalid_clicks as gross_clicks,
         invalid_spend_nanos,
         {{ nanos_to_micros('invalid_spend_nanos') }} as invalid_spend_micros,
-        {{ nanos_to_micros('cast(spend_nanos as hugeint) + invalid_spend_nanos') }} as gross_spend_micros
+        {{ nanos_to_decimal('invalid_spend_nanos', 'currency') }} as invalid_spend,
+        {{ nanos_to_micros('(spend_nanos + invalid_spend_nanos)') }} as gross_spend_micros,
+        {{ nanos_to_decimal('(spend_nanos + invalid_spend_nanos)', 'currency') }} as gross_spend
     from summed
 
 )

@@ -16,8 +16,8 @@ sourced as (
         campaign_id,
         event_type,
         invalid_spend_nanos,
-        unnest(['user', 'user_agent', 'ad', 'placement', 'region']) as source_type,
-        unnest([user_id, user_agent, ad_id, placement, region]) as source
+        unnest(['user', 'user_agent']) as source_type,
+        unnest([user_id, user_agent]) as source
     from events
     where is_invalid
 

@@ -139,13 +139,17 @@ final as (
         invalid_impressions,
         invalid_clicks,
         spend_nanos,
+        {{ nanos_to_decimal('spend_nanos', 'currency') }} as spend,
         invalid_spend_nanos,
+        {{ nanos_to_decimal('invalid_spend_nanos', 'currency') }} as invalid_spend,
         cast(impressions_after - impressions as bigint) as impressions_before,
         cast(impressions_after as bigint) as impressions_after,
         cast(clicks_after - clicks as bigint) as clicks_before,
         cast(clicks_after as bigint) as clicks_after,
         {{ nanos_to_micros('(spend_nanos_after - spend_nanos)') }} as spend_micros_before,
-        {{ nanos_to_micros('spend_nanos_after') }} as spend_micros_after
+        {{ nanos_to_decimal('(spend_nanos_after - spend_nanos)', 'currency') }} as spend_before,
+        {{ nanos_to_micros('spend_nanos_after') }} as spend_micros_after,
+        {{ nanos_to_decimal('spend_nanos_after', 'currency') }} as spend_after
     from chained
 
 )

@@ -5,7 +5,7 @@ with
 
 source_types as (
 
-    select unnest(['user', 'user_agent', 'ad', 'placement', 'region']) as source_type
+    select unnest(['user', 'user_agent']) as source_type
 
 ),
 

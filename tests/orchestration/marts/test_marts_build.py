@@ -14,8 +14,8 @@ from deltalake import DeltaTable
 from filelock import FileLock
 
 from orchestration.marts import build, build_marts, query_marts
-from orchestration.marts.dbt_runner import MartsError
-from orchestration.marts.pins import SOURCES, pin_versions
+from orchestration.marts.dbt_runner import MartsError, project_dir, project_hash
+from orchestration.marts.pins import SOURCES, pin_versions, table_ids
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, BusyError, UsageError
 from spark_jobs.lake.tables import (
@@ -88,9 +88,53 @@ def test_contents(published: tuple[Settings, build.MartBuild, list[str]]) -> Non
     settings, _, _ = published
     assert days(settings) == FIRST_DAYS
     assert query_marts(settings, "select * from fct_campaign_minute order by all")[1] == [
-        (datetime(2026, 3, 10, 10, 5), date(2026, 3, 10), "eu", "c1", "a1", "s1", "EUR", 3, 2, 0, 0, 2500, 3, 0, 3, 2, 0, 0, 3),
-        (datetime(2026, 3, 10, 23, 59), date(2026, 3, 10), "us", "c9", "a9", "s9", "EUR", 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0),
-        (datetime(2026, 3, 11, 0, 0), date(2026, 3, 11), "eu", "c1", "a1", "s1", "EUR", 0, 0, 0, 1, 0, 0, 0, 0, 1, 1250, 1, 1),
+        (
+            datetime(2026, 3, 10, 10, 5),
+            date(2026, 3, 10),
+            "eu",
+            "c1",
+            "a1",
+            "s1",
+            "EUR",
+            3,
+            2,
+            0,
+            0,
+            2500,
+            3,
+            0,
+            3,
+            2,
+            0,
+            0,
+            0,
+            3,
+            0,
+        ),
+        (datetime(2026, 3, 10, 23, 59), date(2026, 3, 10), "us", "c9", "a9", "s9", "EUR", 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0),
+        (
+            datetime(2026, 3, 11, 0, 0),
+            date(2026, 3, 11),
+            "eu",
+            "c1",
+            "a1",
+            "s1",
+            "EUR",
+            0,
+            0,
+            0,
+            1,
+            0,
+            0,
+            0,
+            0,
+            1,
+            1250,
+            1,
+            0,
+            1,
+            0,
+        ),
     ]
     assert query_marts(settings, "select * from fct_event_accounting order by event_hour nulls last")[1] == [
         (datetime(2026, 3, 10, 10, 0), "eu", 8, 5, 2, 0, 1, 0, 0, 0),
@@ -102,14 +146,14 @@ def test_contents(published: tuple[Settings, build.MartBuild, list[str]]) -> Non
         1
     ] == [
         ("c1", "Élan", "s1", True, True),
-        ("c9", None, "s9", False, False),
+        ("c9", "c9", "s9", False, False),
     ]
     assert query_marts(settings, "select ad_id, ad_name, campaign_id, campaigns_seen from dim_ad order by 1")[1] == [
-        ("a1", None, "c1", 1),
+        ("a1", "a1", "c1", 1),
         ("a9", "Red shoes", "c9", 1),
     ]
     stores = query_marts(settings, "select store_id, store_name, campaigns from dim_store order by 1")[1]
-    assert stores == [("s1", "The shop", 1), ("s9", None, 1)]
+    assert stores == [("s1", "The shop", 1), ("s9", "s9", 1)]
     placements = "select placement, campaign_id, impressions, clicks, ctr from fct_placement_day where clicks + impressions > 0"
     assert query_marts(settings, f"{placements} order by 1, 2")[1] == [
         ("feed", "c1", 3, 1, 1 / 3),
@@ -118,9 +162,16 @@ def test_contents(published: tuple[Settings, build.MartBuild, list[str]]) -> Non
     ]
     sources = "select source_type, source, rule, invalid_clicks, invalid_spend_nanos from fct_invalid_traffic_sources order by 1"
     assert query_marts(settings, sources)[1] == [
-        (kind, source, "repeat_click", 1, 1250)
-        for kind, source in (("ad", "a1"), ("placement", "feed"), ("region", "eu"), ("user", "u1"), ("user_agent", None))
+        (kind, source, "repeat_click", 1, 1250) for kind, source in (("user", "u1"), ("user_agent", None))
     ]
+    rules = "select event_date, ad_id, placement, region, rule, clicks, invalid_clicks, invalid_spend_nanos from fct_invalid_traffic_day"
+    assert query_marts(settings, f"{rules} where gross_clicks > 0 order by 1, 3")[1] == [
+        (date(2026, 3, 10), "a1", "feed", "eu", "none", 1, 0, 0),
+        (date(2026, 3, 10), "a1", None, "eu", "none", 1, 0, 0),
+        (date(2026, 3, 11), "a1", "feed", "eu", "repeat_click", 0, 1, 1250),
+    ]
+    dates = query_marts(settings, "select event_date from dim_date order by 1")[1]
+    assert dates == [(date(2026, 3, 10),), (date(2026, 3, 11),)]
     frequency = (
         "select period_start, impressions_per_user, users from fct_user_frequency where period = 'week' and campaign_id = 'c1'"
     )
@@ -139,6 +190,10 @@ def test_build_describes_itself(published: tuple[Settings, build.MartBuild, list
         for name in result.versions
         for group in ("near_real_time", "hourly")
     )
+    formulas = "select distinct project_version, project_hash, previous_build_id, length(inputs_hash) from mart_build"
+    assert query_marts(settings, formulas)[1] == [("0.1.0", project_hash(project_dir()), None, 32)]
+    ids = query_marts(settings, "select distinct table_name, table_id from mart_build")[1]
+    assert dict(ids) == table_ids(settings)
     assert result.rows["fct_campaign_minute"] == 3
     assert result.path == settings.marts_path
     assert lines[0].startswith("pinned billing_lines at version 0, batch_ledger at version 0")
@@ -185,7 +240,7 @@ def test_a_group_is_built_and_the_other_stays(built: Settings) -> None:
     settings, lake = built, lake_of(built)
     # a click on a campaign that no dimension knows yet
     commit(lake, MINUTE_METRICS, [increment("u5", 1, "2026-03-10T10:05", clicks=1, campaign_id="c5", ad_id="a5", store_id="s5")])
-    commit(lake, EVENTS, accepted(1, "2026-03-10T10:05", "2026-03-10T10:06", campaign_id="c5"))
+    commit(lake, EVENTS, accepted(1, "2026-03-10T10:05", "2026-03-10T10:06", campaign_id="c5", ad_id="a5", store_id="s5"))
     commit(lake, BATCH_LEDGER, [ledger_row(1, "2026-03-10T10:00", accepted=1)])
     later = NOW + timedelta(minutes=5)
     result = build_marts(settings, "near_real_time", now=later)
@@ -196,28 +251,55 @@ def test_a_group_is_built_and_the_other_stays(built: Settings) -> None:
     told = "select mart_group, built_at, delta_version from mart_build where table_name = 'batch_ledger' order by 1"
     moment = NOW.replace(tzinfo=None)
     assert query_marts(settings, told)[1] == [("hourly", moment, 0), ("near_real_time", moment + timedelta(minutes=5), 1)]
+    replaced = "select mart_group, previous_build_id, inputs_hash from mart_build group by all order by 1"
+    first, second = query_marts(settings, replaced)[1]
+    assert (first[1], second[1] is None) == (None, False)
+    assert first[2] != second[2], "another version of the ledger"
     build_marts(settings, "hourly", now=later)
+    assert [row[2] for row in query_marts(settings, replaced)[1]] == [second[2], second[2]]
     assert query_marts(settings, "select campaign_id from dim_campaign order by 1")[1] == [("c1",), ("c5",), ("c9",)]
     assert query_marts(settings, told)[1] == [(group, moment + timedelta(minutes=5), 1) for group in sorted(build.GROUPS)]
     assert litter(settings) == []
 
 
-def test_a_file_that_does_not_tell_its_groups_is_built_whole(tmp_path: Path) -> None:
-    """An older adtally published it, or nobody did."""
+def test_a_file_of_an_older_project_is_built_whole(tmp_path: Path) -> None:
+    """An older adtally published it, with other columns, or nobody did."""
     path = tmp_path / "marts.duckdb"
-    assert not build._has_all_groups(path)
+
+    def is_complete() -> bool:
+        return build._has_all_groups(build._published_builds(path), "h")
+
+    assert not is_complete()
     path.write_bytes(b"no database")
-    assert not build._has_all_groups(path)
+    assert not is_complete()
     path.unlink()
     with duckdb.connect(str(path)) as connection:
-        connection.execute("create table mart_build as select 'batch_ledger' as table_name")
-    assert not build._has_all_groups(path)
+        connection.execute("create table mart_build as select 'hourly' as mart_group, 'b1' as build_id")
+    assert not is_complete()
     with duckdb.connect(str(path)) as connection:
-        connection.execute("create or replace table mart_build as select 'hourly' as mart_group")
-    assert not build._has_all_groups(path)
+        connection.execute(
+            "create or replace table mart_build as select 'hourly' as mart_group, 'b1' as build_id, 'h' as project_hash"
+        )
+    assert not is_complete()
     with duckdb.connect(str(path)) as connection:
-        connection.execute("insert into mart_build values ('near_real_time')")
-    assert build._has_all_groups(path)
+        connection.execute("insert into mart_build values ('near_real_time', 'b2', null)")
+    assert not is_complete()
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("update mart_build set project_hash = 'h'")
+    assert is_complete()
+    assert {group: one.build_id for group, one in build._published_builds(path).items()} == {"hourly": "b1", "near_real_time": "b2"}
+
+
+def test_the_hash_of_the_project_is_that_of_its_formulas(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(project_dir(), project)
+    hashes = [project_hash(project_dir())]
+    (project / "models" / "marts" / "_more.yml").write_text("version: 2\n")
+    (project / "tests" / "assert_more.sql").write_text("select 1 where false\n")
+    hashes.append(project_hash(project))
+    (project / "macros" / "more.sql").write_text("{% macro more() %}1{% endmacro %}\n")
+    hashes.append(project_hash(project))
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_an_unknown_group_is_refused(tmp_path: Path) -> None:

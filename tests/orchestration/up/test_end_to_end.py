@@ -13,7 +13,8 @@ from typing import Any
 import lake
 import pytest
 import terminal
-from browser import BROWSER, page_text
+from browser import recorded_page
+from playwright.sync_api import Browser
 
 from orchestration.marts import query_marts
 from orchestration.up.graphql import Webserver
@@ -102,7 +103,7 @@ def differences(settings: Settings, truth: dict[str, Any]) -> list[str]:
     ]
 
 
-def test_files_land_and_the_marts_hold_the_truth(tmp_path: Path) -> None:
+def test_files_land_and_the_marts_hold_the_truth(tmp_path: Path, browser: Browser) -> None:
     home = tmp_path / "home"
     settings = load_settings(home=home)
     truth = traffic(tmp_path / "traffic")
@@ -146,10 +147,11 @@ def test_files_land_and_the_marts_hold_the_truth(tmp_path: Path) -> None:
         assert recounted["partitionStats"]["numMaterialized"] >= HOURS - 3
         checks = {check["name"]: check["executionForLatestMaterialization"] for check in recounted["assetChecksOrError"]["checks"]}
         assert checks["recount_equals_stream"] == {"status": "SUCCEEDED"}
-        if BROWSER is not None:
-            for address, says in PAGES.items():
-                text = page_text(f"{web.address}{address}", tmp_path / "browser", seconds=20)
-                assert [words for words in says if words not in text] == [], (address, text)
+        for address, says in PAGES.items():
+            with recorded_page(browser) as recorded:
+                recorded.open(f"{web.address}{address}")
+                recorded.wait_for_text(*says)
+                assert recorded.foreign_requests(web.address) == []
 
         assert len(processes_of(home)) >= 8  # four guards and what they guard
         assert up.end() == 0, up.report("exit status")

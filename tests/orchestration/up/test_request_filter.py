@@ -19,11 +19,12 @@ from urllib.parse import quote
 
 import pytest
 import uvicorn
-from browser import BROWSER, page_html
+from browser import recorded_page
 from dagster import DagsterInstance
 from dagster._core.workspace.context import WorkspaceProcessContext
 from dagster._core.workspace.load_target import EmptyWorkspaceTarget
 from dagster_webserver.app import create_app_from_workspace_process_context
+from playwright.sync_api import Browser
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from orchestration.up.request_filter import RequestFilter
@@ -266,16 +267,15 @@ def page(text: str) -> Iterator[str]:
 
 
 @pytest.mark.e2e
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-def test_a_page_of_another_origin_in_a_real_browser(bare: Site, shielded: Site, tmp_path: Path) -> None:
+def test_a_page_of_another_origin_in_a_real_browser(bare: Site, shielded: Site, browser: Browser) -> None:
     seen = {}
     for name, site in (("bare", bare), ("shielded", shielded)):
         site.reached.clear()
         text = ATTACKING_PAGE.replace("TARGET", f"http://127.0.0.1:{site.port}").replace("QUERY", quote(MUTATION))
-        with page(text) as address:
-            html = page_html(address, tmp_path / name)
-        assert "done: " in html, html
-        seen[name] = (html.split("done: ")[1].split("<")[0], sorted(set(site.reached)))
+        with page(text) as address, recorded_page(browser) as recorded:
+            recorded.open(address)
+            recorded.wait_for_text("done: ")
+            seen[name] = (recorded.text().split("done: ")[1], sorted(set(site.reached)))
     said, reached = seen["bare"]
     assert "get sent" in said and "socket open" in said, said
     assert {"GET /graphql", "GET /runs", "POST /graphql", "WS /graphql"} <= set(reached)
@@ -283,6 +283,8 @@ def test_a_page_of_another_origin_in_a_real_browser(bare: Site, shielded: Site, 
     assert "json failed" in said and "socket refused" in said, said
     assert reached == []
 
-    html = page_html(f"http://127.0.0.1:{shielded.port}/runs", tmp_path / "own")
-    assert {"POST /graphql", "WS /graphql", "GET /runs"} <= set(shielded.reached)
-    assert "Runs" in html and "refuses this request" not in html
+    with recorded_page(browser) as recorded:
+        recorded.open(f"http://127.0.0.1:{shielded.port}/runs")
+        recorded.wait_for_text("Runs")
+        assert {"POST /graphql", "WS /graphql", "GET /runs"} <= set(shielded.reached)
+        assert "refuses this request" not in recorded.text()

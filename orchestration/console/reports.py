@@ -1,0 +1,72 @@
+"""Serves data docs, runbooks and the documentation: a browser opens no ``file://`` link from an http page."""
+
+from __future__ import annotations
+
+import mimetypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from spark_jobs.config import Settings
+
+if TYPE_CHECKING:
+    from orchestration.console.rendering import Renderer
+
+QUALITY = "quality"
+_SERVED = {".html", ".md", ".png", ".svg"}
+# Great Expectations and dbt write pages with styles of their own.
+_REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self'; frame-ancestors 'none'"
+
+
+def docs_dir() -> Path | None:
+    """Return the folder of the documentation, which is bundled with the package or beside it in a checkout; None if missing."""
+    package = Path(__file__).resolve().parents[1]
+    return next((found for found in (package / "docs", package.parent / "docs") if (found / "runbooks").is_dir()), None)
+
+
+def report_routes(settings: Settings, renderer: Renderer) -> list[Route]:
+    """The routes ``/docs/...`` and ``/quality/...``."""
+    folders = {"docs": docs_dir(), QUALITY: settings.quality_path}
+    return [Route(f"/{name}/{{path:path}}", _endpoint(folder, renderer)) for name, folder in folders.items()]
+
+
+def runbook_names() -> list[str]:
+    """The runbooks there are, by name."""
+    folder = docs_dir()
+    return sorted(path.stem for path in (folder / "runbooks").glob("*.md") if path.stem != "README") if folder else []
+
+
+def _endpoint(folder: Path | None, renderer: Renderer) -> Callable[[Request], Response]:
+    def serve(request: Request) -> Response:
+        file = _file(folder, request.path_params["path"])
+        if file is None:
+            return PlainTextResponse("there is no such page\n", 404)
+        if file.suffix == ".md":
+            return Response(renderer.document(file.stem, rendered(file)), media_type="text/html")
+        kind = mimetypes.guess_type(file.name)[0] or "text/plain"
+        return Response(file.read_bytes(), media_type=kind, headers={"Content-Security-Policy": _REPORT_POLICY})
+
+    return serve
+
+
+def _file(folder: Path | None, path: str) -> Path | None:
+    """Return the file of a path; None if it is missing, outside the folder, or of another type (validations.json, locks)."""
+    if folder is None:
+        return None
+    try:
+        root, file = folder.resolve(), (folder / path.lstrip("/")).resolve()
+        return file if file.is_relative_to(root) and file.suffix in _SERVED and file.is_file() else None
+    except (OSError, ValueError):  # a name that no file can have
+        return None
+
+
+def rendered(file: Path) -> Markup:
+    """Return a page of the documentation as HTML. HTML within its Markdown is shown as text."""
+    from markdown_it import MarkdownIt
+
+    return Markup(MarkdownIt("commonmark", {"html": False}).enable("table").render(file.read_text("utf-8")))
