@@ -9,7 +9,7 @@ import numpy as np
 
 from services.simulator.broken import ORDER_BREAKAGES, Breakage, Record, dump
 from services.simulator.traffic import Events
-from services.simulator.truth import HOUR_US, OrderTruth, rfc3339
+from services.simulator.truth import HOUR_US, rfc3339
 from services.simulator.world import CURRENCIES, REGIONS, World
 
 _SECOND_US = 1_000_000
@@ -132,11 +132,3 @@ def _after_journeys(events: Events, most: int, end_us: int) -> list[tuple[int, i
 def user_name(code: int) -> str:
     """Return the user_id of a user by number."""
     return f"u{code:08d}"
-
-
-def count_orders(lines: list[OrderLine]) -> OrderTruth:
-    """Return the truth of order lines in the order in which they count."""
-    truth = OrderTruth()
-    for line in lines:
-        truth.add(REGIONS[line.region], line.record)
-    return truth

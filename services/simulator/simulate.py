@@ -16,7 +16,7 @@ from services.simulator.broken import EVENT_BREAKAGES, ORDER_BREAKAGES, Breakage
 from services.simulator.credit import credit_orders
 from services.simulator.errors import SimulationError
 from services.simulator.landing import campaigns_csv, increasing_mtimes, names_csv, write_file
-from services.simulator.orders import OrderLine, count_orders, draw_orders, user_name
+from services.simulator.orders import OrderLine, draw_orders, user_name
 from services.simulator.traffic import (
     AGENTS,
     EXTRAS,
@@ -133,7 +133,9 @@ def simulate(
     slices.sort(key=lambda item: (item.end_us, item.source, item.region, item.number))
 
     event_order = np.concatenate([item.positions for item in slices if item.source == "events"])
-    counted_orders = count_orders([order_lines[at] for item in slices if item.source == "orders" for at in item.positions])
+    counted_orders = OrderTruth()
+    for line in (order_lines[at] for item in slices if item.source == "orders" for at in item.positions):
+        counted_orders.add(REGIONS[line.region], line.record)
     columns = lines.truth_columns(event_order, traffic.events, traffic.world, traffic.listed)
     files = {source: sum(item.source == source for item in slices) for source in ("events", "orders")}
     truth = account(

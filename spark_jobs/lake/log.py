@@ -52,6 +52,11 @@ class Commit:
         return found if isinstance(found, dict) else {}
 
     @property
+    def committed_ms(self) -> int:
+        """The time of the commit in milliseconds since the epoch; 0 if it has none."""
+        return int(self.info.get("timestamp", 0))
+
+    @property
     def changes_rows(self) -> bool:
         """False for a commit that only rearranges rows (compaction) or adds none."""
         return bool(self.data_added or self.data_removed)

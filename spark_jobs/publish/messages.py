@@ -16,7 +16,6 @@ from spark_jobs.lake.duck import task_connection
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import Commit
 from spark_jobs.lake.tables import ATTRIBUTED_ORDERS, MINUTE_METRICS, Table
-from spark_jobs.publish.progress import committed_ms
 
 Messages = Iterator[tuple[list[str], list[str]]]
 """Keys and values, a batch at a time."""
@@ -58,7 +57,7 @@ class MetricsMessages:
         """
         added = self._lake.read_batches(self.table, commit.added_paths)
         rows: Iterable[pa.RecordBatch] = self._changed(commit).to_batches() if commit.data_removed else added
-        return _messages(rows, lambda part: self._sql(commit.version, committed_ms(commit)))
+        return _messages(rows, lambda part: self._sql(commit.version, commit.committed_ms))
 
     def whole(self, version: int, committed: int) -> Messages:
         """Return all rows of a version."""
