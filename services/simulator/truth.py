@@ -209,8 +209,8 @@ def account_events(
     for index, key in enumerate(keys):
         name_code, hour_number = divmod(int(key), span)
         event_hour = None if hour_number == 0 else rfc3339((hour_number - 1) * HOUR_US)
-        row = {"region": names[name_code], "event_hour": event_hour}
-        accounting.append(row | {name: values[index] for name, values in counts.items()})
+        measured = {name: values[index] for name, values in counts.items()}
+        accounting.append({"region": names[name_code], "event_hour": event_hour, **measured})
 
     combined = (lines.campaign[taken].astype(np.int64) * len(regions) + lines.region[taken]) * span + hour[taken]
     keys, group = np.unique(combined * len(currencies) + lines.currency[taken], return_inverse=True)
