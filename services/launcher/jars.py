@@ -159,9 +159,9 @@ def update_lock(service: str, progress: Progress = print) -> JarLock:
         )
         if done.returncode != 0:
             raise ServiceError(f"Maven could not resolve {pom}: {(done.stdout.strip().splitlines() or [''])[0]}")
-        found = [match.groups() for line in listing.read_text("utf-8").splitlines() if (match := _LISTED.match(line))]
         made = []
-        for group, artifact, classifier, version in found:
+        for match in filter(None, map(_LISTED.match, listing.read_text("utf-8").splitlines())):
+            group, artifact, classifier, version = match.groups()
             end = f"-{classifier}" if classifier else ""
             path = jars / f"{group}.{artifact}-{version}{end}.jar"
             made.append(Jar(group, artifact, version, classifier, path.stat().st_size, sha256_of(path)))

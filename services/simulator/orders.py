@@ -71,8 +71,7 @@ def draw_orders(
             click = int(chosen[number])
             clicked_us = int(events.event_us[events.impression[click]]) // 1000 * 1000
             order_us = clicked_us + (12 * 60 + int(draw * draw * 6 * 3600)) * _SECOND_US + number % 1000 * 1000
-        campaign = world.campaign_of_ad[events.ad[click]]
-        region = int(events.region[click])
+        campaign, region = world.campaign_of_ad[events.ad[click]], int(events.region[click])
         store = int(world.store_of_campaign[campaign])
         if number >= len(after_journeys) and number % 50 == 49:
             store = (store + 1) % len(world.store_ids)

@@ -35,7 +35,6 @@ from services.simulator.world import CURRENCIES, REGIONS, World, make_world
 
 _DAY_US = 86_400_000_000
 _DEFAULT_START = datetime(2025, 6, 2, tzinfo=UTC)
-_DEFAULT_DAYS = 3.0
 _DEFAULT_SHARES = SimulationShares()
 _SLICES_ORDERS = 8
 _LIST = "listed_users.txt"
@@ -202,7 +201,7 @@ def draw_traffic(
         if is_found:
             raise SimulationError(problem)
     limits = Limits(future_skew, hour_grace)
-    span_days = days if days is not None else events / rate / 86_400 if rate is not None else _DEFAULT_DAYS
+    span_days = days if days is not None else events / rate / 86_400 if rate is not None else 3.0
     start_us = to_us(start)
     end_us = start_us + max(1_000_000, round(span_days * _DAY_US))
     people = users if users is not None else max(50, events // 20)
