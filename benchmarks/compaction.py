@@ -18,7 +18,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -160,7 +160,7 @@ def file_figures(home: Settings, hour: dict[str, str]) -> dict[str, int]:
     return {"files": len(paths), "bytes": sum(Path(path).stat().st_size for path in paths)}
 
 
-def in_turn(rounds: int, measures: dict[str, Callable[[], dict[str, Taken]]]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def in_turn(rounds: int, measures: Mapping[str, Callable[[], dict[str, Taken]]]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Medians over the rounds of what each contestant takes for each task, and the answers that are not like the first's."""
     taken: dict[str, dict[str, list[Taken]]] = {name: {} for name in measures}
     answers: dict[str, str] = {}
