@@ -64,7 +64,8 @@ class DataDocs:
         """
         pages = self.folder / _PAGES
         pages.mkdir(parents=True, exist_ok=True)
-        entry = replace(entry, page=f"{_PAGES}/{_file_name(entry)}")
+        name = f"{entry.table}-{entry.hour or 'all'}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
+        entry = replace(entry, page=f"{_PAGES}/{re.sub(r'[^A-Za-z0-9_.-]', '-', name)}.html")
         page = self.folder / entry.page
         write_atomically(page, _page(entry, result, failing))
         try:
@@ -109,8 +110,3 @@ def _view() -> Any:
 @cache
 def _templates() -> Environment:
     return Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=select_autoescape(["html.j2"]))
-
-
-def _file_name(entry: Entry) -> str:
-    place = f"{entry.table}-{entry.hour or 'all'}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
-    return re.sub(r"[^A-Za-z0-9_.-]", "-", place) + ".html"

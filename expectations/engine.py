@@ -102,7 +102,9 @@ class DuckDBValidator:
         measures = [each for each in expectations if isinstance(each, AgainstTheWeek)]
         rules = [each for each in expectations if not isinstance(each, AgainstTheWeek)]
         try:
-            batch = self._batch(table)
+            if table not in self._source.get_asset_names():
+                self._source.add_table_asset(table).add_batch_definition_whole_table("rows")
+            batch: Batch = self._source.get_asset(table).get_batch_definition("rows").get_batch()
             result = _run(batch, table, rules, "BOOLEAN_ONLY", parameters)
             failed = {name_of(each.expectation_config) for each in result.results if not each.success}
             for each in result.results:
@@ -116,12 +118,6 @@ class DuckDBValidator:
             return result
         finally:
             self._source.get_execution_engine().release()
-
-    def _batch(self, table: str) -> Batch:
-        if table not in self._source.get_asset_names():
-            self._source.add_table_asset(table).add_batch_definition_whole_table("rows")
-        batch: Batch = self._source.get_asset(table).get_batch_definition("rows").get_batch()
-        return batch
 
 
 def _run(

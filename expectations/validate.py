@@ -210,16 +210,17 @@ class _Outcome:
         name = name_of(expectation)
         found = self._by_name.get(name)
         success = found is None or bool(found.success)
-        observed = None if found is None else _observed(found)
-        described = str(expectation.description)
+        observed = None if found is None else found.result.get("unexpected_count", found.result.get("observed_value"))
+        described, needed = str(expectation.description), needs(expectation)
+        why = f"less than {MIN_HOURS} comparable hours are known" if needed is None else f"{needed} was not given"
         return CheckOutcome(
             name=name,
             expectation=str(expectation.expectation_type),
             column=name.partition(".")[0],
             severity=next(ours for ours, theirs in SEVERITIES.items() if theirs == expectation.severity),
             success=success,
-            observed=observed,
-            expected=described if observed is not None else f"{described} (not judged: {_why(expectation)})",
+            observed=None if observed is None else float(observed),
+            expected=described if observed is not None else f"{described} (not judged: {why})",
             failing_rows=[] if found is None or success else self._failing_rows(found),
         )
 
@@ -235,14 +236,3 @@ def _is_twice(name: str, row: dict[str, Any]) -> bool:
     """Return whether Great Expectations selected this column twice: as the judged column and as a part of the place."""
     twice = re.fullmatch(r"(.+?)_{1,2}1", name)
     return twice is not None and twice[1] in row
-
-
-def _observed(found: ExpectationValidationResult) -> float | None:
-    """Return the number of unexpected rows, or the measure."""
-    observed = found.result.get("unexpected_count", found.result.get("observed_value"))
-    return None if observed is None else float(observed)
-
-
-def _why(expectation: Expectation) -> str:
-    needed = needs(expectation)
-    return f"less than {MIN_HOURS} comparable hours are known" if needed is None else f"{needed} was not given"

@@ -126,9 +126,6 @@ def jars_are_cached(settings: Settings, lock: JarLock | None = None) -> bool:
     return _is_complete(settings.jar_cache_path / lock.digest, lock.jars)
 
 
-# --- any lock
-
-
 def parse_lock(path: Path, parse: Callable[[dict[str, Any]], Lock]) -> Lock:
     """Return what ``parse`` makes of a lock file. Raises MachineError if the file is missing or broken."""
     try:
@@ -261,9 +258,6 @@ def jars_of_spark() -> list[Path]:
     if spec is None or spec.origin is None:
         raise MachineError("pyspark is not installed", hint="run `uv sync --frozen`")
     return sorted((Path(spec.origin).parent / "jars").glob("*.jar"))
-
-
-# --- Spark's jars
 
 
 def _resolve(coordinates: tuple[str, ...], excludes: tuple[str, ...], work: Path) -> list[Path]:

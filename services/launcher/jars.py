@@ -105,6 +105,9 @@ def ensure_jars(lock: JarLock, cache: Path, java: Path, progress: Progress = lam
 
 def _resolve(lock: JarLock, work: Path, java: Path) -> list[Path]:
     """Fetch the jars by Ivy."""
+    ivy_jars = [jar for jar in jars_of_spark() if jar.name.startswith("ivy-")]
+    if not ivy_jars:
+        raise MachineError("pyspark, which ships Ivy, is not complete", hint="run `uv sync --frozen`")
     ivy, settings, jars = work / "ivy.xml", work / "ivysettings.xml", work / "jars"
     ivy.write_text(_ivy_module(lock), "utf-8")
     # without poms, because the lock lists all jars; without the repository's checksums, because ours are stronger
@@ -115,16 +118,9 @@ def _resolve(lock: JarLock, work: Path, java: Path) -> list[Path]:
         "utf-8",
     )
     pattern = f"{jars}/[organisation]_[artifact]-[revision](-[classifier]).[ext]"
-    command = [str(java), "-cp", str(_ivy_jar()), "org.apache.ivy.Main", "-settings", str(settings), "-ivy", str(ivy)]
+    command = [str(java), "-cp", str(ivy_jars[-1]), "org.apache.ivy.Main", "-settings", str(settings), "-ivy", str(ivy)]
     run_resolver([*command, "-retrieve", pattern], work)
     return sorted(jars.glob("*.jar"))
-
-
-def _ivy_jar() -> Path:
-    found = [jar for jar in jars_of_spark() if jar.name.startswith("ivy-")]
-    if not found:
-        raise MachineError("pyspark, which ships Ivy, is not complete", hint="run `uv sync --frozen`")
-    return found[-1]
 
 
 def _ivy_module(lock: JarLock) -> str:
@@ -163,9 +159,9 @@ def update_lock(service: str, progress: Progress = print) -> JarLock:
         )
         if done.returncode != 0:
             raise ServiceError(f"Maven could not resolve {pom}: {(done.stdout.strip().splitlines() or [''])[0]}")
-        found = [match.groups() for line in listing.read_text("utf-8").splitlines() if (match := _LISTED.match(line))]
         made = []
-        for group, artifact, classifier, version in found:
+        for match in filter(None, map(_LISTED.match, listing.read_text("utf-8").splitlines())):
+            group, artifact, classifier, version = match.groups()
             end = f"-{classifier}" if classifier else ""
             path = jars / f"{group}.{artifact}-{version}{end}.jar"
             made.append(Jar(group, artifact, version, classifier, path.stat().st_size, sha256_of(path)))

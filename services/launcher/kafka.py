@@ -62,10 +62,10 @@ class Kafka(Service):
         output.parent.mkdir(exist_ok=True)
         options = self._jvm(Role("format", (), ("-Xmx256m",), 0))
         command = [str(java), *options, f"@{self._conf / 'classpath.args'}", "kafka.tools.StorageTool", *format_it]
-        streams: dict[str, int] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+        devnull, stdout = subprocess.DEVNULL, subprocess.STDOUT
         try:
             with output.open("wb") as file:
-                subprocess.run(command, cwd=self.folder, stdout=file, timeout=120, check=True, **streams)
+                subprocess.run(command, cwd=self.folder, stdin=devnull, stdout=file, stderr=stdout, timeout=120, check=True)
         except subprocess.SubprocessError as error:
             said = cause(output) or str(error)
             raise ServiceError(f"Kafka could not make its data folder: {said}", hint=f"logs in {self.logs}") from None

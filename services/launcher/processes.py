@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -42,11 +42,18 @@ def find(folder: Path, role: str) -> list[psutil.Process]:
 
 
 def spawn(
-    java: Path, folder: Path, role: str, arguments: Sequence[str], *, output: Path, ends_with_parent: bool = False
+    java: Path,
+    folder: Path,
+    role: str,
+    arguments: Sequence[str],
+    *,
+    output: Path,
+    ends_with_parent: bool = False,
+    environment: Mapping[str, str] | None = None,
 ) -> psutil.Process:
     """Start Java in ``folder`` with its output in the file ``output``. Raises ServiceError if it cannot be started.
 
-    With ``ends_with_parent`` the kernel kills it when this thread ends.
+    With ``ends_with_parent`` the kernel kills it when this thread ends. ``environment`` is added to that of this process.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -54,6 +61,7 @@ def spawn(
             child = subprocess.Popen(
                 [str(java), mark(folder, role), *arguments],
                 cwd=folder,
+                env={**os.environ, **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

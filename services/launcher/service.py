@@ -172,7 +172,8 @@ class Service(ABC):
         elif running:
             problem = f"{self._state_path} is missing"
         elif state and state.processes:
-            problem = f"it was not stopped but ended by itself: {self._cause() or f'see {self.logs}'}"
+            logs = (path(role) for role in reversed(self.role_names) for path in (self._log, self._output))
+            problem = f"it was not stopped but ended by itself: {cause(*logs) or f'see {self.logs}'}"
         shown = self.addresses(ports) if running and state else {}
         holds = self.holds(ports) if running and not problem else {}
         return Status(self.name, self.lock.version, bool(running), problem, shown, pids, str(self.folder), holds)
@@ -279,9 +280,6 @@ class Service(ABC):
 
     def _output(self, role: str) -> Path:
         return self.logs / f"{role}.out"
-
-    def _cause(self) -> str:
-        return cause(*(path(role) for role in reversed(self.role_names) for path in (self._log, self._output)))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

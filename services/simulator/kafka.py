@@ -132,8 +132,16 @@ def simulate_to_kafka(
         truth = _write_truth(out, traffic, clusters, sending, schedule)
     write_beside(out, traffic)
     outlets = [_Outlet(cluster, sending, seed) for cluster in clusters]
+    encoder = Encoder(traffic.world, from_topics(EVENT_BREAKAGES))
+    done, total = 0, int((~schedule.is_order).sum())
     try:
-        _send(traffic, schedule, outlets, sending, progress)
+        for chunk in _chunks(traffic, schedule, sending):
+            _send_chunk(traffic, chunk, outlets, encoder, sending)
+            done += int((~chunk.is_order).sum())
+            if progress is not None:
+                progress(done, total)
+        for outlet in outlets:
+            outlet.flush()
     except KafkaException as error:
         raise DeliveryError(f"the records could not be sent: {_said(error)}") from None
     finally:
@@ -311,22 +319,6 @@ def _late_range(lines: EventLines, limits: Limits) -> list[int]:
     return [sum(all(found) for found in late_of.values()), sum(any(found) for found in late_of.values())]
 
 
-def _send(
-    traffic: Traffic, schedule: _Schedule, outlets: Sequence[_Outlet], sending: Sending, progress: Callable[[int, int], None] | None
-) -> None:
-    """Send all records, chunk by chunk, at their times. With ``live`` writes the times of receipt into the traffic's lines."""
-    encoder = Encoder(traffic.world, from_topics(EVENT_BREAKAGES))
-    total = int((~schedule.is_order).sum())
-    done = 0
-    for chunk in _chunks(traffic, schedule, sending):
-        _send_chunk(traffic, chunk, outlets, encoder, sending)
-        done += int((~chunk.is_order).sum())
-        if progress is not None:
-            progress(done, total)
-    for outlet in outlets:
-        outlet.flush()
-
-
 def _chunks(traffic: Traffic, schedule: _Schedule, sending: Sending) -> Iterator[_Schedule]:
     """Yield the records in chunks; with a rate, each chunk at its time."""
     size = sending.chunk
@@ -352,6 +344,7 @@ def _chunks(traffic: Traffic, schedule: _Schedule, sending: Sending) -> Iterator
 
 
 def _send_chunk(traffic: Traffic, chunk: _Schedule, outlets: Sequence[_Outlet], encoder: Encoder, sending: Sending) -> None:
+    """Send one chunk. With ``live`` writes the times of receipt into the traffic's lines."""
     lines, events = traffic.lines, traffic.events
     of_events = chunk.take(~chunk.is_order)
     if sending.live:
@@ -393,18 +386,15 @@ class _Outlet:
             )
         except KafkaException as error:
             raise SimulationError(f"the options of cluster {cluster.name} cannot be right: {_said(error)}") from None
-        self._find_topics()
-        if sending.transactional:
-            self._producer.init_transactions(_TRANSACTION_SECONDS)
-
-    def _find_topics(self) -> None:
         try:
             there = self._producer.list_topics(timeout=_ANSWER_SECONDS).topics
         except KafkaException as error:
-            raise DeliveryError(f"Kafka of {self.cluster.name} does not answer: {_said(error)}", hint=_START) from None
-        for topic in (self.cluster.events_topic, self.cluster.orders_topic):
+            raise DeliveryError(f"Kafka of {cluster.name} does not answer: {_said(error)}", hint=_START) from None
+        for topic in (cluster.events_topic, cluster.orders_topic):
             if topic not in there:
-                raise DeliveryError(f"Kafka of {self.cluster.name} has no topic {topic}", hint=_START)
+                raise DeliveryError(f"Kafka of {cluster.name} has no topic {topic}", hint=_START)
+        if sending.transactional:
+            self._producer.init_transactions(_TRANSACTION_SECONDS)
 
     def send(self, records: Sequence[tuple[str, bytes | None, bytes]]) -> None:
         """Send records in this order, in one transaction if the sending is transactional."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from services.simulator.broken import ORDER_BREAKAGES, Breakage, Record, dump
 from services.simulator.traffic import Events
-from services.simulator.truth import HOUR_US, OrderTruth, rfc3339
+from services.simulator.truth import HOUR_US, rfc3339
 from services.simulator.world import CURRENCIES, REGIONS, World
 
 _SECOND_US = 1_000_000
@@ -71,8 +71,7 @@ def draw_orders(
             click = int(chosen[number])
             clicked_us = int(events.event_us[events.impression[click]]) // 1000 * 1000
             order_us = clicked_us + (12 * 60 + int(draw * draw * 6 * 3600)) * _SECOND_US + number % 1000 * 1000
-        campaign = world.campaign_of_ad[events.ad[click]]
-        region = int(events.region[click])
+        campaign, region = world.campaign_of_ad[events.ad[click]], int(events.region[click])
         store = int(world.store_of_campaign[campaign])
         if number >= len(after_journeys) and number % 50 == 49:
             store = (store + 1) % len(world.store_ids)
@@ -132,11 +131,3 @@ def _after_journeys(events: Events, most: int, end_us: int) -> list[tuple[int, i
 def user_name(code: int) -> str:
     """Return the user_id of a user by number."""
     return f"u{code:08d}"
-
-
-def count_orders(lines: list[OrderLine]) -> OrderTruth:
-    """Return the truth of order lines in the order in which they count."""
-    truth = OrderTruth()
-    for line in lines:
-        truth.add(REGIONS[line.region], line.record)
-    return truth

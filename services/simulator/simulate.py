@@ -16,7 +16,7 @@ from services.simulator.broken import EVENT_BREAKAGES, ORDER_BREAKAGES, Breakage
 from services.simulator.credit import credit_orders
 from services.simulator.errors import SimulationError
 from services.simulator.landing import campaigns_csv, increasing_mtimes, names_csv, write_file
-from services.simulator.orders import OrderLine, count_orders, draw_orders, user_name
+from services.simulator.orders import OrderLine, draw_orders, user_name
 from services.simulator.traffic import (
     AGENTS,
     EXTRAS,
@@ -35,7 +35,6 @@ from services.simulator.world import CURRENCIES, REGIONS, World, make_world
 
 _DAY_US = 86_400_000_000
 _DEFAULT_START = datetime(2025, 6, 2, tzinfo=UTC)
-_DEFAULT_DAYS = 3.0
 _DEFAULT_SHARES = SimulationShares()
 _SLICES_ORDERS = 8
 _LIST = "listed_users.txt"
@@ -133,7 +132,9 @@ def simulate(
     slices.sort(key=lambda item: (item.end_us, item.source, item.region, item.number))
 
     event_order = np.concatenate([item.positions for item in slices if item.source == "events"])
-    counted_orders = count_orders([order_lines[at] for item in slices if item.source == "orders" for at in item.positions])
+    counted_orders = OrderTruth()
+    for line in (order_lines[at] for item in slices if item.source == "orders" for at in item.positions):
+        counted_orders.add(REGIONS[line.region], line.record)
     columns = lines.truth_columns(event_order, traffic.events, traffic.world, traffic.listed)
     files = {source: sum(item.source == source for item in slices) for source in ("events", "orders")}
     truth = account(
@@ -200,7 +201,7 @@ def draw_traffic(
         if is_found:
             raise SimulationError(problem)
     limits = Limits(future_skew, hour_grace)
-    span_days = days if days is not None else events / rate / 86_400 if rate is not None else _DEFAULT_DAYS
+    span_days = days if days is not None else events / rate / 86_400 if rate is not None else 3.0
     start_us = to_us(start)
     end_us = start_us + max(1_000_000, round(span_days * _DAY_US))
     people = users if users is not None else max(50, events // 20)

@@ -51,6 +51,7 @@ EXTRAS = ("", ',"sdk":"3.14.2"', ',"debug":{"attempt":2,"tags":["a","b"]}', ',"n
 
 CLICK_WINDOW_US = HOUR_US
 IMPRESSION_WINDOW_US = _MINUTE_US
+_DIGITS = np.array([3] * 10 + [6] * 6 + [0, 1, 2, 4, 5, 0], np.uint8)  # of the second's fraction
 _BURST_SIZES = (61, 60, 75, 89)
 
 INTENTS = ("first_time", "resend_same_file", "resend_later_file", "resend_days_later", "resend_other_region", "conflict", "broken")
@@ -202,12 +203,6 @@ def _truncate(us: Ints, digits: npt.NDArray[np.uint8]) -> Ints:
     return us // unit * unit
 
 
-def _draw_digits(rng: np.random.Generator, size: int) -> npt.NDArray[np.uint8]:
-    """Draw numbers of digits: mostly 3 or 6, sometimes another from 0 to 5."""
-    choices = np.array([3] * 10 + [6] * 6 + [0, 1, 2, 4, 5, 0], np.uint8)
-    return choices[rng.integers(0, len(choices), size)]
-
-
 def draw_events(
     rng: np.random.Generator,
     world: World,
@@ -231,7 +226,7 @@ def draw_events(
     shown = size - clicks
     region = (rng.random(shown) >= _SHARE_OF_REGION[0]).astype(np.uint8)
     event_us = _moments(rng, region, hourly_weights, start_us, end_us)
-    digits = _draw_digits(rng, size)
+    digits = _DIGITS[rng.integers(0, len(_DIGITS), size)]
     event_us = _truncate(event_us, digits[:shown])
     ad = np.searchsorted(world.ad_cdf, rng.random(shown), side="right").astype(np.int32)
     draw = rng.random(shown)
@@ -283,7 +278,8 @@ def draw_events(
         [shown + clicked_again.first[::4], shown_again.first[::8], *(shown + touched[:1] for touched in journeys[::3])]
     )
     # The clocks of a burst's clicks are right, so that their number stays the same.
-    special = _rearranged(special, first=preferred[: round(shares.late * offered / 3)], last=np.arange(shown, shown + bursts))
+    first, last = preferred[: round(shares.late * offered / 3)], np.arange(shown, shown + bursts)
+    special = np.concatenate([first, special[~np.isin(special, first) & ~np.isin(special, last)], last])
     late, future, skewed = np.split(
         special[: round((shares.late + shares.future + shares.skewed) * offered)],
         np.cumsum([round(shares.late * offered), round(shares.future * offered)]),
@@ -414,11 +410,6 @@ def _after(rng: np.random.Generator, first_us: Ints, window_us: int, end_us: int
     edges = np.array([0, 1, window_us - 1, window_us, window_us + 1, _SECOND_US, *[-1] * 6])[np.arange(len(first_us)) % 12]
     distance = np.where(edges >= 0, edges, at_random)
     return first_us + np.where(first_us + distance < end_us, distance, np.minimum(distance, _SECOND_US))
-
-
-def _rearranged(order: npt.NDArray[np.intp], *, first: npt.NDArray[np.intp], last: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
-    """Move some numbers to the front and some to the end."""
-    return np.concatenate([first, order[~np.isin(order, first) & ~np.isin(order, last)], last])
 
 
 def _late_arrival(rng: np.random.Generator, event_us: Ints, limits: Limits, end_us: int) -> Ints:

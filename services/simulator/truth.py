@@ -195,7 +195,6 @@ def account_events(
     spend = np.where(is_click & is_cpc, price * 1000, np.where(~is_click & is_cpm, price, 0))
     grace_us = limits.hour_grace // timedelta(microseconds=1)
     late = lines.received_us[taken] >= (hour[taken] + 1) * HOUR_US + grace_us
-    unpriced = ~(is_cpc | is_cpm)
     rule, hits = _judge(lines, taken, agents)
     invalid = rule != BILLABLE
 
@@ -204,14 +203,14 @@ def account_events(
     keys, group = np.unique(offered_by * np.int64(span) + hour + 1, return_inverse=True)
     counts = {"offered": _counts(group, np.ones(len(group), np.bool_), len(keys))}
     counts |= {name: _counts(group, outcome == code, len(keys)) for code, name in enumerate(OUTCOMES)}
-    parts = {"late": late, "unpriced": unpriced, "invalid_traffic": invalid}
+    parts = {"late": late, "unpriced": ~(is_cpc | is_cpm), "invalid_traffic": invalid}
     counts |= {name: _counts(group[taken], mask, len(keys)) for name, mask in parts.items()}
     accounting: list[Row] = []
     for index, key in enumerate(keys):
         name_code, hour_number = divmod(int(key), span)
         event_hour = None if hour_number == 0 else rfc3339((hour_number - 1) * HOUR_US)
-        row = {"region": names[name_code], "event_hour": event_hour}
-        accounting.append(row | {name: values[index] for name, values in counts.items()})
+        measured = {name: values[index] for name, values in counts.items()}
+        accounting.append({"region": names[name_code], "event_hour": event_hour, **measured})
 
     combined = (lines.campaign[taken].astype(np.int64) * len(regions) + lines.region[taken]) * span + hour[taken]
     keys, group = np.unique(combined * len(currencies) + lines.currency[taken], return_inverse=True)

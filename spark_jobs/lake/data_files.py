@@ -45,7 +45,7 @@ def named_checksum(path: str) -> str | None:
 
 @dataclass(frozen=True)
 class DataFile:
-    """A written file: its path within the table, size in bytes, partition values as Delta writes them, statistics as JSON."""
+    """A written file: path within the table, size in bytes, partition values in Delta's form, statistics as JSON."""
 
     path: str
     size: int

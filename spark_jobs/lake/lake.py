@@ -64,8 +64,6 @@ class Lake:
         """Return the location of a table: a path, or an object store's URI."""
         return self.settings.table_uri(table.name)
 
-    # --- what there is
-
     def log(self, table: Table) -> DeltaLog:
         """Return the table's log: its commits, id, transactions and metadata."""
         return DeltaLog(self.uri(table))
@@ -89,8 +87,6 @@ class Lake:
         except TableCorruptionError:
             return False
         return True
-
-    # --- reading
 
     def pin(self, *tables: Table) -> Snapshot:
         """Pin the newest version of each table, in the order given; leaves out tables that do not exist.
@@ -152,8 +148,6 @@ class Lake:
             place = self.settings.scratch_path if os.access(self.settings.scratch_path, os.W_OK) else None
         with TemporaryDirectory(prefix=prefix, dir=place) as folder:
             yield Path(folder)
-
-    # --- writing
 
     def last_transaction(self, table: Table, app_id: str) -> int | None:
         """Return the version of a table's newest transaction of ``app_id``; None if it has none, or does not exist."""

@@ -52,6 +52,11 @@ class Commit:
         return found if isinstance(found, dict) else {}
 
     @property
+    def committed_ms(self) -> int:
+        """The time of the commit in milliseconds since the epoch; 0 if it has none."""
+        return int(self.info.get("timestamp", 0))
+
+    @property
     def changes_rows(self) -> bool:
         """False for a commit that only rearranges rows (compaction) or adds none."""
         return bool(self.data_added or self.data_removed)
@@ -90,11 +95,11 @@ def parse_commit(version: int, text: str) -> Commit:
         by_kind[next(iter(action), "")].append(next(iter(action.values()), {}))
     if not by_kind:
         raise ValueError("it is empty")
-    txn = [(one["appId"], int(one["version"])) for one in by_kind["txn"]][-1:]
-    table_id = [one["id"] for one in by_kind["metaData"]][-1:]
+    txn = [(str(one["appId"]), int(one["version"])) for one in by_kind["txn"]]
+    table_id = [str(one["id"]) for one in by_kind["metaData"]]
     info = (by_kind["commitInfo"] or [{}])[-1]
-    added, removed = tuple(by_kind["add"]), tuple(by_kind["remove"])
-    return Commit(version, *(txn or [None]), info.get("userMetadata"), added, removed, *(table_id or [None]), info)
+    added, removed, user_metadata = tuple(by_kind["add"]), tuple(by_kind["remove"]), info.get("userMetadata")
+    return Commit(version, txn[-1] if txn else None, user_metadata, added, removed, table_id[-1] if table_id else None, info)
 
 
 @dataclass(frozen=True)

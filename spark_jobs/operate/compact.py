@@ -94,22 +94,21 @@ def compact(
     return CompactReport(done, time.monotonic() - started)
 
 
+@dataclass(frozen=True)
 class _Compaction:
     """One call: finds the partitions that need compaction, and rewrites them."""
 
-    def __init__(self, lake: Lake, hours: HourRange | None, closing: Closing, today: date) -> None:
-        self._lake = lake
-        self._settings = lake.settings
-        self._hours = hours
-        self._closing = closing
-        self._today = today
+    lake: Lake
+    hours: HourRange | None
+    closing: Closing
+    today: date
 
     def work(self) -> Iterator[tuple[Table, Partition]]:
         """Yield the partitions that need compaction: hours of `events` in their order, then the other tables."""
         for table in TABLES.values():
-            if table.name in _LEFT_ALONE or not self._lake.exists(table):
+            if table.name in _LEFT_ALONE or not self.lake.exists(table):
                 continue
-            found = self._lake.pin(table).partitions(table)
+            found = self.lake.pin(table).partitions(table)
             for partition, files in sorted(found.items(), key=lambda item: [value.zfill(2) for _, value in item[0]]):
                 if self._needs(table, partition, files):
                     yield table, partition
@@ -117,15 +116,15 @@ class _Compaction:
     def rewrite(self, database: duckdb.DuckDBPyConnection, table: Table, partition: Partition) -> TableCompaction | None:
         """Rewrite one partition; None if it no longer needs it."""
         started = time.monotonic()
-        target, z_order = self._settings.compacted_file_bytes, Z_ORDER if table is EVENTS else ()
-        with exclusive(self._settings, REWRITE):
+        target, z_order = self.lake.settings.compacted_file_bytes, Z_ORDER if table is EVENTS else ()
+        with exclusive(self.lake.settings, REWRITE):
             for attempt in range(_ATTEMPTS):
-                snapshot = self._lake.pin(table)
+                snapshot = self.lake.pin(table)
                 if not self._needs(table, partition, snapshot.partitions(table).get(partition, [])):
                     return None  # another process has compacted it
                 run_id = str(uuid.uuid4())
                 try:
-                    if not rearrange(self._lake, table, snapshot.version(table), partition, target, run_id, z_order=z_order):
+                    if not rearrange(self.lake, table, snapshot.version(table), partition, target, run_id, z_order=z_order):
                         return None
                     break
                 except CommitConflictError:  # each batch of orders merges into `orders`
@@ -135,14 +134,14 @@ class _Compaction:
                     f"table {table.name} was changed {_ATTEMPTS} times while it was being compacted",
                     hint="nothing is lost; try again",
                 )
-            return self._proved(database, table, partition, version_of_run(self._lake, table, run_id), started)
+            return self._proved(database, table, partition, version_of_run(self.lake, table, run_id), started)
 
     def _needs(self, table: Table, partition: Partition, files: list[TableFile]) -> bool:
         """Return whether a partition needs compaction. After that it does not, until more rows come."""
-        target = self._settings.compacted_file_bytes
+        target = self.lake.settings.compacted_file_bytes
         if table is EVENTS:
             hour = _hour(partition)
-            if not self._closing.is_closed(hour) or not (self._hours is None or self._hours.start <= hour < self._hours.end):
+            if not self.closing.is_closed(hour) or not (self.hours is None or self.hours.start <= hour < self.hours.end):
                 return False
             return _has_loose_rows(files)
         needed = -(-sum(file.size for file in files) // target)
@@ -154,18 +153,18 @@ class _Compaction:
             return False
         day = date.fromisoformat(partition[0][1])
         if table.partition_by == ("event_date",):
-            return self._closing.is_closed(datetime(day.year, day.month, day.day, 23, tzinfo=UTC))
-        return day < self._today - timedelta(days=1)  # by ingestion: a batch may last over midnight
+            return self.closing.is_closed(datetime(day.year, day.month, day.day, 23, tzinfo=UTC))
+        return day < self.today - timedelta(days=1)  # by ingestion: a batch may last over midnight
 
     def _proved(
         self, database: duckdb.DuckDBPyConnection, table: Table, partition: Partition, version: int, started: float
     ) -> TableCompaction:
         """Report the compaction of ``version``; if the rows differ, undo it and raise TableCorruptionError."""
-        snapshots = [self._lake.at({table.name: each}) for each in (version - 1, version)]
+        snapshots = [self.lake.at({table.name: each}) for each in (version - 1, version)]
         before, after = (snapshot.partitions(table).get(partition, []) for snapshot in snapshots)
         held_before, held_after = (content_of(database, snapshot, table, partition) for snapshot in snapshots)
         if held_before != held_after:
-            take_back(self._lake, table, version)
+            take_back(self.lake, table, version)
             raise TableCorruptionError(
                 f"version {version} of {table.name} ({_name(partition) or 'all'}) holds {held_after[0]} rows with hash "
                 f"{held_after[1]}, version {version - 1} held {held_before[0]} with {held_before[1]}",

@@ -36,12 +36,20 @@ from spark_jobs.lake.log import commit_identity
 from spark_jobs.lake.removal import take_files_out
 from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.runs import check_runs
-from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, ORDERS, REJECTED_EVENTS, REJECTED_ORDERS, TABLES, Table
+from spark_jobs.lake.tables import (
+    BATCH_LEDGER,
+    BATCH_TABLES,
+    EVENTS,
+    MINUTE_METRICS,
+    ORDERS,
+    REJECTED_EVENTS,
+    REJECTED_ORDERS,
+    TABLES,
+    Table,
+)
 from spark_jobs.operate.status import read_status
 
 RUNBOOK = "docs/runbooks/fsck.md"
-# tables whose rows the recount can restore from the raw input
-_FROM_RAW = {table.name for table in (EVENTS, REJECTED_EVENTS, MINUTE_METRICS, BATCH_LEDGER, ORDERS, REJECTED_ORDERS)}
 _FILE_KINDS = ("file_missing", "file_size", "file_damaged", "file_rows")
 _REPAIR = "adtally fsck --repair"
 
@@ -139,9 +147,6 @@ def _ingest_lock(settings: Settings) -> Iterator[bool]:
         yield True
 
 
-# --- checking
-
-
 def _scan(settings: Settings, report: Progress, *, is_at_rest: bool) -> _Scan:
     scan, lake = _Scan(), Lake(settings)
     readable = [table for table in TABLES.values() if _check_log(lake, table, scan)]
@@ -202,7 +207,7 @@ def _check_log(lake: Lake, table: Table, scan: _Scan) -> bool:
 def _check_files(lake: Lake, table: Table, scan: _Scan, report: Progress) -> None:
     """Check presence, size, pages and rows of every data file of the newest version."""
     files = check.newest_files(lake, table)
-    can_repair = table.name in _FROM_RAW
+    can_repair = table in BATCH_TABLES
     way = _REPAIR if can_repair else f"put the file back from a backup; {RUNBOOK}"
     for number, file in enumerate(files):
         if number % 20 == 0:
@@ -277,9 +282,6 @@ def _check_corrections(settings: Settings, scan: _Scan) -> None:
     """Find corrections that were decided and not finished: a killed repair, review or backfill."""
     for folder in sorted(settings.corrections_path.glob("[!.]*")):
         scan.add("correction", f"corrections/{folder.name}", "a correction was begun and not ended")
-
-
-# --- repairing
 
 
 def _repair(settings: Settings, scan: _Scan, run_id: str, report: Progress) -> list[Finding]:

@@ -21,7 +21,6 @@ from spark_jobs.ingest.kafka.config import read_kafka
 from spark_jobs.ingest.kafka.topics import oldest_waiting, read_topic_sources
 from spark_jobs.lake.duck import literal
 from spark_jobs.lake.lake import Lake
-from spark_jobs.lake.log import Commit
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS
 from spark_jobs.operate.status import read_recent_problems, read_unaccounted
 from spark_jobs.publish.progress import read_publications
@@ -113,7 +112,7 @@ def _freshness(settings: Settings, now: datetime) -> tuple[float, str]:
     commits = (log.commit(version) for version in range(0 if pinned is None else pinned + 1, newest + 1))
     first = next((commit for commit in commits if commit is not None and commit.changes_rows), None)
     built = "there are no marts yet" if pinned is None else f"the marts have batch_ledger at version {pinned} of {newest}"
-    return (0.0 if first is None else max(0.0, now.timestamp() - _committed(first))), built
+    return (0.0 if first is None else max(0.0, now.timestamp() - first.committed_ms / 1000)), built
 
 
 def _pinned_version(settings: Settings) -> int | None:
@@ -152,7 +151,7 @@ def recent_counts(settings: Settings, since: datetime) -> Counter[str]:
     """Sum the ledger (offered, rejected, duplicate) over the batches that were committed at ``since`` or later."""
     total: Counter[str] = Counter()
     for commit in Lake(settings).log(BATCH_LEDGER).commits_backwards():
-        if _committed(commit) < since.timestamp():
+        if commit.committed_ms / 1000 < since.timestamp():
             break
         for path in commit.added_paths:
             total.update(_file_counts(settings, path))
@@ -172,7 +171,7 @@ def _user_share(settings: Settings, now: datetime) -> tuple[float, str]:
     """Return the largest share of one user who is not exempt in the events of the last hour's batches; 0 below MIN_OFFERED."""
     total, users = 0, Counter[str]()
     for commit in Lake(settings).log(EVENTS).commits_backwards():
-        if _committed(commit) < (now - RECENT).timestamp():
+        if commit.committed_ms / 1000 < (now - RECENT).timestamp():
             break
         for path in () if commit.data_removed else commit.added_paths:  # a review rewrites events and adds none
             rows, found = _file_users(settings, path)
@@ -193,11 +192,6 @@ def _file_users(settings: Settings, path: str) -> tuple[int, dict[str, int]]:
     counts = pc.value_counts(users.combine_chunks())
     often = counts.filter(pc.greater_equal(counts.field("counts"), max(2, len(users) / 100)))
     return len(users), dict(zip(often.field("values").to_pylist(), often.field("counts").to_pylist(), strict=True))
-
-
-def _committed(commit: Commit) -> float:
-    """Return the time of a commit in seconds since the epoch."""
-    return float(commit.info.get("timestamp", 0)) / 1000
 
 
 def _conservation(settings: Settings, now: datetime) -> tuple[float, str]:

@@ -169,25 +169,25 @@ def read_recent_problems(settings: Settings, since: datetime) -> tuple[int, list
         return _Reader(database, snapshot).recent_problems(since)
 
 
+@dataclass(frozen=True)
 class _Reader:
     """Reads the tables, each at a fixed version."""
 
-    def __init__(self, database: duckdb.DuckDBPyConnection, snapshot: Snapshot) -> None:
-        self._database = database
-        self._snapshot = snapshot
+    database: duckdb.DuckDBPyConnection
+    snapshot: Snapshot
 
     def status(self) -> Status:
         """See `read_status`."""
         self._load_ledger("")
         self._load_others("")
-        tables = [self._table(table) for table in TABLES.values() if table in self._snapshot]
+        tables = [self._table(table) for table in TABLES.values() if table in self.snapshot]
         lost = self._lost()
         if lost:
             if not any(table.rows for table in tables):
                 return Status(tables=tables, problems=[NOTHING_INGESTED])
             return Status(tables=tables, conservation_holds=False, problems=lost)
         for sql in (_BATCHES, _OF_CLUSTERS, _CELLS):
-            self._database.execute(sql)
+            self.database.execute(sql)
         never, unfinished = self._unbooked()
         broken = [*never, *self._ledger_rows(), *self._cells(), *self._unique(), *self._orders()]
         more = [f"and {len(broken) - _PROBLEMS_SHOWN} more contradictions"] if len(broken) > _PROBLEMS_SHOWN else []
@@ -200,44 +200,44 @@ class _Reader:
     def recent_problems(self, since: datetime) -> tuple[int, list[str]]:
         """See `read_recent_problems`."""
         key = "(stream, _query_id, _batch_id)"
-        ledger = self._snapshot.scan(BATCH_LEDGER)
+        ledger = self.snapshot.scan(BATCH_LEDGER)
         recent = f"select {key} from {ledger} where _run_id is null and ingested_at >= timestamptz '{since}'"
         self._load_ledger(f"where {key} in ({recent})")
-        self._database.execute(_BATCHES)
-        self._database.execute(_OF_CLUSTERS)
+        self.database.execute(_BATCHES)
+        self.database.execute(_OF_CLUSTERS)
         batches, low, high = self._rows("select count(*), min(_batch_id), max(_batch_id) from batches")[0]
         lost = self._lost() if batches else []
         if lost or not batches:
             return batches, lost
         self._load_others(f"where _batch_id between {low} and {high}")  # Delta's statistics skip the other files
-        self._database.execute(_CELLS)
+        self.database.execute(_CELLS)
         return batches, [*self._ledger_rows(), *self._cells()]
 
     def _load_ledger(self, where: str) -> None:
         # whole hours since the epoch; date_trunc would use the calendar of a time zone and take seven times as long
         hours = f"(epoch_us(t) - (epoch_us(t) % {HOUR_US} + {HOUR_US}) % {HOUR_US}) // {HOUR_US}"
-        self._database.execute(f"create macro hour_of(t) as {hours}")
+        self.database.execute(f"create macro hour_of(t) as {hours}")
         hour = "select * replace (hour_of(event_hour) as event_hour)"
-        if BATCH_LEDGER in self._snapshot:
-            self._database.execute(f"create temp table batch_ledger as {hour} from {self._snapshot.scan(BATCH_LEDGER)} {where}")
+        if BATCH_LEDGER in self.snapshot:
+            self.database.execute(f"create temp table batch_ledger as {hour} from {self.snapshot.scan(BATCH_LEDGER)} {where}")
 
     def _load_others(self, where: str) -> None:
-        for name in self._snapshot.versions:
+        for name in self.snapshot.versions:
             if name != BATCH_LEDGER.name:
                 older = OLDER if name in _REJECTED else ""
-                scan = self._snapshot.scan(TABLES[name])
-                self._database.execute(f"create temp view {name} as select * from {scan} {where} {older}")
+                scan = self.snapshot.scan(TABLES[name])
+                self.database.execute(f"create temp view {name} as select * from {scan} {where} {older}")
 
     def _lost(self) -> list[str]:
-        return [f"table {table.name} is missing, but others hold rows" for table in _READ if table not in self._snapshot]
+        return [f"table {table.name} is missing, but others hold rows" for table in _READ if table not in self.snapshot]
 
     def _rows(self, sql: str) -> list[tuple[Any, ...]]:
-        return self._database.execute(sql).fetchall()
+        return self.database.execute(sql).fetchall()
 
     def _table(self, table: Table) -> TableStatus:
         rows = self._rows(f"select count(*) from {table.name}")[0][0]
-        files = self._snapshot.files(table)
-        return TableStatus(table.name, self._snapshot.version(table), rows, len(files), sum(file.size for file in files))
+        files = self.snapshot.files(table)
+        return TableStatus(table.name, self.snapshot.version(table), rows, len(files), sum(file.size for file in files))
 
     def _sources(self) -> list[SourceStatus]:
         found = self._rows(
@@ -260,7 +260,7 @@ class _Reader:
     def _quarantined(self) -> list[QuarantinedFile]:
         columns = "source_file, reason_codes, ingested_at, _query_id, _batch_id"
         rejected = f"select {columns} from rejected_events union all select {columns} from rejected_orders"
-        released = "anti join releases using (source_file, _query_id, _batch_id)" if RELEASES in self._snapshot else ""
+        released = "anti join releases using (source_file, _query_id, _batch_id)" if RELEASES in self.snapshot else ""
         where = f"where list_has_any(reason_codes, {list(FILE_REASONS)}) order by ingested_at, source_file"
         found = self._rows(f"select source_file, reason_codes, ingested_at from ({rejected}) {released} {where}")
         return [QuarantinedFile(*row) for row in found]
@@ -325,7 +325,7 @@ class _Reader:
         passes = self._rows("select count(*) from events")[0][0] // _IDS_PER_PASS + 1
         for number in range(passes):
             some = f"select hash(event_id) as hashed from events where hash(event_id) % {passes} = {number}"
-            hashed = np.asarray(self._database.execute(some).fetchnumpy()["hashed"])
+            hashed = np.asarray(self.database.execute(some).fetchnumpy()["hashed"])
             hashed.sort()
             if np.any(hashed[1:] == hashed[:-1]):
                 return True
@@ -363,7 +363,7 @@ class _Reader:
         )
         if not found:
             return [], []
-        ledger = self._snapshot.lake.scan(BATCH_LEDGER, self._snapshot.lake.version(BATCH_LEDGER))
+        ledger = self.snapshot.lake.scan(BATCH_LEDGER, self.snapshot.lake.version(BATCH_LEDGER))
         booked = set(self._rows(f"select distinct stream, _query_id, _batch_id from {ledger}"))
         never, unfinished = [], []
         for stream, query, batch, rows, is_last in found:
@@ -379,7 +379,7 @@ class _Reader:
 
     def _running_queries(self, stream: str) -> set[str]:
         """Return the ids of the queries with a checkpoint of ``stream``: that of files, and those of topics."""
-        checkpoints = self._snapshot.lake.settings.checkpoints_path
+        checkpoints = self.snapshot.lake.settings.checkpoints_path
         found = set()
         for folder in (checkpoints / stream, *checkpoints.glob(f"{stream}-*")):
             with suppress(OSError, ValueError, KeyError):

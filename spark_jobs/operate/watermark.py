@@ -144,7 +144,7 @@ def _sources(settings: Settings, ledger: pa.Table) -> list[SourceProgress]:
     known = []
     for row in rows.to_pylist():
         is_retired = f"{row['stream']}/{row['region']}" in settings.retired_sources
-        place = [row[name] for name in _SOURCE]
+        place = (row["stream"], row["source"], row["region"])
         known.append(SourceProgress(*place, row["progress_at_max"], row["ingested_at_max"], False, is_retired))
     newest = max((one.progress_at for one in known if one.progress_at is not None and not one.is_retired), default=None)
     for at, one in enumerate(known):

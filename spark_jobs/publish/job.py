@@ -28,7 +28,7 @@ from spark_jobs.lake.tables import PUBLICATIONS, Table
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.publish.messages import CreditsMessages, Messages, MetricsMessages
 from spark_jobs.publish.outlet import Outlet, Position, read_positions
-from spark_jobs.publish.progress import TopicStatus, committed_ms, publications_app_id, status_of, topics_of
+from spark_jobs.publish.progress import TopicStatus, publications_app_id, status_of, topics_of
 from spark_jobs.steps import Step
 
 POLL_SECONDS = 0.05  # a check for a new version is one attempt to open its file
@@ -96,11 +96,7 @@ def is_publishing(settings: Settings) -> bool:
 
 
 def publish_new(
-    settings: Settings,
-    *,
-    whole: bool = False,
-    adopt: bool = False,
-    progress: Callable[[Published], None] | None = None,
+    settings: Settings, *, whole: bool = False, adopt: bool = False, progress: Callable[[Published], None] | None = None
 ) -> PublishReport:
     """Publish all versions that are not published yet; nothing if kafka.toml does not say where.
 
@@ -257,18 +253,18 @@ class _Publisher:
                     self._require_next(outlet)
                 break
             if commit.changes_rows:
-                self._publish_version(outlet, version, lambda: self._messages.of_commit(commit), committed_ms(commit))  # noqa: B023
+                self._publish_version(outlet, version, lambda: self._messages.of_commit(commit), commit.committed_ms)  # noqa: B023
                 quiet = 0
             else:
                 quiet += 1
                 if quiet == _QUIET_VERSIONS:
-                    outlet.publish(version, iter(()), committed_ms=committed_ms(commit))
+                    outlet.publish(version, iter(()), committed_ms=commit.committed_ms)
                     quiet = 0
             version += 1
 
     def _whole(self, outlet: Outlet, version: int) -> None:
         commit = self._log.commit(version)
-        at = 0 if commit is None else committed_ms(commit)
+        at = 0 if commit is None else commit.committed_ms
         self._publish_version(outlet, version, lambda: self._messages.whole(version, at), at, is_whole=True)
 
     def _publish_version(
@@ -294,7 +290,7 @@ class _Publisher:
         if at is None or latest is None:
             return
         held = self._log.commit(at.version)
-        if latest < at.version or (held is not None and committed_ms(held) != at.committed_ms):
+        if latest < at.version or (held is not None and held.committed_ms != at.committed_ms):
             raise PublicationError(
                 f"{self._target.name} is not what it was when version {at.version} of it was published",
                 hint="an older copy of it was put back: publish into new topics, see docs/runbooks/publishing-behind.md",
@@ -389,10 +385,7 @@ def ask_publications(settings: Settings, *, now: datetime | None = None) -> list
 
 def _targets(publish: Publish) -> list[_Target]:
     (_, metrics), (_, credits) = topics_of(publish)
-    return [
-        _Target(MetricsMessages, metrics, Step.PUBLISHED_METRICS),
-        _Target(CreditsMessages, credits, Step.PUBLISHED_CREDITS),
-    ]
+    return [_Target(MetricsMessages, metrics, Step.PUBLISHED_METRICS), _Target(CreditsMessages, credits, Step.PUBLISHED_CREDITS)]
 
 
 def _nowhere(settings: Settings) -> KafkaConfigurationError:

@@ -6,7 +6,7 @@ can continue within a version. Memory is bounded by a batch of rows and by the r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,7 +16,6 @@ from spark_jobs.lake.duck import task_connection
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import Commit
 from spark_jobs.lake.tables import ATTRIBUTED_ORDERS, MINUTE_METRICS, Table
-from spark_jobs.publish.progress import committed_ms
 
 Messages = Iterator[tuple[list[str], list[str]]]
 """Keys and values, a batch at a time."""
@@ -56,17 +55,14 @@ class MetricsMessages:
 
         A removed row becomes a message with measures of 0. Raises FileNotFoundError if a file is missing.
         """
-        if not commit.data_removed:
-            rows: Iterator[pa.RecordBatch] = self._lake.read_batches(self.table, commit.added_paths)
-        else:
-            rows = iter(self._changed(commit).to_batches())
-        return _messages(rows, lambda part: self._sql(commit.version, committed_ms(commit)))
+        added = self._lake.read_batches(self.table, commit.added_paths)
+        rows: Iterable[pa.RecordBatch] = self._changed(commit).to_batches() if commit.data_removed else added
+        return _messages(rows, lambda part: self._sql(commit.version, commit.committed_ms))
 
     def whole(self, version: int, committed: int) -> Messages:
         """Return all rows of a version."""
         paths = sorted(self._lake.at({self.table.name: version}).paths(self.table))
-        rows = self._lake.read_batches(self.table, paths)
-        return _messages(rows, lambda part: self._sql(version, committed))
+        return _messages(self._lake.read_batches(self.table, paths), lambda part: self._sql(version, committed))
 
     def _sql(self, version: int, committed: int) -> str:
         names = ("region", "campaign_id", "ad_id", "store_id", "placement", "currency", *_MEASURES)
@@ -95,11 +91,9 @@ class MetricsMessages:
                 "where record_uuid not in (select record_uuid from come)"
             )
             gone = own.execute("select distinct record_uuid from gone").to_arrow_table()["record_uuid"].combine_chunks()
-            if len(gone):
-                snapshot = self._lake.at({self.table.name: commit.version})
-                own.register("held", snapshot.rows(self.table, where_in=("record_uuid", gone)))
-            else:
-                own.register("held", self.schema.empty_table())
+            snapshot = self._lake.at({self.table.name: commit.version})
+            held = snapshot.rows(self.table, where_in=("record_uuid", gone)) if len(gone) else self.schema.empty_table()
+            own.register("held", held)
             nothing = ", ".join(f"0::bigint as {name}" for name in _MEASURES)
             one = f"qualify row_number() over (partition by record_uuid order by {_ROW_ORDER}) = 1"
             rows = own.execute(
@@ -147,12 +141,10 @@ class CreditsMessages:
                     revised.append(again.select(_HEAD))
                 yield batch
 
-        yield from _messages(noted(), lambda part: _credits_sql(part, commit.version, is_current=True))
+        yield from _credit_messages(noted(), commit.version, is_current=True)
         if revised:
-            yield from _messages(
-                iter(self._dropped(pa.concat_tables(revised)).to_batches()),
-                lambda part: _credits_sql(part, commit.version, is_current=False),
-            )
+            dropped = self._dropped(pa.concat_tables(revised))
+            yield from _credit_messages(dropped.to_batches(), commit.version, is_current=False)
 
     def whole(self, version: int, committed: int) -> Messages:
         """Return the latest revision of every order of a version, and every touch that only an earlier revision had."""
@@ -169,8 +161,8 @@ class CreditsMessages:
                 if kept.num_rows:
                     yield kept
 
-        yield from _messages(current(), lambda part: _credits_sql(part, version, is_current=True))
-        yield from _messages(iter(dropped.to_batches()), lambda part: _credits_sql(part, version, is_current=False))
+        yield from _credit_messages(current(), version, is_current=True)
+        yield from _credit_messages(dropped.to_batches(), version, is_current=False)
 
     def _dropped(self, revised: pa.Table) -> pa.Table:
         """Return the touches that revised orders (rows of _HEAD) lost against the previous revision, with the order's columns."""
@@ -219,8 +211,8 @@ class CreditsMessages:
                 order by {_CREDIT_ORDER}
                 """
             ).to_arrow_table()
-        yield from _messages(iter(come.to_batches()), lambda part: _credits_sql(part, commit.version, is_current=True))
-        yield from _messages(iter(went.to_batches()), lambda part: _credits_sql(part, commit.version, is_current=False))
+        yield from _credit_messages(come.to_batches(), commit.version, is_current=True)
+        yield from _credit_messages(went.to_batches(), commit.version, is_current=False)
 
 
 _TOUCH = ("touch_event_id", "touch_type", "touch_time", "campaign_id", "ad_id")
@@ -248,6 +240,10 @@ order by o.order_id, t.touch_event_id
 """
 
 
+def _credit_messages(rows: Iterable[pa.RecordBatch], version: int, *, is_current: bool) -> Messages:
+    return _messages(rows, lambda part: _credits_sql(part, version, is_current=is_current))
+
+
 def _credits_sql(part: pa.Table, version: int, *, is_current: bool) -> str:
     """Return SQL from rows with the same ``window_days`` to messages; those of lost touches credit nothing."""
     windows = part["window_days"][0].as_py() or []
@@ -270,7 +266,7 @@ def _credits_sql(part: pa.Table, version: int, *, is_current: bool) -> str:
     return f"select key, {json_sql(fields)} as value from (select *, {identity} as key from input)"
 
 
-def _messages(rows: Iterator[pa.RecordBatch], sql_of: Callable[[pa.Table], str]) -> Messages:
+def _messages(rows: Iterable[pa.RecordBatch], sql_of: Callable[[pa.Table], str]) -> Messages:
     """Yield messages of rows in their order. ``sql_of`` returns the SQL for a part whose rows have the same ``window_days``."""
     for batch in rows:
         for start in range(0, batch.num_rows, _ROWS):

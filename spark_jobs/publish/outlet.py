@@ -231,28 +231,25 @@ def _require_compaction(admin: AdminClient, cluster: KafkaCluster) -> None:
         )
 
 
+@dataclass(frozen=True)
 class _Notes:
     """Reads CONTROL_TOPIC."""
 
-    def __init__(self, cluster: KafkaCluster) -> None:
-        self._cluster = cluster
-        self._found: dict[str, Position] = {}
+    cluster: KafkaCluster
 
     def read(self, wanted: str | None) -> dict[str, Position]:
         """See ``read_positions``."""
         ends = self._ends()
         if wanted is not None and any(end - first > _TAIL for first, end in ends.values()):
-            self._read({partition: (max(first, end - _TAIL), end) for partition, (first, end) in ends.items()})
-            if wanted in self._found:
-                return self._found
-            self._found = {}
-        self._read(ends)
-        return self._found
+            newest = self._read({partition: (max(first, end - _TAIL), end) for partition, (first, end) in ends.items()})
+            if wanted in newest:
+                return newest
+        return self._read(ends)
 
     def _consumer(self, isolation: str) -> Consumer:
         return Consumer(
             {
-                **_client(self._cluster),
+                **_client(self.cluster),
                 "group.id": "adtally-publish",
                 "isolation.level": isolation,
                 "enable.auto.commit": False,
@@ -288,10 +285,11 @@ class _Notes:
                     raise
                 time.sleep(0.1)
 
-    def _read(self, ranges: Mapping[int, tuple[int, int]]) -> None:
+    def _read(self, ranges: Mapping[int, tuple[int, int]]) -> dict[str, Position]:
+        found: dict[str, Position] = {}
         left = {partition: end for partition, (first, end) in ranges.items() if first < end}
         if not left:
-            return
+            return found
         consumer = self._consumer("read_committed")
         deadline = time.monotonic() + _READ_SECONDS
         try:
@@ -304,7 +302,9 @@ class _Notes:
                     continue
                 error, partition, offset = message.error(), message.partition(), message.offset()
                 if error is None:
-                    self._take(message.value())
+                    with suppress(ValueError, TypeError):  # another program's record is ignored
+                        note = Position(**json.loads(message.value() or "null"))
+                        found[note.key] = note
                 elif error.code() != Refusal._PARTITION_EOF:
                     if not error.retriable() and error.code() != Refusal._TRANSPORT:
                         raise KafkaException(error)
@@ -312,13 +312,7 @@ class _Notes:
                     left.pop(partition, None)
         finally:
             consumer.close()
-
-    def _take(self, value: str | bytes | None) -> None:
-        try:
-            note = Position(**json.loads(value or "null"))
-        except (ValueError, TypeError):  # another program's record is ignored
-            return
-        self._found[note.key] = note
+        return found
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from spark_jobs.config import Settings
 from spark_jobs.ingest.kafka.config import Publish, read_kafka
 from spark_jobs.lake.lake import Lake
-from spark_jobs.lake.log import Commit
 from spark_jobs.lake.tables import ATTRIBUTED_ORDERS, MINUTE_METRICS, PUBLICATIONS, Table
 
 
@@ -32,11 +31,6 @@ class TopicStatus:
 def topics_of(publish: Publish) -> list[tuple[Table, str]]:
     """Return the published tables and their topics."""
     return [(MINUTE_METRICS, publish.metrics_topic), (ATTRIBUTED_ORDERS, publish.credits_topic)]
-
-
-def committed_ms(commit: Commit) -> int:
-    """Return the time of a commit in milliseconds since the epoch; 0 if it has none."""
-    return int(commit.info.get("timestamp", 0))
 
 
 def publications_app_id(cluster: str, key: str) -> str:
@@ -70,6 +64,6 @@ def status_of(
     latest = log.latest_version()
     later = range(0 if version is None else version + 1, 0 if latest is None else latest + 1)
     waiting = [commit for commit in map(log.commit, later) if commit is None or commit.changes_rows]
-    first = next((committed_ms(commit) for commit in waiting if commit is not None), None)
+    first = next((commit.committed_ms for commit in waiting if commit is not None), None)
     seconds = 0.0 if first is None else max(0.0, now.timestamp() - first / 1000)
     return TopicStatus(table.name, topic, publish.cluster.name, version, latest, len(waiting), seconds, total)

@@ -153,8 +153,10 @@ class Traffic:
         """Send it, again if a part of it was not taken. Its truth, and how often it was sent."""
         for times in range(1, 4):
             try:
-                sending, options = Sending(chunk=CHUNK), {"start": START, "days": 0.5}
-                made = simulate_to_kafka(self._out, EVENTS, SEED, [self._cluster], sending, progress=self._pace, **options)
+                sending, progress = Sending(chunk=CHUNK), self._pace
+                made = simulate_to_kafka(
+                    self._out, EVENTS, SEED, [self._cluster], sending, progress=progress, start=START, days=0.5
+                )
                 return json.loads(made.as_json()), times
             except DeliveryError:
                 continue
