@@ -77,9 +77,10 @@ def build_marts(
     the old build.
 
     ``group``: build the marts of one of GROUPS only, with the tests that need no mart of another, in a copy of what is published.
-    All of them are built if nothing is published, or if another version of the dbt project built what is. ``progress`` gets a line at each step. ``now`` (with a zone) is the build's time; it
-    decides which row of a campaign is the current one. ``with_unit_tests``: those of dbt as well. They judge the SQL and not the
-    data, so a change of the project needs them and a build does not.
+    All of them are built if nothing is published, or if another version of the dbt project built what is.
+    ``progress`` gets a line at each step. ``now`` (with a zone) is the build's time; it decides which row of a campaign is the
+    current one. ``with_unit_tests``: those of dbt as well. They judge the SQL and not the data, so a change of the project needs
+    them and a build does not.
 
     Raises BusyError when another build runs, AdtallyError when a table does not exist yet, MartsError when a model or test fails
     (its name is in the message, the rows that a test found are in it and in a file), UsageError when the lakehouse is not a local

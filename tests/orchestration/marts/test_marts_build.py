@@ -14,8 +14,8 @@ from deltalake import DeltaTable
 from filelock import FileLock
 
 from orchestration.marts import build, build_marts, query_marts
-from orchestration.marts.failures import MartsError
 from orchestration.marts.dbt_runner import project_dir, project_hash
+from orchestration.marts.failures import MartsError
 from orchestration.marts.pins import SOURCES, pin_versions, table_ids
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, BusyError, UsageError
@@ -165,8 +165,8 @@ def test_contents(published: tuple[Settings, build.MartBuild, list[str]]) -> Non
     assert query_marts(settings, sources)[1] == [
         (kind, source, "repeat_click", 1, 1250) for kind, source in (("user", "u1"), ("user_agent", None))
     ]
-    rules = "select event_date, ad_id, placement, region, rule, clicks, invalid_clicks, invalid_spend_nanos from fct_invalid_traffic_day"
-    assert query_marts(settings, f"{rules} where gross_clicks > 0 order by 1, 3")[1] == [
+    rules = "select event_date, ad_id, placement, region, rule, clicks, invalid_clicks, invalid_spend_nanos"
+    assert query_marts(settings, f"{rules} from fct_invalid_traffic_day where gross_clicks > 0 order by 1, 3")[1] == [
         (date(2026, 3, 10), "a1", "feed", "eu", "none", 1, 0, 0),
         (date(2026, 3, 10), "a1", None, "eu", "none", 1, 0, 0),
         (date(2026, 3, 11), "a1", "feed", "eu", "repeat_click", 0, 1, 1250),
