@@ -26,7 +26,7 @@ MARTS_CHECKED = (
     *("fct_campaign_day", "fct_campaign_minute", "fct_event_accounting", "fct_reconciliation", "mart_build"),
     *("fct_billing_ledger", "fct_budget_pacing", "fct_attribution_credits", "fct_advertiser_attribution"),
     *("fct_advertiser_performance", "fct_late_arrivals", "fct_restatements"),
-    *("fct_placement_day", "fct_user_frequency", "fct_invalid_traffic_sources"),
+    *("fct_placement_day", "fct_user_frequency", "fct_invalid_traffic_day", "fct_invalid_traffic_sources"),
 )
 # The ledger first: a batch in it is complete in the tables that are pinned after it.
 _PINNED = (BATCH_LEDGER, EVENTS, MINUTE_METRICS, ORDERS, CAMPAIGNS)
