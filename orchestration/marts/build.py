@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import duckdb
@@ -43,6 +43,7 @@ from spark_jobs.lake.tables import NAMES
 GROUPS = ("near_real_time", "hourly")
 """The groups of marts, as dbt's tags name them."""
 
+_HISTORY_KEPT = timedelta(days=90)
 _LEFTOVERS = ".build-*"
 
 
@@ -130,6 +131,7 @@ def build_marts(
             if groups != GROUPS:
                 shutil.copyfile(settings.marts_path, new)
             nodes = _run_dbt(folder, new, _selection(groups, with_unit_tests=with_unit_tests), variables, progress)
+            _add_history(new, settings.marts_path, since=built_at - _HISTORY_KEPT)
             rows = _seal(new)
             _publish(new, settings.marts_path)
         finally:
@@ -237,6 +239,32 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _add_history(new: Path, published: Path, *, since: datetime) -> None:
+    """Copy the builds of ``since`` and later from `mart_build_history` of the published file, if it has that table.
+
+    Raises AdtallyError if the new file cannot be written.
+    """
+    if not published.is_file():
+        return
+    kept = "select * from main.mart_build_history where built_at >= $1"
+    try:
+        with duckdb.connect(str(published), read_only=True) as connection:
+            earlier = connection.execute(kept, [since.replace(tzinfo=None)]).to_arrow_table()
+    except duckdb.Error:  # an older adtally built it
+        return
+    columns_of_table = "select column_name from duckdb_columns() where table_name = 'mart_build_history'"
+    try:
+        with duckdb.connect(str(new)) as connection:
+            connection.register("earlier", earlier)
+            columns = [name for (name,) in connection.execute(columns_of_table).fetchall() if name in earlier.column_names]
+            connection.execute(
+                f"insert into main.mart_build_history by name select {', '.join(columns)} from earlier "
+                "anti join main.mart_build_history using (mart_group, build_id)"
+            )
+    except duckdb.Error as error:
+        raise AdtallyError(f"the history of the builds cannot be copied: {one_line(str(error))}") from error
 
 
 def _seal(path: Path) -> dict[str, int]:

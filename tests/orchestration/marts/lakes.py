@@ -134,7 +134,7 @@ def first_batch(lake: Path, *, int96: bool = False) -> None:
         int96=int96,
     )
     commit(lake, RECONCILIATIONS, [], int96=int96)
-    other = {"campaign_id": "c9", "ad_id": "a9", "store_id": "s9"}
+    other: dict[str, Any] = {"campaign_id": "c9", "ad_id": "a9", "store_id": "s9"}
     events = [
         *accepted(0, "2026-03-10T10:05", "2026-03-10T10:06", 3, event_type="impression"),
         *accepted(0, "2026-03-10T10:05", "2026-03-10T10:06", spend_nanos=1250),

@@ -256,7 +256,16 @@ def test_a_group_is_built_and_the_other_stays(built: Settings) -> None:
     first, second = query_marts(settings, replaced)[1]
     assert (first[1], second[1] is None) == (None, False)
     assert first[2] != second[2], "another version of the ledger"
-    build_marts(settings, "hourly", now=later)
+    third = build_marts(settings, "hourly", now=later).build_id
+    history = (
+        "select mart_group, build_id, previous_build_id, json_extract(delta_versions, '$.batch_ledger') from mart_build_history"
+    )
+    assert query_marts(settings, f"{history} order by 1, built_at")[1] == [
+        ("hourly", second[1], None, "0"),
+        ("hourly", third, second[1], "1"),
+        ("near_real_time", second[1], None, "0"),
+        ("near_real_time", result.build_id, second[1], "1"),
+    ]
     assert [row[2] for row in query_marts(settings, replaced)[1]] == [second[2], second[2]]
     assert query_marts(settings, "select campaign_id from dim_campaign order by 1")[1] == [("c1",), ("c5",), ("c9",)]
     assert query_marts(settings, told)[1] == [(group, moment + timedelta(minutes=5), 1) for group in sorted(build.GROUPS)]
@@ -415,7 +424,10 @@ def test_empty_tables_make_empty_marts(tmp_path: Path) -> None:
     for table in (CAMPAIGNS, MINUTE_METRICS, BATCH_LEDGER, RECONCILIATIONS):
         commit(lake_of(settings), table, [])
     result = build_marts(settings, now=NOW)
-    assert {name: count for name, count in result.rows.items() if count} == {"mart_build": 2 * len(SOURCES)}
+    assert {name: count for name, count in result.rows.items() if count} == {
+        "mart_build": 2 * len(SOURCES),
+        "mart_build_history": 2,
+    }
 
 
 def test_missing_tables_are_named(tmp_path: Path) -> None:
