@@ -232,6 +232,8 @@ def test_second_build_adds_late_events_and_readers_keep_theirs(
         assert reader.execute(f"{DAYS} order by all").fetchall() == FIRST_DAYS
         assert days(settings) == LATE_DAYS
     assert second.build_id != first.build_id
+    history = query_marts(settings, "select build_id, previous_build_id from mart_build_history where mart_group = 'hourly'")[1]
+    assert set(history) == {(first.build_id, None), (second.build_id, first.build_id)}
     grown = ("batch_ledger", "minute_metrics", "events", "names")
     assert second.versions == {table.name: int(table.name in grown) for table in SOURCES}
     assert litter(settings) == []
@@ -310,6 +312,24 @@ def test_the_hash_of_the_project_is_that_of_its_formulas(tmp_path: Path) -> None
     (project / "macros" / "more.sql").write_text("{% macro more() %}1{% endmacro %}\n")
     hashes.append(project_hash(project))
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_old_builds_leave_the_history(tmp_path: Path) -> None:
+    """So does a column that the table no longer has; a published file without a history has nothing to add."""
+    new, published = tmp_path / "new.duckdb", tmp_path / "marts.duckdb"
+    columns = "'hourly' as mart_group, build_id, built_at"
+    rows = "from (values ('b3', timestamp '2026-03-12 00:00:00')) as builds(build_id, built_at)"
+    with duckdb.connect(str(new)) as connection:
+        connection.execute(f"create table mart_build_history as select {columns} {rows}")
+    build._add_history(new, published, since=NOW)
+    duckdb.connect(str(published)).close()
+    build._add_history(new, published, since=NOW)
+    older = "(values ('b1', timestamp '2026-03-01 00:00:00'), ('b2', timestamp '2026-03-02 00:00:00'), "
+    with duckdb.connect(str(published)) as connection:
+        connection.execute(f"create table mart_build_history as select 1 as gone, {columns} {rows.replace('(values ', older)}")
+    build._add_history(new, published, since=datetime(2026, 3, 2))
+    with duckdb.connect(str(new)) as connection:
+        assert connection.execute("select build_id from mart_build_history order by 1").fetchall() == [("b2",), ("b3",)]
 
 
 def test_an_unknown_group_is_refused(tmp_path: Path) -> None:
