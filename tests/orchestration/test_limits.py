@@ -111,7 +111,8 @@ def write_beyond(settings: Settings) -> None:
     clicks = (len(shares) // 2, len(shares) - len(shares) // 2)  # as many billable ones as invalid ones
     event = {"event_time": moment, "received_at": moment, "ingested_at": moment, "event_hour": 12, "is_late": False}
     event |= {"price_micros": 0}
-    kinds = [*[("impression", None, 0, 0)] * 2, *(("click", None, share, 0) for share in shares)]
+    kinds: list[tuple[str, str | None, int, int]] = [("impression", None, 0, 0)] * 2
+    kinds += [("click", None, share, 0) for share in shares]
     kinds += [("click", "repeat_click", 0, share) for share in shares]
     booked = {"stream": "events", "source": "files", "region": "us", "event_hour": moment, "ingested_at": moment}
     booked |= {
