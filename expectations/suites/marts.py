@@ -79,9 +79,10 @@ _PACING = ("event_minute", "campaign_id")
 _CREDIT = ("order_id", "model", "window_days", "touch_event_id")
 _ARRIVALS = ("event_hour", "region")
 _RESTATEMENT = ("event_date", "campaign_id", "kind", "run_id")
-_PLACEMENT = ("event_date", "placement", "campaign_id", "currency")
+_PLACEMENT = ("event_date", "placement", "region", "campaign_id", "ad_id", "currency")
 _FREQUENCY = ("period", "period_start", "campaign_id", "impressions_per_user")
 _SOURCE = ("event_date", "source_type", "source", "rule")
+_RULE = ("event_date", "rule", "campaign_id", "ad_id", "placement", "region")
 
 MART_SUITES = (
     Suite(
@@ -264,6 +265,22 @@ MART_SUITES = (
             ),
             no_row(
                 _FREQUENCY, "period_start.on_a_monday", "period = 'week' and isodow(period_start) <> 1", "a week begins on a Monday"
+            ),
+        ),
+    ),
+    Suite(
+        table="fct_invalid_traffic_day",
+        in_hour=_OF_ITS_DATE,
+        place=_RULE,
+        expectations=(
+            *not_negative(*_ADDED),
+            currency_form(_RULE),
+            _net_and_invalid(_RULE),
+            no_row(
+                _RULE,
+                "rule.none_is_billable",
+                "(rule = 'none') <> (invalid_impressions + invalid_clicks = 0) or (rule <> 'none') <> (impressions + clicks = 0)",
+                "rows with the rule none are billable, the others are not",
             ),
         ),
     ),

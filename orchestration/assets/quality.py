@@ -36,6 +36,7 @@ MARTS_CHECKED = (
     "fct_restatements",
     "fct_placement_day",
     "fct_user_frequency",
+    "fct_invalid_traffic_day",
     "fct_invalid_traffic_sources",
 )
 # The ledger first: a batch in it is complete in the tables that are pinned after it.

@@ -1,4 +1,4 @@
-"""The command ``adtally marts build``."""
+"""The commands ``adtally marts build`` and ``adtally marts docs``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from orchestration.marts import MartBuild
 
 app = typer.Typer(
-    help="The marts: DuckDB tables built from the lakehouse.", no_args_is_help=True, epilog=examples("adtally marts build")
+    help="The marts: DuckDB tables built from the lakehouse.",
+    no_args_is_help=True,
+    epilog=examples("adtally marts build", "adtally marts docs"),
 )
 
 
@@ -40,3 +42,13 @@ def build_lines(built: MartBuild) -> Iterator[str]:
         f"{built.nodes_passed} models and tests passed in {built.seconds:.1f} s"
     )
     yield str(built.path)
+
+
+@app.command(epilog=examples("adtally marts docs"))
+def docs(context: typer.Context, as_json: Json = False) -> None:
+    """Write the documentation of the marts, their columns, tests and metrics as one HTML page that needs no network."""
+    from orchestration.marts.docs_site import build_docs
+
+    settings = settings_of(context)
+    written = with_spinner("writing the documentation of the marts", lambda progress: build_docs(settings))
+    show(written, [str(written.path)], as_json=as_json)

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import duckdb
@@ -38,6 +38,8 @@ from spark_jobs.lake.tables import NAMES
 
 GROUPS = ("near_real_time", "hourly")
 """The groups of marts, as dbt's tags name them."""
+
+_HISTORY_KEPT = timedelta(days=90)
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def build_marts(
                 shutil.copyfile(settings.marts_path, new)
             selection = _selection(groups, with_unit_tests=with_unit_tests)
             nodes = run_dbt_build(folder / "dbt", new, selection=selection, variables=variables, progress=progress)
+            _add_history(new, settings.marts_path, since=built_at - _HISTORY_KEPT)
             rows = _seal(new)
             _publish(new, settings.marts_path)
         finally:
@@ -191,6 +194,32 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _add_history(new: Path, published: Path, *, since: datetime) -> None:
+    """Copy the builds of ``since`` and later from `mart_build_history` of the published file, if it has that table.
+
+    Raises AdtallyError if the new file cannot be written.
+    """
+    if not published.is_file():
+        return
+    kept = "select * from main.mart_build_history where built_at >= $1"
+    try:
+        with duckdb.connect(str(published), read_only=True) as connection:
+            earlier = connection.execute(kept, [since.replace(tzinfo=None)]).to_arrow_table()
+    except duckdb.Error:  # an older adtally built it
+        return
+    columns_of_table = "select column_name from duckdb_columns() where table_name = 'mart_build_history'"
+    try:
+        with duckdb.connect(str(new)) as connection:
+            connection.register("earlier", earlier)
+            columns = [name for (name,) in connection.execute(columns_of_table).fetchall() if name in earlier.column_names]
+            connection.execute(
+                f"insert into main.mart_build_history by name select {', '.join(columns)} from earlier "
+                "anti join main.mart_build_history using (mart_group, build_id)"
+            )
+    except duckdb.Error as error:
+        raise AdtallyError(f"the history of the builds cannot be copied: {one_line(str(error))}") from error
 
 
 def _seal(path: Path) -> dict[str, int]:

@@ -120,13 +120,17 @@ def _state_of(project: Path) -> str:
 
 
 def _compile(project: Path) -> Manifest:
-    from dbt.cli.main import dbtRunner
-
     with tempfile.TemporaryDirectory(prefix="adtally-dbt-") as work:
-        flags = ["--no-partial-parse", "--no-introspect", "--no-populate-cache"]  # dbt asks no database
-        paths = ["--project-dir", str(project), "--profiles-dir", str(project), "--target-path", work, "--log-path", work]
-        done = dbtRunner().invoke(["--quiet", "compile", *flags, *paths])
-        if not done.success:
-            raise RuntimeError(f"dbt cannot compile the project: {done.exception}")
+        invoke_dbt(project, Path(work), "compile", "--no-partial-parse", "--no-introspect", "--no-populate-cache")
         manifest: Manifest = json.loads((Path(work) / "manifest.json").read_text("utf-8"))
         return manifest
+
+
+def invoke_dbt(project: Path, work: Path, *arguments: str) -> None:
+    """Run a command of dbt that builds nothing, in this process; it writes its files into ``work``. Raises RuntimeError."""
+    from dbt.cli.main import dbtRunner
+
+    paths = ["--project-dir", str(project), "--profiles-dir", str(project), "--target-path", str(work), "--log-path", str(work)]
+    done = dbtRunner().invoke(["--quiet", *arguments, *paths])
+    if not done.success:
+        raise RuntimeError(f"`dbt {arguments[0]}` failed: {done.exception}")
