@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Dialog, Page, sync_playwright
 from setup_browser import INSTALL_CHROMIUM, find_chromium
 
 DESKTOP, TABLET, PHONE = (1280, 800), (820, 1180), (390, 844)
@@ -43,7 +43,7 @@ class RecordedPage:
     page: Page
     requests: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
-    """Errors of scripts, refusals by the content security policy, and answers with an error status."""
+    """Errors of scripts, refusals by the content security policy, answers with an error status, and dialogs."""
 
     def open(self, address: str) -> None:
         """Open an address and wait until the page and what it loads are there. Fails if the status is not 200."""
@@ -92,8 +92,14 @@ def recorded_page(browser: Browser, size: tuple[int, int] = DESKTOP, **options: 
     with browser.new_context(viewport={"width": width, "height": height}, **options) as context:
         page = context.new_page()
         recorded = RecordedPage(page)
+
+        def dismiss(dialog: Dialog) -> None:
+            recorded.errors.append(f"dialog: {dialog.message}")
+            dialog.dismiss()
+
         context.on("request", lambda request: recorded.requests.append(request.url))
         page.on("websocket", lambda socket: recorded.requests.append(socket.url))
+        page.on("dialog", dismiss)
         page.on("pageerror", lambda error: recorded.errors.append(f"script: {error}"))
         page.on(
             "console",

@@ -29,12 +29,13 @@ MOVES_WITHIN_SECONDS = 3.0
 
 
 def addresses() -> dict[str, str]:
-    """Each page that needs no more than filters, and a campaign's page."""
+    """Each page with all that its address needs."""
+    hostile = quote(MARKUP, safe="")
     found = {page.name: f"{page.path}?{FILTERS}" for page in PAGES if "{" not in page.path}
-    for page in PAGES:
-        if page.path.startswith("/campaigns/{"):
-            found[page.name] = f"/campaigns/{quote(MARKUP, safe='')}?{FILTERS}"
-    return found
+    del found["why_part"]  # a part of a page
+    found["why"] = f"/why/campaign?campaign={hostile}&currency=EUR&{FILTERS}"
+    found["statement"] = f"/billing/statement?advertiser={hostile}&month={DAY[:7]}"
+    return found | {"campaign": f"/campaigns/{hostile}?{FILTERS}"}
 
 
 ADDRESSES = addresses()
@@ -92,6 +93,24 @@ def test_the_figures_of_today_are_those_of_the_marts(browser: Browser, console: 
         assert (figure(recorded, "impressions"), figure(recorded, "clicks")) == (views, clicks)
 
 
+def test_the_figures_of_campaigns_are_those_of_the_marts(browser: Browser, console: RunningConsole, console_home: Settings) -> None:
+    wanted = query_marts(
+        console_home,
+        "select coalesce(any_value(campaign_name), campaign_id), sum(impressions)::bigint, sum(clicks)::bigint, "
+        "(round(sum(spend_nanos) / 1e9, if(currency = 'JPY', 0, 2)) * if(currency = 'JPY', 1, 100))::bigint "
+        "from fct_campaign_day left join (select distinct campaign_id, campaign_name from dim_campaign) using (campaign_id) "
+        f"where event_date = '{DAY}' group by campaign_id, currency",
+    )[1]
+    assert len(wanted) > len(HOSTILE)
+    with opened(browser, console, ADDRESSES["campaigns"]) as recorded:
+        table = recorded.page.locator("#table-campaigns table")
+        heads = [" ".join(head.split()).lower() for head in table.locator("thead th").all_inner_texts()]
+        columns = [heads.index(name) for name in ("campaign", "impressions", "clicks", "net spend")]
+        rows = [row.locator("td").all_inner_texts() for row in table.locator("tbody tr").all()]
+        shown = [(row[columns[0]].split("\n")[0], *(int(re.sub(r"\D", "", row[at])) for at in columns[1:])) for row in rows]
+        assert sorted(shown) == sorted(wanted)
+
+
 def test_a_filter_is_in_the_address_and_the_address_is_the_view(
     browser: Browser, console: RunningConsole, console_home: Settings
 ) -> None:
@@ -117,18 +136,14 @@ def test_a_filter_is_in_the_address_and_the_address_is_the_view(
 
 @pytest.mark.parametrize("campaign", HOSTILE)
 def test_hostile_values_are_texts(browser: Browser, console: RunningConsole, campaign: str) -> None:
-    dialogs: list[str] = []
     with opened(browser, console, ADDRESSES["today"]) as recorded:
-        recorded.page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
         link = recorded.page.locator("#table-campaigns a", has_text=campaign).first
         assert link.is_visible()
         assert recorded.page.locator("main img").count() == 0
-        if "campaign" in ADDRESSES:  # the page of the campaign: its id is a part of the address
-            link.click()
-            recorded.page.wait_for_url("**/campaigns/**")
-            recorded.wait_for_text(campaign)
-            assert recorded.page.locator("main img").count() == 0
-    assert dialogs == []
+        link.click()  # to the page of the campaign, whose id is a part of its address
+        recorded.page.wait_for_url("**/campaigns/**")
+        recorded.wait_for_text(campaign)
+        assert recorded.page.locator("main img").count() == 0
 
 
 @pytest.fixture
@@ -179,3 +194,30 @@ def test_a_build_of_the_marts_disturbs_no_reader_and_shows_at_once(browser: Brow
         recorded.wait_for_text(build, seconds=MOVES_WITHIN_SECONDS)
         recorded.page.reload()
         assert build in recorded.page.inner_text("footer")
+
+
+_OPEN_DEEPEST = """() => {
+  const depth = (level) => (level ? 1 + depth(level.parentElement.closest("details.level")) : 0);
+  const closed = [...document.querySelectorAll("details.level:not([open])")].sort((one, other) => depth(other) - depth(one));
+  closed[0]?.querySelector("summary").click();
+  return closed.length > 0;
+}"""
+_LOADED = """() => !document.querySelector(".htmx-request, .htmx-swapping, .htmx-settling, .htmx-added")
+  && ![...document.querySelectorAll("details.level[open] > .parts")].some((parts) => parts.textContent.trim() === "loading")"""
+
+
+def test_a_number_is_explained_down_to_its_lines(browser: Browser, console: RunningConsole, console_home: Settings) -> None:
+    with opened(browser, console, ADDRESSES["today"]) as recorded:
+        spend = recorded.page.inner_text('[data-measure="spend-EUR"]')
+        recorded.page.click('[data-measure="spend-EUR"]')
+        recorded.page.wait_for_url("**/why/**")
+        assert spend in recorded.text()
+        for _ in range(12):
+            if (found := re.search(r"(\S+\.jsonl(?:\.gz)?)", recorded.text())) is not None:
+                break
+            assert recorded.page.evaluate(_OPEN_DEEPEST), recorded.text()
+            recorded.page.wait_for_function(_LOADED)
+        assert found is not None, recorded.text()
+        assert Path(found[1]).name in {path.name for path in (console_home.landing_path / "events").rglob("*.jsonl*")}
+        assert "does not add up" not in recorded.text()
+        assert recorded.axe_findings() == []
