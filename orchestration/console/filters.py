@@ -21,7 +21,8 @@ class Filters:
     """What a page shows. Days are UTC, both inclusive; None: the newest day with data. Texts are empty where nothing is chosen.
 
     ``sort`` is a table and a column, as ``campaigns.spend``, with ``-`` in front for descending; ``search`` keeps the rows in which
-    a text contains it; ``rows`` is ``all`` where a table shall not be cut.
+    a text contains it; ``rows`` is ``all`` where a table shall not be cut; ``build`` is the mart build that figures
+    are compared with.
     """
 
     advertiser: str = ""
@@ -35,6 +36,7 @@ class Filters:
     search: str = ""
     sort: str = ""
     rows: str = ""
+    build: str = ""
 
     @classmethod
     def of(cls, parameters: Mapping[str, str]) -> Filters:
@@ -48,7 +50,7 @@ class Filters:
             raise UsageError(f"there is no attribution model {model!r}", hint=f"one of {', '.join(MODELS)}")
         if not re.fullmatch(r"\d{1,4}", window):
             raise UsageError(f"window={window!r} is not a number of days")
-        texts = {name: values[name] for name in ("advertiser", "campaign", "region", "currency", "search", "sort", "rows")}
+        texts = {name: values[name] for name in ("advertiser", "campaign", "region", "currency", "search", "sort", "rows", "build")}
         return cls(**texts, first=first or last, last=last or first, model=model, window=int(window))
 
     def parameters(self) -> dict[str, str]:

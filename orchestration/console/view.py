@@ -70,7 +70,7 @@ class View:
 
     def campaign_url(self, campaign: str) -> str:
         """The address of a campaign's own page, with this view's other filters."""
-        return self.url(f"/campaigns/{quote(campaign, safe='')}", campaign="", search="", sort="", rows="")
+        return self.url(f"/campaigns/{quote(campaign, safe='')}", campaign="", search="", sort="", rows="", build="")
 
     @cached_property
     def days(self) -> tuple[date, date]:

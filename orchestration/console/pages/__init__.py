@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestration.console.pages import campaign, campaigns, today, why
+from orchestration.console.pages import campaign, campaigns, changes, today, why
 from orchestration.console.view import Page
 
 PAGES: tuple[Page, ...] = (
@@ -12,4 +12,5 @@ PAGES: tuple[Page, ...] = (
     why.PART,
     why.LINE,
     why.PAGE,
+    changes.PAGE,
 )
