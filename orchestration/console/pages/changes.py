@@ -146,7 +146,7 @@ def find_changes(view: View, build_id: str) -> Changes:
 
 
 def _statement(view: View, lake: Lake, pinned: Mapping[str, int | None]) -> str:
-    """SQL that sums the increments that came since, by day, campaign, currency and cause, the largest change first."""
+    """SQL that sums the increments that came since, by day, campaign, currency and cause, the newest day first."""
     tests = view.where(advertiser="store_id", campaign="campaign_id", currency="currency")
     if view.filters.first:
         tests += " and event_date between $first and $last"
@@ -171,7 +171,7 @@ def _statement(view: View, lake: Lake, pinned: Mapping[str, int | None]) -> str:
         from since left join reasons on run_id = _run_id
         group by all
         having sum(impressions) <> 0 or sum(clicks) <> 0 or sum(spend_nanos) <> 0
-        order by abs(sum(spend_nanos)) desc, event_date, campaign_id, cause
+        order by event_date desc, currency, abs(sum(spend_nanos)) desc, campaign_id, cause
     """
 
 
@@ -234,17 +234,17 @@ def build(view: View) -> dict[str, Any]:
 
 
 def changes(view: View) -> DataTable:
-    """What changed, by day, campaign, currency and cause, the largest change of spend first."""
+    """What changed, by day, campaign, currency and cause, the newest day first."""
     rows = _FOUND.get(view).rows if _asked(view) else []
     names = view.names("campaign") if rows else {}
     shown = [row | {"campaign": names.get(row["campaign_id"], row["campaign_id"])} for row in rows]
     return DataTable(
-        "changes",
+        "differences",
         "What changed, by day, campaign and cause",
         (
             Column("event_date", "day", "date", unit="UTC"),
-            Column("campaign", "campaign", link=lambda row: view.campaign_url(row["campaign_id"])),
-            Column("campaign_id", "id", "id"),
+            Column("campaign", "campaign", link=lambda row: view.campaign_url(row["campaign_id"]), below="campaign_id"),
+            Column("campaign_id", "id", "id", is_shown=False),
             Column("currency", "currency"),
             Column("cause", "cause"),
             Column("impressions", "impressions", "change"),
@@ -263,4 +263,4 @@ def _why(view: View, row: Row) -> str:
     )
 
 
-PAGE = Page("changes", "/changes", "What changed since my export", build, {"changes": changes}, shows=(), in_menu=False)
+PAGE = Page("changes", "/changes", "What changed since my export", build, {"differences": changes}, shows=(), in_menu=False)
