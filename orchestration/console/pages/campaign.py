@@ -53,7 +53,7 @@ def _money(view: View) -> list[Row]:
         f"where {view.where(day='event_minute', campaign='campaign_id', region='region', currency='currency')} "
         "group by all order by sum(impressions + clicks) desc, currency"
     )
-    paced = pacing_of(view)
+    paced = pacing_of(view, [view.filters.campaign])
     for row in rows:
         add_rates(row)
         row["why"] = why_campaign(view, row)

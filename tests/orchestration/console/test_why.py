@@ -29,9 +29,14 @@ def levels(answer: Answer) -> list[Element]:
     return answer.page.all("details", **{"class": "level"})
 
 
+def name_of(level: Element) -> str:
+    """What a level is, with its figure."""
+    return level.text.strip().split("\n")[0]
+
+
 def opened(client: Client, answer: Answer, what: str) -> Answer:
     """The parts of the first level whose name begins so, as a browser fetches them when it is opened."""
-    found = next(each for each in levels(answer) if each.text.strip().startswith(what))
+    found = next(each for each in levels(answer) if name_of(each).startswith(what))
     return client.get(found.attributes["hx-get"])
 
 
@@ -59,9 +64,9 @@ def test_from_a_total_down_to_a_line(client: Client, twice_built: TwiceBuilt) ->
     parts = opened(client, rows, "row")
     batches = opened(client, parts, "increments by batch")
     assert len(levels(batches)) == 2 and batches.text.count("✓ adds up") >= 2
-    batch = opened(client, batches, levels(batches)[-1].text.split("\n")[0])
+    batch = opened(client, batches, name_of(levels(batches)[-1]))
     events = levels(opened(client, batch, "its events"))
-    late = next(each for each in events if "click late " in f"{each.text.split(chr(10))[0]} ")
+    late = next(each for each in events if name_of(each).startswith("click late "))
     place = re.search(r"(events/\S+), line (\d+)", late.text)
     assert place and landed(twice_built.settings, place[1], int(place[2]))["event_id"] == "late"
     assert "5,000,000,000" in late.text and f"= 5 {currency}" in late.text
@@ -93,7 +98,7 @@ def test_an_order_down_to_its_touches(client: Client, twice_built: TwiceBuilt) -
     place = re.search(r"(events/\S+), line (\d+)", touch.text)
     assert place and landed(twice_built.settings, place[1], int(place[2]))["event_id"] in touch.text
     only = client.get(f"/why/order?order={order}&model=linear&window=7")
-    assert next(each.text for each in levels(only) if "days" in each.text.split("\n")[0]).startswith("linear, 7 days")
+    assert next(name_of(each) for each in levels(only) if "days" in name_of(each)).startswith("linear, 7 days")
 
 
 def test_a_line_of_the_ledger(client: Client, twice_built: TwiceBuilt) -> None:
@@ -102,7 +107,7 @@ def test_a_line_of_the_ledger(client: Client, twice_built: TwiceBuilt) -> None:
     assert "every level adds up to the one above" in page.text
     assert "adjustment (this one)" in opened(client, page, "lines of the day").text
     batches = opened(client, opened(client, page, "fct_campaign_day"), "increments by batch")
-    batch = opened(client, batches, levels(batches)[-1].text.split("\n")[0])
+    batch = opened(client, batches, name_of(levels(batches)[-1]))
     assert "click late" in opened(client, batch, "its events").text
 
 
@@ -111,7 +116,7 @@ def test_long_lists_come_in_pages(client: Client, monkeypatch: pytest.MonkeyPatc
     page = client.get("/why/total?currency=EUR&from=2025-06-03&to=2025-06-03")
     seen: list[str] = []
     while True:
-        seen += [each.text.split("\n")[0] for each in levels(page)]
+        seen += [name_of(each) for each in levels(page)]
         more = page.page.all("button", hx_target="closest .more")
         if not more:
             break
@@ -139,8 +144,8 @@ def test_a_tree_is_made_once(client: Client, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(why, "_MAKERS", dict.fromkeys(makers, counted))
     page = client.get("/why/day?from=2025-06-02&campaign=c00003")
-    opened(client, page, "rule sets" if opens_alone(page) else "row")
-    opened(client, page, "restatements" if opens_alone(page) else "row")
+    batches = opened(client, page if opens_alone(page) else opened(client, page, "row"), "increments by batch")
+    opened(client, batches, "batch")
     assert len(made) == 1
 
 
