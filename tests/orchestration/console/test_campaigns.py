@@ -13,7 +13,7 @@ from starlette.requests import Request
 
 from orchestration.console.app import Console
 from orchestration.console.pages import campaigns
-from tests.orchestration.console.conftest import DAY, HOSTILE, TwiceBuilt
+from tests.orchestration.console.twice_built import DAY, HOSTILE, TwiceBuilt
 
 pytestmark = pytest.mark.homes
 

@@ -11,7 +11,7 @@ from asgi import Client
 
 from orchestration.console.app import create_app
 from orchestration.console.pages import changes
-from tests.orchestration.console.conftest import HOSTILE, TwiceBuilt
+from tests.orchestration.console.twice_built import HOSTILE, TwiceBuilt
 
 pytestmark = pytest.mark.homes
 

@@ -19,7 +19,7 @@ from orchestration.console.marts import OpenBuild
 from orchestration.console.pages import why
 from orchestration.explain import Node
 from spark_jobs.config import Settings, load_settings
-from tests.orchestration.console.conftest import HOSTILE, TwiceBuilt
+from tests.orchestration.console.twice_built import HOSTILE, TwiceBuilt
 
 pytestmark = pytest.mark.homes
 

@@ -1,4 +1,4 @@
-"""A home whose marts were built twice, with a late click and hostile names between; and a console on it."""
+"""A home whose marts were built twice, with a late click between; one campaign has hostile names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from typing import Any
 
 import duckdb
 import lake
-import pytest
 import sparkless
-from asgi import Client
 
-from orchestration.console.app import create_app
 from orchestration.marts import build_marts
 from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
@@ -42,10 +39,8 @@ class TwiceBuilt:
             return marts.execute(sql).fetchall()
 
 
-@pytest.fixture(scope="session")
-def twice_built(tmp_path_factory: pytest.TempPathFactory) -> TwiceBuilt:
+def build_twice(folder: Path) -> TwiceBuilt:
     """A day and a half of traffic, settled and built; then a dear late click of a closed day, and all of it again."""
-    folder = tmp_path_factory.mktemp("console")
     settings = load_settings(home=folder / "home")
     ensure_tables(settings)
     simulate(settings.landing_path, 1_500, 7, days=1.5, campaigns=6, ads=20, click_rate=0.2, conversion=0.3, lines_per_file=400)
@@ -81,9 +76,3 @@ def _settled(settings: Settings) -> str:
         sparkless.ingest(settings, stream)
     settle(settings)
     return build_marts(settings).build_id
-
-
-@pytest.fixture(scope="session")
-def client(twice_built: TwiceBuilt) -> Client:
-    """A browser's requests to a console of the home, with the figures of the marts."""
-    return Client(create_app(twice_built.settings))
