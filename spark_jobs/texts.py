@@ -68,3 +68,12 @@ def duration(seconds: float | None) -> str:
 def minor_digits(currency: str | None) -> int:
     """The decimals of a currency: 0 for JPY, 3 for KWD, 2 for most and for an unknown one."""
     return _DECIMALS.get(currency or "", 2)
+
+
+def file_size(count: float) -> str:
+    """A number of bytes with its unit: '812 B', '25.4 MB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -103,6 +103,18 @@ class AlertFile:
         with self._path.open("a", encoding="utf-8") as file:  # one write, so that lines of several processes do not mix
             file.write(json.dumps(alert.to_json()) + "\n")
 
+    def newest(self, count: int) -> list[Alert]:
+        """Return the newest alerts, the newest first. Skips lines that are not alerts."""
+        found: list[Alert] = []
+        for path in (self._path, self._path.with_suffix(".jsonl.1")):
+            with contextlib.suppress(OSError):
+                for line in reversed(path.read_bytes().splitlines()):
+                    with contextlib.suppress(ValueError, TypeError, KeyError):
+                        found.append(Alert.from_json(json.loads(line)))
+                    if len(found) == count:
+                        return found
+        return found
+
     def reader(self) -> Callable[[], list[Alert]]:
         """Return a function that returns the alerts appended since its last call, or since now."""
         seen = self._path.stat().st_size if self._path.exists() else 0

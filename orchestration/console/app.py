@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, replace
-from datetime import datetime
+from dataclasses import asdict
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
+from tempfile import TemporaryFile
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from starlette.applications import Starlette
@@ -24,11 +27,10 @@ from starlette.staticfiles import StaticFiles
 
 from orchestration.console.filters import Filters
 from orchestration.console.live import LiveFigures, LiveState, utc_now
-from orchestration.console.marts import PublishedMarts
+from orchestration.console.marts import PublishedMarts, export_mart
 from orchestration.console.pages import PAGES
 from orchestration.console.rendering import Renderer
 from orchestration.console.reports import report_routes
-from orchestration.console.tables import exported
 from orchestration.console.view import Page, View
 from orchestration.up.request_filter import RequestFilter
 from spark_jobs.config import Settings
@@ -43,6 +45,7 @@ REFRESH_SECONDS = 0.5
 
 _KEEP_ALIVE_SECONDS = 15.0
 _CACHED_PAGES = 256
+_CHUNK = 256 * 1024
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "font-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -51,7 +54,9 @@ _HEADERS = {
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
 }
 _FILE_TYPES = {"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.parquet"}
-_MARTS_SQL = "select table_name from duckdb_tables() where database_name = 'marts' and schema_name = 'main' order by table_name"
+
+
+Key = tuple[object, ...]
 
 
 class Console:
@@ -62,8 +67,10 @@ class Console:
         self.marts = PublishedMarts(settings)
         self.live = LiveFigures(settings)
         self.renderer = Renderer(settings, PAGES)
-        self._pages: OrderedDict[tuple[object, ...], bytes] = OrderedDict()
+        self._pages: OrderedDict[Key, Future[bytes]] = OrderedDict()
+        self._made: dict[Key, float] = {}
         self._pages_lock = Lock()
+        self._background = ThreadPoolExecutor(1, "pages")
         self._changed = asyncio.Condition()
         self._version: tuple[LiveState, str] = (LiveState(), "")
 
@@ -96,20 +103,47 @@ class Console:
             await self._changed.wait_for(lambda: self._version != seen)
 
     def page(self, page: Page, request: Request) -> bytes:
-        """The HTML of a page, from the cache where nothing changed. Raises AdtallyError."""
+        """The HTML of a page, made once for all who ask while nothing changed. Raises AdtallyError.
+
+        A page that is made again after some seconds is made in the background: whoever asks then gets the one before.
+        """
         with self.marts.opened() as build:
             view = self.view(request, build)
-            key = (request.scope["path"], request.url.query, build.signature, view.live_state, *self._extra_key(page, view.now))
+            live = view.live_state if page.is_live else view.live_state.days
+            key = (request.url.path, request.url.query, build.signature, live)
             with self._pages_lock:
-                if (found := self._pages.get(key)) is not None:
-                    self._pages.move_to_end(key)
-                    return found
-            html = self.renderer.page(page, view)
-            with self._pages_lock:
-                self._pages[key] = html
+                html = self._pages.get(key)
+                is_missing = html is None
+                age = time.monotonic() - self._made.get(key, 0.0)
+                is_old = html is not None and html.done() and 0 < page.seconds < age
+                if html is None:
+                    html = self._pages[key] = Future()
+                if is_missing or is_old:
+                    self._made[key] = time.monotonic()
+                self._pages.move_to_end(key)
                 while len(self._pages) > _CACHED_PAGES:
-                    self._pages.popitem(last=False)
-            return html
+                    self._made.pop(self._pages.popitem(last=False)[0], None)
+            if is_missing:
+                self._make(key, html, page, view)
+            elif is_old:
+                self._background.submit(self._make_again, key, page, request)
+            return html.result()
+
+    def _make(self, key: Key, html: Future[bytes], page: Page, view: View) -> None:
+        try:
+            html.set_result(self.renderer.page(page, view))
+        except BaseException as error:
+            html.set_exception(error)
+            with self._pages_lock:
+                self._pages.pop(key, None)
+
+    def _make_again(self, key: Key, page: Page, request: Request) -> None:
+        html: Future[bytes] = Future()
+        with self.marts.opened() as build:
+            self._make(key, html, page, self.view(request, build))
+        with self._pages_lock:
+            if html.exception() is None and key in self._pages:
+                self._pages[key] = html
 
     def table(self, page: Page, name: str, form: str, request: Request) -> tuple[bytes, str]:
         """A table of a page as a file, and the file's name."""
@@ -119,34 +153,26 @@ class Console:
         with self.marts.opened() as build:
             view = self.view(request, build)
             table = make(view).arranged(view.filters, limit=None)
-            filters = replace(view.filters, first=view.first, last=view.last)
-            return table.export(form, build.build_id, filters), f"adtally-{page.name}-{name}-{build.build_id}.{form}"
+            return table.export(form, build.build_id, view.stamp(page)), f"adtally-{page.name}-{name}-{build.build_id}.{form}"
 
-    def mart(self, name: str, form: str) -> tuple[bytes, str]:
-        """A whole mart as a file, and the file's name."""
+    def mart(self, name: str, form: str) -> tuple[IO[bytes], str]:
+        """A whole mart as a temporary file, and its name for the browser."""
+        file = TemporaryFile()  # noqa: SIM115 - the answer reads it
         with self.marts.opened() as build:
-            if name not in {row["table_name"] for row in build.rows(_MARTS_SQL)}:
-                raise UsageError(f"there is no mart {name!r}")
-            rows = build.rows(f'select * from main."{name}"')
-            columns = [row["column_name"] for row in build.rows("select column_name from (describe main." + f'"{name}")')]
-            found = [[*row.values(), build.build_id] for row in rows]
-            return exported([*columns, "mart_build" if "mart_build" not in columns else "build"], found, form), (
-                f"adtally-{name}-{build.build_id}.{form}"
-            )
+            export_mart(build, name, form, file)
+            file.seek(0)
+            return file, f"adtally-{name}-{build.build_id}.{form}"
 
     def view(self, request: Request, build: Any) -> View:
         """The view of a request."""
-        values = {**dict(request.query_params), **request.path_params}
+        values = {**request.query_params, **request.path_params}
+        extras = {name: value for name, value in request.query_params.items() if name not in Filters.names()}
         path = quote(request.scope["path"])  # request.url.path ends at an encoded question mark
-        return View(self.settings, build, self.live, self.live.state, Filters.of(values), path, utc_now(), arguments=values)
-
-    @staticmethod
-    def _extra_key(page: Page, now: datetime) -> tuple[object, ...]:
-        """What else a page depends on: one that shows the machine's state is kept for two seconds."""
-        return (int(now.timestamp()) // 2,) if page.name in ("operations", "why", "changes") else ()
+        return View(self.settings, build, self.live, self.live.state, Filters.of(values), path, utc_now(), values, extras)
 
     def close(self) -> None:
         """Close the databases."""
+        self._background.shutdown(cancel_futures=True)
         self.live.close()
         self.marts.close()
 
@@ -173,14 +199,18 @@ def create_app(settings: Settings) -> ASGIApp:
         form = request.path_params["form"]
         page = next((page for page in PAGES if page.name == request.path_params["page"]), None)
 
-        def make() -> tuple[bytes, str]:
+        try:
             if form not in _FILE_TYPES:
                 raise UsageError(f"there is no export {form!r}", hint="csv or parquet")
             if page is None:
-                return console.mart(request.path_params["table"], form)
-            return console.table(page, request.path_params["table"], form, request)
-
-        return _file(console, request, make, form)
+                file, name = console.mart(request.path_params["table"], form)
+                return StreamingResponse(
+                    iter(partial(file.read, _CHUNK), b""), headers=_attached(name), media_type=_FILE_TYPES[form]
+                )
+            body, name = console.table(page, request.path_params["table"], form, request)
+        except AdtallyError as error:
+            return Response(console.renderer.error(request.url.path, error), HTTPStatus.BAD_REQUEST, media_type="text/html")
+        return Response(body, headers=_attached(name), media_type=_FILE_TYPES[form])
 
     async def live(_: Request) -> Response:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -237,9 +267,5 @@ def _html(console: Console, request: Request, make: Callable[[], bytes]) -> Resp
         return Response(console.renderer.error(request.url.path, error), status, media_type="text/html")
 
 
-def _file(console: Console, request: Request, make: Callable[[], tuple[bytes, str]], form: str) -> Response:
-    try:
-        body, name = make()
-    except AdtallyError as error:
-        return Response(console.renderer.error(request.url.path, error), HTTPStatus.BAD_REQUEST, media_type="text/html")
-    return Response(body, media_type=_FILE_TYPES[form], headers={"Content-Disposition": f'attachment; filename="{name}"'})
+def _attached(name: str) -> dict[str, str]:
+    return {"Content-Disposition": f'attachment; filename="{name}"'}

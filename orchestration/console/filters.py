@@ -21,8 +21,7 @@ class Filters:
     """What a page shows. Days are UTC, both inclusive; None: the newest day with data. Texts are empty where nothing is chosen.
 
     ``sort`` is a table and a column, as ``campaigns.spend``, with ``-`` in front for descending; ``search`` keeps the rows in which
-    a text contains it; ``rows`` is ``all`` where a table shall not be cut; ``build`` is the mart build that figures
-    are compared with.
+    a text contains it; ``rows`` is ``all`` where a table shall not be cut.
     """
 
     advertiser: str = ""
@@ -36,7 +35,6 @@ class Filters:
     search: str = ""
     sort: str = ""
     rows: str = ""
-    build: str = ""
 
     @classmethod
     def of(cls, parameters: Mapping[str, str]) -> Filters:
@@ -50,8 +48,13 @@ class Filters:
             raise UsageError(f"there is no attribution model {model!r}", hint=f"one of {', '.join(MODELS)}")
         if not re.fullmatch(r"\d{1,4}", window):
             raise UsageError(f"window={window!r} is not a number of days")
-        texts = {name: values[name] for name in ("advertiser", "campaign", "region", "currency", "search", "sort", "rows", "build")}
+        texts = {name: values[name] for name in ("advertiser", "campaign", "region", "currency", "search", "sort", "rows")}
         return cls(**texts, first=first or last, last=last or first, model=model, window=int(window))
+
+    @staticmethod
+    def names() -> set[str]:
+        """The parameters of a URL that are filters."""
+        return {_NAMES.get(field.name, field.name) for field in fields(Filters)}
 
     def parameters(self) -> dict[str, str]:
         """The parameters of the URL, without those that say what is the default."""

@@ -7,18 +7,26 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import IO, Any
 
 import duckdb
+import pyarrow.parquet as pq
 
 from orchestration.console.tables import Row
-from orchestration.marts.query import open_marts
+from orchestration.marts.query import BUILD_COLUMN, open_marts
+from orchestration.marts.render import render
 from spark_jobs.config import Settings
-from spark_jobs.errors import AdtallyError
+from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.failure import one_line
 from spark_jobs.lake.lake import Lake
 
 Signature = tuple[int, int, int]
+
+_COLUMNS = (
+    "select column_name, data_type from duckdb_columns() "
+    "where database_name = 'marts' and schema_name = 'main' and table_name = $name order by column_index"
+)
+_ROWS_A_PART = 20_000
 
 
 @dataclass
@@ -37,14 +45,19 @@ class OpenBuild:
     readers: int = 0
     is_replaced: bool = False
 
+    def cursor(self) -> duckdb.DuckDBPyConnection:
+        """A cursor on the build, which the caller closes."""
+        cursor = self.connection.cursor()
+        cursor.execute("use marts")  # a cursor does not inherit it
+        return cursor
+
     def rows(self, sql: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
         """The rows of a statement, as dicts. ``parameters`` are the values of its ``$name``; others than it names are ignored.
 
         Raises AdtallyError where the file lacks what it asks for: another adtally built it.
         """
-        cursor = self.connection.cursor()
+        cursor = self.cursor()
         try:
-            cursor.execute("use marts")  # a cursor does not inherit it
             used = {name: value for name, value in (parameters or {}).items() if f"${name}" in sql}
             cursor.execute(sql, used or None)
             names = [str(column[0]) for column in cursor.description or []]
@@ -122,3 +135,29 @@ class PublishedMarts:
             if not old.readers:
                 with suppress(duckdb.Error):
                     old.resources.close()
+
+
+def export_mart(build: OpenBuild, name: str, form: str, file: IO[bytes]) -> None:
+    """Write a whole mart into a file as csv or parquet, a part at a time. The last column is the id of the build.
+
+    Texts that a spreadsheet would run as formulas begin with an apostrophe in CSV. Raises UsageError if there is no such mart.
+    """
+    columns = build.rows(_COLUMNS, {"name": name})
+    if not columns:
+        raise UsageError(f"there is no mart {name!r}", hint='`adtally query "show tables"` lists them')
+    # Arrow has no integers of 128 bits: DuckDB would make floating-point numbers of them.
+    wide = [column["column_name"] for column in columns if column["data_type"] == "HUGEINT"]
+    replaced = f" replace ({', '.join(f'{each}::decimal(38, 0) as {each}' for each in wide)})" if wide else ""
+    stamp = "exported_build" if any(column["column_name"] == BUILD_COLUMN for column in columns) else BUILD_COLUMN
+    with build.cursor() as cursor:
+        reader = cursor.execute(f'select *{replaced}, $build as {stamp} from "{name}"', {"build": build.build_id})
+        batches = reader.to_arrow_reader(_ROWS_A_PART)
+        if form == "parquet":
+            with pq.ParquetWriter(file, batches.schema, compression="zstd") as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
+            return
+        file.write((render(batches.schema.names, [], "csv") + "\n").encode())
+        for batch in batches:
+            rows = [list(row.values()) for row in batch.to_pylist()]
+            file.write((render(batches.schema.names, rows, "csv").partition("\n")[2] + "\n").encode())

@@ -44,6 +44,7 @@ class Renderer:
             "json": _json,
             "sparkline": sparkline,
             "shares": shares,
+            "commands": commands,
             "pacing_bar": pacing_bar,
         }
         self._templates.globals |= {"pages": [page for page in pages if page.in_menu], "webserver": settings.webserver_url}
@@ -84,6 +85,13 @@ def sparkline(values: Sequence[float | int | Decimal | None]) -> Markup:
     return Markup(
         '<svg class="spark" width="{w}" height="{h}" viewBox="0 0 {w} {h}" aria-hidden="true"><polyline points="{p}"/></svg>'
     ).format(w=SPARK_WIDTH, h=SPARK_HEIGHT, p=points)
+
+
+def commands(text: str) -> Markup:
+    """A text in which what is between backticks is shown as code."""
+    return Markup().join(
+        Markup("<code>{}</code>").format(part) if index % 2 else part for index, part in enumerate(text.split("`"))
+    )
 
 
 def _iso(value: datetime | date | None) -> str:

@@ -13,14 +13,14 @@ from orchestration.marts.parquet import parquet
 from orchestration.marts.query import BUILD_COLUMN
 from orchestration.marts.render import render
 from spark_jobs.errors import UsageError
-from spark_jobs.texts import duration, minor_digits
+from spark_jobs.texts import duration, file_size, minor_digits
 
 Row = dict[str, Any]
-Kind = Literal["text", "id", "count", "change", "money", "percent", "ratio", "seconds", "time", "date", "flag"]
+Kind = Literal["text", "id", "count", "change", "money", "percent", "ratio", "seconds", "bytes", "time", "date", "flag"]
 
 ROWS_SHOWN = 50
 FILTERS_COLUMN = "console_filters"
-_RIGHT = ("count", "change", "money", "percent", "ratio", "seconds")
+_RIGHT = ("count", "change", "money", "percent", "ratio", "seconds", "bytes")
 _SYMBOLS = {"USD": "$", "EUR": "€", "GBP": "£", "JPY": "¥"}
 
 
@@ -85,11 +85,11 @@ class DataTable:
         """The columns that a page shows."""
         return [column for column in self.columns if column.is_shown]
 
-    def sort_url(self, column: Column, filters: Filters, path: str) -> str:
-        """The address that sorts by a column: numbers first descending; a second click turns the order."""
+    def next_sort(self, column: Column, filters: Filters) -> str:
+        """The order that a click on a column's head asks for: numbers first descending; a second click turns it."""
         key = f"{self.name}.{column.name}"
         first, second = (f"-{key}", key) if column.is_right else (key, f"-{key}")
-        return filters.url(path, sort=second if filters.sort == first else first)
+        return second if filters.sort == first else first
 
     def is_sorted(self, column: Column, filters: Filters) -> str:
         """How the table is sorted by a column, in the words of ARIA."""
@@ -97,16 +97,15 @@ class DataTable:
             return "none"
         return "descending" if filters.sort.startswith("-") else "ascending"
 
-    def export(self, form: str, build_id: str, filters: Filters) -> bytes:
-        """The whole table as ``csv`` or ``parquet``. Two last columns name the build of the marts and the filters.
+    def export(self, form: str, build_id: str, stamp: str) -> bytes:
+        """The whole table as ``csv`` or ``parquet``. Two last columns are the build of the marts and the filters, ``stamp``.
 
         Texts that a spreadsheet would run as formulas begin with an apostrophe in CSV. Raises UsageError for another form.
         """
-        said = filters.url("").removeprefix("?")
         names = [column.name for column in self.columns]
         if "currency" not in names and any(column.kind == "money" for column in self.columns):
             names.append("currency")
-        rows = [[*(row.get(name) for name in names), build_id, said] for row in self.rows]
+        rows = [[*(row.get(name) for name in names), build_id, stamp] for row in self.rows]
         return exported([*names, BUILD_COLUMN, FILTERS_COLUMN], rows, form)
 
 
@@ -136,6 +135,8 @@ def shown(value: Any, kind: Kind, currency: str | None = None) -> str:
             return f"{value:.2f}×"
         case "seconds":
             return duration(float(value))
+        case "bytes":
+            return file_size(value)
         case "time":
             return f"{_utc(value):%Y-%m-%d %H:%M}"
         case "flag":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from functools import cached_property
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from orchestration.console.filters import Filters
 from orchestration.console.live import LiveFigures, LiveState
@@ -30,7 +30,9 @@ class View:
     path: str
     now: datetime
     arguments: Mapping[str, str] = field(default_factory=dict)
-    """The parameters of the URL that are no filters, and those of its path."""
+    """All parameters: of the path and of the query."""
+    extras: Mapping[str, str] = field(default_factory=dict)
+    """The parameters of the query that are no filters."""
 
     def rows(self, sql: str, **parameters: Any) -> list[Row]:
         """Rows of the marts. Values of the filters are there as ``$advertiser``, ``$first`` and so on."""
@@ -65,12 +67,26 @@ class View:
         return " and ".join(tests)
 
     def url(self, path: str = "", **changes: object) -> str:
-        """The address of a page with this view's filters, but for ``changes``."""
-        return self.filters.url(path or self.path, **changes)
+        """The address of a page with this view's filters, but for ``changes``. This page's own keeps its other parameters too."""
+        if path:
+            return self.filters.url(path, **changes)
+        return _with_query(self.filters.url(self.path, **changes), self.extras)
+
+    def stamp(self, page: Page) -> str:
+        """What an export of a page's table was chosen by: the filters, with the days that the page shows by default."""
+        chosen = self.filters.parameters()
+        if "day" in page.shows:
+            chosen |= {"from": self.first.isoformat(), "to": self.last.isoformat()}
+        return "&".join(f"{name}={value}" for name, value in {**chosen, **self.extras}.items())
+
+    def export_url(self, page: Page, table: DataTable, form: str) -> str:
+        """The address of a table of this page as a file."""
+        names = {name: value for name, value in self.arguments.items() if name not in Filters.names()}
+        return _with_query(self.filters.url(f"/export/{page.name}/{table.name}.{form}", rows=""), names)
 
     def campaign_url(self, campaign: str) -> str:
         """The address of a campaign's own page, with this view's other filters."""
-        return self.url(f"/campaigns/{quote(campaign, safe='')}", campaign="", search="", sort="", rows="", build="")
+        return self.url(f"/campaigns/{quote(campaign, safe='')}", campaign="", search="", sort="", rows="")
 
     @cached_property
     def days(self) -> tuple[date, date]:
@@ -145,7 +161,9 @@ class View:
 class Page:
     """A page: its address, its template, what it shows, and its tables by name, which can be exported.
 
-    ``shows`` names the filters that the page heeds. A path may have parameters, as ``/campaigns/{campaign}``.
+    ``shows`` names the filters that the page heeds. ``is_live``: it shows live figures. ``seconds``: it shows the state of the
+    machine, and is made again after so many seconds although no data changed. A path may have parameters, as
+    ``/campaigns/{campaign}``.
     """
 
     name: str
@@ -155,6 +173,12 @@ class Page:
     tables: Mapping[str, Callable[[View], DataTable]] = field(default_factory=dict)
     shows: tuple[str, ...] = ("advertiser", "campaign", "day", "currency")
     in_menu: bool = True
+    is_live: bool = False
+    seconds: int = 0
+
+
+def _with_query(url: str, parameters: Mapping[str, str]) -> str:
+    return f"{url}{'&' if '?' in url else '?'}{urlencode(parameters)}" if parameters else url
 
 
 def _label(identity: str, name: str | None) -> str:

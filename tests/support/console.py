@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from terminal import environment, spawn
 
@@ -72,3 +74,26 @@ def running_console(home: Path, *arguments: str, **changes: str) -> Iterator[Run
                 process.kill()
                 process.wait()
         reader.join(10)
+
+
+def ask_bytes(
+    console: RunningConsole, path: str, headers: dict[str, str] | None = None, method: str = "GET"
+) -> tuple[int, http.client.HTTPMessage, bytes]:
+    """Send a request by plain HTTP; status, headers and body of the answer."""
+    parts = urlsplit(console.address)
+    assert parts.hostname is not None
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=60)
+    try:
+        connection.request(method, path, headers=headers or {}, body="{}" if method == "POST" else None)
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read()
+    finally:
+        connection.close()
+
+
+def ask(
+    console: RunningConsole, path: str, headers: dict[str, str] | None = None, method: str = "GET"
+) -> tuple[int, http.client.HTTPMessage, str]:
+    """Send a request by plain HTTP; status, headers and text of the answer."""
+    status, answered, body = ask_bytes(console, path, headers, method)
+    return status, answered, body.decode("utf-8", "replace")

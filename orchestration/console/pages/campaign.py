@@ -238,4 +238,5 @@ PAGE = Page(
     },
     ("day", "region", "currency"),
     in_menu=False,
+    is_live=True,
 )

@@ -210,4 +210,5 @@ PAGE = Page(
     build,
     {"campaigns": campaigns},
     ("advertiser", "campaign", "day", "region", "currency", "model", "window", "search"),
+    is_live=True,
 )

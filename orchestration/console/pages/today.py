@@ -184,4 +184,5 @@ PAGE = Page(
     build,
     {"campaigns": campaigns, "changes": changes},
     ("advertiser", "campaign", "day", "region", "currency"),
+    is_live=True,
 )
