@@ -1,4 +1,4 @@
-"""Links to data docs and runbooks, which ``adtally up`` serves over http (`orchestration.up.reports`)."""
+"""Links to data docs and runbooks, which the console serves over http."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from orchestration.up.reports import QUALITY
+from orchestration.console import QUALITY
 from spark_jobs.config import Settings, load_settings
 
 

@@ -51,10 +51,10 @@ def up(
     def tell(name: str, text: str) -> None:
         say(f"{datetime.now():%H:%M:%S}  {name:<11}  {text}")
 
-    def ready(address: str, reports: str) -> None:
+    def ready(address: str, console_address: str) -> None:
         say(f"UI         {address}" + ("/?token=$ADTALLY_WEBSERVER_TOKEN" if settings.webserver_token else ""))
         say(f"GraphQL    {address}/graphql")
-        say(f"reports    {reports}  (data docs, runbooks)")
+        say(f"console    {console_address}" + ("/?token=$ADTALLY_CONSOLE_TOKEN" if settings.console_token else ""))
         say(f"logs       {settings.home_path / 'logs'}")
         say("Ctrl-C ends all of it.")
 

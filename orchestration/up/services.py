@@ -18,14 +18,14 @@ from spark_jobs.config import Settings
 from spark_jobs.errors import MachineError, UsageError
 
 HOST = "127.0.0.1"
-CODE, WEB, DAEMON, INGEST = "code-server", "webserver", "daemon", "ingest"
+CODE, WEB, CONSOLE, DAEMON, INGEST = "code-server", "webserver", "console", "daemon", "ingest"
 LOCATION = "adtally"
 WATCH_SECONDS = 5
 """How often the webserver and the daemon ask the code server whether it has new definitions. Dagster's default is 1."""
 
 
-def process_environment(settings: Settings, reports_url: str) -> dict[str, str]:
-    """Return the environment of all processes: this one's, with absolute homes and without telemetry."""
+def process_environment(settings: Settings, webserver: str, console: str) -> dict[str, str]:
+    """Return the environment of all processes: this one's, with absolute homes, the two addresses, and without telemetry."""
     return {
         **os.environ,
         "PYTHONSAFEPATH": "1",  # no module comes from the working folder
@@ -36,7 +36,8 @@ def process_environment(settings: Settings, reports_url: str) -> dict[str, str]:
         "DBT_SEND_ANONYMOUS_USAGE_STATS": "False",
         "ADTALLY_HOME": str(settings.home_path),
         "DAGSTER_HOME": str(settings.dagster_path),
-        "ADTALLY_REPORTS_URL": settings.reports_url or reports_url,
+        "ADTALLY_REPORTS_URL": settings.reports_url or console,
+        "ADTALLY_WEBSERVER_URL": settings.webserver_url or webserver,
         "FRESHNESS_DAEMON_INTERVAL_SECONDS": "300",  # the shortest window of a freshness policy is an hour
     }
 
@@ -46,6 +47,7 @@ def services(
     environment: Mapping[str, str],
     *,
     port: int,
+    console_port: int,
     code_socket: Path,
     trigger_seconds: float,
     ingest: bool,
@@ -61,6 +63,7 @@ def services(
     made = [
         service(CODE, (*python, "orchestration.up.code_server", str(code_socket)), stop_seconds=20, asks_all=True),
         service(WEB, web, stop_seconds=10),
+        service(CONSOLE, (*python, "orchestration.cli", "console", "--port", str(console_port)), stop_seconds=5),
         service(DAEMON, (*python, "orchestration.up.daemon", "run", "-w", str(workspace)), stop_seconds=20),
     ]
     if ingest:  # it ends after the current batch

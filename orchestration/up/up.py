@@ -14,9 +14,9 @@ from types import FrameType
 from orchestration.alerts.notifier import AlertFile
 from orchestration.up.graphql import Webserver, WebserverError
 from orchestration.up.instance import take_reload_request, write_instance_config
-from orchestration.up.reports import serving_reports
 from orchestration.up.services import (
     CODE,
+    CONSOLE,
     DAEMON,
     HOST,
     INGEST,
@@ -30,7 +30,7 @@ from orchestration.up.services import (
 )
 from orchestration.up.supervisor import Service, Tell, last_error
 from spark_jobs.config import Settings
-from spark_jobs.errors import AdtallyError
+from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.failure import one_line
 from spark_jobs.jars import ensure_jars
 from spark_jobs.java import require_java
@@ -46,7 +46,7 @@ _ASK_SECONDS = 2.5  # how long a question to the webserver may delay the end
 _LOCK_SECONDS = 1.0  # between two looks at the lock of the ingest: each look takes it for a moment
 
 Ready = Callable[[str, str], None]
-"""Called with the addresses of the UI and of the reports."""
+"""Called with the addresses of the Dagster UI and of the console."""
 
 
 class NotReadyError(AdtallyError):
@@ -95,21 +95,36 @@ def up(settings: Settings, *, port: int, trigger_seconds: float, ingest: bool, t
             require_java()
             ensure_jars(settings, progress=lambda line: tell(INGEST, line))
         write_instance_config(settings)
-        with Stop().listening() as stop, serving_reports(settings, port + 1 if port < 65535 else 0) as reports:
-            _Up(settings, port, trigger_seconds, ingest, tell, stop, reports).run(ready)
+        with Stop().listening() as stop:
+            _Up(settings, port, _console_port(settings), trigger_seconds, ingest, tell, stop).run(ready)
+
+
+def _console_port(settings: Settings) -> int:
+    """Return the console's port of the settings, or a free one if it is taken."""
+    try:
+        return free_port(settings.console_port)
+    except UsageError:
+        return free_port(0)
 
 
 class _Up:
     def __init__(
-        self, settings: Settings, port: int, trigger_seconds: float, ingest: bool, tell: Tell, stop: Stop, reports: str
+        self, settings: Settings, port: int, console_port: int, trigger_seconds: float, ingest: bool, tell: Tell, stop: Stop
     ) -> None:
-        self._settings, self._tell, self._stop, self._reports = settings, tell, stop, reports
+        self._settings, self._tell, self._stop = settings, tell, stop
+        self._console = f"http://{HOST}:{console_port}"
         self._socket = socket_path(settings)
-        environment = process_environment(settings, reports)
-        self._services = services(
-            settings, environment, port=port, code_socket=self._socket, trigger_seconds=trigger_seconds, ingest=ingest, tell=tell
-        )
         self._webserver = Webserver(f"http://{HOST}:{port}", token=settings.webserver_token, timeout=_ASK_SECONDS)
+        self._services = services(
+            settings,
+            process_environment(settings, self._webserver.address, self._console),
+            port=port,
+            console_port=console_port,
+            code_socket=self._socket,
+            trigger_seconds=trigger_seconds,
+            ingest=ingest,
+            tell=tell,
+        )
         self._interrupted = settings.dagster_path / "interrupted_runs.json"
         self._thread: threading.Thread | None = None
         self._is_shown = False
@@ -119,13 +134,14 @@ class _Up:
         try:
             self._is_shown = self._start_ui()
             if self._is_shown:
-                ready(self._webserver.address, self._reports)
+                self._services[CONSOLE].start()
+                ready(self._webserver.address, self._console)
                 self._start_work()
                 while not self._stop.asked.wait(_TURN_SECONDS):
                     self._check_services()
                     self._reload_on_request()
                     for alert in alerts():
-                        self._tell("alert", f"{alert.title}: {one_line(alert.detail, 300)}; see {self._reports}/{alert.runbook}")
+                        self._tell("alert", f"{alert.title}: {one_line(alert.detail, 300)}; see {self._console}/{alert.runbook}")
         finally:
             self._end()
 
@@ -218,16 +234,16 @@ class _Up:
         hurry = self._stop.hurry
         if self._stop.asked.is_set() and not hurry():
             self._tell("adtally up", "ending, within 10 s; Ctrl-C again ends it at once")
-        code, web, daemon = (self._services[name] for name in (CODE, WEB, DAEMON))
+        code, web, console, daemon = (self._services[name] for name in (CODE, WEB, CONSOLE, DAEMON))
         ingest = [self._services[INGEST]] if INGEST in self._services else []
         for service in (*ingest, daemon):
             service.ask_to_end()
         daemon.wait_ended(hurry)
         if self._is_shown:  # else there are no runs, and a webserver that is starting would answer nobody
             self._cancel_runs()
-        for service in (web, code):
+        for service in (web, code, console):
             service.ask_to_end()
-        for service in (web, code, *ingest):
+        for service in (web, code, console, *ingest):
             service.wait_ended(hurry)
 
     def _cancel_runs(self) -> None:
