@@ -1,6 +1,7 @@
 """The health signals as asset checks, which fail (and are red) while their alert is active."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import dagster as dg
 
@@ -19,7 +20,7 @@ def signal_checks() -> dg.AssetChecksDefinition:
     ]
 
     @dg.multi_asset_check(name="signals", specs=specs, can_subset=True)
-    def signals(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
+    def signals(context: dg.AssetCheckExecutionContext) -> Iterator[Any]:
         """Measure the selected signals."""
         from spark_jobs.operate.health import read_signal
 

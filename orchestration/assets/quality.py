@@ -64,9 +64,7 @@ def _expectations(key: str, table: str, hours: dg.HourlyPartitionsDefinition) ->
     )
 
     @dg.multi_asset_check(name=f"{key}_{EXPECTATIONS_CHECK}", specs=[spec], pool="quality")
-    def expectations(
-        context: dg.AssetCheckExecutionContext,
-    ) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
+    def expectations(context: dg.AssetCheckExecutionContext) -> Iterator[Any]:
         """Validate each hour of this run."""
         settings = load_settings()
         with _translate_expectation_errors():

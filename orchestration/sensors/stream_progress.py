@@ -158,7 +158,7 @@ def _report_commits(
 def _report_replaced(settings: Settings, progress: Progress) -> tuple[Progress, list[Event]]:
     """Report the tables that files of the landing folder replace as a whole, if their version is new."""
     found = Lake(settings).pin(CAMPAIGNS, NAMES).versions
-    new = {name: version for name, version in found.items() if version != getattr(progress, name)}
+    new: dict[str, Any] = {name: version for name, version in found.items() if version != getattr(progress, name)}
     events: list[Event] = [dg.AssetMaterialization(name, metadata={"delta_version": version}) for name, version in new.items()]
     return replace(progress, **new), events
 
