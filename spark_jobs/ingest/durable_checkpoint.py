@@ -71,10 +71,7 @@ def read_state(checkpoint: Path) -> CheckpointState | None:
 
 
 def set_aside_torn(checkpoint: Path) -> list[str]:
-    """Set aside torn files, so that Spark plans their batches again; return and log a line for each.
-
-    Raises TableCorruptionError if a batch that has ended needs a torn file.
-    """
+    """Set aside and log torn files; Spark plans their batches again. Raises TableCorruptionError if an ended batch needs one."""
     metadata, offsets, commits, lists = (checkpoint / name for name in ("metadata", "offsets", "commits", "sources/0"))
     torn_commits = list(_torn_tail(commits))
     ended = max((int(path.name) for path in _numbered(commits) if path not in torn_commits), default=-1)

@@ -35,6 +35,8 @@ class Classification:
 def classify(keys: Keys, lookup: Lookup) -> Classification:
     """Accept the first record of an id, in history or batch. A later one is a duplicate (same fingerprint) or a conflict."""
     count = len(keys)
+    if count == 0:
+        return Classification(np.empty(0, dtype=np.int8), np.empty(0, dtype=np.uint64))
     order = keys.order
     low, high, fingerprint = keys.low[order], keys.high[order], keys.fingerprint[order]
     first = np.ones(count, dtype=bool)
