@@ -21,8 +21,7 @@ def is_local(uri: str) -> bool:
 def open_root(uri: str) -> tuple[fs.FileSystem, str]:
     """Return the file system of ``uri`` and the path in it. s3a:// is Hadoop's name for s3://.
 
-    Credentials come from the store's usual places (environment, profile, instance). Raises ConfigurationError if the store does not
-    answer.
+    Credentials come from environment, profile or instance. Raises ConfigurationError if the store does not answer.
     """
     if is_local(uri):
         return fs.LocalFileSystem(), uri
