@@ -78,11 +78,12 @@ def running_console(job: Job) -> Iterator[tuple[str, TreeSampler]]:
 
 def watch_console(address: str, load: Load, log: Path) -> dict[str, Any]:
     """Let the viewers watch, in a process of their own; return what they report. Raises BenchmarkError if they fail."""
-    options = ["--viewers", str(load.viewers), "--seconds", str(load.seconds), "--think", str(load.think)]
+    options = ["--viewers", str(load.viewers), "--think", str(load.think)]
+    options += ["--seconds", str(load.seconds + SETTLE_SECONDS), "--settle", str(SETTLE_SECONDS)]
     command = [sys.executable, "-m", "benchmarks.viewers", address, *options]
     with log.open("w") as err:
         done = subprocess.run(
-            command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=err, text=True, timeout=load.seconds + 120, check=False
+            command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=err, text=True, timeout=load.seconds + 180, check=False
         )
     if done.returncode:
         raise BenchmarkError(f"the viewers ended with status {done.returncode}; their log: {log}\n{tail(log)}")

@@ -29,11 +29,13 @@ _ANSWER_SECONDS = 30.0
 class Viewers:
     """What all viewers see and measure."""
 
-    def __init__(self, address: str, *, think: float) -> None:
+    def __init__(self, address: str, *, think: float, settle: float) -> None:
         parts = urlsplit(address)
         assert parts.hostname is not None and parts.port is not None
         self.host, self.port, self.think = parts.hostname, parts.port, think
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
+        self.first: list[float] = []
+        self.settled_at = time.monotonic() + settle
         self.wrong: Counter[str] = Counter()
         self.events = self.streams = 0
 
@@ -50,7 +52,8 @@ class Viewers:
                     connection = await asyncio.open_connection(self.host, self.port)
                 async with asyncio.timeout(_ANSWER_SECONDS):
                     status = await self._get(*connection, path + VARIANTS[turn % len(VARIANTS)])
-                self.seconds[path].append(time.monotonic() - started)
+                into = self.first if started < self.settled_at else self.seconds[path]
+                into.append(time.monotonic() - started)
                 if status != 200:
                     self.wrong[f"{path}: status {status}"] += 1
             except (OSError, EOFError, TimeoutError) as error:
@@ -97,6 +100,7 @@ class Viewers:
         return {
             "pages": len(every),
             "page_seconds": quantiles(every),
+            "first_page_seconds": quantiles(self.first),
             "by_page": {path: {"pages": len(found), **quantiles(found)} for path, found in sorted(self.seconds.items())},
             "streams": self.streams,
             "stream_events": self.events,
@@ -104,9 +108,9 @@ class Viewers:
         }
 
 
-async def watch(address: str, *, viewers: int, seconds: float, think: float) -> dict[str, Any]:
-    """Let so many viewers watch for so long; return the figures."""
-    all_viewers = Viewers(address, think=think)
+async def watch(address: str, *, viewers: int, seconds: float, think: float, settle: float) -> dict[str, Any]:
+    """Let so many viewers watch for so long; return the figures. Pages of the first ``settle`` seconds are counted separately."""
+    all_viewers = Viewers(address, think=think, settle=settle)
     until = time.monotonic() + seconds
     async with asyncio.TaskGroup() as tasks:
         for number in range(viewers):
@@ -122,8 +126,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--viewers", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--think", type=float, default=2.0, help="seconds between two pages of a viewer")
+    parser.add_argument(
+        "--settle", type=float, default=5.0, help="seconds whose pages count as first pages, of a console just started"
+    )
     args = parser.parse_args(argv)
-    print(json.dumps(asyncio.run(watch(args.address, viewers=args.viewers, seconds=args.seconds, think=args.think))))
+    watching = watch(args.address, viewers=args.viewers, seconds=args.seconds, think=args.think, settle=args.settle)
+    print(json.dumps(asyncio.run(watching)))
     return 0
 
 
