@@ -235,6 +235,7 @@ def create_app(settings: Settings) -> ASGIApp:
         return Response(page, HTTPStatus.INTERNAL_SERVER_ERROR, media_type="text/html")
 
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: not_found, Exception: failed})
+    app.router.redirect_slashes = False
     token = None if settings.console_token is None else settings.console_token.get_secret_value()
     return RequestFilter(_Headers(app), hosts=settings.webserver_hosts, token=token, setting="ADTALLY_CONSOLE_TOKEN")
 
