@@ -110,7 +110,7 @@ class Console:
         with self.marts.opened() as build:
             view = self.view(request, build)
             live = view.live_state if page.is_live else view.live_state.days
-            key = (request.url.path, request.url.query, build.signature, live)
+            key = (view.path, request.url.query, build.signature, live)
             with self._pages_lock:
                 html = self._pages.get(key)
                 is_missing = html is None

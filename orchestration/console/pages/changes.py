@@ -224,7 +224,7 @@ _FOUND = _Found()
 
 def _asked(view: View) -> str:
     """The build that the address names; of several, as an export of two groups of marts has them, the last."""
-    return (view.filters.build.split() or [""])[-1]
+    return (view.arguments.get("build", "").split() or [""])[-1]
 
 
 def build(view: View) -> dict[str, Any]:
@@ -258,9 +258,7 @@ def changes(view: View) -> DataTable:
 
 def _why(view: View, row: Row) -> str:
     day = row["event_date"]
-    return view.url(
-        "/why/day", campaign=row["campaign_id"], currency=row["currency"], first=day, last=day, sort="", rows="", build=""
-    )
+    return view.url("/why/day", campaign=row["campaign_id"], currency=row["currency"], first=day, last=day, sort="", rows="")
 
 
 PAGE = Page("changes", "/changes", "What changed since my export", build, {"differences": changes}, shows=(), in_menu=False)
