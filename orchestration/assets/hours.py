@@ -16,7 +16,8 @@ from spark_jobs.texts import counted, money, printable
 from spark_jobs.units import HourRange
 
 if TYPE_CHECKING:
-    from spark_jobs.corrections.reconcile import Difference, Waiting
+    from spark_jobs.audit.compare import Difference
+    from spark_jobs.corrections.reconcile import Waiting
     from spark_jobs.operate.compact import TableCompaction
 
 Metadata = dict[str, Any]

@@ -23,7 +23,7 @@ from terminal import environment
 
 from orchestration.up.code_server import settle_lost_runs
 from orchestration.up.instance import POOLS, home_instance, initialize_pool_limits, write_instance_config
-from orchestration.up.services import CODE, INGEST, free_port, is_listening, process_environment, services, socket_path
+from orchestration.up.services import CODE, CONSOLE, INGEST, free_port, is_listening, process_environment, services, socket_path
 from orchestration.up.up import END_SECONDS, Stop
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import MachineError, UsageError
@@ -108,11 +108,12 @@ def test_any_free_port_will_do(taken: int) -> None:
 
 def test_the_definitions_are_loaded_by_the_code_server_only(fresh: Settings) -> None:
     fresh.dagster_path.mkdir(parents=True)
-    same: dict[str, Any] = {"port": 3000, "code_socket": Path("/tmp/code.sock"), "tell": lambda *_: None}
+    same: dict[str, Any] = {"port": 3000, "console_port": 3001, "code_socket": Path("/tmp/code.sock"), "tell": lambda *_: None}
     found = services(fresh, {}, trigger_seconds=2.5, ingest=True, **same)
     assert [name for name, service in found.items() if "orchestration.up.code_server" in service.command] == [CODE]
     assert not [name for name, service in found.items() if "orchestration.definitions" in service.command]
     assert found[INGEST].command[-3:] == ("--continuous", "--trigger", "2.5")
+    assert found[CONSOLE].command[-3:] == ("console", "--port", "3001")
     written = (fresh.dagster_path / "workspace.yaml").read_text()
     assert written == "load_from:\n  - grpc_server:\n      socket: /tmp/code.sock\n      location_name: adtally\n"
     without = services(fresh, {}, trigger_seconds=5, ingest=False, **same)
@@ -121,10 +122,11 @@ def test_the_definitions_are_loaded_by_the_code_server_only(fresh: Settings) -> 
 
 def test_the_processes_know_the_home_whatever_folder_they_are_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    made = process_environment(load_settings(home=Path("home")), "http://127.0.0.1:3001")
+    made = process_environment(load_settings(home=Path("home")), "http://127.0.0.1:3000", "http://127.0.0.1:3001")
     assert made["ADTALLY_HOME"] == str(tmp_path / "home")
     assert made["DAGSTER_HOME"] == str(tmp_path / "home" / "dagster")
     assert made["DAGSTER_DISABLE_TELEMETRY"] == "yes"
+    assert made["ADTALLY_WEBSERVER_URL"] == "http://127.0.0.1:3000"
     assert made["ADTALLY_REPORTS_URL"] == "http://127.0.0.1:3001"
 
 
