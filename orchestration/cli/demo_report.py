@@ -104,7 +104,9 @@ def place_lines(report: DemoReport) -> Iterator[str]:
     yield f"landing files  {settings.landing_path}"
     yield f"Delta tables   {settings.lakehouse_uri}"
     yield f"marts          {settings.marts_path}"
-    yield "\nNext, in the environment (or with `uv run` before each):"
+    yield "\nLook at it in a browser, the console and Dagster (in the environment, or with `uv run` before it):"
+    yield f"  ADTALLY_HOME={settings.home_path} adtally up        then http://127.0.0.1:{settings.console_port}"
+    yield "\nOr ask:"
     explain = f"explain fct_campaign_day --campaign {campaign} --date {day}"
-    for command in ("status", 'query "select * from fct_campaign_day limit 10"', explain, "reconcile", "up"):
+    for command in ("status", 'query "select * from fct_campaign_day limit 10"', explain, "reconcile"):
         yield f"  ADTALLY_HOME={settings.home_path} adtally {command}"

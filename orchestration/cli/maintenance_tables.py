@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 from rich.text import Text
 
-from orchestration.cli.status import region_text, size
+from orchestration.cli.status import region_text
 from orchestration.cli.tables import RecordTable, rest_line
-from spark_jobs.texts import counted, duration, money
+from spark_jobs.texts import counted, duration, file_size, money
 
 if TYPE_CHECKING:
     from spark_jobs.corrections.backfill import BackfillReport
@@ -89,7 +89,7 @@ def compaction_table(report: CompactReport) -> Iterator[RenderableType]:
             sum(getattr(part, measure) for part in parts)
             for measure in ("rows", "files_before", "files_after", "bytes_before", "bytes_after")
         )
-        shown.add_row(name, len(parts), rows, files_before, files_after, size(bytes_before), size(bytes_after))
+        shown.add_row(name, len(parts), rows, files_before, files_after, file_size(bytes_before), file_size(bytes_after))
     shown.caption = f"rows and content are the same before and after; {duration(report.seconds)}"
     shown.caption_justify = "left"
     yield shown
@@ -99,7 +99,7 @@ def vacuum_table(report: VacuumReport) -> Iterator[RenderableType]:
     """Make the table of deleted files and bytes, by table."""
     title = "Would be deleted" if report.dry_run else "Deleted"
     yield RecordTable(title, "table", "files", "size", _KEPT, texts=[_KEPT]).with_rows(
-        (entry.table, entry.files, size(entry.bytes), runs(entry.kept_versions) or None) for entry in report.tables
+        (entry.table, entry.files, file_size(entry.bytes), runs(entry.kept_versions) or None) for entry in report.tables
     )
 
 
@@ -121,7 +121,7 @@ def fsck_table(report: FsckReport) -> Iterator[RenderableType]:
         if not found.is_repaired:
             yield Text(f"  what to do: {found.way_out}")
     yield from rest_line(len(report.findings), SHOWN, "finding")
-    read = f"{report.tables} tables, {report.commits:,} commits, {report.files:,} data files, {size(report.bytes)}"
+    read = f"{report.tables} tables, {report.commits:,} commits, {report.files:,} data files, {file_size(report.bytes)}"
     for name in report.left_out:
         yield Text(f"left out while an ingest runs: {name}", style="yellow")
     yield Text(f"read {read} in {report.seconds:.1f} s")

@@ -13,7 +13,7 @@ from orchestration.cli.context import settings_of
 from orchestration.cli.options import Json, Panel, examples
 from orchestration.cli.output import show
 from orchestration.cli.tables import RecordTable
-from spark_jobs.texts import duration
+from spark_jobs.texts import duration, file_size
 
 if TYPE_CHECKING:
     from spark_jobs.ingest.kafka.topics import TopicSource
@@ -46,15 +46,6 @@ def status(context: typer.Context, as_json: Json = False) -> None:
     show(found, status_tables(found), as_json=as_json)
     if not found.conservation_holds:
         raise typer.Exit(1)
-
-
-def size(count: float) -> str:
-    """Return a number of bytes as text with a unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def region_text(source: SourceStatus | SourceProgress) -> str:
@@ -112,7 +103,7 @@ def status_tables(status: Status) -> Iterator[RenderableType]:
         (files.stream, files.region, files.oldest, files.waiting_since, files.files) for files in status.waiting
     )
     tables = RecordTable("Tables", "table", "version", "rows", "files", "size").with_rows(
-        (table.name, str(table.version), table.rows, table.files, size(table.bytes)) for table in status.tables
+        (table.name, str(table.version), table.rows, table.files, file_size(table.bytes)) for table in status.tables
     )
     quarantined = RecordTable("Files that could not be read", "file", "reasons", "ingested", left=2).with_rows(
         (file.source_file, ", ".join(file.reason_codes), file.ingested_at) for file in status.quarantined_files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
@@ -154,7 +155,7 @@ class View:
     def _values(self, sql: str) -> dict[str, Any]:
         values = {name: getattr(self.filters, name) for name in ("advertiser", "campaign", "region", "currency", "model", "window")}
         # what the days are is itself a question to the marts, asked only where a statement names them
-        return values | {name: getattr(self, name) for name in ("first", "last") if f"${name}" in sql}
+        return values | {name: getattr(self, name) for name in ("first", "last") if re.search(rf"\${name}\b", sql)}
 
 
 @dataclass(frozen=True)
