@@ -62,8 +62,9 @@ Key = tuple[object, ...]
 class Console:
     """The application's state: the marts, the live figures, the cache of pages, and who waits for changes."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, is_ending: Callable[[], bool]) -> None:
         self.settings = settings
+        self.is_ending = is_ending
         self.marts = PublishedMarts(settings)
         self.live = LiveFigures(settings)
         self.renderer = Renderer(settings, PAGES)
@@ -79,16 +80,16 @@ class Console:
         while True:
             state = await run_in_threadpool(self.live.refresh)
             version = (state, await run_in_threadpool(self.marts.build_id))
-            if version != self._version:
+            if version != self._version or self.is_ending():
                 self._version = version
                 async with self._changed:
                     self._changed.notify_all()
             await asyncio.sleep(REFRESH_SECONDS)
 
     async def changes(self) -> AsyncIterator[str]:
-        """Server-sent events: one now, one after each change, and comments that keep the connection open."""
+        """Server-sent events: one now, one after each change, and comments that keep the connection open, until the server ends."""
         seen: tuple[LiveState, str] | None = None
-        while True:
+        while not self.is_ending():
             if self._version != seen:
                 seen = self._version
                 state, build = seen
@@ -100,7 +101,7 @@ class Console:
 
     async def _wait_for_change(self, seen: tuple[LiveState, str]) -> None:
         async with self._changed:
-            await self._changed.wait_for(lambda: self._version != seen)
+            await self._changed.wait_for(lambda: self._version != seen or self.is_ending())
 
     def page(self, page: Page, request: Request) -> bytes:
         """The HTML of a page, made once for all who ask while nothing changed. Raises AdtallyError.
@@ -177,9 +178,12 @@ class Console:
         self.marts.close()
 
 
-def create_app(settings: Settings) -> ASGIApp:
-    """Make the application. It only reads, and answers only its own pages, to requests that `RequestFilter` allows."""
-    console = Console(settings)
+def create_app(settings: Settings, is_ending: Callable[[], bool] = lambda: False) -> ASGIApp:
+    """Make the application. It only reads, and answers only its own pages, to requests that `RequestFilter` allows.
+
+    ``is_ending``: whether the server is about to end. Streams of events then end too, for it waits for them.
+    """
+    console = Console(settings, is_ending)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

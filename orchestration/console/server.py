@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 
@@ -18,13 +19,13 @@ def serve(settings: Settings, port: int, ready: Callable[[str], None]) -> None:
     Raises UsageError if the port is taken.
     """
     port = free_port(port)
-    server = _Server(
+    server: _Server = _Server(
         uvicorn.Config(
-            create_app(settings),
+            create_app(settings, lambda: server.should_exit),
             log_level="warning",
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=1,  # streams of events would hold it open for ever
+            timeout_graceful_shutdown=5,  # for a page that takes long; streams of events end by themselves
             lifespan="on",
         ),
         lambda: ready(f"http://{HOST}:{port}"),
@@ -36,7 +37,7 @@ def serve(settings: Settings, port: int, ready: Callable[[str], None]) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Says when it has started."""
+    """Says when it has started, and ends without an error when a signal asks it to."""
 
     def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
         super().__init__(config)
@@ -47,3 +48,8 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._tell_started()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End at the first signal, at once at a second one. uvicorn's own handler also raises the signal again at the end."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
