@@ -236,8 +236,7 @@ def build(view: View) -> dict[str, Any]:
 def changes(view: View) -> DataTable:
     """What changed, by day, campaign, currency and cause, the newest day first."""
     rows = _FOUND.get(view).rows if _asked(view) else []
-    names = view.names("campaign") if rows else {}
-    shown = [row | {"campaign": names.get(row["campaign_id"], row["campaign_id"])} for row in rows]
+    shown = view.add_names([dict(row) for row in rows])
     return DataTable(
         "differences",
         "What changed, by day, campaign and cause",
