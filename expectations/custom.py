@@ -12,7 +12,7 @@ from expectations.trailing import MAX_ROBUST_Z, MAX_STABILITY_INDEX, MIN_ROWS, S
 
 
 class ExpectNoRows(gxe.UnexpectedRowsExpectation):
-    """Expect a query to return no rows: UnexpectedRowsExpectation, but it runs the query once, to count, and not twice."""
+    """Expect a query to return no rows. Unlike its base class it runs the query only once, to count."""
 
     metric_dependencies: ClassVar[tuple[str, ...]] = ("unexpected_rows_query.row_count",)
 
@@ -21,7 +21,7 @@ class ExpectNoRows(gxe.UnexpectedRowsExpectation):
 
 
 class AgainstTheWeek(BatchExpectation):
-    """Measures by a query and compares with ``before``. It is met, with no observed value, where too little is known of before."""
+    """Compares the result of a query with ``before``. If too little is known before, it is met without an observed value."""
 
     query: str
     fetch_all: bool = True
@@ -31,7 +31,7 @@ class AgainstTheWeek(BatchExpectation):
 
 
 class ExpectSharesToBeStable(AgainstTheWeek):
-    """Expect the shares of the values of a column to be those of the trailing week, by the population stability index.
+    """Expect the shares of a column's values to be those of the trailing week, by the population stability index.
 
     ``query`` returns (value, weight). ``before``: value -> weight of the week, or None.
     """
@@ -45,10 +45,7 @@ class ExpectSharesToBeStable(AgainstTheWeek):
         index = None
         if before and min(sum(before.values()), sum(now.values())) >= MIN_ROWS:
             index = stability_index(before, now)
-        return {
-            "success": index is None or index <= self.max_index,
-            "result": {"observed_value": index, "details": {"measured": now}},
-        }
+        return _outcome(index, self.max_index, now)
 
 
 class ExpectVolumeToBeUsual(AgainstTheWeek):
@@ -65,7 +62,9 @@ class ExpectVolumeToBeUsual(AgainstTheWeek):
         (now,) = (float(value or 0) for value in row.values())
         before = self._get_success_kwargs()["before"]
         score = None if before is None else robust_z(before, now)
-        return {
-            "success": score is None or score <= self.max_score,
-            "result": {"observed_value": score, "details": {"measured": now}},
-        }
+        return _outcome(score, self.max_score, now)
+
+
+def _outcome(observed: float | None, highest: float, measured: Shares | float) -> dict[str, Any]:
+    is_met = observed is None or observed <= highest
+    return {"success": is_met, "result": {"observed_value": observed, "details": {"measured": measured}}}

@@ -1,13 +1,12 @@
-"""Data docs: a page a validation, rendered by Great Expectations, and an index of the last ones.
+"""Writes the data docs: a page a validation, and an index of the newest ones.
 
-Great Expectations' own site builder renders everything again at every build and its pages load scripts and a logo from the network.
-Here its renderers make the body of one page, the frame is a template of this package, and the index is rewritten from a list.
+Great Expectations' site builder renders everything again at every build, and its pages load scripts and a logo from the network.
+Here its renderers make only the body of one page; the frame is a template of this package, and a list gives the index.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import uuid
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +19,7 @@ from filelock import FileLock, Timeout
 from jinja2 import ChoiceLoader, Environment, FileSystemLoader, select_autoescape
 
 from expectations.errors import DocsBusyError
+from expectations.trailing import write_atomically
 
 INDEX = "index.html"
 KEPT = 1_000  # validations in the index; older pages are removed
@@ -31,7 +31,7 @@ _PATIENCE_SECONDS = 60
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the index. ``page`` is relative to the folder of the docs, ``hour`` empty where all of a table was validated."""
+    """A line of the index. ``page`` is relative to the folder of the docs; an empty ``hour`` means the whole table."""
 
     page: str
     table: str
@@ -53,48 +53,45 @@ class DataDocs:
 
     @property
     def index(self) -> Path:
-        """The page to begin with."""
+        """The start page."""
         return self.folder / INDEX
 
     def add(self, entry: Entry, result: Any, failing: dict[str, list[dict[str, Any]]], *, keep: int = KEPT) -> Path:
-        """Add the page of a validation (an ExpectationSuiteValidationResult) and bring the index up to date.
+        """Add the page of a validation and update the index.
 
-        ``failing``: check -> examples of offending rows. Of what is beyond the last ``keep`` validations the pages are removed.
-        Raises DocsBusyError when another process holds the index for a minute.
+        ``failing``: check -> examples of failing rows. Removes the pages beyond the newest ``keep`` validations. Raises
+        DocsBusyError if another process holds the index for a minute.
         """
         pages = self.folder / _PAGES
         pages.mkdir(parents=True, exist_ok=True)
-        entry = replace(entry, page=f"{_PAGES}/{_file_name(entry)}")
+        name = f"{entry.table}-{entry.hour or 'all'}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
+        entry = replace(entry, page=f"{_PAGES}/{re.sub(r'[^A-Za-z0-9_.-]', '-', name)}.html")
         page = self.folder / entry.page
-        _write(page, _page(entry, result, failing))
+        write_atomically(page, _page(entry, result, failing))
         try:
             with FileLock(self.folder / ".docs.lock", timeout=_PATIENCE_SECONDS):
-                self._list_with(entry, keep)
+                listed = [entry, *self.entries()]
+                write_atomically(self.folder / _LIST, json.dumps([asdict(each) for each in listed[:keep]]))
+                write_atomically(self.index, _templates().get_template("index.html.j2").render(entries=listed[:keep]))
+                for each in listed[keep:]:
+                    (self.folder / each.page).unlink(missing_ok=True)
         except Timeout:
             raise DocsBusyError(f"the data docs in {self.folder} are being written by somebody else") from None
         return page
 
     def entries(self) -> list[Entry]:
-        """What the index lists, the newest first. A list that cannot be read counts as empty."""
+        """Return the entries of the index, the newest first. A list that cannot be read counts as empty."""
         try:
             return [Entry(**entry) for entry in json.loads((self.folder / _LIST).read_text("utf-8"))]
         except (OSError, ValueError, TypeError):
             return []
-
-    def _list_with(self, entry: Entry, keep: int) -> None:
-        listed = [entry, *self.entries()]
-        kept, gone = listed[:keep], listed[keep:]
-        _write(self.folder / _LIST, json.dumps([asdict(each) for each in kept]))
-        _write(self.index, _templates().get_template("index.html.j2").render(entries=kept))
-        for each in gone:
-            (self.folder / each.page).unlink(missing_ok=True)
 
 
 def _page(entry: Entry, result: Any, failing: dict[str, list[dict[str, Any]]]) -> str:
     from great_expectations.render.renderer.page_renderer import ValidationResultsPageRenderer
 
     document = ValidationResultsPageRenderer().render(result)
-    document.sections[0:1] = []  # its overview: numbers that the page's own head has, and links into a site that is not built
+    document.sections[0:1] = []  # the overview: numbers that the page's head has, and links into a site that is not built
     rendered: str = _view().render(document, template="page.html.j2", entry=entry, failing=failing)
     return rendered
 
@@ -113,14 +110,3 @@ def _view() -> Any:
 @cache
 def _templates() -> Environment:
     return Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=select_autoescape(["html.j2"]))
-
-
-def _file_name(entry: Entry) -> str:
-    place = f"{entry.table}-{entry.hour or 'all'}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
-    return re.sub(r"[^A-Za-z0-9_.-]", "-", place) + ".html"
-
-
-def _write(path: Path, text: str) -> None:
-    made = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
-    made.write_text(text, "utf-8")
-    made.replace(path)

@@ -1,6 +1,6 @@
-"""Runs Great Expectations' own expectations on a DuckDB connection, through its SQLAlchemy execution engine.
+"""Runs Great Expectations' expectations on a DuckDB connection, through its SQLAlchemy execution engine.
 
-The suites need only DuckDBDatasource, which Great Expectations does not ship. A person who explores an hour by hand gets it as
+Great Expectations ships no DuckDBDatasource. To explore an hour by hand use
 ``context.data_sources.add_duckdb(name, connection_string="duckdb:///file.duckdb")``.
 """
 
@@ -28,15 +28,22 @@ from expectations.errors import UnreadableTableError
 from expectations.lake import one_line
 from expectations.suites.suite import name_of
 
-# of a rule that is met, for the data docs: no rule of ours tolerates a share of unexpected rows
+# the result of a rule that is met, for the data docs: no rule tolerates a share of unexpected rows
 _NOTHING_UNEXPECTED = {"observed_value": 0, "unexpected_count": 0, "unexpected_percent": 0.0}
 
 
+_DETAILED = {
+    "result_format": "BASIC",
+    "partial_unexpected_count": 0,  # Great Expectations' pages would show examples without escaping them
+    "return_unexpected_index_query": True,
+}
+
+
 class DuckDBExecutionEngine(SqlAlchemyExecutionEngine):
-    """Keeps one connection open, as Great Expectations itself does for SQLite.
+    """Keeps one connection open, as Great Expectations does for SQLite.
 
     Great Expectations fetches a result after it has closed the connection. That fails for DuckDB, which computes results lazily.
-    tests/expectations/test_engine.py fails when the base class can do without this.
+    tests/expectations/test_engine.py fails once the base class no longer needs this.
     """
 
     @contextmanager
@@ -89,44 +96,28 @@ class DuckDBValidator:
         """Validate a table. ``parameters``: values for the expectations' ``{"$PARAMETER": name}``.
 
         Great Expectations collects details (counts, and a query for the unexpected rows with the columns of ``place``) only for
-        expectations that fail and those that measure. Details of all of them would cost as much as the rest.
-
-        Raises UnreadableTableError where an expectation cannot be evaluated.
+        expectations that fail or measure: details of all would cost as much as the rest. Raises UnreadableTableError if an
+        expectation cannot be evaluated.
         """
-        try:
-            return self._validate(self._batch(table), table, expectations, place, parameters)
-        finally:
-            self._source.get_execution_engine().release()
-
-    @staticmethod
-    def _validate(
-        batch: Batch, table: str, expectations: Sequence[Expectation], place: Sequence[str], parameters: Mapping[str, Any]
-    ) -> ExpectationSuiteValidationResult:
         measures = [each for each in expectations if isinstance(each, AgainstTheWeek)]
         rules = [each for each in expectations if not isinstance(each, AgainstTheWeek)]
-        result = _run(batch, table, rules, "BOOLEAN_ONLY", parameters)
-        failed = {name_of(each.expectation_config) for each in result.results if not each.success}
-        for each in result.results:
-            each.result = dict(_NOTHING_UNEXPECTED)
-        wanted = [each for each in rules if name_of(each) in failed] + measures
-        if wanted:
-            detailed = {
-                "result_format": "BASIC",
-                "partial_unexpected_count": 0,  # Great Expectations' pages would show examples without escaping them
-                "return_unexpected_index_query": True,
-                "unexpected_index_column_names": list(place),
-            }
-            again = _run(batch, table, wanted, detailed, parameters)
-            by_name = {name_of(each.expectation_config): each for each in (*result.results, *again.results)}
-            result.results = [by_name[name_of(each)] for each in expectations]
-            result.success = all(each.success for each in result.results)
-        return result
-
-    def _batch(self, table: str) -> Batch:
-        if table not in self._source.get_asset_names():
-            self._source.add_table_asset(table).add_batch_definition_whole_table("rows")
-        batch: Batch = self._source.get_asset(table).get_batch_definition("rows").get_batch()
-        return batch
+        try:
+            if table not in self._source.get_asset_names():
+                self._source.add_table_asset(table).add_batch_definition_whole_table("rows")
+            batch: Batch = self._source.get_asset(table).get_batch_definition("rows").get_batch()
+            result = _run(batch, table, rules, "BOOLEAN_ONLY", parameters)
+            failed = {name_of(each.expectation_config) for each in result.results if not each.success}
+            for each in result.results:
+                each.result = dict(_NOTHING_UNEXPECTED)
+            wanted = [each for each in rules if name_of(each) in failed] + measures
+            if wanted:
+                again = _run(batch, table, wanted, _DETAILED | {"unexpected_index_column_names": list(place)}, parameters)
+                by_name = {name_of(each.expectation_config): each for each in (*result.results, *again.results)}
+                result.results = [by_name[name_of(each)] for each in expectations]
+                result.success = all(each.success for each in result.results)
+            return result
+        finally:
+            self._source.get_execution_engine().release()
 
 
 def _run(
@@ -153,7 +144,7 @@ def unexpected_query(table: str, failed: ExpectationValidationResult) -> str | N
 
 
 def _error(info: Mapping[str, Any] | None) -> str | None:
-    """Return the message of an exception that Great Expectations caught, if any: at the top, or a level below by metric."""
+    """Return the message of an exception that Great Expectations caught, if any: at the top, or one level below by metric."""
     for each in (info or {}, *(info or {}).values()):
         if isinstance(each, Mapping) and each.get("raised_exception"):
             return str(each.get("exception_message"))

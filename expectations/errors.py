@@ -1,4 +1,4 @@
-"""What can go wrong while checking. A failed check is no error: it is a result."""
+"""The errors of this package. A failed check is not an error but a result."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ class UnreadableTableError(ExpectationsError):
 
 
 class DocsBusyError(ExpectationsError):
-    """Somebody else has been writing the data docs for longer than one waits."""
+    """Another process has been writing the data docs for too long."""
 
     retryable = True

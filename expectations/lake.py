@@ -1,4 +1,4 @@
-"""Reading Delta tables and the marts with DuckDB: what one validation sees, at fixed versions."""
+"""Reads Delta tables and the marts with DuckDB, at fixed versions."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _HOUR = timedelta(hours=1)
 
 
 def connect() -> duckdb.DuckDBPyConnection:
-    """A connection that can read Delta tables, with temporary tables of its own; times are UTC.
+    """Open a connection, with its own temporary tables, that can read Delta tables; times are UTC.
 
-    Raises UnreadableTableError where DuckDB's delta extension is missing.
+    Raises UnreadableTableError if DuckDB's delta extension is missing.
     """
     connection = _database().cursor()
     connection.execute("set timezone = 'UTC'")
@@ -32,7 +32,7 @@ def connect() -> duckdb.DuckDBPyConnection:
 
 
 def connect_marts(path: Path) -> duckdb.DuckDBPyConnection:
-    """A connection to the file of the marts, as ``marts``: an instance of its own, so the file is opened anew."""
+    """Open the current file of the marts, as ``marts``, in a new DuckDB instance."""
     connection = duckdb.connect(":memory:", config=_config())
     connection.execute(f"attach '{quoted(str(path))}' as marts (read_only)")
     connection.execute("set timezone = 'UTC'")
@@ -40,13 +40,13 @@ def connect_marts(path: Path) -> duckdb.DuckDBPyConnection:
 
 
 def _config() -> dict[str, str | bool | int | float | list[str]]:
-    spill = Path(tempfile.gettempdir()) / f"adtally-quality-{os.getpid()}"  # made when it is needed, and removed at the end
+    spill = Path(tempfile.gettempdir()) / f"adtally-quality-{os.getpid()}"  # DuckDB creates it if needed, and removes it
     return {"memory_limit": _MEMORY, "autoinstall_known_extensions": False, "temp_directory": str(spill)}
 
 
 @cache
 def _database() -> duckdb.DuckDBPyConnection:
-    """This process's: to load the extension takes as long as to check a small hour."""
+    """Open this process's database once: loading the extension takes as long as checking a small hour."""
     connection = duckdb.connect(":memory:", config=_config())
     try:
         from duckdb_extensions import import_extension
@@ -63,13 +63,13 @@ def _database() -> duckdb.DuckDBPyConnection:
 
 
 def delta_scan(uri: str, version: int | None) -> str:
-    """The rows of a version of a Delta table, as a table expression."""
+    """Return a table expression of a version of a Delta table."""
     at = "" if version is None else f", version = {int(version)}"
     return f"delta_scan('{quoted(uri)}'{at})"
 
 
 def hour_literals(hour: datetime | None) -> dict[str, str]:
-    """The placeholders of a suite's SQL: the hour's bounds, its date and its number, as literals. Without an hour they are null."""
+    """Return the placeholders of a suite's SQL as literals: the hour's bounds, date and number; null without an hour."""
     if hour is None:
         return dict.fromkeys(("start", "end", "utc_start", "utc_end", "date", "hour"), "null")
     start = hour.astimezone(UTC)
@@ -85,19 +85,19 @@ def hour_literals(hour: datetime | None) -> dict[str, str]:
 
 
 def records(connection: duckdb.DuckDBPyConnection, sql: str, limit: int) -> list[dict[str, Any]]:
-    """The first rows of a query, as plain values that JSON can hold."""
+    """Return the first rows of a query, with values that JSON can hold."""
     found = connection.execute(f"select * from ({sql}) limit {limit}")
     names = [column[0] for column in found.description or []]
     return [{name: _plain(value) for name, value in zip(names, row, strict=True)} for row in found.fetchall()]
 
 
 def quoted(text: str) -> str:
-    """Text for between single quotes."""
+    """Escape a text for single quotes in SQL."""
     return text.replace("'", "''")
 
 
 def one_line(error: object) -> str:
-    """Return an error's text on one line; of a long one the beginning and the end, for its cause may stand in either."""
+    """Return an error's text on one line; of a long one the beginning and the end, for either may name the cause."""
     line = " ".join(str(error).split())
     return line if len(line) <= 300 else f"{line[:195]} ... {line[-100:]}"
 

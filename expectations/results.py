@@ -1,4 +1,4 @@
-"""What a validation says."""
+"""The results of a validation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Severity(StrEnum):
-    """ERROR: the data is wrong, and what is built from it would be too. WARN: somebody should look."""
+    """ERROR: the data are wrong, so nothing may be built from them. WARN: a person should look."""
 
     ERROR = "error"
     WARN = "warn"

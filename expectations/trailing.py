@@ -1,7 +1,6 @@
-"""The trailing week: what the hours before an hour looked like, kept as a small file an hour when it is validated.
+"""Keeps the volume and shares of each validated hour in a small file, and compares an hour with its trailing week.
 
-The files are derived data: if one is missing or unreadable, nothing is known of its hour. Without enough known hours nothing is
-judged.
+The files are derived data: if one is missing or unreadable, its hour is unknown. Nothing is judged with too few known hours.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ Shares = dict[str, float]
 """Value -> weight."""
 
 WEEK = timedelta(days=7)
-MIN_HOURS = 3  # known hours below which nothing is judged
-MIN_ROWS = 1_000  # below it, on either side, shares move by chance
+MIN_HOURS = 3  # with fewer known hours nothing is judged
+MIN_ROWS = 1_000  # with fewer rows on either side shares change by chance
 MAX_STABILITY_INDEX = 0.25  # by convention: below 0.1 none, above 0.25 a major shift
 MAX_ROBUST_Z = 6.0
 MOST_VALUES = 200  # shares with more values keep the largest, and the rest as one
@@ -37,12 +36,9 @@ class TrailingWeek:
         self._folder = folder / table
 
     def keep(self, hour: datetime, volume: float, shares: dict[str, Shares]) -> None:
-        """Write what was measured of an hour, in place of what was there."""
+        """Write the measures of an hour; replaces earlier ones."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(hour)
-        made = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
-        made.write_text(json.dumps({"volume": volume, "shares": shares}), "utf-8")
-        made.replace(path)
+        write_atomically(self._path(hour), json.dumps({"volume": volume, "shares": shares}))
 
     def shares(self, hour: datetime, name: str) -> Shares | None:
         """Return the sum of the shares by ``name`` over the seven days before; None if fewer than MIN_HOURS hours are known."""
@@ -71,6 +67,13 @@ class TrailingWeek:
             return float(kept["volume"]), shares
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file atomically: a reader sees the old text or the new one."""
+    made = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    made.write_text(text, "utf-8")
+    made.replace(path)
 
 
 def keep_largest(shares: Shares) -> Shares:

@@ -1,4 +1,4 @@
-"""Validating: an hour of a table, and the published marts."""
+"""Validates an hour of a table, and the published marts."""
 
 from __future__ import annotations
 
@@ -37,13 +37,11 @@ def validate_hour(
     docs: Path | None = None,
     run_name: str = DEFAULT_RUN,
 ) -> HourValidation:
-    """Judge the rows of ``hour`` (its beginning, with a zone) in a Delta table at ``version`` (None: the newest).
+    """Validate the rows of ``hour`` (its start, with a zone) in a Delta table at ``version`` (None: the newest).
 
-    ``related``: the other tables by name, as ``related_tables(table)`` lists them; what needs a missing one is not judged. Pin
-    `batch_ledger` before the others, as the marts do. ``docs``: the folder of the data docs, which also keeps the trailing week;
-    None: no page, and nothing is compared with a week. An hour without rows is valid.
-
-    Raises UnknownTableError, UnreadableTableError, and DocsBusyError.
+    ``related``: the tables of ``related_tables(table)`` by name; expectations that need a missing one are not judged. Pin
+    `batch_ledger` before the others. ``docs``: the folder of the data docs, which also keeps the trailing week; None: no page, and
+    no comparison with the week. An hour without rows is valid. Raises UnknownTableError, UnreadableTableError, DocsBusyError.
     """
     began = time.perf_counter()
     suite = _suite(table, SUITES)
@@ -74,11 +72,9 @@ def validate_marts(
     docs: Path | None = None,
     run_name: str = DEFAULT_RUN,
 ) -> list[HourValidation]:
-    """Judge the marts of a DuckDB file, or only their rows of ``hour`` (of a mart by days: its day). ``marts``: only these.
+    """Validate the marts of a DuckDB file, or only their rows of ``hour`` (of a mart by day: its day). ``marts``: only these.
 
-    The file is opened anew and read-only, so it may be replaced meanwhile.
-
-    Raises UnknownTableError, UnreadableTableError, and DocsBusyError.
+    Another process may replace the file meanwhile. Raises UnknownTableError, UnreadableTableError, DocsBusyError.
     """
     chosen = [_suite(name, MARTS) for name in (MARTS if marts is None else marts)]
     found = []
@@ -99,7 +95,7 @@ def validate_marts(
 
 
 def related_tables(table: str) -> tuple[str, ...]:
-    """Return the tables that a suite compares its own with. Raises UnknownTableError."""
+    """Return the other tables that a suite reads. Raises UnknownTableError."""
     return _suite(table, SUITES).related
 
 
@@ -118,10 +114,7 @@ def _create_hour(connection: duckdb.DuckDBPyConnection, hour: datetime | None) -
 
 
 def _load_rows(connection: duckdb.DuckDBPyConnection, suite: Suite, source: str, hour: datetime) -> None:
-    """Load the columns that the suite reads, once, with their declared types: so the rest is judged whatever the schema is.
-
-    The temporary table ``table_columns`` says how the schema differs.
-    """
+    """Load the columns that the suite reads once, with their declared types; table ``table_columns`` has the differences."""
     described = connection.execute(f"describe select * from {source}").fetchall()
     found = {str(name): str(kind) for name, kind, *_ in described}
     parts = []
@@ -139,7 +132,7 @@ def _load_rows(connection: duckdb.DuckDBPyConnection, suite: Suite, source: str,
 
 
 def _load_related(connection: duckdb.DuckDBPyConnection, suite: Suite, related: Related, hour: datetime) -> None:
-    """Load what the checks need of other tables: a few columns."""
+    """Load the columns of other tables that the checks read."""
     for name in suite.related:
         if name in related:
             columns, where = _RELATED[name]
@@ -162,14 +155,14 @@ def _drifts(suite: Suite) -> list[str]:
 
 
 def _before(suite: Suite, week: TrailingWeek | None, hour: datetime) -> dict[str, Any]:
-    """Return what is known of the hours before, as parameters of the expectations."""
+    """Return the measures of the hours before, as parameters of the expectations."""
     if week is None:
         return dict.fromkeys((*_drifts(suite), "volume"))
     return {name: week.shares(hour, name) for name in _drifts(suite)} | {"volume": week.volumes(hour)}
 
 
 def _keep(week: TrailingWeek, hour: datetime, result: ExpectationSuiteValidationResult) -> None:
-    """Keep what was measured of this hour for the next ones."""
+    """Keep the measures of this hour for the next ones."""
     measured = {
         name_of(each.expectation_config): each.result["details"]["measured"]
         for each in result.results
@@ -180,14 +173,10 @@ def _keep(week: TrailingWeek, hour: datetime, result: ExpectationSuiteValidation
 
 
 class _Outcome:
-    """The result of a validation, put together for the caller and for the data docs."""
+    """Puts the result of a validation together for the caller and for the data docs."""
 
     def __init__(
-        self,
-        suite: Suite,
-        connection: duckdb.DuckDBPyConnection,
-        result: ExpectationSuiteValidationResult,
-        began: float,
+        self, suite: Suite, connection: duckdb.DuckDBPyConnection, result: ExpectationSuiteValidationResult, began: float
     ) -> None:
         self._suite, self._connection, self._result, self._began = suite, connection, result, began
         self._by_name = {name_of(each.expectation_config): each for each in result.results}
@@ -221,16 +210,17 @@ class _Outcome:
         name = name_of(expectation)
         found = self._by_name.get(name)
         success = found is None or bool(found.success)
-        observed = None if found is None else _observed(found)
-        described = str(expectation.description)
+        observed = None if found is None else found.result.get("unexpected_count", found.result.get("observed_value"))
+        described, needed = str(expectation.description), needs(expectation)
+        why = f"less than {MIN_HOURS} comparable hours are known" if needed is None else f"{needed} was not given"
         return CheckOutcome(
             name=name,
             expectation=str(expectation.expectation_type),
             column=name.partition(".")[0],
             severity=next(ours for ours, theirs in SEVERITIES.items() if theirs == expectation.severity),
             success=success,
-            observed=observed,
-            expected=described if observed is not None else f"{described} (not judged: {_why(expectation)})",
+            observed=None if observed is None else float(observed),
+            expected=described if observed is not None else f"{described} (not judged: {why})",
             failing_rows=[] if found is None or success else self._failing_rows(found),
         )
 
@@ -243,17 +233,6 @@ class _Outcome:
 
 
 def _is_twice(name: str, row: dict[str, Any]) -> bool:
-    """Tell whether Great Expectations selected this column twice, as the one judged and as a part of the place."""
+    """Return whether Great Expectations selected this column twice: as the judged column and as a part of the place."""
     twice = re.fullmatch(r"(.+?)_{1,2}1", name)
     return twice is not None and twice[1] in row
-
-
-def _observed(found: ExpectationValidationResult) -> float | None:
-    """Return the number of unexpected rows, or the measure."""
-    observed = found.result.get("unexpected_count", found.result.get("observed_value"))
-    return None if observed is None else float(observed)
-
-
-def _why(expectation: Expectation) -> str:
-    needed = needs(expectation)
-    return f"less than {MIN_HOURS} comparable hours are known" if needed is None else f"{needed} was not given"

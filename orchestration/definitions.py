@@ -1,4 +1,4 @@
-"""What Dagster knows of: listed, not discovered."""
+"""Lists all definitions of Dagster."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from spark_jobs.private import keep_files_private
 
 
 def build_definitions(settings: Settings) -> dg.Definitions:
-    """The definitions of one home: its first partition depends on what it holds."""
+    """Return the definitions of one home. Its first partition depends on its records."""
     with warnings.catch_warnings():
-        # Partitions of checks and backfill policies are new in Dagster. Its version is pinned, and tests hold what they do.
+        # Partitions of checks and backfill policies are new in Dagster. Its version is pinned, and tests check their behaviour.
         warnings.simplefilter("ignore", dg.PreviewWarning)
         warnings.simplefilter("ignore", dg.BetaWarning)
         return _definitions(settings)
 
 
 def _with_code_version(spec: dg.AssetSpec) -> dg.AssetSpec:
-    """A model has the hash of its SQL; what Python makes has our version."""
+    """Add adtally's version to an asset of Python. A model has the hash of its SQL."""
     return spec if spec.code_version else spec.replace_attributes(code_version=version("adtally"))
 
 
@@ -97,10 +97,10 @@ def _definitions(settings: Settings) -> dg.Definitions:
             schedules.closed_hours_marts_sensor(closed_hours, closed_hours_marts),
             *ALERT_SENSORS,
         ],
-        # A step needs no process of its own: each run has one, and a second would load these definitions again.
+        # Each run has a process. A second one for a step would load these definitions again.
         executor=dg.in_process_executor,
     )
 
 
-keep_files_private()  # where Dagster itself starts this, and not `adtally up`
+keep_files_private()  # in case Dagster itself starts this, and not `adtally up`
 defs = build_definitions(load_settings())

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.progress import Progress
 
@@ -35,11 +35,53 @@ LISTED_USERS = 12
 ACCOUNTING = ("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced", "invalid_traffic")
 MEASURES = ("impressions", "clicks", "spend_nanos", "invalid_impressions", "invalid_clicks", "invalid_spend_nanos")
 MONEY = ("spend_nanos", "invalid_spend_nanos")
-BILLED = ("spend_micros",)
-CREDIT = ("credit_micros", "orders")
 MODELS = ("last_click", "first_click", "linear", "position_based", "time_decay")
 LISTED_MODELS = MODELS[:3]
 LISTED_WINDOW = 7
+
+
+class Part(NamedTuple):
+    """One part of a truth and the mart with the same cells. ``key`` and ``measures``: name in the truth -> SQL over the mart."""
+
+    name: str
+    mart: str
+    key: dict[str, str]
+    measures: dict[str, str]
+
+
+_ISO = "'%Y-%m-%dT%H:%M:%SZ'"
+_CAMPAIGN = {"campaign_id": "campaign_id", "currency": "currency"}
+_SUM_OF_CREDIT = {"credit_micros": "sum(credit_micros)"}
+HOURS = Part(
+    "accounting",
+    "fct_event_accounting",
+    {"region": "region", "event_hour": f"strftime(event_hour, {_ISO})"},
+    {name: f"sum({name})" for name in ACCOUNTING},
+)
+CAMPAIGN_HOURS = Part(
+    "campaign_hours",
+    "fct_campaign_minute",
+    {"event_hour": f"strftime(date_trunc('hour', event_minute), {_ISO})", "region": "region", **_CAMPAIGN},
+    {name: f"sum({name})" for name in MEASURES},
+)
+BILLS = Part(
+    "billing",
+    "fct_billing_ledger",
+    {"event_date": "strftime(event_date, '%Y-%m-%d')", "store_id": "store_id", **_CAMPAIGN},
+    {"spend_micros": "sum(amount_micros)"},
+)
+CREDITS = Part(
+    "campaigns",
+    "fct_attribution_credits",
+    {"model": "model", "window_days": "window_days", **_CAMPAIGN},
+    {**_SUM_OF_CREDIT, "orders": "count(distinct order_id)"},
+)
+TOUCHES = Part(
+    "orders",
+    f"fct_attribution_credits where window_days = {LISTED_WINDOW} and model in {LISTED_MODELS}",
+    {"model": "model", "order_id": "order_id", "touch_event_id": "touch_event_id"},
+    _SUM_OF_CREDIT,
+)
 
 TOP = 3
 _CONSERVATION = (
@@ -152,8 +194,9 @@ def run_demo(home: Path | None, *, events: int, seed: int, progress: Progress, n
         offered = sum(int(truth["totals"]["offered"]) for truth in truths)
         with _dagster(settings) as run_job:
             _ingest(run_job, offered, progress)
-            _settle(run_job, progress)
-            _build(run_job, progress)
+            _run_with_notes(run_job, "settlement", "3/4 invalid traffic, credit, bills", "settled", progress)
+            # The first build is of all marts.
+            _run_with_notes(run_job, "marts_near_real_time", "4/4 build the marts", "published", progress)
     conservation, net, top, [best] = (query_marts(settings, sql)[1] for sql in (_CONSERVATION, _NET, _TOP, _BEST))
     counts, credit = _compare_counts(settings, truths), _compare_credit(settings, truths)
     return DemoReport(settings, weeks, counts, credit, conservation, net, top, (best[0], best[1]))
@@ -202,6 +245,7 @@ def _dagster(settings: Settings) -> Iterator[RunJob]:
         for name in others & set(os.environ):
             del os.environ[name]
         with home_instance(settings, captures_output=False) as instance:
+            from orchestration.alerts.sensors import failure_reason
             from orchestration.definitions import build_definitions
 
             definitions = build_definitions(settings)
@@ -214,22 +258,13 @@ def _dagster(settings: Settings) -> Iterator[RunJob]:
                         run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
                     )
                 if not done.success:
-                    raise AdtallyError(_failure(done.all_events), hint=f"run {done.run_id}; adtally up shows it")
+                    reasons = (failure_reason(event) for event in done.all_events if event.is_step_failure)
+                    raise AdtallyError(next(reasons, "the run failed"), hint=f"run {done.run_id}; adtally up shows it")
 
             yield run_job
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def _failure(events: Iterable[Any]) -> str:
-    """Return the message of the first step that failed."""
-    for event in events:
-        if event.is_step_failure:
-            data = event.step_failure_data
-            message = data.user_failure_data.description if data.user_failure_data else None
-            return str(message or data.error_display_string.strip().splitlines()[0])
-    return "the run failed"
 
 
 def _ingest(run_job: RunJob, offered: int, progress: Progress) -> None:
@@ -243,16 +278,11 @@ def _ingest(run_job: RunJob, offered: int, progress: Progress) -> None:
     run_job("ingest", on_batch)
 
 
-def _settle(run_job: RunJob, progress: Progress) -> None:
-    task = progress.add_task("3/4 invalid traffic, credit, bills", total=None, note="")
-    run_job("settlement", lambda line: progress.update(task, note=str(line)))
-    progress.update(task, total=1, completed=1, note="settled")
-
-
-def _build(run_job: RunJob, progress: Progress) -> None:
-    task = progress.add_task("4/4 build the marts", total=None, note="")
-    run_job("marts_near_real_time", lambda line: progress.update(task, note=str(line)))  # the first build is of all marts
-    progress.update(task, total=1, completed=1, note="published")
+def _run_with_notes(run_job: RunJob, job: str, title: str, done: str, progress: Progress) -> None:
+    """Run a job and show its lines as notes of its step."""
+    task = progress.add_task(title, total=None, note="")
+    run_job(job, lambda line: progress.update(task, note=str(line)))
+    progress.update(task, total=1, completed=1, note=done)
 
 
 def difference(expected: Cells, got: Cells, names: Iterable[str]) -> Figures:
@@ -270,112 +300,67 @@ def difference(expected: Cells, got: Cells, names: Iterable[str]) -> Figures:
 
 
 def _currencies(*parts: Cells) -> list[str]:
-    """Return the currencies of cells, which are the fourth part of their keys."""
-    return sorted({key[3] for cells in parts for key in cells})
+    """Return the currencies of cells, which are the last part of their keys."""
+    return sorted({key[-1] for cells in parts for key in cells})
 
 
 def by_currency(expected: Cells, got: Cells, names: Iterable[str], currencies: Iterable[str]) -> Figures:
     """Compare as `difference` does, for each currency by itself: amounts of two currencies have no sum."""
     found: Figures = {}
     for currency in currencies:
-        truth, marts = ({key: cell for key, cell in cells.items() if key[3] == currency} for cells in (expected, got))
+        truth, marts = ({key: cell for key, cell in cells.items() if key[-1] == currency} for cells in (expected, got))
         found |= {f"{name} {currency}": figures for name, figures in difference(truth, marts, names).items()}
     return found
 
 
 def _compare_counts(settings: Settings, truths: list[dict[str, Any]]) -> Figures:
     """Compare the marts with the truths: by hour and region, by campaign, by bill of a day."""
-    hours = difference(
-        truth_cells(truths, "accounting", ("region", "event_hour"), ACCOUNTING), accounting_cells(settings), ACCOUNTING
-    )
-    campaigns = (
-        truth_cells(truths, "campaign_hours", ("campaign_id", "region", "event_hour", "currency"), MEASURES),
-        campaign_hour_cells(settings),
-    )
-    bills = truth_cells(truths, "billing", ("event_date", "campaign_id", "store_id", "currency"), BILLED), billing_cells(settings)
+    parts = (HOURS, CAMPAIGN_HOURS, BILLS)
+    hours, campaigns, bills = ((truth_cells(truths, part), mart_cells(settings, part)) for part in parts)
     counts = [name for name in MEASURES if name not in MONEY]
-    billed = {
-        name.replace("spend", "billed"): figures for name, figures in by_currency(*bills, BILLED, _currencies(*bills)).items()
-    }
-    return hours | difference(*campaigns, counts) | by_currency(*campaigns, MONEY, _currencies(*campaigns)) | billed
+    billed = by_currency(*bills, BILLS.measures, _currencies(*bills))
+    return (
+        difference(*hours, ACCOUNTING)
+        | difference(*campaigns, counts)
+        | by_currency(*campaigns, MONEY, _currencies(*campaigns))
+        | {name.replace("spend", "billed"): figures for name, figures in billed.items()}
+    )
 
 
 def _compare_credit(settings: Settings, truths: list[dict[str, Any]]) -> Figures:
     """Compare the credit of orders for each model: by campaign and window, and by order and touch where the truth lists them."""
     credits = [truth["attribution"] for truth in truths]
-    key = ("model", "window_days", "campaign_id", "currency")
-    expected, got = truth_cells(credits, "campaigns", key, CREDIT), credit_cells(settings)
-    currencies = _currencies(expected, got)
+    both = truth_cells(credits, CREDITS), mart_cells(settings, CREDITS)
     found: Figures = {}
     for model in MODELS:
-        of_model = [{key: cell for key, cell in cells.items() if key[0] == model} for cells in (expected, got)]
-        orders = difference(of_model[0], of_model[1], ("orders",))["orders"]
-        credit = by_currency(of_model[0], of_model[1], ("credit_micros",), currencies)
-        found |= {f"{model}_orders": orders} | {f"{model}_{name}": figures for name, figures in credit.items()}
-    listed, touches = truth_touch_cells(credits), touch_cells(settings)
-    differ = difference(listed, touches, ("credit_micros",))["credit_micros"][2]  # over all currencies: no sum to show
+        expected, got = ({key: cell for key, cell in cells.items() if key[0] == model} for cells in both)
+        credit = by_currency(expected, got, ("credit_micros",), _currencies(*both))
+        found[f"{model}_orders"] = difference(expected, got, ("orders",))["orders"]
+        found |= {f"{model}_{name}": figures for name, figures in credit.items()}
+    listed, touches = truth_touch_cells(credits), mart_cells(settings, TOUCHES)
+    differ = difference(listed, touches, TOUCHES.measures)["credit_micros"][2]  # over all currencies: no sum to show
     return found | {"credited_touches": (len(listed), len(touches), differ)}
 
 
-def truth_cells(truths: list[dict[str, Any]], part: str, key: tuple[str, ...], names: tuple[str, ...]) -> Cells:
-    """Return the named measures by key, from one part of several truths, added up."""
+def truth_cells(truths: list[dict[str, Any]], part: Part) -> Cells:
+    """Return the cells of one part of several truths, added up."""
     cells: Cells = {}
     for truth in truths:
-        for row in truth[part]:
-            cells.setdefault(tuple(row[name] for name in key), Counter()).update({name: row[name] for name in names})
+        for row in truth[part.name]:
+            counts = {name: row[name] for name in part.measures}
+            cells.setdefault(tuple(row[name] for name in part.key), Counter()).update(counts)
     return cells
 
 
-def _cells(rows: Iterable[tuple[Any, ...]], width: int, names: tuple[str, ...]) -> Cells:
-    return {row[:width]: Counter(dict(zip(names, map(int, row[width:]), strict=True))) for row in rows}
-
-
-def accounting_cells(settings: Settings) -> Cells:
-    """Return ACCOUNTING by region and hour from the published marts."""
-    sums = ", ".join(f"sum({name})" for name in ACCOUNTING)
-    sql = f"select region, strftime(event_hour, '%Y-%m-%dT%H:%M:%SZ'), {sums} from fct_event_accounting group by all"
-    return _cells(query_marts(settings, sql)[1], 2, ACCOUNTING)
-
-
-def campaign_hour_cells(settings: Settings) -> Cells:
-    """Return MEASURES by campaign, region, hour and currency from the published marts."""
-    sql = (
-        "select campaign_id, region, strftime(date_trunc('hour', event_minute), '%Y-%m-%dT%H:%M:%SZ'), currency, "
-        f"{', '.join(f'sum({name})' for name in MEASURES)} from fct_campaign_minute group by all"
-    )
-    return _cells(query_marts(settings, sql)[1], 4, MEASURES)
-
-
-def billing_cells(settings: Settings) -> Cells:
-    """Return the sums of the billing ledger by day, campaign, store and currency."""
-    sql = (
-        "select strftime(event_date, '%Y-%m-%d'), campaign_id, store_id, currency, sum(amount_micros) "
-        "from fct_billing_ledger group by all"
-    )
-    return _cells(query_marts(settings, sql)[1], 4, BILLED)
-
-
-def credit_cells(settings: Settings) -> Cells:
-    """Return CREDIT by model, window, campaign and currency."""
-    sql = (
-        "select model, window_days, campaign_id, currency, sum(credit_micros), count(distinct order_id) "
-        "from fct_attribution_credits group by all"
-    )
-    return _cells(query_marts(settings, sql)[1], 4, CREDIT)
-
-
-def touch_cells(settings: Settings) -> Cells:
-    """Return credit by model, order and touch, for the models and the window that a truth lists order by order."""
-    models = ", ".join(f"'{model}'" for model in LISTED_MODELS)
-    sql = (
-        "select model, order_id, touch_event_id, sum(credit_micros) from fct_attribution_credits "
-        f"where window_days = {LISTED_WINDOW} and model in ({models}) group by all"
-    )
-    return _cells(query_marts(settings, sql)[1], 3, ("credit_micros",))
+def mart_cells(settings: Settings, part: Part) -> Cells:
+    """Return the cells of one part from the published marts."""
+    sql = f"select {', '.join([*part.key.values(), *part.measures.values()])} from {part.mart} group by all"
+    width, rows = len(part.key), query_marts(settings, sql)[1]
+    return {row[:width]: Counter(dict(zip(part.measures, map(int, row[width:]), strict=True))) for row in rows}
 
 
 def truth_touch_cells(credits: list[dict[str, Any]]) -> Cells:
-    """Return what `touch_cells` returns, from truths."""
+    """Return the cells of TOUCHES, which a truth lists order by order."""
     return {
         (model, row["order_id"], event_id): Counter(credit_micros=micros)
         for credit in credits

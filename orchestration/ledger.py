@@ -1,4 +1,4 @@
-"""The batch ledger's sums per event hour, read from its Delta versions without Spark."""
+"""Reads the batch ledger's sums per event hour from its Delta versions, without Spark."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from spark_jobs.config import Settings
 from spark_jobs.lake.duck import connect_delta
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import BATCH_LEDGER, MINUTE_METRICS
-from spark_jobs.units import HOUR
+from spark_jobs.units import HOUR, HourRange
 
 LONGEST_GAP = timedelta(days=31)
-"""A longer time without a record is no row of empty hours, but a time in which nothing was sent."""
+"""After a longer time without a record, the hours in between do not count as empty."""
 
 _COUNTS = ("offered", "accepted", "duplicate", "conflict", "rejected", "late")
 _SUMS = ", ".join(f"coalesce(sum({name}), 0)::hugeint as {name}" for name in _COUNTS)
@@ -28,7 +28,7 @@ _SUMS = ", ".join(f"coalesce(sum({name}), 0)::hugeint as {name}" for name in _CO
 class Cell:
     """Sums of ledger rows of one stream and event hour (None: records without a readable time).
 
-    ``lag_seconds``: the longest between a batch's newest receipt and its ingestion, None where it received nothing new.
+    ``lag_seconds``: the longest time from a batch's newest receipt to its ingestion; None if it received nothing new.
     """
 
     stream: str
@@ -47,7 +47,7 @@ class Cell:
 
 @cache
 def _database() -> duckdb.DuckDBPyConnection:
-    """This process's DuckDB for the ledger: loading the extension takes longer than a tick of a sensor."""
+    """Return this process's DuckDB for the ledger: loading the extension takes longer than a tick of a sensor."""
     return connect_delta({"threads": 1, "memory_limit": "512MB"})
 
 
@@ -55,18 +55,20 @@ class Ledger:
     """The ledger of a home, read through a DuckDB that the process keeps."""
 
     def __init__(self, lake: Lake, database: duckdb.DuckDBPyConnection) -> None:
-        self._lake = lake
-        self._database = database
+        self._lake, self._database = lake, database
 
     @classmethod
     @contextmanager
     def open(cls, settings: Settings) -> Iterator[Ledger]:
-        """The ledger of ``settings``, until the end of the context."""
+        """Yield the ledger of ``settings``."""
         with _database().cursor() as cursor:
             yield cls(Lake(settings), cursor)
 
     def added(self, after: int, until: int) -> list[Cell]:
-        """Sum what the versions beyond ``after`` up to ``until`` added; all of ``until`` if their files or commits are gone."""
+        """Return the sums of the rows that the versions after ``after`` through ``until`` added.
+
+        If their files or commits are gone, returns the sums of all rows at ``until``.
+        """
         commits = self._lake.log(BATCH_LEDGER).commits(after, until) if after >= 0 else None
         if commits is None:
             return self._cells(self._scan(until))
@@ -79,7 +81,7 @@ class Ledger:
             return self._cells(self._scan(until))
 
     def totals(self, version: int, hours: Iterable[datetime]) -> dict[tuple[str, datetime], Cell]:
-        """(stream, hour) -> the sums of all its rows at ``version``."""
+        """Return (stream, hour) -> the sums of all its rows at ``version``."""
         wanted = [f"timestamptz '{hour.isoformat()}'" for hour in hours]
         if not wanted:
             return {}
@@ -87,7 +89,7 @@ class Ledger:
         return {(cell.stream, cell.hour): cell for cell in cells if cell.hour is not None}
 
     def increments(self, hours: Iterable[datetime]) -> dict[datetime, int]:
-        """Hour -> rows of minute_metrics, as it is now."""
+        """Return hour -> number of rows in the newest version of minute_metrics."""
         days = sorted({hour.date() for hour in hours})
         if not days or not self._lake.exists(MINUTE_METRICS):
             return {}
@@ -98,8 +100,8 @@ class Ledger:
         ).fetchall()
         return {hour.astimezone(UTC): rows for hour, rows in found}
 
-    def held_hours(self, version: int, until: datetime) -> list[datetime]:
-        """The hours until ``until`` with an accepted record, ascending."""
+    def accepted_hours(self, version: int, until: datetime) -> list[datetime]:
+        """Return the hours through ``until`` with an accepted record, ascending."""
         found = self._database.execute(
             f"select distinct event_hour from {self._scan(version)} where accepted > 0 and _run_id is null "
             f"and event_hour <= timestamptz '{until.isoformat()}' order by 1"
@@ -107,22 +109,19 @@ class Ledger:
         return [hour.astimezone(UTC) for (hour,) in found.fetchall()]
 
     def hours(self, version: int, start: datetime, end: datetime) -> list[datetime]:
-        """The hours from ``start`` until before ``end`` with rows at ``version``, and the empty ones between them.
+        """Return the hours from ``start`` to before ``end`` with rows at ``version``, and the empty ones between them.
 
-        Times without a record that are longer than LONGEST_GAP are left out.
+        Leaves out times without a record that are longer than LONGEST_GAP.
         """
         found = self._database.execute(
             f"select distinct event_hour from {self._scan(version)} where event_hour < timestamptz '{end.isoformat()}' order by 1"
         ).fetchall()
-        held = [hour.astimezone(UTC) for (hour,) in found if hour is not None]
-        filled: list[datetime] = []
-        for hour, following in pairwise([*held, end]):
+        filled = [hour.astimezone(UTC) for (hour,) in found if hour is not None]
+        hours: list[datetime] = []
+        for hour, following in pairwise([*filled, end]):
             until = following if following - hour <= LONGEST_GAP else hour + HOUR
-            while hour < until:
-                if hour >= start:
-                    filled.append(hour)
-                hour += HOUR
-        return filled
+            hours += HourRange(hour, until)
+        return [hour for hour in hours if hour >= start]
 
     def _cells(self, source: str, where: str = "true") -> list[Cell]:
         found = self._database.execute(

@@ -1,4 +1,4 @@
-"""Lets whoever runs assets in its own process hear of their progress: the demo shows it as a bar."""
+"""Passes the progress of assets to a caller that runs them in its own process: the demo shows it as a bar."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextvars import ContextVar
 
 Listener = Callable[[object], None]
 
-_LISTENER: ContextVar[Listener] = ContextVar("listener", default=lambda said: None)
+_LISTENER: ContextVar[Listener] = ContextVar("listener", default=lambda progress: None)
 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Within the context, ``listener`` hears of what assets that run in this thread do: batches of an ingest, lines of a build."""
+    """Call ``listener`` with the progress of assets that run in this thread: batches of an ingest, lines of a build."""
     token = _LISTENER.set(listener)
     try:
         yield
@@ -22,5 +22,5 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def listener() -> Listener:
-    """Whom to tell. Ask for it in the thread of the asset, tell it from any."""
+    """Return the listener of this thread. Any thread may call it."""
     return _LISTENER.get()

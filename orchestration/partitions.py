@@ -1,4 +1,4 @@
-"""The hourly partitions that the lakehouse's assets share: one an event hour, in UTC."""
+"""The hourly partitions that the lakehouse's assets share: one per event hour, in UTC."""
 
 from __future__ import annotations
 
@@ -21,49 +21,44 @@ RANGE_END_TAG = "dagster/asset_partition_range_end"
 
 
 def hourly_partitions(settings: Settings, *, now: datetime | None = None) -> dg.HourlyPartitionsDefinition:
-    """Every hour from the day of ``settings.start_date`` on, the running one included: the stream writes into it.
+    """Return every hour from the day of ``settings.start_date``, with the current one: the stream writes into it.
 
-    Without a start date: from the day of ``first_of`` the hours with accepted records, or today where nothing has been ingested.
-    Decided once, when the code location loads; load it again when older hours were ingested since.
+    Without a start date, the first day is that of ``first_hour`` of the hours with accepted records; if there are none, today. The
+    code location decides this when it loads. Load it again after an ingest of older hours.
     """
     now = now or datetime.now(UTC)
-    start = settings.start_date or first_of(_held_hours(settings, now)) or now
+    start = settings.start_date
+    if start is None and (version := Lake(settings).version(BATCH_LEDGER)) is not None:
+        with Ledger.open(settings) as ledger:
+            start = first_hour(ledger.accepted_hours(version, now))
+    start = start or now
     day = start.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     return dg.HourlyPartitionsDefinition(start_date=day, timezone="UTC", fmt=KEY_FORMAT, end_offset=1)
 
 
-def first_of(held: Sequence[datetime]) -> datetime | None:
-    """The first of ``held`` (ascending) that deserves a partition; None where there is none.
+def first_hour(filled: Sequence[datetime]) -> datetime | None:
+    """Return the first of the hours with records (ascending) that gets a partition; None if there are no hours.
 
-    From the newest hour backwards, older hours are taken in while at least one in HOURS_A_RECORD of the hours that this adds is
-    held. So one event of the year 2000 does not make a partition of each hour since: a clock that lies decides nothing.
+    Goes from the newest hour backwards and adds older hours while at least one in HOURS_A_RECORD of the added hours has records. So
+    one event of the year 2000, from a wrong clock, does not make a partition of each hour since.
     """
-    if not held:
+    if not filled:
         return None
-    first, found = held[-1], 0
-    for hour in reversed(held[:-1]):
+    first, found = filled[-1], 0
+    for hour in reversed(filled[:-1]):
         found += 1
         if found * HOURS_A_RECORD >= (first - hour) // HOUR:
             first, found = hour, 0
     return first
 
 
-def _held_hours(settings: Settings, now: datetime) -> list[datetime]:
-    """The hours with accepted records, up to ``now``."""
-    version = Lake(settings).version(BATCH_LEDGER)
-    if version is None:
-        return []
-    with Ledger.open(settings) as ledger:
-        return ledger.held_hours(version, now)
-
-
 def key_of(hour: datetime) -> str:
-    """The partition key of the hour that begins at ``hour``."""
+    """Return the partition key of the hour that begins at ``hour``."""
     return hour.astimezone(UTC).strftime(KEY_FORMAT)
 
 
 def hour_of(key: str) -> datetime:
-    """The hour of a partition key. Raises UsageError where it is none."""
+    """Return the hour of a partition key. Raises UsageError if it is not a key."""
     try:
         return datetime.strptime(key, KEY_FORMAT).replace(tzinfo=UTC)
     except ValueError:
@@ -71,25 +66,24 @@ def hour_of(key: str) -> datetime:
 
 
 def hours_of(keys: dg.PartitionKeyRange) -> HourRange:
-    """The hours of a range of partition keys, both ends included."""
+    """Return the hours of a range of partition keys, both ends included."""
     return HourRange(hour_of(keys.start), hour_of(keys.end) + HOUR)
 
 
 def range_tags(hours: HourRange) -> dict[str, str]:
-    """The tags of a run that takes all of ``hours`` at once."""
+    """Return the tags of a run of all ``hours``."""
     return {RANGE_START_TAG: key_of(hours.start), RANGE_END_TAG: key_of(hours.end - HOUR)}
 
 
 def contiguous(hours: Iterable[datetime], *, longest: int) -> Iterator[HourRange]:
-    """``hours`` (ascending) as ranges without a gap, none of more than ``longest`` hours."""
-    start = end = None
+    """Yield ``hours`` (ascending) as ranges without a gap, each of ``longest`` hours at most."""
+    current: HourRange | None = None
     for hour in hours:
-        if start is None or end is None:
-            start, end = hour, hour + HOUR
-        elif hour == end and (end - start) // HOUR < longest:
-            end = hour + HOUR
-        else:
-            yield HourRange(start, end)
-            start, end = hour, hour + HOUR
-    if start is not None and end is not None:
-        yield HourRange(start, end)
+        if current is not None and hour == current.end and len(current) < longest:
+            current = HourRange(current.start, hour + HOUR)
+            continue
+        if current is not None:
+            yield current
+        current = HourRange.of(hour)
+    if current is not None:
+        yield current

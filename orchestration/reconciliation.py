@@ -1,4 +1,4 @@
-"""A reconciliation with the marts in it: what a repair leaves wrong there is put right by a new build."""
+"""Runs a reconciliation that includes the marts: a repair builds them again if they are wrong."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ def run_reconciliation(
     run_id: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ReconcileReport:
-    """Recount ``hours`` (None: all that the ledger holds), compare, and with ``repair`` put right what differs.
+    """Recount ``hours`` (None: all hours of the ledger), compare, and with ``repair`` correct what differs.
 
-    Marts that contradict the tables they were built from are built anew by a repair and compared again. Raises UsageError for a
-    range with an hour that is not closed.
+    A repair builds marts again that contradict their tables, and compares them again. Raises UsageError if an hour is not closed.
     """
     if hours is not None:
         require_closed(settings, hours)

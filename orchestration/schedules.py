@@ -32,22 +32,19 @@ _SECONDS_TO_MARTS = 30
 RECOUNTED_AGAIN = 48 * HOUR
 CLOSED_HOURS = ("reviewed_hours", "compacted_events", "reconciled_hours", "attributed_orders")
 
-ingest_job = dg.define_asset_job(
-    "ingest", dg.AssetSelection.assets(LANDING_INGEST), description="Ingests all files of the landing folder once."
-)
-compaction_job = dg.define_asset_job(
-    "compaction", dg.AssetSelection.assets("compacted_tables"), description="Every table whose small files are worth merging."
-)
-vacuum_job = dg.define_asset_job(
-    "vacuum", dg.AssetSelection.assets("vacuumed_tables"), description="Data files that nothing needs any more."
-)
-storage_check_job = dg.define_asset_job(
-    "storage_check", dg.AssetSelection.assets("checked_storage"), description="Every byte that adtally keeps, checked or repaired."
-)
-settlement_job = dg.define_asset_job(
+
+def _job(name: str, asset: str, description: str) -> UnresolvedAssetJobDefinition:
+    return dg.define_asset_job(name, dg.AssetSelection.assets(asset), description=description)
+
+
+ingest_job = _job("ingest", LANDING_INGEST, "Ingests all files of the landing folder once.")
+compaction_job = _job("compaction", "compacted_tables", "Compacts every table whose small files are worth merging.")
+vacuum_job = _job("vacuum", "vacuumed_tables", "Deletes data files that nothing needs any more.")
+storage_check_job = _job("storage_check", "checked_storage", "Checks, or repairs, every byte that adtally keeps.")
+settlement_job = _job(
     "settlement",
-    dg.AssetSelection.assets("settled_records"),
-    description="Invalid traffic, credits and billing of all that is out of date, late records among it.",
+    "settled_records",
+    "Settles invalid traffic, credits and billing of all that is out of date, late records included.",
 )
 
 
@@ -71,11 +68,7 @@ def closed_hours_marts_job(manifest: Manifest) -> UnresolvedAssetJobDefinition:
     """
     models = [node["name"] for node in manifest["nodes"].values() if node["resource_type"] == "model"]
     expectations = [dg.AssetCheckKey(dg.AssetKey(name), EXPECTATIONS_CHECK) for name in MARTS_CHECKED]
-    tests = [
-        dg.AssetCheckKey(dg.AssetKey(manifest["nodes"][attached]["name"]), node["name"])
-        for unique_id, node in manifest["nodes"].items()
-        if node["resource_type"] == "test" and (attached := _attached(manifest, unique_id))
-    ]
+    tests = _test_keys(manifest)
     return dg.define_asset_job(
         "closed_hours_marts",
         dg.AssetSelection.assets("billing_lines", *models).without_checks() | dg.AssetSelection.checks(*tests, *expectations),
@@ -109,7 +102,7 @@ def reconciliation_job(hours: dg.HourlyPartitionsDefinition) -> UnresolvedAssetJ
         "reconciliation",
         dg.AssetSelection.assets("reconciled_hours"),
         partitions_def=hours,
-        description="The recount of closed hours. Late records are in it that came after the hour was recounted first.",
+        description="Recounts closed hours, with the late records that came after their first recount.",
     )
 
 
@@ -123,19 +116,26 @@ def marts_job(group: str, manifest: Manifest) -> UnresolvedAssetJobDefinition:
         if unique_id.startswith("model.") and unique_id not in models:
             models.add(unique_id)
             waiting += parents[unique_id]
-    tests = [
-        dg.AssetCheckKey(dg.AssetKey(nodes[attached]["name"]), node["name"])
-        for unique_id, node in nodes.items()
-        if node["resource_type"] == "test" and set(parents[unique_id]) <= models and (attached := _attached(manifest, unique_id))
-    ]
+    tests = _test_keys(manifest, models)
     names = sorted(nodes[unique_id]["name"] for unique_id in models)
     selection = dg.AssetSelection.assets(*names).without_checks() | dg.AssetSelection.checks(*tests)
     return dg.define_asset_job(
         f"marts_{group}",
         selection,
         description=f"The {group.replace('_', ' ')} marts, built and tested.",
-        tags={PRIORITY_TAG: "1"},  # first in the queue, so that many closed hours do not delay them
+        tags={PRIORITY_TAG: "1"},  # before closed hours in the queue
     )
+
+
+def _test_keys(manifest: Manifest, models: set[str] | None = None) -> list[dg.AssetCheckKey]:
+    """Return the keys of dbt's tests, or of those that need no other nodes than ``models``."""
+    return [
+        dg.AssetCheckKey(dg.AssetKey(manifest["nodes"][attached]["name"]), node["name"])
+        for unique_id, node in manifest["nodes"].items()
+        if node["resource_type"] == "test"
+        and (models is None or set(manifest["parent_map"][unique_id]) <= models)
+        and (attached := _attached(manifest, unique_id))
+    ]
 
 
 def _attached(manifest: Manifest, test: str) -> str | None:
@@ -214,34 +214,23 @@ def nothing_to_build(settings: Settings, group: str, *, now: datetime) -> str | 
     return f"nothing was committed since the build of {age.total_seconds() / 60:.0f} minutes ago"
 
 
-@dg.schedule(
-    job=compaction_job, cron_schedule="35 * * * *", default_status=_RUNNING, description="Compacts what needs it, every hour."
-)
-def compaction_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-    """Request a compaction if there are tables."""
-    return _unless_empty(load_settings())
+def _schedule_unless_empty(job: UnresolvedAssetJobDefinition, cron: str, description: str) -> dg.ScheduleDefinition:
+    """Return the schedule that runs ``job`` at ``cron`` if there are tables."""
+
+    @dg.schedule(name=f"{job.name}_schedule", job=job, cron_schedule=cron, default_status=_RUNNING, description=description)
+    def schedule() -> dg.RunRequest | dg.SkipReason:
+        try:
+            pin_versions(load_settings())
+        except AdtallyError as error:
+            return dg.SkipReason(str(error))
+        return dg.RunRequest()
+
+    return schedule
 
 
-@dg.schedule(job=vacuum_job, cron_schedule="15 3 * * *", default_status=_RUNNING, description="Vacuums the tables every night.")
-def vacuum_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-    """Request a vacuum if there are tables."""
-    return _unless_empty(load_settings())
-
-
-@dg.schedule(
-    job=settlement_job, cron_schedule="50 * * * *", default_status=_RUNNING, description="Settles what came late, every hour."
-)
-def settlement_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-    """Request a settlement if there are tables."""
-    return _unless_empty(load_settings())
-
-
-def _unless_empty(settings: Settings) -> dg.RunRequest | dg.SkipReason:
-    try:
-        pin_versions(settings)
-    except AdtallyError as error:
-        return dg.SkipReason(str(error))
-    return dg.RunRequest()
+compaction_schedule = _schedule_unless_empty(compaction_job, "35 * * * *", "Compacts what needs it, every hour.")
+vacuum_schedule = _schedule_unless_empty(vacuum_job, "15 3 * * *", "Vacuums the tables every night.")
+settlement_schedule = _schedule_unless_empty(settlement_job, "50 * * * *", "Settles late records, every hour.")
 
 
 def reconciliation_schedule(hours: dg.HourlyPartitionsDefinition, job: UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 
 class HintedError(Exception):
-    """An error on one line: what is wrong, and in parentheses what to do (``hint``). ``retryable``: trying again can help."""
+    """An error on one line: what is wrong, and in parentheses what to do (``hint``).
 
+    ``exit_code`` is the process's exit status: 1 a failure, 2 wrong use. ``retryable``: trying again can help.
+    """
+
+    exit_code = 1
     retryable = False
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What a cluster runs: ``python -m spark_jobs ingest`` (or spark-submit with this file). Configuration: ADTALLY_* variables."""
+"""Runs the ingest on a cluster: ``python -m spark_jobs ingest`` (or spark-submit with this file), set up by ADTALLY_* variables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 
-if not __package__:  # run as a file, as spark-submit does: then Python looks in this folder, not in the one that holds it
+if not __package__:  # spark-submit runs this as a file: then Python searches this folder, not its parent
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from spark_jobs.config import load_settings
@@ -21,7 +21,7 @@ from spark_jobs.private import keep_files_private
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and run; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m spark_jobs", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     ingest = commands.add_parser("ingest", help="events and orders from landing folders and Kafka into the lakehouse")

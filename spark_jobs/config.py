@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from spark_jobs.errors import ConfigurationError
@@ -19,178 +19,154 @@ from spark_jobs.units import EPOCH
 _LONGEST = timedelta(days=36_500)
 
 
+def _seconds(value: object) -> object:
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?", value) else value
+
+
+def _split(value: object) -> object:
+    return tuple(part for part in (p.strip() for p in value.split(",")) if part) if isinstance(value, str) else value
+
+
+def _refuse_number(value: object) -> object:
+    if isinstance(value, str) and "-" not in value:  # pydantic would read a year alone as seconds since 1970
+        raise ValueError("is not an RFC 3339 time, as in 2000-01-01T00:00:00Z")
+    return value
+
+
+def _to_utc(value: datetime) -> datetime:
+    if value.tzinfo is None:
+        raise ValueError("needs a zone, as in 2000-01-01T00:00:00Z")
+    try:
+        value = value.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("is not within the years 1 to 9999 in UTC") from None
+    if value < EPOCH:  # minutes, hours and dates are counted from the epoch
+        raise ValueError("must not be before 1970-01-01T00:00:00Z")
+    return value
+
+
+Duration = Annotated[timedelta, Field(ge=timedelta(0), le=_LONGEST), BeforeValidator(_seconds)]
+PositiveDuration = Annotated[timedelta, Field(gt=timedelta(0), le=_LONGEST), BeforeValidator(_seconds)]
+Moment = Annotated[datetime, BeforeValidator(_refuse_number), AfterValidator(_to_utc)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Size = Annotated[str, Field(pattern=r"^[1-9]\d*[mg]$")]
+
+
 class Settings(BaseSettings):
-    """Where everything lies and by which limits events are judged.
+    """The paths of an installation, and the limits by which it judges events.
 
     Durations take ISO 8601 (``PT15M``) or seconds. Times are RFC 3339 with a zone. An empty variable counts as not set.
     """
 
     model_config = SettingsConfigDict(env_prefix="ADTALLY_", env_ignore_empty=True, frozen=True, extra="ignore")
 
-    home: Annotated[Path, Field(description="Folder that holds everything of one installation.")] = Path(".adtally")
-    lakehouse: Annotated[
-        str | None,
-        Field(description="Root of the Delta tables: a path or a URI such as s3a://. Default: HOME/lakehouse."),
-    ] = None
-    landing: Annotated[Path | None, Field(description="Root of the landing folders. Default: HOME/landing.")] = None
-    rules: Annotated[
-        Path | None,
-        Field(description="Folder of invalid_traffic.toml and attribution.toml; ours where one is missing. Default: HOME/rules."),
-    ] = None
-    kafka: Annotated[
-        Path | None, Field(description="The Kafka clusters, as docs/kafka.md says. Default: HOME/kafka.toml, where there is one.")
-    ] = None
-    cache_dir: Annotated[
-        Path | None, Field(description="Jars resolved once for all installations. Default: the user's cache folder.")
-    ] = None
-    spark_master: Annotated[str, Field(description="Spark master URL.")] = "local[*]"
-    driver_memory: Annotated[str, Field(pattern=r"^\d+[mg]$", description="Heap of the Spark driver, as 1536m or 2g.")] = "1536m"
-    shuffle_partitions: Annotated[int, Field(ge=1, le=10_000, description="Partitions of a shuffle.")] = 2
-    max_bytes_per_batch: Annotated[
-        int,
-        Field(ge=1024, description="Bytes of landing files (as stored) taken into one micro-batch; at least one file is."),
-    ] = 384 * 1024 * 1024
-    max_files_per_batch: Annotated[
-        int | None, Field(ge=1, description="Landing files taken into one micro-batch, instead of max_bytes_per_batch.")
-    ] = None
-    split_bytes: Annotated[int, Field(ge=4096, description="Bytes of a plain file that one task parses at a time.")] = (
-        16 * 1024 * 1024
+    home: Path = Field(Path(".adtally"), description="Folder that holds everything of one installation.")
+    lakehouse: str | None = Field(
+        None, description="Root of the Delta tables: a path or a URI such as s3a://. Default: HOME/lakehouse."
     )
-    batch_timeout: Annotated[
-        timedelta,
-        Field(gt=timedelta(0), le=_LONGEST, description="The workers of a batch that makes no progress for so long are ended."),
-    ] = timedelta(minutes=5)
-    max_reject_rows: Annotated[
-        int,
-        Field(
-            ge=1, description="Rejected records of a file with the same reasons and hour that get a row each; a further row counts."
-        ),
-    ] = 1000
-    max_rejects_per_file: Annotated[
-        int,
-        Field(ge=1, description="A landing file with more rejects is quarantined, if they are max_rejects_per_file_share of it."),
-    ] = 1_000_000
-    max_rejects_per_file_share: Annotated[
-        float, Field(ge=0, le=1, description="The share of rejects above which max_rejects_per_file quarantines a landing file.")
-    ] = 0.95
-    max_gzip_ratio: Annotated[
-        int, Field(ge=1, description="A gzip file that unpacks to over 1 GiB and this many times its size is quarantined.")
-    ] = 250
-    future_skew: Annotated[
-        timedelta, Field(ge=timedelta(0), le=_LONGEST, description="How far event_time may lie after received_at.")
-    ] = timedelta(minutes=5)
-    hour_grace: Annotated[
-        timedelta,
-        Field(
-            ge=timedelta(0), le=_LONGEST, description="An event received this long after the end of its hour, or later, is late."
-        ),
-    ] = timedelta(minutes=15)
-    silent_after: Annotated[
-        timedelta,
-        Field(gt=timedelta(0), le=_LONGEST, description="A source this far behind the most advanced one is called silent."),
-    ] = timedelta(hours=1)
-    retired_sources: Annotated[
-        tuple[str, ...],
-        NoDecode,
-        Field(description="Sources that closing an hour no longer waits for, as events/eu-west,orders/eu-west."),
-    ] = ()
-    vacuum_retention: Annotated[
-        timedelta,
-        Field(ge=timedelta(0), le=_LONGEST, description="Data files that no version of this age or younger needs may be vacuumed."),
-    ] = timedelta(days=7)
-    compacted_file_bytes: Annotated[
-        int, Field(ge=1024 * 1024, description="Size that compaction aims at for a data file, in bytes.")
-    ] = 128 * 1024 * 1024
-    start_date: Annotated[
-        datetime | None,
-        Field(description="First hourly partition in Dagster. Default: the day of the first accepted event, else today."),
-    ] = None
-    webserver_port: Annotated[
-        int, Field(ge=0, le=65535, description="Port of the Dagster UI on 127.0.0.1; 0 takes a free one.")
-    ] = 3000
-    webserver_hosts: Annotated[
-        tuple[str, ...],
-        NoDecode,
-        Field(description="Names beside the loopback address by which browsers may call the Dagster UI and the console."),
-    ] = ()
-    webserver_token: Annotated[
-        SecretStr | None,
-        Field(min_length=16, description="What every request to the Dagster UI must have: ?token=... once a browser."),
-    ] = None
-    console_port: Annotated[int, Field(ge=0, le=65535, description="Port of the console on 127.0.0.1; 0 takes a free one.")] = 3001
-    console_token: Annotated[
-        SecretStr | None,
-        Field(min_length=16, description="What every request to the console must have: ?token=... once a browser."),
-    ] = None
-    webserver_url: Annotated[
-        str | None, Field(pattern="^https?://", description="Where browsers find the Dagster UI, for links; `adtally up` sets it.")
-    ] = None
-    query_memory: Annotated[str, Field(pattern=r"^[1-9]\d*[mg]$", description="Memory of a query of the marts, as 512m or 2g.")] = (
-        "1g"
+    landing: Path | None = Field(None, description="Root of the landing folders. Default: HOME/landing.")
+    rules: Path | None = Field(
+        None, description="Folder of invalid_traffic.toml and attribution.toml; ours where one is missing. Default: HOME/rules."
     )
-    query_spill: Annotated[
-        str, Field(pattern=r"^[1-9]\d*[mg]$", description="Disk space that a query of the marts may take beyond its memory.")
-    ] = "4g"
-    query_timeout: Annotated[
-        timedelta, Field(gt=timedelta(0), le=_LONGEST, description="A query of the marts that takes longer is ended.")
-    ] = timedelta(minutes=2)
-    reports_url: Annotated[
-        str | None,
-        Field(pattern="^https?://", description="Where data docs and runbooks are served, for links; `adtally up` sets it."),
-    ] = None
-    alert_webhook: Annotated[SecretStr | None, Field(description="URL that alerts are posted to as JSON, beside the log.")] = None
-    max_stream_lag: Annotated[
-        timedelta, Field(gt=timedelta(0), le=_LONGEST, description="Alert: landing files older than this wait to be ingested.")
-    ] = timedelta(minutes=2)
-    max_mart_age: Annotated[
-        timedelta, Field(gt=timedelta(0), le=_LONGEST, description="Alert: the published marts lag the ledger by more than this.")
-    ] = timedelta(minutes=15)
-    max_publish_lag: Annotated[
-        timedelta,
-        Field(gt=timedelta(0), le=_LONGEST, description="Alert: Delta versions older than this wait to be published to Kafka."),
-    ] = timedelta(minutes=2)
-    max_rejected_share: Annotated[
-        float, Field(gt=0, le=1, description="Alert: rejected share of what was offered in the last hour of ingestion.")
-    ] = 0.05
-    max_duplicate_share: Annotated[
-        float, Field(gt=0, le=1, description="Alert: duplicate share of what was offered in the last hour of ingestion.")
-    ] = 0.25
-    max_user_share: Annotated[
-        float, Field(gt=0, le=1, description="Alert: share of one user in the events of the last hour of ingestion.")
-    ] = 0.2
-    min_free_bytes: Annotated[int, Field(ge=0, description="Alert: less free disk space than this under ADTALLY_HOME.")] = (
-        2 * 1024**3
+    kafka: Path | None = Field(
+        None, description="The Kafka clusters, as docs/kafka.md says. Default: HOME/kafka.toml, where there is one."
     )
-    earliest_event_time: Annotated[
-        datetime, Field(description="Events and orders before this time are rejected as out of range. Not before 1970.")
-    ] = datetime(2000, 1, 1, tzinfo=UTC)
-
-    @field_validator(
-        *(
-            "future_skew",
-            "hour_grace",
-            "silent_after",
-            "vacuum_retention",
-            "max_stream_lag",
-            "max_mart_age",
-            "max_publish_lag",
-            "batch_timeout",
-            "query_timeout",
-        ),
-        mode="before",
+    cache_dir: Path | None = Field(None, description="Jars resolved once for all installations. Default: the user's cache folder.")
+    spark_master: str = Field("local[*]", description="Spark master URL.")
+    driver_memory: str = Field("1536m", pattern=r"^\d+[mg]$", description="Heap of the Spark driver, as 1536m or 2g.")
+    shuffle_partitions: int = Field(2, ge=1, le=10_000, description="Partitions of a shuffle.")
+    max_bytes_per_batch: int = Field(
+        384 * 1024 * 1024,
+        ge=1024,
+        description="Bytes of landing files (as stored) taken into one micro-batch; at least one file is.",
     )
-    @classmethod
-    def _seconds(cls, value: object) -> object:
-        return float(value) if isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?", value) else value
-
-    @field_validator("retired_sources", "webserver_hosts", mode="before")
-    @classmethod
-    def _listed(cls, value: object) -> object:
-        return tuple(part for part in (p.strip() for p in value.split(",")) if part) if isinstance(value, str) else value
+    max_files_per_batch: int | None = Field(
+        None, ge=1, description="Landing files taken into one micro-batch, instead of max_bytes_per_batch."
+    )
+    split_bytes: int = Field(16 * 1024 * 1024, ge=4096, description="Bytes of a plain file that one task parses at a time.")
+    batch_timeout: PositiveDuration = Field(
+        timedelta(minutes=5), description="The workers of a batch that makes no progress for so long are ended."
+    )
+    max_reject_rows: int = Field(
+        1000,
+        ge=1,
+        description="Rejected records of a file with the same reasons and hour that get a row each; a further row counts.",
+    )
+    max_rejects_per_file: int = Field(
+        1_000_000,
+        ge=1,
+        description="A landing file with more rejects is quarantined, if they are max_rejects_per_file_share of it.",
+    )
+    max_rejects_per_file_share: float = Field(
+        0.95, ge=0, le=1, description="The share of rejects above which max_rejects_per_file quarantines a landing file."
+    )
+    max_gzip_ratio: int = Field(
+        250, ge=1, description="A gzip file that unpacks to over 1 GiB and this many times its size is quarantined."
+    )
+    future_skew: Duration = Field(timedelta(minutes=5), description="How far event_time may lie after received_at.")
+    hour_grace: Duration = Field(
+        timedelta(minutes=15), description="An event received this long after the end of its hour, or later, is late."
+    )
+    silent_after: PositiveDuration = Field(
+        timedelta(hours=1), description="A source this far behind the most advanced one is called silent."
+    )
+    retired_sources: Names = Field(
+        (), description="Sources that closing an hour no longer waits for, as events/eu-west,orders/eu-west."
+    )
+    vacuum_retention: Duration = Field(
+        timedelta(days=7), description="Data files that no version of this age or younger needs may be vacuumed."
+    )
+    compacted_file_bytes: int = Field(
+        128 * 1024 * 1024, ge=1024 * 1024, description="Size that compaction aims at for a data file, in bytes."
+    )
+    start_date: Moment | None = Field(
+        None, description="First hourly partition in Dagster. Default: the day of the first accepted event, else today."
+    )
+    webserver_port: int = Field(3000, ge=0, le=65535, description="Port of the Dagster UI on 127.0.0.1; 0 takes a free one.")
+    webserver_hosts: Names = Field(
+        (), description="Names beside the loopback address by which browsers may call the Dagster UI and the console."
+    )
+    webserver_token: SecretStr | None = Field(
+        None, min_length=16, description="What every request to the Dagster UI must have: ?token=... once a browser."
+    )
+    console_port: int = Field(3001, ge=0, le=65535, description="Port of the console on 127.0.0.1; 0 takes a free one.")
+    console_token: SecretStr | None = Field(
+        None, min_length=16, description="What every request to the console must have: ?token=... once a browser."
+    )
+    webserver_url: str | None = Field(
+        None, pattern="^https?://", description="Where browsers find the Dagster UI, for links; `adtally up` sets it."
+    )
+    query_memory: Size = Field("1g", description="Memory of a query of the marts, as 512m or 2g.")
+    query_spill: Size = Field("4g", description="Disk space that a query of the marts may take beyond its memory.")
+    query_timeout: PositiveDuration = Field(timedelta(minutes=2), description="A query of the marts that takes longer is ended.")
+    reports_url: str | None = Field(
+        None, pattern="^https?://", description="Where data docs and runbooks are served, for links; `adtally up` sets it."
+    )
+    alert_webhook: SecretStr | None = Field(None, description="URL that alerts are posted to as JSON, beside the log.")
+    max_stream_lag: PositiveDuration = Field(
+        timedelta(minutes=2), description="Alert: landing files older than this wait to be ingested."
+    )
+    max_mart_age: PositiveDuration = Field(
+        timedelta(minutes=15), description="Alert: the published marts lag the ledger by more than this."
+    )
+    max_publish_lag: PositiveDuration = Field(
+        timedelta(minutes=2), description="Alert: Delta versions older than this wait to be published to Kafka."
+    )
+    max_rejected_share: Share = Field(0.05, description="Alert: rejected share of what was offered in the last hour of ingestion.")
+    max_duplicate_share: Share = Field(
+        0.25, description="Alert: duplicate share of what was offered in the last hour of ingestion."
+    )
+    max_user_share: Share = Field(0.2, description="Alert: share of one user in the events of the last hour of ingestion.")
+    min_free_bytes: int = Field(2 * 1024**3, ge=0, description="Alert: less free disk space than this under ADTALLY_HOME.")
+    earliest_event_time: Moment = Field(
+        datetime(2000, 1, 1, tzinfo=UTC),
+        description="Events and orders before this time are rejected as out of range. Not before 1970.",
+    )
 
     @field_validator("retired_sources")
     @classmethod
-    def _source_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_sources(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
             if not re.fullmatch(r"(events|orders)/[a-z0-9-]{1,32}", name):
                 raise ValueError(f"{name!r} is not a source, as in events/eu-west")
@@ -198,37 +174,15 @@ class Settings(BaseSettings):
 
     @field_validator("webserver_hosts")
     @classmethod
-    def _host_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
             if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?", name):
                 raise ValueError(f"{name!r} is not the name of a host, without a port, as in tally.example")
         return value
 
-    @field_validator("earliest_event_time", "start_date", mode="before")
-    @classmethod
-    def _no_number(cls, value: object) -> object:
-        if isinstance(value, str) and "-" not in value:  # a year alone would be taken for seconds since 1970
-            raise ValueError("is not an RFC 3339 time, as in 2000-01-01T00:00:00Z")
-        return value
-
-    @field_validator("earliest_event_time", "start_date")
-    @classmethod
-    def _zone_required(cls, value: datetime | None) -> datetime | None:
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise ValueError("needs a zone, as in 2000-01-01T00:00:00Z")
-        try:
-            value = value.astimezone(UTC)
-        except OverflowError:
-            raise ValueError("is not within the years 1 to 9999 in UTC") from None
-        if value < EPOCH:  # minutes, hours and dates are counted from there
-            raise ValueError("must not be before 1970-01-01T00:00:00Z")
-        return value
-
     @cached_property
     def home_path(self) -> Path:
-        """ADTALLY_HOME as an absolute path, without links, ``..`` or ``//``, as all paths here are."""
+        """ADTALLY_HOME as an absolute path, without links, ``..`` or ``//``. All paths of the settings are like that."""
         return _canonical(self.home)
 
     @cached_property
@@ -270,17 +224,17 @@ class Settings(BaseSettings):
 
     @cached_property
     def attempts_path(self) -> Path:
-        """How often the last batch of each query was begun: a file a query. May be deleted at any time."""
+        """Counts of the starts of each query's last batch, a file a query. May be deleted at any time."""
         return self.home_path / "attempts"
 
     @cached_property
     def recount_path(self) -> Path:
-        """What the recount has parsed: derived from the landing files, made again when missing."""
+        """Parsed input of the recount: derived from the landing files, rebuilt if missing."""
         return self.home_path / "recount"
 
     @cached_property
     def corrections_path(self) -> Path:
-        """Corrections decided and not yet carried out to the end."""
+        """Corrections that were decided and are not finished."""
         return self.home_path / "corrections"
 
     @cached_property
@@ -295,7 +249,7 @@ class Settings(BaseSettings):
 
     @cached_property
     def key_index_path(self) -> Path:
-        """The key index of `events`: derived from the table, rebuilt from it when missing."""
+        """The key index of `events`: derived from the table, rebuilt if missing."""
         return self.home_path / "key_index"
 
     @cached_property
@@ -314,29 +268,29 @@ def _is_path(root: str) -> bool:
 
 
 def _canonical(path: Path) -> Path:
-    """The one spelling of a path. Spark, Java and the tables compare paths as text: two spellings would be two files."""
+    """Return the one spelling of a path. Spark, Java and the tables compare paths as text: two spellings would be two files."""
     return Path(os.path.realpath(path.expanduser()))
 
 
-# variables that other parts read: the crash tests, dbt's profile
-_NO_SETTINGS = ("ADTALLY_CRASH_AT", "ADTALLY_DBT_MARTS_PATH", "ADTALLY_DBT_WORK_PATH")
+# Variables that the crash tests and dbt's profile read.
+_OTHER_VARIABLES = ("ADTALLY_CRASH_AT", "ADTALLY_DBT_MARTS_PATH", "ADTALLY_DBT_WORK_PATH")
 
 
 def _refuse_unknown() -> None:
     known = [f"ADTALLY_{name.upper()}" for name in Settings.model_fields]
     for name in sorted(os.environ):
-        if name.upper().startswith("ADTALLY_") and name.upper() not in (*known, *_NO_SETTINGS) and os.environ[name]:
+        if name.upper().startswith("ADTALLY_") and name.upper() not in (*known, *_OTHER_VARIABLES) and os.environ[name]:
             near = difflib.get_close_matches(name.upper(), known, 1)
             meant = f"do you mean {near[0]}?" if near else "unset it"
             raise ConfigurationError(f"wrong settings: there is no setting {name}", hint=meant)
 
 
-# The library of the tables (delta-rs) takes paths for parts of URIs: these it reads as another path, or ends with a panic.
+# delta-rs takes paths as parts of URIs: it reads these characters as another path, or panics.
 _IMPOSSIBLE = re.compile(r"[\[\]\\|^%\x00-\x1f\x7f]")
 
 
 def _refuse_paths(settings: Settings) -> None:
-    """Raise ConfigurationError where a path has a character with which no table can be opened."""
+    """Raise ConfigurationError if a path has a character with which no table can be opened."""
     for variable, path in (("ADTALLY_HOME", str(settings.home_path)), ("ADTALLY_LAKEHOUSE", settings.lakehouse_uri)):
         found = _IMPOSSIBLE.search(path) if _is_path(path) else None
         if found is not None:
@@ -347,9 +301,9 @@ def _refuse_paths(settings: Settings) -> None:
 
 
 def load_settings(**overrides: object) -> Settings:
-    """Settings from the environment, with overrides.
+    """Read the settings from the environment, with overrides.
 
-    Raises ConfigurationError that names each wrong setting on one line, a variable that no setting has among them.
+    Raises ConfigurationError, which names on one line each wrong setting, or an ADTALLY_ variable without a setting.
     """
     _refuse_unknown()
     try:
@@ -357,7 +311,5 @@ def load_settings(**overrides: object) -> Settings:
         _refuse_paths(made)
         return made
     except ValidationError as error:
-        problems = "; ".join(
-            f"ADTALLY_{'.'.join(str(part) for part in item['loc']).upper()}: {item['msg']}" for item in error.errors()
-        )
+        problems = "; ".join(f"ADTALLY_{'.'.join(map(str, item['loc'])).upper()}: {item['msg']}" for item in error.errors())
         raise ConfigurationError(f"wrong settings: {problems}", hint="correct the environment variable or the option") from None

@@ -1,13 +1,13 @@
-"""The errors of this package. Each says whether trying again can help (``retryable``) and what to do (``hint``)."""
+"""The errors of this package."""
 
 from __future__ import annotations
 
 
 class AdtallyError(Exception):
-    """Base of all errors that reach a user as one line.
+    """Base of all errors that a user sees as one line.
 
-    ``exit_code`` is the process's exit status: 1 the data or a check failed, 2 wrong use.
-    ``hint`` is what the reader can do about it; it is printed after the message. ``excerpt`` goes below that line as it is.
+    ``exit_code`` is the process's exit status: 1 the data or a check failed, 2 wrong use. ``hint`` says what to do; it is printed
+    after the message. ``excerpt`` is printed below that line. ``retryable``: trying again can help.
     """
 
     exit_code = 1
@@ -23,7 +23,7 @@ class AdtallyError(Exception):
 
 
 class UsageError(AdtallyError):
-    """Wrong use: an option, a setting or a path that cannot be right."""
+    """An option, a setting or a path is wrong."""
 
     exit_code = 2
 
@@ -33,7 +33,7 @@ class ConfigurationError(UsageError):
 
 
 class MachineError(UsageError):
-    """Something the machine must have is missing: Java, the jars, an extension."""
+    """The machine lacks Java, a jar or an extension."""
 
 
 class BusyError(AdtallyError):
@@ -49,19 +49,19 @@ class CommitConflictError(AdtallyError):
 
 
 class InterruptedIngestError(AdtallyError):
-    """The ingest was told to stop before it had taken all that is there. What it took is whole."""
+    """A signal stopped the ingest before it had read all input. Every batch that it committed is complete."""
 
     retryable = True
 
 
 class JavaLostError(AdtallyError):
-    """Java, in which Spark runs, has ended while it was needed. A batch that was cut off is made again as it was."""
+    """Java, in which Spark runs, has ended while it was needed. An interrupted batch runs again and decides the same."""
 
     retryable = True
 
 
 class StoppedError(AdtallyError):
-    """A batch was not begun, for the ingest was told to stop. It is made at the next start."""
+    """A batch did not begin, because a signal stopped the ingest. It runs at the next start."""
 
     retryable = True
 
@@ -83,32 +83,32 @@ class LandingPathError(AdtallyError):
 
 
 class RuleFileError(UsageError):
-    """A rule file cannot be right; the message names the file and the rule."""
+    """A rule file is wrong; the message names the file and the rule."""
 
 
 class KafkaConfigurationError(UsageError):
-    """The file of the Kafka clusters cannot be right; the message names the entry, never its value."""
+    """kafka.toml is wrong; the message names the entry, never its value."""
 
 
 class KafkaError(AdtallyError):
-    """A broker does not answer, or refuses. Trying again can help."""
+    """A broker does not answer, or refuses."""
 
     retryable = True
 
 
 class PublicationError(AdtallyError):
-    """What a table's versions hold cannot be published as it should: versions are gone, or the topic is another table's."""
+    """A table cannot be published: versions are gone, or the topic is another table's."""
 
 
 class OffsetGapError(AdtallyError):
-    """Records that were to be read next are not in the topic any more; the message names their offsets."""
+    """The topic no longer has the records to read next; the message names their offsets."""
 
 
 class TableCorruptionError(AdtallyError):
-    """A Delta table is not what the registry says, or contradicts what was derived from it."""
+    """A Delta table contradicts the registry, or the data that were derived from it."""
 
 
 class RawBehindError(AdtallyError):
-    """The table of raw records does not have yet what is to be recounted."""
+    """The table of raw records lacks records that the recount needs."""
 
     retryable = True

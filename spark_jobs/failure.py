@@ -1,7 +1,7 @@
-"""What a failure was caused by, in one line: the cause first, then where it happened, then what to do.
+"""Finds the cause of a failure and formats it on one line: the cause, where it happened, what to do.
 
-A task of Spark fails in a Python worker. Its exception reaches the driver as text: the worker's traceback, often with a Java
-stack trace around it. The cause is the last line of that traceback.
+A Spark task fails in a Python worker. Its exception reaches the driver as text: the worker's traceback, often inside a Java stack
+trace. The cause is the last line of that traceback.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from spark_jobs.errors import AdtallyError
 from spark_jobs.texts import printable
 
-MESSAGE_LENGTH = 600  # of an error as a user sees it
+MESSAGE_LENGTH = 600  # of an error that a user sees
 
 _ROOT = Path(__file__).resolve().parents[1]
 _TRACEBACK = "Traceback (most recent call last):"
@@ -27,7 +27,7 @@ _RAISED = re.compile(r"^(?P<kind>[A-Za-z_][\w.$]*)(?:: (?P<message>.*))?$", flag
 _JAVA_CAUSE = re.compile(r"^\s*(?:Caused by: |: )(?P<cause>\S.*)$")
 _OUR_ERRORS = "spark_jobs.errors."
 
-# (what the cause says, what to do), the first that fits
+# (pattern of a cause, what to do); the first match counts
 _HINTS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, flags=re.IGNORECASE), hint)
     for pattern, hint in (
@@ -46,10 +46,7 @@ _HINTS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 
 @dataclass(frozen=True)
 class FailureCause:
-    """``text``: the error's kind and message. ``work``: the input a task worked on. ``code``: file and line of ours that failed.
-
-    ``hint``: what to do, where that is known.
-    """
+    """``text``: the error's kind and message. ``work``: the task's input. ``code``: our file and line. ``hint``: what to do."""
 
     text: str
     work: str | None = None
@@ -63,7 +60,7 @@ class FailureCause:
 
 @contextmanager
 def working_on(work: object) -> Iterator[None]:
-    """Name the input on an exception that passes: the driver gets a worker's exception as text only. The innermost name counts."""
+    """Add the name of the input to an exception: the driver gets only the text of a worker's exception. The innermost counts."""
     try:
         yield
     except Exception as error:
@@ -73,19 +70,19 @@ def working_on(work: object) -> Iterator[None]:
 
 
 def failure_cause(error: BaseException) -> FailureCause:
-    """Return what caused an error: a Python one, or what Spark passes on of a task that failed."""
+    """Return the cause of a Python error, or of an error with which Spark reports a failed task."""
     if isinstance(error, AdtallyError):
         return FailureCause(error.args[0], hint=error.hint)
     text = _text_of(error)
     if _TRACEBACK in text:
-        return _of_traceback(text)
+        return _parse_traceback(text)
     if "\n\tat " in text or "JVM stacktrace" in text:
         return _with_hint(_java_cause(text))
-    return _of_traceback("".join(traceback.format_exception(type(error), error, error.__traceback__, chain=False)))
+    return _parse_traceback("".join(traceback.format_exception(type(error), error, error.__traceback__, chain=False)))
 
 
 def one_line(text: object, limit: int = 300) -> str:
-    """Text on one line; of a longer one the beginning and the end, for a cause may stand in either."""
+    """Return a text on one line; if it is too long, its beginning and its end, for either may name the cause."""
     line = printable(" ".join(str(text).split()))
     if len(line) <= limit:
         return line
@@ -96,12 +93,12 @@ def one_line(text: object, limit: int = 300) -> str:
 def _text_of(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception:  # an error of Java's whose Java is gone
+    except Exception:  # the error is Java's, and Java has ended
         return f"{type(error).__name__}: {' '.join(map(repr, error.args))}"
 
 
-def _of_traceback(text: str) -> FailureCause:
-    """The cause that the last traceback of ``text`` ends with."""
+def _parse_traceback(text: str) -> FailureCause:
+    """Return the cause at the end of the last traceback of ``text``."""
     lines = text[text.rindex(_TRACEBACK) :].splitlines()[1:] if _TRACEBACK in text else text.splitlines()
     code = None
     raised: list[str] = []
@@ -120,27 +117,27 @@ def _of_traceback(text: str) -> FailureCause:
 
 
 def _own_place(path: str, line: str) -> str | None:
-    """File and line of a frame in the project's own code, as in spark_jobs/ingest/write.py:91."""
+    """Return file and line of a frame in the project's code, as in spark_jobs/ingest/write.py:91; None for other code."""
     relative = os.path.relpath(path, _ROOT)
     return f"{relative}:{line}" if relative.startswith(("spark_jobs/", "orchestration/", "expectations/")) else None
 
 
 def _java_cause(text: str) -> str:
-    """The innermost of Java's causes that says something; else the first line."""
+    """Return the innermost of Java's causes that has a message; else the first line."""
     causes = [match["cause"] for match in map(_JAVA_CAUSE.match, text.splitlines()) if match is not None]
-    said = [cause for cause in causes if ": " in cause]
-    return _short((said or causes or text.strip().splitlines() or ["no message"])[-1 if said or causes else 0])
+    with_message = [cause for cause in causes if ": " in cause]
+    return _short([*text.strip().splitlines()[:1], *causes[-1:], *with_message[-1:]][-1])
 
 
 def _short(raised: str) -> str:
-    """An exception's line without the packages of its class; one of our own errors as its message alone."""
+    """Return an exception's line without the packages of its class; of our own errors only the message."""
     match = _RAISED.match(raised)
     if match is None:
         return raised
     kind, message = match["kind"], match["message"]
     if kind.startswith(_OUR_ERRORS) and message:
         return message
-    name = kind.rpartition(".")[2] if "." in kind else kind
+    name = kind.rpartition(".")[2]
     return f"{name}: {message}" if message else name
 
 

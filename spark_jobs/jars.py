@@ -1,11 +1,10 @@
-"""Jars that a lock file pins, resolved once into a cache folder; and the jars that Spark needs beside its own.
+"""Resolves jars that a lock file pins into a cache folder, among them Delta Lake and the Kafka connector for Spark.
 
-A lock names each jar with its size and its SHA-256. `ensure_cached` checks every jar against the lock on every call, and resolves
-the jars where some are missing. Later starts read the cache alone and use no network. The locks of Kafka and Pinot
-(services/launcher) use the same functions.
+A lock names each jar with its size and its SHA-256. `ensure_cached` checks every jar on every call and resolves missing ones. Later
+starts read the cache alone and use no network. services/launcher uses the same functions for Kafka and Pinot.
 
-Spark needs Delta Lake and the Kafka connector. Spark's Ivy resolves them by ``jars.lock.json`` of this folder. Jars that Spark
-ships itself are left out, so that no class is on the class path twice.
+Spark's Ivy resolves Spark's jars by ``jars.lock.json`` of this folder. The lock leaves out jars that Spark ships, so that no class
+is on the class path twice.
 
     python -m spark_jobs.jars             resolve what is missing, print the paths
     python -m spark_jobs.jars --update    resolve anew and rewrite jars.lock.json
@@ -43,7 +42,7 @@ RESOLVE_TIMEOUT_SECONDS = 900
 Progress = Callable[[str], None]
 Lock = TypeVar("Lock")
 
-# Spark resolves `spark.jars.packages` while its session starts; this starts one and ends it.
+# Spark resolves `spark.jars.packages` while its session starts: this program starts one and ends it.
 _RESOLVE = """
 import sys
 from pyspark.sql import SparkSession
@@ -69,10 +68,10 @@ class LockedJar:
 
 @dataclass(frozen=True)
 class JarLock:
-    """What ``jars.lock.json`` pins.
+    """The content of ``jars.lock.json``.
 
-    ``jars`` go on the class path. ``excluded`` maps ``group:artifact`` of what was resolved too to the jar of Spark
-    that has its classes.
+    ``jars`` go on the class path. ``excluded`` maps ``group:artifact`` of each other resolved jar to the jar of Spark that has its
+    classes.
     """
 
     spark_version: str
@@ -82,14 +81,14 @@ class JarLock:
 
     @property
     def digest(self) -> str:
-        """Names the cache folder: another lock, another folder."""
+        """The name of the cache folder, different for each lock."""
         text = json.dumps([self.coordinates, [asdict(jar) for jar in self.jars]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=4)
 def read_lock(path: Path = LOCK_FILE) -> JarLock:
-    """Return the lock of Spark's jars. Raises MachineError if it is missing, broken, or made for another Spark."""
+    """Read the lock of Spark's jars. Raises MachineError if it is missing, broken, or made for another Spark."""
     lock = parse_lock(
         path,
         lambda data: JarLock(
@@ -109,10 +108,7 @@ def read_lock(path: Path = LOCK_FILE) -> JarLock:
 
 
 def ensure_jars(settings: Settings, progress: Progress | None = None, *, lock: JarLock | None = None) -> list[Path]:
-    """Return the paths of the jars for ``spark.jars``; resolve them first if the cache lacks some.
-
-    Checking all of them (about 25 MB) takes some hundredths of a second. Raises as `ensure_cached`.
-    """
+    """Return the paths of the jars for ``spark.jars``; resolve them first if the cache lacks some. Raises as `ensure_cached`."""
     pinned = lock or read_lock()
     return ensure_cached(
         settings.jar_cache_path / pinned.digest,
@@ -127,10 +123,7 @@ def ensure_jars(settings: Settings, progress: Progress | None = None, *, lock: J
 def jars_are_cached(settings: Settings, lock: JarLock | None = None) -> bool:
     """Return whether every jar is in the cache, so that nothing would be resolved."""
     lock = lock or read_lock()
-    return not _missing(settings.jar_cache_path / lock.digest, lock.jars)
-
-
-# --- any lock
+    return _is_complete(settings.jar_cache_path / lock.digest, lock.jars)
 
 
 def parse_lock(path: Path, parse: Callable[[dict[str, Any]], Lock]) -> Lock:
@@ -155,17 +148,17 @@ def ensure_cached(
     ``resolve`` gets an empty working folder and returns files that have the names of the jars, and maybe others. ``description``
     says what is resolved; ``update`` is the command that rewrites the lock. ``progress`` receives a line before and after.
 
-    Every call checks all jars against the lock: a file that was cut short is resolved again, a file that was changed is never
-    loaded. Several processes may call it at once: one resolves, the others wait.
+    Every call checks all jars: it resolves truncated files again and never loads a changed one. Several processes may call it at
+    once: one resolves, the others wait.
 
     Raises MachineError if a jar differs from the lock or cannot be resolved, BusyError if another process takes longer than
     RESOLVE_TIMEOUT_SECONDS.
     """
-    if _missing(folder, jars):
+    if not _is_complete(folder, jars):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.parent / f"{folder.name}.lock", timeout=RESOLVE_TIMEOUT_SECONDS):
-                if _missing(folder, jars):
+                if not _is_complete(folder, jars):
                     progress(f"resolving {description} into {folder}")
                     _fill(folder, jars, resolve, update)
                     progress(f"resolved and checked {len(jars)} jars")
@@ -183,9 +176,9 @@ def megabytes(jars: Sequence[LockedJar]) -> str:
     return f"{sum(jar.size for jar in jars) / 1e6:.0f}"
 
 
-def _missing(folder: Path, jars: Sequence[LockedJar]) -> bool:
-    """Return whether a jar is missing or has another size: a crash of the machine may leave files that are cut short."""
-    return not all((path := folder / jar.name).is_file() and path.stat().st_size == jar.size for jar in jars)
+def _is_complete(folder: Path, jars: Sequence[LockedJar]) -> bool:
+    """Return whether every jar exists with its size: a crash of the machine may leave truncated files."""
+    return all((path := folder / jar.name).is_file() and path.stat().st_size == jar.size for jar in jars)
 
 
 def _check(path: Path, jar: LockedJar, *, hint: str) -> None:
@@ -205,7 +198,7 @@ def sha256_of(path: Path) -> str:
 
 def _fill(folder: Path, jars: Sequence[LockedJar], resolve: Callable[[Path], Iterable[Path]], update: str) -> None:
     prefix = f"resolve-{folder.name}-"
-    for left in folder.parent.glob(f"{prefix}*"):  # from a process that was killed: this process has the lock, so nobody uses it
+    for left in folder.parent.glob(f"{prefix}*"):  # from a killed process: nobody uses it, because this process has the lock
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent) as work:
         resolved = {path.name: path for path in resolve(Path(work))}
@@ -219,7 +212,7 @@ def _fill(folder: Path, jars: Sequence[LockedJar], resolve: Callable[[Path], Ite
                 )
             _check(resolved[jar.name], jar, hint="the repository that answered does not hold the jar this project pins")
             shutil.move(resolved[jar.name], staged / jar.name)
-        if folder.exists():  # incomplete: files were deleted from it, or cut short
+        if folder.exists():  # incomplete
             shutil.rmtree(folder)
         staged.rename(folder)
 
@@ -239,10 +232,8 @@ def run_resolver(command: Sequence[str], work: Path, environment: dict[str, str]
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise MachineError(
-            f"the jars could not be resolved within {RESOLVE_TIMEOUT_SECONDS} seconds",
-            hint="check the network and run again",
-        ) from None
+        problem = f"the jars could not be resolved within {RESOLVE_TIMEOUT_SECONDS} seconds"
+        raise MachineError(problem, hint="check the network and run again") from None
     except OSError as error:
         raise MachineError(f"the jars could not be resolved: {error}") from None
     if done.returncode != 0:
@@ -253,30 +244,27 @@ def run_resolver(command: Sequence[str], work: Path, environment: dict[str, str]
 
 
 def _reason(output: str) -> str:
-    signs = ("unresolved dependency", "not found", "UNRESOLVED", "download failed", "[FAILED", "FAILED DOWNLOADS", "Exception")
-    for sign in signs:
-        for line in output.splitlines():
+    lines = output.strip().splitlines()
+    for sign in ("unresolved dependency", "not found", "UNRESOLVED", "download failed", "[FAILED", "FAILED DOWNLOADS", "Exception"):
+        for line in lines:
             if sign in line and "WARN" not in line:
                 return line.strip(" :\t")
-    return (output.strip().splitlines() or ["the resolver said nothing"])[-1].strip()
+    return lines[-1].strip() if lines else "the resolver said nothing"
 
 
 def jars_of_spark() -> list[Path]:
-    """Return the jars that pyspark ships. Raises MachineError where pyspark is not installed."""
+    """Return the jars that pyspark ships. Raises MachineError if pyspark is not installed."""
     spec = find_spec("pyspark")
     if spec is None or spec.origin is None:
         raise MachineError("pyspark is not installed", hint="run `uv sync --frozen`")
     return sorted((Path(spec.origin).parent / "jars").glob("*.jar"))
 
 
-# --- Spark's jars
-
-
 def _resolve(coordinates: tuple[str, ...], excludes: tuple[str, ...], work: Path) -> list[Path]:
     require_java()
     ivy = work / "ivy"
     ivy.mkdir(parents=True)
-    # A SPARK_HOME of another Spark would resolve for that one.
+    # with the SPARK_HOME of another Spark, Ivy would resolve for that one
     environment = {name: value for name, value in os.environ.items() if name not in ("SPARK_HOME", "PYSPARK_SUBMIT_ARGS")}
     arguments = [",".join(coordinates), ",".join(excludes), str(ivy), str(work / "warehouse")]
     run_resolver([sys.executable, "-c", _RESOLVE, *arguments], work, environment)
@@ -284,32 +272,28 @@ def _resolve(coordinates: tuple[str, ...], excludes: tuple[str, ...], work: Path
 
 
 def update_lock(path: Path = LOCK_FILE, progress: Progress = print) -> JarLock:
-    """Resolve the coordinates of this module with all that they need, and write the lock.
+    """Resolve COORDINATES with all that they need, and write the lock.
 
-    A resolved jar is left out if most of its classes are in a jar that pyspark ships.
+    Leaves out a resolved jar if most of its classes are in a jar that pyspark ships.
     """
     shipped = _classes_of_spark()
     with tempfile.TemporaryDirectory(prefix="adtally-jars-") as work:
         progress("resolving " + ", ".join(COORDINATES))
         everything = _resolve(COORDINATES, (), Path(work))
         owners = {_group_and_artifact(jar.name): owner for jar in everything if (owner := _owner(jar, shipped))}
-        # Again without those: what only they needed goes too.
+        # resolved again without those, so that jars which only they need are left out too
         wanted = _resolve(COORDINATES, tuple(sorted(owners)), Path(work) / "again")
-        jars = [LockedJar(jar.name, jar.stat().st_size, sha256_of(jar)) for jar in wanted]
-        excluded = dict(sorted(owners.items()))
-    lock = JarLock(version("pyspark"), COORDINATES, tuple(jars), excluded)
+        jars = tuple(LockedJar(jar.name, jar.stat().st_size, sha256_of(jar)) for jar in wanted)
+    lock = JarLock(version("pyspark"), COORDINATES, jars, dict(sorted(owners.items())))
     path.write_text(json.dumps(asdict(lock), indent=2) + "\n", encoding="utf-8")
-    progress(f"{path}: {len(jars)} jars pinned, {len(excluded)} left to Spark")
+    progress(f"{path}: {len(jars)} jars pinned, {len(owners)} left to Spark")
     return lock
 
 
 def _classes(jar: Path) -> list[str]:
     with zipfile.ZipFile(jar) as archive:
-        return [
-            name
-            for name in archive.namelist()
-            if name.endswith(".class") and not name.startswith("META-INF/") and not name.endswith("module-info.class")
-        ]
+        names = [name for name in archive.namelist() if name.endswith(".class") and not name.startswith("META-INF/")]
+    return [name for name in names if not name.endswith("module-info.class")]
 
 
 def _classes_of_spark() -> dict[str, str]:
@@ -323,10 +307,8 @@ def _owner(jar: Path, shipped: dict[str, str]) -> str | None:
 
 
 def _group_and_artifact(file_name: str) -> str:
-    """``org.apache.kafka:kafka-clients`` of ``org.apache.kafka_kafka-clients-3.9.2.jar``."""
-    group, _, rest = file_name.partition("_")
-    artifact = rest.removesuffix(".jar").rsplit("-", 1)[0]
-    return f"{group}:{artifact}"
+    """Return ``org.apache.kafka:kafka-clients`` for ``org.apache.kafka_kafka-clients-3.9.2.jar``."""
+    return file_name.removesuffix(".jar").rsplit("-", 1)[0].replace("_", ":", 1)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The Java that Spark runs on."""
+"""Finds the Java that Spark runs on."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Java:
 
 @lru_cache(maxsize=1)
 def require_java() -> Java:
-    """The Java that Spark will start: that of JAVA_HOME when it is set, else the one on PATH.
+    """Return the Java that Spark will start: that of JAVA_HOME if it is set, else the one on PATH.
 
-    Raises MachineError, on one line with the command that installs Java, when it is missing or neither 17 nor 21.
+    Raises MachineError, with the command that installs Java, if it is missing or neither 17 nor 21.
     """
     home = os.environ.get("JAVA_HOME")
     if home:
@@ -53,7 +53,7 @@ def require_java() -> Java:
 
 
 def require_utf8_names() -> None:
-    """Raises MachineError where Python does not take file names for UTF-8: it would call a file otherwise than Java does."""
+    """Raise MachineError if Python does not read file names as UTF-8: its names would differ from Java's."""
     encoding = sys.getfilesystemencoding()
     if encoding != "utf-8":
         raise MachineError(f"file names are {encoding} in this locale, not UTF-8", hint="set LC_ALL=C.UTF-8, or PYTHONUTF8=1")
@@ -61,10 +61,7 @@ def require_utf8_names() -> None:
 
 @contextmanager
 def utf8_for_java() -> Iterator[None]:
-    """Let a Java that is started meanwhile take file names for UTF-8.
-
-    It goes by the locale alone. In another one (LC_ALL=C) it would not list a file whose name is not ASCII.
-    """
+    """Make a Java that the block starts read file names as UTF-8. Java uses the locale: with LC_ALL=C it lists only ASCII names."""
     before = os.environ.get("LC_ALL")
     os.environ["LC_ALL"] = "C.UTF-8"
     try:

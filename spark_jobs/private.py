@@ -1,4 +1,4 @@
-"""Who may read what this project writes."""
+"""File permissions."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def keep_files_private() -> None:
-    """Let what this process makes, and those it starts, be for its user alone: tables and indexes hold the ids of users."""
+    """Let only the user read what this process and its children write: tables and indexes hold the ids of users."""
     os.umask(0o077)

@@ -28,20 +28,20 @@ from spark_jobs.java import require_java, require_utf8_names, utf8_for_java
 
 _DELTA = "io.delta.sql.DeltaSparkSessionExtension"
 FOREIGN_VARIABLES = ("SPARK_HOME", "SPARK_CONF_DIR", "PYSPARK_PYTHON", "PYSPARK_SUBMIT_ARGS")
-"""What names another Spark, its settings or its Python. On one machine the installed ones are used, whatever these say."""
+"""Variables that name another Spark, its settings or its Python. On one machine the session ignores them."""
 JAVA_LOG = "java.log"
-"""What Java and the Python workers of Spark print, in the folder logs of the home."""
+"""The output of Java and of Spark's Python workers, in the folder logs of the home."""
 _LOG_BYTES = 10_000_000
 _MASTER = re.compile(r"spark://([^:,/]+):(\d+)")
 
 
-def build_session(settings: Settings, app_name: str = "adtally", extra: dict[str, str] | None = None) -> SparkSession:
-    """A session with Delta Lake, in UTC, quiet, without a UI; ``extra`` overrides single Spark settings.
+def build_session(settings: Settings, app_name: str = "adtally") -> SparkSession:
+    """Build a session with Delta Lake, in UTC, without a UI.
 
-    On one machine everything is on loopback. On a cluster the addresses and the executors' folders are Spark's own business, and
-    what spark-submit was told, where it started this process, goes before our settings.
+    On one machine everything is on loopback. On a cluster Spark chooses the addresses and the executors' folders. If spark-submit
+    started this process, its settings override ours.
 
-    Raises MachineError where Java or a jar is missing, or file names are not UTF-8; AdtallyError where Spark does not start.
+    Raises MachineError if Java or a jar is missing or file names are not UTF-8, AdtallyError if Spark does not start.
     """
     require_java()
     require_utf8_names()
@@ -52,21 +52,21 @@ def build_session(settings: Settings, app_name: str = "adtally", extra: dict[str
     chosen = settings.spark_master if "spark_master" in settings.model_fields_set else None
     master = chosen or submitted.get("spark.master") or settings.spark_master
     if is_one_machine(master) and not submitted:
-        for name in FOREIGN_VARIABLES:  # of another Spark or Python on this machine
+        for name in FOREIGN_VARIABLES:
             os.environ.pop(name, None)
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     scratch = settings.scratch_path
     scratch.mkdir(parents=True, exist_ok=True)
     options = {
         "spark.driver.memory": settings.driver_memory,
-        # serial collector: two cores are worth more to the tasks than to the collector, and it keeps the heap small
+        # the serial collector leaves the cores to the tasks and keeps the heap small
         "spark.driver.extraJavaOptions": (
             "-XX:+UseSerialGC "
             f"-Dderby.system.home={_java_option(str(scratch))} "
             f"-Dlog4j2.configurationFile={Path(__file__).with_name('log4j2.properties').as_uri()}"
         ),
         "spark.executorEnv.PYTHONUTF8": "1",  # file names are UTF-8, whatever the locale of a worker
-        "spark.executorEnv.PYTHONPATH": paths,  # where the executors see these folders; elsewhere the package is installed
+        "spark.executorEnv.PYTHONPATH": paths,  # for executors that see these folders; elsewhere the package is installed
         "spark.ui.enabled": "false",
         "spark.hadoop.fs.permissions.umask-mode": "077",  # Hadoop has a umask of its own for files of checkpoints
         "spark.ui.showConsoleProgress": "false",
@@ -81,15 +81,15 @@ def build_session(settings: Settings, app_name: str = "adtally", extra: dict[str
         "spark.sql.streaming.metricsEnabled": "false",
         "spark.sql.streaming.minBatchesToRetain": "100",
         "spark.sql.streaming.stopTimeout": "3s",
-        # the driver looks at a batch's files itself: a task for each, which is Spark's way, takes ten times as long
+        # the driver lists a batch's files itself: Spark's way, a task for each file, takes ten times as long
         "spark.sql.sources.parallelPartitionDiscovery.threshold": "1000000",
     }
-    options |= _of_one_machine(scratch) if is_one_machine(master) else _of_a_cluster(master)
+    options |= _local_options(scratch) if is_one_machine(master) else _cluster_options(master)
     if submitted:
         _require_delta()
     else:
         options["spark.jars"] = ",".join(str(jar) for jar in ensure_jars(settings))
-    options = {name: text for name, text in options.items() if name not in submitted} | (extra or {})
+    options = {name: text for name, text in options.items() if name not in submitted}
     builder = SparkSession.builder.master(master).appName(app_name)
     for key, value in options.items():
         builder = builder.config(key, value)
@@ -99,29 +99,29 @@ def build_session(settings: Settings, app_name: str = "adtally", extra: dict[str
                 conf = SparkConf().setMaster(master).setAppName(app_name).setAll(list(options.items()))
                 _start_java(conf, settings.home_path / "logs" / JAVA_LOG)
             session = builder.getOrCreate()
-    except Exception as error:  # Java's and Spark's own, many kinds
+    except Exception as error:  # Java and Spark raise many kinds
         cause = failure_cause(error)
         raise AdtallyError(f"Spark does not start on {master}: {cause}", hint=cause.hint or "is that master there?") from error
-    _print_no_cut_calls(session.sparkContext)
+    _silence_cut_calls(session.sparkContext)
     return session
 
 
-def _print_no_cut_calls(context: SparkContext) -> None:
-    """Print no trace of a call that Java's end cuts off: whoever made it gets the error."""
-    logging.getLogger().addFilter(_is_not_of_py4j)  # which logs such a call, and raises it
+def _silence_cut_calls(context: SparkContext) -> None:
+    """Print no trace of a call that fails because Java ends: its caller gets the error."""
+    logging.getLogger().addFilter(_is_not_from_py4j)
     if context._accumulatorServer is not None:
         context._accumulatorServer.handle_error = lambda *_: None  # type: ignore[method-assign]
 
 
-def _is_not_of_py4j(record: logging.LogRecord) -> bool:
+def _is_not_from_py4j(record: logging.LogRecord) -> bool:
     return record.module != "java_gateway"
 
 
 def _start_java(conf: SparkConf, log: Path) -> None:
-    """Start Java, where none runs, in a process group of its own: a signal to ours does not end it in the middle of a batch.
+    """Start Java, if none runs, in its own process group, so that a signal to our group does not end it during a batch.
 
-    It ends when this process does, however that ends: its standard input is a pipe that then closes. What it prints, warnings on a
-    good day, goes to ``log``, which begins anew once it is long; where it does not start, the end of ``log`` is in the error.
+    Java ends with this process, because its standard input is a pipe that then closes. It prints to ``log``, which is emptied once
+    it is long. If Java does not start, the error contains the end of ``log``.
     """
     if SparkContext._gateway is not None:
         return
@@ -141,12 +141,12 @@ def _start_java(conf: SparkConf, log: Path) -> None:
 
 
 def java_pid(spark: SparkSession) -> int:
-    """The process of Java, below which the Python workers of one machine run."""
+    """Return the process id of Java, the parent of the Python workers on one machine."""
     return int(spark.sparkContext._jvm.java.lang.ProcessHandle.current().pid())  # type: ignore[union-attr]
 
 
 def java_has_ended(patience_seconds: float = 0.0) -> bool:
-    """Whether the Java that this process started has ended, or does within ``patience_seconds``. False: it is another's."""
+    """Return whether the Java that this process started ends within ``patience_seconds``. False if this process started none."""
     process = getattr(SparkContext._gateway, "proc", None)
     if process is None:
         return False
@@ -158,7 +158,7 @@ def java_has_ended(patience_seconds: float = 0.0) -> bool:
 
 
 def end_java() -> None:
-    """Kill the Java that this process started, and the Python workers below it. Whoever waits for it gets an error."""
+    """Kill the Java that this process started, and its Python workers. Calls that wait for it get an error."""
     process = getattr(SparkContext._gateway, "proc", None)
     if process is None:
         return
@@ -170,11 +170,11 @@ def end_java() -> None:
 
 
 def is_one_machine(master: str) -> bool:
-    """Whether tasks run in the driver's own process, not in executors, which may be on other machines."""
+    """Return whether tasks run in the driver's process, not in executors, which may be on other machines."""
     return master == "local" or master.startswith("local[")
 
 
-def _of_one_machine(scratch: Path) -> dict[str, str]:
+def _local_options(scratch: Path) -> dict[str, str]:
     os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
     return {
         "spark.driver.host": "127.0.0.1",
@@ -184,21 +184,21 @@ def _of_one_machine(scratch: Path) -> dict[str, str]:
 
 
 def _java_option(value: str) -> str:
-    """A value among Java's options, which Spark cuts at blanks: in quotes, where it needs them."""
+    """Quote a value if it needs quotes: Spark cuts Java's options at blanks."""
     return value if re.fullmatch(r"[\w./:@%+=~-]*", value) else '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
 
 
 def _local_folder(scratch: Path) -> Path:
-    """Spark's own working folder. Spark cuts a list of such at commas, so one whose path has a comma lies elsewhere."""
+    """Return Spark's working folder. Spark cuts the setting at commas, so the folder is elsewhere if the path has a comma."""
     if "," not in str(scratch):
         return scratch / "spark"
-    folder = tempfile.mkdtemp(prefix="adtally-")  # of this user alone, under a name that nobody could have taken before
+    folder = tempfile.mkdtemp(prefix="adtally-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 
 
-def _of_a_cluster(master: str) -> dict[str, str]:
-    """The address at which executors find the driver: from which it reaches a standalone master; else Spark's own choice."""
+def _cluster_options(master: str) -> dict[str, str]:
+    """Return the driver's address for executors: the one from which it reaches a standalone master; else Spark chooses."""
     named = _MASTER.match(master)
     if named is None or "SPARK_LOCAL_IP" in os.environ:
         return {}
@@ -211,7 +211,7 @@ def _of_a_cluster(master: str) -> dict[str, str]:
 
 
 def _submitted() -> dict[str, str]:
-    """The settings of spark-submit, where it started this process; empty where we start Java ourselves."""
+    """Return the settings of spark-submit if it started this process; empty if we start Java."""
     if "PYSPARK_GATEWAY_PORT" not in os.environ:
         return {}
     SparkContext._ensure_initialized()
@@ -219,7 +219,7 @@ def _submitted() -> dict[str, str]:
 
 
 def _require_delta() -> None:
-    """Java runs already, so jars can no longer be added: they have to be spark-submit's."""
+    """Raise MachineError if spark-submit did not add the jars: Java already runs, so they cannot be added now."""
     try:
         SparkContext._jvm.Thread.currentThread().getContextClassLoader().loadClass(_DELTA)  # type: ignore[union-attr]
     except Py4JError:

@@ -62,48 +62,6 @@ class Step(StrEnum):
     PUBLICATIONS = "publications"
 
 
-OF_A_BATCH = frozenset(
-    {
-        Step.CAMPAIGNS,
-        Step.OFFSETS,
-        Step.EVENTS,
-        Step.KEY_INDEX,
-        Step.REJECTED_EVENTS,
-        Step.MINUTE_METRICS,
-        Step.EVENTS_LEDGER,
-        Step.ORDERS,
-        Step.REJECTED_ORDERS,
-        Step.ORDERS_LEDGER,
-        Step.COMMITS,
-    }
-)
-"""The steps of an ingest. All others are maintenance, which no ingest reaches."""
-
-CORRECTION: tuple[Step, ...] = (
-    Step.CORRECTION_DECIDED,
-    Step.CORRECTED_EVENTS,
-    Step.CORRECTED_REJECTS,
-    Step.CORRECTED_METRICS,
-    Step.CORRECTED_ORDERS,
-    Step.CORRECTED_ORDER_REJECTS,
-    Step.CORRECTED_LEDGER,
-    Step.RESTATEMENTS,
-    Step.HOUR_RULES,
-    Step.RECONCILIATIONS,
-    Step.CORRECTION_DONE,
-)
-"""The steps of a correction, in their order."""
-
-# Every point of a batch at which the tests kill it: before and after each of our steps, and around Spark's two steps ("before
-# offsets" is the same point as "after commits" of the previous batch).
-CRASH_POINTS: tuple[tuple[str, Step], ...] = (
-    ("after", Step.OFFSETS),
-    *((moment, step) for step in Step if step in OF_A_BATCH - {Step.OFFSETS, Step.COMMITS} for moment in ("before", "after")),
-    ("before", Step.COMMITS),
-    ("after", Step.COMMITS),
-)
-
-
 def crash_point(moment: str, step: Step, batch_id: int) -> None:
     """Kill this process if CRASH_VARIABLE names exactly this point."""
     if os.environ.get(CRASH_VARIABLE) == f"{moment}:{step}:{batch_id}":
@@ -119,10 +77,7 @@ def durable(step: Step, batch_id: int = 0) -> Iterator[None]:
 
 
 def watch_checkpoint(checkpoint: Path) -> None:
-    """Kill this process as soon as Spark has written the checkpoint file that CRASH_VARIABLE names.
-
-    Spark makes the step itself, so no `durable` block surrounds it.
-    """
+    """Kill this process once Spark, which makes this step itself, has written the checkpoint file that CRASH_VARIABLE names."""
     ordered = os.environ.get(CRASH_VARIABLE, "").split(":")
     if len(ordered) != 3 or ordered[0] != "after" or ordered[1] != Step.COMMITS:
         return

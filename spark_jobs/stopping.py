@@ -1,7 +1,7 @@
-"""SIGTERM and SIGINT: heard within seconds, whatever this process waits for.
+"""Handles SIGTERM and SIGINT within seconds, whatever this process waits for.
 
-The first one asks for an end after the current batch; a second one ends at once. A process that does not come to its end in time,
-because Java or a disk does not answer, is ended: nothing is lost by that, for a batch that was cut off is made again as it was.
+The first signal asks for an end after the current batch; a second one ends the process at once. A process that does not end in
+time, because Java or a disk does not answer, is killed. Nothing is lost: an interrupted batch runs again and decides the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -20,21 +20,22 @@ from filelock import FileLock, Timeout
 
 from spark_jobs.errors import StoppedError
 
-BATCH_SECONDS = 18.0  # for the current batch to end by itself
-_JAVA_SECONDS = 23.0  # after the first signal: then Java is ended, and who waits for it is let go
-_PROCESS_SECONDS = 27.0  # then the process
-_ONE_SIGNAL_SECONDS = 1.0  # a supervisor and its own supervisor may both send one
+# seconds after the first signal
+BATCH_SECONDS = 18.0  # until which the current batch may end by itself
+_JAVA_SECONDS = 23.0  # after which Java is killed, so that calls that wait for it return
+_PROCESS_SECONDS = 27.0  # after which this process is killed
+_ONE_SIGNAL_SECONDS = 1.0  # within which a second signal counts as the same: two supervisors may each send one
 _POLL_SECONDS = 0.25
 
 
 class StopNow(BaseException):
-    """Raised in the main thread by a signal that comes while nothing has begun yet."""
+    """Raised in the main thread by a signal before any batch has begun."""
 
 
 class StopRequest:
-    """Hears the signals in a ``with`` block. ``event`` is set by the first one.
+    """Handles the signals in a ``with`` block. The first one sets ``event``.
 
-    ``end_java`` ends Java where it is this process's own; ``status`` is the exit status of a process that had to be ended.
+    ``end_java`` kills the Java that this process started; ``status`` is the exit status if this process has to be killed.
     """
 
     def __init__(self, end_java: Callable[[], None] = lambda: None, *, status: int | None = None) -> None:
@@ -58,7 +59,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def listen(self) -> None:
-        """Take the signals; again after something else took them, as a new Spark session takes SIGINT."""
+        """Install the signal handlers. Call it again after a new Spark session, which replaces that of SIGINT."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 before = signal.signal(number, self._handle)
@@ -66,7 +67,7 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """In this block a signal raises StopNow in the main thread, whatever it waits for."""
+        """Make a signal in this block raise StopNow in the main thread."""
         self._raises = True
         try:
             if self.event.is_set():
@@ -100,13 +101,11 @@ class StopRequest:
 
 @contextmanager
 def lock_unless_stopped(lock: FileLock, stopping: threading.Event) -> Iterator[None]:
-    """Hold a lock, waiting for it as long as it takes. Raises StoppedError where ``stopping`` is set meanwhile."""
+    """Hold a lock, however long it takes to get it. Raises StoppedError if ``stopping`` is set before."""
     while not stopping.is_set():
-        try:
+        with suppress(Timeout):
             lock.acquire(timeout=_POLL_SECONDS)
             break
-        except Timeout:
-            continue
     else:
         raise StoppedError("stopped while another held the lock of this table")
     try:

@@ -1,4 +1,4 @@
-"""Numbers as a person reads them, and texts that come from data as they can be shown."""
+"""Formats numbers for people, and escapes texts from data for the terminal."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    r"""``text`` as it may go to a terminal: what steers one, or turns or hides letters, is escaped, as ESC becomes \x1b.
+    r"""Escape characters that control a terminal or hide letters: ESC becomes \x1b, a byte that is not UTF-8 \xff.
 
-    A byte of a file name that is not UTF-8 becomes \xff. The characters of ``keep`` stay, as line ends.
+    The characters of ``keep`` stay.
     """
     if text.isprintable():
         return text
@@ -16,19 +16,19 @@ def printable(text: str, *, keep: str = "") -> str:
 
 
 def printable_json(text: str) -> str:
-    """JSON with the same escaped as JSON has it: it says the same, to the last character."""
+    """Escape the same characters as JSON does, so that the JSON keeps its meaning."""
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def _escaped(character: str) -> str:
     number = ord(character)
-    if 0xDC80 <= number <= 0xDCFF:  # how Python has a byte that is not UTF-8
+    if 0xDC80 <= number <= 0xDCFF:  # Python's form of a byte that is not UTF-8
         return f"\\x{number - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
 
 
 def counted(number: int, noun: str) -> str:
-    """A number with its noun, in the plural where it is not one: '1 file', '2 batches', '1,000 days'."""
+    """Format a number with its noun: '1 file', '2 batches', '1,000 days'."""
     if number == 1:
         return f"1 {noun}"
     return f"{number:,} {noun}{'es' if noun.endswith(('ch', 's', 'x')) else 's'}"
@@ -39,9 +39,9 @@ _DECIMALS = {code: decimals for decimals, codes in _CODES.items() for code in co
 
 
 def money(nanos: int, currency: str | None) -> str:
-    """An amount with the decimals of its currency, and more where it has more digits: nothing is rounded away.
+    """Format an amount with the decimals of its currency, and more digits if it has more; never rounds.
 
-    '5,431' for JPY, '676.20' and '676.200001' for USD. Without a currency all nine digits: it is no amount to pay.
+    '5,431' for JPY, '676.20' and '676.200001' for USD. All nine digits without a currency.
     """
     sign = "-" if nanos < 0 else ""
     units, rest = divmod(abs(nanos), 10**9)
@@ -50,16 +50,16 @@ def money(nanos: int, currency: str | None) -> str:
     return f"{sign}{units:,}{'.' if digits else ''}{digits}"
 
 
+_UNITS = ((31_536_000, "y", "d", 86_400), (86_400, "d", "h", 3600), (3600, "h", "min", 60), (60, "min", "s", 1))
+
+
 def duration(seconds: float | None) -> str:
-    """Seconds in at most two units: '0.3 s', '2 min 5 s', '3 d 1 h', '7,973 y 12 d'; '-' for None. Below zero is 0."""
+    """Format seconds in at most two units: '0.3 s', '2 min 5 s', '3 d 1 h', '7,973 y 12 d'; '-' for None. Negative counts as 0."""
     if seconds is None:
         return "-"
     seconds = max(seconds, 0.0)
     whole = int(seconds)
-    for size, big, small, part in (
-        *((31_536_000, "y", "d", 86_400), (86_400, "d", "h", 3600)),
-        *((3600, "h", "min", 60), (60, "min", "s", 1)),
-    ):
+    for size, big, small, part in _UNITS:
         if whole >= size:
             return f"{whole // size:,} {big} {whole % size // part} {small}"
     return f"{seconds:.1f} s"

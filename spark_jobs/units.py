@@ -1,4 +1,4 @@
-"""Units of time: each constant and each conversion once. Moments are datetimes in UTC, or whole microseconds since the epoch."""
+"""Units of time and their conversions. Moments are datetimes in UTC, or whole microseconds since the epoch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ HOUR = timedelta(hours=1)
 
 
 def floor_hour(moment: datetime) -> datetime:
-    """The beginning of the hour (UTC) in which ``moment``, which has a zone, lies."""
+    """Return the start (UTC) of the hour that contains ``moment``, which has a zone."""
     return moment.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
 
 
 def earlier(moment: datetime, by: timedelta) -> datetime:
-    """``moment`` less ``by``, and no earlier than the year 1, with which time begins here."""
+    """Return ``moment - by``, but not before the year 1, the first that a datetime can hold."""
     start = datetime.min.replace(tzinfo=moment.tzinfo)
     return start if moment - start < by else moment - by
 
@@ -41,7 +41,7 @@ def from_micros(micros: int) -> datetime:
 
 
 def hour_number(moment: datetime) -> int:
-    """Return the number of the hour in which ``moment`` lies: hours since the epoch."""
+    """Return the number of the hour that contains ``moment``: hours since the epoch."""
     return (moment - EPOCH) // HOUR
 
 
@@ -52,7 +52,7 @@ def hour_moment(hour: int) -> datetime | None:
 
 @dataclass(frozen=True, order=True)
 class HourRange:
-    """The hours from ``start`` until before ``end``, both whole hours with a zone. Raises UsageError where it is none or empty."""
+    """The hours from ``start`` until before ``end``, both whole hours with a zone. Raises UsageError otherwise, or if empty."""
 
     start: datetime
     end: datetime
@@ -66,7 +66,7 @@ class HourRange:
 
     @classmethod
     def of(cls, hour: datetime) -> HourRange:
-        """The single hour that begins at ``hour``."""
+        """Return the range of the single hour that starts at ``hour``."""
         return cls(hour, hour + HOUR)
 
     def __iter__(self) -> Iterator[datetime]:

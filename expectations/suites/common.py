@@ -1,7 +1,9 @@
-"""What several suites expect."""
+"""Expectations that several suites share."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from great_expectations.expectations.expectation import Expectation
@@ -12,20 +14,28 @@ from expectations.results import Severity
 from expectations.suites.suite import check
 from expectations.trailing import MAX_ROBUST_Z, MAX_STABILITY_INDEX
 
-TEXT, NUMBER, TIME, DATE, FLAG = "VARCHAR", "BIGINT", "TIMESTAMP WITH TIME ZONE", "DATE", "BOOLEAN"
-MONEY = "DECIMAL(38,0)"  # a sum of it, in a Delta table; the amount of one record is a NUMBER
-
-BATCH_COLUMNS = {"_query_id": TEXT, "_batch_id": NUMBER, "_run_id": TEXT}
+BATCH_COLUMNS = "_query_id VARCHAR, _batch_id BIGINT, _run_id VARCHAR"
 
 _REGION, _CURRENCY = "[a-z0-9-]{1,32}", "[A-Z]{3}"
 
 
+def column_types(columns: str) -> dict[str, str]:
+    """Parse a list of columns with their DuckDB types; returns types as DuckDB describes them."""
+    pairs = (column.split() for column in re.split(r",\s+", columns.strip()))
+    return {name: kind.replace("TIMESTAMPTZ", "TIMESTAMP WITH TIME ZONE") for name, kind in pairs}
+
+
 def no_row(place: tuple[str, ...], name: str, where: str, description: str) -> Expectation:
-    """Expect no row ``where``. Great Expectations shows ``place`` and the column of the check's name."""
+    """Expect no row ``where``. The data docs show ``place`` and the column of the check's name."""
     shown = dict.fromkeys((*place, name.partition(".")[0]))
     condition = where.replace("{", "{{").replace("}", "}}")  # braces in SQL are not Great Expectations' own
     query = f"select {', '.join(shown)} from {{batch}} where {condition}"
     return ExpectNoRows(unexpected_rows_query=query, **check(name, description))
+
+
+def no_rows(place: tuple[str, ...], rules: Mapping[str, tuple[str, str]]) -> tuple[Expectation, ...]:
+    """Expect no row that breaks one of the rules: name -> (where, description)."""
+    return tuple(no_row(place, name, where, description) for name, (where, description) in rules.items())
 
 
 def no_result(
@@ -36,13 +46,13 @@ def no_result(
 
 
 def region_form(place: tuple[str, ...]) -> Expectation:
-    """Expect regions as the contract writes them."""
+    """Expect regions in the contract's form."""
     wrong = f"not regexp_full_match(region, '{_REGION}')"
     return no_row(place, "region.form", wrong, "region is 1 to 32 of a-z, 0-9 and -")
 
 
 def currency_form(place: tuple[str, ...]) -> Expectation:
-    """Expect codes of currencies."""
+    """Expect currency codes."""
     return no_row(place, "currency.form", f"not regexp_full_match(currency, '{_CURRENCY}')", "currency is three capitals")
 
 
@@ -55,7 +65,7 @@ def not_null(*columns: str) -> tuple[Expectation, ...]:
 
 
 def not_negative(*columns: str, of: str = "", **options: Any) -> tuple[Expectation, ...]:
-    """Expect no value below zero in each of the columns. ``of``: whose, for the description; ``options``: of the expectation."""
+    """Expect no negative value in the columns. ``of`` adds to the description; ``options`` are those of the expectation."""
     return tuple(
         gxe.ExpectColumnValuesToBeBetween(
             column=column, min_value=0, **options, **check(f"{column}.not_negative", f"{column}{of} is not negative")
@@ -75,15 +85,15 @@ def unique(column: str) -> Expectation:
 
 
 def id_length(column: str) -> Expectation:
-    """Expect ids of a length that the contract allows."""
+    """Expect ids with a length that the contract allows."""
     return gxe.ExpectColumnValueLengthsToBeBetween(
         column=column, min_value=1, max_value=128, **check(f"{column}.length", f"{column} has 1 to 128 characters")
     )
 
 
 def schema() -> tuple[Expectation, ...]:
-    """Expect the declared columns with their types; other columns are only worth a look."""
-    # the comment names {batch} because Great Expectations warns about queries that do not read it
+    """Expect the declared columns with their types; warn about other columns."""
+    # the SQL comment names {batch}, because Great Expectations warns about queries that do not read it
     differ = "select * from table_columns where found is distinct from declared and declared is {} null /* of {{batch}} */"
     return (
         no_result("table.columns", differ.format("not"), "every declared column is there, with its type"),
@@ -122,10 +132,10 @@ def baseline(table: str, volume: str, shares: dict[str, str]) -> tuple[Expectati
 
 
 def against_ledger(measure: str, ours: str, booked: str, what: str) -> Expectation:
-    """Expect, per batch and region, a sum over the hour to be what the ledger says of the hour.
+    """Expect, per batch and region, a sum over the hour to equal that of the ledger.
 
-    A batch of a Kafka topic is booked by its cluster, while its records may name other regions: it is compared as a whole. A batch
-    that is nowhere in the ledger is not complete yet, and left out: the versions are pinned with the ledger first.
+    The ledger books a batch of a Kafka topic by its cluster, while its records may name other regions: it is compared as a whole.
+    A batch that is not in the ledger is incomplete and left out, because the ledger is pinned first.
     """
     cells = f"""
         with of_clusters as (
@@ -148,7 +158,7 @@ def against_ledger(measure: str, ours: str, booked: str, what: str) -> Expectati
 
 
 def without_ledger() -> Expectation:
-    """Expect no batch that is not complete (yet): there is none in a closed hour, unless late records are being ingested."""
+    """Expect no incomplete batch: a closed hour has none, unless late records are being ingested."""
     missing = """
         select * from (select _query_id, _batch_id, count(*) as rows from {batch} group by all) as batches
         where (_query_id, _batch_id) not in (select (_query_id, _batch_id) from batch_ledger)

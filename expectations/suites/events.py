@@ -6,18 +6,15 @@ from expectations._gx import gxe
 from expectations.results import Severity
 from expectations.suites.common import (
     BATCH_COLUMNS,
-    DATE,
-    FLAG,
-    NUMBER,
-    TEXT,
-    TIME,
     against_ledger,
     baseline,
+    column_types,
     currency_form,
     id_length,
     known,
     no_result,
     no_row,
+    no_rows,
     not_null,
     region_form,
     schema,
@@ -32,6 +29,11 @@ _PRICE = """
     case when billing_model = 'cpc' and event_type = 'click' then price_micros * 1000
         when billing_model = 'cpm' and event_type = 'impression' then price_micros else 0 end
 """
+_INVALID = "count(invalid_traffic_rule)"
+_SHARES = {
+    name: f"select {name} as value, count(*) as weight from {{batch}} group by all"
+    for name in ("region", "event_type", "campaign_id")
+}
 _UNKNOWN = "from {batch} where campaign_id not in (select campaign_id from campaigns)"
 _OTHER_CURRENCY = """
     select campaign_id, currency, rows from (select campaign_id, currency, count(*) as rows from {batch} group by all) as groups
@@ -41,28 +43,13 @@ _OTHER_CURRENCY = """
 
 EVENTS = Suite(
     table="events",
-    columns={
-        **dict.fromkeys(("event_id", "event_type"), TEXT),
-        **dict.fromkeys(("event_time", "received_at"), TIME),
-        **dict.fromkeys(("region", "campaign_id", "ad_id", "store_id", "user_id", "impression_id", "placement"), TEXT),
-        "price_micros": NUMBER,
-        "currency": TEXT,
-        "user_agent": TEXT,
-        "billing_model": TEXT,
-        "spend_nanos": NUMBER,
-        "invalid_spend_nanos": NUMBER,
-        "is_late": FLAG,
-        "invalid_traffic_rule": TEXT,
-        "invalid_traffic_rules": f"{TEXT}[]",
-        "rule_set": TEXT,
-        "fingerprint": NUMBER,
-        "source_file": TEXT,
-        "source_line": NUMBER,
-        "ingested_at": TIME,
-        "event_date": DATE,
-        "event_hour": "INTEGER",
-        **BATCH_COLUMNS,
-    },
+    columns=column_types(f"""
+        event_id VARCHAR, event_type VARCHAR, event_time TIMESTAMPTZ, received_at TIMESTAMPTZ, region VARCHAR, campaign_id VARCHAR,
+        ad_id VARCHAR, store_id VARCHAR, user_id VARCHAR, impression_id VARCHAR, placement VARCHAR, price_micros BIGINT,
+        currency VARCHAR, user_agent VARCHAR, billing_model VARCHAR, spend_nanos BIGINT, invalid_spend_nanos BIGINT,
+        is_late BOOLEAN, invalid_traffic_rule VARCHAR, invalid_traffic_rules VARCHAR[], rule_set VARCHAR, fingerprint BIGINT,
+        source_file VARCHAR, source_line BIGINT, ingested_at TIMESTAMPTZ, event_date DATE, event_hour INTEGER, {BATCH_COLUMNS}
+    """),
     in_hour="event_date = {date} and event_hour = {hour}",
     place=_PLACE,
     expectations=(
@@ -85,47 +72,38 @@ EVENTS = Suite(
         gxe.ExpectColumnValuesToBeBetween(
             column="price_micros", min_value=0, max_value=10**12, **check("price_micros.range", "price_micros is 0 to 10^12")
         ),
-        no_row(
+        *no_rows(
             _PLACE,
-            "spend_nanos.price_of_the_event",
-            f"spend_nanos + coalesce(invalid_spend_nanos, 0) <> {_PRICE}",
-            "spend_nanos and invalid_spend_nanos together follow from price_micros, billing_model and event_type",
-        ),
-        no_row(
-            _PLACE,
-            "invalid_traffic_rule.not_billed",
-            "case when invalid_traffic_rule is null then coalesce(invalid_spend_nanos, 0) <> 0 else spend_nanos <> 0 end",
-            "an invalid event is not billed, a billable one has no invalid spend",
-        ),
-        no_row(
-            _PLACE,
-            "invalid_traffic_rule.of_the_rules",
-            "invalid_traffic_rule is not null and not coalesce(list_contains(invalid_traffic_rules, invalid_traffic_rule), false)",
-            "the rule that made an event invalid is one of those that hit it",
-        ),
-        no_row(
-            _PLACE,
-            "rule_set.with_a_rule_set",
-            "rule_set is null and invalid_traffic_rules is not null",
-            "a marked event names the rules that it was judged by",
-        ),
-        no_row(
-            _PLACE,
-            "is_late.after_the_hour",
-            "is_late and received_at < (select ends_at from this_hour)",
-            "what is late was received after its hour",
+            {
+                "spend_nanos.price_of_the_event": (
+                    f"spend_nanos + coalesce(invalid_spend_nanos, 0) <> {_PRICE}",
+                    "spend_nanos and invalid_spend_nanos together follow from price_micros, billing_model and event_type",
+                ),
+                "invalid_traffic_rule.not_billed": (
+                    "case when invalid_traffic_rule is null then coalesce(invalid_spend_nanos, 0) <> 0 else spend_nanos <> 0 end",
+                    "an invalid event is not billed, a billable one has no invalid spend",
+                ),
+                "invalid_traffic_rule.of_the_rules": (
+                    "invalid_traffic_rule is not null "
+                    "and not coalesce(list_contains(invalid_traffic_rules, invalid_traffic_rule), false)",
+                    "the rule that made an event invalid is one of those that hit it",
+                ),
+                "rule_set.with_a_rule_set": (
+                    "rule_set is null and invalid_traffic_rules is not null",
+                    "a marked event names the rules that it was judged by",
+                ),
+                "is_late.after_the_hour": (
+                    "is_late and received_at < (select ends_at from this_hour)",
+                    "what is late was received after its hour",
+                ),
+            },
         ),
         gxe.ExpectColumnValuesToBeBetween(
             column="source_line", min_value=1, **check("source_line.positive", "source_line counts from 1")
         ),
         against_ledger("accepted", "count(*)", "accepted", "events are as many as accepted"),
         against_ledger("spend_nanos", "sum(spend_nanos)", "spend_nanos", "the events' cost is the spend_nanos"),
-        against_ledger(
-            "invalid_traffic_rule",
-            "count(invalid_traffic_rule)",
-            "invalid_traffic",
-            "invalid events are as many as invalid_traffic",
-        ),
+        against_ledger("invalid_traffic_rule", _INVALID, "invalid_traffic", "invalid events are as many as invalid_traffic"),
         without_ledger(),
         no_result(
             "campaign_id.is_a_campaign",
@@ -143,19 +121,8 @@ EVENTS = Suite(
             needs="campaigns",
         ),
         no_result(
-            "currency.of_the_campaign",
-            _OTHER_CURRENCY,
-            "currency is that of the campaign",
-            Severity.WARN,
-            needs="campaigns",
+            "currency.of_the_campaign", _OTHER_CURRENCY, "currency is that of the campaign", Severity.WARN, needs="campaigns"
         ),
-        *baseline(
-            "events",
-            "select count(*) from {batch}",
-            {
-                name: f"select {name} as value, count(*) as weight from {{batch}} group by all"
-                for name in ("region", "event_type", "campaign_id")
-            },
-        ),
+        *baseline("events", "select count(*) from {batch}", _SHARES),
     ),
 )

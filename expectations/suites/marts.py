@@ -1,7 +1,7 @@
-"""The marts, as published: what neither their contracts nor dbt's tests enforce before they are published.
+"""The published marts: rules that neither their contracts nor dbt's tests enforce before publishing.
 
-Columns, types, nulls, grains, accepted values and conservation of sums are dbt's (dbt_project/models/marts, dbt_project/tests). An
-hour's marts by days are the rows of its day.
+dbt enforces columns, types, nulls, grains, accepted values and conservation of sums (dbt_project/models/marts, dbt_project/tests).
+For marts by day an hour selects the rows of its day.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ _ADDED = (*_COUNTS, "spend_nanos", "invalid_spend_nanos")
 _REVENUE = ("orders_by_touch_date", "revenue_by_touch_date_micros", "orders_by_order_date", "revenue_by_order_date_micros")
 _COMPLETENESS = tuple(f"completeness_{after}" for after in ("0_min", "1_min", "5_min", "15_min", "60_min", "24_h"))
 
+_DAY = ("event_date", "campaign_id", "store_id", "currency")
+
 _OF_ITS_DATE = "event_date = {date}"
 _OF_ITS_HOUR = "event_hour = {utc_start}"
 _OF_ITS_MINUTES = "event_minute >= {utc_start} and event_minute < {utc_end}"
 
 
 def _net_and_invalid(place: tuple[str, ...]) -> Expectation:
-    """Expect gross counts to be the sum of what is billable and what is not."""
+    """Expect gross counts to be the sum of billable and invalid ones."""
     differs = "gross_impressions <> impressions + invalid_impressions or gross_clicks <> clicks + invalid_clicks"
     return no_row(place, "gross_clicks.net_and_invalid", differs, "gross is net and invalid")
 
@@ -39,7 +41,7 @@ def _rounded(place: tuple[str, ...]) -> Expectation:
 
 def _sum_of_its_minutes() -> Expectation:
     """Expect each campaign's day to be the sum of its minutes."""
-    key = "event_date, campaign_id, store_id, currency"
+    key = ", ".join(_DAY)
     return no_result(
         "table.sum_of_its_minutes",
         f"""
@@ -56,8 +58,8 @@ def _sum_of_its_minutes() -> Expectation:
 
 
 def _sums_to_the_spend() -> Expectation:
-    """Expect what is billed, with what is about to be, to be what was spent."""
-    key = "event_date, campaign_id, store_id, currency"
+    """Expect billing lines and accruals to sum to the spend."""
+    key = ", ".join(_DAY)
     return no_result(
         "amount_micros.sums_to_the_spend",
         f"""
@@ -70,7 +72,6 @@ def _sums_to_the_spend() -> Expectation:
     )
 
 
-_DAY = ("event_date", "campaign_id", "store_id", "currency")
 _MINUTE = ("event_minute", "region", "campaign_id", "ad_id")
 _RECONCILIATION = ("run_id", "event_hour", "layer", "cause", "campaign_id")
 _LINE = ("line_id", "event_date", "campaign_id", "store_id")
@@ -78,9 +79,10 @@ _PACING = ("event_minute", "campaign_id")
 _CREDIT = ("order_id", "model", "window_days", "touch_event_id")
 _ARRIVALS = ("event_hour", "region")
 _RESTATEMENT = ("event_date", "campaign_id", "kind", "run_id")
-_PLACEMENT = ("event_date", "placement", "campaign_id", "currency")
+_PLACEMENT = ("event_date", "placement", "region", "campaign_id", "ad_id", "currency")
 _FREQUENCY = ("period", "period_start", "campaign_id", "impressions_per_user")
 _SOURCE = ("event_date", "source_type", "source", "rule")
+_RULE = ("event_date", "rule", "campaign_id", "ad_id", "placement", "region")
 
 MART_SUITES = (
     Suite(
@@ -105,12 +107,7 @@ MART_SUITES = (
             _net_and_invalid(_MINUTE),
         ),
     ),
-    Suite(
-        table="fct_event_accounting",
-        in_hour=_OF_ITS_HOUR,
-        place=("event_hour", "region"),
-        expectations=not_null("region"),
-    ),
+    Suite(table="fct_event_accounting", in_hour=_OF_ITS_HOUR, place=("event_hour", "region"), expectations=not_null("region")),
     Suite(
         table="fct_reconciliation",
         in_hour=_OF_ITS_HOUR,
@@ -267,10 +264,23 @@ MART_SUITES = (
                 "impressions are those of the users of the row",
             ),
             no_row(
-                _FREQUENCY,
-                "period_start.on_a_monday",
-                "period = 'week' and isodow(period_start) <> 1",
-                "a week begins on a Monday",
+                _FREQUENCY, "period_start.on_a_monday", "period = 'week' and isodow(period_start) <> 1", "a week begins on a Monday"
+            ),
+        ),
+    ),
+    Suite(
+        table="fct_invalid_traffic_day",
+        in_hour=_OF_ITS_DATE,
+        place=_RULE,
+        expectations=(
+            *not_negative(*_ADDED),
+            currency_form(_RULE),
+            _net_and_invalid(_RULE),
+            no_row(
+                _RULE,
+                "rule.none_is_billable",
+                "(rule = 'none') <> (invalid_impressions + invalid_clicks = 0) or (rule <> 'none') <> (impressions + clicks = 0)",
+                "rows with the rule none are billable, the others are not",
             ),
         ),
     ),

@@ -1,4 +1,4 @@
-"""Table `minute_metrics`: increments. A batch's own are never negative; a correction's may be, but no sum of a key is."""
+"""Table `minute_metrics`: increments. Those of a batch are never negative; those of a correction may be, but no sum of a key."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ from great_expectations.expectations.row_conditions import Column
 from expectations._gx import gxe
 from expectations.suites.common import (
     BATCH_COLUMNS,
-    DATE,
-    MONEY,
-    NUMBER,
-    TEXT,
-    TIME,
     against_ledger,
     baseline,
+    column_types,
     currency_form,
     no_result,
     no_row,
@@ -29,9 +25,11 @@ from expectations.suites.suite import Suite, check
 _PLACE = ("record_uuid", "event_minute", "_batch_id", "_run_id")
 _COUNTS = ("impressions", "clicks", "invalid_impressions", "invalid_clicks")
 _MEASURES = (*_COUNTS, "spend_nanos")
-_LATER = ("invalid_spend_nanos",)  # null in rows from before there was this column
+_LATER = ("invalid_spend_nanos",)  # null in rows that are older than the column
 _KEY = "event_minute, region, campaign_id, ad_id, store_id, placement, currency"
 _EVENTS = f"sum({' + '.join(_COUNTS)})"
+_INVALID = "sum(invalid_impressions + invalid_clicks)"
+_SHARES = {name: f"select {name} as value, {_EVENTS} as weight from {{batch}} group by all" for name in ("region", "campaign_id")}
 _NEGATIVE_SUMS = f"""
     select {_KEY}, {", ".join(f"sum({name}) as {name}" for name in (*_MEASURES, *_LATER))} from {{batch}} group by {_KEY}
     having {" or ".join(f"sum({name}) < 0" for name in (*_MEASURES, *_LATER))}
@@ -39,20 +37,11 @@ _NEGATIVE_SUMS = f"""
 
 MINUTE_METRICS = Suite(
     table="minute_metrics",
-    columns={
-        "record_uuid": TEXT,
-        "event_minute": TIME,
-        "region": TEXT,
-        "campaign_id": TEXT,
-        "ad_id": TEXT,
-        "store_id": TEXT,
-        "placement": TEXT,
-        "currency": TEXT,
-        **dict.fromkeys(_COUNTS, NUMBER),
-        **dict.fromkeys(("spend_nanos", *_LATER), MONEY),
-        "event_date": DATE,
-        **BATCH_COLUMNS,
-    },
+    columns=column_types(f"""
+        record_uuid VARCHAR, event_minute TIMESTAMPTZ, region VARCHAR, campaign_id VARCHAR, ad_id VARCHAR, store_id VARCHAR,
+        placement VARCHAR, currency VARCHAR, {", ".join(f"{name} BIGINT" for name in _COUNTS)}, spend_nanos DECIMAL(38,0),
+        invalid_spend_nanos DECIMAL(38,0), event_date DATE, {BATCH_COLUMNS}
+    """),
     in_hour="event_date = {date} and event_minute >= {start} and event_minute < {end}",
     place=_PLACE,
     expectations=(
@@ -76,20 +65,8 @@ MINUTE_METRICS = Suite(
         ),
         against_ledger("accepted", _EVENTS, "accepted", "the events counted by increments are as many as accepted"),
         against_ledger("spend_nanos", "sum(spend_nanos)", "spend_nanos", "the increments' cost is the spend_nanos"),
-        against_ledger(
-            "invalid_clicks",
-            "sum(invalid_impressions + invalid_clicks)",
-            "invalid_traffic",
-            "invalid events are as many as invalid_traffic",
-        ),
+        against_ledger("invalid_clicks", _INVALID, "invalid_traffic", "invalid events are as many as invalid_traffic"),
         without_ledger(),
-        *baseline(
-            "minute_metrics",
-            f"select {_EVENTS} from {{batch}}",
-            {
-                name: f"select {name} as value, {_EVENTS} as weight from {{batch}} group by all"
-                for name in ("region", "campaign_id")
-            },
-        ),
+        *baseline("minute_metrics", f"select {_EVENTS} from {{batch}}", _SHARES),
     ),
 )

@@ -1,19 +1,16 @@
-"""Table `orders`: an hour is that of order_time."""
+"""Table `orders`, by the hour of order_time."""
 
 from __future__ import annotations
 
 from expectations._gx import gxe
 from expectations.suites.common import (
     BATCH_COLUMNS,
-    FLAG,
-    NUMBER,
-    TEXT,
-    TIME,
     baseline,
+    column_types,
     currency_form,
     id_length,
     known,
-    no_row,
+    no_rows,
     not_null,
     region_form,
     schema,
@@ -25,25 +22,11 @@ _PLACE = ("order_id", "source_file", "source_line")
 
 ORDERS = Suite(
     table="orders",
-    columns={
-        "order_id": TEXT,
-        "order_time": TIME,
-        "received_at": TIME,
-        "region": TEXT,
-        "user_id": TEXT,
-        "store_id": TEXT,
-        "total_micros": NUMBER,
-        "currency": TEXT,
-        "status": TEXT,
-        "cancelled_at": TIME,
-        "has_placed": FLAG,
-        "is_late": FLAG,
-        "fingerprint": NUMBER,
-        "source_file": TEXT,
-        "source_line": NUMBER,
-        "ingested_at": TIME,
-        **BATCH_COLUMNS,
-    },
+    columns=column_types(f"""
+        order_id VARCHAR, order_time TIMESTAMPTZ, received_at TIMESTAMPTZ, region VARCHAR, user_id VARCHAR, store_id VARCHAR,
+        total_micros BIGINT, currency VARCHAR, status VARCHAR, cancelled_at TIMESTAMPTZ, has_placed BOOLEAN, is_late BOOLEAN,
+        fingerprint BIGINT, source_file VARCHAR, source_line BIGINT, ingested_at TIMESTAMPTZ, {BATCH_COLUMNS}
+    """),
     in_hour="order_time >= {start} and order_time < {end}",
     place=_PLACE,
     expectations=(
@@ -58,13 +41,16 @@ ORDERS = Suite(
         region_form(_PLACE),
         currency_form(_PLACE),
         known("status", ["placed", "cancelled"], "status is placed or cancelled"),
-        no_row(
+        *no_rows(
             _PLACE,
-            "cancelled_at.when_cancelled",
-            "(status = 'cancelled') <> (cancelled_at is not null)",
-            "cancelled_at is there where status is cancelled, and only there",
+            {
+                "cancelled_at.when_cancelled": (
+                    "(status = 'cancelled') <> (cancelled_at is not null)",
+                    "cancelled_at is there where status is cancelled, and only there",
+                ),
+                "has_placed.placed_or_cancelled": ("not has_placed and status = 'placed'", "a placed order was seen placed"),
+            },
         ),
-        no_row(_PLACE, "has_placed.placed_or_cancelled", "not has_placed and status = 'placed'", "a placed order was seen placed"),
         gxe.ExpectColumnValuesToBeBetween(
             column="source_line", min_value=1, **check("source_line.positive", "source_line counts from 1")
         ),

@@ -18,7 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from http.client import HTTPException, HTTPMessage
@@ -46,10 +46,10 @@ class Alert:
     name: str
     title: str
     detail: str
-    severity: AlertSeverity
     runbook: str
-    run_id: str | None
-    at: datetime
+    severity: AlertSeverity = AlertSeverity.CRITICAL
+    run_id: str | None = None
+    at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON that a webhook receives, times in RFC 3339."""
@@ -121,7 +121,7 @@ class AlertFile:
 
         def read() -> list[Alert]:
             nonlocal seen
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # skip lines that are not alerts
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # skips lines that are not alerts
                 size = self._path.stat().st_size
                 seen = seen if seen <= size else 0  # smaller: the file was rotated
                 if seen < size:
@@ -140,28 +140,20 @@ class WebhookNotifier:
 
     name = "webhook"
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        timeout_seconds: float = 5.0,
-        tries: int = 3,
-        wait_seconds: float = 0.5,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self._url, self._timeout, self._tries, self._wait, self._sleep = url, timeout_seconds, tries, wait_seconds, sleep
+    def __init__(self, url: str, *, timeout_seconds: float = 5.0, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._url, self._timeout, self._sleep = url, timeout_seconds, sleep
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def send(self, alert: Alert) -> None:
         """See Notifier. Raises NotDeliveredError after the last try, or at once if a retry cannot help."""
         body = json.dumps(alert.to_json()).encode("utf-8")
-        for attempt in range(1, self._tries + 1):
+        for wait_seconds in (0.5, 1.0, None):
             problem, may_pass = self._post(body)
             if problem is None:
                 return
-            if not may_pass or attempt == self._tries:
+            if not may_pass or wait_seconds is None:
                 raise NotDeliveredError(f"the webhook did not take the alert: {problem}")
-            self._sleep(self._wait * 2 ** (attempt - 1))
+            self._sleep(wait_seconds)
 
     def _post(self, body: bytes) -> tuple[str | None, bool]:
         """Return what went wrong, or None, and whether a retry may help."""
@@ -209,10 +201,11 @@ def notify(alert: Alert, notifiers: Iterable[Notifier], *, only: Collection[str]
             continue
         try:
             notifier.send(alert)
-        except NotDeliveredError as error:
-            _log.error("alert %s: %s", alert.name, error)
-            failed.append(notifier.name)
-        except Exception as error:  # an installed notifier: its message may contain a secret
-            _log.error("alert %s: notifier %s failed with %s", alert.name, notifier.name, type(error).__name__)
+        except Exception as error:
+            # The message of an installed notifier may contain a secret.
+            problem = (
+                error if isinstance(error, NotDeliveredError) else f"notifier {notifier.name} failed with {type(error).__name__}"
+            )
+            _log.error("alert %s: %s", alert.name, problem)
             failed.append(notifier.name)
     return failed

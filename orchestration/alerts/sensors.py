@@ -29,7 +29,6 @@ PAGED_CHECKS = {RECOUNT_CHECK: "docs/runbooks/reconciliation-difference.md", EXP
 
 SECONDS_BETWEEN_EVALUATIONS = 900
 PACING_CHECK, PACING_ASSET = "budget_pacing", "fct_budget_pacing"
-_FAILED_RUN = "docs/runbooks/failed-run.md"
 _BUDGET_PACING = "docs/runbooks/budget-pacing.md"
 _CAMPAIGNS_SHOWN = 5
 _CHECKS_READ = 200  # newest failed evaluations of a check that a tick reads and remembers
@@ -84,8 +83,8 @@ SIGNAL_SENSORS = (
 class SignalState:
     """The cursor of a signal's sensor.
 
-    ``bad_ticks``: how often in a row it was bad. ``is_told``: whether its alert is active. ``pending``: the last alert, while the
-    notifiers ``pending_for`` could not send it.
+    ``bad_ticks``: how often in a row it was bad. ``is_told``: whether its alert is active. ``pending``: the last alert, until
+    the notifiers ``pending_for`` have sent it too.
     """
 
     bad_ticks: int = 0
@@ -130,7 +129,7 @@ def signal_sensor(watched: SignalSensor) -> dg.SensorDefinition:
         name=f"alert_{watched.signal}",
         minimum_interval_seconds=watched.seconds,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description=f"{watched.description} Told once when it begins and once when it is over; the check "
+        description=f"{watched.description} Alerts once when it begins and once when it ends; the check "
         f"`{watched.signal}` of `{watched.asset}` fails meanwhile.\n\n{runbook(page)}",
     )
     def sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
@@ -141,10 +140,7 @@ def signal_sensor(watched: SignalSensor) -> dg.SensorDefinition:
         state, now = SignalState.from_cursor(context.cursor), time.time()
         signal = read_signal(settings, watched.signal)
         alert = change_of(signal, state, watched.bad_ticks, now)
-        if alert is not None:
-            context.log.info(f"{alert.title}: {alert.detail}")
-            state.pending, state.pending_for = alert.to_json(), []
-        _deliver(settings, state, is_new=alert is not None)
+        _deliver(context, settings, state, alert)
         evaluates = state.takes_turn(now, is_new=alert is not None)
         events = [signal_evaluation(settings, watched.asset, signal, passed=not state.is_told)] if evaluates else []
         reason = f"{signal.name} is {'well' if signal.ok else 'BAD'}: {signal.detail}"
@@ -161,28 +157,26 @@ def change_of(signal: Signal, state: SignalState, bad_ticks: int, now: float) ->
     if not turned_bad and not is_over:
         return None
     state.is_told = turned_bad
-    title = f"{signal.name} is over its threshold" if turned_bad else f"{signal.name} is well again"
-    if turned_bad and signal.name == "disk_space":
-        title = "disk space runs out"
+    bad = "disk space runs out" if signal.name == "disk_space" else f"{signal.name} is over its threshold"
     return Alert(
         name=signal.name,
-        title=title,
+        title=bad if turned_bad else f"{signal.name} is well again",
         detail=f"{signal.detail} (threshold: {signal.threshold:g} {signal.unit})",
-        severity=AlertSeverity.CRITICAL if turned_bad else AlertSeverity.INFO,
         runbook=signal.runbook,
-        run_id=None,
+        severity=AlertSeverity.CRITICAL if turned_bad else AlertSeverity.INFO,
         at=datetime.fromtimestamp(now, UTC),
     )
 
 
-def _deliver(settings: Settings, state: SignalState, *, is_new: bool) -> None:
-    """Send the pending alert: a new one by all notifiers, an older one by those that failed before."""
-    if state.pending is None:
-        return
-    only = None if is_new else state.pending_for
-    state.pending_for = notify(Alert.from_json(state.pending), make_notifiers(settings), only=only)
-    if not state.pending_for:
-        state.pending = None
+def _deliver(context: dg.SensorEvaluationContext, settings: Settings, state: SignalState, alert: Alert | None) -> None:
+    """Send a new alert by all notifiers. If there is none, send the pending alert by the notifiers that failed before."""
+    if alert is not None:
+        context.log.info(f"{alert.title}: {alert.detail}")
+        state.pending = alert.to_json()
+    if state.pending is not None:
+        only = state.pending_for if alert is None else None
+        state.pending_for = notify(Alert.from_json(state.pending), make_notifiers(settings), only=only)
+        state.pending = state.pending if state.pending_for else None
 
 
 def signal_evaluation(settings: Settings, asset: str, signal: Signal, *, passed: bool) -> dg.AssetCheckEvaluation:
@@ -222,23 +216,21 @@ def pacing_evaluation(settings: Settings, early: Sequence[EarlySpend]) -> dg.Ass
 def failed_run_sensor(context: dg.RunFailureSensorContext) -> None:
     """Raise an alert for a run that failed."""
     run = context.dagster_run
-    steps = [event.step_key for event in context.get_step_failure_events() if event.step_key]
-    message = one_line(context.failure_event.message or "", 500)
-    reasons = [_reason(event) for event in context.get_step_failure_events()]
+    failures = context.get_step_failure_events()
+    steps = ", ".join(sorted(event.step_key for event in failures if event.step_key))
+    reasons = "; ".join(filter(None, map(failure_reason, failures)))
     alert = Alert(
         name="failed_run",
-        title=f"run of {run.job_name} failed" + (f" in {', '.join(sorted(steps))}" if steps else ""),
-        detail=one_line("; ".join(reason for reason in reasons if reason), 1000) or message,
-        severity=AlertSeverity.CRITICAL,
-        runbook=_FAILED_RUN,
+        title=f"run of {run.job_name} failed" + (f" in {steps}" if steps else ""),
+        detail=one_line(reasons, 1000) or one_line(context.failure_event.message or "", 500),
+        runbook="docs/runbooks/failed-run.md",
         run_id=run.run_id,
-        at=datetime.now(UTC),
     )
     context.log.info(f"{alert.title}: {alert.detail}")
     notify(alert, make_notifiers(load_settings()))
 
 
-def _reason(event: dg.DagsterEvent) -> str:
+def failure_reason(event: dg.DagsterEvent) -> str:
     """Return why a step failed in one line: the description of a dg.Failure, else the innermost error."""
     data = event.step_failure_data
     if data.user_failure_data is not None and data.user_failure_data.description:
@@ -253,25 +245,25 @@ def _reason(event: dg.DagsterEvent) -> str:
     name="alert_failed_check",
     minimum_interval_seconds=60,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Tells once of each failed check of severity error: differences that no repair put right, expectations not met."
+    description="Alerts once for each failed check of severity error: differences that no repair corrected, unmet expectations."
     f"\n\n{runbook('reconciliation-difference')}\n\n{runbook('expectations')}",
 )
 def failed_check_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     """Raise alerts for the evaluations that failed since the last tick."""
-    told: dict[str, list[int]] | None = json.loads(context.cursor) if context.cursor else None
+    reported: dict[str, list[int]] | None = json.loads(context.cursor) if context.cursor else None
     repository = context.repository_def
     keys = [key for key in repository.asset_graph.asset_check_keys if key.name in PAGED_CHECKS] if repository else []
-    remembered, alerts = {}, []
+    remembered: dict[str, list[int]] = {}
+    alerts: list[Alert] = []
     for key in sorted(keys):
         failed = context.instance.event_log_storage.get_asset_check_execution_history(
             key, _CHECKS_READ, status={AssetCheckExecutionRecordStatus.FAILED}
         )
         name = key.to_user_string()
         # Compares ids, not the highest id: an evaluation gets its id when it is planned, so a lower one may come later.
-        new = [record for record in failed if record.id not in told.get(name, ())] if told is not None else _recent(failed)
+        new = [record for record in failed if record.id not in reported.get(name, ())] if reported is not None else _recent(failed)
         remembered[name] = [record.id for record in failed]
-        alert = _failed_check(key, new)
-        alerts += [] if alert is None else [alert]
+        alerts += _failed_check(key, new)
     if alerts:
         notifiers = make_notifiers(load_settings())
         for alert in alerts:
@@ -285,7 +277,7 @@ def _recent(records: Sequence[AssetCheckExecutionRecord]) -> list[AssetCheckExec
     return [record for record in records if time.time() - record.create_timestamp < _NEW_SECONDS]
 
 
-def _failed_check(key: dg.AssetCheckKey, records: Sequence[AssetCheckExecutionRecord]) -> Alert | None:
+def _failed_check(key: dg.AssetCheckKey, records: Sequence[AssetCheckExecutionRecord]) -> list[Alert]:
     found = [
         (record, record.event.dagster_event.asset_check_evaluation_data)
         for record in records
@@ -293,28 +285,26 @@ def _failed_check(key: dg.AssetCheckKey, records: Sequence[AssetCheckExecutionRe
     ]
     errors = [(record, data) for record, data in found if data.severity is dg.AssetCheckSeverity.ERROR]
     if not errors:
-        return None
+        return []
     partitions = sorted({data.partition for _, data in errors if data.partition})
-    shown = ", ".join(partitions[:_PARTITIONS_SHOWN]) + (
-        f" and {len(partitions) - _PARTITIONS_SHOWN} more" if len(partitions) > _PARTITIONS_SHOWN else ""
-    )
+    more = f" and {len(partitions) - _PARTITIONS_SHOWN} more" if len(partitions) > _PARTITIONS_SHOWN else ""
+    shown = ", ".join(partitions[:_PARTITIONS_SHOWN]) + more
     record, data = errors[0]
-    return Alert(
+    alert = Alert(
         name="failed_check",
         title=f"check {key.name} of {key.asset_key.to_user_string()} failed" + (f" for {shown}" if shown else ""),
         detail=one_line(data.description or "see the check's metadata", 1000),
-        severity=AlertSeverity.CRITICAL,
         runbook=PAGED_CHECKS[key.name],
         run_id=record.run_id,
-        at=datetime.now(UTC),
     )
+    return [alert]
 
 
 @dg.sensor(
     name="alert_budget_pacing",
     minimum_interval_seconds=120,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Tells once a day of each campaign that has spent more than 90 % of its budget before 80 % of the day is over, by "
+    description="Alerts once a day for each campaign that spent more than 90 % of its budget before 80 % of the day, by "
     f"`{PACING_ASSET}`, whose check `{PACING_CHECK}` fails meanwhile.\n\n{runbook('budget-pacing')}",
 )
 def budget_pacing_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
@@ -324,14 +314,10 @@ def budget_pacing_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult
     day = early[0].event_date.isoformat() if early else state.day
     if day != state.day:
         state.day, state.campaigns = day, []
-    new = [found for found in early if f"{found.campaign_id} {found.currency}" not in state.campaigns]
+    new = {name: found for found in early if (name := f"{found.campaign_id} {found.currency}") not in state.campaigns}
     evaluates = state.takes_turn(now, is_new=bool(new))
-    if new:
-        alert = _early_spend(new)
-        context.log.info(f"{alert.title}: {alert.detail}")
-        state.campaigns += [f"{found.campaign_id} {found.currency}" for found in new]
-        state.pending, state.pending_for = alert.to_json(), []
-    _deliver(settings, state, is_new=bool(new))
+    state.campaigns += new
+    _deliver(context, settings, state, _early_spend(list(new.values())) if new else None)
     events = [pacing_evaluation(settings, early)] if evaluates else []
     reason = f"{len(early)} campaigns spend their budget early on {day}" if early else "no campaign spends its budget early"
     return dg.SensorResult(skip_reason=reason, cursor=state.to_cursor(), asset_events=events)
@@ -341,7 +327,7 @@ def _early_spend(found: Sequence[EarlySpend]) -> Alert:
     shown = [
         f"{each.campaign_id}: {money(each.spent_micros * 1000, each.currency)} of "
         f"{money(each.daily_budget_micros * 1000, each.currency)} {each.currency} spent by {each.event_minute:%H:%M}, "
-        f"{money(each.projected_micros * 1000, each.currency)} by the end of the day if it goes on so"
+        f"{money(each.projected_micros * 1000, each.currency)} by the end of the day at this rate"
         for each in found[:_CAMPAIGNS_SHOWN]
     ]
     more = [f"and {len(found) - _CAMPAIGNS_SHOWN} more"] if len(found) > _CAMPAIGNS_SHOWN else []
@@ -350,15 +336,14 @@ def _early_spend(found: Sequence[EarlySpend]) -> Alert:
         name="budget_pacing",
         title=f"{len(found)} {campaigns} early on {found[0].event_date}",
         detail="; ".join([*shown, *more]),
-        severity=AlertSeverity.CRITICAL,
         runbook=_BUDGET_PACING,
-        run_id=None,
-        at=datetime.now(UTC),
     )
 
 
 ALERT_SENSORS: list[dg.SensorDefinition] = [
     *map(signal_sensor, SIGNAL_SENSORS),
-    *(failed_run_sensor, failed_check_sensor, budget_pacing_sensor),
+    failed_run_sensor,
+    failed_check_sensor,
+    budget_pacing_sensor,
 ]
 """All alert sensors, for the definitions."""

@@ -1,7 +1,7 @@
 """Imports dagster-dbt without dbt-core, whose import takes longer than all other definitions together.
 
-The code server and each run load the definitions. These read dbt's manifest only, and dbt itself runs in a process of its own.
-dagster-dbt imports dbt-core where it finds it, and works without.
+The code server and each run load the definitions, which only read dbt's manifest. dbt itself runs in a separate process.
+dagster-dbt imports dbt-core if it is installed, and works without it.
 """
 
 import sys

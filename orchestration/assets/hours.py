@@ -1,39 +1,48 @@
-"""What is done with hours that are closed: compaction, recount, backfill. One run takes a whole range of them."""
+"""The assets of closed hours: compaction, recount, backfill. One run takes a whole range of hours."""
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 from pydantic import Field
 
 from orchestration.assets.lakehouse import LANDING_FILES, OWNERS
 from orchestration.assets.links import runbook
-from orchestration.assets.outcome import Verdict, evaluations, failing_clearly
+from orchestration.assets.outcome import Verdict, evaluations, translate_errors
 from orchestration.partitions import hours_of, key_of
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.texts import counted, money, printable
 from spark_jobs.units import HourRange
 
+if TYPE_CHECKING:
+    from spark_jobs.audit.compare import Difference
+    from spark_jobs.corrections.reconcile import Waiting
+    from spark_jobs.operate.compact import TableCompaction
+
+Metadata = dict[str, Any]
+
 RECOUNT_CHECK = "recount_equals_stream"
-_DIFFERENCES_SHOWN = 100
+_ROWS_SHOWN = 100
+_COMPACTED = ("files_before", "files_after", "bytes_before", "bytes_after")
+_RECOUNTED = ("events_expected", "events_found", "orders_expected", "orders_found")
 
 
 class Reconciliation(dg.Config):
-    """What a run of the reconciliation may be told."""
+    """Configuration of a run of the reconciliation."""
 
     repair: bool = Field(default=False, description="Write what is missing and compensate what is too much, exactly once.")
 
 
 class Backfill(dg.Config):
-    """What a run of a backfill may be told."""
+    """Configuration of a run of a backfill."""
 
-    dry_run: bool = Field(default=False, description="Tell what would change, per campaign and day, and write nothing.")
-    reason: str = Field(default="asked for in Dagster", description="Why; it stands in the restatements.")
+    dry_run: bool = Field(default=False, description="Show what would change, per campaign and day, and write nothing.")
+    reason: str = Field(default="asked for in Dagster", description="Why; the restatements show it.")
 
 
 def closed_hours(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, settings: Settings) -> HourRange:
-    """The hours of this run. Raises UsageError where one of them is not closed, naming the sources that are silent."""
+    """Return the hours of this run. Raises UsageError if one of them is not closed, and names the silent sources."""
     from spark_jobs.operate.watermark import require_closed
 
     hours = hours_of(context.partition_key_range)
@@ -42,10 +51,9 @@ def closed_hours(context: dg.AssetExecutionContext | dg.AssetCheckExecutionConte
 
 
 def compacted_events(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinition:
-    """The asset of table `events`, compacted."""
+    """Return the asset of the compaction of table `events`."""
 
     @dg.asset(
-        name="compacted_events",
         group_name="maintenance",
         kinds={"deltalake"},
         owners=OWNERS,
@@ -53,23 +61,23 @@ def compacted_events(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinitio
         partitions_def=hours,
         backfill_policy=dg.BackfillPolicy.single_run(),
         pool="compaction",
-        description="The hour's data files of `events`, merged into few. The rows are the same before and after: their number and "
-        "hash are compared, and stand here.\n\n" + runbook("compaction"),
+        description="The hour's data files of `events`, merged into few. The rows are the same before and after: the metadata show "
+        "their number and hash.\n\n" + runbook("compaction"),
     )
     def compacted_events(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
         """Compact the hours of this run."""
         from spark_jobs.operate.compact import compact
 
         settings = load_settings()
-        with failing_clearly():
+        with translate_errors():
             report = compact(settings, closed_hours(context, settings), progress=context.log.info)
         return dg.MaterializeResult(metadata=compaction_metadata(report.tables) | {"seconds": report.seconds})
 
     return compacted_events
 
 
-def compaction_metadata(tables: list[Any]) -> dict[str, Any]:
-    """What TableCompactions say, summed up and one by one."""
+def compaction_metadata(tables: Sequence["TableCompaction"]) -> Metadata:
+    """Return the sums of the compactions, and a table of them."""
     rows = [
         {
             "table": found.table,
@@ -82,18 +90,12 @@ def compaction_metadata(tables: list[Any]) -> dict[str, Any]:
         }
         for found in tables
     ]
-    return {
-        "files_before": sum(found.files_before for found in tables),
-        "files_after": sum(found.files_after for found in tables),
-        "bytes_before": sum(found.bytes_before for found in tables),
-        "bytes_after": sum(found.bytes_after for found in tables),
-        "dagster/row_count": sum(found.rows for found in tables),
-        "compactions": markdown_table(rows),
-    }
+    sums = {name: sum(getattr(found, name) for found in tables) for name in _COMPACTED}
+    return sums | {"dagster/row_count": sum(found.rows for found in tables), "compactions": markdown_table(rows)}
 
 
 def reconciled_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinition:
-    """The asset of the recount, with its check."""
+    """Return the asset of the recount, with its check."""
     check = dg.AssetCheckSpec(
         RECOUNT_CHECK,
         asset="reconciled_hours",
@@ -104,7 +106,6 @@ def reconciled_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinitio
     )
 
     @dg.asset(
-        name="reconciled_hours",
         group_name="maintenance",
         kinds={"duckdb", "deltalake"},
         owners=OWNERS,
@@ -116,12 +117,14 @@ def reconciled_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinitio
         description="The hour's raw input, recounted and compared with all that was made of it. With `repair` in the run's "
         "configuration, differences are put right exactly once.\n\n" + runbook("reconciliation-difference"),
     )
-    def reconciled_hours(context: dg.AssetExecutionContext, config: Reconciliation) -> Iterator[Any]:
+    def reconciled_hours(
+        context: dg.AssetExecutionContext, config: Reconciliation
+    ) -> Iterator[dg.MaterializeResult[None] | dg.AssetCheckEvaluation | dg.Output[None]]:
         """Recount the hours of this run."""
         from orchestration.reconciliation import run_reconciliation
 
         settings = load_settings()
-        with failing_clearly():
+        with translate_errors():
             wanted = closed_hours(context, settings)
             report = run_reconciliation(settings, wanted, repair=config.repair, run_id=context.run_id, progress=context.log.info)
         for found in report.hours:
@@ -133,13 +136,10 @@ def reconciled_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinitio
     return reconciled_hours
 
 
-_RECOUNTED = ("events_expected", "events_found", "orders_expected", "orders_found")
+def recount_verdicts(hours: HourRange, remaining: Sequence["Difference"], waiting: Sequence["Waiting"] = ()) -> Iterator[Verdict]:
+    """Yield for each hour whether stream and recount agree. Differences in records without a time count for the first hour.
 
-
-def recount_verdicts(hours: HourRange, remaining: list[Any], waiting: Sequence[Any] = ()) -> Iterator[Verdict]:
-    """Whether stream and recount agree in each hour. Differences in records without a time count against the first hour.
-
-    An hour of which a batch is ``waiting`` for raw records was not recounted whole: in a closed one they are there long since.
+    An hour with a batch that is ``waiting`` for raw records fails too: the recount left the batch out.
     """
     for hour in hours:
         own = [found for found in remaining if (found.event_hour or hours.start) == hour]
@@ -152,12 +152,12 @@ def recount_verdicts(hours: HourRange, remaining: list[Any], waiting: Sequence[A
                 "nanos": found.nanos_found - found.nanos_expected,
                 "detail": found.detail,
             }
-            for found in own[:_DIFFERENCES_SHOWN]
+            for found in own[:_ROWS_SHOWN]
         ]
-        lacking = [found for found in waiting if hour in (found.hours or [hours.start])]
+        incomplete = [found for found in waiting if hour in (found.hours or [hours.start])]
         says = [f"{counted(len(own), 'difference')}, the first: {own[0].cause} in {own[0].layer}"] if own else []
-        if lacking:
-            first = lacking[0]
+        if incomplete:
+            first = incomplete[0]
             says.append(f"{first.raw_table} lacks offsets {first.first_offset} to {first.end_offset - 1} of {first.source} yet")
         yield Verdict(
             hour,
@@ -165,7 +165,7 @@ def recount_verdicts(hours: HourRange, remaining: list[Any], waiting: Sequence[A
             description="; ".join(says) or None,
             metadata={
                 "differences": len(own),
-                **({"waiting": len(lacking)} if lacking else {}),
+                **({"waiting": len(incomplete)} if incomplete else {}),
                 "rows_different": sum(found.rows_different for found in own),
                 **({"found": markdown_table(rows)} if own else {}),
             },
@@ -173,10 +173,9 @@ def recount_verdicts(hours: HourRange, remaining: list[Any], waiting: Sequence[A
 
 
 def backfilled_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinition:
-    """The asset of backfills on demand."""
+    """Return the asset of backfills on demand."""
 
     @dg.asset(
-        name="backfilled_hours",
         group_name="maintenance",
         kinds={"duckdb", "deltalake"},
         owners=OWNERS,
@@ -190,20 +189,14 @@ def backfilled_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinitio
         "run's configuration observes what would change, and materialises nothing.\n\n" + runbook("backfill"),
     )
     def backfilled_hours(context: dg.AssetExecutionContext, config: Backfill) -> Iterator[dg.MaterializeResult[None]]:
-        """Recompute the hours of this run; of a dry run, an observation says what would change."""
+        """Recompute the hours of this run, or observe what a dry run would change."""
         from spark_jobs.corrections.backfill import backfill
 
         settings = load_settings()
-        with failing_clearly():
+        with translate_errors():
             wanted = closed_hours(context, settings)
-            report = backfill(
-                settings,
-                wanted,
-                dry_run=config.dry_run,
-                run_id=context.run_id,
-                reason=config.reason,
-                progress=context.log.info,
-            )
+            log = context.log.info
+            report = backfill(settings, wanted, dry_run=config.dry_run, run_id=context.run_id, reason=config.reason, progress=log)
         changes = [
             {
                 "day": str(change.event_date),
@@ -224,20 +217,20 @@ def backfilled_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinitio
             "changes": markdown_table(changes),
             "seconds": report.seconds,
         }
-        yield from materialized_unless_dry(context, metadata, wanted)
+        yield from materialize_unless_dry(context, metadata, wanted)
 
     return backfilled_hours
 
 
 def markdown_text(value: object) -> str:
-    """A value as Markdown that shows it and nothing else: no image, link, HTML or cell of its own."""
+    """Return a value as Markdown that shows its text only: no image, link, HTML or further cell."""
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", printable(str(value)))
 
 
-def materialized_unless_dry(
-    context: dg.AssetExecutionContext, metadata: dict[str, Any], hours: HourRange | None = None
+def materialize_unless_dry(
+    context: dg.AssetExecutionContext, metadata: Metadata, hours: HourRange | None = None
 ) -> Iterator[dg.MaterializeResult[None]]:
-    """Yield the run's materialisation. Of a dry run there is none: its metadata are logged as an observation of the asset."""
+    """Yield the run's materialisation. A dry run logs its metadata as an observation of the asset instead."""
     if not metadata["dry_run"]:
         yield dg.MaterializeResult(metadata=metadata)
         return
@@ -247,14 +240,14 @@ def materialized_unless_dry(
     context.log_event(dg.AssetObservation(context.asset_key, description=described, metadata=metadata, partition=partition))
 
 
-def markdown_table(rows: list[dict[str, Any]]) -> dg.MarkdownMetadataValue:
-    """``rows`` with the same columns as a table, cut after _DIFFERENCES_SHOWN of them."""
+def markdown_table(rows: Sequence[Mapping[str, object]]) -> dg.MarkdownMetadataValue:
+    """Return a table of the first _ROWS_SHOWN ``rows``, which have the same columns."""
     if not rows:
         return dg.MetadataValue.md("nothing")
 
-    def line(cells: Any) -> str:
-        return f"| {' | '.join(map(str, cells))} |"
+    def line(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cells)} |"
 
-    shown = [line(map(markdown_text, row.values())) for row in rows[:_DIFFERENCES_SHOWN]]
+    shown = [line(map(markdown_text, row.values())) for row in rows[:_ROWS_SHOWN]]
     more = [f"\nand {len(rows) - len(shown)} more"] if len(rows) > len(shown) else []
     return dg.MetadataValue.md("\n".join([line(map(markdown_text, rows[0])), line("---" for _ in rows[0]), *shown, *more]))

@@ -1,7 +1,7 @@
 """The landing folder, the ingest, and the Delta tables that it writes.
 
-The tables are written by a stream, which runs whether Dagster does or not. So they have no computation of their own here: the
-sensor `stream_progress` reports what was committed, per event hour.
+A stream writes the tables, with or without Dagster. So they have no computation here: the sensor `stream_progress` reports what the
+stream committed, per event hour.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from datetime import timedelta
 import dagster as dg
 
 from orchestration.assets.links import runbook
-from orchestration.assets.outcome import failing_clearly
+from orchestration.assets.outcome import translate_errors
 from orchestration.listening import listener
 from spark_jobs.config import load_settings
 from spark_jobs.errors import BusyError
@@ -35,7 +35,7 @@ LANDING_INGEST = "landing_ingest"
 
 @dataclass(frozen=True)
 class TableAsset:
-    """A Delta table as Dagster shows it. ``is_hourly``: it has a partition an event hour."""
+    """A Delta table as Dagster shows it. ``is_hourly``: it has one partition per event hour."""
 
     key: str
     table: Table
@@ -56,7 +56,7 @@ TABLE_ASSETS = (
 
 
 def landing_files() -> dg.AssetSpec:
-    """What collectors bring."""
+    """Return the asset of the files that collectors bring."""
     return dg.AssetSpec(
         LANDING_FILES,
         group_name="landing",
@@ -79,18 +79,18 @@ def landing_files() -> dg.AssetSpec:
 )
 def landing_ingest(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
     """Ingest all that is in the landing folder."""
-    from spark_jobs.ingest.batch import BatchReport  # Spark: not needed to load the definitions
+    from spark_jobs.ingest.batch import BatchReport  # imports Spark, which loading the definitions does not need
     from spark_jobs.ingest.files.backlog import read_landing
     from spark_jobs.ingest.runner import run_ingest
 
-    told = listener()
+    report_batch = listener()
     settings = load_settings()
 
     def progress(batch: BatchReport) -> None:
         context.log.info("%s", asdict(batch))
-        told(batch)
+        report_batch(batch)
 
-    with failing_clearly():
+    with translate_errors():
         try:
             report = run_ingest(settings, progress=progress, notice=context.log.warning)
         except BusyError as busy:
@@ -102,7 +102,7 @@ def landing_ingest(context: dg.AssetExecutionContext) -> Iterator[dg.Materialize
 
 
 def table_specs(hours: dg.HourlyPartitionsDefinition) -> list[dg.AssetSpec]:
-    """A spec a table of TABLE_ASSETS, with its columns."""
+    """Return the specs of TABLE_ASSETS, with their columns."""
     fresh = dg.FreshnessPolicy.time_window(fail_window=timedelta(days=1), warn_window=timedelta(hours=2))
     return [
         dg.AssetSpec(
@@ -126,12 +126,9 @@ def table_specs(hours: dg.HourlyPartitionsDefinition) -> list[dg.AssetSpec]:
 
 
 def column_schema(table: Table) -> dg.TableSchema:
-    """The columns of the registry as Dagster shows them."""
-    return dg.TableSchema(
-        columns=[
-            dg.TableColumn(
-                name, kind.lower(), COLUMNS.get(name), constraints=dg.TableColumnConstraints(unique=(name,) == table.key)
-            )
-            for name, kind in table.types.items()
-        ]
-    )
+    """Return the table's columns as Dagster shows them."""
+    columns = []
+    for name, kind in table.types.items():
+        is_key = dg.TableColumnConstraints(unique=(name,) == table.key)
+        columns.append(dg.TableColumn(name, kind.lower(), COLUMNS.get(name), constraints=is_key))
+    return dg.TableSchema(columns)

@@ -1,4 +1,4 @@
-"""Links to data docs and runbooks, which ``adtally up`` serves over http (`orchestration.up.reports`)."""
+"""Links to data docs and runbooks, which the console serves over http."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from orchestration.up.reports import QUALITY
+from orchestration.console import QUALITY
 from spark_jobs.config import Settings, load_settings
 
 
@@ -17,18 +17,18 @@ def _reports_url() -> str | None:
 
 
 def runbook(name: str) -> str:
-    """Return the line of a description that says where to look when something is wrong."""
+    """Return the line of a description that names the runbook."""
     page, url = f"docs/runbooks/{name}.md", _reports_url()
     return f"Runbook: [`{page}`]({url}/{page})" if url else f"Runbook: `{page}`"
 
 
 def runbook_link(settings: Settings, page: str) -> dg.MetadataValue[str]:
-    """A page such as docs/runbooks/stream-lag.md: a link where it is served, else its path."""
+    """Return a page such as docs/runbooks/stream-lag.md: a link if it is served, else its path."""
     return dg.MetadataValue.url(f"{settings.reports_url}/{page}") if settings.reports_url else dg.MetadataValue.path(page)
 
 
 def report_link(settings: Settings, page: Path) -> dg.MetadataValue[str]:
-    """A page of the data docs: a link where it is served, else its path."""
+    """Return a page of the data docs: a link if it is served, else its path."""
     if not settings.reports_url:
         return dg.MetadataValue.path(str(page))
     return dg.MetadataValue.url(f"{settings.reports_url}/{QUALITY}/{page.relative_to(settings.quality_path).as_posix()}")

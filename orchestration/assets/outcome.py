@@ -1,4 +1,4 @@
-"""How an asset's body ends: a clear line where it cannot do its work, and what a check found in each hour."""
+"""Translates errors into failures of a step, and what a check found in each hour into Dagster's events."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +13,8 @@ from spark_jobs.errors import AdtallyError
 
 
 @contextmanager
-def failing_clearly() -> Iterator[None]:
-    """Turn an AdtallyError into a failure of the step, which is tried again only where that can help."""
+def translate_errors() -> Iterator[None]:
+    """Turn an AdtallyError into a failure of the step, which Dagster retries only if that can help."""
     try:
         yield
     except AdtallyError as error:
@@ -23,7 +23,7 @@ def failing_clearly() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found in one hour. ``is_error`` False: it fails without holding up what comes after it."""
+    """What a check found in one hour. If ``is_error`` is false, a failure does not stop the later steps."""
 
     hour: datetime
     passed: bool
@@ -33,9 +33,9 @@ class Verdict:
 
 
 def evaluations(check: dg.AssetCheckSpec, verdicts: Iterable[Verdict]) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
-    """The verdicts as evaluations, one a partition, and the output that tells Dagster that the check has run.
+    """Yield one evaluation for each verdict's partition, and the output that tells Dagster that the check has run.
 
-    An AssetCheckResult would stand for the run: of a run that takes a range, Dagster would not know which hours it is of.
+    An AssetCheckResult would count for the whole run, which can have many hours.
     """
     for verdict in verdicts:
         yield dg.AssetCheckEvaluation(

@@ -1,18 +1,17 @@
-"""The expectations as checks of the tables, hour by hour: a failed one of severity error holds up what comes after it."""
+"""The expectations as checks of the tables' hours: a failed check of severity error stops the later steps."""
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from orchestration.assets.hours import closed_hours, markdown_table
+from orchestration.assets.hours import Metadata, closed_hours, markdown_table
 from orchestration.assets.lakehouse import TABLE_ASSETS
 from orchestration.assets.links import report_link, runbook
-from orchestration.assets.outcome import Verdict, evaluations, failing_clearly
+from orchestration.assets.outcome import Verdict, evaluations, translate_errors
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import BATCH_LEDGER, CAMPAIGNS, EVENTS, MINUTE_METRICS, ORDERS
@@ -23,30 +22,33 @@ if TYPE_CHECKING:
 EXPECTATIONS_CHECK = "expectations"
 CHECKED = ("ad_events", "orders", "minute_metrics", "batch_ledger")
 MARTS_CHECKED = (
-    *("fct_campaign_day", "fct_campaign_minute", "fct_event_accounting", "fct_reconciliation", "mart_build"),
-    *("fct_billing_ledger", "fct_budget_pacing", "fct_attribution_credits", "fct_advertiser_attribution"),
-    *("fct_advertiser_performance", "fct_late_arrivals", "fct_restatements"),
-    *("fct_placement_day", "fct_user_frequency", "fct_invalid_traffic_sources"),
+    "fct_campaign_day",
+    "fct_campaign_minute",
+    "fct_event_accounting",
+    "fct_reconciliation",
+    "mart_build",
+    "fct_billing_ledger",
+    "fct_budget_pacing",
+    "fct_attribution_credits",
+    "fct_advertiser_attribution",
+    "fct_advertiser_performance",
+    "fct_late_arrivals",
+    "fct_restatements",
+    "fct_placement_day",
+    "fct_user_frequency",
+    "fct_invalid_traffic_day",
+    "fct_invalid_traffic_sources",
 )
 # The ledger first: a batch in it is complete in the tables that are pinned after it.
 _PINNED = (BATCH_LEDGER, EVENTS, MINUTE_METRICS, ORDERS, CAMPAIGNS)
 
 
-@dataclass(frozen=True)
-class Pins:
-    """The tables that a check reads, each at a fixed version: name -> (uri, version)."""
-
-    tables: dict[str, tuple[str, int | None]]
-
-    @classmethod
-    def of(cls, settings: Settings) -> "Pins":
-        """The newest versions, the ledger's before the others'."""
-        lake = Lake(settings)
-        return cls({table.name: (lake.uri(table), lake.version(table)) for table in _PINNED})
+Pins = dict[str, tuple[str, int | None]]
+"""The tables that a check reads, each at a fixed version: name -> (uri, version)."""
 
 
 def expectation_checks(hours: dg.HourlyPartitionsDefinition) -> list[dg.AssetChecksDefinition]:
-    """A check a table of CHECKED."""
+    """Return one check for each table of CHECKED."""
     tables = {asset.key: asset.table.name for asset in TABLE_ASSETS}
     return [_expectations(key, tables[key], hours) for key in CHECKED]
 
@@ -63,24 +65,24 @@ def _expectations(key: str, table: str, hours: dg.HourlyPartitionsDefinition) ->
 
     @dg.multi_asset_check(name=f"{key}_{EXPECTATIONS_CHECK}", specs=[spec], pool="quality")
     def expectations(context: dg.AssetCheckExecutionContext) -> Iterator[Any]:
-        """Validate the hours of this run, each by itself."""
+        """Validate each hour of this run."""
         settings = load_settings()
-        with _judging():
+        with _translate_expectation_errors():
             wanted = closed_hours(context, settings)
-            pins = Pins.of(settings)
-            yield from evaluations(
-                spec, (_verdict(settings, pins, table, hour, context.op_execution_context.run_id) for hour in wanted)
-            )
+            lake = Lake(settings)
+            pins = {pinned.name: (lake.uri(pinned), lake.version(pinned)) for pinned in _PINNED}
+            run_name = _run_name(context)
+            yield from evaluations(spec, (_verdict(settings, pins, table, hour, run_name) for hour in wanted))
 
     return expectations
 
 
-def _verdict(settings: Settings, pins: Pins, table: str, hour: datetime, run_id: str) -> Verdict:
+def _verdict(settings: Settings, pins: Pins, table: str, hour: datetime, run_name: str) -> Verdict:
     from expectations import related_tables, validate_hour  # Great Expectations takes seconds to import
 
-    uri, version = pins.tables[table]
-    related = {name: pins.tables[name] for name in related_tables(table) if pins.tables[name][1] is not None}
-    found = validate_hour(table, uri, version, hour, related=related, docs=settings.quality_path, run_name=_run_name(run_id))
+    uri, version = pins[table]
+    related = {name: pins[name] for name in related_tables(table) if pins[name][1] is not None}
+    found = validate_hour(table, uri, version, hour, related=related, docs=settings.quality_path, run_name=run_name)
     return Verdict(
         hour,
         passed=found.success,
@@ -91,7 +93,7 @@ def _verdict(settings: Settings, pins: Pins, table: str, hour: datetime, run_id:
 
 
 def marts_expectations() -> dg.AssetChecksDefinition:
-    """A check a mart of MARTS_CHECKED, of the published file. Nothing waits for it: dbt tests a mart before it is published."""
+    """Return one check for each published mart of MARTS_CHECKED. No step waits for it: dbt tests a mart before it is published."""
     specs = [
         dg.AssetCheckSpec(
             EXPECTATIONS_CHECK,
@@ -103,13 +105,13 @@ def marts_expectations() -> dg.AssetChecksDefinition:
 
     @dg.multi_asset_check(name=f"marts_{EXPECTATIONS_CHECK}", specs=specs, can_subset=True, pool="quality")
     def expectations(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
-        """Validate the marts that are asked for."""
+        """Validate the selected marts."""
         from expectations import validate_marts
 
         settings = load_settings()
         names = sorted(key.asset_key.path[-1] for key in context.selected_asset_check_keys)
-        run_name = _run_name(context.op_execution_context.run_id)
-        with _judging():
+        with _translate_expectation_errors():
+            run_name = _run_name(context)
             for found in validate_marts(settings.marts_path, marts=names, docs=settings.quality_path, run_name=run_name):
                 yield dg.AssetCheckResult(
                     asset_key=found.table,
@@ -124,18 +126,18 @@ def marts_expectations() -> dg.AssetChecksDefinition:
 
 
 @contextmanager
-def _judging() -> Iterator[None]:
+def _translate_expectation_errors() -> Iterator[None]:
     from expectations import ExpectationsError
 
-    with failing_clearly():
+    with translate_errors():
         try:
             yield
         except ExpectationsError as error:
             raise dg.Failure(description=str(error), allow_retries=error.retryable) from error
 
 
-def _run_name(run_id: str) -> str:
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{run_id[:8]}"
+def _run_name(context: dg.AssetCheckExecutionContext) -> str:
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{context.op_execution_context.run_id[:8]}"
 
 
 def _failed(found: "HourValidation") -> str | None:
@@ -147,8 +149,8 @@ def _failed(found: "HourValidation") -> str | None:
     return "; ".join(parts) or None
 
 
-def _results(settings: Settings, found: "HourValidation") -> dict[str, Any]:
-    """What was judged, with a few of the rows that offend."""
+def _results(settings: Settings, found: "HourValidation") -> Metadata:
+    """Return the results of all checks, and a few of the rows that fail."""
     rows = [
         {
             "check": result.name,

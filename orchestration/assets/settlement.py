@@ -1,23 +1,30 @@
-"""Money and credit of closed hours: invalid traffic found, orders credited, days billed; and the same for what came late."""
+"""The assets of money and credit: review for invalid traffic, attribution, billing, and the settlement of late records."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from orchestration.assets.hours import closed_hours, markdown_table
+from orchestration.assets.hours import Metadata, closed_hours, markdown_table
 from orchestration.assets.lakehouse import OWNERS
 from orchestration.assets.links import runbook
-from orchestration.assets.outcome import failing_clearly
+from orchestration.assets.outcome import translate_errors
 from orchestration.partitions import hours_of, key_of
 from spark_jobs.config import load_settings
 from spark_jobs.texts import money
 
+if TYPE_CHECKING:
+    from spark_jobs.attribution.job import AttributionReport
+    from spark_jobs.billing.job import BillingReport
+    from spark_jobs.traffic.review import ReviewReport
+
+_REVIEWED = ("events", "invalid", "changed")
+_ATTRIBUTED = ("orders", "credited", "unattributed", "cancelled", "revisions", "touches", "seconds")
+
 
 def reviewed_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinition:
-    """The asset of the review for invalid traffic."""
+    """Return the asset of the review for invalid traffic."""
 
     @dg.asset(
-        name="reviewed_hours",
         group_name="settlement",
         kinds={"duckdb", "deltalake"},
         owners=OWNERS,
@@ -26,7 +33,7 @@ def reviewed_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinition:
         backfill_policy=dg.BackfillPolicy.single_run(),
         pool="corrections",
         description="The hour's events judged as a whole for invalid traffic: repeats, activity, crawlers, lists. What is found "
-        "keeps its place in `events`, marked; its money goes back by compensating increments and stands in the restatements.\n\n"
+        "stays in `events`, marked. Compensating increments take its money back, and the restatements show it.\n\n"
         + runbook("invalid-traffic"),
     )
     def reviewed_hours(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
@@ -34,24 +41,20 @@ def reviewed_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinition:
         from spark_jobs.traffic.review import review
 
         settings = load_settings()
-        with failing_clearly():
+        with translate_errors():
             report = review(settings, closed_hours(context, settings), run_id=context.run_id, progress=context.log.info)
         for found in report.hours:
-            figures = {name: getattr(found, name) for name in _REVIEWED}
+            figures = {name: getattr(found, name) for name in (*_REVIEWED, "rule_set")}
             context.add_asset_metadata(figures, partition_key=key_of(found.event_hour))
         return dg.MaterializeResult(metadata=review_metadata(report))
 
     return reviewed_hours
 
 
-_REVIEWED = ("events", "invalid", "changed", "rule_set")
-
-
 def attributed_orders(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinition:
-    """The asset of the attribution: its closing word on the orders of closed hours."""
+    """Return the asset of the attribution of the orders of closed hours."""
 
     @dg.asset(
-        name="attributed_orders",
         group_name="settlement",
         kinds={"deltalake"},
         owners=OWNERS,
@@ -59,15 +62,15 @@ def attributed_orders(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefiniti
         partitions_def=hours,
         backfill_policy=dg.BackfillPolicy.single_run(),
         pool="attribution",
-        description="The orders of the hour, credited anew from all their touches, and every other order that a touch of the hour "
-        "concerns. An order whose credits come out the same keeps its revision.\n\n" + runbook("attribution"),
+        description="The orders of the hour, credited again from all their touches, and every other order that a touch of the hour "
+        "concerns. An order with unchanged credits keeps its revision.\n\n" + runbook("attribution"),
     )
     def attributed_orders(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
         """Credit the orders of this run's hours."""
         from spark_jobs.attribution.job import attribute
 
         settings = load_settings()
-        with failing_clearly():
+        with translate_errors():
             attribute(settings, run_id=context.run_id, progress=context.log.info)
             report = attribute(settings, hours_of(context.partition_key_range), run_id=context.run_id, progress=context.log.info)
         return dg.MaterializeResult(metadata=attribution_metadata(report))
@@ -85,10 +88,10 @@ def attributed_orders(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefiniti
     "own with its reason, run and rule set. Nothing is ever taken back but by a further line.\n\n" + runbook("billing"),
 )
 def billing_lines(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
-    """Bill what is closed and not billed."""
+    """Bill the closed days that are not billed yet."""
     from spark_jobs.billing.job import bill
 
-    with failing_clearly():
+    with translate_errors():
         report = bill(load_settings(), run_id=context.run_id, progress=context.log.info)
     return dg.MaterializeResult(metadata=billing_metadata(report))
 
@@ -106,7 +109,7 @@ def settled_records(context: dg.AssetExecutionContext) -> dg.MaterializeResult[N
     """Settle all that is out of date."""
     from spark_jobs.operate.settle import settle
 
-    with failing_clearly():
+    with translate_errors():
         report = settle(load_settings(), run_id=context.run_id, progress=context.log.info)
     parts = {
         "review": review_metadata(report.review),
@@ -118,36 +121,24 @@ def settled_records(context: dg.AssetExecutionContext) -> dg.MaterializeResult[N
     )
 
 
-def review_metadata(report: Any) -> dict[str, Any]:
-    """What a ReviewReport says, summed up and by hour where marks changed."""
+def review_metadata(report: "ReviewReport") -> Metadata:
+    """Return the sums of a review, and a table of the hours in which marks changed."""
     rows = [
-        {
-            "hour": key_of(found.event_hour),
-            "events": found.events,
-            "invalid": found.invalid,
-            "marks changed": found.changed,
-        }
+        {"hour": key_of(found.event_hour), "events": found.events, "invalid": found.invalid, "marks changed": found.changed}
         for found in report.hours
         if found.changed
     ]
-    return {
-        "hours": len(report.hours),
-        "events": sum(found.events for found in report.hours),
-        "invalid": sum(found.invalid for found in report.hours),
-        "changed": sum(found.changed for found in report.hours),
-        "changes": markdown_table(rows),
-        "seconds": report.seconds,
-    }
+    sums = {name: sum(getattr(found, name) for found in report.hours) for name in _REVIEWED}
+    return {"hours": len(report.hours), **sums, "changes": markdown_table(rows), "seconds": report.seconds}
 
 
-def attribution_metadata(report: Any) -> dict[str, Any]:
-    """What an AttributionReport says."""
-    names = ("orders", "credited", "unattributed", "cancelled", "revisions", "touches", "seconds")
-    return {name: getattr(report, name) for name in names}
+def attribution_metadata(report: "AttributionReport") -> Metadata:
+    """Return the figures of an attribution."""
+    return {name: getattr(report, name) for name in _ATTRIBUTED}
 
 
-def billing_metadata(report: Any) -> dict[str, Any]:
-    """What a BillingReport says, with its lines."""
+def billing_metadata(report: "BillingReport") -> Metadata:
+    """Return the figures of a billing run, and a table of its lines."""
     rows = [
         {
             "day": str(line.event_date),

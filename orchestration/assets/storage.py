@@ -1,27 +1,26 @@
-"""What is done with the tables as a whole: compaction of all that is closed, vacuum, and the check of every byte."""
+"""The assets of whole tables: compaction of all that is closed, vacuum, and the check of every byte."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
 
 import dagster as dg
 from pydantic import Field
 
-from orchestration.assets.hours import compaction_metadata, markdown_table, materialized_unless_dry
+from orchestration.assets.hours import Metadata, compaction_metadata, markdown_table, materialize_unless_dry
 from orchestration.assets.lakehouse import OWNERS, TABLE_ASSETS
 from orchestration.assets.links import runbook
-from orchestration.assets.outcome import failing_clearly
+from orchestration.assets.outcome import translate_errors
 from spark_jobs.config import load_settings
 
 
 class Fsck(dg.Config):
-    """What a run of the check may be told."""
+    """Configuration of a run of the check."""
 
     repair: bool = Field(default=False, description="Put right what can be put right; without it nothing changes.")
 
 
 class Vacuum(dg.Config):
-    """What a run of the vacuum may be told."""
+    """Configuration of a run of the vacuum."""
 
     dry_run: bool = Field(default=False, description="Tell what would be deleted, and delete nothing.")
 
@@ -39,7 +38,7 @@ def compacted_tables(context: dg.AssetExecutionContext) -> dg.MaterializeResult[
     """Compact all that needs it."""
     from spark_jobs.operate.compact import compact
 
-    with failing_clearly():
+    with translate_errors():
         report = compact(load_settings(), None, progress=context.log.info)
     return dg.MaterializeResult(metadata=compaction_metadata(report.tables) | {"seconds": report.seconds})
 
@@ -58,7 +57,7 @@ def vacuumed_tables(context: dg.AssetExecutionContext, config: Vacuum) -> Iterat
     """Vacuum every table."""
     from spark_jobs.operate.vacuum import vacuum
 
-    with failing_clearly():
+    with translate_errors():
         report = vacuum(load_settings(), dry_run=config.dry_run, progress=context.log.info)
     rows = [
         {
@@ -76,7 +75,7 @@ def vacuumed_tables(context: dg.AssetExecutionContext, config: Vacuum) -> Iterat
         "tables": markdown_table(rows),
         "seconds": report.seconds,
     }
-    yield from materialized_unless_dry(context, metadata)
+    yield from materialize_unless_dry(context, metadata)
 
 
 @dg.asset(
@@ -89,14 +88,13 @@ def vacuumed_tables(context: dg.AssetExecutionContext, config: Vacuum) -> Iterat
     "configuration puts right what can be put right. No ingest may run during a repair.\n\n" + runbook("fsck"),
 )
 def checked_storage(context: dg.AssetExecutionContext, config: Fsck) -> dg.MaterializeResult[None]:
-    """Check, and with `repair` repair, all that is stored; fails where something is left that is not whole."""
+    """Check, and with `repair` repair, all that is stored; fail if findings remain."""
     from spark_jobs.operate.fsck import fsck
 
-    with failing_clearly():
+    with translate_errors():
         report = fsck(load_settings(), repair=config.repair, progress=context.log.info)
-    rows = [asdict(found) for found in report.findings]
-    metadata: dict[str, Any] = {
-        "findings": markdown_table(rows),
+    metadata: Metadata = {
+        "findings": markdown_table([asdict(found) for found in report.findings]),
         "files": report.files,
         "bytes": report.bytes,
         "commits": report.commits,

@@ -1,4 +1,4 @@
-"""The command ``adtally``: a person's way in. Heavy packages are imported by the command that needs them.
+"""The command ``adtally``. Each command imports the heavy packages that it needs.
 
 Exit status: 0 done, 1 the data or a check failed, 2 wrong use or a machine that lacks something, 130 interrupted.
 Errors are one line on standard error.
@@ -18,66 +18,52 @@ from orchestration.cli import (
     bench,
     compare,
     console,
+    decisions,
     demo,
     doctor,
     explain,
-    gaps,
     ingest,
     maintenance,
     marts,
     publish,
     query,
     rejects,
-    release,
     services,
     settlement,
     simulating,
     status,
     up,
 )
-from orchestration.cli.context import Call, call_of
+from orchestration.cli.context import Call
 from orchestration.cli.options import Panel, examples
+from services.errors import HintedError
 from spark_jobs.errors import AdtallyError
 from spark_jobs.failure import MESSAGE_LENGTH, failure_cause, one_line
 from spark_jobs.private import keep_files_private
 
-# typer brings a click of its own since 0.2x; its public exceptions lead to the base class in every version.
+# Newer versions of typer contain their own click. Its public exceptions lead to the base class in every version.
 _ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 app = typer.Typer(
     name="adtally",
     help="Exactly-once ad-event accounting on a lakehouse: impressions and clicks in, exact marts out.",
     epilog=examples(
-        "adtally demo                                  the whole way, on samples and simulated traffic",
+        "adtally demo                                  everything, on samples and simulated traffic",
         "adtally simulate --out traffic --events 100000 --seed 1",
         "adtally ingest && adtally marts build && adtally status",
         "adtally query 'select * from fct_campaign_day limit 5'",
         "",
-        "Everything lies under ADTALLY_HOME (default: .adtally in the working folder).",
+        "Everything is in ADTALLY_HOME (default: .adtally in the working folder).",
     ),
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-# The order is that of the help: commands, then groups.
-for module in (
-    demo,
-    simulating,
-    ingest,
-    up,
-    console,
-    query,
-    status,
-    maintenance,
-    rejects,
-    gaps,
-    release,
-    settlement,
-    compare,
-    publish,
-    doctor,
-):
+# the order of the help: commands, then groups
+_USE = (demo, simulating, ingest, up, console, query, status)
+_KEEP_RIGHT = (maintenance, rejects, decisions, settlement, compare, publish, doctor)
+for module in _USE + _KEEP_RIGHT:
     app.add_typer(module.app)
 app.add_typer(marts.app, name="marts", rich_help_panel=Panel.ASK)
 app.add_typer(bench.app, name="bench", rich_help_panel=Panel.KEEP_SMALL)
@@ -99,21 +85,20 @@ def _global(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show stack traces of errors.")] = False,
     home: Annotated[
-        Path | None,
-        typer.Option("--home", help="Folder of the installation, in place of ADTALLY_HOME.", file_okay=False),
+        Path | None, typer.Option("--home", help="Folder of the installation, in place of ADTALLY_HOME.", file_okay=False)
     ] = None,
     _version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version of adtally.")
     ] = False,
 ) -> None:
-    call = call_of(context)
+    call = context.ensure_object(Call)
     call.debug, call.home = debug, home
     keep_files_private()
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     """Run the command and end the process with its exit status."""
-    sys.exit(run(arguments))
+    sys.exit(run())
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -121,19 +106,21 @@ def run(arguments: list[str] | None = None) -> int:
     call = Call()
     try:
         result = app(args=arguments, prog_name="adtally", standalone_mode=False, obj=call)
-        if result == 130:  # what typer makes of a KeyboardInterrupt
+        if result == 130:  # typer's result for a KeyboardInterrupt
             return _fail(call, "interrupted", 130)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except AdtallyError as error:
         return _fail(call, str(error), error.exit_code, error.excerpt)
+    except HintedError as error:
+        return _fail(call, str(error), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         return _fail(call, "interrupted", 130)
     except BrokenPipeError:
-        return _end_without_reader()
+        return _drop_output()
     except SystemExit as ended:
         if isinstance(ended.__context__, BrokenPipeError):  # typer ends the process itself
-            return _end_without_reader()
+            return _drop_output()
         raise
     except _ClickException as error:
         return _fail(call, _usage_message(error), 2)
@@ -146,19 +133,14 @@ def run(arguments: list[str] | None = None) -> int:
         return exit_status
 
 
-def _end_without_reader() -> int:
-    """End quietly: the reader (`head`, say) has closed the pipe. The interpreter must not write at its end either."""
-    _drop_output()
+def _drop_output() -> int:
+    """Make the interpreter's last write go nowhere, and return 0: a reader that closes the pipe (`head`, say) is no error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 0
 
 
-def _drop_output() -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-
-
 def _usage_message(error: Any) -> str:
-    """Return what click found wrong, and the command whose help says more; nothing where click has shown the help itself."""
+    """Return what click found wrong and which help to read, or nothing if click has shown the help itself."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return ""
@@ -184,7 +166,3 @@ def _fail(call: Call, message: str, exit_status: int, excerpt: str = "") -> int:
     if excerpt:
         print(excerpt, file=sys.stderr)
     return exit_status
-
-
-if __name__ == "__main__":
-    main()

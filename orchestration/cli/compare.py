@@ -13,7 +13,7 @@ from rich.text import Text
 from orchestration.cli.context import settings_of
 from orchestration.cli.options import Json, Panel, examples
 from orchestration.cli.output import show
-from orchestration.cli.tables import table
+from orchestration.cli.tables import RecordTable, rest_line
 
 if TYPE_CHECKING:
     from orchestration.compare import Comparison
@@ -36,30 +36,29 @@ def compare(
 ) -> None:
     """Compare the marts with a third party's report: the discrepancy of each line, and what explains it.
 
-    The discrepancy is (ours - theirs) / ours, of net counts. Exit status 1 where one is over the tolerance.
+    The discrepancy is (ours - theirs) / ours, of net counts. Exit status 1 if one is over the tolerance.
     """
     from orchestration.compare import compare_report
 
     found = compare_report(settings_of(context), file, tolerance=tolerance)
-    show(found, comparison_tables, as_json=as_json, plain=lambda found: found.as_dict())
+    show(found.as_dict(), comparison_tables(found), as_json=as_json)
     if found.over:
         raise typer.Exit(1)
 
 
 def comparison_tables(found: Comparison) -> Iterator[RenderableType]:
     """Make the table of figures with what explains the differences, and the verdict."""
-    lines = table(f"Ours and theirs, tolerance {found.tolerance:.1%}", *_COLUMNS, left=3, texts=["explained by"])
+    lines = RecordTable(f"Ours and theirs, tolerance {found.tolerance:.1%}", *_COLUMNS, left=3, texts=["explained by"])
     cells = [cell for line in found.lines for cell in line.cells]
     for line in found.lines[:SHOWN]:
         for cell in line.cells:
-            style = "" if cell.is_within else "red"
             causes = ", ".join(f"{name} {count:+,}" for name, count in cell.causes.items() if count)
-            figures = (f"{cell.ours:,}", f"{cell.theirs:,}", f"{cell.ours - cell.theirs:+,}")
-            share = "-" if cell.discrepancy is None else f"{cell.discrepancy:+.2%}"
-            lines.add_row(str(line.date), line.campaign, cell.measure, *figures, share, causes or "-", style=style)
+            share = None if cell.discrepancy is None else f"{cell.discrepancy:+.2%}"
+            figures = (cell.ours, cell.theirs, f"{cell.ours - cell.theirs:+,}", share)
+            style = "" if cell.is_within else "red"
+            lines.add_row(line.date, line.campaign, cell.measure, *figures, causes or None, style=style)
     yield lines
-    if len(found.lines) > SHOWN:
-        yield Text(f"and {len(found.lines) - SHOWN:,} more lines (--json has them)")
+    yield from rest_line(len(found.lines), SHOWN, "line")
     if found.utc_offset_minutes:
         yield Text(f"their days seem to be cut at {found.utc_offset}, ours at UTC")
     over = sum(not cell.is_within for cell in cells)

@@ -1,4 +1,4 @@
-"""What a shell completes beside commands and options. Nothing heavy is imported: an answer has to come at once."""
+"""Values that a shell completes. This module imports nothing heavy at its top, so that an answer comes at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def named_queries(incomplete: str) -> list[tuple[str, str]]:
 
 
 def campaigns(context: typer.Context, incomplete: str) -> list[str]:
-    """Return the campaigns of the published marts that begin with the typed text; none where there are no marts."""
+    """Return the campaigns of the published marts that begin with the typed text; none without marts."""
     import duckdb
 
     home = context.find_root().params.get("home") or os.environ.get("ADTALLY_HOME") or ".adtally"

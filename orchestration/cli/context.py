@@ -1,4 +1,4 @@
-"""What one call of ``adtally`` knows: its global options, and by them the settings of the installation."""
+"""The global options of one call of ``adtally``, and the settings of the installation that they name."""
 
 from __future__ import annotations
 
@@ -16,23 +16,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Call:
-    """The global options. The root command sets them; every other command finds them in its context."""
+    """The global options. The root command sets them in the context, where every other command finds them."""
 
     debug: bool = False
     home: Path | None = None
 
 
-def call_of(context: typer.Context) -> Call:
-    """Return the options of this call."""
-    return context.ensure_object(Call)
-
-
 def settings_of(context: typer.Context) -> Settings:
-    """Return the settings of the installation that the user named. Raises UsageError where its home cannot be a folder."""
+    """Return the settings of the chosen installation. Raises UsageError if its home cannot be a folder."""
     from orchestration.cli.doctor import nearest
     from spark_jobs.config import load_settings
 
-    settings = load_settings(home=call_of(context).home)
+    settings = load_settings(home=context.ensure_object(Call).home)
     place = nearest(settings.home_path)
     if not place.is_dir():
         raise UsageError(f"{place} is not a folder", hint="set ADTALLY_HOME or --home to one, which may be new")

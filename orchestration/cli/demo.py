@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from orchestration.cli.context import call_of
+from orchestration.cli.context import Call
 from orchestration.cli.options import Panel, examples
 from orchestration.cli.output import console
 
@@ -28,11 +28,10 @@ def demo(
 ) -> None:
     """Run the main job end to end in a folder of its own and compare it with the known truth.
 
-    Lands the samples and simulated traffic, ingests them in several micro-batches, builds the marts, and prints the
-    conservation law, the differences from the truth (all 0, or exit status 1) and the top campaigns. A second run
-    starts clean.
+    It lands the samples and simulated traffic, ingests them in several micro-batches, builds the marts, and prints the
+    conservation law, the differences from the truth (all 0, or exit status 1) and the top campaigns. A second run starts clean.
     """
     from orchestration.cli.demo_report import show_demo
 
-    if not show_demo(call_of(context).home, events=events, seed=seed, console=console()):
+    if not show_demo(context.ensure_object(Call).home, events=events, seed=seed, console=console()):
         raise typer.Exit(1)

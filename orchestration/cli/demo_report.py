@@ -1,4 +1,4 @@
-"""What ``adtally demo`` prints: a bar a step, then its figures beside the known truth."""
+"""Prints ``adtally demo``: a bar for each step, then the figures beside the known truth."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Column
 from rich.text import Text
 
 from orchestration.cli.status import OUTCOMES
-from orchestration.cli.tables import RecordTable, table
+from orchestration.cli.tables import RecordTable
 from orchestration.demo import TOP, DemoReport, Figures, Rows, run_demo
 from spark_jobs.texts import money
 
@@ -52,24 +52,22 @@ def show_demo(home: Path | None, *, events: int, seed: int, console: Console) ->
 
 def conservation_table(rows: Rows) -> RecordTable:
     """Make the table of what each region offered and what became of it. A row has the region and the OUTCOMES."""
-    shown = table("Every record ends in exactly one place", "region", *OUTCOMES, "offered - all four")
-    for region, *counts in rows:
-        rest = counts[0] - sum(counts[1:5])
-        shown.add_row(region, *(f"{count:,}" for count in counts), str(rest))
-    return shown
+    return RecordTable("Every record ends in exactly one place", "region", *OUTCOMES, "offered - all four").with_rows(
+        (region, *counts, counts[0] - sum(counts[1:5])) for region, *counts in rows
+    )
 
 
 def figures_table(title: str, found: Figures) -> RecordTable:
-    """Make a table of every figure beside the truth's, and the number of cells that differ."""
-    shown = table(title, "measure", "truth", "marts", "cells that differ")
+    """Make the table of every figure beside the truth's, and the number of cells that differ."""
+    shown = RecordTable(title, "measure", "truth", "marts", "cells that differ")
     for name, (truth, marts, cells) in found.items():
         measure, _, currency = name.partition(" ")
         unit = 1 if measure.endswith("_nanos") else 1000
-        texts = [f"{figure:,}" for figure in (truth, marts)]
+        figures: list[int | str] = [truth, marts]
         if measure.endswith(("_nanos", "_micros")):
-            texts = [money(figure * unit, currency) for figure in (truth, marts)]
+            figures = [money(figure * unit, currency) for figure in (truth, marts)]
             name = f"{measure.rpartition('_')[0]} {currency}"
-        shown.add_row(name, *texts, str(cells), style="red" if cells else "")
+        shown.add_row(name, *figures, cells, style="red" if cells else "")
     return shown
 
 
@@ -84,33 +82,31 @@ def verdict(found: Figures) -> Text:
 def net_table(rows: Rows) -> RecordTable:
     """Make the table of net and invalid traffic. A row has currency, impressions, clicks and micros, then the invalid ones."""
     names = ("impressions", "clicks", "spend")
-    shown = table("Net and invalid", "currency", *names, *(f"invalid {name}" for name in names))
-    for currency, *figures in rows:
-        sides = figures[:3], figures[3:]
-        net, invalid = ((f"{seen:,}", f"{clicks:,}", money(micros * 1000, currency)) for seen, clicks, micros in sides)
-        shown.add_row(currency, *net, *invalid)
-    return shown
+    return RecordTable("Net and invalid", "currency", *names, *(f"invalid {name}" for name in names)).with_rows(
+        (currency, *net, money(micros * 1000, currency), seen, clicks, money(invalid_micros * 1000, currency))
+        for currency, *net, micros, seen, clicks, invalid_micros in rows
+    )
 
 
 def campaigns_table(rows: Rows) -> RecordTable:
     """Make the table of the highest spend by currency. A row has campaign, currency, impressions, clicks and micros."""
-    shown = table(
-        f"Top {TOP} campaigns by spend, in each currency", "currency", "campaign", "impressions", "clicks", "spend", left=2
+    columns = ("currency", "campaign", "impressions", "clicks", "spend")
+    return RecordTable(f"Top {TOP} campaigns by spend, in each currency", *columns, left=2).with_rows(
+        (currency, campaign, *counts, money(micros * 1000, currency)) for campaign, currency, *counts, micros in rows
     )
-    for campaign, currency, impressions, clicks, micros in rows:
-        shown.add_row(currency, campaign, f"{impressions:,}", f"{clicks:,}", money(micros * 1000, currency))
-    return shown
 
 
 def place_lines(report: DemoReport) -> Iterator[str]:
-    """Say where the demo's files are, and which commands to try next."""
+    """Return lines that say where the demo's files are, and which commands to try next."""
     settings, (campaign, day) = report.settings, report.best
     days = f"{report.first_day:%Y-%m-%d} to {report.last_day:%Y-%m-%d}"
     yield f"days           {days}: the samples' week of 2019, {report.weeks} weeks later"
     yield f"landing files  {settings.landing_path}"
     yield f"Delta tables   {settings.lakehouse_uri}"
     yield f"marts          {settings.marts_path}"
-    yield "\nNext, in the environment (or with `uv run` before each):"
+    yield "\nLook at it in a browser, the console and Dagster (in the environment, or with `uv run` before it):"
+    yield f"  ADTALLY_HOME={settings.home_path} adtally up        then http://127.0.0.1:{settings.console_port}"
+    yield "\nOr ask:"
     explain = f"explain fct_campaign_day --campaign {campaign} --date {day}"
-    for command in ("status", 'query "select * from fct_campaign_day limit 10"', explain, "reconcile", "up"):
+    for command in ("status", 'query "select * from fct_campaign_day limit 10"', explain, "reconcile"):
         yield f"  ADTALLY_HOME={settings.home_path} adtally {command}"

@@ -1,7 +1,4 @@
-"""The commands ``adtally doctor`` and ``adtally version``: what the machine must have, and what it has.
-
-Each check runs by itself, so that one fault does not hide the next.
-"""
+"""The commands ``adtally doctor`` and ``adtally version``: what the machine must have, and what it has."""
 
 from __future__ import annotations
 
@@ -20,13 +17,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from orchestration.cli.context import call_of
+from orchestration.cli.context import Call
 from orchestration.cli.options import Json, Panel, examples
-from orchestration.cli.output import print_json, show
+from orchestration.cli.output import show
 from spark_jobs.errors import AdtallyError, MachineError
 
 if TYPE_CHECKING:
     from spark_jobs.config import Settings
+    from spark_jobs.ingest.kafka.config import KafkaCluster
 
 app = typer.Typer()
 
@@ -38,7 +36,7 @@ _SLOW_SYNC_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check. ``detail`` says what was found, or what is wrong and what to do."""
+    """The result of one check. ``detail`` says what it found, or what is wrong and what to do."""
 
     name: str
     ok: bool
@@ -48,42 +46,34 @@ class Check:
 @app.command(rich_help_panel=Panel.TRY, epilog=examples("adtally doctor", "adtally doctor --fix", "adtally doctor --json"))
 def doctor(
     context: typer.Context,
-    fix: Annotated[bool, typer.Option("--fix", help="Get what can be got: the jars, DuckDB's extension.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Download what is missing: the jars, DuckDB's extension.")] = False,
     as_json: Json = False,
 ) -> None:
     """Check the machine: settings, Java, jars, DuckDB's extension, home, Spark, locale, ports, disk space, speed of fsync.
 
     Exit status 2 if one fails.
     """
-    checks = examine(call_of(context).home, fix=fix)
+    checks = examine(context.ensure_object(Call).home, fix=fix)
     is_ok = all(check.ok for check in checks)
-    show(checks, lambda found: map(check_line, found), as_json=as_json, plain=lambda found: {"ok": is_ok, "checks": found})
+    marks = {True: ("ok     ", "green"), False: ("missing", "red")}
+    lines = (Text.assemble(marks[check.ok], f" {check.name}: {check.detail}") for check in checks)
+    show({"ok": is_ok, "checks": checks}, lines, as_json=as_json)
     if not is_ok:
         raise typer.Exit(2)
 
 
-def check_line(check: Check) -> Text:
-    """Return a check as one line."""
-    mark = ("ok     ", "green") if check.ok else ("missing", "red")
-    return Text.assemble(mark, f" {check.name}: {check.detail}")
-
-
 @app.command(rich_help_panel=Panel.TRY, epilog=examples("adtally version", "adtally version --json"))
 def version(as_json: Json = False) -> None:
-    """Show the versions of adtally and of what it stands on."""
+    """Show the versions of adtally and of the packages that it depends on."""
     from importlib.metadata import version as installed
 
     names = ("adtally", "pyspark", "delta-spark", "duckdb", "dbt-core", "dbt-duckdb", "dagster", "great-expectations")
     found = {name: installed(name) for name in names} | {"python": sys.version.split()[0]}
-    if as_json:
-        print_json(found)
-        return
-    for name, number in found.items():
-        print(f"{name} {number}")
+    show(found, (f"{name} {number}" for name, number in found.items()), as_json=as_json)
 
 
 def examine(home: Path | None, *, fix: bool = False) -> list[Check]:
-    """Run all checks and return them in a fixed order. With ``fix`` resolve the jars if they are missing."""
+    """Run all checks and return them in a fixed order: one fault does not hide the next. ``fix``: download missing jars."""
     from spark_jobs.config import load_settings
 
     try:
@@ -99,9 +89,9 @@ def examine(home: Path | None, *, fix: bool = False) -> list[Check]:
         _check("home", lambda: _writable(settings)),
         _check("spark", lambda: _spark(settings)),
         _check("locale", _locale),
-        _check("ports", lambda: _ports(settings)),
-        _check("landing", lambda: _landing(settings)),
-        *([Check("kafka", False, kafka)] if (kafka := _wrong_kafka(settings)) else _topics(settings)),
+        _check("ports", lambda: _ports(settings.webserver_port)),
+        _check("landing", lambda: _landing(settings.landing_path)),
+        *_kafka(settings),
         _check("disk", lambda: _disk(settings.home_path)),
         _check("fsync", lambda: _fsync(settings.home_path)),
     ]
@@ -143,29 +133,28 @@ def _writable(settings: Settings) -> str:
     from spark_jobs.lake.roots import is_local
 
     home = settings.home_path
-    place = nearest(home)
+    place, hint = nearest(home), "set ADTALLY_HOME to another place"
     if not place.is_dir():
-        raise MachineError(f"{place} is not a folder", hint="set ADTALLY_HOME to another place")
+        raise MachineError(f"{place} is not a folder", hint=hint)
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise MachineError(f"{place} cannot be written: {error.strerror}", hint="set ADTALLY_HOME to another place") from None
+        raise MachineError(f"{place} cannot be written: {error.strerror}", hint=hint) from None
     folders = [settings.checkpoints_path, settings.scratch_path, settings.key_index_path]
     if is_local(settings.lakehouse_uri):
         lakehouse = Path(settings.lakehouse_uri)
         folders += [nearest(lakehouse), *(lakehouse.iterdir() if lakehouse.is_dir() else ())]
-    for folder in folders:  # an earlier run as another user may have left some
+    for folder in folders:  # an earlier run by another user may have made some
         if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
             raise MachineError(f"{folder} cannot be written by this user", hint="give it to the user that ingests")
     if not home.exists():
         return f"{home} will be made"
     is_open = home.stat().st_mode & 0o077
-    return f"{home} can be written" + (f", and others of this machine may look into it: chmod 700 {home}" if is_open else "")
+    return f"{home} can be written" + (f", and other users of this machine may read it: chmod 700 {home}" if is_open else "")
 
 
-def _landing(settings: Settings) -> str:
-    folder = settings.landing_path
+def _landing(folder: Path) -> str:
     if not folder.exists():
         return f"{folder} is not there yet: nothing to ingest"
     if not os.access(folder, os.R_OK | os.X_OK):
@@ -173,48 +162,43 @@ def _landing(settings: Settings) -> str:
     return str(folder)
 
 
-def _wrong_kafka(settings: Settings) -> str | None:
-    """Return what is wrong with kafka.toml, without any of its values (they may be secret)."""
+def _kafka(settings: Settings) -> list[Check]:
+    """Check each cluster, or return what is wrong with kafka.toml; the message has no value of the file, which may be secret."""
     from spark_jobs.ingest.kafka.config import read_kafka
 
     try:
-        read_kafka(settings)
+        kafka = read_kafka(settings)
     except AdtallyError as error:
-        return str(error)
-    return None
+        return [Check("kafka", False, str(error))]
+    clusters = {cluster.name: cluster for cluster in kafka.consumed}
+    if kafka.publish is not None:
+        clusters.setdefault(kafka.publish.cluster.name, kafka.publish.cluster)
+    return [_check(f"kafka {name}", partial(_ask_cluster, cluster)) for name, cluster in clusters.items()]
 
 
-def _topics(settings: Settings) -> list[Check]:
-    """Check each cluster: it must answer and have the topics that are ingested. `adtally publish` makes its own topics."""
+def _ask_cluster(cluster: KafkaCluster) -> str:
+    """Check that a cluster answers and has the topics to ingest. `adtally publish` makes its own topics."""
     from confluent_kafka import KafkaException
     from confluent_kafka.admin import AdminClient
 
     from spark_jobs.errors import KafkaError
-    from spark_jobs.ingest.kafka.config import KafkaCluster, read_kafka
     from spark_jobs.ingest.kafka.gaps import read_topic
     from spark_jobs.ingest.kafka.topics import ASK_SECONDS
     from spark_jobs.lake.tables import STREAMS
 
-    kafka = read_kafka(settings)
-    clusters = {cluster.name: cluster for cluster in kafka.consumed}
-    if kafka.publish is not None:
-        clusters.setdefault(kafka.publish.cluster.name, kafka.publish.cluster)
-
-    def ask(cluster: KafkaCluster) -> str:
-        try:
-            AdminClient({"log_level": "0", **cluster.client_options()}).list_topics(timeout=ASK_SECONDS)
-        except KafkaException as error:
-            where = f"cluster {cluster.name} at {cluster.bootstrap_servers}"
-            raise KafkaError(f"{where} does not answer: {error.args[0].str()}", hint="is the broker up?") from None
-        found = [read_topic(cluster, cluster.topic(stream), ASK_SECONDS) for stream in STREAMS] if cluster.consume else []
-        parts = ", ".join(f"{state.topic} ({len(state.latest)} partitions)" for state in found)
-        return f"{cluster.bootstrap_servers} has {parts}" if parts else f"{cluster.bootstrap_servers} answers"
-
-    return [_check(f"kafka {name}", partial(ask, cluster)) for name, cluster in clusters.items()]
+    servers = cluster.bootstrap_servers
+    try:
+        AdminClient({"log_level": "0", **cluster.client_options()}).list_topics(timeout=ASK_SECONDS)
+    except KafkaException as error:
+        message = f"cluster {cluster.name} at {servers} does not answer: {error.args[0].str()}"
+        raise KafkaError(message, hint="is the broker up?") from None
+    topics = [read_topic(cluster, cluster.topic(stream), ASK_SECONDS) for stream in STREAMS] if cluster.consume else []
+    parts = ", ".join(f"{topic.topic} ({len(topic.latest)} partitions)" for topic in topics)
+    return f"{servers} has {parts}" if parts else f"{servers} answers"
 
 
 def _spark(settings: Settings) -> str:
-    """Return which Spark and Python the ingest would run where the environment names others."""
+    """Return which Spark the ingest would run, and name variables of the environment that choose another Spark or Python."""
     import pyspark
 
     from spark_jobs.session import FOREIGN_VARIABLES, is_one_machine
@@ -242,18 +226,17 @@ def _locale() -> str:
     return f"{chosen}, file names are UTF-8"
 
 
-def _ports(settings: Settings) -> str:
+def _ports(port: int) -> str:
     """Check loopback, which Spark needs, and the port of the UI, which only `adtally up` needs."""
     try:
-        with socket.create_server((_LOOPBACK, 0)) as server, socket.create_connection(server.getsockname(), timeout=5):
-            pass
+        with socket.create_server((_LOOPBACK, 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=5).close()
     except OSError as error:
         raise MachineError(f"no connection on {_LOOPBACK}: {error}", hint="Spark needs it, and a free port there") from None
     try:
-        with socket.create_server((_LOOPBACK, settings.webserver_port)):
-            pass
+        socket.create_server((_LOOPBACK, port)).close()
     except OSError:
-        return f"{_LOOPBACK} works; {settings.webserver_port} is taken: `adtally up --port 0` takes a free one"
+        return f"{_LOOPBACK} works; {port} is taken: `adtally up --port 0` takes a free one"
     return f"{_LOOPBACK} works"
 
 

@@ -1,4 +1,4 @@
-"""The command ``adtally explain``: why is this number so?"""
+"""The commands ``adtally explain``: where a number of the marts comes from."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
 Sample = Annotated[int, typer.Option("--events", min=0, help="Events shown of each batch.")]
 
-
 app = typer.Typer(
-    help="Why a number of the marts is what it is: build, Delta versions, batches, files, rules, corrections, events.",
+    help="Explain a number of the marts: build, Delta versions, batches, files, rules, corrections, events.",
     no_args_is_help=True,
     epilog=examples(
         "adtally explain fct_campaign_day --campaign c00001 --date 2025-06-02",
@@ -36,9 +35,9 @@ def campaign_day(
     events: Sample = 5,
     as_json: Json = False,
 ) -> None:
-    """A campaign's day: its increments by batch, their files, rules, restatements and a sample of events.
+    """Explain a campaign's day: its increments by batch, their files, rules, restatements and a sample of events.
 
-    Exit status 1 where a level does not add up to the one above.
+    Exit status 1 if a level does not add up to the one above.
     """
     from orchestration.explain import explain_campaign_day
 
@@ -55,13 +54,13 @@ def campaign_day(
 def attribution_credits(
     context: typer.Context,
     order: Annotated[str, typer.Option(help="The order_id.")],
-    model: Annotated[str | None, typer.Option(help="One model only, as last_click.")] = None,
-    window: Annotated[int | None, typer.Option(min=1, help="One lookback window only, in days.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only this model, as last_click.")] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Only this lookback window, in days.")] = None,
     as_json: Json = False,
 ) -> None:
-    """An order's credits: its revisions, its touches and where they came from, the rules.
+    """Explain an order's credits: its revisions, its touches and their sources, the rules.
 
-    Exit status 1 where a level does not add up to the one above.
+    Exit status 1 if a level does not add up to the one above.
     """
     from orchestration.explain import explain_credit
 
@@ -70,14 +69,11 @@ def attribution_credits(
 
 @app.command("fct_billing_ledger", epilog=examples("adtally explain fct_billing_ledger --line 3f2a..."))
 def billing_ledger(
-    context: typer.Context,
-    line: Annotated[str, typer.Option(help="The line_id.")],
-    events: Sample = 5,
-    as_json: Json = False,
+    context: typer.Context, line: Annotated[str, typer.Option(help="The line_id.")], events: Sample = 5, as_json: Json = False
 ) -> None:
-    """A line of the billing ledger: the other lines of its day, what the posting read, and the day itself.
+    """Explain a line of the billing ledger: the other lines of its day, what the posting read, and the day itself.
 
-    Exit status 1 where a level does not add up to the one above.
+    Exit status 1 if a level does not add up to the one above.
     """
     from orchestration.explain import explain_billing_line
 
@@ -85,10 +81,10 @@ def billing_ledger(
 
 
 def show_node(node: Node, *, as_json: bool) -> None:
-    """Print the explanation. Raises typer.Exit with status 1 where a level does not add up."""
-    from orchestration.explain import as_json as plain
+    """Print the explanation. Raises typer.Exit with status 1 if a level does not add up."""
+    from orchestration.explain import as_json as json_values
     from orchestration.explain import as_tree
 
-    show(node, lambda node: [as_tree(node)], as_json=as_json, wraps=True, plain=plain)
+    show(json_values(node), [as_tree(node)], as_json=as_json)
     if any(node.all_problems()):
         raise typer.Exit(1)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestration.cli.context import call_of, settings_of
-from orchestration.cli.options import Json, Panel, examples, seconds
+from orchestration.cli.context import Call, settings_of
+from orchestration.cli.options import Json, Panel, Trigger, examples, seconds
 from orchestration.cli.output import console, print_json, say
 from orchestration.cli.publish import publish_at_end
 from orchestration.cli.settlement import settle_at_end
@@ -25,29 +25,29 @@ app = typer.Typer()
 @app.command(
     rich_help_panel=Panel.TAKE_IN,
     epilog=examples(
-        "adtally ingest                                all that is there, then end",
+        "adtally ingest                                all present records, then end",
         "adtally ingest --continuous --trigger 5s      until SIGTERM, which ends after the current batch",
         "adtally ingest --json | jq .accepted",
     ),
 )
 def ingest(
     context: typer.Context,
-    continuous: Annotated[bool, typer.Option("--continuous", help="Go on with new files until stopped.")] = False,
-    trigger: Annotated[str, typer.Option(help="With --continuous: time between batches, as 500ms, 5s, 2m.")] = "5s",
+    continuous: Annotated[bool, typer.Option("--continuous", help="Continue with new files until stopped.")] = False,
+    trigger: Trigger = "5s",
     is_settled: Annotated[
         bool, typer.Option("--settle/--no-settle", help="At the end: find invalid traffic, credit orders, bill closed days.")
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Take events and orders into the Delta tables, each exactly once; then settle what follows from them, and publish it.
+    """Ingest events and orders into the Delta tables, each exactly once. Then settle and publish what follows from them.
 
-    They come from the landing folder and from the Kafka clusters of HOME/kafka.toml, which also says where to publish. With
-    --continuous orders are credited while it runs, and Dagster reviews and bills hours that close. With --json one object at the
-    end; with --continuous --json also a line for each batch.
+    It reads the landing folder and the Kafka clusters of HOME/kafka.toml, which also says where to publish. With --continuous
+    it credits orders while it runs, and Dagster reviews and bills hours that close. --json prints one object at the end; with
+    --continuous also a line for each batch.
     """
     every = seconds(trigger, "--trigger")
     settings = settings_of(context)
-    is_named = call_of(context).home is not None or "ADTALLY_HOME" in os.environ
+    is_named = context.ensure_object(Call).home is not None or "ADTALLY_HOME" in os.environ
     if is_named and not settings.home_path.exists() and not settings.landing_path.exists():
         raise UsageError(f"there is no home at {settings.home_path}", hint="mistyped? mkdir makes a new one")
     from spark_jobs.ingest.runner import run_ingest
@@ -89,7 +89,7 @@ def totals_line(report: IngestReport) -> str:
 
 
 def batch_line(batch: BatchReport) -> str:
-    """Return a batch on one line."""
+    """Return the counts of a batch on one line."""
     return (
         f"{batch.stream} batch {batch.batch_id}: {batch.offered:,} offered, {batch.accepted:,} accepted, "
         f"{batch.duplicate:,} duplicate, {batch.conflict:,} conflict, {batch.rejected:,} rejected, "

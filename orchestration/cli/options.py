@@ -15,11 +15,16 @@ from spark_jobs.units import HourRange
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 From = Annotated[str | None, typer.Option("--from", metavar="T", help="First hour, as 2025-06-02 or 2025-06-02T08:00:00Z.")]
-To = Annotated[str | None, typer.Option("--to", metavar="T", help="End of the range, which is not in it any more.")]
+To = Annotated[str | None, typer.Option("--to", metavar="T", help="End of the range: the first hour after it.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would happen, and change nothing.")]
+Repair = Annotated[bool, typer.Option("--repair", help="Repair what can be repaired; without it only report.")]
+Reason = Annotated[str, typer.Option(help="Why. adtally keeps the reason.")]
+Trigger = Annotated[str, typer.Option(help="Time between batches of a continuous ingest, as 500ms, 5s, 2m.")]
+OnlyStatus = Annotated[bool, typer.Option("--status", help="Only show the progress: publish or consume nothing.")]
 
 
 class Panel(StrEnum):
-    """The groups of commands in the help, by what a person wants to do."""
+    """Groups the commands in the help, by what a person wants to do."""
 
     TRY = "Try it"
     TAKE_IN = "Take in and settle"
@@ -33,12 +38,12 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 
 
 def examples(*lines: str) -> str:
-    """Return the epilog of a command's help: a line for each example."""
+    """Return the epilog of a command's help, with a line for each example."""
     return "\n\n".join(["Examples:", *(line.replace("[", "\\[") for line in lines)])
 
 
 def seconds(text: str, option: str, *, longest: float = 86_400) -> float:
-    """Return the seconds of ``500ms``, ``5s``, ``2m``, ``1h`` or a bare number. Raises UsageError that names the option."""
+    """Parse ``500ms``, ``5s``, ``2m``, ``1h`` or a bare number of seconds. Raises UsageError that names the option."""
     match = _DURATION.match(text)
     value = float(match.group(1)) * _SECONDS[match.group(2)] if match else math.nan
     if not 0 < value <= longest:
@@ -47,7 +52,7 @@ def seconds(text: str, option: str, *, longest: float = 86_400) -> float:
 
 
 def moment(text: str, option: str) -> datetime:
-    """Return the time in UTC of RFC 3339 text; for a date alone, midnight in UTC. Raises UsageError that names the option."""
+    """Parse RFC 3339 text into a UTC time; a date alone is its midnight. Raises UsageError that names the option."""
     try:
         value = datetime.fromisoformat(text)
     except ValueError:
@@ -63,7 +68,7 @@ def moment(text: str, option: str) -> datetime:
 
 
 def hour_range(start: str | None, end: str | None) -> HourRange | None:
-    """Return the range of --from and --to; None without both. Raises UsageError if one is missing, or is no whole hour."""
+    """Return the range of --from and --to, or None without both. Raises UsageError if one is missing or is not a whole hour."""
     if start is None and end is None:
         return None
     if start is None or end is None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from datetime import date, datetime
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,28 +17,26 @@ from rich.text import Text
 from spark_jobs.texts import printable, printable_json
 
 Result = TypeVar("Result")
-Progress = Callable[[str], None]
-Parts = Iterable[RenderableType]
 
 PLAIN_WIDTH = 10_000
-"""The width where standard output is a log or a pipe, which must not wrap lines."""
+"""The width of a log or a pipe, whose lines must not wrap."""
 
 
 class CleanConsole(Console):
-    """A console that prints texts as they are: no markup, no emoji by name, no control of the terminal. ``Text`` has the styles."""
+    """Prints texts literally: no markup, no emoji names, no terminal control characters. Only ``Text`` objects carry styles."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Return unstyled text. Control characters are replaced before layout, so that columns keep their width."""
+        """Return unstyled text, with control characters escaped before the layout so that columns keep their width."""
         return super().render_str(printable(text, keep="\n"), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
-        """Yield the printed segments; replace the control characters in the texts of rich's own objects too."""
+        """Yield the printed segments, with control characters escaped in the texts of rich's own objects too."""
         for part in super().render(renderable, options):
             yield part if part.control else Segment(printable(part.text, keep="\n"), part.style)
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return a console, which does not wrap lines where it is not a terminal."""
+    """Return a console, which wraps lines only if it is a terminal."""
     stream = sys.stderr if stderr else sys.stdout
     return CleanConsole(stderr=stderr, width=None if stream.isatty() else PLAIN_WIDTH, highlight=False, markup=False, emoji=False)
 
@@ -48,43 +46,24 @@ def say(line: str, *, stderr: bool = False) -> None:
     console(stderr=stderr).print(line, soft_wrap=True)
 
 
-def with_spinner(text: str, work: Callable[[Progress], Result]) -> Result:
-    """Run ``work`` beside a spinner on standard error, which shows ``text``, then each line of progress. Return its result."""
+def with_spinner(text: str, work: Callable[..., Result]) -> Result:
+    """Call ``work(progress=...)`` and return its result. A spinner on standard error shows ``text``, then each progress line."""
     shown = console(stderr=True)
     with shown.status(text) as status:
-        return work(lambda line: status.update(Text(line[: max(shown.width - 4, 20)])))
+        return work(progress=lambda line: status.update(Text(line[: max(shown.width - 4, 20)])))
 
 
-def show(
-    result: Result,
-    parts: Callable[[Result], Parts],
-    *,
-    as_json: bool,
-    wraps: bool = False,
-    plain: Callable[[Result], Any] = lambda result: result,
-) -> None:
-    """Print a result as JSON, or the tables and lines that ``parts`` makes of it.
-
-    ``wraps``: a terminal breaks lines at words. ``plain`` makes of the result what the JSON has, where that is not the result.
-    """
+def show(value: object, parts: Iterable[RenderableType], *, as_json: bool) -> None:
+    """Print ``value`` as JSON, or ``parts``: a terminal wraps tables and styled texts at words, and leaves plain lines whole."""
     if as_json:
-        print_json(plain(result))
+        print_json(value)
         return
-    for part in parts(result):
-        console().print(part, soft_wrap=not wraps)
+    for part in parts:
+        console().print(part, soft_wrap=isinstance(part, str))
 
 
-def run_and_show(
-    text: str, work: Callable[[Progress], Result], parts: Callable[[Result], Parts], *, as_json: bool, wraps: bool = False
-) -> Result:
-    """Run ``work`` as `with_spinner` does, `show` its result, and return it: a command may choose its exit status by it."""
-    result = with_spinner(text, work)
-    show(result, parts, as_json=as_json, wraps=wraps)
-    return result
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, datetime | date):
+def _plain(value: object) -> object:
+    if isinstance(value, date):
         return value.isoformat()
     if isinstance(value, Path):
         return str(value)
@@ -93,6 +72,6 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"no JSON for {type(value).__name__}")
 
 
-def print_json(value: Any, *, lines: bool = False) -> None:
+def print_json(value: object, *, lines: bool = False) -> None:
     """Print plain values, dataclasses, times and paths as JSON; with ``lines`` on one line, for a stream of objects."""
     print(printable_json(json.dumps(value, default=_plain, ensure_ascii=False, indent=None if lines else 2)), flush=True)

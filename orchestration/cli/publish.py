@@ -1,4 +1,4 @@
-"""``adtally publish`` and ``adtally budget``: increments and credits into Kafka, and an example of what reads them."""
+"""The commands ``adtally publish``, which sends increments and credits to Kafka, and ``adtally budget``, an example consumer."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from orchestration.cli.context import settings_of
-from orchestration.cli.options import Json, Panel, examples
+from orchestration.cli.options import Json, OnlyStatus, Panel, examples
 from orchestration.cli.output import console, print_json, say, show
 from orchestration.cli.status import publications_table
-from orchestration.cli.tables import table
-from spark_jobs.errors import AdtallyError, BusyError, KafkaError, UsageError
+from orchestration.cli.tables import RecordTable, rest_line
+from spark_jobs.errors import UsageError
 from spark_jobs.texts import duration, money
 
 if TYPE_CHECKING:
@@ -43,52 +43,49 @@ _SHOWN = 20
 )
 def publish(
     context: typer.Context,
-    continuous: Annotated[bool, typer.Option("--continuous", help="Go on with new versions until stopped.")] = False,
-    only_status: Annotated[bool, typer.Option("--status", help="Publish nothing; say how far behind it is.")] = False,
-    whole: Annotated[
-        bool, typer.Option("--whole", help="All rows as they stand, under the same ids, whatever was published before.")
+    continuous: Annotated[bool, typer.Option("--continuous", help="Continue with new versions until stopped.")] = False,
+    only_status: OnlyStatus = False,
+    whole: Annotated[bool, typer.Option("--whole", help="Publish all present rows again, under the same ids.")] = False,
+    adopt: Annotated[
+        bool, typer.Option("--adopt-topic", help="Publish into a topic that has messages of another lakehouse.")
     ] = False,
-    adopt: Annotated[bool, typer.Option("--adopt-topic", help="Into a topic that has what another lakehouse published.")] = False,
     as_json: Json = False,
 ) -> None:
     r"""Publish increments and attribution credits to the Kafka topics that HOME/kafka.toml names, each exactly once.
 
-    `adtally ingest` does it too where kafka.toml has \[publish]: at its end, and with --continuous soon after each commit.
+    If kafka.toml has \[publish], `adtally ingest` publishes too: at its end, and with --continuous soon after each commit.
     """
     from spark_jobs.publish.job import PublishLoop, ask_publications, is_publishing, publish_new
 
     if (continuous and whole) or (only_status and (continuous or whole or adopt)):
         raise UsageError("--continuous, --whole and --status are for different runs", hint="use one of them")
     settings = settings_of(context)
-    if only_status or not is_publishing(settings):  # which says that kafka.toml does not say where
-        show(ask_publications(settings), lambda found: [publications_table(found)], as_json=as_json, wraps=True)
+    if only_status or not is_publishing(settings):  # without [publish] ask_publications raises and names the missing entries
+        found = ask_publications(settings)
+        show(found, [publications_table(found)], as_json=as_json)
+        return
+    if not continuous:
+        report = publish_new(settings, whole=whole, adopt=adopt)
+        show(report, published_lines(report), as_json=as_json)
         return
 
     def on_version(done: Published) -> None:
-        if as_json and continuous:
+        if as_json:
             print_json(done, lines=True)
-        elif continuous:
-            say(
-                f"{done.topic}: version {done.version} of {done.table}, {done.records:,} messages, "
-                f"{done.lag_seconds:.2f} s after its commit",
-                stderr=True,
-            )
+        else:
+            version = f"version {done.version} of {done.table}, {done.records:,} messages"
+            say(f"{done.topic}: {version}, {done.lag_seconds:.2f} s after its commit", stderr=True)
 
-    if continuous:
-        shown = console(stderr=True)
-        loop = PublishLoop(
-            settings, adopt=adopt, progress=on_version, problem=lambda text: shown.print(text or "Kafka answers again")
-        )
-        with _stop_on_signals() as stop:
-            loop.run(stop)
-        return
-    show(publish_new(settings, whole=whole, adopt=adopt), published_lines, as_json=as_json)
+    shown = console(stderr=True)
+    loop = PublishLoop(settings, adopt=adopt, progress=on_version, problem=lambda text: shown.print(text or "Kafka answers again"))
+    with _stop_on_signals() as stop:
+        loop.run(stop)
 
 
 @app.command(
     rich_help_panel=Panel.ASK,
     epilog=examples(
-        "adtally budget --once                         all that is there, then end",
+        "adtally budget --once                         all present messages, then end",
         "adtally budget --campaigns .adtally/landing/campaigns",
         "adtally budget --status --json | jq .campaigns",
         "adtally budget --bootstrap-servers 127.0.0.1:9092 --once",
@@ -97,25 +94,23 @@ def publish(
 def budget(
     context: typer.Context,
     cluster: Annotated[str | None, typer.Option(help="A cluster of HOME/kafka.toml. Default: that of \\[publish].")] = None,
-    bootstrap_servers: Annotated[str | None, typer.Option(help="In place of --cluster: where a broker is.")] = None,
+    bootstrap_servers: Annotated[str | None, typer.Option(help="In place of --cluster: addresses of brokers.")] = None,
     topic: Annotated[str | None, typer.Option(help="Default: the metrics_topic of \\[publish], else ads-metrics.")] = None,
     store: Annotated[Path | None, typer.Option(help="The SQLite file. Default: HOME/budget/budget.sqlite.")] = None,
-    once: Annotated[bool, typer.Option("--once", help="End when all that is there is consumed.")] = False,
-    only_status: Annotated[bool, typer.Option("--status", help="Consume nothing; say what is known.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="End when all present messages are consumed.")] = False,
+    only_status: OnlyStatus = False,
     from_start: Annotated[bool, typer.Option("--from-start", help="Read the topic again; nothing counts twice.")] = False,
-    accept_gap: Annotated[
-        bool, typer.Option("--accept-gap", help="Go on although messages that were never consumed are gone.")
-    ] = False,
+    accept_gap: Annotated[bool, typer.Option("--accept-gap", help="Skip deleted messages that were never consumed.")] = False,
     keep_days: Annotated[
-        int, typer.Option(min=0, max=36_500, help="Ids of so many days are kept, older days are final; 0 keeps all.")
+        int, typer.Option(min=0, max=36_500, help="Keep the ids of so many days; older days are final. 0 keeps all.")
     ] = 35,
-    campaigns: Annotated[Path | None, typer.Option(help="CSV of the campaigns, or a folder: whose budgets?")] = None,
-    day: Annotated[str | None, typer.Option(help="The day that is shown, as 2025-06-02. Default: the newest.")] = None,
+    campaigns: Annotated[Path | None, typer.Option(help="CSV of the campaigns with their budgets, or a folder of them.")] = None,
+    day: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="The day to show. Default: the newest.")] = None,
     as_json: Json = False,
 ) -> None:
-    """An example of a consumer: spend per campaign and day from the topic of increments, exactly once, in SQLite.
+    """Run an example consumer: it sums spend per campaign and day from the topic of increments, exactly once, in SQLite.
 
-    It shows how far it is behind the events. Messages that cannot be read are kept aside with their place, and stop nothing.
+    It shows how far it is behind the events. It sets unreadable messages aside with their place, and continues.
     """
     from services.budget.campaigns import read_budgets
     from services.budget.errors import BrokerError
@@ -124,71 +119,49 @@ def budget(
 
     settings = settings_of(context)
     path = store or settings.home_path / "budget" / "budget.sqlite"
-    address = _find_topic(settings, cluster, bootstrap_servers, topic, is_needed=not only_status)
-    with _translate_budget_errors():
-        behind: dict[int, int] | None = None
-        if address.client:
-            service = BudgetService(path, address.client, address.topic, keep_days=keep_days or None)
-            if not only_status:
-                with _stop_on_signals() as stop:
-                    service.run(stop, once=once, from_start=from_start, accept_gap=accept_gap)
-            try:
-                behind = service.lags()
-            except BrokerError as error:
-                say(str(error), stderr=True)
-        budgets = read_budgets(campaigns) if campaigns else []
-        found = read_budget_status(
-            path, address.topic, now=datetime.now(UTC), budgets=budgets, day=_day(day), offsets_behind=behind
-        )
-    show(found, budget_tables, as_json=as_json)
+    client, topic = _find_topic(settings, cluster, bootstrap_servers, topic, is_needed=not only_status)
+    offsets_behind: dict[int, int] | None = None
+    if client:
+        service = BudgetService(path, client, topic, keep_days=keep_days or None)
+        if not only_status:
+            with _stop_on_signals() as stop:
+                service.run(stop, once=once, from_start=from_start, accept_gap=accept_gap)
+        try:
+            offsets_behind = service.lags()
+        except BrokerError as error:
+            say(str(error), stderr=True)
+    budgets = read_budgets(campaigns) if campaigns else []
+    now, shown_day = datetime.now(UTC), None if day is None else day.date().isoformat()
+    found = read_budget_status(path, topic, now=now, budgets=budgets, day=shown_day, offsets_behind=offsets_behind)
+    show(found, budget_tables(found), as_json=as_json)
 
 
 def publish_at_end(settings: Settings) -> None:
-    """Publish what an ingest wrote if kafka.toml says where. Print a line for each topic on standard error."""
+    """Publish what an ingest wrote if kafka.toml has [publish]. Print a line for each topic on standard error."""
     from spark_jobs.publish.job import is_publishing, publish_new
 
-    if not is_publishing(settings):
-        return
-    for line in published_lines(publish_new(settings)):
-        say(line, stderr=True)
-
-
-class _TopicAddress:
-    """A topic, and the options that connect to its cluster; ``client`` is empty where no cluster is configured."""
-
-    def __init__(self, client: dict[str, str], topic: str) -> None:
-        self.client, self.topic = client, topic
+    if is_publishing(settings):
+        for line in published_lines(publish_new(settings)):
+            say(line, stderr=True)
 
 
 def _find_topic(
     settings: Settings, cluster: str | None, servers: str | None, topic: str | None, *, is_needed: bool
-) -> _TopicAddress:
+) -> tuple[dict[str, str], str]:
+    """Return the client options of the cluster (empty if none is configured and it is not needed), and the topic."""
     from spark_jobs.ingest.kafka.config import read_kafka
 
     if servers is not None:
         if cluster is not None:
             raise UsageError("--cluster and --bootstrap-servers name two places", hint="use one of them")
-        return _TopicAddress({"bootstrap.servers": servers}, topic or _BUDGET_TOPIC)
+        return {"bootstrap.servers": servers}, topic or _BUDGET_TOPIC
     kafka = read_kafka(settings)
-    name = topic or (kafka.publish.metrics_topic if kafka.publish else _BUDGET_TOPIC)
-    if cluster is not None:
-        return _TopicAddress(kafka.cluster(cluster).client_options(), name)
-    if kafka.publish is not None:
-        return _TopicAddress(kafka.publish.cluster.client_options(), name)
-    if is_needed:
-        raise UsageError(
-            "nobody says where the topic is", hint="use --bootstrap-servers, or --cluster with a cluster of HOME/kafka.toml"
-        )
-    return _TopicAddress({}, name)
-
-
-def _day(text: str | None) -> str | None:
-    if text is None:
-        return None
-    try:
-        return datetime.strptime(text, "%Y-%m-%d").date().isoformat()
-    except ValueError:
-        raise UsageError(f"--day {text!r} is not a day", hint="as in 2025-06-02") from None
+    publish = kafka.publish
+    chosen = kafka.cluster(cluster) if cluster is not None else publish.cluster if publish else None
+    if chosen is None and is_needed:
+        hint = "use --bootstrap-servers, or --cluster with a cluster of HOME/kafka.toml"
+        raise UsageError("no cluster is known for the topic", hint=hint)
+    return chosen.client_options() if chosen else {}, topic or (publish.metrics_topic if publish else _BUDGET_TOPIC)
 
 
 @contextmanager
@@ -210,49 +183,25 @@ def _stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def _translate_budget_errors() -> Iterator[None]:
-    """Raise the errors of the budget service as errors of adtally, which have the exit statuses."""
-    from services.budget.errors import BrokerError, BudgetBusyError, BudgetError, BudgetUsageError
-
-    kinds: dict[type[BudgetError], type[AdtallyError]] = {
-        BudgetUsageError: UsageError,
-        BudgetBusyError: BusyError,
-        BrokerError: KafkaError,
-    }
-    try:
-        yield
-    except BudgetError as error:
-        raise kinds.get(type(error), AdtallyError)(error.message, hint=error.hint) from None
-
-
 def published_lines(report: PublishReport) -> Iterator[str]:
     """Return a line for each topic of a report."""
-    for each in report.topics:
-        if each.versions:
-            yield (
-                f"{each.topic}: {each.records:,} messages of {each.versions:,} versions, "
-                f"up to version {each.version} of {each.table}"
-            )
-        else:
-            yield f"{each.topic}: nothing new in {each.table}"
+    for topic in report.topics:
+        messages = f"{topic.records:,} messages of {topic.versions:,} versions, up to version {topic.version} of"
+        yield f"{topic.topic}: {messages if topic.versions else 'nothing new in'} {topic.table}"
 
 
 def budget_tables(found: BudgetStatus) -> Iterator[RenderableType]:
     """Make the table of campaigns (those over budget first, then by currency and spend), and say how far behind it is."""
     day = found.campaigns[0].event_date if found.campaigns else "-"
-    spend = table(f"Spend of {day}", "campaign", "store", "impressions", "clicks", "spend", "budget", "", left=2)
-    rows = sorted(found.campaigns, key=lambda each: (not each.is_over, each.currency, -each.spend_nanos))
+    spend = RecordTable(f"Spend of {day}", "campaign", "store", "impressions", "clicks", "spend", "budget", "", left=2)
+    rows = sorted(found.campaigns, key=lambda row: (not row.is_over, row.currency, -row.spend_nanos))
     for row in rows[:_SHOWN]:
-        amounts = (
-            f"{money(row.spend_micros * 1000, row.currency)} {row.currency}",
-            "-" if row.budget_micros is None else money(row.budget_micros * 1000, row.currency),
-        )
-        over = Text("over", style="red") if row.is_over else Text("")
-        spend.add_row(row.campaign_id, row.store_id, f"{row.impressions:,}", f"{row.clicks:,}", *amounts, over)
+        amount = f"{money(row.spend_micros * 1000, row.currency)} {row.currency}"
+        budget = None if row.budget_micros is None else money(row.budget_micros * 1000, row.currency)
+        over = Text("over" if row.is_over else "", style="red")
+        spend.add_row(row.campaign_id, row.store_id, row.impressions, row.clicks, amount, budget, over)
     yield spend
-    if len(rows) > _SHOWN:
-        yield f"and {len(rows) - _SHOWN} more campaigns"
+    yield from rest_line(len(rows), _SHOWN, "campaign")
     if found.event_minute is None or found.committed_at is None:
         yield "nothing consumed yet"
     else:

@@ -1,9 +1,10 @@
-"""``adtally services``: real Kafka and real Pinot on this machine, for trials and tests."""
+"""The commands ``adtally services``: they run a real Kafka and a real Pinot on this machine, for trials and tests."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,7 +38,7 @@ app.add_typer(pinot_app, name="pinot")
 
 Heap = Annotated[str | None, typer.Option(help="Largest heap of its Java, as 512m or 2g.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete its data first.")]
-
+_tell = partial(say, stderr=True)
 
 _KAFKA_FILE = """# docs/kafka.md lists the entries.
 [[clusters]]
@@ -53,24 +54,24 @@ cluster = "local"
 def kafka_up(
     context: typer.Context,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the broker. Default: a free one, remembered.")] = None,
-    partitions: Annotated[int, typer.Option(min=1, max=1000, help="Partitions of the topics that are made.")] = 2,
+    partitions: Annotated[int, typer.Option(min=1, max=1000, help="Partitions of new topics.")] = 2,
     heap: Heap = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
-    """Start Kafka, wait until it answers, and make the topics that are missing. One that runs is left as it is.
+    """Start Kafka, wait until it answers, and make the missing topics. A running Kafka stays as it is.
 
-    Its folder is HOME/services/kafka. The jars are downloaded once and checked on every start. A HOME/kafka.toml that names it
-    is written where there is none.
+    Its folder is HOME/services/kafka. adtally downloads the jars once and checks them on every start. It writes a HOME/kafka.toml
+    that names this Kafka if there is none.
     """
     settings = settings_of(context)
-    kafka = _kafka(settings, heap)
+    kafka = kafka_service(settings, heap)
     kafka.partitions = partitions
     found = kafka.up(_tell, fresh=fresh, wanted_ports={} if port is None else {"broker": port})
     if not settings.kafka_path.exists():
         settings.kafka_path.write_text(_KAFKA_FILE.format(servers=found.addresses["bootstrap_servers"]), "utf-8")
         _tell(f"wrote {settings.kafka_path}: adtally reads its topics and publishes to it from now on")
-    _print(found, as_json)
+    show(found, status_lines(found), as_json=as_json)
 
 
 @pinot_app.command(
@@ -92,11 +93,11 @@ def pinot_up(
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
-    """Start ZooKeeper and Pinot, make its tables, and wait until every table answers a query.
+    """Start ZooKeeper and Pinot, make its tables, and wait until every table answers a query. For trials and tests.
 
-    One that runs is left as it is; tables that are missing are made, and changed where their Kafka or settings changed. Without
-    a Kafka no tables are made. For trials and tests. Its folder is HOME/services/pinot; login.password there is the password
-    of user adtally, for whom controller and broker ask.
+    A running Pinot stays as it is. adtally makes missing tables, and changes those whose Kafka or settings changed. Without a
+    Kafka it makes no tables. The folder is HOME/services/pinot; the file login.password there has the password of user adtally,
+    which controller and broker ask for.
     """
     from services.serving.setup import ensure_tables, examine
     from services.serving.tables import table_specs
@@ -106,69 +107,51 @@ def pinot_up(
     source, pinot = _source(settings, kafka), pinot_service(settings, heap)
     pinot.up(_tell, fresh=fresh)
     if source is None:
-        _tell("no tables are made, for no Kafka is known: name one with --kafka, or `adtally services kafka up`")
+        _tell("made no tables, because no Kafka is known: name one with --kafka, or run `adtally services kafka up`")
     else:
         window_days = load_attribution_rules(settings).window_days
         specs = table_specs(examine(source), window_days=window_days, flush_rows=flush_rows)
         ensure_tables(pinot.client, specs, _tell)
     _tell(f"{pinot.name} is {pinot.warning}")
-    _print(pinot.status(), as_json)
+    found = pinot.status()
+    show(found, status_lines(found), as_json=as_json)
 
 
-@kafka_app.command("down", epilog=examples("adtally services kafka down"))
-def kafka_down(context: typer.Context, as_json: Json = False) -> None:
-    """Stop it and wait until no process is left. Its data and its ports are kept."""
-    _stop(_kafka(settings_of(context)), as_json)
+def _add_commands(group: typer.Typer, name: str, find_service: Callable[[Settings], Service]) -> None:
+    """Add the commands down and status, which every service has."""
+
+    @group.command(epilog=examples(f"adtally services {name} down"))
+    def down(context: typer.Context, as_json: Json = False) -> None:
+        """Stop it and wait until all its processes have ended. Keep its data and its ports."""
+        service = find_service(settings_of(context))
+        line = f"{service.name} is stopped" if service.down(_tell) else f"{service.name} did not run"
+        show(service.status() if as_json else None, [line], as_json=as_json)
+
+    @group.command(epilog=examples(f"adtally services {name} status", f"adtally services {name} status --json | jq .addresses"))
+    def status(context: typer.Context, as_json: Json = False) -> None:
+        """Show whether it runs and answers, and where. Exit status 1 if it does not."""
+        found = find_service(settings_of(context)).status()
+        show(found, status_lines(found), as_json=as_json)
+        if not found.running or found.problem:
+            raise typer.Exit(1)
 
 
-@pinot_app.command("down", epilog=examples("adtally services pinot down"))
-def pinot_down(context: typer.Context, as_json: Json = False) -> None:
-    """Stop it and wait until no process is left. Its data and its ports are kept."""
-    _stop(pinot_service(settings_of(context)), as_json)
-
-
-@kafka_app.command(
-    "status", epilog=examples("adtally services kafka status", "adtally services kafka status --json | jq .addresses")
-)
-def kafka_status(context: typer.Context, as_json: Json = False) -> None:
-    """Whether it runs and answers, and where. Exit status 1 where it does not."""
-    _ask(_kafka(settings_of(context)), as_json)
-
-
-@pinot_app.command(
-    "status", epilog=examples("adtally services pinot status", "adtally services pinot status --json | jq .addresses")
-)
-def pinot_status(context: typer.Context, as_json: Json = False) -> None:
-    """Whether it runs and answers, and where. Exit status 1 where it does not."""
-    _ask(pinot_service(settings_of(context)), as_json)
-
-
-def _stop(service: Service, as_json: bool) -> None:
-    ran = service.down(_tell)
-    if as_json:
-        _print(service.status(), as_json)
-    else:
-        say(f"{service.name} is stopped" if ran else f"{service.name} did not run")
-
-
-def _ask(service: Service, as_json: bool) -> None:
-    found = service.status()
-    _print(found, as_json)
-    if not found.running or found.problem:
-        raise typer.Exit(1)
-
-
-def _kafka(settings: Settings, heap: str | None = None) -> Kafka:
+def kafka_service(settings: Settings, heap: str | None = None) -> Kafka:
+    """Return the Kafka of an installation, whether it runs or not."""
     from services.launcher.kafka import Kafka
 
-    return Kafka(_root(settings), jar_cache=settings.jar_cache_path, java=_java, heap=_heap(heap))
+    return Kafka(settings.home_path / "services", jar_cache=settings.jar_cache_path, java=_java, heap=_heap(heap))
 
 
 def pinot_service(settings: Settings, heap: str | None = None) -> Pinot:
     """Return the Pinot of an installation, whether it runs or not."""
     from services.launcher.pinot import Pinot
 
-    return Pinot(_root(settings), jar_cache=settings.jar_cache_path, java=_java, heap=_heap(heap))
+    return Pinot(settings.home_path / "services", jar_cache=settings.jar_cache_path, java=_java, heap=_heap(heap))
+
+
+_add_commands(kafka_app, "kafka", kafka_service)
+_add_commands(pinot_app, "pinot", pinot_service)
 
 
 def _source(settings: Settings, servers: str | None) -> Source | None:
@@ -181,20 +164,11 @@ def _source(settings: Settings, servers: str | None) -> Source | None:
         cluster = published.cluster
         java = {name.removeprefix("kafka."): value for name, value in cluster.spark_options().items() if name.startswith("kafka.")}
         del java["bootstrap.servers"]
-        return Source(
-            cluster.bootstrap_servers,
-            published.metrics_topic,
-            published.credits_topic,
-            client_options=cluster.client_options(),
-            java_options=java,
-        )
+        topics = (published.metrics_topic, published.credits_topic)
+        return Source(cluster.bootstrap_servers, *topics, client_options=cluster.client_options(), java_options=java)
     if servers is None:
-        servers = _kafka(settings).status().addresses.get("bootstrap_servers")
+        servers = kafka_service(settings).status().addresses.get("bootstrap_servers")
     return None if servers is None else Source(servers)
-
-
-def _root(settings: Settings) -> Path:
-    return settings.home_path / "services"
 
 
 def _java() -> Path:
@@ -209,21 +183,15 @@ def _heap(text: str | None) -> str | None:
     return text
 
 
-def _tell(line: str) -> None:
-    say(line, stderr=True)
-
-
-def _print(found: Status, as_json: bool) -> None:
-    show(found, status_lines, as_json=as_json)
-
-
 def status_lines(found: Status) -> Iterator[str]:
     """Say whether a service runs, and list its processes, its addresses and its topics or tables."""
     if not found.running:
-        yield f"{found.service} {found.version} does not run{f': {found.problem}' if found.problem else ''}"
+        problem = f": {found.problem}" if found.problem else ""
+        yield f"{found.service} {found.version} does not run{problem}"
         return
     pids = ", ".join(f"{role} {pid}" for role, pid in found.processes.items())
-    yield f"{found.service} {found.version} {f'is not usable: {found.problem}' if found.problem else 'runs'} (process {pids})"
+    state = f"is not usable: {found.problem}" if found.problem else "runs"
+    yield f"{found.service} {found.version} {state} (process {pids})"
     for use, address in found.addresses.items():
         yield f"  {use.replace('_', ' ')}: {address}"
     if found.holds:

@@ -1,8 +1,9 @@
-"""Commands for money and credit: review, attribute, bill; and what an ingest does of them at its end."""
+"""The commands ``adtally review``, ``attribute`` and ``bill``, which an ingest also runs at its end."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import typer
@@ -11,8 +12,8 @@ from rich.console import RenderableType
 from orchestration.cli.context import settings_of
 from orchestration.cli.maintenance_tables import SHOWN, hour_text
 from orchestration.cli.options import From, Json, Panel, To, examples, hour_range
-from orchestration.cli.output import run_and_show, say, with_spinner
-from orchestration.cli.tables import table
+from orchestration.cli.output import say, show, with_spinner
+from orchestration.cli.tables import RecordTable, rest_line
 from spark_jobs.texts import counted, duration, money
 
 if TYPE_CHECKING:
@@ -34,12 +35,13 @@ app = typer.Typer()
 def review(context: typer.Context, start: From = None, end: To = None, as_json: Json = False) -> None:
     """Judge whole hours for invalid traffic by the rules of HOME/rules/invalid_traffic.toml, and restate what changes.
 
-    `adtally ingest` does it at its end; Dagster does it for hours that close, and again where something came late.
+    `adtally ingest` does this at its end. Dagster does it for hours that close, and again for hours with late records.
     """
     from spark_jobs.traffic.review import review as run
 
-    chosen = hour_range(start, end)
-    run_and_show("reviewing", lambda progress: run(settings_of(context), chosen, progress=progress), review_table, as_json=as_json)
+    hours = hour_range(start, end)
+    report = with_spinner("reviewing", partial(run, settings_of(context), hours))
+    show(report, review_table(report), as_json=as_json)
 
 
 @app.command(
@@ -52,17 +54,13 @@ def review(context: typer.Context, start: From = None, end: To = None, as_json: 
 def attribute(context: typer.Context, start: From = None, end: To = None, as_json: Json = False) -> None:
     """Credit orders to the clicks before them, in every model and lookback window.
 
-    A range is that of the orders' times. Orders whose credits come out the same keep their revision.
+    A range selects orders by their time. Orders whose credits do not change keep their revision.
     """
     from spark_jobs.attribution.job import attribute as run
 
-    chosen = hour_range(start, end)
-    run_and_show(
-        "attributing",
-        lambda progress: run(settings_of(context), chosen, progress=progress),
-        lambda found: [attribution_text(found)],
-        as_json=as_json,
-    )
+    hours = hour_range(start, end)
+    report = with_spinner("attributing", partial(run, settings_of(context), hours))
+    show(report, [attribution_text(report)], as_json=as_json)
 
 
 @app.command(rich_help_panel=Panel.TAKE_IN, epilog=examples("adtally bill", "adtally bill --json | jq '.lines[].amount_micros'"))
@@ -73,13 +71,14 @@ def bill(context: typer.Context, as_json: Json = False) -> None:
     """
     from spark_jobs.billing.job import bill as run
 
-    run_and_show("billing", lambda progress: run(settings_of(context), progress=progress), billing_table, as_json=as_json)
+    report = with_spinner("billing", partial(run, settings_of(context)))
+    show(report, billing_table(report), as_json=as_json)
 
 
 def settle_at_end(settings: Settings) -> None:
     """Review, credit and bill what an ingest wrote. Print a line on standard error for each that changed something.
 
-    With tables on an object store it does nothing and says so.
+    If the tables are on an object store, it only says that it does nothing.
     """
     from spark_jobs.lake.roots import is_local
     from spark_jobs.operate.settle import settle
@@ -87,7 +86,7 @@ def settle_at_end(settings: Settings) -> None:
     if not is_local(settings.lakehouse_uri):
         say(f"not settled: reviews, credits and bills read a lakehouse in a local path, not {settings.lakehouse_uri}", stderr=True)
         return
-    done = with_spinner("settling", lambda progress: settle(settings, progress=progress))
+    done = with_spinner("settling", partial(settle, settings))
     if done.review.hours:
         changed = sum(found.changed for found in done.review.hours)
         hours = counted(len(done.review.hours), "hour")
@@ -101,24 +100,21 @@ def settle_at_end(settings: Settings) -> None:
 
 def review_table(report: ReviewReport) -> Iterator[RenderableType]:
     """Make the table of hours whose marks changed, and the sums."""
-    changed = [found for found in report.hours if found.changed]
+    changed = [hour for hour in report.hours if hour.changed]
     if changed:
-        shown = table("Hours whose marks changed", "hour", "events", "invalid", "marks changed")
-        for found in changed[:SHOWN]:
-            figures = (f"{count:,}" for count in (found.events, found.invalid, found.changed))
-            shown.add_row(hour_text(found.event_hour), *figures)
-        yield shown
-    if len(changed) > SHOWN:
-        yield f"and {counted(len(changed) - SHOWN, 'more hour')}"
+        yield RecordTable("Hours whose marks changed", "hour", "events", "invalid", "marks changed").with_rows(
+            (hour_text(hour.event_hour), hour.events, hour.invalid, hour.changed) for hour in changed[:SHOWN]
+        )
+    yield from rest_line(len(changed), SHOWN, "hour")
     if not report.hours:
         yield "every hour's review is up to date"
         return
-    events, invalid = (sum(getattr(found, name) for found in report.hours) for name in ("events", "invalid"))
+    events, invalid = (sum(getattr(hour, name) for hour in report.hours) for name in ("events", "invalid"))
     yield f"{counted(len(report.hours), 'hour')} reviewed, {invalid:,} of {events:,} events invalid, {duration(report.seconds)}"
 
 
 def attribution_text(report: AttributionReport) -> str:
-    """Return a report on one line."""
+    """Return the report of an attribution on one line."""
     if not report.orders:
         return "no order is concerned by what came since"
     return (
@@ -133,11 +129,10 @@ def billing_table(report: BillingReport) -> Iterator[RenderableType]:
     if not report.lines:
         yield "nothing to bill: no closed day has changed"
         return
-    shown = table("Posted", "day", "campaign", "store", "type", "reason", "amount", "currency", left=5)
+    shown = RecordTable("Posted", "day", "campaign", "store", "type", "reason", "amount", "currency", left=5)
     for line in report.lines[:SHOWN]:
-        names = (str(line.event_date), line.campaign_id, line.store_id, line.line_type, line.reason)
+        names = (line.event_date, line.campaign_id, line.store_id, line.line_type, line.reason)
         shown.add_row(*names, money(line.amount_micros * 1000, line.currency), line.currency)
     yield shown
-    if len(report.lines) > SHOWN:
-        yield f"and {counted(len(report.lines) - SHOWN, 'more line')}"
+    yield from rest_line(len(report.lines), SHOWN, "line")
     yield f"{counted(len(report.lines), 'line')} of {counted(report.days, 'closed day')}, {duration(report.seconds)}"

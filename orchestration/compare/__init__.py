@@ -1,4 +1,4 @@
-"""Our counts beside a third party's report: how far apart, and why."""
+"""Compares our counts with a third party's report: how much they differ, and why."""
 
 from __future__ import annotations
 

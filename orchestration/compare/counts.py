@@ -1,88 +1,84 @@
-"""Our counts by campaign and half an hour, with what a third party may count otherwise."""
+"""Reads our counts by campaign and half an hour, with the records that a third party may count differently."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
-from typing import Any
 
 import pyarrow as pa
 
-from orchestration.compare.report import MEASURES
-from orchestration.explain.view import BuildView
+from orchestration.compare.report import MEASURES, Key
+from orchestration.explain.view import BuildView, Row
 from spark_jobs.errors import AdtallyError
 from spark_jobs.lake.duck import literal
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, REJECTED_EVENTS
 
 LONGEST_SHIFT = timedelta(hours=14)
 
-PARTS = ("net", "invalid", "late", "late_invalid", "duplicate", "duplicate_invalid")
-"""What is counted: billable and invalid events, those of each that came late, and further records of each (duplicates)."""
-
-Key = tuple[date, str]
-_Halves = dict[tuple[str, datetime], Counter[str]]
-
 
 @dataclass
 class Counts:
-    """Per campaign and half an hour (UTC): ``<part>_<measure>`` -> count. ``days`` are those on which we have a campaign."""
+    """Counts by campaign and half an hour (UTC): ``<part>_<measure>`` -> count.
 
-    halves: _Halves
+    The parts are net and invalid, late and late_invalid, duplicate and duplicate_invalid (further records of an event).
+    """
+
+    halves: dict[tuple[str, datetime], Counter[str]] = field(default_factory=dict)
     knows_duplicates: bool = True
     _by_offset: dict[int, dict[Key, Counter[str]]] = field(default_factory=dict)
 
-    def days(self, offset_minutes: int = 0) -> Mapping[Key, Counter[str]]:
-        """The counts by day and campaign, days being cut at this offset from UTC."""
+    def add(self, rows: Iterable[Row]) -> None:
+        """Add rows, which have campaign_id, half and counts."""
+        for row in rows:
+            counts = {name: value for name, value in row.items() if name not in ("campaign_id", "half")}
+            self.halves.setdefault((row["campaign_id"], row["half"]), Counter()).update(counts)
+
+    def day(self, key: Key, offset_minutes: int) -> Counter[str]:
+        """Return the counts of a day and campaign, with days cut at this offset from UTC; empty without traffic."""
         if offset_minutes not in self._by_offset:
-            found: dict[Key, Counter[str]] = {}
+            found = self._by_offset[offset_minutes] = defaultdict(Counter)
             for (campaign, half), counts in self.halves.items():
-                found.setdefault(((half + timedelta(minutes=offset_minutes)).date(), campaign), Counter()).update(counts)
-            self._by_offset[offset_minutes] = found
-        return self._by_offset[offset_minutes]
+                found[(half + timedelta(minutes=offset_minutes)).date(), campaign].update(counts)
+        return self._by_offset[offset_minutes].get(key, Counter())
 
 
 def read_counts(view: BuildView, campaigns: Iterable[str], first: date, last: date, *, with_duplicates: bool) -> Counts:
-    """Our counts of these campaigns from a day before ``first`` to a day after ``last``, as the marts' build has them.
+    """Read the counts of these campaigns in the marts' build, from a day before ``first`` to a day after ``last``.
 
-    Duplicates are counted in the landing files (no table holds them): only ``with_duplicates``, and where the files are there.
+    No table has duplicates: they are counted in the landing files, if ``with_duplicates`` and if the files still exist.
     """
-    names = pa.table({"campaign_id": sorted(set(campaigns))})
-    view.connection.register("compared", names)
+    names = sorted(campaigns)
+    view.connection.register("compared", pa.table({"campaign_id": names}))
     begin = datetime.combine(first, datetime.min.time()) - LONGEST_SHIFT
     end = datetime.combine(last + timedelta(days=1), datetime.min.time()) + LONGEST_SHIFT
-    halves: _Halves = {}
-    listed = ", ".join(literal(name) for name in names["campaign_id"].to_pylist())
+    listed = ", ".join(map(literal, names))
     totals = ", ".join(
         f"sum({column})::bigint as {part}_{measure}"
         for measure in MEASURES
         for part, column in (("net", measure), ("invalid", f"invalid_{measure}"))
     )
-    minutes = view.marts(
-        f"""
-        select campaign_id, time_bucket(interval '30 minutes', event_minute) as half, {totals}
-        from fct_campaign_minute
-        where campaign_id in ({listed}) and event_minute >= timestamp '{begin}' and event_minute < timestamp '{end}'
-        group by all
-        """
+    is_counted = with_duplicates and any(view.lake.settings.landing_path.glob("events/*/*"))
+    counts = Counts(knows_duplicates=is_counted or not with_duplicates)
+    counts.add(
+        view.marts(
+            f"""
+            select campaign_id, time_bucket(interval '30 minutes', event_minute) as half, {totals}
+            from fct_campaign_minute
+            where campaign_id in ({listed}) and event_minute >= timestamp '{begin}' and event_minute < timestamp '{end}'
+            group by all
+            """
+        )
     )
-    _add(halves, minutes)
-    _add(halves, _late(view, begin, end))
-    knows = with_duplicates and any(view.lake.settings.landing_path.glob("events/*/*"))
-    if knows:
-        _add(halves, _duplicates(view, begin, end))
-    return Counts(halves, knows or not with_duplicates)
-
-
-def _add(halves: _Halves, rows: Iterable[dict[str, Any]]) -> None:
-    for row in rows:
-        counts = halves.setdefault((row["campaign_id"], row["half"]), Counter())
-        counts.update({name: value for name, value in row.items() if name not in ("campaign_id", "half")})
+    counts.add(_late(view, begin, end))
+    if is_counted:
+        counts.add(_duplicates(view, begin, end))
+    return counts
 
 
 def _measures(part: str) -> str:
-    """SQL that counts billable and invalid events of the measures; ``weight`` is how often each counts."""
+    """Return SQL that counts billable and invalid events by measure. Column ``weight`` says how often an event counts."""
     kinds = zip(MEASURES, ("impression", "click"), strict=True)
     return ", ".join(
         f"coalesce(sum(weight) filter (event_type = '{kind}' and invalid_traffic_rule is {'not ' if tail else ''}null), 0)::bigint "
@@ -93,7 +89,7 @@ def _measures(part: str) -> str:
 
 
 def _accepted(view: BuildView) -> str:
-    """SQL of the accepted events of completed batches, of the campaigns compared."""
+    """Return SQL of the accepted events of completed batches, of the compared campaigns."""
     return f"""
         (select * from {view.scan(EVENTS)}
          semi join (select distinct _query_id, _batch_id from {view.scan(BATCH_LEDGER)}) using (_query_id, _batch_id)
@@ -104,13 +100,13 @@ def _accepted(view: BuildView) -> str:
 _HALF = "time_bucket(interval '30 minutes', event_time::timestamp) as half"
 
 
-def _late(view: BuildView, begin: datetime, end: datetime) -> list[dict[str, Any]]:
+def _late(view: BuildView, begin: datetime, end: datetime) -> list[Row]:
     late = f"(select *, 1 as weight from {_accepted(view)} where is_late)"
     return view.rows(f"select campaign_id, {_HALF}, {_measures('late')} from {late} group by all", [begin.date(), end.date()])
 
 
-def _duplicates(view: BuildView, begin: datetime, end: datetime) -> list[dict[str, Any]]:
-    """Further records of accepted events: lines with its id, less the accepted one and those that were rejected or a conflict."""
+def _duplicates(view: BuildView, begin: datetime, end: datetime) -> list[Row]:
+    """Count further records of accepted events: lines with the id, less the accepted one, the rejected ones and the conflicts."""
     landing = literal(str(view.lake.settings.landing_path / "events" / "*" / "[!._]*"))
     try:
         return view.rows(

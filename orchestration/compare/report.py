@@ -18,9 +18,12 @@ _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _WHOLE = re.compile(r"\d{1,18}")
 
 
+Key = tuple[date, str]
+
+
 @dataclass(frozen=True)
 class ReportLine:
-    """What they count for a campaign's day; ``line`` is its number in the file, the header's being 1."""
+    """Their counts of a campaign's day; ``line`` is its number in the file, where the header has number 1."""
 
     line: int
     date: date
@@ -28,11 +31,16 @@ class ReportLine:
     impressions: int
     clicks: int
 
+    @property
+    def key(self) -> Key:
+        """Return the day and the campaign."""
+        return self.date, self.campaign
+
 
 def read_report(path: Path) -> list[ReportLine]:
-    """The lines of a report, in its order. Columns may stand in any order, others are ignored.
+    """Return the lines of a report, in its order. Columns may have any order; other columns are ignored.
 
-    Raises UsageError that names the line and the column that cannot be right.
+    Raises UsageError that names the wrong line and column.
     """
     try:
         text = path.read_text("utf-8-sig")
@@ -49,13 +57,11 @@ def read_report(path: Path) -> list[ReportLine]:
         raise UsageError(f"{path}, line {reader.line_num}: {error}") from None
     if not lines:
         raise UsageError(f"{path} has no line below its header")
-    seen: dict[tuple[date, str], int] = {}
+    seen: dict[Key, int] = {}
     for found in lines:
-        first = seen.setdefault((found.date, found.campaign), found.line)
+        first = seen.setdefault(found.key, found.line)
         if first != found.line:
-            raise UsageError(
-                f"{path}, line {found.line}: {found.campaign!r} on {found.date} stands there twice, first in line {first}"
-            )
+            raise UsageError(f"{path}, line {found.line}: {found.campaign!r} on {found.date} is there twice, first in line {first}")
     return lines
 
 

@@ -111,7 +111,7 @@ class Console:
         with self.marts.opened() as build:
             view = self.view(request, build)
             live = view.live_state if page.is_live else view.live_state.days
-            key = (request.url.path, request.url.query, build.signature, live)
+            key = (view.path, request.url.query, build.signature, live)
             with self._pages_lock:
                 html = self._pages.get(key)
                 is_missing = html is None
@@ -239,6 +239,7 @@ def create_app(settings: Settings, is_ending: Callable[[], bool] = lambda: False
         return Response(page, HTTPStatus.INTERNAL_SERVER_ERROR, media_type="text/html")
 
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: not_found, Exception: failed})
+    app.router.redirect_slashes = False
     token = None if settings.console_token is None else settings.console_token.get_secret_value()
     return RequestFilter(_Headers(app), hosts=settings.webserver_hosts, token=token, setting="ADTALLY_CONSOLE_TOKEN")
 

@@ -39,7 +39,7 @@ class Filters:
     @classmethod
     def of(cls, parameters: Mapping[str, str]) -> Filters:
         """Read the parameters of a URL; others are ignored. Raises UsageError that names a wrong one."""
-        values = {field.name: parameters.get(_NAMES.get(field.name, field.name), "").strip() for field in fields(cls)}
+        values = {field.name: parameters.get(_NAMES.get(field.name, field.name), "") for field in fields(cls)}
         first, last = _day(values, "first"), _day(values, "last")
         if first and last and first > last:
             raise UsageError(f"from={first} is after to={last}")

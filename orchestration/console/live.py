@@ -14,7 +14,7 @@ from typing import Any
 
 import duckdb
 
-from orchestration.console.tables import Row
+from orchestration.console.tables import Row, used_parameters
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError
 from spark_jobs.failure import one_line
@@ -86,8 +86,7 @@ class LiveFigures:
             return []
         cursor = self._connection.cursor()
         try:
-            used = {name: value for name, value in (parameters or {}).items() if f"${name}" in sql}
-            cursor.execute(sql, used or None)
+            cursor.execute(sql, used_parameters(sql, parameters))
             names = [str(column[0]) for column in cursor.description or []]
             return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
         finally:

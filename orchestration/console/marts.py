@@ -12,7 +12,7 @@ from typing import IO, Any
 import duckdb
 import pyarrow.parquet as pq
 
-from orchestration.console.tables import Row
+from orchestration.console.tables import Row, used_parameters
 from orchestration.marts.query import BUILD_COLUMN, open_marts
 from orchestration.marts.render import render
 from spark_jobs.config import Settings
@@ -58,8 +58,7 @@ class OpenBuild:
         """
         cursor = self.cursor()
         try:
-            used = {name: value for name, value in (parameters or {}).items() if f"${name}" in sql}
-            cursor.execute(sql, used or None)
+            cursor.execute(sql, used_parameters(sql, parameters))
             names = [str(column[0]) for column in cursor.description or []]
             return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
         except (duckdb.CatalogException, duckdb.BinderException) as error:

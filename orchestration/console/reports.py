@@ -12,21 +12,22 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from orchestration.console import QUALITY
 from spark_jobs.config import Settings
 
 if TYPE_CHECKING:
     from orchestration.console.rendering import Renderer
 
-QUALITY = "quality"
 _SERVED = {".html", ".md", ".png", ".svg"}
 # Great Expectations and dbt write pages with styles of their own.
 _REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self'; frame-ancestors 'none'"
 
 
-def docs_dir() -> Path | None:
-    """Return the folder of the documentation, which is bundled with the package or beside it in a checkout; None if missing."""
+def docs_dir() -> Path:
+    """Return the folder of the documentation, which is bundled with an installed package, and beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
-    return next((found for found in (package / "docs", package.parent / "docs") if (found / "runbooks").is_dir()), None)
+    bundled = package / "docs"
+    return bundled if (bundled / "runbooks").is_dir() else package.parent / "docs"
 
 
 def report_routes(settings: Settings, renderer: Renderer) -> list[Route]:
@@ -35,13 +36,7 @@ def report_routes(settings: Settings, renderer: Renderer) -> list[Route]:
     return [Route(f"/{name}/{{path:path}}", _endpoint(folder, renderer)) for name, folder in folders.items()]
 
 
-def runbook_names() -> list[str]:
-    """The runbooks there are, by name."""
-    folder = docs_dir()
-    return sorted(path.stem for path in (folder / "runbooks").glob("*.md") if path.stem != "README") if folder else []
-
-
-def _endpoint(folder: Path | None, renderer: Renderer) -> Callable[[Request], Response]:
+def _endpoint(folder: Path, renderer: Renderer) -> Callable[[Request], Response]:
     def serve(request: Request) -> Response:
         file = _file(folder, request.path_params["path"])
         if file is None:
@@ -54,10 +49,8 @@ def _endpoint(folder: Path | None, renderer: Renderer) -> Callable[[Request], Re
     return serve
 
 
-def _file(folder: Path | None, path: str) -> Path | None:
+def _file(folder: Path, path: str) -> Path | None:
     """Return the file of a path; None if it is missing, outside the folder, or of another type (validations.json, locks)."""
-    if folder is None:
-        return None
     try:
         root, file = folder.resolve(), (folder / path.lstrip("/")).resolve()
         return file if file.is_relative_to(root) and file.suffix in _SERVED and file.is_file() else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
@@ -107,6 +108,12 @@ class DataTable:
             names.append("currency")
         rows = [[*(row.get(name) for name in names), build_id, stamp] for row in self.rows]
         return exported([*names, BUILD_COLUMN, FILTERS_COLUMN], rows, form)
+
+
+def used_parameters(sql: str, parameters: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The values that a statement names as ``$name``, since DuckDB refuses others; None where it names none."""
+    named = set(re.findall(r"\$(\w+)", sql))
+    return {name: value for name, value in (parameters or {}).items() if name in named} or None
 
 
 def exported(columns: Sequence[str], rows: Sequence[Sequence[Any]], form: str) -> bytes:

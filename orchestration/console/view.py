@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
@@ -151,10 +152,17 @@ class View:
         rows = self.rows(f"select {kind}_id as id, any_value({kind}_name) as name from dim_{kind} group by 1")
         return {row["id"]: row["name"] for row in rows if row["name"]}
 
+    def add_names(self, rows: list[Row], kind: str = "campaign", column: str = "campaign") -> list[Row]:
+        """Add a column with the name of each row's campaign, store or ad, or its id where no name is known; return the rows."""
+        names = self.names(kind) if rows else {}
+        for row in rows:
+            row[column] = names.get(row[f"{kind}_id"], row[f"{kind}_id"])
+        return rows
+
     def _values(self, sql: str) -> dict[str, Any]:
         values = {name: getattr(self.filters, name) for name in ("advertiser", "campaign", "region", "currency", "model", "window")}
         # what the days are is itself a question to the marts, asked only where a statement names them
-        return values | {name: getattr(self, name) for name in ("first", "last") if f"${name}" in sql}
+        return values | {name: getattr(self, name) for name in ("first", "last") if re.search(rf"\${name}\b", sql)}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Why a number is what it is: from a mart back to its build, batches, files, rules, corrections and events."""
+"""Explains a number of a mart: its build, batches, files, rules, corrections and events."""
 
 from __future__ import annotations
 

@@ -1,35 +1,27 @@
-"""Why a line of `fct_billing_ledger` is what it is."""
+"""Explains a line of `fct_billing_ledger`."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from operator import itemgetter
 
 from orchestration.explain.campaign_day import SAMPLE, walk_back
 from orchestration.explain.node import Node
-from orchestration.explain.view import MEASURES, BuildView, corrections, increments, open_build, sums
+from orchestration.explain.view import MEASURES, BuildView, DayKey, Row, corrections, grouped, increments, open_build, sums
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError
 from spark_jobs.lake.duck import literal
 from spark_jobs.lake.tables import BILLING_LINES
 
-_LINE = (
-    "line_type",
-    "amount_micros",
-    "billed_micros",
-    "spend_nanos",
-    "reason",
-    "run_id",
-    "rule_set",
-    "metrics_version",
-    "billed_at",
-)
+_AMOUNTS = ("line_type", "amount_micros", "billed_micros", "spend_nanos", "reason")
+_SOURCE = ("run_id", "rule_set", "metrics_version", "billed_at")
 
 
 def explain_billing_line(settings: Settings, line: str, *, sample: int = SAMPLE) -> Node:
-    """A line of the ledger: what its day was billed before and by it, from which increments, and the day as the marts have it.
+    """Explain a line: what its day was billed before and by it, from which increments, and the day in the marts.
 
-    Raises AdtallyError where there are no marts, or no such line in them.
+    Raises AdtallyError if there are no marts, or they have no such line.
     """
     with open_build(settings, "fct_billing_ledger") as view:
         rows = view.marts(f"select * from fct_billing_ledger where line_id = {literal(line)}")
@@ -39,46 +31,33 @@ def explain_billing_line(settings: Settings, line: str, *, sample: int = SAMPLE)
                 hint='`adtally query "select line_id from fct_billing_ledger"` lists them',
             )
         row = rows[0]
-        top = Node(f"fct_billing_ledger line {line}", _facts(row, ("event_date", "campaign_id", "store_id", "currency", *_LINE)))
-        top.add(view.build.node())
-        key = tuple(row[name] for name in ("event_date", "campaign_id", "store_id", "currency"))
-        lines = _lines_of_day(view, row)
-        top.add(_ledger(lines, row))
+        key = DayKey(*(row[name] for name in DayKey._fields))
+        names = ("event_date", "campaign_id", "store_id", "currency", *_AMOUNTS, *_SOURCE)
+        top = Node(f"fct_billing_ledger line {line}", _facts(row, names))
+        lines = _in_order(view.marts(f"select * from fct_billing_ledger where {key.condition()}"))
+        top.add(view.build.node(), _ledger(lines, row))
         if row["is_posted"]:
-            top.add(_posting(view, line, row))
+            top.add(_posting(view, line, row, key))
             if row["rule_set"]:
                 top.add(view.rule_set(row["rule_set"]))
-        days = view.marts(
-            f"select * from fct_campaign_day where event_date = date '{row['event_date']}' and campaign_id = "
-            f"{literal(row['campaign_id'])} and store_id = {literal(row['store_id'])} and currency = {literal(row['currency'])}"
-        )
-        for day in days:
+        for day in view.marts(f"select * from fct_campaign_day where {key.condition()}"):
             node = Node("fct_campaign_day, at the marts' build", _facts(day, (*MEASURES, "spend_micros")))
-            in_ledger = sum(found["amount_micros"] for found in lines)
+            billed = sum(found["amount_micros"] for found in lines)
             node.checks.append("the ledger's lines of the day")
-            if in_ledger != day["spend_micros"]:
-                node.problems.append(f"its spend is {day['spend_micros']} micros and the ledger's lines come to {in_ledger}")
+            if billed != day["spend_micros"]:
+                node.problems.append(f"its spend is {day['spend_micros']} micros and the ledger's lines come to {billed}")
             top.add(node)
-            walk_back(view, node, *key, sample=sample)
+            walk_back(view, node, key, sample=sample)
         return top
 
 
-def _facts(row: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+def _facts(row: Row, names: Sequence[str]) -> Row:
     return {name: row[name] for name in names if row.get(name) is not None}
 
 
-def _lines_of_day(view: BuildView, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """All lines of the same day, campaign, store and currency: those posted as they came, then what is not billed yet."""
-    rows = view.marts(
-        f"select * from fct_billing_ledger where event_date = date '{row['event_date']}' and campaign_id = "
-        f"{literal(row['campaign_id'])} and store_id = {literal(row['store_id'])} and currency = {literal(row['currency'])}"
-    )
-    return _in_order(rows)
-
-
-def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines by posting; those of one posting chained: each begins where the one before has ended."""
-    ordered: list[dict[str, Any]] = []
+def _in_order(rows: list[Row]) -> list[Row]:
+    """Sort lines by posting, unposted ones last. In a posting each line continues the billed total of the previous one."""
+    ordered: list[Row] = []
     billed = 0
     rest = sorted(rows, key=lambda row: (not row["is_posted"], row["posting"] or 0, row["line_id"]))
     while rest:
@@ -90,13 +69,13 @@ def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return ordered
 
 
-def _ledger(lines: list[dict[str, Any]], row: dict[str, Any]) -> Node:
+def _ledger(lines: list[Row], row: Row) -> Node:
     node = Node("lines of the day", {"number": len(lines)})
     billed = 0
     for found in lines:
         billed += found["amount_micros"]
         mark = " (this one)" if found["line_id"] == row["line_id"] else ""
-        part = Node(f"{found['line_type']}{mark}", _facts(found, ("line_id", *_LINE)), checks=["the lines up to it"])
+        part = Node(f"{found['line_type']}{mark}", _facts(found, ("line_id", *_AMOUNTS, *_SOURCE)), checks=["the lines up to it"])
         if billed != found["billed_micros"]:
             part.problems.append(f"billed_micros is {found['billed_micros']} and the lines up to it come to {billed}")
         if found["billed_micros"] != _micros(found["spend_nanos"]):
@@ -106,40 +85,36 @@ def _ledger(lines: list[dict[str, Any]], row: dict[str, Any]) -> Node:
 
 
 def _micros(nanos: int) -> int:
-    """Rounded half away from zero, as the ledger's rule says."""
+    """Round half away from zero, as the rule of the ledger says."""
     return (abs(nanos) + 500) // 1000 * (1 if nanos >= 0 else -1)
 
 
-def _posting(view: BuildView, line: str, row: dict[str, Any]) -> Node:
-    """What the run that posted the line read: the increments of its version, by run, beside the parts that the line holds."""
-    held = view.rows(f"select spend_parts, posting, spend_nanos from {view.scan(BILLING_LINES)} where line_id = ?", [line])
+def _posting(view: BuildView, line: str, row: Row, key: DayKey) -> Node:
+    """Return the increments that the posting read, by run, and compare them with the parts in the line."""
+    lines = view.rows(f"select spend_parts, posting from {view.scan(BILLING_LINES)} where line_id = ?", [line])
     node = Node("posting", _facts(row, ("run_id", "billed_at", "metrics_version")))
-    if not held:
+    if not lines:
         node.problems.append("the line is not in table billing_lines")
         return node
-    commit = view.lake.log(BILLING_LINES).commit(int(held[0]["posting"]))
+    commit = view.lake.log(BILLING_LINES).commit(int(lines[0]["posting"]))
     place = commit.metadata.get("billing", {}).get("place") if commit is not None else None
     ledger = place["ledger_version"] if place and place["metrics_version"] == row["metrics_version"] else None
     try:
-        found = increments(
-            view,
-            *(row[name] for name in ("event_date", "campaign_id", "store_id", "currency")),
-            metrics=row["metrics_version"],
-            ledger=ledger,
-        )
+        found = increments(view, key, metrics=row["metrics_version"], ledger=ledger)
     except AdtallyError:
-        node.add(Node("its increments", {"because": f"version {row['metrics_version']} of minute_metrics was vacuumed since"}))
+        because = f"version {row['metrics_version']} of minute_metrics was vacuumed since"
+        node.add(Node("its increments", {"because": because}))
         return node
-    parts = json.loads(held[0]["spend_parts"])
-    total = sums(found, ("spend_nanos",))["spend_nanos"]
+    posted = sum(json.loads(lines[0]["spend_parts"]).values())
+    total = sum(int(increment["spend_nanos"]) for increment in found)
     node.checks.append("the increments that it read")
-    if total != sum(parts.values()):
-        node.problems.append(f"the increments come to {total} nanos and the posting to {sum(parts.values())}")
-    why = corrections(view, sorted({found_row["_run_id"] for found_row in found if found_row["_run_id"]}))
-    for run in dict.fromkeys(found_row["_run_id"] for found_row in found):
-        mine = [found_row for found_row in found if found_row["_run_id"] == run]
-        facts: dict[str, Any] = {"batches": len(mine), **sums(mine)}
+    if total != posted:
+        node.problems.append(f"the increments come to {total} nanos and the posting to {posted}")
+    by_run = grouped(found, itemgetter("_run_id"))
+    reasons = corrections(view, by_run)
+    for run, rows in by_run.items():
+        facts = {"batches": len(rows), **sums(rows)}
         if run is not None:
-            facts |= {name: value for name, value in why.get(run, {}).items() if name != "run_id"}
+            facts |= {name: value for name, value in reasons.get(run, {}).items() if name != "run_id"}
         node.add(Node("increments as ingested" if run is None else f"increments of correction run {run}", facts))
     return node

@@ -1,27 +1,26 @@
-"""Why a row of `fct_campaign_day` is what it is."""
+"""Explains a row of `fct_campaign_day`."""
 
 from __future__ import annotations
 
 from datetime import date
-from typing import Any
+from operator import itemgetter
 
 from orchestration.explain.node import Node
-from orchestration.explain.view import KAFKA, MEASURES, BuildView, corrections, increments, open_build, reviews_of, sums
-from orchestration.marts import query_marts
+from orchestration.explain.view import KAFKA, MEASURES, BuildView, DayKey, Row, corrections, grouped, increments, open_build, sums
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError
 from spark_jobs.lake.duck import literal
-from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, RESTATEMENTS
+from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, RESTATEMENTS, TRAFFIC_REVIEWS
 
 SAMPLE = 5
 
-_COUNTED = ("impressions", "clicks", "spend_nanos", "invalid_impressions", "invalid_clicks", "invalid_spend_nanos")
+_batch_of = itemgetter("_query_id", "_batch_id")
 
 
 def explain_campaign_day(settings: Settings, campaign: str, day: date, *, sample: int = SAMPLE) -> Node:
-    """A campaign's day, down to ``sample`` events of each batch: one part for each store and currency of it.
+    """Explain a campaign's day, down to ``sample`` events of each batch: one part for each of its stores and currencies.
 
-    Raises AdtallyError where there are no marts, or no such campaign or day in them.
+    Raises AdtallyError if there are no marts, or they have no such campaign or day.
     """
     with open_build(settings, "fct_campaign_day") as view:
         rows = view.marts(
@@ -29,44 +28,42 @@ def explain_campaign_day(settings: Settings, campaign: str, day: date, *, sample
             "order by store_id, currency"
         )
         if not rows:
-            raise _missing(settings, campaign, day)
+            raise _missing(view, campaign, day)
         top = Node(f"fct_campaign_day {campaign} {day}")
         top.add(view.build.node())
         for row in rows:
             names = ("store_id", "currency", *MEASURES, "spend_micros", "gross_impressions", "gross_clicks")
             node = Node("row", {name: row[name] for name in names if name in row})
             top.add(node)
-            _check_gross(node, row)
-            walk_back(view, node, day, campaign, row["store_id"], row["currency"], sample=sample)
+            for name in ("impressions", "clicks"):
+                if row[f"gross_{name}"] != row[name] + row[f"invalid_{name}"]:
+                    node.problems.append(f"gross_{name} is not {name} + invalid_{name}")
+            walk_back(view, node, DayKey(day, campaign, row["store_id"], row["currency"]), sample=sample)
         return top
 
 
-def walk_back(view: BuildView, node: Node, day: date, campaign: str, store: str, currency: str, *, sample: int = SAMPLE) -> None:
-    """Put below a node, whose facts have MEASURES, what its increments, files, rules and corrections are."""
-    found = increments(view, day, campaign, store, currency)
+def walk_back(view: BuildView, node: Node, key: DayKey, *, sample: int) -> None:
+    """Add to a node, whose facts have MEASURES, its increments, files, rules and corrections."""
+    found = increments(view, key)
     node.must_equal("its increments", {name: node.facts[name] for name in MEASURES}, sums(found))
-    events = _events(view, day, campaign, store, currency)
-    runs = corrections(view, sorted({row["_run_id"] for row in found if row["_run_id"]}))
-    batches = Node("increments by batch", {"batches": len({(row["_query_id"], row["_batch_id"]) for row in found})})
+    events = _events(view, key)
+    runs = corrections(view, (row["_run_id"] for row in found))
+    counted, judged = grouped(found, _batch_of), grouped(events, _batch_of)
+    batches = Node("increments by batch", {"batches": len(counted)})
     node.add(batches)
-    for query, batch in sorted({(row["_query_id"], row["_batch_id"]) for row in found}):
-        own = [row for row in found if (row["_query_id"], row["_batch_id"]) == (query, batch)]
-        held = [row for row in events if (row["_query_id"], row["_batch_id"]) == (query, batch)]
-        batches.add(_batch(view, own, held, runs, day, campaign, store, currency, sample))
-    counted = {(row["_query_id"], row["_batch_id"]) for row in found}
-    stray = [row for row in events if (row["_query_id"], row["_batch_id"]) not in counted]
+    for batch in sorted(counted):
+        batches.add(_batch(view, counted[batch], judged.get(batch, []), runs, key, sample))
+    stray = [row for row in events if _batch_of(row) not in counted]
     if stray:
         batches.problems.append(f"events has {sum(row['events'] for row in stray)} rows of batches without an increment")
-    node.add(_rules(view, events))
-    node.add(_changes(view, day, campaign, currency))
-    node.add(_reviews(view, day))
+    node.add(_rules(view, events), _changes(view, key), _reviews(view, key.event_date))
     late = sums(events, ("events", "late", "late_spend_nanos"))
     node.add(Node("late", {"late_events": late["late"], "of_events": late["events"], "late_spend_nanos": late["late_spend_nanos"]}))
 
 
-def _missing(settings: Settings, campaign: str, day: date) -> AdtallyError:
+def _missing(view: BuildView, campaign: str, day: date) -> AdtallyError:
     sql = f"select min(event_date), max(event_date), count(*) from fct_campaign_day where campaign_id = {literal(campaign)}"
-    _, [(first, last, count)] = query_marts(settings, sql)
+    first, last, count = view.marts(sql)[0].values()
     if not count:
         return AdtallyError(
             f"fct_campaign_day has no campaign {campaign!r}",
@@ -75,26 +72,18 @@ def _missing(settings: Settings, campaign: str, day: date) -> AdtallyError:
     return AdtallyError(f"fct_campaign_day has no row of {campaign!r} on {day}", hint=f"it has days from {first} to {last}")
 
 
-def explain_batch_events(
-    settings: Settings, campaign: str, day: date, store: str, currency: str, query: str, batch: int, *, count: int, offset: int = 0
-) -> Node:
-    """A batch's events of a campaign's day, ``count`` of them after the first ``offset``, each with its file and line.
+def explain_batch_events(settings: Settings, key: DayKey, query: str, batch: int, *, count: int, offset: int = 0) -> Node:
+    """Return ``count`` events of a batch after the first ``offset``, each with its file and line: the order is that of a sample.
 
-    Invalid and late ones come first, then the dearest. Raises AdtallyError where there are no marts.
+    Raises AdtallyError if there are no marts.
     """
     with open_build(settings, "fct_campaign_day") as view:
-        events = _sample(view, query, batch, day, campaign, store, currency, count, offset)
+        events = _sample(view, query, batch, key, count, offset)
         return Node(f"events of batch {batch}", parts=[view.build.node(), *events.parts])
 
 
-def _check_gross(node: Node, row: dict[str, Any]) -> None:
-    for name in ("impressions", "clicks"):
-        if row[f"gross_{name}"] != row[name] + row[f"invalid_{name}"]:
-            node.problems.append(f"gross_{name} is not {name} + invalid_{name}")
-
-
-def _events(view: BuildView, day: date, campaign: str, store: str, currency: str) -> list[dict[str, Any]]:
-    """Per batch, file, rule set and mark what the events of completed batches come to."""
+def _events(view: BuildView, key: DayKey) -> list[Row]:
+    """Sum the events of completed batches by batch, file, rule set and mark."""
     kinds = (("impressions", "impression"), ("clicks", "click"))
     counts = [
         f"count(*) filter (event_type = '{kind}' and invalid_traffic_rule is {'not ' if part else ''}null)::bigint as {part}{name}"
@@ -113,63 +102,39 @@ def _events(view: BuildView, day: date, campaign: str, store: str, currency: str
         where event_date = ? and campaign_id = ? and store_id = ? and currency = ?
         group by all order by source_file
         """,
-        [day, campaign, store, currency],
+        list(key),
     )
 
 
-def _batch(
-    view: BuildView,
-    found: list[dict[str, Any]],
-    events: list[dict[str, Any]],
-    runs: dict[str, dict[str, Any]],
-    day: date,
-    campaign: str,
-    store: str,
-    currency: str,
-    sample: int,
-) -> Node:
+def _batch(view: BuildView, found: list[Row], events: list[Row], runs: dict[str, Row], key: DayKey, sample: int) -> Node:
     total = sums(found)
-    query, batch = found[0]["_query_id"], found[0]["_batch_id"]
+    query, batch = _batch_of(found[0])
     node = Node(f"batch {batch}", {"query_id": query, "increments": sum(row["increments"] for row in found), **total})
-    node.must_equal("its events", total, sums(events, _COUNTED))
+    node.must_equal("its events", total, sums(events))
     for row in found:
-        measures = {name: row[name] for name in MEASURES}
-        minutes = {"first_minute": row["first_minute"], "last_minute": row["last_minute"]}
+        facts = {name: row[name] for name in ("increments", *MEASURES)}
         if row["_run_id"] is None:
-            node.add(Node("as ingested", {"increments": row["increments"], **measures, **minutes}))
+            node.add(Node("as ingested", facts | {name: row[name] for name in ("first_minute", "last_minute")}))
             continue
-        why = runs.get(row["_run_id"])
-        correction = Node(f"correction run {row['_run_id']}", {"increments": row["increments"], **measures})
-        if why is None:
+        correction = Node(f"correction run {row['_run_id']}", facts)
+        run = runs.get(row["_run_id"])
+        if run is None:
             correction.problems.append("restatements does not say why")
         else:
-            correction.facts |= {name: why[name] for name in ("kinds", "reasons", "causes", "restated_at")}
+            correction.facts |= {name: run[name] for name in ("kinds", "reasons", "causes", "restated_at")}
         node.add(correction)
-    node.add(*_files(events))
+    for name, rows in grouped(events, itemgetter("source_file")).items():
+        kind, unit = ("partition", "offset") if name.startswith(KAFKA) else ("file", "line")
+        first, last = min(row["first_line"] for row in rows), max(row["last_line"] for row in rows)
+        places = {f"first_{unit}": first, f"last_{unit}": last}
+        node.add(Node(f"{kind} {name}", places | sums(rows, ("events", *MEASURES))))
     if sample:
-        node.add(_sample(view, query, batch, day, campaign, store, currency, sample))
+        node.add(_sample(view, query, batch, key, sample))
     return node
 
 
-def _files(events: list[dict[str, Any]]) -> list[Node]:
-    """The files, or partitions of topics, of a batch, with the range of lines (offsets) and what lies in them."""
-    nodes = []
-    for name in dict.fromkeys(row["source_file"] for row in events):
-        mine = [row for row in events if row["source_file"] == name]
-        unit = "offset" if name.startswith(KAFKA) else "line"
-        facts = {
-            f"first_{unit}": min(row["first_line"] for row in mine),
-            f"last_{unit}": max(row["last_line"] for row in mine),
-        }
-        kind = "partition" if name.startswith(KAFKA) else "file"
-        nodes.append(Node(f"{kind} {name}", facts | sums(mine, ("events", *_COUNTED))))
-    return nodes
-
-
-def _sample(
-    view: BuildView, query: str, batch: int, day: date, campaign: str, store: str, currency: str, count: int, offset: int = 0
-) -> Node:
-    """Some events of a batch: invalid and late ones first, then the dearest."""
+def _sample(view: BuildView, query: str, batch: int, key: DayKey, count: int, offset: int = 0) -> Node:
+    """Return some events of a batch: first invalid ones, then late ones, then by falling spend."""
     rows = view.rows(
         f"""
         select event_id, event_type, event_time, received_at, user_id, ad_id, spend_nanos, coalesce(invalid_spend_nanos, 0) as
@@ -178,67 +143,69 @@ def _sample(
         where event_date = ? and campaign_id = ? and store_id = ? and currency = ? and _query_id = ? and _batch_id = ?
         order by invalid_traffic_rule is null, not is_late, spend_nanos desc, event_id limit ? offset ?
         """,
-        [day, campaign, store, currency, query, batch, count, offset],
+        [*key, query, batch, count, offset],
     )
     return Node(f"{len(rows)} of its events", parts=event_nodes(view, rows))
 
 
-def event_nodes(view: BuildView, rows: list[dict[str, Any]]) -> list[Node]:
-    """Events with their places and marks; those of a topic with the message that they came as."""
-    held = view.messages((row["source_file"], row["source_line"]) for row in rows)
-    return [_event(row, held.get((row["source_file"], row["source_line"]))) for row in rows]
+def event_nodes(view: BuildView, rows: list[Row]) -> list[Node]:
+    """Return events as nodes with their places and marks; those from a topic also with their message."""
+    messages = view.messages((row["source_file"], row["source_line"]) for row in rows)
+    nodes = []
+    for row in rows:
+        facts = {name: value for name, value in row.items() if name not in ("event_id", "event_type") and value is not None}
+        if row["source_file"].startswith(KAFKA):
+            facts = {"offset" if name == "source_line" else name: value for name, value in facts.items()}
+            facts["message"] = messages.get((row["source_file"], row["source_line"]), "raw_events does not have it")
+        nodes.append(Node(f"{row['event_type']} {row['event_id']}", facts))
+    return nodes
 
 
-def _event(row: dict[str, Any], message: str | None) -> Node:
-    of_kafka = row["source_file"].startswith(KAFKA)
-    renamed = {"source_line": "offset"} if of_kafka else {}
-    facts = {
-        renamed.get(name, name): value
-        for name, value in row.items()
-        if name not in ("event_id", "event_type") and value is not None
-    }
-    if of_kafka:
-        facts["message"] = message if message is not None else "raw_events does not have it"
-    return Node(f"{row['event_type']} {row['event_id']}", facts)
-
-
-def _rules(view: BuildView, events: list[dict[str, Any]]) -> Node:
-    """The rule sets that judged the events, and how many events each rule took."""
+def _rules(view: BuildView, events: list[Row]) -> Node:
+    """Return the rule sets that judged the events, and how many events each rule marked."""
     node = Node("rule sets")
-    for name in dict.fromkeys(row["rule_set"] for row in events):
-        mine = [row for row in events if row["rule_set"] == name]
+    for name, rows in grouped(events, itemgetter("rule_set")).items():
         part = view.rule_set(name) if name else Node("no rule set", {"says": "the batch judged no traffic"})
-        by_rule: dict[str, int] = {}
-        for row in mine:
-            if row["invalid_traffic_rule"]:
-                by_rule[row["invalid_traffic_rule"]] = by_rule.get(row["invalid_traffic_rule"], 0) + row["events"]
-        part.facts |= {"events": sum(row["events"] for row in mine), "invalid_by_rule": by_rule or "none"}
+        rules = grouped(rows, itemgetter("invalid_traffic_rule"))
+        by_rule = {rule: sum(row["events"] for row in marked) for rule, marked in rules.items() if rule}
+        part.facts |= {"events": sum(row["events"] for row in rows), "invalid_by_rule": by_rule or "none"}
         node.add(part)
     return node
 
 
-def _changes(view: BuildView, day: date, campaign: str, currency: str) -> Node:
-    """What corrections changed, as `restatements` has it."""
-    totals = ", ".join(
-        f"sum({name})::hugeint as {name}" for name in ("impressions", "clicks", "spend_nanos", "invalid_spend_nanos")
-    )
+def _changes(view: BuildView, key: DayKey) -> Node:
+    """Return the changes by corrections, from table `restatements`, which has no stores."""
+    measures = ("impressions", "clicks", "spend_nanos")
+    totals = ", ".join(f"sum({name})::hugeint as {name}" for name in measures)
     rows = view.rows(
         f"""
         select run_id, kind, reason, cause, rule_set, max(restated_at) as restated_at, {totals}
         from {view.scan(RESTATEMENTS)}
         where event_hour::date = ? and campaign_id = ? and currency = ? group by all order by restated_at, run_id, cause
         """,
-        [day, campaign, currency],
+        [key.event_date, key.campaign_id, key.currency],
     )
-    node = Node("restatements", {"number": len(rows), **sums(rows, ("impressions", "clicks", "spend_nanos"))})
+    node = Node("restatements", {"number": len(rows), **sums(rows, measures)})
     for row in rows:
-        facts = {name: row[name] for name in ("run_id", "reason", "restated_at", "impressions", "clicks", "spend_nanos")}
-        node.add(Node(f"{row['kind']}: {row['cause']}", facts))
+        node.add(
+            Node(f"{row['kind']}: {row['cause']}", {name: row[name] for name in ("run_id", "reason", "restated_at", *measures)})
+        )
     return node
 
 
 def _reviews(view: BuildView, day: date) -> Node:
-    rows = reviews_of(view, day)
+    """Return the reviews of the day's hours before the build, one part for each run."""
+    rows = []
+    if view.version(TRAFFIC_REVIEWS) is not None:
+        rows = view.rows(
+            f"""
+            select run_id, rule_set, count(*)::bigint as hours, sum(events)::bigint as events, sum(invalid)::bigint as invalid,
+                sum(changed)::bigint as changed, max(reviewed_at) as reviewed_at
+            from {view.scan(TRAFFIC_REVIEWS)}
+            where event_hour::date = ? and reviewed_at <= ?::timestamptz group by all order by reviewed_at, run_id
+            """,
+            [day, view.build.built_at],
+        )
     node = Node("reviews of the day's hours for invalid traffic", {"runs": len(rows)})
     node.add(*(Node(f"run {row['run_id']}", {name: value for name, value in row.items() if name != "run_id"}) for row in rows))
     return node

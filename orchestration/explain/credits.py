@@ -1,26 +1,25 @@
-"""Why an order's credit in `fct_attribution_credits` is what it is."""
+"""Explains an order's credit in `fct_attribution_credits`."""
 
 from __future__ import annotations
 
-from typing import Any
+from operator import itemgetter
 
 from orchestration.explain.campaign_day import event_nodes
 from orchestration.explain.node import Node
-from orchestration.explain.view import BuildView, open_build, revisions_of
+from orchestration.explain.view import BuildView, Row, grouped, open_build, revisions_of
+from spark_jobs.attribution.rules import MODELS
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.lake.duck import literal
 from spark_jobs.lake.tables import EVENTS, ORDERS
 
-MODELS = ("last_click", "first_click", "linear", "position_based", "time_decay")
-
 _WEIGHT_TOLERANCE = 1e-9
 
 
 def explain_credit(settings: Settings, order: str, *, model: str | None = None, window: int | None = None) -> Node:
-    """An order's credits in a model (None: each) and lookback window (None: each), back to its touches and its own record.
+    """Explain an order's credits, in one model and lookback window (None: in each), by its touches and its own record.
 
-    Raises UsageError for a model that does not exist, AdtallyError where there are no marts or no such order or window.
+    Raises UsageError if the model does not exist, AdtallyError if there are no marts or no such order or window.
     """
     if model is not None and model not in MODELS:
         raise UsageError(f"there is no model {model!r}", hint=f"one of {', '.join(MODELS)}")
@@ -42,17 +41,15 @@ def explain_credit(settings: Settings, order: str, *, model: str | None = None, 
         shown = [row for row in credits if model in (None, row["model"]) and window in (None, row["window_days"])]
         top.add(*_models(shown, latest))
         if not credits:
-            why = "a cancelled order has no credit" if latest["status"] != "placed" else "no touch lies before it in any window"
+            why = "a cancelled order has no credit" if latest["status"] != "placed" else "no touch is before it in any window"
             top.add(Node("no credit", {"because": why}))
         if credits and latest["touches"] == 0:
             top.problems.append("the newest revision has no touch and the mart has credits")
         top.add(_touches(view, order, latest, credits))
         node = Node("revisions", {"number": len(revisions)})
         for row in revisions:
-            facts = {
-                name: row[name] for name in ("status", "reason", "touches", "total_micros", "attributed_at", "run_id", "rule_set")
-            }
-            node.add(Node(f"revision {row['revision']}", facts))
+            names = ("status", "reason", "touches", "total_micros", "attributed_at", "run_id", "rule_set")
+            node.add(Node(f"revision {row['revision']}", {name: row[name] for name in names}))
         top.add(node)
         top.add(*(view.rule_set(name) for name in dict.fromkeys(row["rule_set"] for row in revisions[::-1]) if name))
         return top
@@ -68,8 +65,8 @@ def _missing(view: BuildView, order: str) -> AdtallyError:
     return AdtallyError(f"there is no order {order!r}")
 
 
-def _order(view: BuildView, order: str, latest: dict[str, Any]) -> Node:
-    """The order's record, as it is now: the marts pin no version of orders."""
+def _order(view: BuildView, order: str, latest: Row) -> Node:
+    """Return the order's present record, because the marts pin no version of orders."""
     names = ("order_time", "user_id", "store_id", "total_micros", "currency", "status", "cancelled_at", "is_late")
     places = ("source_file", "source_line", "_query_id", "_batch_id", "_run_id", "ingested_at")
     rows = view.rows(f"select {', '.join((*names, *places))} from {view.scan(ORDERS)} where order_id = ?", [order])
@@ -82,10 +79,9 @@ def _order(view: BuildView, order: str, latest: dict[str, Any]) -> Node:
     return node
 
 
-def _models(credits: list[dict[str, Any]], latest: dict[str, Any]) -> list[Node]:
+def _models(credits: list[Row], latest: Row) -> list[Node]:
     nodes = []
-    for model, window in dict.fromkeys((row["model"], row["window_days"]) for row in credits):
-        mine = [row for row in credits if (row["model"], row["window_days"]) == (model, window)]
+    for (model, window), mine in grouped(credits, itemgetter("model", "window_days")).items():
         total, weight = sum(row["credit_micros"] for row in mine), sum(row["credit_weight"] for row in mine)
         node = Node(
             f"{model}, {window} days",
@@ -105,8 +101,8 @@ def _models(credits: list[dict[str, Any]], latest: dict[str, Any]) -> list[Node]
     return nodes
 
 
-def _touches(view: BuildView, order: str, latest: dict[str, Any], credits: list[dict[str, Any]]) -> Node:
-    """The touches as events: where each came from, and that it is billable, of the order's user and store and before it."""
+def _touches(view: BuildView, order: str, latest: Row, credits: list[Row]) -> Node:
+    """Return the touches as events, and check each: billable, by the order's user and store, before the order."""
     ids = sorted({row["touch_event_id"] for row in credits})
     if not ids:
         return Node("touches", {"number": 0})
@@ -127,7 +123,7 @@ def _touches(view: BuildView, order: str, latest: dict[str, Any], credits: list[
         if (row["user_id"], row["store_id"]) != (latest["user_id"], latest["store_id"]):
             part.problems.append("it is of another user or store than the order")
         if row["event_time"] >= latest["order_time"]:
-            part.problems.append("it does not lie before the order")
+            part.problems.append("it is not before the order")
         node.add(part)
     for missing in sorted(set(ids) - {row["event_id"] for row in rows}):
         node.problems.append(f"the touch {missing} of order {order} is not in events")

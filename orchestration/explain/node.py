@@ -1,4 +1,4 @@
-"""What an explanation is made of, as a tree for people and as plain values for programs."""
+"""The nodes of an explanation, as a tree for people and as plain values for programs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from rich.text import Text
 from rich.tree import Tree
 
 SHOWN = 12
-"""Parts of a node that a person sees of its long lists; a program gets them all."""
+"""The parts of a node that a person sees; a program gets all."""
 
 QUIET = ("clicks", "invalid_impressions", "invalid_clicks", "invalid_spend_nanos")
-"""Measures that a person is not told where they are zero."""
+"""Measures that a person sees only if they are not zero."""
 
 
 @dataclass
 class Node:
-    """A fact with what it is made of. ``facts`` are plain values; ``problems`` say where the parts do not add up.
+    """A fact and its parts. ``facts`` are plain values; ``problems`` say where the parts do not add up.
 
-    ``checks`` name what was compared with it; where there are no problems, they are equal.
+    ``checks`` name what was compared with the fact. Without problems, they are equal.
     """
 
     what: str
@@ -31,18 +31,18 @@ class Node:
     checks: list[str] = field(default_factory=list)
 
     def add(self, *parts: Node) -> None:
-        """Put parts below it."""
+        """Append parts."""
         self.parts += parts
 
-    def must_equal(self, below: str, expected: dict[str, Any], found: dict[str, Any]) -> None:
-        """Note the check, and a problem for each measure of ``expected`` in which what lies below comes to something else."""
+    def must_equal(self, below: str, expected: dict[str, int], found: dict[str, int]) -> None:
+        """Note the check, and a problem for each measure of ``expected`` that differs in ``found``, which ``below`` names."""
         self.checks.append(below)
         for name, value in expected.items():
             if found.get(name, 0) != value:
                 self.problems.append(f"{name} is {value} here and {found.get(name, 0)} in {below}")
 
     def all_problems(self) -> Iterator[str]:
-        """Those of this node and of everything below it."""
+        """Yield the problems of this node and of all nodes below it."""
         for problem in self.problems:
             yield f"{self.what}: {problem}"
         for part in self.parts:
@@ -50,12 +50,12 @@ class Node:
 
 
 def as_json(node: Node) -> dict[str, Any]:
-    """The node as plain values; of the topmost one ``adds_up`` says whether there is no problem anywhere."""
+    """Return the node as plain values. ``adds_up`` says whether no node below has a problem."""
     return {"adds_up": not any(node.all_problems()), **_plain(node)}
 
 
-def _plain(node: Node) -> dict[str, Any]:
-    result: dict[str, Any] = {"what": node.what, **node.facts}
+def _plain(node: Node) -> dict[str, object]:
+    result: dict[str, object] = {"what": node.what, **node.facts}
     if node.problems:
         result["problems"] = node.problems
     if node.parts:
@@ -64,7 +64,7 @@ def _plain(node: Node) -> dict[str, Any]:
 
 
 def as_tree(node: Node) -> Tree:
-    """The node for a person; of long lists the first parts."""
+    """Return the node as a tree for a person, with the first SHOWN parts of each node."""
     tree = Tree(_label(node, "bold"))
     _grow(tree, node)
     problems = list(node.all_problems())
@@ -91,7 +91,7 @@ def _label(node: Node, style: str = "") -> Text:
     return Text.assemble((node.what, style), (f"  {known}" if known else "", "dim"))
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, datetime):
         return f"{value:%Y-%m-%d %H:%M:%S}" + (f".{value:%f}" if value.microsecond else "") + "Z"
     if isinstance(value, date):

@@ -1,13 +1,13 @@
-"""The marts' build and the Delta tables at the versions that it names, read with DuckDB."""
+"""Reads the published marts, and with DuckDB the Delta tables at the versions that their build names."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import duckdb
 
@@ -19,30 +19,38 @@ from spark_jobs.failure import one_line
 from spark_jobs.lake.duck import literal
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.roots import require_local
-from spark_jobs.lake.tables import (
-    ATTRIBUTED_ORDERS,
-    BATCH_LEDGER,
-    MINUTE_METRICS,
-    RAW_EVENTS,
-    RESTATEMENTS,
-    RULE_SETS,
-    TRAFFIC_REVIEWS,
-    Table,
-)
+from spark_jobs.lake.tables import ATTRIBUTED_ORDERS, BATCH_LEDGER, MINUTE_METRICS, RAW_EVENTS, RESTATEMENTS, RULE_SETS, Table
 
 MEASURES = ("impressions", "clicks", "spend_nanos", "invalid_impressions", "invalid_clicks", "invalid_spend_nanos")
 GROUP_OF_MART = {"fct_campaign_day": "near_real_time", "fct_billing_ledger": "near_real_time", "fct_attribution_credits": "hourly"}
 
 KAFKA = "kafka/"
-"""What the source_file of a record of a topic begins with; its source_line is the offset."""
+"""The prefix of the source_file of a record from a topic; its source_line is the offset."""
+
+Row = dict[str, Any]
+Group = TypeVar("Group")
 
 _HASH_SHOWN = 12
 _LONG_LISTS = ("crawler_patterns", "users", "networks")
 
 
+class DayKey(NamedTuple):
+    """Names a campaign's day in one store and currency: a row of `fct_campaign_day`, and several lines of the ledger."""
+
+    event_date: date
+    campaign_id: str
+    store_id: str
+    currency: str
+
+    def condition(self) -> str:
+        """Return the SQL condition that selects its rows in a mart."""
+        names = " and ".join(f"{name} = {literal(value)}" for name, value in zip(self._fields[1:], self[1:], strict=True))
+        return f"event_date = date '{self.event_date}' and {names}"
+
+
 @dataclass(frozen=True)
 class Build:
-    """A build of the group of marts that a mart belongs to. ``versions``: Delta table -> version."""
+    """The published build of a group of marts. ``versions``: Delta table -> version."""
 
     build_id: str
     built_at: datetime
@@ -50,37 +58,37 @@ class Build:
     versions: dict[str, int]
 
     def node(self) -> Node:
-        """What there is to say of it."""
+        """Return the build as a node."""
         facts = {"id": self.build_id, "at": self.built_at, "git_revision": self.git_revision, "delta_versions": self.versions}
         return Node("mart build", facts)
 
 
 @dataclass
 class BuildView:
-    """Reads the marts, and Delta tables as a build saw them. Times are UTC without a zone."""
+    """Reads the marts, and the Delta tables at the versions of a build. Times are UTC without a zone."""
 
     lake: Lake
     build: Build
     connection: duckdb.DuckDBPyConnection
 
-    def marts(self, sql: str) -> list[dict[str, Any]]:
-        """Rows of the published marts."""
+    def marts(self, sql: str) -> list[Row]:
+        """Return the rows of a statement over the published marts."""
         return mart_rows(self.lake.settings, sql)
 
     def version(self, table: Table) -> int | None:
-        """The version that the build read; the newest of a table that it did not read; None: there is no table."""
+        """Return the version that the build read, the newest if it did not read the table, or None without a table."""
         pinned = self.build.versions.get(table.name)
         return self.lake.version(table) if pinned is None else pinned
 
     def scan(self, table: Table, version: int | None = None) -> str:
-        """SQL of the table at the version that the build read, or at another."""
+        """Return SQL that reads the table at ``version``, by default the one that the build read."""
         wanted = self.version(table) if version is None else version
         if wanted is None:
             raise AdtallyError(f"there is no table {table.name}", hint="run `adtally ingest` first")
         return self.lake.scan(table, wanted)
 
-    def rows(self, sql: str, parameters: Sequence[object] = ()) -> list[dict[str, Any]]:
-        """Rows of a statement over the Delta tables. Raises AdtallyError if a version is no longer there."""
+    def rows(self, sql: str, parameters: Sequence[object] = ()) -> list[Row]:
+        """Return the rows of a statement over the Delta tables. Raises AdtallyError if a version no longer exists."""
         try:
             cursor = self.connection.execute(sql, list(parameters))
             names = [str(column[0]) for column in cursor.description or []]
@@ -92,7 +100,10 @@ class BuildView:
             ) from error
 
     def messages(self, places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], str]:
-        """What Kafka's records at (kafka/<cluster>/<topic>/<partition>, offset) hold, as table raw_events has it; text, or hex."""
+        """Return the values of Kafka's records as text or hex, by place (kafka/<cluster>/<topic>/<partition>, offset).
+
+        They come from table raw_events; records that it lacks are left out.
+        """
         wanted = [(name.split("/")[1:], offset) for name, offset in places if name.startswith(KAFKA)]
         if not wanted or self.version(RAW_EVENTS) is None:
             return {}
@@ -110,7 +121,7 @@ class BuildView:
         return {(row["name"], row["source_offset"]): _text_of(row["value"]) for row in rows if row["value"] is not None}
 
     def rule_set(self, name: str) -> Node:
-        """A rule set: its hash and what it says, in short."""
+        """Return a rule set as a node: its hash and a summary of its content."""
         found = self.rows(f"select kind, content from {self.scan(RULE_SETS)} where rule_set = ? limit 1", [name])
         if not found:
             return Node(f"rule set {name[:_HASH_SHOWN]}", {"rule_set": name}, problems=["table rule_sets does not have it"])
@@ -120,9 +131,9 @@ class BuildView:
 
 @contextmanager
 def open_build(settings: Settings, mart: str) -> Iterator[BuildView]:
-    """Open the tables as the published build of ``mart`` saw them.
+    """Open the tables at the versions of the published build of ``mart``.
 
-    Raises AdtallyError if there is no build, UsageError for a lakehouse that is not a local path.
+    Raises AdtallyError if there is no build, UsageError if the lakehouse is not in a local path.
     """
     require_local(settings, "explain")
     group = GROUP_OF_MART[mart]
@@ -137,24 +148,33 @@ def open_build(settings: Settings, mart: str) -> Iterator[BuildView]:
         yield BuildView(lake, build, connection)
 
 
-def mart_rows(settings: Settings, sql: str) -> list[dict[str, Any]]:
-    """Rows of the published marts, by column. Raises AdtallyError where there are none, or they lack the mart."""
+def mart_rows(settings: Settings, sql: str) -> list[Row]:
+    """Return rows of the published marts. Raises AdtallyError if there are no marts, or they lack the mart."""
     try:
         names, rows = query_marts(settings, sql)
-    except UsageError as error:  # the statements are ours: what is wrong is the file
+    except UsageError as error:  # the statement is right, so the file is wrong
         raise AdtallyError(f"the published marts are of an older adtally: {error}", hint="run `adtally marts build`") from None
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def sums(rows: Sequence[dict[str, Any]], names: Sequence[str] = MEASURES) -> dict[str, int]:
-    """The totals of these measures."""
+def sums(rows: Sequence[Row], names: Sequence[str] = MEASURES) -> dict[str, int]:
+    """Return the totals of these measures."""
     return {name: sum(int(row[name] or 0) for row in rows) for name in names}
 
 
-def increments(
-    view: BuildView, day: date, campaign: str, store: str, currency: str, *, metrics: int | None = None, ledger: int | None = None
-) -> list[dict[str, Any]]:
-    """Per batch and correction run what the increments of completed batches come to, as the marts count them."""
+def grouped(rows: Iterable[Row], group_of: Callable[[Row], Group]) -> dict[Group, list[Row]]:
+    """Return the rows by group, in the order in which the groups first appear."""
+    groups: dict[Group, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(group_of(row), []).append(row)
+    return groups
+
+
+def increments(view: BuildView, key: DayKey, *, metrics: int | None = None, ledger: int | None = None) -> list[Row]:
+    """Sum the increments of completed batches by batch and correction run, as the marts count them.
+
+    ``metrics`` and ``ledger``: versions of minute_metrics and batch_ledger, by default those of the build.
+    """
     totals = ", ".join(f"sum(coalesce({name}, 0))::hugeint as {name}" for name in MEASURES)
     return view.rows(
         f"""
@@ -162,16 +182,20 @@ def increments(
             max(event_minute) as last_minute, {totals}
         from {view.scan(MINUTE_METRICS, metrics)}
         semi join (select distinct _query_id, _batch_id from {view.scan(BATCH_LEDGER, ledger)}) using (_query_id, _batch_id)
-        where event_date = ? and event_minute::date = ? and campaign_id = ? and store_id = ? and currency = ?
+        where event_minute::date = ? and event_date = ? and campaign_id = ? and store_id = ? and currency = ?
         group by all order by _query_id, _batch_id, _run_id nulls first
         """,
-        [day, day, campaign, store, currency],
+        [key.event_date, *key],
     )
 
 
-def corrections(view: BuildView, runs: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Run id -> kind, reason and causes as `restatements` has them, at its newest: it is written last of a correction."""
-    if not runs:
+def corrections(view: BuildView, runs: Iterable[str | None]) -> dict[str, Row]:
+    """Return run id -> kinds, reasons and causes of those runs that are corrections.
+
+    They come from the newest version of `restatements`, because a correction writes this table last.
+    """
+    wanted = sorted({run for run in runs if run})
+    if not wanted:
         return {}
     newest = view.lake.version(RESTATEMENTS)
     found = view.rows(
@@ -180,34 +204,18 @@ def corrections(view: BuildView, runs: Sequence[str]) -> dict[str, dict[str, Any
             list(distinct cause order by cause) as causes, max(restated_at) as restated_at
         from {view.scan(RESTATEMENTS, newest)} where run_id in (select unnest(?)) group by run_id
         """,
-        [list(runs)],
+        [wanted],
     )
     return {row["run_id"]: row for row in found}
 
 
-def reviews_of(view: BuildView, day: date) -> list[dict[str, Any]]:
-    """The reviews of a day's hours that the build can have seen: per run how many hours, events, invalid and changed marks."""
-    if view.version(TRAFFIC_REVIEWS) is None:
-        return []
+def revisions_of(view: BuildView, order: str) -> list[Row]:
+    """Return an order's revisions at the version of the build, one row each, the oldest first."""
+    names = ("status", "reason", "rule_set", "attributed_at", "order_time", "user_id", "store_id", "currency", "total_micros")
+    facts = ", ".join(["any_value(_run_id) as run_id", *(f"any_value({name}) as {name}" for name in names)])
     return view.rows(
         f"""
-        select run_id, rule_set, count(*)::bigint as hours, sum(events)::bigint as events, sum(invalid)::bigint as invalid,
-            sum(changed)::bigint as changed, max(reviewed_at) as reviewed_at
-        from {view.scan(TRAFFIC_REVIEWS)}
-        where event_hour::date = ? and reviewed_at <= ?::timestamptz group by all order by reviewed_at, run_id
-        """,
-        [day, view.build.built_at],
-    )
-
-
-def revisions_of(view: BuildView, order: str) -> list[dict[str, Any]]:
-    """An order's revisions as the build saw them, one row a revision, the oldest first."""
-    return view.rows(
-        f"""
-        select revision, any_value(status) as status, any_value(reason) as reason, any_value(rule_set) as rule_set,
-            any_value(_run_id) as run_id, any_value(attributed_at) as attributed_at, any_value(order_time) as order_time,
-            any_value(user_id) as user_id, any_value(store_id) as store_id, any_value(currency) as currency,
-            any_value(total_micros) as total_micros, count(touch_event_id)::bigint as touches
+        select revision, count(touch_event_id)::bigint as touches, {facts}
         from {view.scan(ATTRIBUTED_ORDERS)} where order_id = ? group by revision order by revision
         """,
         [order],
@@ -221,24 +229,20 @@ def _text_of(value: bytes) -> str:
         return value.hex()
 
 
-def _naive(value: Any) -> Any:
+def _naive(value: object) -> object:
     return value.replace(tzinfo=None) if isinstance(value, datetime) else value
 
 
-def _summary(content: dict[str, Any]) -> dict[str, Any]:
-    """A rule set's entries with lists given by their length."""
-    found: dict[str, Any] = {}
+def _summary(content: dict[str, object]) -> dict[str, object]:
+    """Return a rule set's entries on one line each; of long lists only the length."""
+    found: dict[str, object] = {}
     for name, value in content.items():
         if isinstance(value, dict) and value.get("mode") == "off":
             found[name] = "off"
         elif isinstance(value, dict):
-            found[name] = " ".join(_entry(key, item) for key, item in value.items())
+            found[name] = " ".join(str(item) if key == "mode" else f"{key}={item}" for key, item in value.items())
         elif isinstance(value, list) and name in _LONG_LISTS:
             found[name] = f"{len(value):,} entries"
         else:
             found[name] = value
     return found
-
-
-def _entry(key: str, value: Any) -> str:
-    return str(value) if key == "mode" else f"{key}={value}"

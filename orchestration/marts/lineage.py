@@ -1,4 +1,4 @@
-"""Which columns a column of a model is made from, by the model's SQL."""
+"""Finds the columns that a column of a model is made from, by the model's SQL."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _DIALECT = "duckdb"
 
 
 def column_lineage(manifest: Mapping[str, Any], columns_of_sources: Mapping[str, list[str]]) -> ColumnLineage:
-    """The lineage of all models of a compiled project. ``columns_of_sources``: by the source's name.
+    """Return the lineage of all models of a compiled project. ``columns_of_sources``: by the source's name.
 
-    It is of direct parents; a column that a filter or a join only asks for is not in it.
+    It names direct parents, and no column that only a filter or a join reads.
     """
     models = {unique_id: node for unique_id, node in manifest["nodes"].items() if node["resource_type"] == "model"}
     relations = {unique_id: node["relation_name"] for unique_id, node in (manifest["sources"] | models).items()}
@@ -35,7 +35,7 @@ def column_lineage(manifest: Mapping[str, Any], columns_of_sources: Mapping[str,
 
 def _of_model(sql: str, relations: Mapping[str, str], known: Mapping[str, list[str]]) -> dict[str, list[tuple[str, str]]]:
     names = {f"parent_{number}": parent for number, parent in enumerate(known)}
-    for name, parent in names.items():  # a source is a call of a function, and a database is another in each build
+    for name, parent in names.items():  # a source is a function call, and the database's name changes with each build
         sql = sql.replace(relations[parent], name)
     schema = {name: dict.fromkeys(known[parent], "varchar") for name, parent in names.items()}
     nodes = lineage(None, sql, schema, dialect=_DIALECT, trim_selects=False)

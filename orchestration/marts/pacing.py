@@ -1,4 +1,4 @@
-"""Campaigns that spend their budget too early, as the published marts say."""
+"""Reads from the published marts which campaigns spend their budget too early."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spark_jobs.errors import UsageError
 
 @dataclass(frozen=True)
 class EarlySpend:
-    """A campaign that passed 90 % of its budget before 80 % of the day; as of its first minute (UTC) in which it had."""
+    """A campaign that passed 90 % of its budget before 80 % of the day, as of the first such minute (UTC)."""
 
     event_date: date
     campaign_id: str
@@ -24,7 +24,7 @@ class EarlySpend:
 
 
 def early_spends(settings: Settings) -> list[EarlySpend]:
-    """The campaigns of the newest day with spend, by id; none where no marts are published, or those of an older adtally."""
+    """Return the early spends of the newest day with spend, by campaign; none if no marts, or those of an older adtally, exist."""
     if not settings.marts_path.is_file():
         return []
     try:

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 from spark_jobs.errors import UsageError
 
 
-def parquet(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
-    """A Parquet file of ``rows``. Whole numbers beyond 64 bits are decimals. A column without a value has the type null.
+def parquet(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> bytes:
+    """Return a Parquet file of ``rows``. Whole numbers beyond 64 bits become decimals; a column without a value has type null.
 
-    Raises UsageError where two columns have one name.
+    Raises UsageError if two columns have one name.
     """
     if len(set(columns)) != len(columns):
         raise UsageError("two columns have one name", hint="name them apart with `as`")

@@ -17,26 +17,21 @@ from spark_jobs.lake.tables import (
     NAMES,
     RECONCILIATIONS,
     RESTATEMENTS,
-    Table,
 )
 from spark_jobs.lake.writes import ensure_tables
 
-SOURCES: tuple[Table, ...] = (
-    *(BILLING_LINES, BATCH_LEDGER, MINUTE_METRICS, CAMPAIGNS, RECONCILIATIONS),
-    *(RESTATEMENTS, EVENTS, ATTRIBUTED_ORDERS, NAMES),
-)
+_INGESTED = (BATCH_LEDGER, MINUTE_METRICS, CAMPAIGNS, RECONCILIATIONS)  # there is nothing to show without these
+SOURCES = (BILLING_LINES, *_INGESTED, RESTATEMENTS, EVENTS, ATTRIBUTED_ORDERS, NAMES)
 """Tables that the dbt project declares as sources, in the order in which they are pinned. The ledger before all that a batch
 writes: a batch's ledger rows are written last, so a batch in the pinned ledger is complete in every version pinned after it.
 The billing lines before the ledger: they were made from increments that the build sees too."""
 
-_INGESTED = (BATCH_LEDGER, MINUTE_METRICS, CAMPAIGNS, RECONCILIATIONS)  # there is nothing to show without these
-
 
 def pin_versions(settings: Settings) -> dict[str, int]:
-    """Pin SOURCES one after the other in that order; returns table name -> version.
+    """Pin SOURCES in that order; return table name -> version.
 
-    Gives a lakehouse of an older adtally the tables and columns that it lacks first. Raises UsageError if the lakehouse is not on
-    a local path, AdtallyError naming the tables that do not exist yet.
+    First adds the tables and columns that a lakehouse of an older adtally lacks. Raises UsageError if the lakehouse is not on a
+    local path, AdtallyError if tables do not exist yet.
     """
     require_local(settings, "marts build")
     lake = Lake(settings)

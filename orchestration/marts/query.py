@@ -1,4 +1,4 @@
-"""Asks the published marts, read-only."""
+"""Queries the published marts, read-only."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from spark_jobs.texts import duration
 
 _EXPLAIN = re.compile(r"(?:\s|--[^\n]*\n|/\*.*?\*/)*explain\b", re.DOTALL | re.IGNORECASE)
 
-# Functions that give rows without reading a file, running SQL given as text, or changing a setting. `enable_logging`, a table
-# function, changes where DuckDB logs; so only what is listed here is let through.
+# The allowed table functions: they read no file, run no SQL given as text and change no setting. It is a list of what is allowed,
+# since DuckDB has table functions that act, such as `enable_logging`.
 _TABLE_FUNCTIONS = re.compile(
     r"unnest|range|generate_series|repeat|repeat_row|summary|json_each|json_tree|icu_calendar_names|pg_timezone_names"
     r"|duckdb_\w+|pragma_\w+"
@@ -37,15 +37,14 @@ _BUILDS = "select build_id from marts.main.mart_build group by build_id order by
 def query_marts(
     settings: Settings, sql: str, parameters: Mapping[str, Any] | None = None, *, with_build: bool = False
 ) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """Column names and rows of one SELECT over the published marts (schema ``main``, times UTC), or of its EXPLAIN.
+    """Return column names and rows of one SELECT over the published marts (schema ``main``, times UTC), or of its EXPLAIN.
 
-    The statement sees one whole build, the newest at the time it starts. It can neither write nor reach files, and has the memory,
-    spill and time that the settings give it. ``parameters`` are the values of its ``$name``. ``with_build`` adds a last column
-    BUILD_COLUMN: the build_id of mart_build, so that what leaves the house says what it was made from; where the groups of marts
-    come of several builds, all of them, the newest last.
+    The statement sees one whole build, the newest at its start. It can neither write nor read files; the settings limit its memory,
+    spill and time. ``parameters`` are the values of its ``$name``. ``with_build`` adds a last column BUILD_COLUMN with the ids of
+    the builds that the marts come from, the newest last.
 
-    Raises AdtallyError when nothing has been published yet, the file cannot be read, or the statement takes more than it has;
-    UsageError when the SQL is wrong, does more than read or is not a single statement.
+    Raises AdtallyError if nothing is published yet, the file cannot be read, or the statement exceeds a limit; UsageError if the
+    SQL is wrong, does more than read, or is not a single statement.
     """
     with Lake(settings).scratch("query-") as folder, open_marts(settings, folder) as connection:
         try:
@@ -69,15 +68,15 @@ def query_marts(
 
 @contextmanager
 def open_marts(settings: Settings, folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Open a DuckDB with the published marts attached and everything else locked. ``folder`` is for temporary files.
+    """Yield a DuckDB with the published marts attached and everything else locked. ``folder`` is for temporary files.
 
-    Within a process, DuckDB gives every connection to a path the instance that is already open for it: connecting to the path
-    would show the old build to whoever still holds it open. An instance of its own that attaches the file opens it anew.
+    A process has one DuckDB instance per path: a connection to the path would show the old build while somebody has it open. A
+    separate instance that attaches the file opens the new build.
 
-    A file that is attached stays among DuckDB's `allowed_paths`, for writing too, and cannot be taken off. So it is attached by a
-    second name (a hard link) that is then removed: what is allowed is a name of nothing.
+    An attached file stays among DuckDB's `allowed_paths`, for writing too. So it is attached by a second name (a hard link), which
+    is then removed: the allowed path does not exist any more.
 
-    Raises AdtallyError when nothing has been published yet, or the file cannot be read.
+    Raises AdtallyError if nothing is published yet, or the file cannot be read.
     """
     path = settings.marts_path
     if not path.is_file():
@@ -93,7 +92,7 @@ def open_marts(settings: Settings, folder: Path) -> Iterator[duckdb.DuckDBPyConn
     }
     with duckdb.connect(":memory:", config=config) as connection:
         link = folder / path.name
-        with suppress(OSError):  # another file system, or one without hard links: the statement's kind alone keeps it from writing
+        with suppress(OSError):  # no hard links here: then only the kind of the statement keeps it from writing
             os.link(path, link)
         name = literal(link if link.exists() else path)
         try:
@@ -112,12 +111,12 @@ def open_marts(settings: Settings, folder: Path) -> Iterator[duckdb.DuckDBPyConn
 
 
 def _bytes(size: str) -> str:
-    """A size of the settings, as 512m or 2g, as DuckDB takes it."""
+    """Convert a size of the settings, such as 512m or 2g, to DuckDB's form."""
     return f"{size[:-1]}{'GiB' if size.endswith('g') else 'MiB'}"
 
 
 def _reading_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
-    """The one statement in ``sql``. Raises UsageError unless it is a SELECT, or EXPLAIN of one without ANALYZE."""
+    """Return the only statement in ``sql``. Raises UsageError unless it is a SELECT, or EXPLAIN of one without ANALYZE."""
     statement = _only(connection, sql)
     if statement.type == duckdb.StatementType.EXPLAIN:
         explained = _EXPLAIN.sub("", sql, count=1)
@@ -138,19 +137,19 @@ def _only(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
 
 
 def _require_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
-    """Raise UsageError unless ``sql`` is one SELECT by DuckDB's own parser, whose functions only give rows and values."""
+    """Raise UsageError unless DuckDB's parser finds one SELECT with allowed functions."""
     statement = _only(connection, sql)
     if statement.type != duckdb.StatementType.SELECT:
         raise UsageError(f"the marts are read-only: no {statement.type.name} statement")
     [(text,)] = connection.execute("select json_serialize_sql($1::varchar)", [sql]).fetchall()
     parsed = json.loads(text)
-    if parsed["error"]:  # a PRAGMA that DuckDB makes a SELECT of
+    if parsed["error"]:  # a PRAGMA, which DuckDB rewrites as a SELECT
         raise UsageError("the marts are read-only: a query is a SELECT statement")
     for name in _refused_functions(parsed["statements"]):
         raise UsageError(f"the function {name} is not available here: a query reads the marts and nothing else")
 
 
-def _refused_functions(node: Any) -> Iterator[str]:
+def _refused_functions(node: object) -> Iterator[str]:
     if isinstance(node, list):
         for part in node:
             yield from _refused_functions(part)
@@ -168,7 +167,7 @@ def _refused_functions(node: Any) -> Iterator[str]:
 
 @contextmanager
 def _time_limit(connection: duckdb.DuckDBPyConnection, settings: Settings) -> Iterator[None]:
-    """Interrupt what the connection does within the context after the time of the settings. Raises AdtallyError then."""
+    """Interrupt the connection, and raise AdtallyError, if the context takes longer than the settings allow."""
     limit = settings.query_timeout.total_seconds()
     passed = threading.Event()
 

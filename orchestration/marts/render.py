@@ -8,10 +8,8 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
-from datetime import date, datetime, time, timedelta
+from datetime import date, datetime, time
 from decimal import Decimal
-from typing import Any
-from uuid import UUID
 
 from spark_jobs.errors import UsageError
 from spark_jobs.texts import printable, printable_json
@@ -22,14 +20,19 @@ _FORMULA = re.compile(r"(?![+-]?[0-9]+(\.[0-9]+)?$)(\s*[=+\-@\uff1d\uff0b\uff0d\
 
 
 def render(
-    columns: Sequence[str], rows: Sequence[Sequence[Any]], format: str = "table", width: int | None = None, *, is_raw: bool = False
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    format: str = "table",
+    width: int | None = None,
+    *,
+    is_raw: bool = False,
 ) -> str:
-    """``rows`` as text, without a line end after the last line.
+    """Return ``rows`` as text, without a line end after the last line.
 
-    table: aligned, numbers to the right, six digits of a fraction, nulls as ``NULL``, with a last line that counts the rows; a
-    block a row where the columns do not fit into ``width`` (None: they always do). csv: a header, nulls as nothing,
-    RFC 4180 quoting, texts guarded as `_guarded` says unless ``is_raw``. json: an array of objects in column order; integers
-    whatever their size stay integers, decimals are strings so that no digit is lost. Timestamps are ISO 8601 with a ``T``.
+    table: aligned, numbers to the right, six digits of a fraction, nulls as ``NULL``, and a last line that counts the rows. If the
+    columns do not fit into ``width`` (None: they always do), each row is a block. csv: a header, nulls as nothing, RFC 4180
+    quoting, texts guarded as `_guarded` says unless ``is_raw``. json: an array of objects in column order; integers of any size
+    stay integers, decimals are strings so that no digit is lost. Timestamps are ISO 8601 with a ``T``.
 
     Raises UsageError for another format, and for json with two columns of one name.
     """
@@ -42,8 +45,8 @@ def render(
     raise UsageError(f"no format {format!r}", hint=f"one of {', '.join(FORMATS)}")
 
 
-def _plain(value: Any) -> Any:
-    """``value`` as JSON can hold it, without loss."""
+def _plain(value: object) -> object:
+    """Return a value as JSON can hold it, without loss."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -56,12 +59,10 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
         return [_plain(item) for item in value]
-    if isinstance(value, Decimal | UUID | timedelta):
-        return str(value)
     return str(value)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     plain = _plain(value)
     if isinstance(plain, bool):
         return "true" if plain else "false"
@@ -70,19 +71,19 @@ def _text(value: Any) -> str:
     return str(plain)
 
 
-def _is_number(value: Any) -> bool:
-    """Whether a column may keep to the right with ``value`` in it."""
+def _is_number(value: object) -> bool:
+    """Return whether a column with this value may be aligned to the right."""
     return value is None or (isinstance(value, int | float | Decimal) and not isinstance(value, bool))
 
 
-def _shown(value: Any) -> str:
-    """A cell as a person reads it: nobody needs the sixteenth digit of a rate."""
+def _shown(value: object) -> str:
+    """Return a cell as a person reads it: nobody needs the sixteenth digit of a rate."""
     if isinstance(value, float) and value == value and abs(value) < 1e15:
         return f"{value:.6f}".rstrip("0").rstrip(".") if abs(value) >= 1e-4 or not value else f"{value:.6g}"
     return "NULL" if value is None else printable(_text(value))
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]], room: int | None) -> str:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[object]], room: int | None) -> str:
     cells = [[_shown(value) for value in row] for row in rows]
     header = [printable(column) for column in columns]
     widths = [max([len(name), *(len(row[index]) for row in cells)]) for index, name in enumerate(header)]
@@ -101,7 +102,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]], room: int | No
 
 
 def _blocks(header: Sequence[str], cells: Sequence[Sequence[str]], room: int) -> Iterator[str]:
-    """Each row by itself: as many names and values on a line as fit, and none of them cut."""
+    """Yield the lines of each row: as many names and values on a line as fit, and none of them cut."""
     for number, row in enumerate(cells, 1):
         yield f"row {number}"
         line = ""
@@ -114,7 +115,7 @@ def _blocks(header: Sequence[str], cells: Sequence[Sequence[str]], room: int) ->
         yield f"  {line}"
 
 
-def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, is_raw: bool) -> str:
+def _csv(columns: Sequence[str], rows: Sequence[Sequence[object]], *, is_raw: bool) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     as_text = str if is_raw else _guarded
@@ -126,11 +127,11 @@ def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, is_raw: bool)
 
 
 def _guarded(text: str) -> str:
-    """A text that no spreadsheet takes for a formula, for it begins with an apostrophe, and no terminal for a command."""
+    """Return a text that no spreadsheet takes for a formula (an apostrophe is before it), and no terminal for a command."""
     return ("'" if _FORMULA.match(text) else "") + printable(text, keep="\n")
 
 
-def _json(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def _json(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     if len(set(columns)) != len(columns):
         raise UsageError("two columns have one name", hint="name them apart with `as`, or use csv")
     if not rows:

@@ -1,4 +1,4 @@
-"""What DuckDB says of a wrong statement, for the person who typed it: the caret stays aligned, and our own tables are suggested."""
+"""Turns DuckDB's error of a wrong statement into a message: the caret stays aligned, and the marts' tables are suggested."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNKNOWN_TABLE = re.compile(r"Table with name (?P<name>\S+) does not exist!")
 
 
 class SqlError(UsageError):
-    """A statement that cannot be right. ``excerpt``: its line, and below it a caret where DuckDB stopped."""
+    """A wrong statement. ``excerpt``: its line, and below it a caret where DuckDB stopped."""
 
     def __init__(self, message: str, *, hint: str | None, excerpt: str) -> None:
         super().__init__(message, hint=hint)
@@ -22,7 +22,7 @@ class SqlError(UsageError):
 
 
 def sql_error(error: duckdb.Error, connection: duckdb.DuckDBPyConnection) -> SqlError:
-    """The error of a statement over the attached marts. DuckDB would suggest its catalogue's tables, as pg_enum."""
+    """Return the error of a statement over the attached marts. DuckDB would suggest its own tables, such as pg_enum."""
     said, line, caret = str(error).partition("\nLINE ")
     hint = None
     unknown = _UNKNOWN_TABLE.search(said)

@@ -37,6 +37,7 @@ STREAM_OF = {
     "orders": "orders",
     "rejected_orders": "orders",
 }
+STREAMS = ("events", "orders")
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class Progress:
     def from_cursor(cls, cursor: str | None) -> Progress:
         """Return the progress of a cursor, or a new one if the cursor is missing or has another form."""
         try:
-            held = json.loads(cursor or "{}")
-            return cls(**{**held, "seen": tuple(held.get("seen", (-1, -1)))})
+            stored = json.loads(cursor or "{}")
+            return cls(**{**stored, "seen": tuple(stored.get("seen", (-1, -1)))})
         except (TypeError, ValueError):
             return cls()
 
@@ -92,12 +93,13 @@ def stream_progress_sensor(hours: dg.HourlyPartitionsDefinition) -> dg.SensorDef
             if hourly_partitions(settings).start < hours.start:
                 request_reload(settings)
             context.log.warning(
-                "%d hours with records lie before the first partition, %s. If they are too few for partitions, `adtally reconcile` "
+                "%d hours with records are before the first partition, %s. If they are too few for partitions, `adtally reconcile` "
                 "recounts them; ADTALLY_START_DATE gives them partitions",
-                *(early, hours.start.isoformat()),
+                early,
+                hours.start.isoformat(),
             )
-        told = f"told {len(events)} times what was committed through version {progress.reported} of the ledger"
-        reason = told if events else "nothing new was committed"
+        reported = f"{len(events)} events report the commits through version {progress.reported} of the ledger"
+        reason = reported if events else "nothing new was committed"
         return dg.SensorResult(asset_events=events, skip_reason=reason, cursor=progress.to_cursor())
 
     return stream_progress
@@ -122,17 +124,13 @@ def report_progress(
         progress = Progress()
     progress = replace(progress, table_id=table_id, start=start)
     if progress.reported < newest or progress.until is not None:
-        return _report_commits(settings, hours, progress, min(newest, _bound(progress, newest)), now)
+        # Continue the version that was begun. Else report all commits at first, and later a limited number.
+        next_version = newest if progress.reported < 0 else min(newest, progress.reported + COMMITS_A_TICK)
+        until = next_version if progress.until is None else min(newest, progress.until)
+        return _report_commits(settings, hours, progress, until, now)
     progress, events = _report_replaced(settings, progress)
     progress, empty = _report_empty(settings, hours, progress, newest)
     return progress, [*events, *empty], 0
-
-
-def _bound(progress: Progress, newest: int) -> int:
-    """Return the version to report next: the one begun, else the newest at first, else a bounded number of commits ahead."""
-    if progress.until is not None:
-        return progress.until
-    return newest if progress.reported < 0 else progress.reported + COMMITS_A_TICK
 
 
 def _report_commits(
@@ -146,7 +144,9 @@ def _report_commits(
         early = {cell.hour for cell in cells if cell.accepted and cell.hour is not None and cell.hour < hours.start}
         left = sorted(hour for hour in inside if after is None or hour > after)
         chunk = left[:HOURS_A_TICK]
-        report = _Report(cells, ledger.totals(until, chunk), ledger.increments(chunk), _versions(settings))
+        lake = Lake(settings)
+        versions = {asset.key: lake.version(asset.table) for asset in TABLE_ASSETS}
+        report = _Report(cells, ledger.totals(until, chunk), ledger.increments(chunk), versions)
     events: list[Event] = [event for hour in chunk for event in report.hour(hour)]
     if after is None:
         events += report.without_hour(inside)
@@ -158,10 +158,9 @@ def _report_commits(
 def _report_replaced(settings: Settings, progress: Progress) -> tuple[Progress, list[Event]]:
     """Report the tables that files of the landing folder replace as a whole, if their version is new."""
     found = Lake(settings).pin(CAMPAIGNS, NAMES).versions
-    told = {"campaigns": progress.campaigns, "names": progress.names}
-    new = {name: version for name, version in found.items() if version != told[name]}
+    new: dict[str, Any] = {name: version for name, version in found.items() if version != getattr(progress, name)}
     events: list[Event] = [dg.AssetMaterialization(name, metadata={"delta_version": version}) for name, version in new.items()]
-    return replace(progress, campaigns=new.get("campaigns", progress.campaigns), names=new.get("names", progress.names)), events
+    return replace(progress, **new), events
 
 
 def _report_empty(
@@ -182,27 +181,17 @@ def _report_empty(
     with Ledger.open(settings) as ledger:
         closed = ledger.hours(newest, begin, closing.closed_through) if begin < closing.closed_through else []
         chunk = closed[:HOURS_A_TICK]
-        held = ledger.totals(newest, chunk)
+        filled = ledger.totals(newest, chunk)
     events = [
         dg.AssetMaterialization(key, partition=key_of(hour), metadata={"rows_added": 0, "rows_in_hour": 0})
         for hour in chunk
         for key in (*STREAM_OF, "batch_ledger")
-        if not _is_held(held, key, hour)
+        if not any((stream, hour) in filled for stream in STREAMS if STREAM_OF.get(key, stream) == stream)
     ]
     if len(closed) > len(chunk):  # the rest at the next tick, since `seen` is unchanged
         return replace(progress, empty_through=(chunk[-1] + HOUR).isoformat()), events
     reached = max(begin, closing.closed_through)
     return replace(progress, empty_through=reached.isoformat(), seen=seen), events
-
-
-def _is_held(held: dict[tuple[str, datetime], Cell], key: str, hour: datetime) -> bool:
-    streams = (STREAM_OF[key],) if key in STREAM_OF else ("events", "orders")
-    return any((stream, hour) in held for stream in streams)
-
-
-def _versions(settings: Settings) -> dict[str, int | None]:
-    lake = Lake(settings)
-    return {asset.key: lake.version(asset.table) for asset in TABLE_ASSETS}
 
 
 class _Report:
@@ -216,16 +205,14 @@ class _Report:
         versions: dict[str, int | None],
     ) -> None:
         self._added = {(cell.stream, cell.hour): cell for cell in added}
-        self._totals = totals
-        self._increments = increments
-        self._versions = versions
+        self._totals, self._increments, self._versions = totals, increments, versions
 
     def hour(self, hour: datetime) -> list[dg.AssetMaterialization]:
         """Return one materialisation per table that got rows in this hour."""
         cells = [(key, self._added.get((stream, hour))) for key, stream in STREAM_OF.items()]
         events = [self._event(key, hour, self._of_table(key, cell, hour)) for key, cell in cells if cell is not None]
-        rows = [cell for stream in ("events", "orders") if (cell := self._added.get((stream, hour))) is not None]
-        total = [cell for stream in ("events", "orders") if (cell := self._totals.get((stream, hour))) is not None]
+        rows = [self._added[stream, hour] for stream in STREAMS if (stream, hour) in self._added]
+        total = [self._totals[stream, hour] for stream in STREAMS if (stream, hour) in self._totals]
         figures = {
             "rows_added": sum(cell.rows for cell in rows),
             "rows_in_hour": sum(cell.rows for cell in total),

@@ -20,9 +20,8 @@ from orchestration.up.instance import home_instance, initialize_pool_limits
 from orchestration.up.services import LOCATION
 from spark_jobs.config import load_settings
 
-_MODULE = "orchestration.definitions"
-_PACKAGES = Path(__file__).resolve().parents[2]
 _MESSAGE = "The process of this run ended with the adtally up that it belonged to."
+_FAILURE = JobFailureData(error=None, failure_reason=RunFailureReason.UNEXPECTED_TERMINATION)
 
 
 def settle_lost_runs(instance: dg.DagsterInstance, socket: str) -> list[str]:
@@ -31,31 +30,25 @@ def settle_lost_runs(instance: dg.DagsterInstance, socket: str) -> list[str]:
     Such runs are left when ``adtally up`` or its code server is killed. They would keep their pools for ever; failed ones are
     retried.
     """
-    statuses = [*IN_PROGRESS_RUN_STATUSES, dg.DagsterRunStatus.CANCELING]
-    lost = [
-        run
-        for run in instance.get_runs(dg.RunsFilter(statuses=statuses))
-        if json.loads(run.tags.get(GRPC_INFO_TAG, "{}")).get("socket") == socket
-    ]
-    for run in lost:
+    lost = []
+    for run in instance.get_runs(dg.RunsFilter(statuses=[*IN_PROGRESS_RUN_STATUSES, dg.DagsterRunStatus.CANCELING])):
+        if json.loads(run.tags.get(GRPC_INFO_TAG, "{}")).get("socket") != socket:
+            continue
         if run.status == dg.DagsterRunStatus.CANCELING:
             instance.report_run_canceled(run, message=_MESSAGE)
         else:
-            reason = JobFailureData(error=None, failure_reason=RunFailureReason.UNEXPECTED_TERMINATION)
-            instance.report_run_failed(run, _MESSAGE, reason)
+            instance.report_run_failed(run, _MESSAGE, _FAILURE)
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-    return [run.run_id for run in lost]
+        lost.append(run.run_id)
+    return lost
 
 
-def main(socket: str) -> None:
-    """Prepare the instance, then serve the definitions until a signal ends it."""
+if __name__ == "__main__":
+    _, socket = sys.argv
     with home_instance(load_settings()) as instance:
         initialize_pool_limits(instance)
         for run_id in settle_lost_runs(instance, socket):
             print(f"run {run_id} was lost when its adtally up was killed; it counts as failed")
-    origin = ("--module-name", _MODULE, "--working-directory", str(_PACKAGES))  # so that no other folder is searched first
-    start_command([*origin, "--location-name", LOCATION, "--socket", socket, "--use-python-environment-entry-point"])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    packages = Path(__file__).resolve().parents[2]  # the working directory, so that no other folder is searched first
+    module = ("--module-name", "orchestration.definitions", "--working-directory", str(packages))
+    start_command([*module, "--location-name", LOCATION, "--socket", socket, "--use-python-environment-entry-point"])

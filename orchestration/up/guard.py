@@ -4,9 +4,9 @@
 
 The supervisor starts it as the leader of a session and holds the only other end of the pipe at its standard input:
 
-- ``t``, or the end of the pipe (the supervisor has ended, in whatever way), asks the command to end by SIGTERM. SCOPE ``first``
+- SIGTERM, or the end of the pipe (the supervisor has ended, in whatever way), asks the command to end by SIGTERM. SCOPE ``first``
   signals the command alone, ``all`` every process of the session. After STOP_SECONDS the guard kills what is left.
-- ``k`` kills everything at once.
+- SIGUSR1 kills everything at once.
 
 When the command has ended, the guard also ends what the command left behind. Its exit status is the command's, or 128 + n if
 signal n ended the command. It imports nothing of this project, so that it starts at once and stays small.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import math
 import os
 import re
@@ -23,14 +24,13 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime
-from pathlib import Path
+from logging.handlers import RotatingFileHandler
 
 import psutil
 
-LOG_BYTES = 8 * 1024 * 1024
-LOGS_KEPT = 2
 REST_SECONDS = 5.0  # for what the command left behind
 
 _TURN_SECONDS = 0.2
@@ -38,30 +38,25 @@ _COLOURS = re.compile(rb"\x1b\[[0-9;]*m")
 _SET_PDEATHSIG = 1
 _SET_CHILD_SUBREAPER = 36
 
+logging.raiseExceptions = False  # a full disk loses the log, never the process
+
 
 def _prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-class BoundedLog:
+class BoundedLog(RotatingFileHandler):
     """A log file. A full one is renamed to ``.1``, an older ``.1`` to ``.2``."""
 
-    def __init__(self, path: Path, *, limit: int = LOG_BYTES, kept: int = LOGS_KEPT) -> None:
-        self._limit = limit
-        self._paths = [path, *(path.with_name(f"{path.name}.{n}") for n in range(1, kept + 1))]
-        self._file = path.open("ab", buffering=0)
+    terminator = ""
+
+    def __init__(self, path: str | os.PathLike[str], *, limit: int = 8 * 1024 * 1024, kept: int = 2) -> None:
+        super().__init__(path, maxBytes=limit, backupCount=kept, encoding="utf-8", errors="surrogateescape")
 
     def write(self, data: bytes) -> None:
-        """Append data. A full disk loses the log, never the process."""
-        with contextlib.suppress(OSError):
-            if self._file.tell() and self._file.tell() + len(data) > self._limit:
-                self._file.close()
-                for newer, older in reversed(list(zip(self._paths, self._paths[1:], strict=False))):
-                    if newer.exists():
-                        newer.replace(older)
-                self._file = self._paths[0].open("ab", buffering=0)
-            self._file.write(data)
+        """Append data."""
+        self.handle(logging.makeLogRecord({"msg": data.decode("utf-8", "surrogateescape")}))
 
     def say(self, text: str) -> None:
         """Append a line of the guard itself."""
@@ -70,15 +65,12 @@ class BoundedLog:
 
 def others_of_session() -> list[psutil.Process]:
     """Return the living processes of this session and the descendants of this process, without this process."""
-    found = {process.pid: process for process in psutil.Process().children(recursive=True)}
-    for process in psutil.process_iter():
-        with contextlib.suppress(OSError, psutil.Error):
-            if process.pid != os.getpid() and os.getsid(process.pid) == os.getpid():
-                found[process.pid] = process
+    found = set(psutil.Process().children(recursive=True))
     living = []
-    for process in found.values():
-        with contextlib.suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE:
+    for process in found.union(psutil.process_iter()):
+        with contextlib.suppress(OSError, psutil.Error):
+            is_other = process in found or (process.pid != os.getpid() and os.getsid(process.pid) == os.getpid())
+            if is_other and process.status() != psutil.STATUS_ZOMBIE:
                 living.append(process)
     return living
 
@@ -100,7 +92,7 @@ class Guard:
 
     def run(self) -> int:
         """Start the command, wait until it and all that it left behind have ended, and return its exit status."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         _prctl(_SET_CHILD_SUBREAPER, 1)  # orphans become children of this process, so that it finds them
         self._log.say(f"started: {' '.join(' '.join(self._command).split())}")
@@ -109,31 +101,45 @@ class Guard:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            bufsize=0,
             preexec_fn=lambda: _prctl(_SET_PDEATHSIG, signal.SIGTERM),  # safe: this process has one thread
         )
-        assert self._process.stdout is not None
-        self._output = self._process.stdout.fileno()
-        os.set_blocking(self._output, False)
-        self._inputs = {0, self._output}
-        while not self._has_ended():
+        copying = threading.Thread(target=self._copy_output, daemon=True)
+        copying.start()
+        while self._is_running():
             self._turn()
-        self._end_rest()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            deadline = time.monotonic() + REST_SECONDS
+            signal_others(number)
+            while others_of_session() and time.monotonic() < deadline:
+                time.sleep(0.05)
+        copying.join(REST_SECONDS)
         status = self._process.returncode
         self._log.say(f"ended with {f'status {status}' if status >= 0 else signal.Signals(-status).name}")
         return status if status >= 0 else 128 - status
 
-    def _on_signal(self, *_: object) -> None:
+    def _on_signal(self, number: int, _frame: object) -> None:
         self._is_asked = True
+        self._must_kill = self._must_kill or number == signal.SIGUSR1
+
+    def _copy_output(self) -> None:
+        output = self._process.stdout
+        assert output is not None
+        while data := output.read(65536):
+            self._log.write(_COLOURS.sub(b"", data))
+
+    def _is_running(self) -> bool:
+        """Return whether the command runs. Collects the exit status of orphans, which are children of this process."""
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if ended[0] == self._process.pid:
+                    self._process.returncode = os.waitstatus_to_exitcode(ended[1])
+        return self._process.returncode is None
 
     def _turn(self) -> None:
-        """Copy output and obey the supervisor, signals and the deadline. Takes at most _TURN_SECONDS."""
-        readable = select.select(self._inputs, [], [], _TURN_SECONDS)[0]
-        if 0 in readable:
-            word = os.read(0, 64)
-            self._inputs -= {0} if not word else set()
-            self._is_asked, self._must_kill = True, b"k" in word
-        if self._output in readable:
-            self._copy_output()
+        """Obey the supervisor, signals and the deadline. Takes _TURN_SECONDS at most."""
+        if select.select([] if self._is_asked else [0], [], [], _TURN_SECONDS)[0]:
+            self._is_asked = True  # nobody writes: this is the end of the pipe
         if self._is_asked and self._deadline == math.inf:
             self._deadline = time.monotonic() + self._stop_seconds
             self._log.say("asked to end")
@@ -146,45 +152,7 @@ class Guard:
             self._log.say("killed: it did not end in time, or was not to be waited for")
             signal_others(signal.SIGKILL)
 
-    def _has_ended(self) -> bool:
-        """Return whether the command has ended. Collects the exit status of orphans, which are children of this process."""
-        with contextlib.suppress(ChildProcessError):
-            while dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                if dead.si_pid == self._process.pid:
-                    break
-                os.waitpid(dead.si_pid, 0)
-        return self._process.poll() is not None
-
-    def _end_rest(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            deadline = time.monotonic() + REST_SECONDS
-            signal_others(number)
-            while others_of_session() and time.monotonic() < deadline:
-                self._copy_output()
-                time.sleep(0.05)
-        self._copy_output()
-
-    def _copy_output(self) -> None:
-        """Copy some of the output to the log: a command that never stops writing can still be asked to end."""
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(16):
-                data = os.read(self._output, 65536)
-                if not data:  # nobody writes any more
-                    self._inputs.discard(self._output)
-                    return
-                self._log.write(_COLOURS.sub(b"", data))
-
-
-def main(arguments: list[str]) -> int:
-    """Run the guard for the command line and return its exit status."""
-    log, stop_seconds, scope, *command = arguments
-    Path(log).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        return Guard(BoundedLog(Path(log)), float(stop_seconds), scope, command).run()
-    except OSError as error:  # the command cannot be started
-        print(f"adtally: error: {command[0]}: {error.strerror}", file=sys.stderr)
-        return 127
-
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    path, seconds, scope, *command = sys.argv[1:]
+    sys.exit(Guard(BoundedLog(path), float(seconds), scope, command).run())

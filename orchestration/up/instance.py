@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from spark_jobs import disk
 from spark_jobs.config import Settings
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance
 
-CONFIG_NAME = "dagster.yaml"
+POOLS = ("attribution", "billing", "compaction", "corrections", "marts", "quality", "spark")
+"""The pools of the definitions. Each runs one run at a time."""
+
+_NO_LOGS = {"compute_logs": {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}}
 _RELOAD_NAME = ".reload"
 
 
@@ -22,21 +25,10 @@ def write_instance_config(settings: Settings) -> Path:
 
     It does not name the storage (SQLite) and the compute logs: these are beside it, so that a home can be moved.
     """
-    folder = settings.dagster_path
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / CONFIG_NAME
+    path = settings.dagster_path / "dagster.yaml"
     if not path.exists():
-        made = folder / f".{CONFIG_NAME}.{os.getpid()}"
-        made.write_bytes((files("orchestration.up") / CONFIG_NAME).read_bytes())
-        with contextlib.suppress(FileExistsError):  # another process was quicker
-            os.link(made, path)
-        made.unlink()
+        disk.write_file(path, (files("orchestration.up") / path.name).read_bytes())
     return path
-
-
-_NO_LOGS: Any = {"compute_logs": {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}}
-POOLS = ("attribution", "billing", "compaction", "corrections", "marts", "quality", "spark")
-"""The pools of the definitions. Each runs one run at a time."""
 
 
 def initialize_pool_limits(instance: DagsterInstance) -> None:
@@ -70,8 +62,8 @@ def request_reload(settings: Settings) -> None:
 
 def take_reload_request(settings: Settings) -> bool:
     """Return whether a reload was requested since the last call."""
-    try:
-        (settings.dagster_path / _RELOAD_NAME).unlink()
-    except FileNotFoundError:
+    request = settings.dagster_path / _RELOAD_NAME
+    if not request.exists():
         return False
+    request.unlink(missing_ok=True)
     return True

@@ -19,9 +19,9 @@ import re
 from collections.abc import Iterable
 from http import HTTPStatus
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
@@ -47,10 +47,9 @@ class RequestFilter:
     def __init__(
         self, app: ASGIApp, *, hosts: Iterable[str] = (), token: str | None = None, setting: str = "ADTALLY_WEBSERVER_TOKEN"
     ) -> None:
-        self._app = app
-        self._setting = setting  # where the token comes from; it also names the cookie, since a host's ports share cookies
+        self._app, self._token = app, token
+        self._setting = setting  # the token comes from it, and it names the cookie: the ports of a host share their cookies
         self._hosts = frozenset(name.lower() for name in (*LOOPBACK, *hosts))
-        self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse a request, or forward it to the application."""
@@ -73,68 +72,45 @@ class RequestFilter:
 
     def _answer(self, request: HTTPConnection) -> Response | None:
         """Return the answer that replaces the application's; None if the request is allowed."""
-        refusal = self._foreign(request) or self._wrong_form(request)
-        if refusal is not None:
-            status, reason = refusal
-            return PlainTextResponse(f"adtally refuses this request: {reason}\n", status)
-        return None if self._token is None else self._without_token(request, self._token)
-
-    def _foreign(self, request: HTTPConnection) -> tuple[HTTPStatus, str] | None:
-        """Return why a request may come from a foreign page; None if it does not."""
-        hosts = request.headers.getlist("host")
+        headers, scope = request.headers, request.scope
+        hosts = headers.getlist("host")
         host = hosts[0].lower() if len(hosts) == 1 else ""
         named = _HOST.fullmatch(host)
         if named is None or named["name"] not in self._hosts:
-            return HTTPStatus.FORBIDDEN, "its Host is not this machine (ADTALLY_WEBSERVER_HOSTS names others)"
-        if any(_origin_host(origin) != host for origin in request.headers.getlist("origin")):
-            return HTTPStatus.FORBIDDEN, "its Origin is another one"
-        if set(request.headers.getlist("sec-fetch-site")) - {"same-origin", "none"} and not _is_link(request):
-            return HTTPStatus.FORBIDDEN, "a page of another site sends it"
-        return None
+            return _refusal(HTTPStatus.FORBIDDEN, "its Host is not this machine (ADTALLY_WEBSERVER_HOSTS names others)")
+        if any(origin.lower() not in (f"http://{host}", f"https://{host}") for origin in headers.getlist("origin")):
+            return _refusal(HTTPStatus.FORBIDDEN, "its Origin is another one")
+        if set(headers.getlist("sec-fetch-site")) - {"same-origin", "none"} and not _is_link(request):
+            return _refusal(HTTPStatus.FORBIDDEN, "a page of another site sends it")
+        if scope["type"] == "http" and scope["method"] in _READS:
+            if scope["path"].rstrip("/").endswith("/graphql") and "query" in request.query_params:
+                return _refusal(HTTPStatus.METHOD_NOT_ALLOWED, "GraphQL is asked by POST")
+        elif scope["type"] == "http" and _content_type(headers) not in _CONTENT_TYPES:
+            return _refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"its Content-Type is none of {', '.join(_CONTENT_TYPES)}")
+        return None if self._token is None else self._answer_without_token(request, self._token)
 
-    @staticmethod
-    def _wrong_form(request: HTTPConnection) -> tuple[HTTPStatus, str] | None:
-        """Return why a request that may change something has a form that a foreign page can send; None if it has not."""
-        if request.scope["type"] == "websocket":
-            return None
-        if request.scope["method"] in _READS:
-            if request.scope["path"].rstrip("/").endswith("/graphql") and "query" in request.query_params:
-                return HTTPStatus.METHOD_NOT_ALLOWED, "GraphQL is asked by POST"
-            return None
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind not in _CONTENT_TYPES:
-            return HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"its Content-Type is none of {', '.join(_CONTENT_TYPES)}"
-        return None
-
-    def _without_token(self, request: HTTPConnection, token: str) -> Response | None:
-        """Return the answer to a request without the token; None if it has it. A token in the address is replaced by a cookie."""
+    def _answer_without_token(self, request: HTTPConnection, token: str) -> Response | None:
+        """Return the answer to a request without the token; None if it has it. A cookie replaces a token in the address."""
         name = self._setting.lower()
         cookie = hashlib.sha256(f"{name}:{token}".encode()).hexdigest()
         if _same(request.headers.get("authorization", ""), f"Bearer {token}") or _same(request.cookies.get(name, ""), cookie):
             return None
         if request.scope["type"] == "http" and _same(request.query_params.get("token", ""), token):
             rest = urlencode([(key, value) for key, value in request.query_params.multi_items() if key != "token"])
-            # one slash: two would begin the name of another host
-            answer = RedirectResponse(
-                f"/{quote(request.scope['path'].lstrip('/'))}{'?' if rest else ''}{rest}", HTTPStatus.SEE_OTHER
-            )
+            path = f"/{quote(request.scope['path'].lstrip('/'))}"  # one slash: two would begin the name of another host
+            answer = RedirectResponse(f"{path}{'?' if rest else ''}{rest}", HTTPStatus.SEE_OTHER)
             answer.set_cookie(name, cookie, httponly=True, samesite="strict")
             return answer
-        return PlainTextResponse(
-            f"adtally refuses this request: it needs the token of {self._setting}, once as ?token=... in the address, "
-            "or as the header Authorization: Bearer ...\n",
-            HTTPStatus.UNAUTHORIZED,
-            {"WWW-Authenticate": "Bearer"},
-        )
+        how = f"it needs the token of {self._setting}, once as ?token=... in the address, or as the header Authorization: "
+        return _refusal(HTTPStatus.UNAUTHORIZED, f"{how}Bearer ...", {"WWW-Authenticate": "Bearer"})
 
 
-def _origin_host(origin: str) -> str | None:
-    """Return host and port of an origin; None for `null` and schemes other than http."""
-    try:
-        parts = urlsplit(origin.lower())
-    except ValueError:
-        return None
-    return parts.netloc if parts.scheme in ("http", "https") else None
+def _refusal(status: HTTPStatus, reason: str, headers: dict[str, str] | None = None) -> Response:
+    return PlainTextResponse(f"adtally refuses this request: {reason}\n", status, headers)
+
+
+def _content_type(headers: Headers) -> str:
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _is_link(request: HTTPConnection) -> bool:

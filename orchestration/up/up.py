@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import threading
@@ -13,27 +14,28 @@ from types import FrameType
 from orchestration.alerts.notifier import AlertFile
 from orchestration.up.graphql import Webserver, WebserverError
 from orchestration.up.instance import take_reload_request, write_instance_config
-from orchestration.up.reports import serving_reports
 from orchestration.up.services import (
     CODE,
+    CONSOLE,
     DAEMON,
     HOST,
     INGEST,
     LOCATION,
     WEB,
-    environment,
     free_port,
-    listens,
+    is_listening,
+    process_environment,
     services,
     socket_path,
 )
-from orchestration.up.supervisor import Supervisor, Tell, last_error
+from orchestration.up.supervisor import Service, Tell, last_error
 from spark_jobs.config import Settings
-from spark_jobs.errors import AdtallyError
+from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.failure import one_line
 from spark_jobs.jars import ensure_jars
 from spark_jobs.java import require_java
 from spark_jobs.lake import locks
+from spark_jobs.texts import counted
 
 START_SECONDS = 180.0
 END_SECONDS = 7.0
@@ -44,7 +46,7 @@ _ASK_SECONDS = 2.5  # how long a question to the webserver may delay the end
 _LOCK_SECONDS = 1.0  # between two looks at the lock of the ingest: each look takes it for a moment
 
 Ready = Callable[[str, str], None]
-"""Called with the addresses of the UI and of the reports."""
+"""Called with the addresses of the Dagster UI and of the console."""
 
 
 class NotReadyError(AdtallyError):
@@ -56,13 +58,12 @@ class Stop:
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.asked = threading.Event()
-        self._times = 0
+        self._times: list[float] = []
         self._clock = clock
-        self._deadline = 0.0
 
     def hurry(self) -> bool:
         """Return whether to kill what still runs: a second signal came, or END_SECONDS have passed since the first."""
-        return self._times > 1 or (self._times == 1 and self._clock() >= self._deadline)
+        return len(self._times) > 1 or any(self._clock() >= asked_at + END_SECONDS for asked_at in self._times)
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
@@ -78,9 +79,7 @@ class Stop:
                 signal.signal(number, handler)
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
-        if not self._times:
-            self._deadline = self._clock() + END_SECONDS
-        self._times += 1
+        self._times.append(self._clock())
         self.asked.set()
 
 
@@ -96,88 +95,114 @@ def up(settings: Settings, *, port: int, trigger_seconds: float, ingest: bool, t
             require_java()
             ensure_jars(settings, progress=lambda line: tell(INGEST, line))
         write_instance_config(settings)
-        with Stop().listening() as stop, serving_reports(settings, port + 1 if port < 65535 else 0) as reports:
-            _Up(settings, port, trigger_seconds, ingest, tell, stop, reports).run(ready)
+        with Stop().listening() as stop:
+            _Up(settings, port, _console_port(settings), trigger_seconds, ingest, tell, stop).run(ready)
+
+
+def _console_port(settings: Settings) -> int:
+    """Return the console's port of the settings, or a free one if it is taken."""
+    try:
+        return free_port(settings.console_port)
+    except UsageError:
+        return free_port(0)
 
 
 class _Up:
     def __init__(
-        self, settings: Settings, port: int, trigger_seconds: float, ingest: bool, tell: Tell, stop: Stop, reports: str
+        self, settings: Settings, port: int, console_port: int, trigger_seconds: float, ingest: bool, tell: Tell, stop: Stop
     ) -> None:
-        self._settings, self._tell, self._stop, self._reports = settings, tell, stop, reports
-        self._alerts = AlertFile(settings).reader()
+        self._settings, self._tell, self._stop = settings, tell, stop
+        self._console = f"http://{HOST}:{console_port}"
         self._socket = socket_path(settings)
-        self._services = services(settings, port=port, socket_path=self._socket, trigger_seconds=trigger_seconds, ingest=ingest)
-        self._supervisor = Supervisor(settings.home_path / "logs", environment(settings, reports), tell)
         self._webserver = Webserver(f"http://{HOST}:{port}", token=settings.webserver_token, timeout=_ASK_SECONDS)
-        self._patient_webserver = Webserver(self._webserver.address, token=settings.webserver_token, timeout=START_SECONDS)
+        self._services = services(
+            settings,
+            process_environment(settings, self._webserver.address, self._console),
+            port=port,
+            console_port=console_port,
+            code_socket=self._socket,
+            trigger_seconds=trigger_seconds,
+            ingest=ingest,
+            tell=tell,
+        )
         self._interrupted = settings.dagster_path / "interrupted_runs.json"
-        self._reloading: threading.Thread | None = None
+        self._thread: threading.Thread | None = None
         self._is_shown = False
 
     def run(self, ready: Ready) -> None:
+        alerts = AlertFile(self._settings).reader()
         try:
             self._is_shown = self._start_ui()
             if self._is_shown:
-                ready(self._webserver.address, self._reports)
+                self._services[CONSOLE].start()
+                ready(self._webserver.address, self._console)
                 self._start_work()
                 while not self._stop.asked.wait(_TURN_SECONDS):
-                    self._supervisor.check()
+                    self._check_services()
                     self._reload_on_request()
-                    for alert in self._alerts():
-                        self._tell("alert", f"{alert.title}: {one_line(alert.detail, 300)}; see {self._reports}/{alert.runbook}")
+                    for alert in alerts():
+                        self._tell("alert", f"{alert.title}: {one_line(alert.detail, 300)}; see {self._console}/{alert.runbook}")
         finally:
             self._end()
 
+    def _check_services(self) -> None:
+        for service in self._services.values():
+            service.check()
+
     def _start_ui(self) -> bool:
         """Start the code server and the webserver, which import their modules at the same time; False if asked to stop."""
-        for name in (CODE, WEB):
-            self._supervisor.start(self._services[name])
-        if not self._wait(CODE, lambda: listens(self._socket)) or not self._wait(WEB, self._answers):
+        code, web = self._services[CODE], self._services[WEB]
+        code.start()
+        web.start()
+        if not self._wait(code, lambda: is_listening(self._socket)) or not self._wait(web, self._answers):
             return False
         if error := self._webserver.load_error():
             self._tell(CODE, f"the definitions cannot be loaded: {one_line(error)}")
         return True
 
-    def _start_work(self) -> None:
-        """Start the rest, whose start takes more CPU than all before: the ingest with Spark, then the daemon."""
-        if INGEST in self._services:
-            self._supervisor.start(self._services[INGEST])
-            # The ingest takes its lock before a sensor of the daemon sees that nobody ingests, and starts another ingest.
-            deadline = time.monotonic() + START_SECONDS
-            while self._supervisor.runs(INGEST) and not locks.is_held(self._settings, locks.INGEST) and time.monotonic() < deadline:
-                if self._stop.asked.wait(_LOCK_SECONDS):
-                    return
-        self._supervisor.start(self._services[DAEMON])
-        # In a thread, since a busy webserver takes its time and this thread must notice signals.
-        threading.Thread(target=self._run_again, daemon=True, name="again").start()
-
-    def _wait(self, name: str, ready: Callable[[], bool]) -> bool:
+    def _wait(self, service: Service, is_ready: Callable[[], bool]) -> bool:
         """Wait until a process is ready; return False if asked to stop. Raises NotReadyError."""
         deadline = time.monotonic() + START_SECONDS
         while not self._stop.asked.wait(_TURN_SECONDS):
-            if ready():
-                self._tell(name, "ready")
+            if is_ready():
+                self._tell(service.name, "ready")
                 return True
-            self._supervisor.check()
-            if self._supervisor.gave_up(name) or time.monotonic() > deadline:
-                log = self._supervisor.log(name)
-                raise NotReadyError(f"the {name} did not become ready: {last_error(log) or 'no error'}", hint=f"its log is {log}")
+            self._check_services()
+            if service.gave_up or time.monotonic() > deadline:
+                reason = last_error(service.log) or "no error"
+                raise NotReadyError(f"the {service.name} did not become ready: {reason}", hint=f"its log is {service.log}")
         return False
 
     def _answers(self) -> bool:
-        try:
+        with contextlib.suppress(WebserverError):
             self._webserver.load_error()
-        except WebserverError:
-            return False
-        return True
+            return True
+        return False
 
-    def _run_again(self) -> None:
+    def _start_work(self) -> None:
+        """Start the rest, whose start takes more CPU than all before: the ingest with Spark, then the daemon."""
+        if ingest := self._services.get(INGEST):
+            ingest.start()
+            # The ingest takes its lock before a sensor of the daemon sees that nobody ingests, and starts another ingest.
+            deadline = time.monotonic() + START_SECONDS
+            while ingest.is_running and not locks.is_held(self._settings, locks.INGEST) and time.monotonic() < deadline:
+                if self._stop.asked.wait(_LOCK_SECONDS):
+                    return
+        self._services[DAEMON].start()
+        self._in_thread(self._run_again)
+
+    def _in_thread(self, ask: Callable[[Webserver], None]) -> None:
+        """Ask the webserver in a thread: a busy one takes its time, and this thread must notice signals."""
+        patient = Webserver(self._webserver.address, token=self._settings.webserver_token, timeout=START_SECONDS)
+        self._thread = threading.Thread(target=ask, args=[patient], daemon=True, name=ask.__name__)
+        self._thread.start()
+
+    def _run_again(self, webserver: Webserver) -> None:
         """Queue the runs again that the last stop cancelled, since nothing else asks for their work a second time."""
         while not self._stop.asked.is_set() and (run_ids := self._read_interrupted()):
             run = f"run {run_ids[0]}, cancelled by the last stop, is"
             try:
-                if again := self._patient_webserver.run_again(run_ids[0]):
+                if again := webserver.run_again(run_ids[0]):
                     self._tell(DAEMON, f"{run} made again as {again}")
             except WebserverError as error:
                 if self._stop.asked.is_set():  # the next start makes it again
@@ -192,14 +217,13 @@ class _Up:
             return []
 
     def _reload_on_request(self) -> None:
-        if (self._reloading is None or not self._reloading.is_alive()) and take_reload_request(self._settings):
-            self._reloading = threading.Thread(target=self._reload, daemon=True, name="reload")
-            self._reloading.start()
+        if (self._thread is None or not self._thread.is_alive()) and take_reload_request(self._settings):
+            self._in_thread(self._reload)
 
-    def _reload(self) -> None:
+    def _reload(self, webserver: Webserver) -> None:
         self._tell(CODE, "loading the definitions again: the lakehouse has hours before the first partition")
         try:
-            self._patient_webserver.reload(LOCATION)
+            webserver.reload(LOCATION)
         except WebserverError as error:
             self._tell(CODE, f"the definitions could not be loaded again: {error}")
         else:
@@ -210,27 +234,29 @@ class _Up:
         hurry = self._stop.hurry
         if self._stop.asked.is_set() and not hurry():
             self._tell("adtally up", "ending, within 10 s; Ctrl-C again ends it at once")
-        for name in (INGEST, DAEMON):
-            self._supervisor.ask_to_end(name)
-        self._supervisor.wait_ended(DAEMON, hurry)
+        code, web, console, daemon = (self._services[name] for name in (CODE, WEB, CONSOLE, DAEMON))
+        ingest = [self._services[INGEST]] if INGEST in self._services else []
+        for service in (*ingest, daemon):
+            service.ask_to_end()
+        daemon.wait_ended(hurry)
         if self._is_shown:  # else there are no runs, and a webserver that is starting would answer nobody
             self._cancel_runs()
-        for name in (WEB, CODE):
-            self._supervisor.ask_to_end(name)
-        for name in (WEB, CODE, INGEST):
-            self._supervisor.wait_ended(name, hurry)
+        for service in (web, code, console):
+            service.ask_to_end()
+        for service in (web, code, console, *ingest):
+            service.wait_ended(hurry)
 
     def _cancel_runs(self) -> None:
         """Cancel the runs in progress and wait for it, so that they do not count as failed. Remember them for the next start."""
         asked = set(self._read_interrupted())  # those that this start has not made again yet
         running, problem = list[str](), ""
-        while self._supervisor.runs(WEB) and self._supervisor.runs(CODE) and not self._stop.hurry():
+        while self._services[WEB].is_running and self._services[CODE].is_running and not self._stop.hurry():
             try:
                 running = self._webserver.runs_of(str(self._socket))
                 if not running:
                     return
                 if fresh := [run for run in running if run not in asked]:
-                    self._tell(DAEMON, f"cancelling {len(fresh)} run{'' if len(fresh) == 1 else 's'} in progress")
+                    self._tell(DAEMON, f"cancelling {counted(len(fresh), 'run')} in progress")
                     asked.update(fresh)
                     self._interrupted.write_text(json.dumps(sorted(asked)), "utf-8")
                     self._webserver.terminate(fresh)

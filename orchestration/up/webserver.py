@@ -8,31 +8,23 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from dagster._grpc import server_watcher
 from dagster_webserver import cli
 
 from orchestration.up.request_filter import RequestFilter
-from orchestration.up.services import WATCH_SECONDS, listens
+from orchestration.up.services import WATCH_SECONDS, is_listening
 from spark_jobs.config import load_settings
 
-
-def main(socket: str, *arguments: str) -> None:
-    """Wait for the code server, then run the webserver until a signal ends it."""
+if __name__ == "__main__":
+    _, socket, *arguments = sys.argv
     settings = load_settings()
     token = None if settings.webserver_token is None else settings.webserver_token.get_secret_value()
     create_app = cli.create_app_from_workspace_process_context  # type: ignore[attr-defined]
-
-    def create_filtered_app(*arguments: Any, **options: Any) -> RequestFilter:
-        return RequestFilter(create_app(*arguments, **options), hosts=settings.webserver_hosts, token=token)
-
-    cli.create_app_from_workspace_process_context = create_filtered_app  # type: ignore[attr-defined,assignment]
+    cli.create_app_from_workspace_process_context = lambda *context, **options: RequestFilter(  # type: ignore[attr-defined,assignment]
+        create_app(*context, **options), hosts=settings.webserver_hosts, token=token
+    )
     server_watcher.WATCH_INTERVAL = WATCH_SECONDS
-    while not listens(Path(socket)):
+    while not is_listening(Path(socket)):
         time.sleep(0.05)
     cli.cli(arguments, auto_envvar_prefix="DAGSTER_WEBSERVER")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

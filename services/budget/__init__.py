@@ -1,4 +1,4 @@
-"""A budget service: an example of a consumer of `ads-metrics` that is exactly-once by keys and by its own transaction.
+"""A budget service: an example consumer of `ads-metrics`, exactly-once by keys and by its own transaction.
 
-It knows Kafka and SQLite, and the messages of docs/publishing.md; nothing of the lakehouse.
+It uses Kafka, SQLite and the messages of docs/publishing.md, and nothing of the lakehouse.
 """

@@ -1,8 +1,9 @@
-"""Daily budgets, from a campaigns CSV of the input contract (docs/metrics.md)."""
+"""Reads daily budgets from a campaigns CSV of the input contract (docs/metrics.md)."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,7 +15,7 @@ _DAY = timedelta(days=1)
 
 @dataclass(frozen=True)
 class Budget:
-    """A campaign's row: micros a day, and from when until when (None: open)."""
+    """One row of a campaign: micros a day, and its period of validity (``valid_to`` None: no end)."""
 
     campaign_id: str
     store_id: str
@@ -25,12 +26,12 @@ class Budget:
 
 
 def read_budgets(path: Path) -> list[Budget]:
-    """The rows of a CSV file, or of all of a folder. Raises BudgetUsageError that names the file and line."""
+    """Return the rows of a CSV file, or of all CSV files of a folder. Raises BudgetUsageError that names the file and line."""
     files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
-    return [budget for file in files for budget in _of_file(file)]
+    return [budget for file in files for budget in _read_file(file)]
 
 
-def _of_file(file: Path) -> list[Budget]:
+def _read_file(file: Path) -> list[Budget]:
     found = []
     line = 1
     try:
@@ -38,37 +39,29 @@ def _of_file(file: Path) -> list[Budget]:
             reader = csv.DictReader(lines)
             for row in reader:
                 line = reader.line_num
-                found.append(
-                    Budget(
-                        row["campaign_id"],
-                        row["store_id"],
-                        row["currency"],
-                        int(row["daily_budget_micros"]),
-                        _moment(row["valid_from"]),
-                        _moment(row["valid_to"]) if row["valid_to"] else None,
-                    )
-                )
+                budget, valid_to = int(row["daily_budget_micros"]), _moment(row["valid_to"]) if row["valid_to"] else None
+                names = (row["campaign_id"], row["store_id"], row["currency"])
+                found.append(Budget(*names, budget, _moment(row["valid_from"]), valid_to))
     except OSError as error:
         raise BudgetUsageError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, csv.Error):
-        raise BudgetUsageError(
-            f"{file}, line {line}, is no row of campaigns", hint="the format is that of the landing folder"
-        ) from None
+        hint = "the format is that of the landing folder"
+        raise BudgetUsageError(f"{file}, line {line}, is no row of campaigns", hint=hint) from None
     return found
 
 
-def budget_of(budgets: list[Budget], day: str, campaign_id: str, store_id: str, currency: str) -> int | None:
-    """Micros that a campaign may spend on a day, None where no row says so. Of several that are valid on it the last one."""
+def budget_of(budgets: Sequence[Budget], day: str, campaign_id: str, store_id: str, currency: str) -> int | None:
+    """Return the micros that a campaign may spend on a day, or None without a row. Of several valid rows the newest counts."""
     start = datetime.fromisoformat(day).replace(tzinfo=UTC)
     names = (campaign_id, store_id, currency)
-    fitting = [
-        each
-        for each in budgets
-        if (each.campaign_id, each.store_id, each.currency) == names
-        and each.valid_from < start + _DAY
-        and (each.valid_to is None or each.valid_to > start)
+    valid = [
+        row
+        for row in budgets
+        if (row.campaign_id, row.store_id, row.currency) == names
+        and row.valid_from < start + _DAY
+        and (row.valid_to is None or row.valid_to > start)
     ]
-    return max(fitting, key=lambda each: each.valid_from).daily_budget_micros if fitting else None
+    return max(valid, key=lambda row: row.valid_from).daily_budget_micros if valid else None
 
 
 def _moment(text: str) -> datetime:

@@ -6,11 +6,13 @@ from services.errors import HintedError
 
 
 class BudgetError(HintedError):
-    """The service cannot go on."""
+    """The service cannot continue."""
 
 
 class BudgetUsageError(BudgetError):
-    """Wrong use: a file that is not this service's, a topic that is not there, a campaign file that cannot be read."""
+    """Wrong use: a file of another program, a missing topic, a campaign file that cannot be read."""
+
+    exit_code = 2
 
 
 class BudgetBusyError(BudgetError):
@@ -26,4 +28,4 @@ class BrokerError(BudgetError):
 
 
 class GapError(BudgetError):
-    """Messages that were never consumed are gone from the topic."""
+    """Messages that were never consumed were deleted from the topic."""

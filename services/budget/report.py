@@ -1,4 +1,4 @@
-"""What the service knows: spend by campaign, which campaigns are over their budget, and how far behind the events that is."""
+"""Reports spend by campaign, the campaigns over their budget, and how far the service is behind the events."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from services.budget.store import Store
 
 @dataclass(frozen=True)
 class CampaignSpend:
-    """One campaign's day. ``spend_micros`` is rounded once, half away from zero; ``budget_micros`` None: no row says so."""
+    """One campaign's day. ``spend_micros`` is rounded once, half away from zero. ``budget_micros`` None: no budget is known."""
 
     event_date: str
     campaign_id: str
@@ -29,11 +29,12 @@ class CampaignSpend:
 
 @dataclass(frozen=True)
 class BudgetStatus:
-    """All of it. ``event_minute``: the newest of an increment consumed; ``events_seconds_behind``: now less its end, at least 0.
+    """The state of the service.
 
-    ``committed_at``: when the newest increment consumed was committed to Delta. ``consumed_seconds_after``: how long after that it
-    was consumed. ``offsets_behind``: by partition; None where no broker was asked. ``kept_uuids`` are what recognises a
-    redelivery; what comes for a day before ``sealed_before`` is put aside.
+    ``event_minute``: the newest minute of an increment consumed. ``events_seconds_behind``: now less the end of that minute, at
+    least 0. ``committed_at``: when the newest increment consumed was committed to Delta. ``consumed_seconds_after``: how long
+    after that it was consumed. ``offsets_behind``: by partition, None if no broker was asked. ``kept_uuids`` identify
+    redeliveries. Increments of days before ``sealed_before`` are put aside.
     """
 
     store: str
@@ -58,13 +59,13 @@ def read_budget_status(
     day: str | None = None,
     offsets_behind: dict[int, int] | None = None,
 ) -> BudgetStatus:
-    """The store's state. ``day`` (YYYY-MM-DD; default: the newest that has spend) is whose campaigns are listed.
+    """Read the store's state, with the campaigns of ``day`` (YYYY-MM-DD; default: the newest day with spend).
 
-    The service may run meanwhile. Raises BudgetUsageError where there is no such file.
+    The service may run meanwhile. Raises BudgetUsageError if there is no such file.
     """
     with Store(path, read_only=True) as store:
         db = store.db
-        db.execute("begin")  # one state of all
+        db.execute("begin")  # all reads see one state
         row = db.execute("select event_minute_ms, committed_ms, consumed_ms from progress where topic = ?", (topic,)).fetchone()
         minute, committed, consumed = row or (None, None, None)
         sealed = db.execute("select sealed_before from topics where topic = ?", (topic,)).fetchone()
@@ -73,10 +74,10 @@ def read_budget_status(
         rows = store.sums(day or newest) if day or newest else []
         asides = dict(store.asides())
     campaigns = []
-    for event_date, campaign_id, store_id, currency, impressions, clicks, nanos in rows:
-        budget = budget_of(list(budgets), event_date, campaign_id, store_id, currency)
-        measures = (impressions, clicks, nanos, rounded_micros(nanos), budget, budget is not None and nanos > budget * 1000)
-        campaigns.append(CampaignSpend(event_date, campaign_id, store_id, currency, *measures))
+    for row in rows:
+        nanos, budget = row[6], budget_of(budgets, *row[:4])
+        is_over = budget is not None and nanos > budget * 1000
+        campaigns.append(CampaignSpend(*row, rounded_micros(nanos), budget, is_over))
     return BudgetStatus(
         store=str(path),
         topic=topic,
@@ -93,7 +94,7 @@ def read_budget_status(
 
 
 def rounded_micros(nanos: int) -> int:
-    """Micros of nanos, half away from zero."""
+    """Round nanos to micros, half away from zero."""
     whole = (abs(nanos) + 500) // 1000
     return whole if nanos >= 0 else -whole
 

@@ -1,11 +1,10 @@
-"""Consuming: from Kafka into the store, and how far behind that is."""
+"""Consumes a topic of Kafka into the store, and measures how far behind the store is."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,18 +20,18 @@ MESSAGES_AT_ONCE = 5_000
 KEEP_DAYS = 35
 _ANSWER_SECONDS = 20.0
 _POLL_SECONDS = 0.2
-_LOOK_AROUND_SECONDS = 30.0  # for new partitions, for days to seal
+_MAINTENANCE_SECONDS = 30.0  # between looks for new partitions and for days to seal
 
 
-def _now() -> datetime:
-    return datetime.now(UTC)
+# the client retries after these errors by itself
+_RETRIED = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT, KafkaError._RESOLVE)
 
 
 class BudgetService:
-    """Consumes one topic into one file.
+    """Consumes one topic into one file, which also has the offsets.
 
-    ``client``: librdkafka's settings to connect, ``bootstrap.servers`` at least. ``keep_days``: uuids of days longer ago are
-    forgotten once all is consumed, and the days sealed; None keeps all. Offsets lie in the file, the group is nobody else's.
+    ``client``: librdkafka's settings to connect, ``bootstrap.servers`` at least. ``keep_days``: once everything is consumed, the
+    service forgets the uuids of older days and seals these days; None keeps all.
     """
 
     def __init__(
@@ -42,35 +41,28 @@ class BudgetService:
         topic: str,
         *,
         keep_days: int | None = KEEP_DAYS,
-        now: Callable[[], datetime] = _now,
-        progress: Callable[[Loaded], None] | None = None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self.path, self.topic = path, topic
         self._client: dict[str, str | int | float | bool] = {**client, "log_level": 0}
         self._keep_days = keep_days
         self._now = now
-        self._progress = progress or (lambda _: None)
 
     def run(self, stop: threading.Event, *, once: bool = False, from_start: bool = False, accept_gap: bool = False) -> Loaded:
-        """Consume until ``stop`` is set, or, with ``once``, up to the end of every partition as it is met.
+        """Consume until ``stop`` is set, or, with ``once``, up to the end of every partition.
 
-        ``from_start``: read again what is there; what was counted is known by its uuid. Raises BudgetBusyError where another
-        process consumes into the file, BrokerError where the broker does not answer, GapError where messages that were never
-        consumed are gone, unless ``accept_gap``.
+        ``from_start``: read the topic again; the uuids prevent a second count. Raises BudgetBusyError if another process consumes
+        into the file, BrokerError if the broker does not answer, and, without ``accept_gap``, GapError if unread messages were
+        deleted.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{self.path}.lock", timeout=0)
         try:
-            lock.acquire()
+            with FileLock(f"{self.path}.lock", timeout=0), Store(self.path) as store:
+                return self._consume(store, stop, once, from_start, accept_gap)
         except Timeout:
             raise BudgetBusyError(f"another process consumes into {self.path}", hint="one is enough") from None
-        try:
-            with Store(self.path) as store:
-                return self._consume(store, stop, once, from_start, accept_gap)
         except KafkaException as error:
             raise _broker_error(error) from None
-        finally:
-            lock.release()
 
     def _consume(self, store: Store, stop: threading.Event, once: bool, from_start: bool, accept_gap: bool) -> Loaded:
         topic_id = self._topic_id()
@@ -85,19 +77,18 @@ class BudgetService:
                 at_end -= {message.partition for message in messages}
                 at_end |= ends.keys()
                 if messages or ends:
-                    done = store.load(self.topic, messages, ends, self._now())
-                    total = total.plus(done)
-                    if messages:
-                        self._progress(done)
+                    total = total.plus(store.load(self.topic, messages, ends, self._now()))
                 if at_end >= partitions:
                     if once:
                         self._seal(store)
                         return total
-                    if time.monotonic() - looked > _LOOK_AROUND_SECONDS:
+                    if time.monotonic() - looked > _MAINTENANCE_SECONDS:
                         looked = time.monotonic()
                         self._seal(store)
                         if self._topic_id() != topic_id:
-                            raise BrokerError(f"topic {self.topic} was made anew", hint="start again: it is read from its start")
+                            raise BrokerError(
+                                f"topic {self.topic} was made anew", hint="start again: the service then reads it from its start"
+                            )
                         if len(self._partitions(consumer)) != len(partitions):
                             partitions, at_end = self._assign(consumer, store.offsets(self.topic), accept_gap), set()
             return total
@@ -105,15 +96,15 @@ class BudgetService:
             consumer.close()
 
     def lags(self) -> dict[int, int]:
-        """Partition -> offsets behind its end. Raises BrokerError where the broker does not answer."""
+        """Return partition -> offsets behind its end. Raises BrokerError if the broker does not answer."""
         with Store(self.path, read_only=True) as store:
-            held = store.offsets(self.topic)
+            offsets = store.offsets(self.topic)
         consumer = self._consumer()
         try:
             found = {}
             for partition in self._partitions(consumer):
                 first, end = consumer.get_watermark_offsets(TopicPartition(self.topic, partition), _ANSWER_SECONDS)
-                found[partition] = end - held.get(partition, first)
+                found[partition] = end - offsets.get(partition, first)
             return found
         except KafkaException as error:
             raise _broker_error(error) from None
@@ -121,7 +112,7 @@ class BudgetService:
             consumer.close()
 
     def _consumer(self) -> Consumer:
-        # the group commits nothing; a consumer only needs the name of one
+        # a consumer needs the name of a group, although it commits nothing there
         return Consumer(
             {
                 **self._client,
@@ -135,16 +126,15 @@ class BudgetService:
         )
 
     def _topic_id(self) -> str:
-        """The topic's own id: of one made anew under the same name it is another."""
-        admin = AdminClient(self._client)  # held: its answers come only while it is there
+        """Return the topic's id, which changes if the topic is deleted and made anew."""
+        admin = AdminClient(self._client)  # keep a reference: a deleted client gives no answer
         futures = admin.describe_topics(TopicCollection([self.topic]), request_timeout=_ANSWER_SECONDS)
         try:
             return str(futures[self.topic].result(timeout=_ANSWER_SECONDS + 5).topic_id)
         except KafkaException as error:
             if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
-                raise BudgetUsageError(
-                    f"there is no topic {self.topic} on {self._client['bootstrap.servers']}", hint="`adtally publish` makes it"
-                ) from None
+                place = f"{self.topic} on {self._client['bootstrap.servers']}"
+                raise BudgetUsageError(f"there is no topic {place}", hint="`adtally publish` makes it") from None
             raise
 
     def _partitions(self, consumer: Consumer) -> set[int]:
@@ -153,13 +143,13 @@ class BudgetService:
             raise KafkaException(found.error)
         return set(found.partitions)
 
-    def _assign(self, consumer: Consumer, held: dict[int, int], accept_gap: bool) -> set[int]:
-        """Assign every partition where the store stands, or at its first message."""
+    def _assign(self, consumer: Consumer, offsets: dict[int, int], accept_gap: bool) -> set[int]:
+        """Assign every partition at its offset of the store, or at its first message. Return the partitions."""
         assigned, gaps = [], []
         partitions = self._partitions(consumer)
         for partition in sorted(partitions):
             first, end = consumer.get_watermark_offsets(TopicPartition(self.topic, partition), _ANSWER_SECONDS)
-            offset = held.get(partition, first)
+            offset = offsets.get(partition, first)
             if offset < first:
                 gaps.append(f"partition {partition} lacks offsets {offset} to {first - 1}")
                 offset = first
@@ -170,51 +160,34 @@ class BudgetService:
         if gaps and not accept_gap:
             raise GapError(
                 f"messages of {self.topic} that were not consumed are gone: {'; '.join(gaps)}",
-                hint="publish all again with `adtally publish --whole`, then go on with `adtally budget --accept-gap`",
+                hint="publish all again with `adtally publish --whole`, then continue with `adtally budget --accept-gap`",
             )
         consumer.assign(assigned)
         return partitions
 
     def _seal(self, store: Store) -> None:
-        """Forget the uuids of days that are long over. Only here, at the end of the topic: in a backlog they are still needed."""
+        """Forget the uuids of old days. Call it only at the end of the topic: a backlog still needs them."""
         if self._keep_days is not None:
             store.seal(self.topic, (self._now().date() - timedelta(days=self._keep_days)).isoformat())
 
 
 def _split(polled: list[Received[bytes, bytes]]) -> tuple[list[Message], dict[int, int]]:
-    """The messages, and where partitions ended. Raises KafkaException for what is neither."""
+    """Return the messages, and the ends of partitions reached. Raises KafkaException for an error that the client cannot retry."""
     messages: list[Message] = []
     ends: dict[int, int] = {}
-    for each in polled:
-        error, partition, offset = each.error(), each.partition(), each.offset()
+    for received in polled:
+        error, partition, offset = received.error(), received.partition(), received.offset()
         if partition is None or offset is None:  # an error of no partition
             partition, offset = -1, -1
         if error is None:
-            messages.append(Message(partition, offset, _bytes(each.key()), _bytes(each.value())))
+            messages.append(Message(partition, offset, received.key(), received.value()))
         elif error.code() == KafkaError._PARTITION_EOF:
             ends[partition] = offset
-        elif not error.retriable() and error.code() not in _WAITS:
+        elif not error.retriable() and error.code() not in _RETRIED:
             raise KafkaException(error)
     return messages, ends
 
 
-# what the client goes on with by itself
-_WAITS = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT, KafkaError._RESOLVE)
-
-
-def _bytes(value: str | bytes | None) -> bytes | None:
-    return value.encode() if isinstance(value, str) else value
-
-
 def _broker_error(error: KafkaException) -> BrokerError:
-    said = error.args[0].str() if error.args and isinstance(error.args[0], KafkaError) else str(error)
-    return BrokerError(f"Kafka: {said}", hint="what was consumed is kept; start again when the broker answers")
-
-
-def stop_on_signals(stop: threading.Event) -> None:
-    """SIGTERM and SIGINT end ``BudgetService.run`` after the messages that it holds."""
-    import signal
-
-    with suppress(ValueError):  # not in the main thread
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
+    reason = error.args[0].str() if error.args and isinstance(error.args[0], KafkaError) else str(error)
+    return BrokerError(f"Kafka: {reason}", hint="what was consumed is kept; start again when the broker answers")

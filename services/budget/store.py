@@ -1,23 +1,23 @@
 """The service's memory: one SQLite file, in which sums, record_uuids and offsets change in one transaction.
 
-So whatever kills the process, the sums are those of the offsets. And where messages come again at other offsets (the publisher
-published again, the topic was made anew, somebody replays it), the uuids say so.
+So the sums always match the offsets, even after a kill. If messages arrive again at other offsets (a second publication, a topic
+made anew, a replay), the uuids identify them.
 """
 
 from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 
 from services.budget.errors import BudgetUsageError
 from services.budget.messages import BadMessage, Increment, parse
 
-_APPLICATION = 0x61647462  # "adtb": whose file it is
+_APPLICATION = 0x61647462  # "adtb": SQLite's id of the application that owns the file
 _FORMAT = 1
 _SEALED = "its day is sealed"
 _TOO_LARGE = "the sum of its campaign's day would not fit into 64 bits"
@@ -62,7 +62,7 @@ class Message:
 
 @dataclass
 class Loaded:
-    """What became of messages: ``added`` increments, ``replaced`` by a later version, seen before (``again``), put ``aside``."""
+    """Counts of messages: ``added`` increments, ``replaced`` by a later version, seen before (``again``), put ``aside``."""
 
     added: int = 0
     replaced: int = 0
@@ -70,14 +70,14 @@ class Loaded:
     aside: int = 0
 
     def plus(self, other: Loaded) -> Loaded:
-        """The sum of both."""
+        """Return the sum of both."""
         return Loaded(self.added + other.added, self.replaced + other.replaced, self.again + other.again, self.aside + other.aside)
 
 
 class Store:
-    """One file. Use as a context manager; one process writes at a time (``service`` sees to it), any number read.
+    """Reads and writes one file; use it as a context manager. One process writes at a time (``service`` locks), any number read.
 
-    Raises BudgetUsageError where the file is another program's or another format's.
+    Raises BudgetUsageError if the file belongs to another program or has another format.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
@@ -109,53 +109,53 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, _kind: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.db.close()
 
-    def begin_topic(self, topic: str, topic_id: str) -> bool:
-        """Note whose offsets these are. True if the topic is another one of the same name: then it is read from its start."""
-        with _transaction(self.db):
-            row = self.db.execute("select topic_id from topics where topic = ?", (topic,)).fetchone()
-            self.db.execute(
-                "insert into topics (topic, topic_id) values (?, ?) on conflict do update set topic_id = excluded.topic_id",
-                (topic, topic_id),
-            )
-            is_other = row is not None and row[0] != topic_id
-            if is_other:
-                self.db.execute("delete from offsets where topic = ?", (topic,))
-        return is_other
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self.db.execute("begin immediate")
+        with self.db:  # commits, or rolls back after an exception
+            yield
+
+    def begin_topic(self, topic: str, topic_id: str) -> None:
+        """Record the id of the topic. Forget the offsets of an earlier topic of the same name, so that reading starts anew."""
+        with self._transaction():
+            other = "select topic from topics where topic = ? and topic_id <> ?"
+            self.db.execute(f"delete from offsets where topic in ({other})", (topic, topic_id))
+            insert = "insert into topics (topic, topic_id) values (?, ?)"
+            self.db.execute(f"{insert} on conflict do update set topic_id = excluded.topic_id", (topic, topic_id))
 
     def offsets(self, topic: str) -> dict[int, int]:
-        """Partition -> the offset to go on with."""
+        """Return partition -> the next offset to read."""
         return dict(self.db.execute("select partition, next_offset from offsets where topic = ?", (topic,)).fetchall())
 
     def load(self, topic: str, messages: Sequence[Message], ends: dict[int, int], now: datetime) -> Loaded:
-        """Take messages, in the order of each partition, and where reading stands, in one transaction.
+        """Add messages, in the order of each partition, and the offsets reached, in one transaction.
 
-        ``ends``: partition -> offset that was reached without a message (transaction markers lie there).
+        ``ends``: partition -> offset that was reached without a message, as after transaction markers.
         """
         done = Loaded()
         reached = dict(ends)
         for message in messages:
             reached[message.partition] = max(message.offset + 1, reached.get(message.partition, 0))
-        with _transaction(self.db):
+        with self._transaction():
             topic_id, sealed = self.db.execute("select topic_id, sealed_before from topics where topic = ?", (topic,)).fetchone()
             highest = dict(self.db.execute("select partition, highest_offset from offsets where topic = ?", (topic,)).fetchall())
             latest = [0, 0]
             for message in messages:
                 try:
-                    told = parse(message.key, message.value)
+                    increment = parse(message.key, message.value)
                 except BadMessage as bad:
                     done.aside += self._put_aside(topic, topic_id, message, str(bad), now)
                     continue
-                if told.event_date < sealed:
-                    if message.offset < highest.get(message.partition, 0):
-                        done.again += 1  # these very bytes were here before
-                    else:
-                        done.aside += self._put_aside(topic, topic_id, message, _SEALED, now)
-                    continue
-                self._take(topic, topic_id, message, told, done, now)
-                latest = [max(latest[0], told.event_minute_ms), max(latest[1], told.committed_ms)]
+                if increment.event_date >= sealed:
+                    self._apply(topic, topic_id, message, increment, done, now)
+                    latest = [max(latest[0], increment.event_minute_ms), max(latest[1], increment.committed_ms)]
+                elif message.offset < highest.get(message.partition, 0):
+                    done.again += 1  # these very bytes were loaded before
+                else:
+                    done.aside += self._put_aside(topic, topic_id, message, _SEALED, now)
             self.db.executemany(
                 "insert into offsets values (?, ?, ?, ?) on conflict do update set next_offset = excluded.next_offset, "
                 "highest_offset = max(highest_offset, excluded.highest_offset)",
@@ -170,16 +170,16 @@ class Store:
                 )
         return done
 
-    def _take(self, topic: str, topic_id: str, message: Message, told: Increment, done: Loaded, now: datetime) -> None:
-        key = self._key(told)
+    def _apply(self, topic: str, topic_id: str, message: Message, increment: Increment, done: Loaded, now: datetime) -> None:
+        key = self._key(increment)
         before = self.db.execute(
-            "select version, key, impressions, clicks, spend_nanos from increments where record_uuid = ?", (told.uuid,)
+            "select version, key, impressions, clicks, spend_nanos from increments where record_uuid = ?", (increment.uuid,)
         ).fetchone()
-        measures = (told.impressions, told.clicks, told.spend_nanos)
+        measures = (increment.impressions, increment.clicks, increment.spend_nanos)
         changes = [(key, measures)]
         if before is not None:
-            if told.version <= before[0]:
-                if told.version == before[0] and (key, *measures) != before[1:]:
+            if increment.version <= before[0]:
+                if increment.version == before[0] and (key, *measures) != before[1:]:
                     done.aside += self._put_aside(topic, topic_id, message, _OTHER_VALUES, now)
                 else:
                     done.again += 1
@@ -190,74 +190,54 @@ class Store:
             return
         done.added += before is None
         done.replaced += before is not None
-        self.db.execute("insert or replace into increments values (?, ?, ?, ?, ?, ?)", (told.uuid, told.version, key, *measures))
+        self.db.execute(
+            "insert or replace into increments values (?, ?, ?, ?, ?, ?)", (increment.uuid, increment.version, key, *measures)
+        )
 
-    def _key(self, told: Increment) -> int:
-        names = (told.event_date, told.campaign_id, told.store_id, told.currency)
-        where = "select id from keys where event_date = ? and campaign_id = ? and store_id = ? and currency = ?"
-        row = self.db.execute(where, names).fetchone()
-        if row is None:
-            insert = "insert into keys (event_date, campaign_id, store_id, currency) values (?, ?, ?, ?) returning id"
-            row = self.db.execute(insert, names).fetchone()
+    def _key(self, increment: Increment) -> int:
+        names = (increment.event_date, increment.campaign_id, increment.store_id, increment.currency)
+        # the update changes nothing, but makes the statement return the id of an existing row too
+        insert = "insert into keys (event_date, campaign_id, store_id, currency) values (?, ?, ?, ?)"
+        row = self.db.execute(f"{insert} on conflict do update set currency = excluded.currency returning id", names).fetchone()
         return int(row[0])
 
     def _add(self, changes: Sequence[tuple[int, tuple[int, int, int]]]) -> bool:
-        """Add to the sums of keys; False, and nothing is added, where a sum would not fit into 64 bits."""
+        """Add to the sums of keys. Return False, and add nothing, if a sum would not fit into 64 bits."""
         sums: dict[int, tuple[int, int, int]] = {}
         for key, (impressions, clicks, nanos) in changes:
             if key not in sums:
                 sums[key] = self.db.execute("select impressions, clicks, spend_nanos from keys where id = ?", (key,)).fetchone()
             sums[key] = (sums[key][0] + impressions, sums[key][1] + clicks, sums[key][2] + nanos)
-        if any(not -(2**63) <= measure < 2**63 for held in sums.values() for measure in held):
+        if any(not -(2**63) <= measure < 2**63 for measures in sums.values() for measure in measures):
             return False
-        for key, held in sums.items():
-            self.db.execute("update keys set impressions = ?, clicks = ?, spend_nanos = ? where id = ?", (*held, key))
+        for key, measures in sums.items():
+            self.db.execute("update keys set impressions = ?, clicks = ?, spend_nanos = ? where id = ?", (*measures, key))
         return True
 
     def _put_aside(self, topic: str, topic_id: str, message: Message, reason: str, now: datetime) -> int:
-        made = self.db.execute(
-            "insert or ignore into aside values (?, ?, ?, ?, ?, ?, ?, ?)",
-            (topic, topic_id, message.partition, message.offset, reason, message.key, message.value, _text(now)),
-        )
-        return made.rowcount
+        kept_at = now.astimezone(UTC).isoformat(timespec="milliseconds")
+        place = (topic, topic_id, message.partition, message.offset)
+        values = (*place, reason, message.key, message.value, kept_at)
+        return self.db.execute("insert or ignore into aside values (?, ?, ?, ?, ?, ?, ?, ?)", values).rowcount
 
-    def seal(self, topic: str, before: str) -> int:
-        """Forget the uuids of days before ``before`` (YYYY-MM-DD); returns how many. Their sums stay, and are final.
+    def seal(self, topic: str, before: str) -> None:
+        """Forget the uuids of days before ``before`` (YYYY-MM-DD). Their sums stay, and are final.
 
-        Without its uuid an increment that comes again cannot be told from a new one. So what still comes for such a day is
-        neither added nor lost: it is put aside.
+        Without its uuid a repeated increment looks like a new one. So later increments of such a day are put aside, neither added
+        nor lost.
         """
-        with _transaction(self.db):
+        with self._transaction():
             self.db.execute("update topics set sealed_before = max(sealed_before, ?) where topic = ?", (before, topic))
-            gone = self.db.execute("delete from increments where key in (select id from keys where event_date < ?)", (before,))
-        return gone.rowcount
+            self.db.execute("delete from increments where key in (select id from keys where event_date < ?)", (before,))
 
     def sums(self, day: str | None = None) -> list[tuple[str, str, str, str, int, int, int]]:
-        """(event_date, campaign_id, store_id, currency, impressions, clicks, spend_nanos), sorted; of one day, or of all."""
-        found: Iterable[tuple[str, str, str, str, int, int, int]] = self.db.execute(
+        """Return (event_date, campaign_id, store_id, currency, impressions, clicks, spend_nanos), sorted, of one day or of all."""
+        return self.db.execute(
             "select event_date, campaign_id, store_id, currency, impressions, clicks, spend_nanos from keys "
             "where ?1 is null or event_date = ?1 order by 1, 2, 3, 4",
             (day,),
-        )
-        return list(found)
+        ).fetchall()
 
     def asides(self) -> Counter[str]:
-        """Reason -> messages put aside for it."""
+        """Return reason -> messages put aside for it."""
         return Counter(dict(self.db.execute("select reason, count(*) from aside group by reason").fetchall()))
-
-
-class _transaction:
-    """BEGIN IMMEDIATE ... COMMIT, or nothing."""
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-
-    def __enter__(self) -> None:
-        self._db.execute("begin immediate")
-
-    def __exit__(self, kind: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None) -> None:
-        self._db.execute("commit" if kind is None else "rollback")
-
-
-def _text(moment: datetime) -> str:
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds")

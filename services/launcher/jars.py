@@ -1,8 +1,7 @@
-"""The jars of Kafka and Pinot: what their locks pin, and how they are resolved.
+"""Resolves the jars of Kafka and Pinot that their locks pin.
 
-A lock lists every jar, so nothing is decided while resolving: Ivy, which Spark ships, fetches exactly these from Maven Central,
-or from the repository that the variable DEFAULT_ARTIFACT_REPOSITORY names, as Spark itself does. ``spark_jobs.jars`` keeps the
-cache and checks every jar.
+A lock lists every jar. Ivy, which Spark ships, fetches exactly these from Maven Central, or, as Spark does, from the repository of
+the variable DEFAULT_ARTIFACT_REPOSITORY. ``spark_jobs.jars`` keeps the cache and checks every jar.
 
     python -m services.launcher.jars kafka            resolve what is missing, print the folder
     python -m services.launcher.jars kafka --update   resolve pom.xml anew by Maven and rewrite its lock
@@ -62,7 +61,7 @@ class Jar:
 
 @dataclass(frozen=True)
 class JarLock:
-    """What a lock file pins: the service's version and its jars, in the order of the class path."""
+    """The content of a lock file: the service's version and its jars, in the order of the class path."""
 
     service: str
     version: str
@@ -70,7 +69,7 @@ class JarLock:
 
     @property
     def digest(self) -> str:
-        """Names the cache folder: another lock, another folder."""
+        """The name of the cache folder, different for each lock."""
         text = json.dumps([asdict(jar) for jar in self.jars], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -81,7 +80,7 @@ def lock_path(service: str) -> Path:
 
 
 def read_lock(service: str, path: Path | None = None) -> JarLock:
-    """Return the lock of a service. Raises MachineError if it is missing or broken."""
+    """Read the lock of a service. Raises MachineError if it is missing or broken."""
     return parse_lock(
         path or lock_path(service),
         lambda data: JarLock(data["service"], data["version"], tuple(Jar(**jar) for jar in data["jars"])),
@@ -106,9 +105,12 @@ def ensure_jars(lock: JarLock, cache: Path, java: Path, progress: Progress = lam
 
 def _resolve(lock: JarLock, work: Path, java: Path) -> list[Path]:
     """Fetch the jars by Ivy."""
+    ivy_jars = [jar for jar in jars_of_spark() if jar.name.startswith("ivy-")]
+    if not ivy_jars:
+        raise MachineError("pyspark, which ships Ivy, is not complete", hint="run `uv sync --frozen`")
     ivy, settings, jars = work / "ivy.xml", work / "ivysettings.xml", work / "jars"
     ivy.write_text(_ivy_module(lock), "utf-8")
-    # no poms: the lock lists all there is; no checksums of the repository: ours are stronger
+    # without poms, because the lock lists all jars; without the repository's checksums, because ours are stronger
     settings.write_text(
         f'<ivysettings><settings defaultResolver="central"/><caches defaultCacheDir={quoteattr(str(work / "cache"))}/>'
         '<resolvers><ibiblio name="central" m2compatible="true" usepoms="false" checksums="" '
@@ -116,20 +118,13 @@ def _resolve(lock: JarLock, work: Path, java: Path) -> list[Path]:
         "utf-8",
     )
     pattern = f"{jars}/[organisation]_[artifact]-[revision](-[classifier]).[ext]"
-    command = [str(java), "-cp", str(_ivy_jar()), "org.apache.ivy.Main", "-settings", str(settings), "-ivy", str(ivy)]
+    command = [str(java), "-cp", str(ivy_jars[-1]), "org.apache.ivy.Main", "-settings", str(settings), "-ivy", str(ivy)]
     run_resolver([*command, "-retrieve", pattern], work)
     return sorted(jars.glob("*.jar"))
 
 
-def _ivy_jar() -> Path:
-    found = [jar for jar in jars_of_spark() if jar.name.startswith("ivy-")]
-    if not found:
-        raise MachineError("pyspark, which ships Ivy, is not complete", hint="run `uv sync --frozen`")
-    return found[-1]
-
-
 def _ivy_module(lock: JarLock) -> str:
-    # two versions of a module stay side by side, as Maven has them where their classifiers differ
+    # two versions of a module stay side by side, as in Maven if their classifiers differ
     modules: dict[tuple[str, str, str], list[str | None]] = {}
     for jar in lock.jars:
         modules.setdefault((jar.group, jar.artifact, jar.version), []).append(jar.classifier)
@@ -164,9 +159,9 @@ def update_lock(service: str, progress: Progress = print) -> JarLock:
         )
         if done.returncode != 0:
             raise ServiceError(f"Maven could not resolve {pom}: {(done.stdout.strip().splitlines() or [''])[0]}")
-        found = [match.groups() for line in listing.read_text("utf-8").splitlines() if (match := _LISTED.match(line))]
         made = []
-        for group, artifact, classifier, version in found:
+        for match in filter(None, map(_LISTED.match, listing.read_text("utf-8").splitlines())):
+            group, artifact, classifier, version = match.groups()
             end = f"-{classifier}" if classifier else ""
             path = jars / f"{group}.{artifact}-{version}{end}.jar"
             made.append(Jar(group, artifact, version, classifier, path.stat().st_size, sha256_of(path)))

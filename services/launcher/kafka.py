@@ -22,7 +22,7 @@ _TOPIC_SECONDS = 30.0
 
 
 class Kafka(Service):
-    """One broker. ``up`` makes the missing topics, each with ``partitions`` partitions; it never changes an existing topic."""
+    """One broker. ``up`` creates missing topics, each with ``partitions`` partitions; it never changes an existing topic."""
 
     name = "kafka"
     role_names = ("kafka",)
@@ -35,10 +35,7 @@ class Kafka(Service):
     @property
     def bootstrap_servers(self) -> str:
         """Return the address for clients. Raises ServiceError unless the broker runs."""
-        address = self.status().addresses.get("bootstrap_servers")
-        if address is None:
-            raise ServiceError("Kafka does not run", hint="start it: `adtally services kafka up`")
-        return address
+        return self.running_addresses()["bootstrap_servers"]
 
     def roles(self, ports: dict[str, int]) -> list[Role]:
         """Return the one role: the broker is the controller too."""
@@ -54,28 +51,21 @@ class Kafka(Service):
         found = _admin(ports).list_topics(timeout=_ANSWER_SECONDS).topics
         return {name: len(topic.partitions) for name, topic in sorted(found.items()) if not name.startswith("__")}
 
-    def prepare(self, ports: dict[str, int], java: Path, classpath: str) -> None:
-        """Give a new data folder its identity. Raises ServiceError if Kafka's own tool fails."""
+    def prepare(self, java: Path) -> None:
+        """Format a new data folder. Raises ServiceError if Kafka's tool fails."""
         if (self.data / "meta.properties").exists():
             return
         identity = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        # one in 64 begins with a hyphen: as an argument of its own it would be taken for an option
+        # with a space in place of "=", the tool would read an identity that begins with a hyphen as an option
         format_it = ("format", f"--cluster-id={identity}", "-c", str(self._conf / "server.properties"))
         output = self._output("format")
         output.parent.mkdir(exist_ok=True)
         options = self._jvm(Role("format", (), ("-Xmx256m",), 0))
         command = [str(java), *options, f"@{self._conf / 'classpath.args'}", "kafka.tools.StorageTool", *format_it]
+        devnull, stdout = subprocess.DEVNULL, subprocess.STDOUT
         try:
             with output.open("wb") as file:
-                subprocess.run(
-                    command,
-                    cwd=self.folder,
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    timeout=120,
-                    check=True,
-                )
+                subprocess.run(command, cwd=self.folder, stdin=devnull, stdout=file, stderr=stdout, timeout=120, check=True)
         except subprocess.SubprocessError as error:
             said = cause(output) or str(error)
             raise ServiceError(f"Kafka could not make its data folder: {said}", hint=f"logs in {self.logs}") from None
@@ -92,7 +82,7 @@ class Kafka(Service):
         return None
 
     def settle(self, ports: dict[str, int], progress: Progress) -> None:
-        """Make the topics that are missing, and wait until they have leaders."""
+        """Create the missing topics, and wait until they have leaders."""
         admin = _admin(ports)
         there = admin.list_topics(timeout=_TOPIC_SECONDS).topics
         missing = [name for name in self.topics if name not in there]
@@ -107,10 +97,7 @@ class Kafka(Service):
         progress(f"made topics {', '.join(missing)} with {self.partitions} partitions each")
 
 
-def _client(servers: str) -> dict[str, str | int | float | bool]:
-    # log_level 0: while the broker starts, refused connections are expected
-    return {"bootstrap.servers": servers, "socket.timeout.ms": int(_ANSWER_SECONDS * 1000), "log_level": 0}
-
-
 def _admin(ports: dict[str, int]) -> AdminClient:
-    return AdminClient(_client(f"127.0.0.1:{ports['broker']}"))
+    # log_level 0: while the broker starts, refused connections are expected
+    timeout_ms = int(_ANSWER_SECONDS * 1000)
+    return AdminClient({"bootstrap.servers": f"127.0.0.1:{ports['broker']}", "socket.timeout.ms": timeout_ms, "log_level": 0})

@@ -1,4 +1,4 @@
-"""Pinot: ZooKeeper, and controller, broker and server in one process. For trials and tests."""
+"""Runs Pinot for trials and tests: ZooKeeper, and controller, broker and server in one process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Pinot(Service):
-    """One of each part. Its data depends on its ports, for Pinot names its instances by them."""
+    """One of each part. Its data depends on its ports, because Pinot names its instances by them."""
 
     name = "pinot"
     role_names = ("zookeeper", "pinot")
@@ -56,12 +56,10 @@ class Pinot(Service):
             self._mends = False
 
     def secrets(self, java: Path) -> dict[str, str]:
-        """Return a key pair and a password, made once.
+        """Return a key pair and a password, created once. Raises ServiceError if Java's keytool is missing or fails.
 
-        Broker and server know each other by the key pair, for the server's port cannot be bound to loopback. Controller and broker
-        ask for the password, for they answer web pages of any origin.
-
-        Raises ServiceError where Java's keytool is missing or fails.
+        Broker and server identify each other by the key pair, because the server's port cannot be bound to loopback. Controller and
+        broker require the password, because they answer web pages of any origin.
         """
         keys, word = self.folder / "keys.p12", self.folder / "keys.password"
         if not (keys.exists() and word.exists()):
@@ -69,16 +67,10 @@ class Pinot(Service):
             _write_password(word)
             command = [str(java.resolve().with_name("keytool")), "-genkeypair", "-alias", "pinot", "-keyalg", "EC"]
             command += ["-validity", "36500", "-dname", "CN=127.0.0.1", "-storetype", "PKCS12"]
-            environment = os.environ | {"KEYS_PASSWORD": word.read_text("utf-8")}  # a command line can be read by all
+            command += ["-keystore", str(keys), "-storepass:env", "KEYS_PASSWORD"]
+            environment = os.environ | {"KEYS_PASSWORD": word.read_text("utf-8")}  # all users can read a command line
             try:
-                subprocess.run(
-                    [*command, "-keystore", str(keys), "-storepass:env", "KEYS_PASSWORD"],
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    capture_output=True,
-                    timeout=120,
-                    check=True,
-                )
+                subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=True)
             except (OSError, subprocess.SubprocessError) as error:
                 raise ServiceError(f"a key for Pinot could not be made: {error}", hint="Java's keytool makes it") from None
         if not self._password_path.exists():
@@ -138,10 +130,7 @@ class Pinot(Service):
     @property
     def client(self) -> PinotClient:
         """Return a client of this Pinot. Raises ServiceError unless it runs."""
-        addresses = self.status().addresses
-        if not addresses:
-            raise ServiceError("Pinot does not run", hint="start it: `adtally services pinot up`")
-        return self._client(addresses)
+        return self._client(self.running_addresses())
 
     def probe(self, role: str, ports: dict[str, int]) -> str | None:
         """Require that ZooKeeper takes connections, that every part of Pinot is alive and that every table answers a query."""
@@ -160,16 +149,16 @@ class Pinot(Service):
 
 @dataclass(frozen=True)
 class Answer:
-    """Column names and rows of a query, as Pinot's JSON has them: sums are floats, exact ones (SUMPRECISION) are texts."""
+    """Column names and rows of a query in Pinot's JSON: sums are floats, exact sums (SUMPRECISION) are texts."""
 
     columns: list[str]
     rows: list[list[Any]]
 
 
 class PinotClient:
-    """Controller and broker of one Pinot, by HTTP. Every method raises ServiceError where Pinot refuses or does not answer.
+    """A client of controller and broker by HTTP. Every method raises ServiceError if Pinot refuses or does not answer.
 
-    ``login``: user and password, where Pinot asks for them.
+    ``login``: user and password, if Pinot requires them.
     """
 
     def __init__(self, controller: str, broker: str, login: tuple[str, str] | None = None) -> None:
@@ -179,7 +168,7 @@ class PinotClient:
     def _call(
         self, url: str, body: object = None, *, is_json: bool = True, method: str | None = None, or_none: bool = False
     ) -> Any:
-        """Return the answer of Pinot; with ``or_none`` return None for 404."""
+        """Return Pinot's answer; with ``or_none`` None for 404."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} | self._headers
         request = urllib.request.Request(url, data=data, headers=headers, method=method)
@@ -196,9 +185,9 @@ class PinotClient:
             raise ServiceError(f"{url.split('?')[0]} does not answer: {getattr(error, 'reason', error)}") from None
 
     def ask(self, sql: str) -> Answer:
-        """Return the answer to a query, which every server concerned has answered in full.
+        """Return the complete answer to a query.
 
-        Raises PinotQueryError where Pinot refuses the statement, ServiceError where it does not answer or the answer is not whole.
+        Raises PinotQueryError if Pinot refuses the statement, ServiceError if it does not answer or the answer is incomplete.
         """
         answer = self._call(f"{self.broker}/query/sql", {"sql": sql})
         if answer.get("exceptions"):
@@ -228,7 +217,7 @@ class PinotClient:
         return found
 
     def put_schema(self, schema: dict[str, Any]) -> None:
-        """Make or replace a schema."""
+        """Create or replace a schema."""
         self._call(f"{self.controller}/schemas?override=true", schema)
 
     def table(self, name: str) -> dict[str, Any] | None:
@@ -237,7 +226,7 @@ class PinotClient:
         return found
 
     def add_table(self, config: dict[str, Any]) -> None:
-        """Make a table, whose schema must exist."""
+        """Create a table, whose schema must exist."""
         self._call(f"{self.controller}/tables", config)
 
     def put_table(self, config: dict[str, Any]) -> None:
@@ -269,9 +258,9 @@ class PinotClient:
         return {name: str(held.get("segment.realtime.status")) for name, held in self._segments(table).items()}
 
     def lost(self, table: str) -> list[tuple[int, int, int]]:
-        """Return messages that were gone from the topic before they were read, as (partition, first offset, end offset).
+        """Return messages that the topic lost before Pinot read them, as (partition, first offset, end offset).
 
-        Pinot skips them after a minute and says so only in its log. But each segment should begin where the previous one of the
+        Pinot skips them after a minute and notes it only in its log. But each segment should begin where the previous one of the
         partition ended, or began, if Pinot gave that one up.
         """
         by_partition: dict[int, list[tuple[int, int, int]]] = {}
@@ -292,14 +281,13 @@ class PinotClient:
         return {name: self._call(f"{self.controller}/segments/{table}/{name}/metadata") for name in self._segment_names(table)}
 
     def _segment_names(self, table: str) -> list[str]:
-        return [
-            name for part in self._call(f"{self.controller}/segments/{table}?type=REALTIME") for name in part.get("REALTIME", [])
-        ]
+        parts = self._call(f"{self.controller}/segments/{table}?type=REALTIME")
+        return [name for part in parts for name in part.get("REALTIME", [])]
 
     def consumed(self, table: str) -> dict[int, int]:
-        """Return the end offset up to which each partition of a table's topic has been read.
+        """Return the end offset up to which Pinot has read each partition of a table's topic.
 
-        Raises ServiceError where a partition is not being read, PartitionIdleError where nothing even tries to.
+        Raises ServiceError if Pinot has stopped reading a partition, PartitionIdleError if no segment is assigned to it.
         """
         found = self._call(f"{self.controller}/tables/{table}/consumingSegmentsInfo?type=REALTIME")
         offsets: dict[int, int] = {}
@@ -319,8 +307,8 @@ class PinotClient:
     def missing(self, server_admin: str, *, mends: bool = False) -> str | None:
         """Return None if every part lives and every table answers and reads, else what does not.
 
-        With ``mends`` partitions that nothing reads are read again. A kill between the end of a segment and the next one leaves
-        such partitions, and Pinot itself looks for them only once an hour.
+        With ``mends`` make Pinot read idle partitions again. A kill between two segments leaves such partitions, and Pinot itself
+        looks for them only once an hour.
         """
         live = self._call(f"{self.controller}/instances")["instances"]
         for part in ("Controller_", "Broker_", "Server_"):
@@ -351,7 +339,7 @@ class PinotClient:
 
 
 def _reason(message: str) -> str:
-    """Return the sentence of a message of Pinot that says what is wrong, without its stack trace."""
+    """Return the sentence of Pinot's message that names the problem, without its stack trace."""
     lines = [line.strip() for line in message.splitlines() if line.strip() and not line.strip().startswith(("at ", "..."))]
     told = [line for line in lines if line.startswith("Caused by: ") or "Exception: " in line] or lines or ["no reason given"]
     return re.sub(r"^(Caused by: )?([\w$]+\.)*[\w$]+(Exception|Error): ", "", told[-1])[:300]

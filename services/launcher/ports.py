@@ -1,10 +1,11 @@
-"""Free ports on loopback."""
+"""Finds free ports on loopback."""
 
 from __future__ import annotations
 
 import errno
 import random
 import socket
+from itertools import islice
 
 # Below the range from which Linux takes ports for outgoing connections, so that no such connection takes a remembered port.
 _RANGE = range(20_000, 30_000)
@@ -26,12 +27,8 @@ def is_free(port: int) -> bool:
 
 def choose(count: int, *, taken: set[int] | None = None, source: random.Random | None = None) -> list[int]:
     """Return ``count`` different ports that are free now and not in ``taken``. Raises RuntimeError if there are too few."""
-    chosen: list[int] = []
-    for port in (source or random.SystemRandom()).sample(_RANGE, len(_RANGE)):
-        if len(chosen) == count:
-            break
-        if port not in (taken or ()) and is_free(port):
-            chosen.append(port)
+    ports = (source or random.SystemRandom()).sample(_RANGE, len(_RANGE))
+    chosen = list(islice((port for port in ports if port not in (taken or ()) and is_free(port)), count))
     if len(chosen) < count:
         raise RuntimeError(f"no {count} free ports from {_RANGE.start} to {_RANGE.stop - 1}")
     return chosen

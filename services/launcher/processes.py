@@ -1,7 +1,6 @@
-"""Start Java processes that outlive the command which starts them, and find them again by a mark on their command line.
+"""Starts Java processes that outlive the command which starts them, and finds them again by a mark on their command line.
 
-A pid alone proves nothing: after a kill or a reboot another program may have it. The mark names the service's folder and the
-role, so a process that has it is that service's, whatever a state file says.
+A pid alone proves nothing: after a kill or a reboot another program may have it. The mark names the service's folder and the role.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ _LONGEST_CAUSE = 300
 
 
 def mark(folder: Path, role: str) -> str:
-    """Return the JVM option by which a process of a service is found again."""
+    """Return the JVM option that marks a process of a service."""
     return f"-Dadtally.service={folder}:{role}"
 
 
 def find(folder: Path, role: str) -> list[psutil.Process]:
-    """Return the living processes of one role of a service; more than one only where something went wrong."""
+    """Return the living processes of one role of a service; more than one only after a fault."""
     wanted, found = mark(folder, role), []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -52,11 +51,9 @@ def spawn(
     ends_with_parent: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> psutil.Process:
-    """Start Java in ``folder``; write what it prints to ``output``. With ``ends_with_parent`` it is killed when this thread ends.
+    """Start Java in ``folder`` with its output in the file ``output``. Raises ServiceError if it cannot be started.
 
-    ``environment`` is added to that of this process.
-
-    Raises ServiceError if Java cannot be started.
+    With ``ends_with_parent`` the kernel kills it when this thread ends. ``environment`` is added to that of this process.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -79,7 +76,6 @@ def spawn(
 
 # Popen objects of this process's children. Waiting for them keeps them from becoming zombies.
 _CHILDREN: dict[int, subprocess.Popen[bytes]] = {}
-
 
 # loaded before the fork: between fork and exec, a program with threads may do little more than one call
 _LIBC = ctypes.CDLL(None)
@@ -126,8 +122,8 @@ def _gone(process: psutil.Process, seconds: float) -> bool:
     return True
 
 
-def wait_ready(process: psutil.Process, probe: Callable[[], str | None], *, seconds: float, pause: float = 0.2) -> str | None:
-    """Ask ``probe`` until it returns None (ready). Return what is missing if the process ends or the time is up first."""
+def wait_ready(process: psutil.Process, probe: Callable[[], str | None], *, seconds: float) -> str | None:
+    """Call ``probe`` until it returns None (ready). Return what is missing if the process ends or the time is up first."""
     end = time.monotonic() + seconds
     while True:
         missing = probe()
@@ -137,14 +133,11 @@ def wait_ready(process: psutil.Process, probe: Callable[[], str | None], *, seco
             return "its process ended"
         if time.monotonic() >= end:
             return f"not ready after {seconds:.0f} s: {missing}"
-        time.sleep(pause)
+        time.sleep(0.2)
 
 
 def cause(*logs: Path) -> str:
-    """Return the last line of these logs that says what went wrong, else the last line of all, else an empty text.
-
-    The first log that names a fault wins.
-    """
+    """Return the last fault of the first log that names one, else the last line of the first log with lines, else an empty text."""
     rest = ""
     for log in logs:
         try:

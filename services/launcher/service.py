@@ -1,4 +1,4 @@
-"""One service on this machine: its folder, its ports, and how it starts and stops."""
+"""Starts and stops one service on this machine, with its own folder and ports."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def silent(_line: str) -> None:
 
 @dataclass(frozen=True)
 class Status:
-    """The state of a service now. ``problem`` says why a service that should run is not usable. ``addresses`` are by their use,
-    ``processes`` are pids by role, ``holds`` lists the user's topics or tables with their sizes.
+    """The state of a service. ``problem`` says why a service that should run is not usable.
+
+    ``addresses`` are by use, ``processes`` are pids by role, ``holds`` are the user's topics or tables with their sizes.
     """
 
     service: str
@@ -57,8 +58,8 @@ class Role:
 class Service(ABC):
     """A service under ``root/<name>``: ``state.json``, ``conf/``, ``data/`` and ``logs/``.
 
-    ``java`` returns Java's executable or raises an error; it is called only to start something. ``heap`` is the largest heap, as
-    512m. With ``ends_with_parent`` (for tests) no process outlives the thread that starts it, and all are killed at the end.
+    ``java`` returns Java's executable or raises an error; only a start calls it. ``heap`` is the largest heap, as 512m. With
+    ``ends_with_parent`` (for tests) no process outlives the thread that starts it, and all are killed at the end.
     """
 
     name: str
@@ -66,10 +67,8 @@ class Service(ABC):
     port_uses: tuple[str, ...]
     ready_seconds: float
     default_heap: str
-    # printed on every start: what a user must know before using it for more than a trial
-    warning: str | None = None
-    # whether the data depends on the ports, so that these cannot change
-    ports_are_kept = False
+    warning: str | None = None  # printed on every start
+    ports_are_kept = False  # True if the data depends on the ports, so that these cannot change
 
     def __init__(
         self, root: Path, *, jar_cache: Path, java: Callable[[], Path], heap: str | None = None, ends_with_parent: bool = False
@@ -101,17 +100,24 @@ class Service(ABC):
         """Return what the configuration needs beside ports and data; made once."""
         return {}
 
-    def prepare(self, ports: dict[str, int], java: Path, classpath: str) -> None:  # noqa: B027
-        """Make what the first process needs before it starts."""
+    def prepare(self, java: Path) -> None:  # noqa: B027
+        """Create what the first process needs before it starts."""
 
     def settle(self, ports: dict[str, int], progress: Progress) -> None:  # noqa: B027
-        """Do what every ``up`` does once the service is ready."""
+        """Complete the start once the service is ready."""
+
+    def running_addresses(self) -> dict[str, str]:
+        """Return the addresses for clients. Raises ServiceError unless the service runs."""
+        addresses = self.status().addresses
+        if not addresses:
+            raise ServiceError(f"{self.name.capitalize()} does not run", hint=f"start it: `adtally services {self.name} up`")
+        return addresses
 
     def up(self, progress: Progress = silent, *, fresh: bool = False, wanted_ports: dict[str, int] | None = None) -> Status:
-        """Start the service, or find that it runs. With ``fresh`` delete its data first; it must not run then.
+        """Start the service unless it runs. With ``fresh`` delete its data first; it must not run then.
 
-        Raises ServiceError if it does not become ready (nothing is left running then), ServiceUsageError where a port is taken,
-        MachineError where a jar is not the one pinned, ServiceBusyError where another process starts or stops it.
+        Raises ServiceError if it does not become ready (its processes are then stopped), ServiceUsageError if a port is taken,
+        MachineError if a jar differs from the lock, ServiceBusyError if another process starts or stops the service.
         """
         with self._locked():
             state = read_state(self._state_path)
@@ -134,9 +140,9 @@ class Service(ABC):
             return self.status()
 
     def down(self, progress: Progress = silent) -> bool:
-        """Stop the service, the newest process first. A process that does not end in its time is killed.
+        """Stop the service, the newest process first; kill a process that does not end in time. Data and ports stay.
 
-        Return whether anything ran. Data and ports stay.
+        Returns whether anything ran.
         """
         if not self.folder.exists():
             return False
@@ -149,7 +155,7 @@ class Service(ABC):
             return bool(running)
 
     def status(self) -> Status:
-        """Return what runs now, by the processes themselves and by a real query."""
+        """Return the state of the service, from its processes and a real query."""
         state = read_state(self._state_path)
         running = self._running()
         pids = {role: process.pid for role, process in running}
@@ -166,7 +172,8 @@ class Service(ABC):
         elif running:
             problem = f"{self._state_path} is missing"
         elif state and state.processes:
-            problem = f"it was not stopped but ended by itself: {self._cause() or f'see {self.logs}'}"
+            logs = (path(role) for role in reversed(self.role_names) for path in (self._log, self._output))
+            problem = f"it was not stopped but ended by itself: {cause(*logs) or f'see {self.logs}'}"
         shown = self.addresses(ports) if running and state else {}
         holds = self.holds(ports) if running and not problem else {}
         return Status(self.name, self.lock.version, bool(running), problem, shown, pids, str(self.folder), holds)
@@ -217,7 +224,7 @@ class Service(ABC):
         arguments.write_text(f'-cp "{classpath}"\n', "utf-8")
         started: list[tuple[str, psutil.Process]] = []
         try:
-            self.prepare(state.ports, java, classpath)
+            self.prepare(java)
             for role in self.roles(state.ports):
                 progress(f"starting {role.name}")
                 process = spawn(
@@ -233,12 +240,11 @@ class Service(ABC):
                 write_state(self._state_path, state)
                 missing = wait_ready(process, lambda: self.probe(role.name, state.ports), seconds=self.ready_seconds)  # noqa: B023
                 if missing:
-                    said = cause(self._log(role.name), self._output(role.name))
-                    raise ServiceError(
-                        f"{role.name} did not start: {missing}{f': {said}' if said else ''}", hint=f"logs in {self.logs}"
-                    )
+                    found = cause(self._log(role.name), self._output(role.name))
+                    problem = f"{role.name} did not start: {missing}{f': {found}' if found else ''}"
+                    raise ServiceError(problem, hint=f"logs in {self.logs}")
             self.settle(state.ports, progress)
-        except BaseException:  # Ctrl-C too: nobody else would stop what was started
+        except BaseException:  # Ctrl-C too: nothing else would stop the started processes
             self._end(started, progress, seconds=0)
             write_state(self._state_path, State(state.version, state.ports))
             raise
@@ -274,9 +280,6 @@ class Service(ABC):
 
     def _output(self, role: str) -> Path:
         return self.logs / f"{role}.out"
-
-    def _cause(self) -> str:
-        return cause(*(path(role) for role in reversed(self.role_names) for path in (self._log, self._output)))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -1,1 +1,1 @@
-"""What is served from Pinot: its tables over the published topics, and the named queries that dashboards ask."""
+"""Pinot's tables over the published topics, and the named queries of dashboards."""

@@ -1,8 +1,8 @@
-"""The named queries: what dashboards ask of Pinot, as SQL in ``queries/<name>.sql``, and of the marts in ``<name>.duckdb.sql``.
+"""Named queries: what dashboards ask of Pinot (SQL in ``queries/<name>.sql``) and of the marts (``<name>.duckdb.sql``).
 
-Both give the same columns and, of the same data, the same rows, so that the two stores can be held beside each other. SUM of
-Pinot 0.11 is a double and loses digits above 2^53, SUMPRECISION does not; arithmetic on sums is done in doubles too. So sums of
-money are SUMPRECISION, and rounding to micros and ratios are made here, from whole numbers.
+Both return the same columns and, for the same data, the same rows, so that the two stores can be compared. SUM of Pinot 0.11 is a
+double, as is arithmetic on sums, and loses digits above 2^53. So sums of money are SUMPRECISION, and this module computes ratios
+and rounds to micros from whole numbers.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from services.serving.tables import MODELS
 ROW_LIMIT = 50_000
 _DAY_MS = 86_400_000
 _LONGEST_TEXT = 128
+Value = str | int | None
+Values = dict[str, Value]
 Row = dict[str, Any]
-Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """``kind``: text (up to 128 characters), day (2025-06-02), whole (a whole number), or model. Without ``default`` and not
-    ``is_required`` it may be left out: then nothing is filtered by it.
+    """``kind``: text (up to 128 characters), day (2025-06-02), whole (a whole number), or model.
+
+    A parameter that has no ``default`` and is not required is optional: without it the query does not filter by it.
     """
 
     name: str
@@ -41,98 +43,100 @@ class Parameter:
 
 @dataclass(frozen=True)
 class NamedQuery:
-    """``columns`` of its result with their meaning. ``finish`` makes them from Pinot's rows, the parameters and the time."""
+    """``columns`` are those of its result. ``finish`` makes them from Pinot's rows, the parameters and the time."""
 
     name: str
     meaning: str
     parameters: tuple[Parameter, ...]
-    columns: dict[str, str]
+    columns: tuple[str, ...]
     finish: Callable[[list[Row], Values, datetime], list[Row]]
 
     @property
     def engines(self) -> tuple[str, ...]:
-        """Where it can be asked: pinot, and duckdb where the marts know the same."""
+        """Return the engines that can answer it: pinot, and duckdb if the marts have the same data."""
         return ("pinot", "duckdb") if (_QUERIES / f"{self.name}.duckdb.sql").is_file() else ("pinot",)
 
     def text(self, engine: str) -> str:
-        """Its SQL. Raises ServiceUsageError where the engine cannot be asked for it."""
+        """Return its SQL. Raises ServiceUsageError if the engine cannot answer it."""
         if engine not in self.engines:
             raise ServiceUsageError(f"{self.name} is not a query of {engine}", hint=f"--engine {self.engines[0]}")
         return (_QUERIES / f"{self.name}{'' if engine == 'pinot' else '.duckdb'}.sql").read_text("utf-8")
 
     def values(self, given: Mapping[str, str]) -> Values:
-        """A value for every parameter, None where it is left out. Raises ServiceUsageError for what cannot be one."""
+        """Return a value for every parameter, None for a missing one. Raises ServiceUsageError for a wrong or unknown one."""
         known = {parameter.name: parameter for parameter in self.parameters}
         for name in given:
             if name not in known:
                 raise ServiceUsageError(f"{self.name} has no parameter {name}", hint=f"it has {', '.join(known) or 'none'}")
-        made: Values = {}
+        values: Values = {}
         for name, parameter in known.items():
             text = given.get(name, parameter.default)
             if text is None and parameter.is_required:
                 raise ServiceUsageError(f"{self.name} needs --param {name}=...", hint=parameter.meaning)
-            made[name] = None if text is None else _value(parameter, text)
-        return made
+            values[name] = None if text is None else _value(parameter, text)
+        return values
 
     def pinot_sql(self, given: Mapping[str, str]) -> str:
-        """The statement for Pinot. A line with a parameter that is left out is left out too."""
+        """Return the statement for Pinot, without the lines whose parameter is missing."""
         values = self.values(given)
-        lines = [line for line in self.text("pinot").splitlines() if not line.startswith("--")]
-        return "\n".join(made for line in lines if (made := _filled(line, values)) is not None)
+        lines = (_filled(line, values) for line in self.text("pinot").splitlines() if not line.startswith("--"))
+        return "\n".join(line for line in lines if line is not None)
 
     def ask_pinot(self, client: PinotClient, given: Mapping[str, str], *, now: datetime) -> tuple[list[str], list[list[Any]]]:
-        """Column names and rows. Raises ServiceError, also where there are more rows than one answer holds."""
+        """Return column names and rows. Raises ServiceError, also if there are more rows than one answer can have."""
         try:
             answer = client.ask(self.pinot_sql(given))
         except PinotQueryError as error:
-            raise explained(error) from None
+            raise add_hint(error) from None
         if len(answer.rows) >= ROW_LIMIT:
             raise ServiceError(f"{self.name} has more than {ROW_LIMIT:,} rows", hint="narrow it with --param")
-        rows = self.finish([dict(zip(answer.columns, row, strict=True)) for row in answer.rows], self.values(given), now)
+        # Pinot returns doubles (sum, count below 2^53) and texts (SUMPRECISION) for whole numbers
+        named = [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
+        whole = [{name: int(value) if name in _WHOLE else value for name, value in row.items()} for row in named]
+        rows = self.finish(whole, self.values(given), now)
         return list(self.columns), [[row[name] for name in self.columns] for row in rows]
 
 
-def explained(error: PinotQueryError) -> PinotQueryError:
-    """The error with what to do about it."""
+def add_hint(error: PinotQueryError) -> PinotQueryError:
+    """Add what to do about the error, if that is known, and return it."""
     hints = {
         190: "tables are made by `adtally services pinot up` once there is a Kafka to read from",
         710: "`adtally services pinot status` names the tables; a model and window have a column only if the rules have the window",
     }
-    if error.code in hints and error.hint is None:
-        error.hint = hints[error.code]
+    error.hint = error.hint or hints.get(error.code)
     return error
 
 
 def named_queries() -> list[NamedQuery]:
-    """All of them, in the order of their names."""
+    """Return all named queries, sorted by name."""
     return sorted(_NAMED, key=lambda query: query.name)
 
 
 def named_query(name: str) -> NamedQuery:
-    """The query of that name. Raises ServiceUsageError where there is none."""
-    for query in _NAMED:
-        if query.name == name:
-            return query
-    raise ServiceUsageError(f"there is no query {name}", hint=f"one of {', '.join(one.name for one in named_queries())}")
+    """Return the query of that name. Raises ServiceUsageError if there is none."""
+    queries = {query.name: query for query in named_queries()}
+    if name not in queries:
+        raise ServiceUsageError(f"there is no query {name}", hint=f"one of {', '.join(queries)}")
+    return queries[name]
 
 
 def micros(nanos: int) -> int:
-    """Nanos as micros, rounded half away from zero."""
+    """Round nanos to micros, half away from zero."""
     return (nanos + 500) // 1000 if nanos >= 0 else -((500 - nanos) // 1000)
 
 
 def literal(text: str) -> str:
-    """A text as Pinot's SQL takes it, whatever is in it.
+    """Return any text as a literal of Pinot's SQL.
 
     Pinot looks for OPTION(...) in the whole statement before it parses it, within quotes too, so quoting alone would let a text
-    change how the query is run. Anything but plain characters is written percent-encoded, which Pinot decodes when it compiles.
+    change how the query runs. So other than plain characters are percent-encoded, which Pinot decodes when it compiles.
     """
     if re.fullmatch(r"[A-Za-z0-9_.-]*", text):
         return f"'{text}'"
     return f"decodeUrl('{quote(text, safe='')}')"
 
 
-def _value(parameter: Parameter, text: str) -> Any:
+def _value(parameter: Parameter, text: str) -> str | int:
     if parameter.kind == "day":
         try:
             return date.fromisoformat(text).isoformat()
@@ -152,7 +156,7 @@ def _value(parameter: Parameter, text: str) -> Any:
 
 
 def _filled(line: str, values: Values) -> str | None:
-    """A line of SQL with its parameters in place; None if one of them is left out."""
+    """Return a line of SQL with its parameters replaced by values, or None if one of them is missing."""
     missing = False
 
     def fill(match: re.Match[str]) -> str:
@@ -160,41 +164,24 @@ def _filled(line: str, values: Values) -> str | None:
         name = match[1]
         for suffix, days in (("_start_ms", 0), ("_end_ms", 1)):
             if name.endswith(suffix):
-                day = values[name.removesuffix(suffix)]
-                return str(_ms(date.fromisoformat(day)) + days * _DAY_MS)
+                day = date.fromisoformat(str(values[name.removesuffix(suffix)]))
+                return str(((day - date(1970, 1, 1)).days + days) * _DAY_MS)
         if name == "credit":
             return f"{values['model']}_{values['window_days']}d_micros"
         value = values[name]
         missing = missing or value is None
         return str(value) if isinstance(value, int) else literal(str(value))
 
-    made = re.sub(r":([a-z_]+)", fill, line)
-    return None if missing else made
-
-
-def _ms(day: date) -> int:
-    return (day - date(1970, 1, 1)).days * _DAY_MS
+    filled = re.sub(r":([a-z_]+)", fill, line)
+    return None if missing else filled
 
 
 def _moment(milliseconds: float) -> datetime:
-    """UTC, without a zone, as the marts have times."""
+    """Return a UTC time without a zone, as the marts have times."""
     return datetime(1970, 1, 1) + timedelta(milliseconds=int(milliseconds))
 
 
-def _whole(rows: list[Row], *names: str) -> None:
-    """Make whole numbers of what Pinot gives as double (sum, count below 2^53) or text (SUMPRECISION)."""
-    for row in rows:
-        for name in names:
-            row[name] = int(row[name])
-
-
-def _totals(rows: list[Row], _values: Values, _now: datetime) -> list[Row]:
-    _whole(rows, *_COUNTS, "spend_nanos", "invalid_spend_nanos")
-    return rows
-
-
 def _campaign_day(rows: list[Row], _values: Values, _now: datetime) -> list[Row]:
-    _whole(rows, *_COUNTS, "spend_nanos", "invalid_spend_nanos")
     for row in rows:
         row["event_date"] = date.fromisoformat(row["event_date"])
         row["gross_impressions"] = row["impressions"] + row["invalid_impressions"]
@@ -207,15 +194,14 @@ def _campaign_day(rows: list[Row], _values: Values, _now: datetime) -> list[Row]
 
 
 def _spend_by_hour(rows: list[Row], _values: Values, _now: datetime) -> list[Row]:
-    _whole(rows, "impressions", "clicks", "spend_nanos")
     for row in rows:
         row["event_hour"], row["spend_micros"] = _moment(row["event_hour"]), micros(row["spend_nanos"])
     return rows
 
 
 def _budget_pacing(rows: list[Row], values: Values, _now: datetime) -> list[Row]:
-    _whole(rows, "spend_nanos")
     budget, key, spent = values["daily_budget_micros"], None, 0
+    assert budget is None or isinstance(budget, int)  # the parameter is a whole number
     made = []
     for row in rows:
         if row["spend_nanos"] == 0:
@@ -233,14 +219,12 @@ def _budget_pacing(rows: list[Row], values: Values, _now: datetime) -> list[Row]
 
 
 def _attributed_revenue(rows: list[Row], _values: Values, _now: datetime) -> list[Row]:
-    _whole(rows, "revenue_micros")
     for row in rows:
         row["touch_date"] = date.fromisoformat(row["touch_date"])
     return rows
 
 
 def _freshness(rows: list[Row], _values: Values, now: datetime) -> list[Row]:
-    _whole(rows, "increments", "newest_version")
     for row in rows:
         committed = _moment(row["newest_commit"])
         row["newest_minute"], row["newest_commit"] = _moment(row["newest_minute"]), committed
@@ -250,56 +234,35 @@ def _freshness(rows: list[Row], _values: Values, now: datetime) -> list[Row]:
 
 _QUERIES = files("services.serving") / "queries"
 _COUNTS = ("impressions", "clicks", "invalid_impressions", "invalid_clicks")
+_GROSS = ("gross_impressions", "gross_clicks", "ctr")
+_SPEND = ("spend_micros", "invalid_spend_micros", "gross_spend_micros")
+_WHOLE = {*_COUNTS, "spend_nanos", "invalid_spend_nanos", "revenue_micros", "increments", "newest_version"}
 _CAMPAIGN = Parameter("campaign_id", "text", "only this campaign")
 _STORE = Parameter("store_id", "text", "only campaigns of this store, the advertiser")
 _DAYS = (
     Parameter("from_day", "day", "first day, UTC", is_required=True),
     Parameter("to_day", "day", "last day, UTC", is_required=True),
 )
-_DELIVERY = {
-    "impressions": "net: billable",
-    "clicks": "net: billable",
-    "invalid_impressions": "of invalid traffic",
-    "invalid_clicks": "of invalid traffic",
-}
 _NAMED = (
     NamedQuery(
         "totals",
-        "counts and exact money by currency, to hold beside the marts",
+        "counts and exact money by currency, to compare with the marts",
         (Parameter("from_day", "day", "from this day on, UTC"), Parameter("to_day", "day", "up to this day, UTC")),
-        {"currency": "ISO 4217"}
-        | _DELIVERY
-        | {"spend_nanos": "net", "invalid_spend_nanos": "what invalid traffic would have cost"},
-        _totals,
+        ("currency", *_COUNTS, "spend_nanos", "invalid_spend_nanos"),
+        lambda rows, _values, _now: rows,
     ),
     NamedQuery(
         "campaign_day",
         "delivery and spend by campaign and day: net, invalid, gross",
         (*_DAYS, _CAMPAIGN, _STORE),
-        {"event_date": "UTC", "campaign_id": "", "store_id": "the advertiser", "currency": "ISO 4217"}
-        | _DELIVERY
-        | {
-            "gross_impressions": "net and invalid",
-            "gross_clicks": "net and invalid",
-            "ctr": "clicks / impressions; null without an impression",
-            "spend_micros": "net, rounded once from nanos, half away from zero",
-            "invalid_spend_micros": "rounded likewise",
-            "gross_spend_micros": "net and invalid, rounded once",
-        },
+        ("event_date", "campaign_id", "store_id", "currency", *_COUNTS, *_GROSS, *_SPEND),
         _campaign_day,
     ),
     NamedQuery(
         "spend_by_hour",
         "net delivery and spend by campaign and hour",
         (*_DAYS, _CAMPAIGN, _STORE),
-        {
-            "event_hour": "UTC",
-            "campaign_id": "",
-            "currency": "ISO 4217",
-            "impressions": "net",
-            "clicks": "net",
-            "spend_micros": "net, rounded once from nanos, half away from zero",
-        },
+        ("event_hour", "campaign_id", "currency", "impressions", "clicks", "spend_micros"),
         _spend_by_hour,
     ),
     NamedQuery(
@@ -310,15 +273,7 @@ _NAMED = (
             _CAMPAIGN,
             Parameter("daily_budget_micros", "whole", "the budget to compare with; the marts know it, Pinot does not"),
         ),
-        {
-            "event_minute": "UTC",
-            "campaign_id": "",
-            "currency": "ISO 4217",
-            "spent_micros": "net spend of the day by the end of the minute, rounded once from nanos, half away from zero",
-            "daily_budget_micros": "as given",
-            "clock_micros": "the budget's part by the end of the minute, were it spent evenly over the day",
-            "overspend_micros": "spent above the budget, else 0",
-        },
+        ("event_minute", "campaign_id", "currency", "spent_micros", "daily_budget_micros", "clock_micros", "overspend_micros"),
         _budget_pacing,
     ),
     NamedQuery(
@@ -331,27 +286,14 @@ _NAMED = (
             _CAMPAIGN,
             _STORE,
         ),
-        {
-            "touch_date": "UTC",
-            "store_id": "",
-            "campaign_id": "",
-            "currency": "of the orders",
-            "revenue_micros": "sum of the credits: whole micros, nothing is rounded",
-        },
+        ("touch_date", "store_id", "campaign_id", "currency", "revenue_micros"),
         _attributed_revenue,
     ),
     NamedQuery(
         "freshness",
-        "how far each region's increments have come",
+        "the newest increment of each region",
         (),
-        {
-            "region": "",
-            "increments": "rows",
-            "newest_minute": "newest event minute, UTC",
-            "newest_version": "newest Delta version of minute_metrics with a row of this region",
-            "newest_commit": "when that was committed, UTC",
-            "seconds_since_commit": "how long ago that was",
-        },
+        ("region", "increments", "newest_minute", "newest_version", "newest_commit", "seconds_since_commit"),
         _freshness,
     ),
 )

@@ -1,10 +1,11 @@
-"""Brings Pinot's tables to what they should be, as often as it is asked."""
+"""Creates Pinot's tables and updates those that differ. It can run any number of times."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from confluent_kafka import KafkaException
@@ -20,7 +21,7 @@ _FRESH = "`adtally services pinot up --fresh` deletes Pinot's data and reads the
 
 
 def examine(source: Source) -> Source:
-    """``source`` with the id of its cluster. Raises ServiceError where it does not answer or lacks a topic that is to be read."""
+    """Return ``source`` with the id of its cluster. Raises ServiceError if it does not answer or lacks a topic."""
     options: dict[str, str | int | float | bool] = {"log_level": 0, **source.client_options}
     options["bootstrap.servers"] = source.bootstrap_servers
     try:
@@ -36,10 +37,10 @@ def examine(source: Source) -> Source:
 
 
 def ensure_tables(client: PinotClient, specs: Iterable[TableSpec], tell: Callable[[str], None]) -> None:
-    """Make the tables that are missing and change those that differ; what is as it should be is left alone.
+    """Make the missing tables and change those that differ. Returns when every table answers a query.
 
-    Returns when every table answers a query. Raises ServiceUsageError where a difference cannot be made up in place (another
-    topic, another Kafka cluster, another key), ServiceError where Pinot refuses.
+    Raises ServiceUsageError if a table cannot be changed in place (another topic, another Kafka cluster, another key),
+    ServiceError if Pinot refuses.
     """
     for spec in specs:
         found = client.table(spec.name)
@@ -48,15 +49,15 @@ def ensure_tables(client: PinotClient, specs: Iterable[TableSpec], tell: Callabl
             client.add_table(spec.config)
             tell(f"made table {spec.name} over topic {spec.topic}")
         else:
-            _refuse(spec, found)
+            _check_meaning(spec, found)
             _update_schema(client, spec, tell)
             _update_config(client, spec, found, tell)
     for spec in specs:
-        _await(lambda name=spec.name: client.query(f"select count(*) from {name}"), spec.name)  # type: ignore[misc]
+        _await(partial(client.query, f"select count(*) from {spec.name}"), spec.name)
 
 
-def _refuse(spec: TableSpec, found: dict[str, Any]) -> None:
-    """Raise where the table's rows would mean something else after the change."""
+def _check_meaning(spec: TableSpec, found: dict[str, Any]) -> None:
+    """Raise ServiceUsageError if the table's rows would mean something else after the change."""
     old, new = found["tableIndexConfig"]["streamConfigs"], spec.config["tableIndexConfig"]["streamConfigs"]
     topic = "stream.kafka.topic.name"
     if old.get(topic) != new[topic]:
@@ -65,23 +66,24 @@ def _refuse(spec: TableSpec, found: dict[str, Any]) -> None:
     if was and now and was != now:
         raise ServiceUsageError(f"table {spec.name} was read from another Kafka cluster ({was}, not {now})", hint=_FRESH)
     for part in ("upsertConfig", "segmentsConfig"):
-        if not _holds(found.get(part), spec.config[part]):
+        if not _contains(found.get(part), spec.config[part]):
             raise ServiceUsageError(f"table {spec.name} has another {part}", hint=_FRESH)
 
 
 def _update_schema(client: PinotClient, spec: TableSpec, tell: Callable[[str], None]) -> None:
-    """Add the columns that are missing. One that is there and no longer wanted is kept: Pinot does not take columns away."""
+    """Add the missing columns. Keep columns that are no longer wanted: Pinot cannot remove columns."""
     found = client.schema(spec.name) or {}
     merged, added = dict(found), []
     for part in ("dimensionFieldSpecs", "metricFieldSpecs", "dateTimeFieldSpecs"):
-        there = {column["name"]: column for column in found.get(part, [])}
+        merged[part] = list(found.get(part, []))
+        kinds = {column["name"]: column.get("dataType") for column in merged[part]}
         for column in spec.schema[part]:
-            known = there.get(column["name"])
-            if known is not None and known.get("dataType") != column["dataType"]:
-                raise ServiceUsageError(f"column {column['name']} of table {spec.name} is {known.get('dataType')}", hint=_FRESH)
-        fresh = [column for column in spec.schema[part] if column["name"] not in there]
-        merged[part] = [*found.get(part, []), *fresh]
-        added += [column["name"] for column in fresh]
+            name = column["name"]
+            if name not in kinds:
+                merged[part].append(column)
+                added.append(name)
+            elif kinds[name] != column["dataType"]:
+                raise ServiceUsageError(f"column {name} of table {spec.name} is {kinds[name]}", hint=_FRESH)
     if added:
         client.put_schema(merged)
         client.reload(spec.name)
@@ -89,45 +91,44 @@ def _update_schema(client: PinotClient, spec: TableSpec, tell: Callable[[str], N
 
 
 def _update_config(client: PinotClient, spec: TableSpec, found: dict[str, Any], tell: Callable[[str], None]) -> None:
-    """Replace a configuration that differs. What is being consumed is committed, for a consumer keeps the settings of its start."""
+    """Replace a configuration that differs. Pause and resume, because a running consumer keeps its old stream settings."""
     index = spec.config["tableIndexConfig"]
     old = found["tableIndexConfig"]["streamConfigs"]
     new = index["streamConfigs"] | {name: old[name] for name in spec.defaults if name in old}
     wanted = spec.config | {"tableIndexConfig": index | {"streamConfigs": new}}
-    if old == new and _holds(found | {"tableName": spec.name}, wanted):
+    if old == new and _contains(found | {"tableName": spec.name}, wanted):
         return
     client.put_table(wanted)
     if old != new:
         client.pause(spec.name)
-        _await(lambda: _stopped(client, spec.name), spec.name)
+        _await(partial(_check_stopped, client, spec.name), spec.name)
         client.resume(spec.name)
     else:
         client.reload(spec.name)
     tell(f"changed the configuration of table {spec.name}")
 
 
-def _stopped(client: PinotClient, table: str) -> None:
+def _check_stopped(client: PinotClient, table: str) -> None:
     consuming = client.consuming_segments(table)
     if consuming:
         raise ServiceError(f"{consuming[0]} is still being consumed")
 
 
-def _holds(found: Any, wanted: Any) -> bool:
-    """Whether all that is wanted stands in what was found; Pinot adds its defaults to a configuration."""
+def _contains(found: object, wanted: object) -> bool:
+    """Return whether ``found`` has everything in ``wanted``. It may have more: Pinot adds defaults to a configuration."""
     if isinstance(wanted, dict):
-        return isinstance(found, dict) and all(key in found and _holds(found[key], value) for key, value in wanted.items())
-    return bool(found == wanted)
+        return isinstance(found, dict) and all(key in found and _contains(found[key], value) for key, value in wanted.items())
+    return found == wanted
 
 
 def _await(ask: Callable[[], object], table: str) -> None:
-    """Ask until there is no ServiceError. Raises the last one, with the table's name, after a minute."""
+    """Call ``ask`` until it raises no ServiceError. After a minute raise the last error, with the table's name."""
     end = time.monotonic() + _TABLE_SECONDS
     while True:
         try:
             ask()
+            return
         except ServiceError as error:
             if time.monotonic() > end:
                 raise ServiceError(f"table {table} is not ready: {error.message}", hint=error.hint) from None
             time.sleep(0.5)
-        else:
-            return

@@ -94,6 +94,6 @@ ORDER_BREAKAGES: Sequence[Breakage] = (
 
 
 def from_topics(breakages: Sequence[Breakage]) -> Sequence[Breakage]:
-    """The same for records of a topic, which no folder contradicts: there a region that is no name takes that one's place."""
+    """Adapt breakages to topics, where no folder contradicts a region: an invalid region name replaces that breakage."""
     unreadable = Breakage("region_is_no_name", True, _set("region", "AP South"))
     return [unreadable if kind.name == "region_of_another_folder" else kind for kind in breakages]

@@ -1,10 +1,9 @@
-"""What each placed order credits to the clicks before it, one order at a time and in exact numbers.
+"""Credits each placed order to the clicks before it, one order at a time and in exact numbers.
 
-A touch is a billable click of the order's user and store, strictly before the order and at most the window before it.
-Touches stand in the order of (time, event id). Shares: `last_click` and `first_click` give one touch all, `linear` the
-same to each, `position_based` 40 % to the first and the last and 20 % to those between (two: half each), `time_decay` by
-2^(-age / 7 days). A credit is the floor of its exact share; what is left goes out by largest remainder, micro by micro,
-ties to the earlier touch.
+A touch is a billable click of the order's user and store, strictly before the order and at most the window before it. Touches are
+in the order of (time, event id). `last_click` and `first_click` give all to one touch, `linear` the same to each, `position_based`
+40 % to the first and the last and 20 % to those between (two: half each), `time_decay` by 2^(-age / 7 days). A credit is the floor
+of its exact share; the remaining micros go to the largest remainders, ties to the earlier touch.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ LISTED_MODELS = ("last_click", "first_click", "linear")
 HALF_LIFE_DAYS = 7
 
 _PRECISE = decimal.Context(prec=40)
+_CAMPAIGN_COLUMNS = ("model", "window_days", "campaign_id", "currency", "credit_micros", "orders")
 
 
 @dataclass(frozen=True, order=True)
@@ -38,7 +38,7 @@ class Touch:
 
 @dataclass(frozen=True)
 class FinalOrder:
-    """An accepted order as it stands in the end."""
+    """An accepted order with its final status."""
 
     order_id: str
     order_us: int
@@ -50,7 +50,7 @@ class FinalOrder:
 
 
 def weights(model: str, touches: Sequence[Touch], order_us: int) -> list[Fraction]:
-    """The touches' parts of an order, in proportion; they need not sum to one."""
+    """Return the relative parts of the touches in an order; they need not sum to one."""
     count = len(touches)
     if model == "last_click":
         return [Fraction(0)] * (count - 1) + [Fraction(1)]
@@ -65,7 +65,7 @@ def weights(model: str, touches: Sequence[Touch], order_us: int) -> list[Fractio
 
 
 def split(total: int, parts: Sequence[Fraction]) -> list[int]:
-    """Whole micros in proportion to ``parts`` that sum to ``total``, by largest remainder."""
+    """Split ``total`` into whole micros in proportion to ``parts``, by largest remainder."""
     whole = sum(parts, Fraction(0))
     exact = [total * part / whole for part in parts]
     floors = [share.numerator // share.denominator for share in exact]
@@ -76,27 +76,24 @@ def split(total: int, parts: Sequence[Fraction]) -> list[int]:
 
 
 def credit_orders(orders: Iterable[FinalOrder], touches: Mapping[tuple[str, str], Sequence[Touch]]) -> dict[str, Any]:
-    """The attribution of orders, given the touches of each (user_id, store_id) in any order.
+    """Attribute orders, given the touches of each (user_id, store_id) in any order.
 
-    ``totals``: placed, cancelled, per window the placed orders with a touch, and ``several_touches`` in the default
-    window. ``campaigns``: model, window_days, campaign_id, currency, credit_micros and the number of orders that
-    credit the campaign something or have it among the touches that share. ``orders``: order_id and per listed model, in
-    the default window, [event_id, credit_micros] of each touch with a share (none: no touch).
+    ``totals``: placed, cancelled, per window the placed orders with a touch, and ``several_touches`` in the default window.
+    ``campaigns``: model, window_days, campaign_id, currency, credit_micros and the number of orders in which a touch of the
+    campaign has a share. ``orders``: order_id and per listed model, in the default window, [event_id, credit_micros] of each touch
+    with a share.
     """
     placed = cancelled = several = 0
     credited: Counter[int] = Counter()
     sums: dict[tuple[str, int, str, str], list[int]] = {}
     listed: list[dict[str, Any]] = []
-    sorted_touches: dict[tuple[str, str], list[Touch]] = {}
+    sorted_touches = {journey: sorted(found) for journey, found in touches.items()}
     for order in sorted(orders, key=lambda order: order.order_id):
         if not order.is_placed:
             cancelled += 1
             continue
         placed += 1
-        journey = (order.user_id, order.store_id)
-        mine = sorted_touches.get(journey)
-        if mine is None:
-            mine = sorted_touches[journey] = sorted(touches.get(journey, ()))
+        mine = sorted_touches.get((order.user_id, order.store_id), [])
         end = bisect_left(mine, order.order_us, key=lambda touch: touch.event_us)
         row: dict[str, Any] = {"order_id": order.order_id, **{model: [] for model in LISTED_MODELS}}
         listed.append(row)
@@ -124,16 +121,6 @@ def credit_orders(orders: Iterable[FinalOrder], touches: Mapping[tuple[str, str]
             "credited_by_window": {str(window): credited[window] for window in WINDOWS},
             "several_touches": several,
         },
-        "campaigns": [
-            {
-                "model": model,
-                "window_days": window,
-                "campaign_id": campaign,
-                "currency": currency,
-                "credit_micros": micros,
-                "orders": count,
-            }
-            for (model, window, campaign, currency), (micros, count) in sorted(sums.items())
-        ],
+        "campaigns": [dict(zip(_CAMPAIGN_COLUMNS, (*key, *sums[key]), strict=True)) for key in sorted(sums)],
         "orders": listed,
     }

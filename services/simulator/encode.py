@@ -1,7 +1,4 @@
-"""JSON lines from columns, a block at a time.
-
-Each field is a matrix of bytes padded with NUL; the NULs are dropped at the end.
-"""
+"""Encodes columns as JSON lines, a block at a time: a field is a matrix of bytes padded with NUL, which is dropped at the end."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ _ZERO = np.uint8(ord("0"))
 
 
 def table(texts: Sequence[str]) -> Bytes:
-    """A lookup table: row i holds texts[i] in UTF-8."""
+    """Return a lookup table: row i has texts[i] in UTF-8."""
     encoded = [text.encode() for text in texts]
     width = max(1, max(len(text) for text in encoded))
     return np.frombuffer(b"".join(text.ljust(width, b"\0") for text in encoded), np.uint8).reshape(len(encoded), width)
@@ -33,7 +30,7 @@ _ZONES = table(["Z", "+02:00"])
 
 
 def whole(values: Integers, *, width: int) -> Bytes:
-    """Non-negative integers in decimal, without leading zeros (NUL stands in front)."""
+    """Encode non-negative integers in decimal, with leading NULs in place of zeros."""
     result = np.empty((len(values), width), np.uint8)
     rest = values.astype(np.int64)
     for position in range(width - 1, -1, -1):
@@ -45,14 +42,14 @@ def whole(values: Integers, *, width: int) -> Bytes:
 
 
 def padded(values: Integers, *, width: int) -> Bytes:
-    """Non-negative integers in decimal with leading zeros."""
+    """Encode non-negative integers in decimal with leading zeros."""
     result = whole(values, width=width)
     result[result == 0] = _ZERO
     return result
 
 
 def timestamps(us: Integers, digits: Integers, offset: npt.NDArray[np.bool_] | None = None) -> Bytes:
-    """RFC 3339 of microseconds since the epoch with so many digits of fraction; in UTC, at +02:00 where ``offset``."""
+    """Encode microseconds since the epoch as RFC 3339 with ``digits`` digits of fraction; in UTC, or at +02:00 by ``offset``."""
     local = us if offset is None else us + np.where(offset, 7_200_000_000, 0)
     day = local // _DAY_US
     in_day = local - day * _DAY_US
@@ -76,14 +73,14 @@ def timestamps(us: Integers, digits: Integers, offset: npt.NDArray[np.bool_] | N
 
 
 def version_4(raw: Bytes) -> Bytes:
-    """(n, 16) random bytes as the bytes of the UUIDs that `uuids` writes."""
+    """Return the bytes of the UUIDs that `uuids` writes for (n, 16) random bytes."""
     result = raw.copy()
     result[:, 6] = result[:, 6] & 0x0F | 0x40
     return result
 
 
 def uuids(raw: Bytes) -> Bytes:
-    """(n, 16) random bytes as the text of version 4 UUIDs, 36 characters."""
+    """Encode (n, 16) random bytes as the text of version 4 UUIDs, 36 characters."""
     pairs = _HEX_PAIRS[raw].reshape(len(raw), 32)
     result = np.empty((len(raw), 36), np.uint8)
     for begin, end, at in ((0, 8, 0), (8, 12, 9), (12, 16, 14), (16, 20, 19), (20, 32, 24)):
@@ -94,12 +91,12 @@ def uuids(raw: Bytes) -> Bytes:
 
 
 def where(mask: npt.NDArray[np.bool_], field: Bytes) -> Bytes:
-    """The field where the mask holds, nothing elsewhere."""
+    """Keep the field where the mask is true, and nothing elsewhere."""
     return field * mask[:, None]
 
 
 def join(fields: Sequence[str | Bytes], rows: int) -> bytes:
-    """Constants and fields side by side, row after row."""
+    """Join constants and fields side by side, row after row."""
     blocks = [table([field]) if isinstance(field, str) else field for field in fields]
     ends = np.cumsum([block.shape[1] for block in blocks])
     matrix = np.empty((rows, int(ends[-1])), np.uint8)

@@ -1,6 +1,6 @@
-"""Which accepted events are invalid traffic by the default rules, in numpy and by code of its own.
+"""Finds the accepted events that are invalid traffic by the default rules.
 
-The rules, in their order; the first that hits gives an event its name:
+The rules, in their order; the first that hits names the event's rule:
 
 - `crawler_user_agent`: the package crawler-user-agents knows the user agent.
 - `listed_user`: the operator's list has the user.
@@ -32,7 +32,7 @@ BILLABLE = -1
 
 @cache
 def is_crawler(user_agent: str) -> bool:
-    """Whether the package's list knows the user agent; none is no crawler's."""
+    """Return whether the package's list knows the user agent; False for none."""
     return bool(user_agent) and bool(crawleruseragents.is_crawler(user_agent))
 
 
@@ -44,7 +44,7 @@ def repeats(
     id_high: npt.NDArray[np.uint64],
     id_low: npt.NDArray[np.uint64],
 ) -> Bools:
-    """Which events follow one of the same user, ad and type within the window; the nearest before decides."""
+    """Return which events follow one of the same user, ad and type within the window; the previous one decides."""
     ads = int(ad.max(initial=0)) + 1
     key = (user.astype(np.int64) * ads + ad) * 2 + is_click
     order = np.lexsort((id_low, id_high, event_us, key))
@@ -55,7 +55,7 @@ def repeats(
 
 
 def over_click_rate(user: npt.NDArray[np.integer[Any]], is_click: Bools, event_us: Ints) -> Bools:
-    """Which clicks belong to a user and hour with more than the limit."""
+    """Return which clicks belong to a user and hour with more than the limit."""
     found = np.zeros(len(user), np.bool_)
     clicks = np.flatnonzero(is_click)
     hour = event_us[clicks] // HOUR_US
@@ -66,8 +66,5 @@ def over_click_rate(user: npt.NDArray[np.integer[Any]], is_click: Bools, event_u
 
 
 def first_rule(hits: Sequence[Bools]) -> npt.NDArray[np.int8]:
-    """Per event the number of the first of RULES that hits, BILLABLE if none does. ``hits`` has one mask a rule."""
-    result = np.full(len(hits[0]), BILLABLE, np.int8)
-    for number in range(len(hits) - 1, -1, -1):
-        result[hits[number]] = number
-    return result
+    """Return for each event the number of the first of RULES that hits, or BILLABLE. ``hits`` has one mask a rule."""
+    return np.select(list(hits), [np.int8(number) for number in range(len(hits))], default=np.int8(BILLABLE)).astype(np.int8)

@@ -1,16 +1,14 @@
-"""The simulated traffic as records of Kafka topics, in one cluster or two, together with what an exact accounting must come to.
+"""Sends the simulated traffic to Kafka topics of one or two clusters, and writes the result that an exact accounting must have.
 
-The records are those that `simulate` writes as lines, in the order of their receipt, each under its id as key. What differs:
+The records are those that `simulate` writes as lines, in the order of their receipt, each with its id as key. What differs:
 
-- A record is offered by a cluster, not by a folder: the accounting's region is the cluster's name. A record names its own region
-  wherever it goes through a cluster of another name, and that is where its event happened. No folder contradicts it, so the broken
-  records that name another region bear one that is no name instead.
-- Kafka keeps the order of records of one key in one cluster. Between two clusters there is none, and so the traffic for two is
-  made so that it does not matter which is read first: what contradicts a record goes through the cluster of its event, and so do
-  the resends of an event whose clock runs ahead of its collector's. Rows accepted, their money and their credit are then exact,
-  each cluster's and hour's offered, rejected and conflict too. Where an id goes through both, that one of them accepts it and
-  the other finds the duplicate is exact; which one is not. It decides ``late`` of resends that came long after: ``late_range``
-  in the totals has the least and the most.
+- A cluster, not a folder, offers a record: the accounting's region is the cluster's name. A record that goes through a cluster of
+  another name names the region of its event. No folder contradicts a region, so broken records have an invalid name instead.
+- Kafka keeps the order of records of one key only within a cluster. So the result for two clusters does not depend on which one is
+  read first: a conflict goes through the cluster of its event, and so do the resends of an event whose clock runs ahead of its
+  collector's. Accepted rows, their money and credit are exact, and so are offered, rejected and conflict of each cluster and hour.
+  If an id goes through both clusters, one accepts it and the other finds a duplicate, but which one is open. This affects ``late``
+  of resends that come long after: ``late_range`` in the totals has the minimum and the maximum.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -32,24 +30,15 @@ from services.simulator.broken import EVENT_BREAKAGES, ORDER_BREAKAGES, from_top
 from services.simulator.errors import DeliveryError, SimulationError
 from services.simulator.landing import campaigns_csv, write_file
 from services.simulator.orders import OrderLine
-from services.simulator.simulate import Encoder, Traffic, account, draw_traffic, write_beside
+from services.simulator.simulate import Encoder, Traffic, TrafficOptions, account, draw_traffic, write_beside
 from services.simulator.traffic import CONFLICT
-from services.simulator.truth import (
-    ACCEPTED,
-    HOUR_US,
-    EventLines,
-    Ints,
-    Limits,
-    OrderTruth,
-    Truth,
-    classify,
-    to_us,
-)
+from services.simulator.truth import ACCEPTED, HOUR_US, EventLines, Ints, Limits, OrderTruth, Truth, classify, to_us
 from services.simulator.world import REGIONS
 
 Bools = npt.NDArray[np.bool_]
 Numbers = npt.NDArray[np.intp]
 
+_START = "for a trial: `adtally services kafka up` starts one with its topics"
 _MIRROR_DELAY_US = 400_000
 _TRANSACTION_SECONDS = 60.0
 _ATTEMPTS = 5
@@ -61,14 +50,13 @@ _DEFAULTS = {
     "linger.ms": "20",
     "queue.buffering.max.messages": "200000",
     "delivery.timeout.ms": "60000",  # no longer than a transaction may take
-    # what fails is raised as an error; a broker that comes back is no news
-    "log_level": "0",
+    "log_level": "0",  # failures are raised as errors
 }
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where records go. ``name`` is the region of records that name none, ``options`` those by which librdkafka connects."""
+    """A cluster to send to. ``name`` is the region of records that name none, ``options`` are those of librdkafka."""
 
     name: str
     options: Mapping[str, str] = field(repr=False)
@@ -81,11 +69,11 @@ class Sending:
     """How the records are sent.
 
     ``transactional``: a transaction for each ``chunk`` records and cluster; ``abort_some``: this share of them is sent in full,
-    aborted, and sent again. ``mirror``: this share of the ids goes through the other cluster as well, all its records, byte by
-    byte; ``mirror_again``: this share of the mirrored records comes twice. ``clocks_ahead``: seconds by which the collectors of
-    a cluster are ahead (negative: behind). ``rate``: event records a second by the wall clock (None: as fast as it goes).
-    ``live``: the traffic begins now, goes out when its time has come, and bears the time at which it was sent as ``received_at``;
-    orders that would come after its end are left out.
+    aborted, and sent again. ``mirror``: all records of this share of the ids also go through the other cluster, byte by byte;
+    ``mirror_again``: this share of the mirrored records is sent twice. ``clocks_ahead``: seconds by which the clocks of a cluster's
+    collectors are ahead (negative: behind). ``rate``: event records a second by the wall clock (None: as fast as possible).
+    ``live``: the traffic begins now and each record is sent at its time, which is its ``received_at``; orders after the end are
+    left out.
     """
 
     transactional: bool = False
@@ -100,7 +88,7 @@ class Sending:
 
 @dataclass(frozen=True)
 class _Schedule:
-    """The records in the order in which they are sent; ``position`` is one of the lines, or of the orders where ``is_order``."""
+    """The records in the order of sending; ``position`` is that of a line, or of an order if ``is_order``."""
 
     position: Numbers
     cluster: Numbers
@@ -120,45 +108,51 @@ def simulate_to_kafka(
     sending: Sending | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,
-    **options: Any,
+    **options: Unpack[TrafficOptions],
 ) -> Truth:
-    """Send `events` event records, those mirrored not counted, and their orders to the clusters; returns the truth.
+    """Send `events` event records (mirrored ones come on top) and their orders to the clusters; returns the truth.
 
-    Into the folder `out` go the campaigns, the rules and truth.json, as `simulate` writes them. A folder that has another
-    traffic's truth or campaigns is refused; that of the same is taken, so that whoever was killed can send all of it again: the
-    same records, which then count once (``offered`` and ``duplicate`` are those of one sending). With ``live`` no two are the same.
+    Writes the campaigns, the rules and truth.json into the folder `out`, as `simulate` does. After a kill you can send the same
+    traffic again into the same folder: the records have the same ids and count once (``offered`` and ``duplicate`` are those of one
+    sending). With ``live`` each traffic is different.
 
-    ``options`` are those of `draw_traffic`. ``progress`` is told (event records sent, all) as it goes. Raises SimulationError for
-    arguments that cannot be right, DeliveryError where a cluster does not take a record: some are then sent and some not.
+    ``progress`` is called with (event records sent, all). Raises SimulationError for wrong arguments and for a folder with another
+    traffic, DeliveryError if a cluster does not accept a record: some records are then sent and some are not.
     """
     sending = sending or Sending()
     _check(clusters, sending, options)
     if sending.live:
-        options = options | {"start": datetime.now(UTC), "rate": sending.rate}
+        options["start"], options["rate"] = datetime.now(UTC), sending.rate
     traffic = draw_traffic(events, seed, **options, order_breakages=from_topics(ORDER_BREAKAGES))
     traffic = _for_clusters(traffic, clusters, sending)
     _refuse_another(out, traffic)
     schedule = _schedule(traffic, clusters, sending)
     traffic = _with_regions(traffic, clusters, schedule)
-    truth = None if sending.live else _truth(traffic, clusters, sending, schedule)
-    if truth is not None:
-        _write_truth(out, truth)
+    if not sending.live:
+        truth = _write_truth(out, traffic, clusters, sending, schedule)
     write_beside(out, traffic)
     outlets = [_Outlet(cluster, sending, seed) for cluster in clusters]
+    encoder = Encoder(traffic.world, from_topics(EVENT_BREAKAGES))
+    done, total = 0, int((~schedule.is_order).sum())
     try:
-        _send(traffic, schedule, outlets, sending, progress)
+        for chunk in _chunks(traffic, schedule, sending):
+            _send_chunk(traffic, chunk, outlets, encoder, sending)
+            done += int((~chunk.is_order).sum())
+            if progress is not None:
+                progress(done, total)
+        for outlet in outlets:
+            outlet.flush()
     except KafkaException as error:
         raise DeliveryError(f"the records could not be sent: {_said(error)}") from None
     finally:
         for outlet in outlets:
             outlet.close()
-    if truth is None:
-        truth = _truth(traffic, clusters, sending, schedule)
-        _write_truth(out, truth)
+    if sending.live:  # the times of receipt are known only now
+        truth = _write_truth(out, traffic, clusters, sending, schedule)
     return truth
 
 
-def _check(clusters: Sequence[Cluster], sending: Sending, options: Mapping[str, Any]) -> None:
+def _check(clusters: Sequence[Cluster], sending: Sending, options: TrafficOptions) -> None:
     names = [cluster.name for cluster in clusters]
     unknown = sorted(set(sending.clocks_ahead) - set(names))
     shares = {name: getattr(sending, name) for name in ("abort_some", "mirror", "mirror_again")}
@@ -183,7 +177,7 @@ def _check(clusters: Sequence[Cluster], sending: Sending, options: Mapping[str, 
 
 
 def _refuse_another(out: Path, traffic: Traffic) -> None:
-    """Raises SimulationError where the folder has another traffic's truth or campaigns."""
+    """Raise SimulationError if the folder has another traffic's truth or campaigns."""
     hint = "choose another folder, or remove what is in it"
     if out.exists() and not out.is_dir():
         raise SimulationError(f"{out} is not a folder", hint=hint)
@@ -199,40 +193,40 @@ def _refuse_another(out: Path, traffic: Traffic) -> None:
         raise SimulationError(f"{out} has the campaigns of another traffic", hint=hint)
 
 
-def _write_truth(out: Path, truth: Truth) -> None:
-    write_file(out / "truth.json", truth.as_json().encode())
-
-
 def _cluster_of_region(clusters: Sequence[Cluster]) -> Numbers:
-    """The cluster that collects each region's records: the one of its name, or they are shared out in order."""
+    """Return the cluster that collects each region's records: the one of its name, or the next in order."""
     names = [cluster.name for cluster in clusters]
     if set(names) == set(REGIONS):
         return np.array([names.index(region) for region in REGIONS])
     return np.arange(len(REGIONS)) % len(clusters)
 
 
+def _ahead_us(clusters: Sequence[Cluster], sending: Sending) -> Ints:
+    """Return by how many microseconds (whole milliseconds) the clocks of each cluster's collectors are ahead."""
+    return np.array([round(sending.clocks_ahead.get(cluster.name, 0.0) * 1000) * 1000 for cluster in clusters], np.int64)
+
+
 def _for_clusters(traffic: Traffic, clusters: Sequence[Cluster], sending: Sending) -> Traffic:
-    """The same traffic, so that it does not matter which of two clusters is read first; times by the clocks of their collectors."""
+    """Adapt the traffic: its result does not depend on which cluster is read first, its times are those of the collectors."""
     lines, events = traffic.lines, traffic.events
     region = lines.region
     cluster_of = _cluster_of_region(clusters)
-    ahead_us = np.array([round(sending.clocks_ahead.get(cluster.name, 0.0) * 1000) * 1000 for cluster in clusters], np.int64)
+    ahead_us = _ahead_us(clusters, sending)
     if len(clusters) > 1:
         is_ahead = events.event_us > events.received_us + ahead_us[cluster_of[events.region]]
         stays = (lines.intent == CONFLICT) | is_ahead[lines.event]
         region = np.where(stays, events.region[lines.event], region)
     received_us = lines.received_us + ahead_us[cluster_of[region]]
     orders = traffic.order_lines
-    if sending.live:  # no waiting for orders of hours later
+    if sending.live:  # does not wait for orders of hours later
         orders = [line for line in orders if line.received_us <= traffic.end_us]
     return replace(traffic, lines=replace(lines, region=region, received_us=received_us), order_lines=orders)
 
 
 def _schedule(traffic: Traffic, clusters: Sequence[Cluster], sending: Sending) -> _Schedule:
-    """Own and mirrored records of all clusters in the order of their receipt, by true clocks."""
+    """Return own and mirrored records of all clusters in the order of their receipt, by true clocks."""
     lines, orders = traffic.lines, traffic.order_lines
     cluster_of = _cluster_of_region(clusters)
-    ahead_us = np.array([round(sending.clocks_ahead.get(cluster.name, 0.0) * 1000) * 1000 for cluster in clusters], np.int64)
     line_cluster = cluster_of[lines.region]
     order_cluster = cluster_of[np.array([line.region for line in orders], np.intp)]
     order_us = np.array([line.received_us for line in orders], np.int64)
@@ -241,7 +235,7 @@ def _schedule(traffic: Traffic, clusters: Sequence[Cluster], sending: Sending) -
         cluster=np.concatenate([line_cluster, order_cluster]),
         is_order=np.repeat([False, True], [len(line_cluster), len(orders)]),
         is_mirrored=np.zeros(len(line_cluster) + len(orders), np.bool_),
-        at_us=np.concatenate([lines.received_us - ahead_us[line_cluster], order_us]),
+        at_us=np.concatenate([lines.received_us - _ahead_us(clusters, sending)[line_cluster], order_us]),
     )
     rng = np.random.default_rng([traffic.seed, 1])
     by_identity = rng.random(len(traffic.events.raw_ids))[lines.identity]
@@ -262,14 +256,14 @@ def _schedule(traffic: Traffic, clusters: Sequence[Cluster], sending: Sending) -
 
 
 def _share_of(seed: int, line: OrderLine) -> float:
-    """A number in [0, 1) that is the same for all records of an order."""
+    """Return a number in [0, 1) that is the same for all records of an order."""
     name = line.text if line.record is None else str(line.record["order_id"]).encode()
     digest = hashlib.blake2b(name, digest_size=8, salt=(seed % 2**64).to_bytes(8, "big")).digest()
     return int.from_bytes(digest, "big") / 2.0**64
 
 
 def _with_regions(traffic: Traffic, clusters: Sequence[Cluster], schedule: _Schedule) -> Traffic:
-    """Every record bears the region of its event, unless all of the event's go through the cluster of that name alone."""
+    """Let every record name the region of its event, unless all records of the event go through the cluster of that name."""
     lines, events = traffic.lines, traffic.events
     home = events.region[lines.event]
     sent = schedule.take(~schedule.is_order)
@@ -280,7 +274,7 @@ def _with_regions(traffic: Traffic, clusters: Sequence[Cluster], schedule: _Sche
     return replace(traffic, lines=replace(lines, region=home), events=replace(events, has_region=has_region))
 
 
-def _truth(traffic: Traffic, clusters: Sequence[Cluster], sending: Sending, schedule: _Schedule) -> Truth:
+def _write_truth(out: Path, traffic: Traffic, clusters: Sequence[Cluster], sending: Sending, schedule: _Schedule) -> Truth:
     sent = schedule.take(~schedule.is_order)
     columns = traffic.lines.truth_columns(sent.position, traffic.events, traffic.world, traffic.listed)
     columns = replace(columns, source=sent.cluster)
@@ -300,11 +294,14 @@ def _truth(traffic: Traffic, clusters: Sequence[Cluster], sending: Sending, sche
     late_range = _late_range(columns, traffic.limits)
     args = {"clusters": names, "mirror": sending.mirror, "mirror_again": sending.mirror_again}
     args |= {"clocks_ahead": dict(sending.clocks_ahead), "live": sending.live}
-    return account(traffic, columns, orders, args=args, totals={"messages": messages, "late_range": late_range}, sources=names)
+    totals = {"messages": messages, "late_range": late_range}
+    truth = account(traffic, columns, orders, args=args, totals=totals, sources=names)
+    write_file(out / "truth.json", truth.as_json().encode())
+    return truth
 
 
 def _late_range(lines: EventLines, limits: Limits) -> list[int]:
-    """The fewest and the most accepted events that are late, over all ways to read the clusters: each by itself in its order."""
+    """Return the minimum and the maximum of late accepted events, over all orders in which the clusters may be read."""
     assert lines.source is not None
     grace_us = limits.hour_grace // timedelta(microseconds=1)
     late_of: dict[int, set[bool]] = {}
@@ -322,28 +319,8 @@ def _late_range(lines: EventLines, limits: Limits) -> list[int]:
     return [sum(all(found) for found in late_of.values()), sum(any(found) for found in late_of.values())]
 
 
-def _send(
-    traffic: Traffic,
-    schedule: _Schedule,
-    outlets: Sequence[_Outlet],
-    sending: Sending,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    """Send all of it, chunk by chunk, at its time. With ``live`` the times of receipt are written into the traffic's lines."""
-    encoder = Encoder(traffic.world, from_topics(EVENT_BREAKAGES))
-    total = int((~schedule.is_order).sum())
-    done = 0
-    for chunk in _chunks(traffic, schedule, sending):
-        _send_chunk(traffic, chunk, outlets, encoder, sending)
-        done += int((~chunk.is_order).sum())
-        if progress is not None:
-            progress(done, total)
-    for outlet in outlets:
-        outlet.flush()
-
-
 def _chunks(traffic: Traffic, schedule: _Schedule, sending: Sending) -> Iterator[_Schedule]:
-    """The records in pieces; with a rate, each when its time has come."""
+    """Yield the records in chunks; with a rate, each chunk at its time."""
     size = sending.chunk
     if sending.rate is None:
         for begin in range(0, len(schedule.position), size):
@@ -351,10 +328,10 @@ def _chunks(traffic: Traffic, schedule: _Schedule, sending: Sending) -> Iterator
         return
     own = ~(schedule.is_order | schedule.is_mirrored)
     seconds = np.cumsum(own) / sending.rate
-    if sending.live:  # at its own time; what would come after the end follows at the rate
-        at = (schedule.at_us - traffic.start_us) / 1e6
-        after = at > (traffic.end_us - traffic.start_us) / 1e6
-        seconds = np.where(after, (traffic.end_us - traffic.start_us) / 1e6 + np.cumsum(own & after) / sending.rate, at)
+    if sending.live:  # each record at its own time; those after the end follow at the rate
+        at, end_seconds = (schedule.at_us - traffic.start_us) / 1e6, (traffic.end_us - traffic.start_us) / 1e6
+        after = at > end_seconds
+        seconds = np.where(after, end_seconds + np.cumsum(own & after) / sending.rate, at)
     started, begin = time.monotonic(), 0
     while begin < len(seconds):
         passed = time.monotonic() - started
@@ -367,19 +344,17 @@ def _chunks(traffic: Traffic, schedule: _Schedule, sending: Sending) -> Iterator
 
 
 def _send_chunk(traffic: Traffic, chunk: _Schedule, outlets: Sequence[_Outlet], encoder: Encoder, sending: Sending) -> None:
+    """Send one chunk. With ``live`` writes the times of receipt into the traffic's lines."""
     lines, events = traffic.lines, traffic.events
     of_events = chunk.take(~chunk.is_order)
     if sending.live:
         now_us = to_us(datetime.now(UTC)) // 1000 * 1000
         own = of_events.take(~of_events.is_mirrored)
-        for code, outlet in enumerate(outlets):
-            at = own.position[own.cluster == code]
-            lines.received_us[at] = now_us + round(sending.clocks_ahead.get(outlet.cluster.name, 0.0) * 1000) * 1000
+        lines.received_us[own.position] = now_us + _ahead_us([outlet.cluster for outlet in outlets], sending)[own.cluster]
     values = encoder.encode(events, lines, of_events.position).split(b"\n") if len(of_events.position) else []
     ids = encode.uuids(events.raw_ids[lines.identity[of_events.position]])
-    keys = [row.tobytes() for row in ids]
+    sent = zip((row.tobytes() for row in ids), values, strict=False)  # after the last newline the values have an empty one
     records: list[list[tuple[str, bytes | None, bytes]]] = [[] for _ in outlets]
-    at = 0
     for position, cluster, is_order in zip(chunk.position.tolist(), chunk.cluster.tolist(), chunk.is_order.tolist(), strict=True):
         topics = outlets[cluster].cluster
         if is_order:
@@ -387,15 +362,14 @@ def _send_chunk(traffic: Traffic, chunk: _Schedule, outlets: Sequence[_Outlet], 
             key = None if line.record is None else str(line.record["order_id"]).encode()
             records[cluster].append((topics.orders_topic, key, line.text))
         else:
-            records[cluster].append((topics.events_topic, keys[at], values[at]))
-            at += 1
+            records[cluster].append((topics.events_topic, *next(sent)))
     for outlet, mine in zip(outlets, records, strict=True):
         if mine:
             outlet.send(mine)
 
 
 class _Outlet:
-    """A producer of one cluster. A record that the cluster does not take is an error, never silence."""
+    """A producer of one cluster. Raises an error for every record that the cluster does not accept."""
 
     def __init__(self, cluster: Cluster, sending: Sending, seed: int) -> None:
         self.cluster = cluster
@@ -412,21 +386,18 @@ class _Outlet:
             )
         except KafkaException as error:
             raise SimulationError(f"the options of cluster {cluster.name} cannot be right: {_said(error)}") from None
-        self._find_topics()
-        if sending.transactional:
-            self._producer.init_transactions(_TRANSACTION_SECONDS)
-
-    def _find_topics(self) -> None:
         try:
             there = self._producer.list_topics(timeout=_ANSWER_SECONDS).topics
         except KafkaException as error:
-            raise DeliveryError(f"Kafka of {self.cluster.name} does not answer: {_said(error)}", hint=_START) from None
-        for topic in (self.cluster.events_topic, self.cluster.orders_topic):
+            raise DeliveryError(f"Kafka of {cluster.name} does not answer: {_said(error)}", hint=_START) from None
+        for topic in (cluster.events_topic, cluster.orders_topic):
             if topic not in there:
-                raise DeliveryError(f"Kafka of {self.cluster.name} has no topic {topic}", hint=_START)
+                raise DeliveryError(f"Kafka of {cluster.name} has no topic {topic}", hint=_START)
+        if sending.transactional:
+            self._producer.init_transactions(_TRANSACTION_SECONDS)
 
     def send(self, records: Sequence[tuple[str, bytes | None, bytes]]) -> None:
-        """Hand over records in this order; in a transaction of their own, if there are any."""
+        """Send records in this order, in one transaction if the sending is transactional."""
         if not self._transactional:
             self._produce(records)
             return
@@ -445,7 +416,7 @@ class _Outlet:
                 if not _kafka_error(error).txn_requires_abort() or attempt == _ATTEMPTS - 1:
                     raise
                 self._producer.abort_transaction(_TRANSACTION_SECONDS)
-                self._failure, self._failed = None, 0  # what failed goes out again
+                self._failure, self._failed = None, 0  # the failed records are sent again
         self._raise_failure()
 
     def _commit(self) -> None:
@@ -465,20 +436,20 @@ class _Outlet:
                 try:
                     produce(topic, value, key)
                     break
-                except BufferError:  # the queue is full: the broker is behind
+                except BufferError:  # the queue is full
                     poll(0.05)
                     self._raise_failure()
         poll(0)
         self._raise_failure()
 
     def flush(self) -> None:
-        """Wait until the broker has taken all. Raises DeliveryError if it did not."""
+        """Wait until the broker has accepted all records. Raises DeliveryError if it did not."""
         while self._producer.flush(1.0):
-            self._raise_failure()  # each record has a time out of its own
+            self._raise_failure()  # each record has its own timeout
         self._raise_failure()
 
     def close(self) -> None:
-        """Drop what is not sent: it was an error before."""
+        """Drop unsent records: an error has reported them."""
         self._producer.purge()
 
     def _delivered(self, error: KafkaError | None, _record: object) -> None:
@@ -492,9 +463,6 @@ class _Outlet:
                 f"Kafka of {self.cluster.name} did not take {self._failed} records: {self._failure}",
                 hint="what was sent counts once: send all of it again",
             )
-
-
-_START = "for a trial: `adtally services kafka up` starts one with its topics"
 
 
 def _kafka_error(error: KafkaException) -> KafkaError:

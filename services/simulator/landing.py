@@ -1,4 +1,4 @@
-"""The landing protocol: write under a hidden name, set the mtime, rename. A reader never sees half a file."""
+"""Writes landing files: under a hidden name, with the mtime set, then renamed. A reader never sees half a file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import gzip
 import io
 import os
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from services.simulator.truth import CampaignRow, rfc3339
@@ -15,17 +16,12 @@ CAMPAIGN_COLUMNS = "campaign_id,store_id,billing_model,daily_budget_micros,curre
 
 
 def write_file(path: Path, content: bytes, mtime_ms: int | None = None) -> None:
-    """Put a file in place with its mtime (milliseconds since the epoch); names ending in .gz are compressed.
-
-    The same content gives the same bytes: the gzip header carries neither a name nor a time.
-    """
-    if path.suffix == ".gz":
-        content = compress(content)
-    put_file(path, content, mtime_ms)
+    """Write a file with its mtime (milliseconds since the epoch); compress it if its name ends in .gz."""
+    put_file(path, compress(content) if path.suffix == ".gz" else content, mtime_ms)
 
 
 def put_file(path: Path, content: bytes, mtime_ms: int | None = None) -> None:
-    """As `write_file`, but the content is stored as it is."""
+    """Write a file as `write_file` does, but never compress it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     hidden = path.with_name(f".{path.name}.tmp")
     hidden.write_bytes(content)
@@ -35,7 +31,7 @@ def put_file(path: Path, content: bytes, mtime_ms: int | None = None) -> None:
 
 
 def compress(content: bytes, level: int = 1) -> bytes:
-    """Gzip without a name and with time 0."""
+    """Compress with gzip; the header has neither a name nor a time, so the same content gives the same bytes."""
     buffer = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", compresslevel=level, fileobj=buffer, mtime=0) as stream:
         stream.write(content)
@@ -43,16 +39,12 @@ def compress(content: bytes, level: int = 1) -> bytes:
 
 
 def increasing_mtimes(slice_ends_us: Sequence[int]) -> list[int]:
-    """An mtime in whole milliseconds for each slice end (microseconds, ascending): not before it, all different."""
-    result: list[int] = []
-    for end_us in slice_ends_us:
-        mtime_ms = -(-end_us // 1000)
-        result.append(max(mtime_ms, result[-1] + 1) if result else mtime_ms)
-    return result
+    """Return an mtime in whole milliseconds for each slice end (microseconds, ascending): not before it, all different."""
+    return list(accumulate((-(-end_us // 1000) for end_us in slice_ends_us), lambda before, mtime_ms: max(mtime_ms, before + 1)))
 
 
 def campaigns_csv(rows: Iterable[CampaignRow]) -> bytes:
-    """The campaigns CSV of the input contract."""
+    """Return the campaigns CSV of the input contract."""
     lines = [CAMPAIGN_COLUMNS]
     for row in rows:
         valid_to = "" if row.valid_to_us is None else rfc3339(row.valid_to_us)
@@ -64,7 +56,7 @@ def campaigns_csv(rows: Iterable[CampaignRow]) -> bytes:
 
 
 def names_csv(names: Iterable[tuple[str, str, str]]) -> bytes:
-    """The CSV of names for people to read, from (kind, id, name)."""
+    """Return the CSV of names, from (kind, id, name)."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(("kind", "id", "name"))

@@ -1,4 +1,4 @@
-"""Orders that follow clicks: placed, some cancelled later, some sent again, some contradictory, some broken."""
+"""Draws orders that follow clicks: placed, some cancelled later, some sent again, some contradictory, some broken."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from services.simulator.broken import ORDER_BREAKAGES, Breakage, Record, dump
 from services.simulator.traffic import Events
-from services.simulator.truth import HOUR_US, OrderTruth, rfc3339
+from services.simulator.truth import HOUR_US, rfc3339
 from services.simulator.world import CURRENCIES, REGIONS, World
 
 _SECOND_US = 1_000_000
@@ -36,13 +36,12 @@ def draw_orders(
     end_us: int,
     breakages: Sequence[Breakage] = ORDER_BREAKAGES,
 ) -> list[OrderLine]:
-    """Orders for this fraction of the clicks.
+    """Draw orders for the fraction ``conversion`` of the clicks.
 
-    A third at most follow journeys (several touches): at random after the last click, and at the edges of what counts; most
-    others follow a single click, by minutes to hours, with its user, store and region. One in fifty has no touch: its
-    user bought at a store whose ads the user was not shown.
-    Of the orders 6 % are cancelled (one in ten of those is told so before it is told of the order), 4 % are sent again,
-    1 % again with another total; 2 % arrive hours or days late; 1 % more lines are broken.
+    At most a third follow journeys (several touches): at random after the last click, and at the limits of the window; most others
+    follow a single click, by minutes to hours, with its user, store and region. One in fifty has no touch: the user did not see ads
+    of that store. 6 % of the orders are cancelled (in one of ten the cancellation arrives first), 4 % are sent again, 1 % again
+    with another total; 2 % arrive hours or days late; 1 % more lines are broken.
     """
     clicks = np.flatnonzero(events.is_click)
     count = round(len(clicks) * conversion)
@@ -72,8 +71,7 @@ def draw_orders(
             click = int(chosen[number])
             clicked_us = int(events.event_us[events.impression[click]]) // 1000 * 1000
             order_us = clicked_us + (12 * 60 + int(draw * draw * 6 * 3600)) * _SECOND_US + number % 1000 * 1000
-        campaign = world.campaign_of_ad[events.ad[click]]
-        region = int(events.region[click])
+        campaign, region = world.campaign_of_ad[events.ad[click]], int(events.region[click])
         store = int(world.store_of_campaign[campaign])
         if number >= len(after_journeys) and number % 50 == 49:
             store = (store + 1) % len(world.store_ids)
@@ -111,11 +109,11 @@ def draw_orders(
 
 
 def _after_journeys(events: Events, most: int, end_us: int) -> list[tuple[int, int]]:
-    """(click whose user and store order, time of the order in microseconds) after journeys, as many as ``most``.
+    """Return at most ``most`` orders after journeys: (click whose user and store order, time of the order in microseconds).
 
-    Four journeys take turns: an order some time after the last click, and on every second a further one a day later; one
-    at the very microsecond of the last click (which is no touch of it); one a microsecond after it; one exactly a day
-    after it (a touch in the window of one day) or a microsecond more (none).
+    Four kinds take turns: an order some time after the last click, and after every second such journey another one a day later;
+    one at the microsecond of the last click (so it is no touch); one a microsecond after it; one exactly a day after it (a touch in
+    the window of one day) or a microsecond more (none).
     """
     result: list[tuple[int, int]] = []
     for number, journey in enumerate(events.journeys):
@@ -131,13 +129,5 @@ def _after_journeys(events: Events, most: int, end_us: int) -> list[tuple[int, i
 
 
 def user_name(code: int) -> str:
-    """The user_id of a user by number."""
+    """Return the user_id of a user by number."""
     return f"u{code:08d}"
-
-
-def count_orders(lines: list[OrderLine]) -> OrderTruth:
-    """The truth of order lines in the order in which they count."""
-    truth = OrderTruth()
-    for line in lines:
-        truth.add(REGIONS[line.region], line.record)
-    return truth

@@ -1,4 +1,4 @@
-"""Writes a landing folder of ad traffic together with what an exact accounting of it must come to."""
+"""Writes a landing folder of ad traffic, and the result that an exact accounting of it must have."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from services.simulator.broken import EVENT_BREAKAGES, ORDER_BREAKAGES, Breakage
 from services.simulator.credit import credit_orders
 from services.simulator.errors import SimulationError
 from services.simulator.landing import campaigns_csv, increasing_mtimes, names_csv, write_file
-from services.simulator.orders import OrderLine, count_orders, draw_orders, user_name
+from services.simulator.orders import OrderLine, draw_orders, user_name
 from services.simulator.traffic import (
     AGENTS,
     EXTRAS,
@@ -35,18 +35,41 @@ from services.simulator.world import CURRENCIES, REGIONS, World, make_world
 
 _DAY_US = 86_400_000_000
 _DEFAULT_START = datetime(2025, 6, 2, tzinfo=UTC)
-_DEFAULT_DAYS = 3.0
 _DEFAULT_SHARES = SimulationShares()
 _SLICES_ORDERS = 8
 _LIST = "listed_users.txt"
 _RULES = f'# Written with simulated traffic: all rules as by default, and a list.\nlist_file = "{_LIST}"\n'
 
 
+class TrafficOptions(TypedDict, total=False):
+    """The options of `draw_traffic`.
+
+    The traffic begins at ``start`` and lasts ``days`` (or ``events / rate`` seconds, with ``rate`` in lines a second; default: 3
+    days). ``hourly_weights`` are 24 weights of the hours of the day in UTC; they replace each region's own curve. ``users`` is the
+    number of people per region (default: one for 20 lines), ``click_rate`` clicks per impression, ``conversion`` orders per click.
+    ``listed_users`` is the number of users on the operator's list. ``future_skew`` and ``hour_grace`` are the limits of the truth.
+    """
+
+    start: datetime
+    days: float | None
+    rate: float | None
+    hourly_weights: Sequence[float] | None
+    shares: SimulationShares
+    campaigns: int
+    ads: int
+    users: int | None
+    click_rate: float
+    conversion: float
+    listed_users: int
+    future_skew: timedelta
+    hour_grace: timedelta
+
+
 @dataclass(frozen=True)
 class Traffic:
-    """What was drawn: advertisers, events, the lines offered of them, and orders, from ``start_us`` to ``end_us``.
+    """The drawn advertisers, events, offered lines and orders, from ``start_us`` to ``end_us``.
 
-    ``listed`` are the users on the operator's list, ``args`` what truth.json says of the arguments.
+    ``listed`` are the users on the operator's list, ``args`` the arguments for truth.json.
     """
 
     seed: int
@@ -63,7 +86,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Slice:
-    """The lines of one file: positions of lines of one region in order of receipt, which ended at ``end_us``."""
+    """The lines of one file: positions of lines of one region in order of receipt, the last received at ``end_us``."""
 
     source: str
     region: int
@@ -77,36 +100,18 @@ def simulate(
     events: int,
     seed: int,
     *,
-    start: datetime = _DEFAULT_START,
-    days: float | None = None,
-    rate: float | None = None,
-    hourly_weights: Sequence[float] | None = None,
-    shares: SimulationShares = _DEFAULT_SHARES,
-    campaigns: int = 60,
-    ads: int = 600,
-    users: int | None = None,
-    click_rate: float = 0.03,
-    conversion: float = 0.10,
     lines_per_file: int | None = None,
     gz_share: float = 0.25,
-    listed_users: int = 0,
-    future_skew: timedelta = Limits.future_skew,
-    hour_grace: timedelta = Limits.hour_grace,
     progress: Callable[[int, int], None] | None = None,
+    **options: Unpack[TrafficOptions],
 ) -> Truth:
     """Write `events` event lines, their orders and campaigns and truth.json into the folder `out`; returns the truth.
 
-    The traffic begins at ``start`` and lasts ``days`` (or ``events / rate`` seconds, with ``rate`` in lines a second; 3
-    days if neither is said). ``hourly_weights`` are 24 weights of the hours of the day in UTC, in place of each region's own
-    curve. ``users`` is the number of people per region (default: one for 20 lines), ``click_rate``
-    clicks per impression, ``conversion`` orders per click. Files hold ``lines_per_file`` lines (default: a 24th of all,
-    between 500 and 40,000); the fraction ``gz_share`` of them is compressed. ``future_skew`` and ``hour_grace`` are the
-    limits that the truth supposes; else it holds for the default rules. With ``listed_users`` it also supposes a list of
-    so many users whose traffic is invalid: `out`/rules has it, with the invalid_traffic.toml that names it. ``progress``
-    is told (event lines written, all) after each file.
+    Files have ``lines_per_file`` lines (default: a 24th of all, between 500 and 40,000); the fraction ``gz_share`` of them is
+    compressed. With ``listed_users`` the folder `out`/rules gets the list and the invalid_traffic.toml that names it. ``progress``
+    is called with (event lines written, all) after each file.
 
-    The same arguments give the same bytes, truth and mtimes. Raises SimulationError for arguments that cannot be right
-    and if `out` is not empty.
+    The same arguments give the same bytes, truth and mtimes. Raises SimulationError for wrong arguments and if `out` is not empty.
     """
     if lines_per_file is not None and lines_per_file < 1:
         raise SimulationError("lines_per_file must be at least 1")
@@ -114,23 +119,7 @@ def simulate(
         raise SimulationError("gz_share lies between 0 and 1")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SimulationError(f"{out} is not an empty folder", hint="choose another, or remove what is in it")
-    traffic = draw_traffic(
-        events,
-        seed,
-        start=start,
-        days=days,
-        rate=rate,
-        hourly_weights=hourly_weights,
-        shares=shares,
-        campaigns=campaigns,
-        ads=ads,
-        users=users,
-        click_rate=click_rate,
-        conversion=conversion,
-        listed_users=listed_users,
-        future_skew=future_skew,
-        hour_grace=hour_grace,
-    )
+    traffic = draw_traffic(events, seed, **options)
     per_file = lines_per_file if lines_per_file is not None else min(max(events // 24, 500), 40_000)
     lines, order_lines = traffic.lines, traffic.order_lines
     order_received = np.array([line.received_us for line in order_lines], np.int64)
@@ -143,7 +132,9 @@ def simulate(
     slices.sort(key=lambda item: (item.end_us, item.source, item.region, item.number))
 
     event_order = np.concatenate([item.positions for item in slices if item.source == "events"])
-    counted_orders = count_orders([order_lines[at] for item in slices if item.source == "orders" for at in item.positions])
+    counted_orders = OrderTruth()
+    for line in (order_lines[at] for item in slices if item.source == "orders" for at in item.positions):
+        counted_orders.add(REGIONS[line.region], line.record)
     columns = lines.truth_columns(event_order, traffic.events, traffic.world, traffic.listed)
     files = {source: sum(item.source == source for item in slices) for source in ("events", "orders")}
     truth = account(
@@ -187,15 +178,30 @@ def draw_traffic(
     hour_grace: timedelta = Limits.hour_grace,
     order_breakages: Sequence[Breakage] = ORDER_BREAKAGES,
 ) -> Traffic:
-    """Draw the traffic of `events` event lines; the arguments are those of `simulate`.
+    """Draw the traffic of `events` event lines; see `TrafficOptions`.
 
-    ``order_breakages`` are the ways in which order lines are broken. Raises SimulationError for arguments that cannot be right.
+    ``order_breakages`` are the ways in which order lines are broken. Raises SimulationError for the first wrong argument.
     """
-    if hourly_weights is not None and (len(hourly_weights) != 24 or min(hourly_weights) < 0 or not sum(hourly_weights)):
-        raise SimulationError("hourly_weights are 24 numbers of 0 or more, one of them more")
-    _check(events, days, rate, campaigns, ads, users, click_rate, conversion, listed_users, start)
+    problems = {
+        "hourly_weights are 24 numbers of 0 or more, one of them more": hourly_weights is not None
+        and (len(hourly_weights) != 24 or min(hourly_weights) < 0 or not sum(hourly_weights)),
+        "events must be at least 1": events < 1,
+        "start needs a zone": start.tzinfo is None,
+        "only one of days and rate can be given": days is not None and rate is not None,
+        "days must be more than 0": days is not None and not days > 0,
+        "rate must be more than 0": rate is not None and not rate > 0,
+        "there must be at least one campaign": campaigns < 1,
+        "there must be at least as many ads as campaigns": ads < campaigns,
+        "there must be at least two users": users is not None and users < 2,
+        "click_rate lies between 0 and 1": not 0 <= click_rate <= 1,
+        "conversion lies between 0 and 1": not 0 <= conversion <= 1,
+        "listed_users must not be negative": listed_users < 0,
+    }
+    for problem, is_found in problems.items():
+        if is_found:
+            raise SimulationError(problem)
     limits = Limits(future_skew, hour_grace)
-    span_days = days if days is not None else events / rate / 86_400 if rate is not None else _DEFAULT_DAYS
+    span_days = days if days is not None else events / rate / 86_400 if rate is not None else 3.0
     start_us = to_us(start)
     end_us = start_us + max(1_000_000, round(span_days * _DAY_US))
     people = users if users is not None else max(50, events // 20)
@@ -238,13 +244,13 @@ def draw_traffic(
     }
     if hourly_weights is not None:
         args["hourly_weights"] = list(hourly_weights)
-    # Those who turn up at even steps of the numbers, so that frequent and rare users are among them.
+    # users at even steps of the numbers, so that frequent and rare ones are among them
     listed = np.linspace(0, people * len(REGIONS) - 1, listed_users).astype(np.int64)
     return Traffic(seed, world, drawn, lines, order_lines, limits, listed, start_us, end_us, args)
 
 
 def write_beside(out: Path, traffic: Traffic) -> None:
-    """What goes with the records: campaigns, names, and the rules that the truth supposes if they are not the default ones."""
+    """Write the campaigns and names, and the rules of the truth if they are not the default ones."""
     if len(traffic.listed):
         write_file(out / "rules" / "invalid_traffic.toml", _RULES.encode())
         write_file(out / "rules" / _LIST, "".join(f"{user_name(code)}\n" for code in traffic.listed.tolist()).encode())
@@ -252,39 +258,8 @@ def write_beside(out: Path, traffic: Traffic) -> None:
     write_file(out / "names" / "names.csv", names_csv(traffic.world.names()), traffic.start_us // 1000)
 
 
-def _check(
-    events: int,
-    days: float | None,
-    rate: float | None,
-    campaigns: int,
-    ads: int,
-    users: int | None,
-    click_rate: float,
-    conversion: float,
-    listed_users: int,
-    start: datetime,
-) -> None:
-    """Raises SimulationError for the first argument that cannot be right."""
-    problems = {
-        "events must be at least 1": events < 1,
-        "start needs a zone": start.tzinfo is None,
-        "only one of days and rate can be given": days is not None and rate is not None,
-        "days must be more than 0": days is not None and not days > 0,
-        "rate must be more than 0": rate is not None and not rate > 0,
-        "there must be at least one campaign": campaigns < 1,
-        "there must be at least as many ads as campaigns": ads < campaigns,
-        "there must be at least two users": users is not None and users < 2,
-        "click_rate lies between 0 and 1": not 0 <= click_rate <= 1,
-        "conversion lies between 0 and 1": not 0 <= conversion <= 1,
-        "listed_users must not be negative": listed_users < 0,
-    }
-    for problem, found in problems.items():
-        if found:
-            raise SimulationError(problem)
-
-
 def _cut(source: str, region: npt.NDArray[np.uint8], received_us: Ints, per_file: int) -> list[Slice]:
-    """The lines of each region in order of receipt, cut into files of so many lines."""
+    """Cut the lines of each region, in order of receipt, into files of ``per_file`` lines."""
     slices = []
     for code in range(len(REGIONS)):
         where = np.flatnonzero(region == code)
@@ -304,26 +279,25 @@ def account(
     totals: dict[str, Any],
     sources: Sequence[str] | None = None,
 ) -> Truth:
-    """The truth of event lines and orders that were taken in this order; ``args`` and ``totals`` come on top.
+    """Return the truth of event lines and orders that are read in this order, with further ``args`` and ``totals``.
 
     ``sources`` are the names of the columns' sources, if they have some.
     """
     world = traffic.world
-    stores = {name: world.store_ids[world.store_of_campaign[code]] for code, name in enumerate(world.campaign_ids)}
     counted = account_events(
         columns,
         regions=REGIONS,
         campaigns=world.campaign_ids,
         currencies=CURRENCIES,
         agents=AGENTS,
-        stores=stores,
+        stores=world.stores,
         campaign_rows=world.rows,
         limits=traffic.limits,
         sources=sources,
     )
     by_intent = np.bincount(traffic.lines.intent, minlength=len(INTENTS))
     intents = {"lines_by_intent": {name: int(by_intent[code]) for code, name in enumerate(INTENTS)}}
-    touches = touches_by_journey(columns, counted.touches, world.campaign_ids, stores, user_name)
+    touches = touches_by_journey(columns, counted.touches, world.campaign_ids, world.stores, user_name)
     return Truth(
         traffic.seed,
         traffic.args | args,
@@ -342,11 +316,8 @@ class Encoder:
     def __init__(self, world: World, breakages: Sequence[Breakage] = EVENT_BREAKAGES) -> None:
         self._breakages = breakages
         self._campaign_of_ad = world.campaign_of_ad
-        campaign_texts = [
-            f'","campaign_id":"{name}","store_id":"{world.store_ids[world.store_of_campaign[code]]}","user_id":"u'
-            for code, name in enumerate(world.campaign_ids)
-        ]
-        self._campaigns = encode.table(campaign_texts)
+        stores = world.stores.items()
+        self._campaigns = encode.table([f'","campaign_id":"{name}","store_id":"{store}","user_id":"u' for name, store in stores])
         self._ads = encode.table([f',"ad_id":"{name}' for name in world.ad_ids])
         self._currencies = encode.table([f',"currency":"{CURRENCIES[currency]}"' for currency in world.currency_of_campaign])
         self._types = encode.table(["impression", "click"])
@@ -356,14 +327,13 @@ class Encoder:
         self._extras = encode.table(list(EXTRAS))
 
     def encode(self, events: Events, lines: Lines, at: npt.NDArray[np.intp]) -> bytes:
-        """The JSON lines at these positions, each with its newline."""
+        """Return the JSON lines at these positions, each with its newline."""
         event = lines.event[at]
         ad = events.ad[event]
         campaign = self._campaign_of_ad[ad]
         impression = events.impression[event]
         is_click = impression >= 0
         has_price = lines.has_price[at]
-        digits = events.digits[event]
         text = encode.join(
             [
                 '{"event_id":"',
@@ -371,7 +341,7 @@ class Encoder:
                 '","event_type":"',
                 self._types[is_click.astype(np.intp)],
                 '","event_time":"',
-                encode.timestamps(lines.event_us[at], digits, events.offset[event]),
+                encode.timestamps(lines.event_us[at], events.digits[event], events.offset[event]),
                 '","received_at":"',
                 encode.timestamps(lines.received_us[at], np.full(len(at), 3)),
                 '"',

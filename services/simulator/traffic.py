@@ -1,4 +1,4 @@
-"""Draws the event traffic: what happened (`Events`), then the lines that were offered of it (`Lines`)."""
+"""Draws the event traffic: the events that happen (`Events`), then the lines offered of them (`Lines`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MINUTE_US = 60 * _SECOND_US
 _DAY_US = 24 * HOUR_US
 _MICROSECONDS_OF_LIMIT = np.timedelta64(1, "us")
 
-# Traffic by hour of the day in UTC: evenings are busy, and come later in the west.
+# Traffic by hour of the day in UTC: evenings are busy, and later in the west.
 HOURLY_WEIGHTS = (
     (3, 2, 1, 1, 1, 2, 4, 6, 7, 8, 9, 12, 13, 11, 9, 9, 11, 15, 18, 18, 15, 11, 8, 5),
     (15, 11, 8, 5, 3, 2, 1, 1, 1, 2, 4, 6, 7, 8, 9, 12, 13, 11, 9, 9, 11, 15, 18, 18),
@@ -51,32 +51,24 @@ EXTRAS = ("", ',"sdk":"3.14.2"', ',"debug":{"attempt":2,"tags":["a","b"]}', ',"n
 
 CLICK_WINDOW_US = HOUR_US
 IMPRESSION_WINDOW_US = _MINUTE_US
+_DIGITS = np.array([3] * 10 + [6] * 6 + [0, 1, 2, 4, 5, 0], np.uint8)  # of the second's fraction
 _BURST_SIZES = (61, 60, 75, 89)
 
-INTENTS = (
-    "first_time",
-    "resend_same_file",
-    "resend_later_file",
-    "resend_days_later",
-    "resend_other_region",
-    "conflict",
-    "broken",
-)
+INTENTS = ("first_time", "resend_same_file", "resend_later_file", "resend_days_later", "resend_other_region", "conflict", "broken")
 FIRST_TIME, SAME_FILE, LATER_FILE, DAYS_LATER, OTHER_REGION, CONFLICT, BROKEN = range(7)
 
 
 @dataclass(frozen=True)
 class SimulationShares:
-    """How much of the offered event lines is of each kind, as fractions of all lines.
+    """The share of each kind in all offered event lines.
 
-    Resends say how long after the first sending they arrive: ``resend_same_file`` seconds, ``resend_later_file``
-    minutes to hours, ``resend_days_later`` one to three days (as far as the simulated time allows, else as the one
-    before); ``resend_other_region`` is a mirror in the other region's folder. ``late`` events arrive after the grace of
-    their hour, up to two days; ``future`` clocks run ahead by more than the allowed skew (rejected), ``skewed`` by less
-    (accepted). ``broken`` lines break the contract. ``bots`` are events whose user agent is a known crawler's. ``repeats``
-    are impressions and clicks that follow another of the same user and ad, most within the window of the repeat rules,
-    some exactly at its end. ``click_bursts`` are clicks of few users, dozens in an hour; ``journeys`` clicks of users who come back
-    to the ads of one store over days.
+    Resends arrive after the first sending: ``resend_same_file`` by seconds, ``resend_later_file`` by minutes to hours,
+    ``resend_days_later`` by one to three days (by hours if the simulated time is too short); ``resend_other_region`` is a mirror in
+    the other region's folder. ``late`` events arrive after the grace of their hour, up to two days; ``future`` clocks run ahead by
+    more than the allowed skew (rejected), ``skewed`` by less (accepted). ``broken`` lines break the contract. ``bots`` have the
+    user agent of a crawler. ``repeats`` follow an event of the same user and ad, most within the window of the repeat rules, some
+    exactly at its end. ``click_bursts`` are dozens of clicks of a user in an hour; ``journeys`` are clicks of a user on one store's
+    ads over days.
     """
 
     resend_same_file: float = 0.012
@@ -94,22 +86,21 @@ class SimulationShares:
     journeys: float = 0.002
 
     def __post_init__(self) -> None:
-        """Raises SimulationError if a share is negative or less than half of the lines would be ordinary."""
-        values = vars(self)
-        for name, value in values.items():
+        """Raise SimulationError if a share is out of range or less than half of the lines would be ordinary."""
+        for name, value in vars(self).items():
             if not 0 <= value <= 1:
                 raise SimulationError(f"the share {name} is {value}", hint="a share lies between 0 and 1")
-        if sum(values.values()) > 0.5:
+        if sum(vars(self).values()) > 0.5:
             raise SimulationError("the shares sum to more than 0.5", hint="at least half of the lines must be ordinary")
 
 
 @dataclass(frozen=True)
 class Events:
-    """What happened, one row an event, impressions first. Times are microseconds since the epoch.
+    """The events, one row each, impressions first. Times are microseconds since the epoch.
 
-    ``digits`` are the digits of the second's fraction as written, ``offset`` tells +02:00 from Z, ``impression`` is the
-    row of a click's impression (-1: none). ``journeys`` are the rows of the clicks of a user on a store's ads over days.
-    ``raw_ids`` is (n + broken lines, 16): ids of lines that never were an event follow.
+    ``digits`` is the number of digits of the second's fraction, ``offset`` tells +02:00 from Z, ``impression`` is the row of a
+    click's impression (-1: none). ``journeys`` are the rows of the clicks of each journey. ``raw_ids`` is (n + broken lines, 16):
+    ids of lines that never were an event follow.
     """
 
     raw_ids: npt.NDArray[np.uint8]
@@ -131,16 +122,16 @@ class Events:
 
     @property
     def is_click(self) -> Bools:
-        """Clicks are the events that follow an impression."""
+        """Return which events follow an impression."""
         return self.impression >= 0
 
 
 @dataclass(frozen=True)
 class Lines:
-    """What was offered, one row a line: of which event, under which id, and what differs from the event.
+    """The offered lines, one row each: their event, their id, and what differs from the event.
 
-    ``variant`` is 0 for the event as it happened and 1 for its conflicting version; ``breakage`` is -1 or an index into
-    EVENT_BREAKAGES; ``intent`` an index into INTENTS.
+    ``variant`` is 0 for the event itself and 1 for its conflicting version; ``breakage`` is -1 or an index into EVENT_BREAKAGES;
+    ``intent`` an index into INTENTS.
     """
 
     event: npt.NDArray[np.int32]
@@ -156,7 +147,7 @@ class Lines:
     intent: npt.NDArray[np.uint8]
 
     def truth_columns(self, order: Integers, events: Events, world: World, listed_users: Integers) -> EventLines:
-        """The lines in this order as the truth wants them; ``listed_users`` are on the operator's list."""
+        """Return the columns of the truth for lines in this order; ``listed_users`` are on the operator's list."""
         event = self.event[order]
         breakage = self.breakage[order]
         keeps_time = np.array([kind.keeps_time for kind in EVENT_BREAKAGES] + [True])
@@ -187,18 +178,14 @@ def _ceil_ms(us: Ints) -> Ints:
 
 
 def _lag_us(u: Floats) -> Ints:
-    """Normal time from event to collector: 0.2 s upwards, median near 0.8 s, at most 12.2 s."""
+    """Return normal times from event to collector: 0.2 s to 12.2 s, median near 0.8 s."""
     return ((0.2 + 0.6 * u / (1.05 - u)) * _SECOND_US).astype(np.int64)
 
 
 def _moments(
-    rng: np.random.Generator,
-    region: npt.NDArray[np.uint8],
-    hourly_weights: Sequence[Sequence[float]],
-    start_us: int,
-    end_us: int,
+    rng: np.random.Generator, region: npt.NDArray[np.uint8], hourly_weights: Sequence[Sequence[float]], start_us: int, end_us: int
 ) -> Ints:
-    """Times between start and end by each region's daily curve."""
+    """Draw times between start and end by each region's daily curve."""
     result = np.empty(len(region), np.int64)
     edges = np.arange(start_us // HOUR_US, -(-end_us // HOUR_US) + 1) * HOUR_US
     for code in range(len(REGIONS)):
@@ -216,12 +203,6 @@ def _truncate(us: Ints, digits: npt.NDArray[np.uint8]) -> Ints:
     return us // unit * unit
 
 
-def _draw_digits(rng: np.random.Generator, size: int) -> npt.NDArray[np.uint8]:
-    """Mostly 3 or 6 digits of fraction, sometimes any other number from 0 to 5."""
-    choices = np.array([3] * 10 + [6] * 6 + [0, 1, 2, 4, 5, 0], np.uint8)
-    return choices[rng.integers(0, len(choices), size)]
-
-
 def draw_events(
     rng: np.random.Generator,
     world: World,
@@ -237,7 +218,7 @@ def draw_events(
     start_us: int,
     end_us: int,
 ) -> Events:
-    """So many events between start and end (microseconds): impressions and clicks, with their late and lying ones.
+    """Draw ``size`` events between start and end (microseconds): impressions and clicks, some late, some with wrong clocks.
 
     ``offered`` is the number of lines that the shares refer to, ``hourly_weights`` the daily curve of each region.
     """
@@ -245,7 +226,7 @@ def draw_events(
     shown = size - clicks
     region = (rng.random(shown) >= _SHARE_OF_REGION[0]).astype(np.uint8)
     event_us = _moments(rng, region, hourly_weights, start_us, end_us)
-    digits = _draw_digits(rng, size)
+    digits = _DIGITS[rng.integers(0, len(_DIGITS), size)]
     event_us = _truncate(event_us, digits[:shown])
     ad = np.searchsorted(world.ad_cdf, rng.random(shown), side="right").astype(np.int32)
     draw = rng.random(shown)
@@ -257,20 +238,21 @@ def draw_events(
     agent[crawlers] = len(PEOPLE_AGENTS) + rng.integers(0, len(CRAWLER_AGENTS), len(crawlers))
 
     impression = rng.permutation(shown)[:clicks].astype(np.int32)
-    people = _People(region, event_us, ad, user, digits[:shown])
+    impressions = _Impressions(region, event_us, ad, user, digits[:shown])
     bursts, journeys = _gather(
-        rng, people, impression, world, shares, offered=offered, users=users, start_us=start_us, end_us=end_us
+        rng, impressions, impression, world, shares, offered=offered, users=users, start_us=start_us, end_us=end_us
     )
 
-    # Where a campaign's billing changes, the impression nearest to that moment falls exactly on it.
+    # Where a campaign's billing changes, the impression nearest to that moment happens exactly then.
     campaign = world.campaign_of_ad[ad]
     for code, moment in world.switches.items():
         candidates = np.flatnonzero(campaign == code)
         if len(candidates):
             event_us[candidates[np.argmin(np.abs(event_us[candidates] - moment))]] = moment
 
+    used = bursts + sum(map(len, journeys))
     gathered = np.zeros(shown, np.bool_)
-    gathered[impression[: bursts + sum(map(len, journeys))]] = True
+    gathered[impression[:used]] = True
     gathered |= np.isin(event_us, list(world.switches.values()))
     shown_again = _pairs(rng, np.flatnonzero(~gathered), round(shares.repeats * offered * 0.6))
     for column in (region, ad, user, placement, agent):
@@ -282,7 +264,7 @@ def draw_events(
     draw = rng.random(clicks)
     click_us = event_us[impression] + ((2 + 6 * draw / (1.01 - draw)) * _SECOND_US).astype(np.int64)
     click_us = _truncate(click_us, digits[shown:])
-    clicked_again = _pairs(rng, np.arange(bursts + sum(map(len, journeys)), clicks), round(shares.repeats * offered * 0.4))
+    clicked_again = _pairs(rng, np.arange(used, clicks), round(shares.repeats * offered * 0.4))
     impression[clicked_again.later] = impression[clicked_again.first]
     click_us[clicked_again.first] = _some_before_the_hour(click_us[clicked_again.first], end_us)
     click_us[clicked_again.later] = _after(rng, click_us[clicked_again.first], CLICK_WINDOW_US, end_us)
@@ -291,12 +273,13 @@ def draw_events(
     event_us = np.concatenate([event_us, click_us])
     received_us = _ceil_ms(event_us + _lag_us(rng.random(size)))
     special = rng.permutation(size)
-    # Some of the firsts of a repeat arrive late, and some touches: what was billable is so no longer, what had no credit has.
+    # Some touches and some first events of a repeat arrive late: they change what is billable and what has credit.
     preferred = np.concatenate(
         [shown + clicked_again.first[::4], shown_again.first[::8], *(shown + touched[:1] for touched in journeys[::3])]
     )
-    # The clocks of a burst's clicks are right, so that their number stays what it is.
-    special = _rearranged(special, first=preferred[: round(shares.late * offered / 3)], last=np.arange(shown, shown + bursts))
+    # The clocks of a burst's clicks are right, so that their number stays the same.
+    first, last = preferred[: round(shares.late * offered / 3)], np.arange(shown, shown + bursts)
+    special = np.concatenate([first, special[~np.isin(special, first) & ~np.isin(special, last)], last])
     late, future, skewed = np.split(
         special[: round((shares.late + shares.future + shares.skewed) * offered)],
         np.cumsum([round(shares.late * offered), round(shares.future * offered)]),
@@ -305,7 +288,7 @@ def draw_events(
     skew_us = int(np.timedelta64(limits.future_skew) / _MICROSECONDS_OF_LIMIT)
     lead = ((rng.random(len(future)) ** 2) * 3 * HOUR_US).astype(np.int64) + skew_us + 1
     event_us[future] = received_us[future] + lead
-    # One in eight of the allowed ones is ahead by exactly the allowed skew.
+    # One in eight of the allowed clocks is ahead by exactly the allowed skew.
     lead = np.where(np.arange(len(skewed)) % 8 == 0, skew_us, (rng.random(len(skewed)) * skew_us).astype(np.int64))
     event_us[skewed] = received_us[skewed] + lead
     digits[future] = digits[skewed] = 6
@@ -338,8 +321,8 @@ def draw_events(
 
 
 @dataclass(frozen=True)
-class _People:
-    """Columns of the impressions, which are altered in place."""
+class _Impressions:
+    """Columns of the impressions, which `_gather` changes in place."""
 
     region: npt.NDArray[np.uint8]
     event_us: Ints
@@ -350,7 +333,7 @@ class _People:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Positions of events and of those that are made to repeat them."""
+    """Positions of events, and of the events that repeat them."""
 
     first: npt.NDArray[np.intp]
     later: npt.NDArray[np.intp]
@@ -358,7 +341,7 @@ class _Pairs:
 
 def _gather(
     rng: np.random.Generator,
-    shown: _People,
+    shown: _Impressions,
     impression: npt.NDArray[np.int32],
     world: World,
     shares: SimulationShares,
@@ -368,16 +351,13 @@ def _gather(
     start_us: int,
     end_us: int,
 ) -> tuple[int, list[npt.NDArray[np.intp]]]:
-    """Let the first impressions that are clicked be those of bursts and journeys.
+    """Turn the first clicked impressions into bursts and journeys. Returns the clicks of bursts, and those of each journey.
 
-    Returns how many clicks are of bursts, and the clicks of each journey.
-
-    A burst is 60 to 89 clicks of one user in an hour (one in four has 60, the limit itself); a journey 2 to 12 clicks of one
-    user on one store's ads. Both take at most a quarter of the clicks.
+    A burst is 60 to 89 clicks of one user in an hour (one in four has 60, the limit); a journey 2 to 12 clicks of one user on one
+    store's ads. Both take at most a quarter of the clicks.
     """
     clicks = len(impression)
-    at = 0
-    number = 0
+    at = number = 0
     most = max(round(shares.click_bursts * offered), sum(_BURST_SIZES[:2])) if shares.click_bursts else 0
     while (size := _BURST_SIZES[number % len(_BURST_SIZES)]) + at <= min(most, clicks // 4):
         rows = impression[at : at + size]
@@ -410,21 +390,21 @@ def _gather(
 
 
 def _pairs(rng: np.random.Generator, among: npt.NDArray[np.intp], count: int) -> _Pairs:
-    """Disjoint pairs, so that none is both a first and a repeat."""
+    """Draw disjoint pairs: no event is both a first one and a repeat."""
     chosen = rng.permutation(among)[: 2 * min(count, len(among) // 4)]
     return _Pairs(chosen[0::2], chosen[1::2])
 
 
 def _some_before_the_hour(first_us: Ints, end_us: int) -> Ints:
-    """One in twelve is moved to the last second of its hour: its repeat falls on the first instant of the next."""
+    """Move one in twelve to the last second of its hour, so that its repeat is at the start of the next hour."""
     edge_us = (first_us // HOUR_US + 1) * HOUR_US - _SECOND_US
     return np.where((np.arange(len(first_us)) % 12 == 5) & (edge_us < end_us - _SECOND_US), edge_us, first_us)
 
 
 def _after(rng: np.random.Generator, first_us: Ints, window_us: int, end_us: int) -> Ints:
-    """When the repeats of these come: in the window and beyond, at its two ends and within a microsecond of them.
+    """Draw the times of repeats: in the window and beyond, at its two ends and within a microsecond of them.
 
-    None comes long after the end of the simulated time.
+    No repeat is long after the end of the simulated time.
     """
     at_random = (rng.random(len(first_us)) * 1.5 * window_us).astype(np.int64)
     edges = np.array([0, 1, window_us - 1, window_us, window_us + 1, _SECOND_US, *[-1] * 6])[np.arange(len(first_us)) % 12]
@@ -432,15 +412,10 @@ def _after(rng: np.random.Generator, first_us: Ints, window_us: int, end_us: int
     return first_us + np.where(first_us + distance < end_us, distance, np.minimum(distance, _SECOND_US))
 
 
-def _rearranged(order: npt.NDArray[np.intp], *, first: npt.NDArray[np.intp], last: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
-    """The same numbers with some in front and some at the end."""
-    return np.concatenate([first, order[~np.isin(order, first) & ~np.isin(order, last)], last])
-
-
 def _late_arrival(rng: np.random.Generator, event_us: Ints, limits: Limits, end_us: int) -> Ints:
-    """Arrivals after the grace of the hour: most within hours, some days later, one in twenty exactly when it ends.
+    """Draw arrivals after the grace of the hour: most within hours, some days later, one in twenty exactly at its end.
 
-    One in twenty comes a millisecond before it ends, and so is not late.
+    One in twenty arrives a millisecond before the end, so it is not late.
     """
     grace_us = int(np.timedelta64(limits.hour_grace) / _MICROSECONDS_OF_LIMIT)
     closes = (event_us // HOUR_US + 1) * HOUR_US + grace_us
@@ -465,27 +440,18 @@ class Counts:
 
 
 def plan(offered: int, shares: SimulationShares) -> Counts:
-    """How many lines of each intent make up the offered ones."""
-    extra = [
-        round(share * offered)
-        for share in (
-            shares.resend_same_file,
-            shares.resend_later_file,
-            shares.resend_days_later,
-            shares.resend_other_region,
-            shares.conflict,
-            shares.broken,
-        )
-    ]
+    """Return how many of the offered lines have each intent."""
+    resends = (shares.resend_same_file, shares.resend_later_file, shares.resend_days_later, shares.resend_other_region)
+    extra = [round(share * offered) for share in (*resends, shares.conflict, shares.broken)]
     return Counts(offered - sum(extra), *extra)
 
 
 def draw_lines(rng: np.random.Generator, events: Events, counts: Counts, users: int, end_us: int) -> Lines:
-    """The lines offered of these events: each once, and the resends, conflicts and broken ones."""
+    """Draw the lines offered of these events: each once, and the resends, conflicts and broken lines."""
     size = counts.first_time
     repeats = counts.same_file + counts.later_file + counts.days_later + counts.other_region
 
-    # Resends: any event may be sent again, and more than once.
+    # Resends: any event may be sent again, even several times.
     resent = rng.integers(0, size, repeats)
     intent = np.repeat(
         np.array([SAME_FILE, LATER_FILE, DAYS_LATER, OTHER_REGION], np.uint8),
@@ -509,7 +475,7 @@ def draw_lines(rng: np.random.Generator, events: Events, counts: Counts, users: 
     ).astype(np.int64)
     resent_region = events.region[resent] ^ (intent == OTHER_REGION)
 
-    # Conflicts: an event has one at most, so that variant 1 is one payload.
+    # Conflicts: an event has at most one, so that variant 1 is one payload.
     clashing = rng.permutation(size)[: counts.conflict]
     number = np.arange(len(clashing))
     draw = rng.random(len(clashing))
@@ -518,7 +484,7 @@ def draw_lines(rng: np.random.Generator, events: Events, counts: Counts, users: 
     dearer = np.where(number % 3 == 1, 10_000 * (1 + number % 50), 0)
     other_user = np.where(number % 3 == 2, len(REGIONS), 0)
     clash_region = events.region[clashing] ^ (number % 6 == 5)
-    # Late conflicts stay within the simulated time as far as that goes.
+    # Late conflicts stay within the simulated time if it is long enough.
     after = np.minimum(after, np.maximum(end_us - events.received_us[clashing], HOUR_US))
 
     # Broken lines: half are failed attempts at an event that arrives well formed soon after, half never were an event.
@@ -528,46 +494,30 @@ def draw_lines(rng: np.random.Generator, events: Events, counts: Counts, users: 
 
     event = np.concatenate([np.arange(size), resent, clashing, template]).astype(np.int32)
     plain = size + repeats
-    total_users = users * len(REGIONS)
+    clash = slice(plain, plain + len(clashing))
     user = events.user[event]
-    user[plain : plain + len(clashing)] = (user[plain : plain + len(clashing)] + other_user) % total_users
+    user[clash] = (user[clash] + other_user) % (users * len(REGIONS))
     price_micros = events.price_micros[event]
-    price_micros[plain : plain + len(clashing)] += dearer
+    price_micros[clash] += dearer
     has_price = events.has_price[event]
-    has_price[plain : plain + len(clashing)] |= dearer > 0
+    has_price[clash] |= dearer > 0
     event_us = events.event_us[event]
-    event_us[plain : plain + len(clashing)] += moved_us
-    nothing = np.zeros(counts.broken, np.uint8)
+    event_us[clash] += moved_us
     never_an_event = size + np.arange(counts.broken)
-    identity = np.concatenate([event[: plain + len(clashing)], np.where(attempt, template, never_an_event)])
+    identity = np.concatenate([event[: clash.stop], np.where(attempt, template, never_an_event)])
+    received_us = events.received_us[event] + np.concatenate([np.zeros(size, np.int64), lag, after, -before])
+    breakage = np.concatenate([np.full(clash.stop, -1), np.arange(counts.broken) // 2 % len(EVENT_BREAKAGES)])
+    rest = np.repeat(np.array([CONFLICT, BROKEN], np.uint8), [len(clashing), counts.broken])
     return Lines(
         event=event,
         identity=identity.astype(np.int32),
         event_us=event_us,
-        received_us=_ceil_ms(
-            np.concatenate(
-                [
-                    events.received_us,
-                    events.received_us[resent] + lag,
-                    events.received_us[clashing] + after,
-                    events.received_us[template] - before,
-                ]
-            )
-        ),
+        received_us=_ceil_ms(received_us),
         region=np.concatenate([events.region, resent_region, clash_region, events.region[template]]).astype(np.uint8),
         user=user,
         price_micros=price_micros,
         has_price=has_price,
-        variant=np.concatenate([np.zeros(plain, np.uint8), np.ones(len(clashing), np.uint8), nothing]),
-        breakage=np.concatenate([np.full(plain + len(clashing), -1), np.arange(counts.broken) // 2 % len(EVENT_BREAKAGES)]).astype(
-            np.int8
-        ),
-        intent=np.concatenate(
-            [
-                np.zeros(size, np.uint8),
-                intent,
-                np.full(len(clashing), CONFLICT, np.uint8),
-                np.full(counts.broken, BROKEN, np.uint8),
-            ]
-        ),
+        variant=np.repeat(np.array([0, 1, 0], np.uint8), [plain, len(clashing), counts.broken]),
+        breakage=breakage.astype(np.int8),
+        intent=np.concatenate([np.full(size, FIRST_TIME, np.uint8), intent, rest]),
     )

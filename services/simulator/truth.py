@@ -1,9 +1,9 @@
-"""What an exact accounting of generated records must come to, by code that shares nothing with the pipeline.
+"""Accounts generated records exactly, with code that shares nothing with the pipeline.
 
-The rules, in the words of the input contract: records are taken in order of (file mtime, path, line number); an invalid
-record never claims an id; the first valid record of an id is accepted; a later one is a duplicate if every field but
-``received_at`` and ``region`` is the same, and a conflict otherwise. What is accepted is billable or invalid traffic
-(`services.simulator.invalid`); orders are credited to billable clicks (`services.simulator.credit`).
+The rules of the input contract: records count in order of (file mtime, path, line number); an invalid record never claims an id;
+the first valid record of an id is accepted; a later one is a duplicate if every field but ``received_at`` and ``region`` is the
+same, and a conflict otherwise. An accepted event is billable or invalid traffic (`services.simulator.invalid`); orders are credited
+to billable clicks (`services.simulator.credit`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 VERSION = 2
 HOUR_US = 3_600_000_000
 NO_TIME = int(np.iinfo(np.int64).min)
-"""Stands in ``event_us`` for a record without a readable time."""
+"""The ``event_us`` of a record without a readable time."""
 
 ACCEPTED, DUPLICATE, CONFLICT, REJECTED = range(4)
 OUTCOMES = ("accepted", "duplicate", "conflict", "rejected")
@@ -39,19 +39,19 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def to_us(moment: datetime) -> int:
-    """Microseconds since 1970-01-01T00:00:00Z of a time with a zone."""
+    """Return the microseconds since 1970-01-01T00:00:00Z of a time with a zone."""
     return (moment - _EPOCH) // timedelta(microseconds=1)
 
 
 def rfc3339(us: int) -> str:
-    """Microseconds since the epoch as RFC 3339 in UTC; no fraction when it is zero."""
+    """Format microseconds since the epoch as RFC 3339 in UTC, without a fraction of zero."""
     moment = _EPOCH + timedelta(microseconds=us)
     return moment.replace(tzinfo=None).isoformat() + "Z"
 
 
 @dataclass(frozen=True)
 class CampaignRow:
-    """One line of the campaigns CSV, valid from ``valid_from_us`` to before ``valid_to_us`` (None = open)."""
+    """One line of the campaigns CSV, valid from ``valid_from_us`` to before ``valid_to_us`` (None: open)."""
 
     campaign_id: str
     store_id: str
@@ -66,12 +66,11 @@ class CampaignRow:
 class EventLines:
     """Event lines in the order in which they count, as columns of one length.
 
-    ``region``, ``campaign``, ``currency`` and ``agent`` are codes into the names handed to `account_events`, ``user``
-    and ``ad`` any codes; ``id_high`` and ``id_low`` are the event id's 128 bits, which sort as its text does. ``event_us`` is
-    NO_TIME if no time can be read. ``identity`` stands for the event_id and ``payload`` for everything that a resend
-    must repeat: two lines with the same identity are the same record iff their payloads are equal. ``well_formed`` is
-    False for a line that breaks the contract in itself; the rule about clocks in the future is applied here. What is
-    not well formed needs only a region and a time.
+    ``region``, ``campaign``, ``currency`` and ``agent`` are codes into the names that `account_events` gets, ``user`` and ``ad``
+    any codes; ``id_high`` and ``id_low`` are the event id's 128 bits, which sort as its text does. ``event_us`` is NO_TIME if no
+    time can be read. Two lines with the same ``identity`` are the same record iff their ``payload`` is equal. ``well_formed`` is
+    False for a line that breaks the contract, apart from the rule about clocks in the future, which `classify` applies. Such a line
+    needs only a region and a time. ``source``: where each line was offered, if not in its region, as a code into ``sources``.
     """
 
     region: npt.NDArray[np.integer[Any]]
@@ -91,10 +90,9 @@ class EventLines:
     id_low: npt.NDArray[np.uint64]
     price_micros: Ints
     source: npt.NDArray[np.integer[Any]] | None = None
-    """Where each line was offered, if that is not its region: codes into the ``sources`` of `account_events`."""
 
     def take(self, at: npt.NDArray[np.intp]) -> EventLines:
-        """The lines at these positions."""
+        """Return the lines at these positions."""
         taken: dict[str, Any] = {name: column[at] for name, column in vars(self).items() if column is not None}
         return EventLines(**taken)
 
@@ -122,7 +120,7 @@ class EventTruth:
 
 
 def classify(lines: EventLines, future_skew: timedelta) -> npt.NDArray[np.uint8]:
-    """The outcome of each line: ACCEPTED, DUPLICATE, CONFLICT or REJECTED."""
+    """Return the outcome of each line: ACCEPTED, DUPLICATE, CONFLICT or REJECTED."""
     skew_us = future_skew // timedelta(microseconds=1)
     valid = np.flatnonzero(lines.well_formed & (lines.event_us <= lines.received_us + skew_us))
     outcome = np.full(len(lines.region), REJECTED, np.uint8)
@@ -139,7 +137,7 @@ def classify(lines: EventLines, future_skew: timedelta) -> npt.NDArray[np.uint8]
 
 
 def _billing(lines: EventLines, at: Ints, campaigns: Sequence[str], rows: Sequence[CampaignRow]) -> tuple[Bools, Bools]:
-    """For the lines at these positions: does a cpc row cover them, does a cpm row (neither: unpriced)."""
+    """Return whether a cpc row covers the lines at these positions, and whether a cpm row does (neither: unpriced)."""
     ranges: dict[str, list[CampaignRow]] = {}
     for row in sorted(rows, key=lambda r: (r.campaign_id, r.valid_from_us)):
         ranges.setdefault(row.campaign_id, []).append(row)
@@ -161,7 +159,7 @@ def _billing(lines: EventLines, at: Ints, campaigns: Sequence[str], rows: Sequen
 
 
 def _sums(group: npt.NDArray[np.intp], values: Ints, groups: int) -> list[int]:
-    """Exact integer sums of values by group number."""
+    """Return exact integer sums of values by group number."""
     result = np.zeros(groups, np.int64)
     np.add.at(result, group, values)
     return [int(value) for value in result]
@@ -183,11 +181,11 @@ def account_events(
     limits: Limits,
     sources: Sequence[str] | None = None,
 ) -> EventTruth:
-    """The accounting of event lines: counts per outcome, late, invalid, unpriced, and what each campaign owes in nanos.
+    """Account event lines: counts per outcome, late, invalid, unpriced, and what each campaign owes in nanos.
 
-    A cpc click costs price_micros x 1000 nanos, a cpm impression price_micros nanos, anything else nothing. Invalid
-    traffic is counted apart, with what it would have cost. ``stores`` names each campaign's store. Where the lines have a
-    ``source``, the accounting's region is that source's name in ``sources``.
+    A cpc click costs price_micros x 1000 nanos, a cpm impression price_micros nanos, anything else nothing. Invalid traffic is
+    counted apart, with what it would have cost. ``stores`` names each campaign's store. If the lines have a ``source``, the region
+    of the accounting is its name in ``sources``.
     """
     outcome = classify(lines, limits.future_skew)
     hour = np.where(lines.event_us == NO_TIME, -1, lines.event_us // HOUR_US)
@@ -197,32 +195,22 @@ def account_events(
     spend = np.where(is_click & is_cpc, price * 1000, np.where(~is_click & is_cpm, price, 0))
     grace_us = limits.hour_grace // timedelta(microseconds=1)
     late = lines.received_us[taken] >= (hour[taken] + 1) * HOUR_US + grace_us
-    unpriced = ~(is_cpc | is_cpm)
     rule, hits = _judge(lines, taken, agents)
     invalid = rule != BILLABLE
 
     span = int(hour.max(initial=0)) + 2
     offered_by, names = (lines.region, regions) if lines.source is None else (lines.source, sources or regions)
     keys, group = np.unique(offered_by * np.int64(span) + hour + 1, return_inverse=True)
-    by_outcome = [_counts(group, outcome == code, len(keys)) for code in range(len(OUTCOMES))]
-    late_of = _counts(group[taken], late, len(keys))
-    unpriced_of = _counts(group[taken], unpriced, len(keys))
-    invalid_of = _counts(group[taken], invalid, len(keys))
+    counts = {"offered": _counts(group, np.ones(len(group), np.bool_), len(keys))}
+    counts |= {name: _counts(group, outcome == code, len(keys)) for code, name in enumerate(OUTCOMES)}
+    parts = {"late": late, "unpriced": ~(is_cpc | is_cpm), "invalid_traffic": invalid}
+    counts |= {name: _counts(group[taken], mask, len(keys)) for name, mask in parts.items()}
     accounting: list[Row] = []
     for index, key in enumerate(keys):
         name_code, hour_number = divmod(int(key), span)
-        counts = {name: by_outcome[code][index] for code, name in enumerate(OUTCOMES)}
-        accounting.append(
-            {
-                "region": names[name_code],
-                "event_hour": None if hour_number == 0 else rfc3339((hour_number - 1) * HOUR_US),
-                "offered": sum(counts.values()),
-                **counts,
-                "late": late_of[index],
-                "unpriced": unpriced_of[index],
-                "invalid_traffic": invalid_of[index],
-            }
-        )
+        event_hour = None if hour_number == 0 else rfc3339((hour_number - 1) * HOUR_US)
+        measured = {name: values[index] for name, values in counts.items()}
+        accounting.append({"region": names[name_code], "event_hour": event_hour, **measured})
 
     combined = (lines.campaign[taken].astype(np.int64) * len(regions) + lines.region[taken]) * span + hour[taken]
     keys, group = np.unique(combined * len(currencies) + lines.currency[taken], return_inverse=True)
@@ -251,7 +239,7 @@ def account_events(
 
     accounting.sort(key=lambda r: (r["region"], r["event_hour"] or ""))
     campaign_hours.sort(key=lambda r: (r["campaign_id"], r["region"], r["event_hour"], r["currency"]))
-    totals: Row = {name: sum(row[name] for row in accounting) for name in _ACCOUNTED}
+    totals: Row = {name: sum(values) for name, values in counts.items()}
     totals |= {name: sum(row[name] for row in campaign_hours) for name in measures if "spend" not in name}
     for name in ("spend_nanos", "invalid_spend_nanos"):
         by_currency: Counter[str] = Counter()
@@ -269,11 +257,8 @@ def account_events(
     return EventTruth(accounting, campaign_hours, _billing_days(campaign_hours, stores), totals, touches)
 
 
-_ACCOUNTED = ("offered", *OUTCOMES, "late", "unpriced", "invalid_traffic")
-
-
 def _judge(lines: EventLines, taken: Ints, agents: Sequence[str]) -> tuple[npt.NDArray[np.int8], dict[str, Bools]]:
-    """Of the accepted lines: the number of the rule that makes each invalid traffic, and each rule's hits."""
+    """Return for each accepted line the number of the rule that makes it invalid traffic, and the hits of each rule."""
     crawler = np.array([is_crawler(name) for name in agents])
     user, is_click, event_us = lines.user[taken], lines.is_click[taken], lines.event_us[taken]
     again = repeats(user, lines.ad[taken], is_click, event_us, lines.id_high[taken], lines.id_low[taken])
@@ -288,12 +273,12 @@ def _judge(lines: EventLines, taken: Ints, agents: Sequence[str]) -> tuple[npt.N
 
 
 def to_micros(nanos: int) -> int:
-    """Nanos rounded to micros, half away from zero."""
+    """Round nanos to micros, half away from zero."""
     return (nanos + 500) // 1000 if nanos >= 0 else -((-nanos + 500) // 1000)
 
 
 def _billing_days(campaign_hours: Sequence[Row], stores: Mapping[str, str]) -> list[Row]:
-    """What is billed a day, campaign, store and currency: its spend, rounded once."""
+    """Return the bill of each day, campaign, store and currency: its spend, rounded once."""
     nanos: Counter[tuple[str, str, str, str]] = Counter()
     for row in campaign_hours:
         nanos[row["event_hour"][:10], row["campaign_id"], stores[row["campaign_id"]], row["currency"]] += row["spend_nanos"]
@@ -302,18 +287,17 @@ def _billing_days(campaign_hours: Sequence[Row], stores: Mapping[str, str]) -> l
 
 
 class OrderTruth:
-    """Counts order records as they are added, in the order in which they count."""
+    """Counts order records, which are added in the order in which they count."""
 
     def __init__(self) -> None:
         self._accounting: dict[str, Counter[str]] = {}
-        self._facts: dict[str, tuple[object, ...]] = {}
-        self._money: dict[str, tuple[str, int]] = {}
+        self._facts: dict[str, tuple[str, str, str, int, str]] = {}
         self._statuses: dict[str, set[str]] = {}
 
     def add(self, region: str, record: Mapping[str, Any] | None) -> str:
-        """Count one record of a region's folder (None: a record that breaks the contract); returns its outcome.
+        """Count one record of a region's folder (None: it breaks the contract); returns its outcome.
 
-        An (order_id, status) not seen before is accepted if the order's other facts are those known of it.
+        A new (order_id, status) is accepted if the order's other facts are those seen before.
         """
         outcome = self._outcome(record)
         counts = self._accounting.setdefault(region, Counter())
@@ -325,37 +309,32 @@ class OrderTruth:
         if record is None:
             return "rejected"
         order_id, status = record["order_id"], record["status"]
-        facts = tuple(record[name] for name in ("order_time", "user_id", "store_id", "total_micros", "currency"))
+        facts = (record["order_time"], record["user_id"], record["store_id"], record["total_micros"], record["currency"])
         if self._facts.setdefault(order_id, facts) != facts:
             return "conflict"
         statuses = self._statuses.setdefault(order_id, set())
         if status in statuses:
             return "duplicate"
         statuses.add(status)
-        self._money[order_id] = (record["currency"], record["total_micros"])
         return "accepted"
 
     def final_orders(self) -> list[FinalOrder]:
-        """Every accepted order as it stands in the end."""
+        """Return every accepted order with its final status."""
         result = []
         for order_id, statuses in self._statuses.items():
-            order_time, user_id, store_id, total_micros, currency = self._facts[order_id]
-            order_us = to_us(datetime.fromisoformat(str(order_time)))
-            is_placed = "cancelled" not in statuses
-            result.append(
-                FinalOrder(order_id, order_us, str(user_id), str(store_id), int(str(total_micros)), str(currency), is_placed)
-            )
+            order_time, user_id, store_id, micros, currency = self._facts[order_id]
+            order_us, is_placed = to_us(datetime.fromisoformat(order_time)), "cancelled" not in statuses
+            result.append(FinalOrder(order_id, order_us, user_id, store_id, micros, currency, is_placed))
         return result
 
     def as_dict(self) -> Row:
-        """Accounting per region, orders by final status (cancelled is final) and their totals in micros."""
+        """Return the accounting per region, orders by final status (cancelled is final) and their totals in micros."""
         final: Counter[str] = Counter()
         totals: dict[str, Counter[str]] = {}
-        for order_id, statuses in self._statuses.items():
-            status = "cancelled" if "cancelled" in statuses else "placed"
-            currency, micros = self._money[order_id]
+        for order in self.final_orders():
+            status = "placed" if order.is_placed else "cancelled"
             final[status] += 1
-            totals.setdefault(currency, Counter())[status] += micros
+            totals.setdefault(order.currency, Counter())[status] += order.total_micros
         return {
             "accounting": [
                 {"region": region, "offered": counts["offered"], **{name: counts[name] for name in OUTCOMES}}
@@ -376,7 +355,7 @@ def touches_by_journey(
     stores: Mapping[str, str],
     user_name: Callable[[int], str],
 ) -> dict[tuple[str, str], list[Touch]]:
-    """The clicks at these positions by (user_id, store_id)."""
+    """Return the clicks at these positions by (user_id, store_id)."""
     result: dict[tuple[str, str], list[Touch]] = {}
     columns = (lines.user, lines.campaign, lines.event_us, lines.id_high, lines.id_low)
     for user, campaign, event_us, high, low in zip(*(column[at].tolist() for column in columns), strict=True):
@@ -392,7 +371,7 @@ def _block(parts: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Truth:
-    """What a folder of generated records must come to.
+    """The result that an exact accounting of generated records must have.
 
     ``accounting``: region, event_hour (RFC 3339, None: no readable time), offered, accepted, duplicate, conflict,
     rejected, late, unpriced, invalid_traffic. ``campaign_hours``: campaign_id, region, event_hour, currency, impressions,
@@ -412,7 +391,7 @@ class Truth:
     attribution: Row
 
     def as_json(self) -> str:
-        """The text of truth.json: one line a row, the same for the same truth."""
+        """Return the text of truth.json: one line a row, the same for the same truth."""
 
         def rows(items: Sequence[Row]) -> str:
             return "[\n" + ",\n".join("  " + json.dumps(item) for item in items) + "\n ]"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,22 @@ from services.simulator.truth import CampaignRow
 REGIONS = ("eu-west", "us-east")
 CURRENCIES = ("EUR", "USD", "GBP")
 _STORES = (
-    *("Golden Wok", "Pizza Nova", "Café Lumière", "Green Bowl", "Sakura Sushi", "Taco Libre", "Burger Dock", "Nonna's Kitchen"),
-    *("Falafel Corner", "Bombay Spice", "The Soup Bar", "Pho Garden", "Bagel & Co", "Kebab Haus", "Ocean Grill", "Sweet Crumbs"),
+    "Golden Wok",
+    "Pizza Nova",
+    "Café Lumière",
+    "Green Bowl",
+    "Sakura Sushi",
+    "Taco Libre",
+    "Burger Dock",
+    "Nonna's Kitchen",
+    "Falafel Corner",
+    "Bombay Spice",
+    "The Soup Bar",
+    "Pho Garden",
+    "Bagel & Co",
+    "Kebab Haus",
+    "Ocean Grill",
+    "Sweet Crumbs",
 )
 _THEMES = ("Launch", "Lunch deals", "Weekend", "New customers", "Happy hour", "Free delivery", "Seasonal menu", "Come back")
 _DAY_US = 86_400_000_000
@@ -26,8 +41,8 @@ _SECOND_US = 1_000_000
 class World:
     """Campaigns and ads by code (their position in these arrays).
 
-    ``rows`` are the lines of the campaigns CSV; ``switches`` says of some campaigns at which time (microseconds) their
-    billing changes. ``ad_cdf`` is the cumulative popularity of the ads.
+    ``rows`` are the lines of the campaigns CSV; ``switches`` are the times (microseconds) at which the billing of some campaigns
+    changes. ``ad_cdf`` is the cumulative popularity of the ads.
     """
 
     campaign_ids: list[str]
@@ -40,8 +55,13 @@ class World:
     rows: list[CampaignRow]
     switches: dict[int, int]
 
+    @property
+    def stores(self) -> dict[str, str]:
+        """The store id of each campaign id."""
+        return {name: self.store_ids[store] for name, store in zip(self.campaign_ids, self.store_of_campaign, strict=True)}
+
     def names(self) -> list[tuple[str, str, str]]:
-        """(kind, id, name) of every store, campaign and ad."""
+        """Return (kind, id, name) of every store, campaign and ad."""
         stores = [_numbered(_STORES, number) for number in range(len(self.store_ids))]
         campaigns = [
             f"{stores[store]}: {_numbered(_THEMES, number)}"
@@ -56,33 +76,28 @@ class World:
 
 
 def _numbered(names: Sequence[str], number: int) -> str:
-    """The names one after the other, then again with a number."""
+    """Return the name at ``number``; beyond the last name they repeat with a number."""
     again, at = divmod(number, len(names))
     return f"{names[at]} {again + 1}" if again else names[at]
 
 
 def _places(groups: npt.NDArray[np.int32]) -> list[int]:
-    """For each member how many of its group stand before it."""
-    seen: Counter[int] = Counter()
-    places = []
-    for group in groups.tolist():
-        places.append(seen[group])
-        seen[group] += 1
-    return places
+    """Return for each member how many of its group are before it."""
+    seen: dict[int, Iterator[int]] = defaultdict(count)
+    return [next(seen[group]) for group in groups.tolist()]
 
 
-def zipf_cdf(size: int) -> npt.NDArray[np.float64]:
-    """Cumulative shares of ranks 1 to size when the share of rank r is proportional to 1 / r."""
-    weights = 1.0 / np.arange(1, size + 1)
-    cumulative: npt.NDArray[np.float64] = np.cumsum(weights)
+def _zipf_cdf(size: int) -> npt.NDArray[np.float64]:
+    """Return cumulative shares of ranks 1 to size; the share of rank r is proportional to 1 / r."""
+    cumulative: npt.NDArray[np.float64] = np.cumsum(1.0 / np.arange(1, size + 1))
     return cumulative / float(cumulative[-1])
 
 
 def make_world(rng: np.random.Generator, *, campaigns: int, ads: int, start_us: int, end_us: int) -> World:
     """Draw the advertisers of the time from start to end (microseconds).
 
-    About 3 % of the campaigns (one at least, from 8 campaigns on) have no row in the CSV, 10 % change their billing
-    model inside the time, and one ends inside it without a successor.
+    About 3 % of the campaigns (at least one of 8 or more) have no row in the CSV, 10 % change their billing model inside the time,
+    and one ends inside it without a successor.
     """
     stores = max(1, campaigns * 2 // 3)
     campaign_ids = [f"c{number:05d}" for number in range(1, campaigns + 1)]
@@ -116,18 +131,8 @@ def make_world(rng: np.random.Generator, *, campaigns: int, ads: int, start_us: 
             ranges = [(models[0], opening_us, moment), (models[1], moment, None)]
         elif code in ending:
             ranges = [(models[0], opening_us, moment)]
-        for model, begin, end in ranges:
-            rows.append(
-                CampaignRow(
-                    campaign_ids[code],
-                    store_ids[store_of_campaign[code]],
-                    model,
-                    int(budgets[code]),
-                    CURRENCIES[currency_of_campaign[code]],
-                    begin,
-                    end,
-                )
-            )
+        store, budget, currency = store_ids[store_of_campaign[code]], int(budgets[code]), CURRENCIES[currency_of_campaign[code]]
+        rows += [CampaignRow(campaign_ids[code], store, model, budget, currency, begin, end) for model, begin, end in ranges]
     return World(
         campaign_ids=campaign_ids,
         ad_ids=[f"a{number:06d}" for number in range(1, ads + 1)],
@@ -135,7 +140,7 @@ def make_world(rng: np.random.Generator, *, campaigns: int, ads: int, start_us: 
         store_of_campaign=store_of_campaign.astype(np.int32),
         currency_of_campaign=currency_of_campaign.astype(np.int64),
         campaign_of_ad=campaign_of_ad.astype(np.int32),
-        ad_cdf=zipf_cdf(ads),
+        ad_cdf=_zipf_cdf(ads),
         rows=rows,
         switches=switches,
     )

@@ -1,14 +1,13 @@
-"""What each touch of an order gets, per model and lookback window. Pure functions on arrays; whole numbers decide.
+"""The credit of each touch of an order, per model and lookback window: pure functions on arrays, in whole numbers.
 
-A share is the exact fraction of the order's total; its floor is credited, and what is left over goes by largest remainder, a micro
-each, ties to the earlier touch. So the credits of a window and model sum to the total. Only ``time_decay`` has weights that are no
-fractions: they are taken as whole multiples of 2**-52 of the latest touch's weight, and from there on it is whole numbers too.
+A share is an exact fraction of the order's total. Each touch gets the floor of its share. The remaining micros go to the largest
+remainders, one each, and to the earlier touch if remainders are equal. So the credits of a window and model sum to the total. Only
+the weights of ``time_decay`` are not fractions: they are rounded to whole multiples of 2**-52 of the latest touch's weight.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +26,7 @@ _SUM_BITS = 61  # weights of an order sum to less than 2**61, so every differenc
 
 @dataclass(frozen=True)
 class Credits:
-    """Arrays of shape (touches, windows); ``micros`` and ``weights`` by model. Outside of a window both are 0."""
+    """Arrays of shape (touches, windows); ``micros`` and ``weights`` by model. Both are 0 outside of a window."""
 
     inside: Bools
     micros: dict[str, Ints]
@@ -35,7 +34,7 @@ class Credits:
 
 
 def sort_touches(order: Ints, time: Ints, event_id: pa.ChunkedArray | pa.Array) -> Ints:
-    """Indices that sort touches by (order, time, event_id), ids by their code points."""
+    """Return the indices that sort touches by (order, time, event_id), ids by their code points."""
     by = np.lexsort((time, order))
     tied = np.flatnonzero((order[by][1:] == order[by][:-1]) & (time[by][1:] == time[by][:-1]))
     start = 0
@@ -53,25 +52,21 @@ def sort_touches(order: Ints, time: Ints, event_id: pa.ChunkedArray | pa.Array) 
 def credit(
     order_time: Ints, total_micros: Ints, order: Ints, touch_time: Ints, is_click: Bools, rules: AttributionRules
 ) -> Credits:
-    """Credits of touches that are sorted by (order, time, event_id).
+    """Return the credits of touches, which are sorted by (order, time, event_id).
 
     ``order`` is each touch's index into ``order_time`` (microseconds) and ``total_micros`` (0 to 10**15). A touch counts in a
     window where 0 < order_time - touch_time <= window. Impressions count in a window without a click, if view-through is on.
     """
     shape = (len(order), len(rules.window_days))
     made = Credits(
-        np.zeros(shape, dtype=bool),
-        {model: np.zeros(shape, dtype=np.int64) for model in MODELS},
-        {model: np.zeros(shape, dtype=np.float64) for model in MODELS},
+        np.zeros(shape, bool), {model: np.zeros(shape, np.int64) for model in MODELS}, {model: np.zeros(shape) for model in MODELS}
     )
     age = order_time[order] - touch_time
     for number, days in enumerate(rules.window_days):
         counts = (age > 0) & (age <= days * DAY_US) & is_click
         if rules.view_through:
-            has_click = np.zeros(len(order_time), dtype=bool)
-            has_click[order[counts]] = True
             seen = (age > 0) & (age <= min(days * DAY_US, rules.view_through_hours * HOUR_US)) & ~is_click
-            counts |= seen & ~has_click[order]
+            counts |= seen & ~np.isin(order, order[counts])
         at = np.flatnonzero(counts)
         if not len(at):
             continue
@@ -86,12 +81,15 @@ def credit(
 
 @dataclass(frozen=True)
 class _Groups:
-    """The touches of each order in a window: per touch the group's size and its place in it, from 0; and each group's first."""
+    """The touches of each order in a window, as a group. ``starts`` has the index of each group's first touch.
+
+    Per touch: the ``number`` of its group, the group's ``size``, and the touch's ``place`` in it, from 0.
+    """
 
     size: Ints
     place: Ints
     starts: Ints
-    number: Ints  # of the group
+    number: Ints
 
     @classmethod
     def of(cls, order: Ints) -> _Groups:
@@ -115,14 +113,14 @@ def _shares(group: _Groups, total: Ints, age: Ints, rules: AttributionRules) -> 
 
 
 def _position_based(group: _Groups, total: Ints, outer: Bools, last: Bools) -> tuple[Ints, Floats]:
-    """One touch: all. Two: half each. More: two fifths to the first and the last, one fifth split over those between."""
+    """Credit all to one touch; half each to two; of more, two fifths each to the first and the last, one fifth to the others."""
     size, place = group.size, group.place
     between = np.maximum(size - 2, 1)
-    # remainders in units of 1 / (5 * between), so that they can be compared
+    # Remainders have the unit 1 / (5 * between), so that they can be compared.
     outer_floor, outer_rest = 2 * total // 5, 2 * total % 5 * between
     inner_floor, inner_rest = total // (5 * between), total % (5 * between)
     left = total - 2 * outer_floor - between * inner_floor
-    # the place in the order of remainders: of equal ones the earlier touch first
+    # The rank of the remainder; of equal ones the earlier touch is first.
     if_outer = np.where(last, 1, np.where(outer, 0, place + 1))
     if_inner = np.where(last, size - 1, np.where(outer, size - 2, place - 1))
     rank = np.where(outer_rest > inner_rest, if_outer, np.where(outer_rest < inner_rest, if_inner, place))
@@ -133,18 +131,16 @@ def _position_based(group: _Groups, total: Ints, outer: Bools, last: Bools) -> t
 
 
 def _time_decay(group: _Groups, total: Ints, age: Ints, rules: AttributionRules) -> tuple[Ints, Floats]:
-    """A touch weighs 2 ** (-age / half-life); relative to the order's latest, which only scales all alike."""
+    """Weigh a touch by 2 ** (-age / half-life), relative to the order's latest touch, which scales all weights alike."""
     ends = group.starts + group.size[group.starts] - 1
     older = (age - age[ends][group.number]) / (rules.half_life_days * DAY_US)
     bits = np.minimum(_WEIGHT_BITS, _SUM_BITS - np.ceil(np.log2(group.size + 1)).astype(np.int64))
     weight = np.rint(np.ldexp(np.exp2(-older), bits)).astype(np.int64)
     sums = np.add.reduceat(weight, group.starts)[group.number]
-    # the floor by floats is off by one at most; the exact remainder, which fits into 64 bits whatever its terms do, puts it right
+    # The floor in floats is off by at most one. The exact remainder corrects it: it fits into 64 bits, though its terms overflow.
     floor = np.floor(total * (weight / sums)).astype(np.int64)
     with np.errstate(over="ignore"):
-        rest = (total.astype(np.uint64) * weight.astype(np.uint64) - floor.astype(np.uint64) * sums.astype(np.uint64)).view(
-            np.int64
-        )
+        rest = (total.view(np.uint64) * weight.view(np.uint64) - floor.view(np.uint64) * sums.view(np.uint64)).view(np.int64)
     off = np.where(rest < 0, -1, np.where(rest >= sums, 1, 0))
     floor, rest = floor + off, rest - off * sums
     left = total[group.starts] - np.add.reduceat(floor, group.starts)
@@ -153,9 +149,9 @@ def _time_decay(group: _Groups, total: Ints, age: Ints, rules: AttributionRules)
 
 
 def _rank(group: _Groups, rest: Ints, left: Ints) -> Ints:
-    """Each touch's place by remainder, largest first, of equal ones the earlier; groups of a size at a time.
+    """Return each touch's rank in its group by remainder, largest first, of equal ones the earlier first.
 
-    Where nothing is left over the place does not matter, and is the touch's own.
+    Ranks all groups of one size at a time. Where nothing is left over, the rank does not matter and is the touch's place.
     """
     rank = group.place.copy()
     sizes = np.where(left > 0, group.size[group.starts], 1)
@@ -168,8 +164,8 @@ def _rank(group: _Groups, rest: Ints, left: Ints) -> Ints:
     return rank
 
 
-def nested(values: npt.NDArray[Any], inside: Bools) -> pa.ListArray:
-    """A column of lists, one a row of ``values``; null where not ``inside``."""
+def nested(values: Ints | Floats, inside: Bools) -> pa.ListArray:
+    """Return a column with a list per row of ``values``; null where not ``inside``."""
     rows, width = values.shape
     flat = pa.array(np.ascontiguousarray(values).reshape(-1), mask=~inside.reshape(-1))
     return pa.ListArray.from_arrays(pa.array(np.arange(rows + 1, dtype=np.int32) * width), flat)

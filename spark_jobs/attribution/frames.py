@@ -1,8 +1,7 @@
-"""Attribution as a function of two tables, in long form: a row an order, model, window and credited touch. No I/O."""
+"""Attribution as a pure function of two tables. The result has a row per order, model, window and credited touch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,30 +18,34 @@ if TYPE_CHECKING:
 
 _TIME = pa.timestamp("us", "UTC")
 CREDITS = pa.schema(
-    [
-        *(("order_id", pa.string()), ("model", pa.string()), ("window_days", pa.int64()), ("touch_event_id", pa.string())),
-        *(("campaign_id", pa.string()), ("ad_id", pa.string()), ("touch_time", _TIME), ("order_time", _TIME)),
-        *(("credit_weight", pa.float64()), ("credit_micros", pa.int64()), ("currency", pa.string())),
-    ]
+    {
+        "order_id": pa.string(),
+        "model": pa.string(),
+        "window_days": pa.int64(),
+        "touch_event_id": pa.string(),
+        "campaign_id": pa.string(),
+        "ad_id": pa.string(),
+        "touch_time": _TIME,
+        "order_time": _TIME,
+        "credit_weight": pa.float64(),
+        "credit_micros": pa.int64(),
+        "currency": pa.string(),
+    }
 )
-_CREDITS_DDL = (
-    "order_id STRING, model STRING, window_days BIGINT, touch_event_id STRING, campaign_id STRING, ad_id STRING, "
-    "touch_time TIMESTAMP, order_time TIMESTAMP, credit_weight DOUBLE, credit_micros BIGINT, currency STRING"
-)
+_SPARK_TYPES = {pa.string(): "STRING", pa.int64(): "BIGINT", pa.float64(): "DOUBLE", _TIME: "TIMESTAMP"}
 _ORDER_COLUMNS = ("order_id", "user_id", "store_id", "order_time", "total_micros", "currency")
 _TOUCH_COLUMNS = ("event_id", "event_type", "user_id", "store_id", "event_time", "campaign_id", "ad_id")
 _BUCKETS = 64
 
 
 def attribute(orders: DataFrame, touches: DataFrame, rules: AttributionRules | None = None) -> DataFrame:
-    """Credits of ``orders`` from ``touches``, both Spark DataFrames; nothing is read or written.
+    """Credit ``orders`` to ``touches``, both Spark DataFrames, without reading or writing a table.
 
-    Orders have order_id, user_id, store_id, order_time, total_micros, currency; with a column ``status`` only placed ones count.
-    Touches have event_id, event_type (click or impression), user_id, store_id, event_time, campaign_id, ad_id; with a column
-    ``invalid_traffic_rule`` only those without a rule count. Result: order_id, model, window_days, touch_event_id, campaign_id,
-    ad_id, touch_time, order_time, credit_weight, credit_micros, currency; a row a touch with a weight. Of an order, model and
-    window the weights sum to 1 and the micros to total_micros. An order without a touch has no row, nor has one
-    of a user that the rules exempt.
+    - Orders have order_id, user_id, store_id, order_time, total_micros, currency. With a column ``status`` only placed ones count.
+    - Touches have event_id, event_type (click or impression), user_id, store_id, event_time, campaign_id, ad_id. With a column
+      ``invalid_traffic_rule`` only touches without a rule count.
+    - The result has the columns CREDITS and a row per touch with a weight. The weights of an order, model and window sum to 1, the
+      micros to total_micros. Orders without a touch, and orders of exempt users, have no row.
     """
     from pyspark.sql import functions as f
 
@@ -54,18 +57,14 @@ def attribute(orders: DataFrame, touches: DataFrame, rules: AttributionRules | N
     bucket = f.pmod(f.xxhash64("user_id", "store_id"), f.lit(_BUCKETS)).alias("bucket")
     left = orders.select(*_ORDER_COLUMNS).groupBy(bucket)
     right = touches.select(*_TOUCH_COLUMNS).groupBy(bucket)
-    return left.cogroup(right).applyInArrow(_of_bucket(chosen), _CREDITS_DDL)
-
-
-def _of_bucket(rules: AttributionRules) -> Callable[[pa.Table, pa.Table], pa.Table]:
-    def made(orders: pa.Table, touches: pa.Table) -> pa.Table:
-        return credit_orders(orders, touches, rules) if orders.num_rows else CREDITS.empty_table()
-
-    return made
+    columns = ", ".join(f"{field.name} {_SPARK_TYPES[field.type]}" for field in CREDITS)
+    return left.cogroup(right).applyInArrow(
+        lambda of, to: credit_orders(of, to, chosen) if of.num_rows else CREDITS.empty_table(), columns
+    )
 
 
 def credit_orders(orders: pa.Table, touches: pa.Table, rules: AttributionRules | None = None) -> pa.Table:
-    """As ``attribute``, from Arrow tables to one of schema CREDITS."""
+    """Do as `attribute`, from Arrow tables to a table of schema CREDITS."""
     chosen = rules or AttributionRules()
     if "status" in orders.column_names:
         orders = orders.filter(pc.equal(orders["status"], "placed"))
@@ -89,24 +88,20 @@ def credit_orders(orders: pa.Table, touches: pa.Table, rules: AttributionRules |
     is_click = found["is_click"].to_numpy()
     times = orders["order_time"].cast(_TIME).cast(pa.int64()).to_numpy()
     made = credit(times, orders["total_micros"].to_numpy(), order, found["touch_us"].to_numpy(), is_click, chosen)
-    parts = []
-    for model in MODELS:
-        for window, days in enumerate(chosen.window_days):
-            weights = made.weights[model][:, window]
-            at = np.flatnonzero(weights > 0)
-            touch, of = found.take(pa.array(at)), orders.take(pa.array(order[at]))
-            columns = {
-                "order_id": of["order_id"],
-                "model": pa.repeat(model, len(at)),
-                "window_days": pa.repeat(pa.scalar(days, pa.int64()), len(at)),
-                "touch_event_id": touch["event_id"],
-                "campaign_id": touch["campaign_id"],
-                "ad_id": touch["ad_id"],
-                "touch_time": touch["touch_us"].cast(_TIME),
-                "order_time": of["order_time"],
-                "credit_weight": pa.array(weights[at]),
-                "credit_micros": pa.array(made.micros[model][at, window]),
-                "currency": of["currency"],
-            }
-            parts.append(pa.table([columns[field.name].cast(field.type) for field in CREDITS], schema=CREDITS))
-    return pa.concat_tables(parts)
+    weights, micros = (np.stack([of_model[model] for model in MODELS]) for of_model in (made.weights, made.micros))
+    model, at, window = np.nonzero(weights > 0)
+    touch, of = found.take(pa.array(at)), orders.take(pa.array(order[at]))
+    columns = {
+        "order_id": of["order_id"],
+        "model": pa.array(MODELS).take(pa.array(model)),
+        "window_days": pa.array(chosen.window_days, pa.int64()).take(pa.array(window)),
+        "touch_event_id": touch["event_id"],
+        "campaign_id": touch["campaign_id"],
+        "ad_id": touch["ad_id"],
+        "touch_time": touch["touch_us"].cast(_TIME),
+        "order_time": of["order_time"],
+        "credit_weight": pa.array(weights[model, at, window]),
+        "credit_micros": pa.array(micros[model, at, window]),
+        "currency": of["currency"],
+    }
+    return pa.table([columns[field.name].cast(field.type) for field in CREDITS], schema=CREDITS)

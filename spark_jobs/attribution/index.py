@@ -16,7 +16,7 @@ import pyarrow as pa
 from spark_jobs.lake.checked import CheckedFile, DamagedError, Ints, Words, bisect
 from spark_jobs.lake.runs import Codec, SortedRuns
 
-_FENCE_ROWS = 512  # the footer repeats the low half of one row in so many (a fence), which tells where a key can be
+_FENCE_ROWS = 512  # the footer repeats the low half of every 512th row (a fence), which shows where a key can be
 
 KEY_FIELDS = (
     pa.field("low", pa.uint64()),
@@ -35,7 +35,7 @@ class RowRun:
     """A run of rows, memory-mapped. Its times are from ``first_us`` to ``last_us``."""
 
     def __init__(self, file: CheckedFile) -> None:
-        """Check what told Arrow where the columns are. Raises DamagedError."""
+        """Check the bytes that name the places of the columns. Raises DamagedError."""
         self.file = file
         self.first_us, self.last_us = file.extra[:2].view(np.int64).tolist()
         self._fences = file.extra[2:]

@@ -1,4 +1,4 @@
-"""What attribution reads: touches and orders, by user and store, the revisions of orders, and what changed since when.
+"""The inputs of attribution: touches and orders by user and store, revisions of orders, and the changes since a version.
 
 Each of the three has an index (``spark_jobs.attribution.index``) that follows the commits of its table, or is rebuilt.
 """
@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from spark_jobs.attribution.index import KEY_FIELDS, RowIndex
+from spark_jobs.attribution.rules import MODELS
 from spark_jobs.config import Settings
 from spark_jobs.lake.checked import DamagedError
 from spark_jobs.lake.duck import query_arrow, task_connection
@@ -27,18 +28,18 @@ from spark_jobs.rules.exempt import is_exempt_sql
 _PART_ROWS = 1_000_000  # rows of a table that are read at a time
 _KEYS = ", ".join(field.name for field in KEY_FIELDS)
 _HALVES = "(digest & 18446744073709551615)::ubigint as low, (digest >> 64)::ubigint as high"
-# the length tells user and store apart, whatever characters they have
+# The length separates user and store, whatever characters they have.
 _OF_PAIR = "md5_number(strlen(user_id) || ':' || user_id || store_id) as digest"
 
 
 def index_folder(settings: Settings) -> Path:
-    """The indexes of attribution: derived from the tables, rebuilt from them when missing."""
+    """Return the folder of the indexes, which attribution rebuilds from the tables if they are missing."""
     return settings.home_path / "attribution_index"
 
 
 @dataclass(frozen=True)
 class Position:
-    """The version of a table up to which something was read. The id tells a table from another of the same name."""
+    """The version up to which a table was read. A table that was deleted and created again has another id."""
 
     table_id: str
     version: int
@@ -46,18 +47,17 @@ class Position:
 
 @dataclass(frozen=True)
 class Source:
-    """A table as rows of an index: the columns to read, and SQL from them (``input``) to KEY_FIELDS and the payload."""
+    """A table as rows of an index: the columns to read, and SQL that makes KEY_FIELDS and the payload from them (``input``).
+
+    ``whole`` is SQL over the rows of all parts, for a table with one index row per rows of several files.
+    """
 
     table: Table
     columns: tuple[str, ...]
     payload: pa.Schema
     sql: str
     folder: str
-    whole: str | None = None  # SQL from the rows of all parts, where one row needs those of several files
-
-    def index(self, settings: Settings) -> RowIndex:
-        """Open its index."""
-        return RowIndex(index_folder(settings) / self.folder, self.payload, f"duckdb {duckdb.__version__}\n{self.sql}")
+    whole: str | None = None
 
     def rows(self, lake: Lake, paths: Sequence[str]) -> pa.Table:
         """Read the rows of data files."""
@@ -65,13 +65,13 @@ class Source:
 
 
 def touches(*, with_impressions: bool, exempt_users: Collection[str] = ()) -> Source:
-    """Clicks (and impressions) of `events`; only billable ones count, and none of ``exempt_users``."""
+    """Return the source of clicks (and impressions). Only billable ones count, without those of ``exempt_users``."""
     conditions = [f"not {is_exempt_sql(sorted(exempt_users))}"] if exempt_users else []
     conditions += [] if with_impressions else ["event_type = 'click'"]
     chosen = f" where {' and '.join(conditions)}" if conditions else ""
     return Source(
         EVENTS,
-        (*("event_id", "event_type", "event_time", "campaign_id", "ad_id", "store_id", "user_id"), "invalid_traffic_rule"),
+        ("event_id", "event_type", "event_time", "campaign_id", "ad_id", "store_id", "user_id", "invalid_traffic_rule"),
         pa.schema([("event_id", pa.string()), ("is_click", pa.bool_()), ("campaign_id", pa.string()), ("ad_id", pa.string())]),
         f"""
         select {_HALVES}, epoch_us(event_time) as time_us, md5_number_lower(event_id) as id,
@@ -82,16 +82,17 @@ def touches(*, with_impressions: bool, exempt_users: Collection[str] = ()) -> So
     )
 
 
-ORDER_PAYLOAD = pa.schema(
-    [
-        *(("order_id", pa.string()), ("user_id", pa.string()), ("store_id", pa.string()), ("currency", pa.string())),
-        *(("total_micros", pa.int64()), ("is_cancelled", pa.bool_()), ("is_late", pa.bool_())),
-    ]
-)
 ORDERS_SOURCE = Source(
     ORDERS,
     ("order_id", "order_time", "user_id", "store_id", "currency", "total_micros", "status", "is_late"),
-    ORDER_PAYLOAD,
+    pa.schema(
+        {
+            **dict.fromkeys(("order_id", "user_id", "store_id", "currency"), pa.string()),
+            "total_micros": pa.int64(),
+            "is_cancelled": pa.bool_(),
+            "is_late": pa.bool_(),
+        }
+    ),
     f"""
     select {_HALVES}, epoch_us(order_time) as time_us, md5_number_lower(order_id) as id, true as counts,
         order_id, user_id, store_id, currency, total_micros, status = 'cancelled' as is_cancelled,
@@ -101,20 +102,17 @@ ORDERS_SOURCE = Source(
     "orders",
 )
 
-# the row's part of an order's fingerprint: all that its credits are; together they do not depend on the rows' order
-_ROW_HASH = (
-    "hash(status, epoch_us(order_time), currency, total_micros, touch_event_id, touch_type, epoch_us(touch_time), campaign_id, "
-    "ad_id, window_days, last_click_micros, first_click_micros, linear_micros, position_based_micros, time_decay_micros)"
-)
-REVISION_PAYLOAD = pa.schema([("fingerprint", pa.uint64()), ("rule_set", pa.string()), ("is_cancelled", pa.bool_())])
+_ORDER_COLUMNS = ("status", "order_time", "currency", "total_micros")
+_TOUCH_COLUMNS = ("touch_event_id", "touch_type", "touch_time", "campaign_id", "ad_id")
+_REVISION_COLUMNS = (*_ORDER_COLUMNS, *_TOUCH_COLUMNS, "window_days", *(f"{model}_micros" for model in MODELS))
+"""The columns of `attributed_orders` that decide an order's credits."""
+
+# A row's part of an order's fingerprint, which does not depend on the order of the rows.
+_ROW_HASH = f"hash({', '.join(f'epoch_us({name})' if name.endswith('_time') else name for name in _REVISION_COLUMNS)})"
 REVISIONS_SOURCE = Source(
     ATTRIBUTED_ORDERS,
-    (
-        *("order_id", "revision", "status", "order_time", "currency", "total_micros", "touch_event_id", "touch_type", "touch_time"),
-        *("campaign_id", "ad_id", "window_days", "last_click_micros", "first_click_micros", "linear_micros"),
-        *("position_based_micros", "time_decay_micros", "rule_set"),
-    ),
-    REVISION_PAYLOAD,
+    ("order_id", "revision", *_REVISION_COLUMNS, "rule_set"),
+    pa.schema({"fingerprint": pa.uint64(), "rule_set": pa.string(), "is_cancelled": pa.bool_()}),
     f"""
     select {_HALVES}, revision as time_us, 0::ubigint as id, true as counts, fingerprint, rule_set, is_cancelled
     from (
@@ -132,9 +130,9 @@ REVISIONS_SOURCE = Source(
 
 
 def fingerprints(rows: pa.Table, order: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-    """Fingerprints of orders 0, 1, ..., each of which has rows of `attributed_orders`; ``order`` is each row's.
+    """Return the fingerprints of orders 0, 1, ... from their rows of `attributed_orders`; ``order`` has each row's order.
 
-    Two revisions with the same fingerprint credit the same.
+    Two revisions with the same fingerprint have the same credits.
     """
     numbered = rows.append_column("number", pa.array(order))
     found = query_arrow(f"select bit_xor({_ROW_HASH}) as fingerprint from input group by number order by number", numbered)
@@ -143,10 +141,9 @@ def fingerprints(rows: pa.Table, order: npt.NDArray[np.int64]) -> npt.NDArray[np
 
 
 def order_keys(order_ids: pa.ChunkedArray) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """The halves by which REVISIONS_SOURCE finds orders."""
-    hashed = query_arrow(
-        f"select {_HALVES} from (select md5_number(order_id) as digest from input)", pa.table({"order_id": order_ids})
-    )
+    """Return the halves of the keys of orders in the index of REVISIONS_SOURCE."""
+    ids = pa.table({"order_id": order_ids})
+    hashed = query_arrow(f"select {_HALVES} from (select md5_number(order_id) as digest from input)", ids)
     return hashed["low"].to_numpy(), hashed["high"].to_numpy()
 
 
@@ -155,15 +152,15 @@ class CannotFollow(Exception):
 
 
 def position_of(lake: Lake, table: Table) -> Position:
-    """The newest version of a table, which exists."""
+    """Return the newest version of a table, which must exist."""
     log = lake.log(table)
     return Position(log.table_id(), log.latest_version() or 0)
 
 
 def changes(lake: Lake, source: Source, since: Position, upto: Position) -> Iterator[tuple[int, pa.Table]]:
-    """Rows that the versions after ``since`` added or changed, one table for each such version. A removed row does not count.
+    """Yield each version after ``since`` that changes rows, with its new and changed rows. A removed row does not count.
 
-    Raises CannotFollow if ``since`` is of another table, ahead of it, or too long ago.
+    Raises CannotFollow if ``since`` is of another table, newer than ``upto``, or too old.
     """
     if since.table_id != upto.table_id or since.version > upto.version:
         raise CannotFollow
@@ -192,20 +189,22 @@ def _changed(lake: Lake, source: Source, commit: Commit) -> pa.Table:
     with task_connection().cursor() as own:
         own.register("before", before)
         own.register("after", after)
-        gone = own.execute("select * replace (false as counts) from (from before except from after)").to_arrow_table()
-        come = own.execute("from after except from before").to_arrow_table()
-    return pa.concat_tables([gone, come.cast(gone.schema)])
+        removed = own.execute("select * replace (false as counts) from (from before except from after)").to_arrow_table()
+        added = own.execute("from after except from before").to_arrow_table()
+    return pa.concat_tables([removed, added.cast(removed.schema)])
 
 
-def bring_to(lake: Lake, source: Source, index: RowIndex, upto: Position) -> None:
-    """Make an index cover ``upto``: from the commits since its version, or from the whole table."""
+def updated_index(lake: Lake, source: Source, upto: Position) -> RowIndex:
+    """Open an index and bring it up to ``upto`` by the commits since its version, or rebuild it from the whole table."""
+    folder = index_folder(lake.settings) / source.folder
+    index = RowIndex(folder, source.payload, f"duckdb {duckdb.__version__}\n{source.sql}")
     log = lake.log(source.table)
     commit = commit_identity(log.commit(upto.version))
     try:
         if index.table_id is None or index.commit != commit_identity(log.commit(index.version)):
             raise CannotFollow
         if index.table_id == upto.table_id and index.version == upto.version:
-            return
+            return index
         pending: list[pa.Table] = []
         for version, rows in changes(lake, source, Position(index.table_id, index.version), upto):
             pending.append(rows)
@@ -216,17 +215,18 @@ def bring_to(lake: Lake, source: Source, index: RowIndex, upto: Position) -> Non
     except (CannotFollow, DamagedError):
         parts: Iterator[pa.Table] = (rows.filter(rows["counts"]) for rows in table_parts(lake, source, upto.version))
         if source.whole is not None:
-            held = list(parts)
-            parts = iter([query_arrow(source.whole, pa.concat_tables(held))] if held else [])
+            rows_of_parts = list(parts)
+            parts = iter([query_arrow(source.whole, pa.concat_tables(rows_of_parts))] if rows_of_parts else [])
         index.rebuild(upto.table_id, parts, upto.version, commit)
+    return index
 
 
 def table_parts(
     lake: Lake, source: Source, version: int, where: tuple[str, datetime, datetime] | None = None
 ) -> Iterator[pa.Table]:
-    """All rows of a table, some at a time, in the order of their partitions.
+    """Yield all rows of a table in the order of their partitions, about _PART_ROWS at a time.
 
-    ``where``: a time column of the table, and the first and the last moment; skips files without rows of that time.
+    ``where`` is a time column with its first and last moment: files without rows in between are skipped.
     """
     by = source.table.partition_by
     files = lake.at({source.table.name: version}).files(source.table)

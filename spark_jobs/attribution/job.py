@@ -1,8 +1,8 @@
 """Attribution: credits orders to the touches before them, and writes a new revision of an order if its credits change.
 
-A run looks at the orders that changed since the last one: new and changed orders, and orders after a new or changed touch. Each
-commit to `attributed_orders` notes in its userMetadata how far the inputs were read, so a killed run has done all of it or nothing.
-The indexes under ADTALLY_HOME are derived from the tables.
+A run credits new and changed orders, and orders after a new or changed touch. The userMetadata of each commit to
+`attributed_orders` stores how far the inputs were read, so a killed run has done all of its work or none. The indexes under
+ADTALLY_HOME are derived from the tables.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 
 import numpy as np
@@ -26,7 +26,6 @@ from spark_jobs.attribution.inputs import (
     REVISIONS_SOURCE,
     CannotFollow,
     Position,
-    bring_to,
     changes,
     fingerprints,
     index_folder,
@@ -34,11 +33,12 @@ from spark_jobs.attribution.inputs import (
     position_of,
     table_parts,
     touches,
+    updated_index,
 )
 from spark_jobs.attribution.rules import KIND, MODELS, AttributionRules, load_attribution_rules
 from spark_jobs.config import Settings
-from spark_jobs.corrections.run import finish_corrections
-from spark_jobs.lake.checked import DamagedError
+from spark_jobs.corrections.run import finish_corrections, table_rows
+from spark_jobs.lake.checked import DamagedError, Ints, Words
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.data_files import DataFile
 from spark_jobs.lake.lake import Lake
@@ -55,23 +55,21 @@ from spark_jobs.units import HourRange, to_micros
 
 ORDERS_AT_ONCE = 20_000
 _TOUCHES_AT_ONCE = 200_000
-_METADATA = "attribution"  # in the userMetadata
-# txn: with the version of the table that a run was decided on, so of two that were decided on the same only one is written
-_APP_ID = "adtally-attribution"
+_METADATA = "attribution"  # the key of the progress in the userMetadata
+_APP_ID = "adtally-attribution"  # its transaction has the version that a run decided on, so only one run per version is written
 _FOREVER = 2**62
 _TIME = pa.timestamp("us", "UTC")
-Ints = npt.NDArray[np.int64]
 
-# why an order is looked at, the weightier the larger: an order has the largest of its causes
+# Why a run credits an order again. Of several causes the order gets the largest number.
 _CAUSES = ("recount", "order_changed", "late_touch", "touch_invalid", "order_removed")
 _RECOUNT, _ORDER, _TOUCH, _INVALID, _REMOVED = range(5)
 
 
 @dataclass(frozen=True)
 class AttributionReport:
-    """What one run did. ``orders`` are those that it looked at: credited, without a touch, or cancelled.
+    """The counts of one run. Each of the ``orders`` is credited, unattributed (without a touch) or cancelled.
 
-    ``touches`` are those of the credited orders; ``revisions`` were written, for the orders whose credits came out otherwise.
+    ``touches`` are those of the credited orders, ``revisions`` the new revisions of orders whose credits changed.
     """
 
     run_id: str
@@ -92,11 +90,11 @@ def attribute(
     now: datetime | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> AttributionReport:
-    """Credit the orders concerned by what came since the last run; or, with ``hours``, those whose order_time lies in them.
+    """Credit the orders that changed since the last run or, with ``hours``, the orders with an order_time in these hours.
 
-    An order keeps the rule set that it was first credited by; a range is credited anew by today's. An order whose credits come out
-    the same gets no new revision. Raises UsageError for a lakehouse that is not a local path, RuleFileError where the rules are
-    wrong, BusyError where another attribution does not end in time.
+    An order keeps the rule set that first credited it; ``hours`` are credited by today's rules. An order with unchanged credits
+    gets no new revision. Raises UsageError for a lakehouse that is not on a local path, RuleFileError for wrong rules, BusyError if
+    another attribution does not end in time.
     """
     require_local(settings, "attribution")
     finish_corrections(settings)
@@ -113,21 +111,18 @@ def attribute(
 
 @dataclass(frozen=True)
 class _Progress:
-    """Up to where events and orders are processed."""
+    """The positions up to which events and orders are processed."""
 
     events: Position
     orders: Position
 
-    def to_metadata(self) -> dict[str, object]:
-        return {name: [at.table_id, at.version] for name, at in (("events", self.events), ("orders", self.orders))}
-
     @classmethod
     def of(cls, log: DeltaLog, version: int) -> _Progress | None:
-        """What the newest commit of an attribution up to ``version`` says."""
+        """Return the progress that the newest commit of an attribution up to ``version`` stores."""
         for commit in log.commits_backwards(version):
-            noted = commit.metadata.get(_METADATA)
-            if noted is not None:
-                return cls(Position(*noted["events"]), Position(*noted["orders"])) if noted else None
+            stored = commit.metadata.get(_METADATA)
+            if stored is not None:
+                return cls(Position(*stored["events"]), Position(*stored["orders"])) if stored else None
         return None
 
 
@@ -145,7 +140,7 @@ class _AttributionRun:
         self._today = load_attribution_rules(settings)
         self._today_name = rule_set_hash(KIND, canonical(self._today))
         self._rules = {**rule_sets_of(settings, KIND, AttributionRules), self._today_name: self._today}
-        # touches of a user that all rule sets exempt are not even looked up: one such id may have most of the events
+        # Users that all rule sets exempt have no touches in the index: one such id may have most of the events.
         exempt = frozenset.intersection(*(frozenset(rules.exempt_users) for rules in self._rules.values()))
         with_impressions = any(rules.view_through for rules in self._rules.values())
         self._touches = touches(with_impressions=with_impressions, exempt_users=exempt)
@@ -159,8 +154,8 @@ class _AttributionRun:
         if hours is None and done == upto:
             return self._report()
         self._bring_indexes(upto)
-        parts = self._of_hours(hours, upto) if hours is not None else self._concerned(done, upto)
         is_anew = hours is not None
+        parts = self._orders_of_hours(hours, upto) if hours is not None else self._changed_orders(done, upto)
         with self._lake.writer(ATTRIBUTED_ORDERS) as writer:
             for part in parts:
                 for start in range(0, part.num_rows, ORDERS_AT_ONCE):
@@ -176,92 +171,85 @@ class _AttributionRun:
 
     def _bring_indexes(self, upto: _Progress) -> None:
         self._progress("indexes")
-        self._touch_index = self._touches.index(self.settings)
-        self._order_index = ORDERS_SOURCE.index(self.settings)
-        self._revision_index = REVISIONS_SOURCE.index(self.settings)
-        bring_to(self._lake, self._touches, self._touch_index, upto.events)
-        bring_to(self._lake, ORDERS_SOURCE, self._order_index, upto.orders)
-        bring_to(self._lake, REVISIONS_SOURCE, self._revision_index, self._base)
+        self._touch_index = updated_index(self._lake, self._touches, upto.events)
+        self._order_index = updated_index(self._lake, ORDERS_SOURCE, upto.orders)
+        self._revision_index = updated_index(self._lake, REVISIONS_SOURCE, self._base)
 
-    def _of_hours(self, hours: HourRange, upto: _Progress) -> Iterator[pa.Table]:
+    def _orders_of_hours(self, hours: HourRange, upto: _Progress) -> Iterator[pa.Table]:
         start, end = to_micros(hours.start), to_micros(hours.end)
         for part in table_parts(self._lake, ORDERS_SOURCE, upto.orders.version, ("order_time", hours.start, hours.end)):
             at = part["time_us"].to_numpy()
             found = part.filter(pa.array((at >= start) & (at < end)))
             yield _with_cause(found, np.full(found.num_rows, _RECOUNT))
 
-    def _concerned(self, done: _Progress | None, upto: _Progress) -> Iterator[pa.Table]:
-        """The orders to look at, each once, with the cause. All, where it cannot be said what changed."""
+    def _changed_orders(self, done: _Progress | None, upto: _Progress) -> Iterator[pa.Table]:
+        """Yield the orders to credit again, each once, with the cause. All orders, if the changes are unknown."""
         try:
             if done is None:
                 raise CannotFollow
-            found = self._concerned_since(done, upto)
+            yield self._changed_since(done, upto)
         except CannotFollow:
             self._has_news = True
             for part in table_parts(self._lake, ORDERS_SOURCE, upto.orders.version):
                 yield _with_cause(part, np.full(part.num_rows, _RECOUNT))
-            return
-        if found.num_rows:
-            yield found
 
-    def _concerned_since(self, done: _Progress, upto: _Progress) -> pa.Table:
+    def _changed_since(self, done: _Progress, upto: _Progress) -> pa.Table:
         found = [self._order_index.schema.empty_table()]
         causes = [np.empty(0, dtype=np.int64)]
         for _, rows in changes(self._lake, self._touches, done.events, upto.events):
             self._has_news = True
-            orders, cause = self._behind(rows)
+            orders, cause = self._orders_after(rows)
             found.append(orders)
             causes.append(cause)
         for _, rows in changes(self._lake, ORDERS_SOURCE, done.orders, upto.orders):
             self._has_news = True
             found.append(rows)
             causes.append(np.full(rows.num_rows, _ORDER))
-        orders, cause = (
-            pa.concat_tables([part.select(found[0].schema.names).cast(found[0].schema) for part in found]),
-            np.concatenate(causes),
-        )
-        # of an order the row of the latest version, which comes last, and the weightiest cause
+        orders = pa.concat_tables([part.select(found[0].schema.names).cast(found[0].schema) for part in found])
+        # Of each order the row of the newest version, which is last, and the largest cause.
         ids, number = np.unique(orders["id"].to_numpy(), return_inverse=True)
-        last, weightiest = np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=np.int64)
+        last, largest = np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=np.int64)
         np.maximum.at(last, number, np.arange(orders.num_rows))
-        np.maximum.at(weightiest, number, cause)
+        np.maximum.at(largest, number, np.concatenate(causes))
         orders = orders.take(pa.array(last))
-        removed = ~orders["counts"].to_numpy(zero_copy_only=False)
-        weightiest[removed] = _REMOVED
-        return _with_cause(orders, weightiest)
+        largest[~_bools(orders["counts"])] = _REMOVED
+        return _with_cause(orders, largest)
 
-    def _behind(self, changed: pa.Table) -> tuple[pa.Table, Ints]:
-        """The orders that lie behind changed touches by not more than the longest window, and the causes."""
+    def _orders_after(self, changed: pa.Table) -> tuple[pa.Table, Ints]:
+        """Return the orders after changed touches, up to the longest window, and the causes."""
         low, high, at = (changed[name].to_numpy() for name in ("low", "high", "time_us"))
         lookback = max(rules.lookback_us for rules in self._rules.values())
         number, orders = self._order_index.between(low, high, at + 1, at + lookback + 1)
         cause = np.where(changed["counts"].to_numpy()[number], _TOUCH, _INVALID)
-        kept = ~orders["is_cancelled"].to_numpy(zero_copy_only=False)
+        kept = ~_bools(orders["is_cancelled"])
         return orders.filter(pa.array(kept)), cause[kept]
 
     def _revisions(self, orders: pa.Table, *, is_anew: bool) -> Iterator[pa.Table]:
-        """Rows of `attributed_orders` for those of some orders whose credits are not what their latest revision says.
+        """Yield rows of `attributed_orders` for the orders whose credits differ from their newest revision.
 
-        An order that a repair has removed from `orders` loses its credits as a cancelled one does.
+        An order that a repair removed from `orders` loses its credits like a cancelled one.
         """
-        orders = _removed_as_cancelled(orders.combine_chunks())
-        low, high = order_keys(orders["order_id"])
-        before = _PreviousRevisions.of(self._revision_index, low, high)
+        orders = orders.combine_chunks()
+        is_cancelled = pc.or_(orders["is_cancelled"], pc.equal(orders["cause"], _REMOVED))
+        orders = orders.set_column(orders.schema.get_field_index("is_cancelled"), "is_cancelled", is_cancelled)
+        before = _PreviousRevisions.of(self._revision_index, *order_keys(orders["order_id"]))
         names = np.array([self._today_name if is_anew or name is None else name for name in before.rule_set], dtype=object)
         for name in sorted(set(names.tolist())):
             of_rules = np.flatnonzero(names == name)
-            for chosen in self._cut(orders, of_rules, self._rules[name]):
-                yield from self._of_rules(orders, chosen, before, name, (low, high))
+            for part in self._touched_orders(orders, of_rules, self._rules[name]):
+                yield from self._revisions_by(name, orders, part, before)
 
-    def _cut(self, orders: pa.Table, chosen: Ints, rules: AttributionRules) -> Iterator[tuple[Ints, Ints, pa.Table]]:
-        """Orders, a bounded number of touches at a time: indices of the orders, per touch the index into those, and the touches."""
-        exempt = are_exempt(orders["user_id"], rules.exempt_users).to_numpy(zero_copy_only=False)
-        placed = ~(orders["is_cancelled"].to_numpy(zero_copy_only=False) | exempt)[chosen]
+    def _touched_orders(self, orders: pa.Table, chosen: Ints, rules: AttributionRules) -> Iterator[tuple[Ints, Ints, pa.Table]]:
+        """Yield the ``chosen`` orders in parts with a bounded number of touches.
+
+        A part has the indices of its orders, for each touch the index into these indices, and the touches.
+        """
+        placed = ~(_bools(orders["is_cancelled"]) | _bools(are_exempt(orders["user_id"], rules.exempt_users)))[chosen]
         asked = chosen[placed]
         low, high, at = (orders[name].to_numpy()[asked] for name in ("low", "high", "time_us"))
         number, found = self._touch_index.between(low, high, at - rules.lookback_us, at)
         if not rules.view_through:
-            clicks = found["is_click"].to_numpy(zero_copy_only=False)
+            clicks = _bools(found["is_click"])
             number, found = number[clicks], found.filter(pa.array(clicks))
         order = np.flatnonzero(placed)[number]
         by = sort_touches(order, found["time_us"].to_numpy(), found["event_id"])
@@ -274,15 +262,11 @@ class _AttributionRun:
             yield chosen[start:end], order[touch:last] - start, found.slice(touch, last - touch)
             start, touch = end, last
 
-    def _of_rules(
-        self,
-        orders: pa.Table,
-        cut: tuple[Ints, Ints, pa.Table],
-        before: _PreviousRevisions,
-        name: str,
-        keys: tuple[npt.NDArray[np.uint64], ...],
+    def _revisions_by(
+        self, name: str, orders: pa.Table, part: tuple[Ints, Ints, pa.Table], before: _PreviousRevisions
     ) -> Iterator[pa.Table]:
-        chosen, order, found = cut
+        """Yield the new rows of the orders of a part, credited by the rule set ``name``, and keep their keys for the index."""
+        chosen, order, found = part
         of = orders.take(pa.array(chosen))
         number, rows = credited_rows(of, order, found, self._rules[name])
         self._count(of, number, rows)
@@ -296,23 +280,22 @@ class _AttributionRun:
         revision = before.revision[chosen] + 1
         reasons = pa.array(self._reasons(of, before, chosen, name), pa.string())
         rows, number = rows.take(pa.array(at)), number[at]
-        yield _whole(
+        yield table_rows(
+            ATTRIBUTED_ORDERS,
             rows,
-            {
-                "revision": pa.array(revision[number]),
-                "reason": reasons.take(pa.array(number)),
-                "rule_set": constant(name, len(number), pa.string()),
-                "attributed_at": constant(to_micros(self.now), len(number), _TIME),
-                "_run_id": constant(self.run_id, len(number), pa.string()),
-            },
+            revision=pa.array(revision[number]),
+            reason=reasons.take(pa.array(number)),
+            rule_set=name,
+            attributed_at=to_micros(self.now),
+            _run_id=self.run_id,
         )
         self._counts["revisions"] += int(changed.sum())
         revised = np.flatnonzero(changed)
         self._revised.append(
             pa.table(
                 {
-                    "low": keys[0][chosen[revised]],
-                    "high": keys[1][chosen[revised]],
+                    "low": before.low[chosen[revised]],
+                    "high": before.high[chosen[revised]],
                     "time_us": revision[revised],
                     "id": np.zeros(len(revised), dtype=np.uint64),
                     "counts": np.ones(len(revised), dtype=bool),
@@ -324,18 +307,14 @@ class _AttributionRun:
         )
 
     def _count(self, orders: pa.Table, number: Ints, rows: pa.Table) -> None:
-        cancelled = int(np.count_nonzero(orders["is_cancelled"].to_numpy(zero_copy_only=False)))
-        has_touch = number[rows["touch_time"].is_valid().to_numpy(zero_copy_only=False)]
-        credited = len(np.unique(has_touch))
-        found = {
-            "orders": orders.num_rows,
-            "credited": credited,
-            "cancelled": cancelled,
-            "unattributed": orders.num_rows - credited - cancelled,
-            "touches": len(has_touch),
-        }
-        for name, count in found.items():
-            self._counts[name] += count
+        cancelled = int(np.count_nonzero(_bools(orders["is_cancelled"])))
+        touched = number[_bools(rows["touch_time"].is_valid())]
+        credited = len(np.unique(touched))
+        self._counts["orders"] += orders.num_rows
+        self._counts["credited"] += credited
+        self._counts["cancelled"] += cancelled
+        self._counts["unattributed"] += orders.num_rows - credited - cancelled
+        self._counts["touches"] += len(touched)
 
     def _reasons(self, orders: pa.Table, before: _PreviousRevisions, chosen: Ints, name: str) -> list[str]:
         cancelled = orders["is_cancelled"].to_pylist()
@@ -356,11 +335,16 @@ class _AttributionRun:
         """Commit the revisions and how far the inputs were read, in one commit."""
         if files and any(table["rule_set"][0].as_py() == self._today_name for table in self._revised):
             keep_rule_set(self.settings, KIND, self._today, self.now)
-        metadata = {_METADATA: done.to_metadata() if done else {}, "run_id": self.run_id}
+        progress = {"events": astuple(done.events), "orders": astuple(done.orders)} if done else {}
         base = self._base.version
-        transaction = Transaction(_APP_ID, base)
         self._lake.commit(
-            ATTRIBUTED_ORDERS, Step.ATTRIBUTED_ORDERS, base=base, add=files, transaction=transaction, metadata=metadata, batch_id=0
+            ATTRIBUTED_ORDERS,
+            Step.ATTRIBUTED_ORDERS,
+            base=base,
+            add=files,
+            transaction=Transaction(_APP_ID, base),
+            metadata={_METADATA: progress, "run_id": self.run_id},
+            batch_id=0,
         )
         commit = self._lake.log(ATTRIBUTED_ORDERS).commit(base + 1)
         if commit is not None and commit.txn == (_APP_ID, base):  # else the next run reads it from the table
@@ -368,64 +352,57 @@ class _AttributionRun:
             rows = pa.concat_tables([schema.empty_table(), *(rows.cast(schema) for rows in self._revised)])
             try:
                 self._revision_index.append(rows, base + 1, commit_identity(commit))
-            except DamagedError:  # found while runs were merged: the next run builds it again
+            except DamagedError:  # found while merging runs: the next run rebuilds the index
                 shutil.rmtree(index_folder(self.settings))
 
 
 @dataclass(frozen=True)
 class _PreviousRevisions:
-    """The latest revisions of some orders, in their order; 0 where there is none."""
+    """The newest revisions of some orders, in their order; 0 where there is none. ``low`` and ``high`` are the orders' keys."""
 
+    low: Words
+    high: Words
     revision: Ints
-    fingerprint: npt.NDArray[np.uint64]
+    fingerprint: Words
     rule_set: list[str | None]
     is_cancelled: npt.NDArray[np.bool_]
 
     @classmethod
-    def of(cls, index: RowIndex, low: npt.NDArray[np.uint64], high: npt.NDArray[np.uint64]) -> _PreviousRevisions:
+    def of(cls, index: RowIndex, low: Words, high: Words) -> _PreviousRevisions:
         number, found = index.between(low, high, np.zeros(len(low), dtype=np.int64), np.full(len(low), _FOREVER))
-        made = cls(np.zeros(len(low), np.int64), np.zeros(len(low), np.uint64), [None] * len(low), np.zeros(len(low), bool))
-        made.revision[number] = found["time_us"].to_numpy()  # by revision: the last one stays
+        size = len(low)
+        made = cls(low, high, np.zeros(size, np.int64), np.zeros(size, np.uint64), [None] * size, np.zeros(size, bool))
+        made.revision[number] = found["time_us"].to_numpy()  # in the order of revisions: the last one wins
         made.fingerprint[number] = found["fingerprint"].to_numpy()
-        made.is_cancelled[number] = found["is_cancelled"].to_numpy(zero_copy_only=False)
+        made.is_cancelled[number] = _bools(found["is_cancelled"])
         for order, name in zip(number.tolist(), found["rule_set"].to_pylist(), strict=True):
             made.rule_set[order] = name
         return made
 
 
 def credited_rows(orders: pa.Table, order: Ints, found: pa.Table, rules: AttributionRules) -> tuple[Ints, pa.Table]:
-    """Rows of `attributed_orders`, without what is of the revision, and for each the index of its order.
+    """Return rows of `attributed_orders` without the columns of the revision, and for each row the index of its order.
 
-    ``found`` are touches sorted by (order, time, event_id) and ``order`` their indices into ``orders`` (rows as ORDERS_SOURCE gives
-    them). Touches that count in no window are left out; an order without any has one row without a touch.
+    ``found`` are touches sorted by (order, time, event_id), ``order`` has their indices into ``orders`` (rows of ORDERS_SOURCE).
+    Touches outside of all windows have no row; an order without a touch has one row.
     """
-    clicks = found["is_click"].to_numpy(zero_copy_only=False)
-    made = credit(
-        orders["time_us"].to_numpy(), orders["total_micros"].to_numpy(), order, found["time_us"].to_numpy(), clicks, rules
-    )
-    counts = made.inside.any(axis=1)
-    if not counts.all():
-        at = np.flatnonzero(counts)
-        order, found, inside = order[at], found.take(pa.array(at)), made.inside[at]
-    else:
-        at, inside = np.arange(len(order)), made.inside
+    clicks, times = _bools(found["is_click"]), found["time_us"].to_numpy()
+    made = credit(orders["time_us"].to_numpy(), orders["total_micros"].to_numpy(), order, times, clicks, rules)
+    at = np.flatnonzero(made.inside.any(axis=1))
+    order, inside = order[at], made.inside[at]
     touched = np.bincount(order, minlength=orders.num_rows)
     bare = np.flatnonzero(touched == 0)
     number = np.concatenate([order, bare])
-    of, touch = (
-        orders.take(pa.array(number)),
-        found.take(pa.array(np.arange(len(number)), mask=np.arange(len(number)) >= len(order))),
-    )
+    of = orders.take(pa.array(number))
+    is_bare = np.arange(len(number)) >= len(order)
+    touch = found.take(pa.array(np.pad(at, (0, len(bare))), mask=is_bare))
     windows = np.broadcast_to(np.array(rules.window_days, dtype=np.int64), (len(number), len(rules.window_days)))
-    is_click = touch["is_click"].combine_chunks()
     columns: dict[str, pa.Array | pa.ChunkedArray] = {
         **{name: of[name] for name in ("order_id", "user_id", "store_id", "currency", "total_micros")},
-        "status": pa.array(
-            np.array(["placed", "cancelled"], dtype=object)[of["is_cancelled"].to_numpy(zero_copy_only=False).astype(int)]
-        ),
+        "status": pc.if_else(of["is_cancelled"], "cancelled", "placed"),
         "order_time": of["time_us"].cast(_TIME),
         "touch_event_id": touch["event_id"],
-        "touch_type": pa.DictionaryArray.from_arrays(is_click.cast(pa.int8()), pa.array(["impression", "click"])).cast(pa.string()),
+        "touch_type": pc.if_else(touch["is_click"], "click", "impression"),
         "touch_time": touch["time_us"].cast(_TIME),
         "campaign_id": touch["campaign_id"],
         "ad_id": touch["ad_id"],
@@ -439,15 +416,9 @@ def credited_rows(orders: pa.Table, order: Ints, found: pa.Table, rules: Attribu
     return number, pa.table(columns)
 
 
-def _whole(rows: pa.Table, more: dict[str, pa.Array]) -> pa.Table:
-    columns = {**{name: rows[name] for name in rows.column_names}, **more}
-    return pa.table([columns[field.name].cast(field.type) for field in ATTRIBUTED_ORDERS.schema], schema=ATTRIBUTED_ORDERS.schema)
-
-
-def _removed_as_cancelled(orders: pa.Table) -> pa.Table:
-    removed = pa.array(orders["cause"].to_numpy() == _REMOVED)
-    at = orders.schema.get_field_index("is_cancelled")
-    return orders.set_column(at, "is_cancelled", pc.or_(orders["is_cancelled"], removed))
+def _bools(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+    values: npt.NDArray[np.bool_] = column.to_numpy(zero_copy_only=False)
+    return values
 
 
 def _with_cause(orders: pa.Table, cause: Ints) -> pa.Table:

@@ -16,7 +16,7 @@ MODELS = ("last_click", "first_click", "linear", "position_based", "time_decay")
 
 
 class AttributionRules(BaseModel):
-    """By what an order's touches are credited. All models are computed for all windows."""
+    """The rules that credit an order's touches. All models are computed for all windows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,7 +27,7 @@ class AttributionRules(BaseModel):
     half_life_days: Annotated[
         float, Field(ge=0.001, le=3650, allow_inf_nan=False, description="time_decay: a touch this much older weighs half.")
     ] = 7.0
-    view_through: Annotated[bool, Field(description="Whether impressions count where no click lies in the window.")] = False
+    view_through: Annotated[bool, Field(description="Whether impressions count if no click is in the window.")] = False
     view_through_hours: Annotated[int, Field(ge=1, le=8760, description="How long before an order an impression may lie.")] = 24
     exempt_users: ExemptUsers = PLACEHOLDERS
 
@@ -40,10 +40,10 @@ class AttributionRules(BaseModel):
 
     @property
     def lookback_us(self) -> int:
-        """The longest window, in microseconds: a touch further back counts in none."""
+        """The longest window, in microseconds. An earlier touch counts in no window."""
         return self.window_days[-1] * DAY_US
 
 
 def load_attribution_rules(settings: Settings) -> AttributionRules:
-    """Today's rules. Raises RuleFileError where the file cannot be right."""
+    """Read today's rules. Raises RuleFileError if the file is wrong."""
     return read_rules(settings.rules_path / "attribution.toml", AttributionRules)

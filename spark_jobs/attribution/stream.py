@@ -1,7 +1,7 @@
 """Attribution as a stream: a query over the ledger of batches that credits the orders which the batches changed.
 
-The ledger only says that there is work. The commits of `attributed_orders` note how far the inputs were read, so a lost checkpoint
-costs nothing, and a batch that runs again finds nothing to do.
+The ledger only shows that there is work. The commits of `attributed_orders` store how far the inputs were read, so a lost
+checkpoint costs nothing, and a batch that runs again finds nothing to do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from spark_jobs.ingest.durable_checkpoint import set_aside_torn
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import BATCH_LEDGER
 
-TRIGGER_SECONDS = 10.0  # at least: attribution takes cores from the ingest of events
+TRIGGER_SECONDS = 10.0  # the minimum, because attribution takes cores from the ingest of events
 
 
 class AttributionStream:
@@ -48,7 +48,7 @@ class AttributionStream:
         self._problem = ""
 
     def start(self, spark: SparkSession, *, continuous: bool, trigger_seconds: float) -> StreamingQuery:
-        """Start the query: until it is stopped, or up to the ledger's newest version. Sets aside or removes a torn checkpoint."""
+        """Start the query, ``continuous`` or up to the ledger's newest version. Sets aside or removes a torn checkpoint."""
         checkpoint = self.settings.checkpoints_path / self.stream
         try:
             set_aside_torn(checkpoint)
@@ -61,11 +61,10 @@ class AttributionStream:
             .select("_batch_id")
         )
         writer = rows.writeStream.queryName(self.stream).foreachBatch(self._run).option("checkpointLocation", str(checkpoint))
-        if continuous:
-            writer = writer.trigger(processingTime=f"{int(max(TRIGGER_SECONDS, trigger_seconds) * 1000)} milliseconds")
-        else:
-            writer = writer.trigger(availableNow=True)
-        return writer.start()
+        if not continuous:
+            return writer.trigger(availableNow=True).start()
+        milliseconds = int(max(TRIGGER_SECONDS, trigger_seconds) * 1000)
+        return writer.trigger(processingTime=f"{milliseconds} milliseconds").start()
 
     def _run(self, _: DataFrame, batch_id: int) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ _DAMAGED = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError
 
 @dataclass(frozen=True)
 class FileQuery:
-    """The query that reads a stream's landing files; ``query_id`` None: there is none.
+    """The query that reads a stream's landing files (``query_id`` None: there is none).
 
-    ``done`` are its finished batches, ``taken`` the names of the files in these.
+    ``done`` are its finished batches, ``taken`` the names of their files.
     """
 
     query_id: str | None = None
@@ -77,11 +78,9 @@ def read_topic_queries(settings: Settings, stream: str) -> dict[str, TopicQuery]
     found = {}
     for folder in sorted(settings.checkpoints_path.glob(f"{stream}-*")):
         key = folder.name.removeprefix(f"{stream}-")
-        try:
+        with suppress(*_DAMAGED):
             query_id, done, offset = _read(folder)
             found[key] = TopicQuery(query_id, done, _start(key, folder), _by_partition(key, offset or {}))
-        except _DAMAGED:
-            continue
     return found
 
 
@@ -89,21 +88,17 @@ def _read(folder: Path) -> tuple[str, frozenset[int], Any]:
     """Read the id of a query, its finished batches, and the offset at the end of the last one (None: no batch has finished)."""
     query_id = str(json.loads((folder / "metadata").read_text("utf-8"))["id"])
     done = frozenset(int(path.name) for path in (folder / "commits").glob("*") if path.name.isdecimal())
-    if not done:
-        return query_id, done, None
-    return query_id, done, json.loads((folder / "offsets" / str(max(done))).read_text("utf-8").splitlines()[2])
+    last = (folder / "offsets" / str(max(done))).read_text("utf-8").splitlines()[2] if done else "null"
+    return query_id, done, json.loads(last)
 
 
 def _taken_files(folder: Path, last: int) -> set[str]:
     names = set()
-    for path in folder.glob("*"):
-        if not path.name.removesuffix(".compact").isdecimal():
-            continue
-        for line in path.read_text("utf-8").splitlines()[1:]:
-            entry = json.loads(line)
-            if entry["batchId"] <= last:
-                uri = urlsplit(entry["path"])
-                names.add(landing_name(unquote(uri.path) if uri.scheme == "file" else entry["path"]))
+    logs = [path for path in folder.glob("*") if path.name.removesuffix(".compact").isdecimal()]
+    for entry in (json.loads(line) for path in logs for line in path.read_text("utf-8").splitlines()[1:]):
+        if entry["batchId"] <= last:
+            uri = urlsplit(entry["path"])
+            names.add(landing_name(unquote(uri.path) if uri.scheme == "file" else entry["path"]))
     return names
 
 

@@ -1,4 +1,4 @@
-"""Compare the tables with a recount, for some hours: the rows that differ, and why. What all streams share.
+"""Compare the tables of a stream with a recount, for some hours: find the rows that differ, and the cause.
 
 Accepted and rejected records are compared row by row. The ledger, whose corrections are further rows, is compared by sums per batch
 and key. Batches that a running query has yet to finish, or whose raw records are yet to be copied, are left out on both sides.
@@ -9,25 +9,30 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import datetime
+from itertools import zip_longest
 
 from spark_jobs.audit.checkpoints import PREFIX
 from spark_jobs.audit.engine import Recount, within
 from spark_jobs.audit.inputs import BatchState
 from spark_jobs.lake.tables import BATCH_LEDGER, RAW_TABLES, Table
+from spark_jobs.units import NO_HOUR, hour_moment, hour_number
 
-LEDGER_MEASURES = (
-    *("offered", "accepted", "duplicate", "conflict", "rejected", "late", "invalid_traffic", "unpriced", "spend_nanos"),
-)
+_OUTCOMES = ("accepted", "duplicate", "conflict", "rejected")
+LEDGER_MEASURES = ("offered", *_OUTCOMES, "late", "invalid_traffic", "unpriced", "spend_nanos")
+
+Sums = dict[int, list[int]]
+"""Sums of rows, by hour."""
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One kind of difference in one hour (NO_HOUR: records without a readable time), layer and campaign.
+class Difference:
+    """One kind of difference in one hour (None: records without a readable time), layer and campaign, and its ``cause``.
 
     Rows and nanos are the rows that differ and their spend: as the recount expects them, and as found. ``detail`` has an example.
     """
 
-    hour: int
+    event_hour: datetime | None
     layer: str
     cause: str
     campaign_id: str | None
@@ -36,14 +41,20 @@ class Finding:
     rows_found: int
     nanos_expected: int
     nanos_found: int
+    is_repaired: bool
     detail: str
+
+    @property
+    def hour(self) -> int:
+        """The number of the hour; NO_HOUR if there is none."""
+        return NO_HOUR if self.event_hour is None else hour_number(self.event_hour)
 
 
 @dataclass(frozen=True)
 class HourSums:
     """The accepted events of an hour and their spend, and the orders placed in it: by the recount, and in the tables."""
 
-    hour: int
+    hour: datetime
     events_expected: int = 0
     events_found: int = 0
     nanos_expected: int = 0
@@ -73,25 +84,25 @@ class StreamComparison(ABC):
         self._raw_table = RAW_TABLES[inputs.stream].name
         self._missed = "'record_missed'" if any(plan.ranges and not plan.files for plan in missed) else "'file_missed'"
 
-    def run(self, hours: Collection[int]) -> tuple[list[Finding], list[HourSums]]:
+    def run(self, hours: Collection[int]) -> tuple[list[Difference], list[HourSums]]:
         """Count ``hours`` and compare them."""
         self._recount.count(hours)
         self._expect()
         findings, sums = self._compare_accepted(hours)
         findings += self._rejects(hours)
         findings += self._ledger()
-        findings += self._gone()
+        findings += self._missing_raw()
         return sorted(findings, key=lambda f: (f.hour, f.layer, f.cause, f.campaign_id or "")), sums
 
     @abstractmethod
-    def _compare_accepted(self, hours: Collection[int]) -> tuple[list[Finding], list[HourSums]]:
+    def _compare_accepted(self, hours: Collection[int]) -> tuple[list[Difference], list[HourSums]]:
         """Compare the table of accepted records, and what is derived from it."""
 
     @abstractmethod
-    def _gone(self) -> list[Finding]:
+    def _missing_raw(self) -> list[Difference]:
         """Find rows that cannot be recounted because their file, or raw record, is gone or has changed."""
 
-    def _absent(self, otherwise: str, state: str = "state") -> str:
+    def _if_missing(self, otherwise: str, state: str = "state") -> str:
         """Return SQL for the cause of rows that the tables do not have."""
         return f"""
             case {state} when '{BatchState.MISSED}' then {self._missed}
@@ -117,7 +128,7 @@ class StreamComparison(ABC):
             where {where} and {hour} in (from hours) and is_left_out is not true
         """
 
-    def _rejects(self, hours: Collection[int]) -> list[Finding]:
+    def _rejects(self, hours: Collection[int]) -> list[Difference]:
         moment = within("epoch_us(record_time)", hours)
         found = self._found(self.rejected, "hour_of(epoch_us(record_time))", moment)
         key = f"""
@@ -154,7 +165,7 @@ class StreamComparison(ABC):
         return self._findings(
             self.rejected.name,
             f"""
-            select hour, {self._absent("rejected_lost")} as cause, campaign_id, 1 as expected, 0 as found,
+            select hour, {self._if_missing("rejected_lost")} as cause, campaign_id, 1 as expected, 0 as found,
                 0 as expected_nanos, 0 as found_nanos,
                 outcome || ' record of ' || name || ', line ' || line as example
             from rejects_lost
@@ -165,16 +176,14 @@ class StreamComparison(ABC):
             """,
         )
 
-    def _ledger(self) -> list[Finding]:
+    def _ledger(self) -> list[Difference]:
         found = self._found(BATCH_LEDGER, "hour_of(epoch_us(event_hour))", f"stream = '{self._recount.inputs.stream}'")
         keys = "query_id, batch_id, source, region, hour"
+        sums = ", ".join(f"coalesce(sum({side}_{m}), 0)::hugeint as {side}_{m}" for m in LEDGER_MEASURES for side in "ef")
         comparable = "" if self._compares_partial else " and not coalesce(is_partial, false)"
         counts = {
             "offered": "sum(coalesce(records, 1))",
-            **{
-                name: f"coalesce(sum(coalesce(records, 1)) filter (outcome = '{name}'), 0)"
-                for name in ("accepted", "duplicate", "conflict", "rejected")
-            },
+            **{name: f"coalesce(sum(coalesce(records, 1)) filter (outcome = '{name}'), 0)" for name in _OUTCOMES},
             "late": "count(*) filter (outcome = 'accepted' and is_late)",
             "invalid_traffic": "count(*) filter (outcome = 'accepted' and invalid_traffic_rule is not null)",
             "unpriced": "count(*) filter (outcome = 'accepted' and billing_model is null)",
@@ -189,17 +198,13 @@ class StreamComparison(ABC):
             create or replace temp table ledger_over as select * from held_ledger where is_copy or is_broken;
             create or replace temp table ledger_delta as
             with cells as (
-                select {keys}, any_value(state) as state,
-                    {", ".join(f"sum(e_{m})::hugeint as e_{m}, sum(f_{m})::hugeint as f_{m}" for m in LEDGER_MEASURES)},
-                    sum(e_rows)::bigint as expected_rows, sum(f_rows)::bigint as found_rows
+                select {keys}, any_value(state) as state, {sums}, count(e_rows) as expected_rows, count(f_rows) as found_rows
                 from (
-                    select {keys}, state, {", ".join(f"{sql} as e_{m}" for m, sql in counts.items())}, 1 as e_rows,
-                        {", ".join(f"0 as f_{m}" for m in LEDGER_MEASURES)}, 0 as f_rows
+                    select {keys}, state, {", ".join(f"{sql} as e_{m}" for m, sql in counts.items())}, 1 as e_rows
                     from (select * exclude (region) rename (source_region as region) from expected) group by all
                     union all by name
                     select _query_id as query_id, _batch_id as batch_id, source, region, hour, state,
-                        {", ".join(f"0 as e_{m}" for m in LEDGER_MEASURES)}, 0 as e_rows,
-                        {", ".join(f"coalesce({m}, 0) as f_{m}" for m in LEDGER_MEASURES)}, 1 as f_rows
+                        {", ".join(f"{m} as f_{m}" for m in LEDGER_MEASURES)}, 1 as f_rows
                     from held_ledger where not (is_copy or is_broken)
                 ) group by {keys}
             ), known as (
@@ -217,8 +222,9 @@ class StreamComparison(ABC):
         return self._findings(
             self.ledger_layer,
             f"""
-            select hour, case when found_rows = 0 then {self._absent("ledger_missing")} when expected_rows = 0 then 'ledger_unknown'
-                else 'ledger_altered' end as cause, null as campaign_id, 1 as expected, found_rows as found,
+            select hour, case when found_rows = 0 then {self._if_missing("ledger_missing")}
+                when expected_rows = 0 then 'ledger_unknown' else 'ledger_altered' end as cause,
+                null as campaign_id, 1 as expected, found_rows as found,
                 expected_nanos, found_nanos,
                 'batch ' || batch_id || ', ' || coalesce(region, 'no region') || ': ' || found_offered || ' offered instead of '
                 || expected_offered as example
@@ -231,13 +237,26 @@ class StreamComparison(ABC):
             """,
         )
 
-    def _findings(self, layer: str, sql: str) -> list[Finding]:
+    def _findings(self, layer: str, sql: str) -> list[Difference]:
         """Return findings from rows (hour, cause, campaign_id, expected, found, expected_nanos, found_nanos, example)."""
         found = self._database.rows(
             f"""
             select hour, cause, campaign_id, count(*), sum(expected)::bigint, sum(found)::bigint,
-                coalesce(sum(expected_nanos), 0)::hugeint, coalesce(sum(found_nanos), 0)::hugeint, min(example)
+                coalesce(sum(expected_nanos), 0)::hugeint, coalesce(sum(found_nanos), 0)::hugeint, false, min(example)
             from ({sql}) group by hour, cause, campaign_id
             """
         )
-        return [Finding(hour, layer, *rest) for hour, *rest in found]
+        return [Difference(hour_moment(hour), layer, *rest) for hour, *rest in found]
+
+    def _sums(self, sql: str) -> Sums:
+        """Return the rows of a query (hour, sum, ...) by hour."""
+        return {hour: sums for hour, *sums in self._database.rows(sql)}
+
+
+def differing_hours(expected: Sums, found: Sums) -> list[int]:
+    """Return the hours whose sums differ. An hour that is missing has sums of zero."""
+    return [
+        hour
+        for hour in {*expected, *found}
+        if any(ours != theirs for ours, theirs in zip_longest(expected.get(hour, ()), found.get(hour, ()), fillvalue=0))
+    ]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from spark_jobs.audit.compare import Finding, HourSums, StreamComparison
+from spark_jobs.audit.compare import Difference, HourSums, StreamComparison, differing_hours
 from spark_jobs.audit.contract import PAYLOAD
 from spark_jobs.audit.database import hour_in
 from spark_jobs.audit.inputs import BatchState
 from spark_jobs.audit.recount_events import EventsRecount
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, REJECTED_EVENTS
-from spark_jobs.units import MINUTE_US, NO_HOUR
+from spark_jobs.units import EPOCH, HOUR, MINUTE_US, NO_HOUR
 
 METRIC_KEYS = ("region", "campaign_id", "ad_id", "store_id", "placement", "currency")
-METRIC_MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos", "invalid_spend_nanos")
 _PLAIN = (*PAYLOAD["events"], "region", "billing_model", "is_late")
 # What the rules of invalid traffic decide. An older table, without these columns, has nulls.
 _MARKS = ("invalid_traffic_rule", "invalid_traffic_rules", "rule_set", "spend_nanos", "coalesce(invalid_spend_nanos, 0)")
@@ -21,19 +20,16 @@ _PLACE = ("record_id", "time_us", "received_us", "name", "line", "query_id", "ba
 _MINUTE = f"time_us - time_us % {MINUTE_US}"
 
 
-def _counted(event_type: str, validity: str) -> str:
-    return f"count(*) filter (event_type = '{event_type}' and invalid_traffic_rule is {validity})"
-
-
-# The measures of an increment, from its records.
-_EXPECTED = {
-    "impressions": _counted("impression", "null"),
-    "clicks": _counted("click", "null"),
-    "invalid_impressions": _counted("impression", "not null"),
-    "invalid_clicks": _counted("click", "not null"),
-    "spend_nanos": "sum(spend_nanos)",
-    "invalid_spend_nanos": "sum(invalid_spend_nanos)",
+# The measures of an increment, from one of its records.
+_OF_RECORD = {
+    "impressions": "(event_type = 'impression' and invalid_traffic_rule is null)::int",
+    "clicks": "(event_type = 'click' and invalid_traffic_rule is null)::int",
+    "invalid_impressions": "(event_type = 'impression' and invalid_traffic_rule is not null)::int",
+    "invalid_clicks": "(event_type = 'click' and invalid_traffic_rule is not null)::int",
+    "spend_nanos": "spend_nanos",
+    "invalid_spend_nanos": "coalesce(invalid_spend_nanos, 0)",
 }
+METRIC_MEASURES = tuple(_OF_RECORD)
 
 
 class EventsComparison(StreamComparison):
@@ -50,7 +46,7 @@ class EventsComparison(StreamComparison):
         super().__init__(recount)
         self._cause = "null" if cause is None else f"'{cause}'"
 
-    def _compare_accepted(self, hours: Collection[int]) -> tuple[list[Finding], list[HourSums]]:
+    def _compare_accepted(self, hours: Collection[int]) -> tuple[list[Difference], list[HourSums]]:
         sums, wrong = self._find_events(hours)
         return self._events(wrong) + self._metrics(hours), sums
 
@@ -71,28 +67,17 @@ class EventsComparison(StreamComparison):
         hashed = self._hash(*names, "_query_id", "_batch_id", "epoch_us(ingested_at)", by_partition)
         found = self._found(EVENTS, by_partition, _days("event_date", hours, with_hour="event_hour"))
         self._database.execute(f"create or replace temp view found_events as select *, {hashed} as h from ({found})")
-        sides = [
-            {
-                hour: rest
-                for hour, *rest in self._database.rows(
-                    f"""
-                    select hour, count(*), coalesce(sum(spend_nanos), 0)::hugeint, sum(h::hugeint), bit_xor(h)
-                    from {side} group by hour
-                    """
-                )
-            }
-            for side in ("expected_events", "found_events")
-        ]
-        nothing = [0, 0, 0, 0]
-        sums, wrong = [], []
-        for hour in sorted({*sides[0], *sides[1], *hours}):
-            expected, held = sides[0].get(hour, nothing), sides[1].get(hour, nothing)
-            sums.append(HourSums(hour, expected[0], held[0], int(expected[1]), int(held[1])))
-            if expected != held:
-                wrong.append(hour)
-        return sums, wrong
+        measures = "count(*), coalesce(sum(spend_nanos), 0)::hugeint, sum(h::hugeint), bit_xor(h)"
+        expected, found_sums = (
+            self._sums(f"select hour, {measures} from {side} group by hour") for side in ("expected_events", "found_events")
+        )
+        sums = []
+        for hour in {*expected, *found_sums, *hours} - {NO_HOUR}:
+            (ours, our_nanos), (theirs, their_nanos) = expected.get(hour, [0, 0])[:2], found_sums.get(hour, [0, 0])[:2]
+            sums.append(HourSums(EPOCH + hour * HOUR, ours, theirs, our_nanos, their_nanos))
+        return sums, differing_hours(expected, found_sums)
 
-    def _events(self, wrong: list[int]) -> list[Finding]:
+    def _events(self, wrong: list[int]) -> list[Difference]:
         chosen = hour_in(wrong)
         self._database.execute(
             f"""
@@ -108,20 +93,21 @@ class EventsComparison(StreamComparison):
                 from expected_events e where {chosen.replace("hour", "e.hour")} and e.h = held.h and e.record_id = held.event_id)
             """
         )
-        raw_ids = self._recount.raw_ids("select event_id from events_over") if wrong else None
+        raw_ids = f"union {self._recount.raw_ids('select event_id from events_over')}" if wrong else ""
         cost = "{0}.spend_nanos + coalesce({0}.invalid_spend_nanos, 0)"
-        pairs = [*((name, name) for name in _PLAIN), ("time_us", "epoch_us(event_time)"), ("received_us", "epoch_us(received_at)")]
         same = " and ".join(
-            f"l.{ours} is not distinct from {theirs.replace('(', '(o.') if '(' in theirs else f'o.{theirs}'}"
-            for ours, theirs in pairs
+            [
+                *(f"l.{name} is not distinct from o.{name}" for name in _PLAIN),
+                "l.time_us is not distinct from epoch_us(o.event_time)",
+                "l.received_us is not distinct from epoch_us(o.received_at)",
+                f"{cost.format('l')} = {cost.format('o')}",
+            ]
         )
-        same += f" and {cost.format('l')} = {cost.format('o')}"
-        known = f"union {raw_ids}" if raw_ids else ""
         return self._findings(
             EVENTS.name,
             f"""
             with known as (
-                select record_id from trusted where is_valid {known}
+                select record_id from trusted where is_valid {raw_ids}
             ), over as (
                 select *, row_number() over (partition by event_id, source_file, source_line, _query_id, _batch_id, is_copy) as n
                 from events_over
@@ -149,7 +135,7 @@ class EventsComparison(StreamComparison):
             """,
         )
 
-    def _metrics(self, hours: Collection[int]) -> list[Finding]:
+    def _metrics(self, hours: Collection[int]) -> list[Difference]:
         found = self._found(MINUTE_METRICS, "hour_of(epoch_us(event_minute))", _days("event_date", hours))
         self._database.execute(f"create or replace temp view found_metrics as {found}")
         chosen = self._hours_of_increments()
@@ -162,24 +148,22 @@ class EventsComparison(StreamComparison):
             create or replace temp table metrics_over as select *, true as is_copy from held_metrics where copy > 1;
             create or replace temp table metrics_delta as
             select {keys}, any_value(hour) as hour, any_value(state) as state,
-                {", ".join(f"sum(e_{m} - f_{m})::hugeint as {m}" for m in METRIC_MEASURES)},
-                sum(e_spend_nanos)::hugeint as expected_nanos, sum(f_spend_nanos)::hugeint as found_nanos,
-                sum(e_rows)::bigint as expected_rows, sum(f_rows)::bigint as found_rows,
+                {", ".join(f"(coalesce(sum(e_{m}), 0) - coalesce(sum(f_{m}), 0))::hugeint as {m}" for m in METRIC_MEASURES)},
+                coalesce(sum(e_spend_nanos), 0)::hugeint as expected_nanos, coalesce(sum(f_spend_nanos), 0)::hugeint as found_nanos,
+                count(e_rows) as expected_rows, count(f_rows) as found_rows,
                 case when {self._cause} is not null then {self._cause}
-                    when found_rows = 0 then {self._absent("increment_missing", "any_value(state)")}
+                    when found_rows = 0 then {self._if_missing("increment_missing", "any_value(state)")}
                     when expected_rows = 0 then 'increment_unknown'
                     else 'increment_altered' end as cause
             from (
                 select query_id, batch_id, {_MINUTE} as minute_us, {", ".join(METRIC_KEYS)}, hour, state,
-                    {", ".join(f"{sql} as e_{m}" for m, sql in _EXPECTED.items())}, 1 as e_rows,
-                    {", ".join(f"0 as f_{m}" for m in METRIC_MEASURES)}, 0 as f_rows
+                    {", ".join(f"sum({sql}) as e_{m}" for m, sql in _OF_RECORD.items())}, 1 as e_rows
                 from expected where outcome = 'accepted' and {chosen} group by all
                 union all by name
                 select _query_id as query_id, _batch_id as batch_id, epoch_us(event_minute) as minute_us, {", ".join(METRIC_KEYS)},
-                    hour, state, {", ".join(f"0 as e_{m}" for m in METRIC_MEASURES)}, 0 as e_rows,
-                    {", ".join(f"coalesce({m}, 0) as f_{m}" for m in METRIC_MEASURES)}, 1 as f_rows
+                    hour, state, {", ".join(f"{m} as f_{m}" for m in METRIC_MEASURES)}, 1 as f_rows
                 from held_metrics where copy = 1
-            ) group by {keys} having {" or ".join(f"sum(e_{m} - f_{m}) != 0" for m in METRIC_MEASURES)}
+            ) group by {keys} having {" or ".join(f"{m} != 0" for m in METRIC_MEASURES)}
             """
         )
         return self._findings(
@@ -203,22 +187,16 @@ class EventsComparison(StreamComparison):
             weight = f"(hash({batch}, {minute}, {', '.join(METRIC_KEYS)}) >> 24)::hugeint"
             return ", ".join(f"sum({weight} * ({measure}))" for measure in measures)
 
-        is_valid = "invalid_traffic_rule is null"
-        kinds = [f"(event_type = '{kind}' and {side}{is_valid})::int" for side in ("", "not ") for kind in ("impression", "click")]
-        expected = weighted(_MINUTE, "query_id, batch_id", *kinds, "spend_nanos", "coalesce(invalid_spend_nanos, 0)")
+        expected = weighted(_MINUTE, "query_id, batch_id", *_OF_RECORD.values())
         found = weighted("epoch_us(event_minute)", "_query_id, _batch_id", *(f"coalesce({name}, 0)" for name in METRIC_MEASURES))
-        sides = [
-            {hour: rest for hour, *rest in self._database.rows(sql)}
-            for sql in (
-                f"select hour, 0, {expected} from expected where outcome = 'accepted' group by hour",
-                f"select hour, count(*) - count(distinct record_uuid), {found} from found_metrics group by hour",
+        return hour_in(
+            differing_hours(
+                self._sums(f"select hour, 0, {expected} from expected where outcome = 'accepted' group by hour"),
+                self._sums(f"select hour, count(*) - count(distinct record_uuid), {found} from found_metrics group by hour"),
             )
-        ]
-        nothing = [0] * (1 + len(METRIC_MEASURES))
-        wrong = [hour for hour in {*sides[0], *sides[1]} if sides[0].get(hour, nothing) != sides[1].get(hour, nothing)]
-        return hour_in(wrong)
+        )
 
-    def _gone(self) -> list[Finding]:
+    def _missing_raw(self) -> list[Difference]:
         if not self._recount.inputs.gone and not self._recount.inputs.lacking:
             return []
         return self._findings(

@@ -8,25 +8,29 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from spark_jobs.audit.checkpoints import PREFIX
-from spark_jobs.audit.compare import Finding, HourSums, StreamComparison
+from spark_jobs.audit.compare import Difference, HourSums, StreamComparison, differing_hours
 from spark_jobs.audit.database import hour_in
 from spark_jobs.audit.inputs import BatchState
-from spark_jobs.audit.recount_orders import SHARED
 from spark_jobs.lake.tables import ORDERS, REJECTED_ORDERS
+from spark_jobs.units import EPOCH, HOUR, NO_HOUR
 
 ORDERS_LEDGER_LAYER = "orders_ledger"
 """The layer that findings name for the rows of `batch_ledger` of the stream orders."""
 
-# column of `orders`, as the recount has it, as the table has it
-_COLUMNS = (
-    *(("order_time", "time_us", "epoch_us(order_time)"), ("received_at", "received_us", "epoch_us(received_at)")),
-    *((name, name, name) for name in ("region", *SHARED, "status")),
-    ("cancelled_at", "cancelled_us", "epoch_us(cancelled_at)"),
-    *((name, name, name) for name in ("has_placed", "is_late", "fingerprint")),
-    *(("source_file", "name", "source_file"), ("source_line", "line", "source_line")),
-    *(("ingested_at", "ingested_us", "epoch_us(ingested_at)"), ("_query_id", "query_id", "_query_id")),
-    ("_batch_id", "batch_id", "_batch_id"),
-)
+# The recount's column and SQL of the table's value, where these differ from the column of `orders`.
+_RENAMED = {
+    "order_time": ("time_us", "epoch_us({}.order_time)"),
+    "received_at": ("received_us", "epoch_us({}.received_at)"),
+    "cancelled_at": ("cancelled_us", "epoch_us({}.cancelled_at)"),
+    "source_file": ("name", "{}.source_file"),
+    "source_line": ("line", "{}.source_line"),
+    "ingested_at": ("ingested_us", "epoch_us({}.ingested_at)"),
+    "_query_id": ("query_id", "{}._query_id"),
+    "_batch_id": ("batch_id", "{}._batch_id"),
+}
+_COLUMNS = [
+    (name, *_RENAMED.get(name, (name, f"{{}}.{name}"))) for name in ORDERS.schema.names if name not in ("order_id", "_run_id")
+]
 
 
 class OrdersComparison(StreamComparison):
@@ -43,9 +47,11 @@ class OrdersComparison(StreamComparison):
             and k.accepted_fingerprint is not distinct from e.accepted_fingerprint))
     """
 
-    def _compare_accepted(self, hours: Collection[int]) -> tuple[list[Finding], list[HourSums]]:
-        same = " and ".join(f"e.{ours} is not distinct from {_of('f', theirs)}" for _, ours, theirs in _COLUMNS)
-        differs = ", ".join(f"if(e.{ours} is distinct from {_of('f', theirs)}, '{name}', null)" for name, ours, theirs in _COLUMNS)
+    def _compare_accepted(self, hours: Collection[int]) -> tuple[list[Difference], list[HourSums]]:
+        same = " and ".join(f"e.{ours} is not distinct from {theirs.format('f')}" for _, ours, theirs in _COLUMNS)
+        differs = ", ".join(
+            f"if(e.{ours} is distinct from {theirs.format('f')}, '{name}', null)" for name, ours, theirs in _COLUMNS
+        )
         # A difference belongs to the hour of the row, otherwise to one of a record of the order.
         hour = ", ".join(
             f"if({name} in (from hours), {name}, null)" for name in ("e.hour", "f.hour", "e.placed_hour", "e.cancelled_hour")
@@ -94,25 +100,26 @@ class OrdersComparison(StreamComparison):
 
         An hour differs if a sum of hashes over its rows, which does not depend on their order, differs.
         """
-        sides = []
-        for table, place in (("expected_orders", 1), ("found_orders", 2)):
-            hashed = f"hash(order_id, {', '.join(column[place] for column in _COLUMNS)})"
-            rows = self._database.rows(
-                f"select hour, count(*), sum({hashed}::hugeint), bit_xor({hashed}) from {table} group by hour"
-            )
-            sides.append({hour: rest for hour, *rest in rows})
-        wrong = [hour for hour in {*sides[0], *sides[1]} if sides[0].get(hour) != sides[1].get(hour)]
-        chosen = hour_in(wrong)
+        our_hash = f"hash(order_id, {', '.join(ours for _, ours, _ in _COLUMNS)})"
+        their_hash = f"hash(order_id, {', '.join(theirs.format('found_orders') for _, _, theirs in _COLUMNS)})"
+        expected, found = (
+            self._sums(f"select hour, count(*), sum({hashed}::hugeint), bit_xor({hashed}) from {table} group by hour")
+            for table, hashed in (("expected_orders", our_hash), ("found_orders", their_hash))
+        )
+        chosen = hour_in(differing_hours(expected, found))
         self._database.execute(
             f"""
             create or replace temp table differing as
             select order_id from expected_orders where {chosen} union select order_id from found_orders where {chosen}
             """
         )
-        counts = [(hour, *(side.get(hour, [0])[0] for side in sides)) for hour in sorted({*hours} & {*sides[0], *sides[1]})]
-        return [HourSums(hour, orders_expected=expected, orders_found=found) for hour, expected, found in counts]
+        sums = []
+        for hour in {*hours} & {*expected, *found} - {NO_HOUR}:
+            ours, theirs = expected.get(hour, [0])[0], found.get(hour, [0])[0]
+            sums.append(HourSums(EPOCH + hour * HOUR, orders_expected=ours, orders_found=theirs))
+        return sums
 
-    def _gone(self) -> list[Finding]:
+    def _missing_raw(self) -> list[Difference]:
         return self._findings(
             ORDERS.name,
             f"""
@@ -122,7 +129,3 @@ class OrdersComparison(StreamComparison):
             from expected_orders where is_gone and hour in (from hours)
             """,
         )
-
-
-def _of(side: str, sql: str) -> str:
-    return sql.replace("(", f"({side}.") if "(" in sql else f"{side}.{sql}"

@@ -45,6 +45,10 @@ class Database:
         """Return the rows of a query."""
         return self.execute(sql).fetchall()
 
+    def values(self, sql: str) -> list[Any]:
+        """Return the values of a query with one column."""
+        return [value for (value,) in self.rows(sql)]
+
     def arrow(self, sql: str) -> pa.Table:
         """Return the rows of a query as Arrow."""
         return self.execute(sql).to_arrow_table()

@@ -6,7 +6,7 @@ after rule. A line that is then certainly valid is done; any other line goes to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from operator import itemgetter
 from typing import Annotated, Any, Literal
@@ -56,13 +56,13 @@ _ANYTHING = msgspec.json.Decoder()
 _DECODERS = {stream: msgspec.json.Decoder(_struct(stream)) for stream in RULES}
 
 
-def _quotation_marks(value: Any) -> int:
+def _quotation_marks(value: object) -> int:
     """Return the least number of quotation marks that a decoded value can have had: two per key, two per text."""
-    if type(value) is dict:
+    if isinstance(value, dict):
         return 2 * len(value) + sum(map(_quotation_marks, value.values()))
-    if type(value) is list:
+    if isinstance(value, list):
         return sum(map(_quotation_marks, value))
-    return 2 if type(value) is str else 0
+    return 2 if isinstance(value, str) else 0
 
 
 class _LineReader:
@@ -82,9 +82,7 @@ class _LineReader:
     def read(self, raw: bytes, number: int, *, is_terminated: bool = True) -> Row:
         """Return the record of a line, which has no line feed at its end, or of a value."""
         row = self._read_valid(raw, number)
-        if row is None:
-            row = _row(number, judge_line(raw, self._stream, self._folder, is_terminated=is_terminated), self._stream)
-        return row
+        return row or _row(number, judge_line(raw, self._stream, self._folder, is_terminated=is_terminated), self._stream)
 
     def _read_valid(self, raw: bytes, number: int) -> Row | None:
         """Return the record of a line that is certainly valid; None for any other line.
@@ -135,12 +133,10 @@ def _hash(record_id: str) -> int:
 
 
 def _row(number: int, judged: Judged, stream: str) -> Row:
-    fields = judged.fields or {}
-    return (
-        *(number, judged.fields is not None, judged.reasons or None, judged.record_id, judged.time_us, judged.received_us),
-        *(fields.get(name) for name in PAYLOAD[stream]),
-        *(judged.region, None if judged.record_id is None else _hash(judged.record_id)),
-    )
+    fields = judged.fields or dict.fromkeys(PAYLOAD[stream])
+    id_hash = None if judged.record_id is None else _hash(judged.record_id)
+    known = (judged.record_id, judged.time_us, judged.received_us)
+    return number, judged.fields is not None, judged.reasons or None, *known, *fields.values(), judged.region, id_hash
 
 
 def _table(rows: Iterable[Row], stream: str) -> pa.Table:
@@ -165,13 +161,9 @@ def parse_block(data: bytes, first: int, stream: str, folder: str) -> pa.Table:
     if is_terminated:
         lines.pop()
     reader = _LineReader(stream, folder)
-
-    def rows() -> Iterator[Row]:
-        last = first + len(lines) - 1
-        for number, raw in enumerate(lines, first):
-            yield reader.read(raw, number, is_terminated=is_terminated or number < last)
-
-    return _table(rows(), stream)
+    last = first + len(lines) - 1
+    rows = (reader.read(raw, at, is_terminated=is_terminated or at < last) for at, raw in enumerate(lines, first))
+    return _table(rows, stream)
 
 
 def parse_values(values: Sequence[bytes | None], offsets: Ints, stream: str) -> pa.Table:

@@ -1,32 +1,34 @@
-"""The recount, as SQL over the parsed input: what all streams share.
+"""The base of the recounts of both streams: SQL over the parsed input.
 
-A recount judges every record of every occurrence (a file that two batches took counts twice) and decides what became of it. It
-reads the parsed files of the hours asked; of all other hours it reads only the hashes of the ids.
+A recount judges every record of every occurrence: a file that two batches took counts twice. It reads the parsed files of the hours
+asked, and of all other hours only the hashes of the ids.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 import pyarrow as pa
 
+from spark_jobs.audit.contract import record_schema
 from spark_jobs.audit.database import Database, path_list
 from spark_jobs.audit.inputs import LEFT_OUT, Inputs
+from spark_jobs.audit.plans import LIMITS
 from spark_jobs.config import Settings
 from spark_jobs.units import HOUR_US, NO_HOUR
 
-_BATCH_NUMBERS = (
-    *("batch_id", "version", "ingested_us", "earliest_us", "future_skew_us", "hour_grace_us", "campaigns_version", "rejects_kept"),
-)
+_BATCH_NUMBERS = ("batch_id", "version", *LIMITS, "campaigns_version", "rejects_kept")
 
 
-def occurring(files: Iterable[str]) -> str:
+def parsed_records(files: Collection[str]) -> str:
+    """Return SQL for the records of parsed files, with the file as ``filename``."""
+    return f"read_parquet({path_list(files)}, filename = true)" if files else "no_records"
+
+
+def occurring(files: Collection[str]) -> str:
     """Return SQL for the records (``r``) of parsed files, once for each of the `occurrences` that has them."""
-    return f"""
-        read_parquet({path_list(files)}, filename = true) r
-        join occurrences on parquet = filename and line >= first_line and line < end_line
-    """
+    return f"{parsed_records(files)} r join occurrences on parquet = filename and line >= first_line and line < end_line"
 
 
 def within(column: str, hours: Collection[int]) -> str:
@@ -46,6 +48,8 @@ class Recount(ABC):
     def __init__(self, database: Database, inputs: Inputs) -> None:
         self.database = database
         self.inputs = inputs
+        schema = record_schema(inputs.stream).append(pa.field("filename", pa.string()))
+        database.keep("no_records", schema.empty_table())
         self._load_batches()
         self._load_occurrences()
         self._load_set_aside()
@@ -57,7 +61,7 @@ class Recount(ABC):
 
     @abstractmethod
     def count(self, hours: Collection[int]) -> None:
-        """Make the table `outcomes` for ``hours``: each record with what became of it."""
+        """Make the table `outcomes` for ``hours``: each record with its outcome."""
 
     @abstractmethod
     def recorded_hours(self) -> set[int]:
@@ -70,27 +74,19 @@ class Recount(ABC):
 
     def records_by_hour(self, hours: Collection[int] | None = None) -> dict[int, int]:
         """Count the records of each hour (of ``hours``; None: of all) in the parsed files, each once."""
-        files = self._all_files() if hours is None else self._files_of(hours)
-        if not files:
-            return {}
+        records = parsed_records(self._all_files() if hours is None else self._files_of(hours))
         where = "true" if hours is None else within("time_us", hours)
-        found = self.database.rows(
-            f"select hour_of(time_us) as hour, count(*) from read_parquet({path_list(files)}) where {where} group by hour"
-        )
+        found = self.database.rows(f"select hour_of(time_us) as hour, count(*) from {records} where {where} group by hour")
         return {hour: records for hour, records in found if hours is None or hour in hours}
 
     def hours_of_batch(self, number: int) -> set[int]:
         """Return the hours in which a batch has records."""
         files = {str(found.entry.parquet) for found in self.inputs.occurrences if found.batch == number and found.entry}
-        if not files:
-            return set()
-        found = self.database.rows(f"select distinct hour_of(r.time_us) from {occurring(files)} where b = {number}")
-        return {hour for (hour,) in found}
+        return set(self.database.values(f"select distinct hour_of(r.time_us) from {occurring(files)} where b = {number}"))
 
-    def raw_ids(self, ids: str) -> str | None:
-        """Return SQL for the valid record ids in all parsed files that the query ``ids`` has; None if there are no files."""
-        files = self._all_files()
-        return f"select record_id from read_parquet({path_list(files)}) where is_valid and record_id in ({ids})" if files else None
+    def raw_ids(self, ids: str) -> str:
+        """Return SQL for the valid record ids in all parsed files that the query ``ids`` has."""
+        return f"select record_id from {parsed_records(self._all_files())} where is_valid and record_id in ({ids})"
 
     def _all_files(self) -> list[str]:
         return sorted(str(entry.parquet) for entry in self.inputs.entries)
@@ -100,12 +96,10 @@ class Recount(ABC):
         known = [hour for hour in hours if hour != NO_HOUR]
         low, high = (min(known) * HOUR_US, (max(known) + 1) * HOUR_US) if known else (0, 0)
         return sorted(
-            {
-                str(entry.parquet)
-                for entry in self.inputs.entries
-                if (entry.min_us is not None and entry.max_us is not None and entry.min_us < high and entry.max_us >= low)
-                or (NO_HOUR in hours and entry.has_unknown_time)
-            }
+            str(entry.parquet)
+            for entry in self.inputs.entries
+            if (entry.min_us is not None and entry.max_us is not None and entry.min_us < high and entry.max_us >= low)
+            or (NO_HOUR in hours and entry.has_unknown_time)
         )
 
     def _load_batches(self) -> None:
@@ -134,15 +128,8 @@ class Recount(ABC):
         self.database.keep_rows("occurrences", here, **columns, region=pa.string(), parquet=pa.string())
 
     def _load_set_aside(self) -> None:
-        found = [(number, one) for number, plan in enumerate(self.inputs.plans) for one in plan.set_aside]
-        self.database.keep_rows(
-            "set_aside",
-            # a negative o: there is no occurrence
-            [(-1 - at, b, one.name, one.name.split("/")[1], one.start, [one.reason]) for at, (b, one) in enumerate(found)],
-            o=pa.int64(),
-            b=pa.int64(),
-            name=pa.string(),
-            region=pa.string(),
-            line=pa.int64(),
-            reasons=pa.list_(pa.string()),
-        )
+        found = [(b, one) for b, plan in enumerate(self.inputs.plans) for one in plan.set_aside]
+        # A negative o, because there is no occurrence.
+        rows = [(-1 - at, b, one.name, one.name.split("/")[1], one.start, [one.reason]) for at, (b, one) in enumerate(found)]
+        columns = {"o": pa.int64(), "b": pa.int64(), "name": pa.string(), "region": pa.string(), "line": pa.int64()}
+        self.database.keep_rows("set_aside", rows, **columns, reasons=pa.list_(pa.string()))

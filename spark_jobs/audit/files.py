@@ -20,17 +20,11 @@ _STORED_BYTES = 16 * 1024  # of a gzip file, per read: zlib copies what a member
 
 
 class _Broken(Exception):
-    """A file ends wrongly or cannot be read. The message is the reason."""
+    """A gzip file ends wrongly. The message is the reason."""
 
 
 def _stored(handle: BinaryIO, size: int, on_read: Callable[[int], None]) -> Iterator[bytes]:
-    while True:
-        try:
-            block = handle.read(size)
-        except OSError:
-            raise _Broken(UNREADABLE) from None
-        if not block:
-            return
+    while block := handle.read(size):
         on_read(len(block))
         yield block
 
@@ -103,6 +97,7 @@ def _join_small(pieces: Iterator[bytes]) -> Iterator[bytes]:
     """Join small pieces: a gzip file may have a million members of a few bytes each."""
     small: list[bytes] = []
     size = 0
+    fault: _Broken | OSError | None = None
     try:
         for piece in pieces:
             if small and size + len(piece) > READ_BYTES // 2:
@@ -113,12 +108,12 @@ def _join_small(pieces: Iterator[bytes]) -> Iterator[bytes]:
             else:
                 small.append(piece)
                 size += len(piece)
-    except (_Broken, OSError):
-        if small:
-            yield b"".join(small)
-        raise
+    except (_Broken, OSError) as found:
+        fault = found
     if small:
         yield b"".join(small)
+    if fault is not None:
+        raise fault
 
 
 def parse_file(path: Path, stream: str, folder: str, on_read: Callable[[int], None]) -> Iterator[pa.Table]:

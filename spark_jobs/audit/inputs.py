@@ -45,18 +45,12 @@ _PINNED: dict[str, tuple[Table, ...]] = {
 class BatchState(StrEnum):
     """What a recount knows about a batch."""
 
-    BOOKED = "booked"
-    """The pinned ledger has it."""
-    WAITING = "waiting"
-    """The raw copy does not have all of its records yet."""
-    PENDING = "pending"
-    """A running query has yet to finish it, or it was finished while the versions were pinned."""
-    UNFINISHED = "unfinished"
-    """It was killed, and the query that would finish it has no checkpoint any more."""
-    UNBOOKED = "unbooked"
-    """It has finished, but the ledger does not have it."""
-    MISSED = "missed"
-    """Not a batch: input that no batch took."""
+    BOOKED = "booked"  # the pinned ledger has it
+    WAITING = "waiting"  # the raw copy does not have all of its records yet
+    PENDING = "pending"  # a running query has yet to finish it, or finished it while the versions were pinned
+    UNFINISHED = "unfinished"  # it was killed, and the query that would finish it has no checkpoint any more
+    UNBOOKED = "unbooked"  # it has finished, but the ledger does not have it
+    MISSED = "missed"  # not a batch: input that no batch took
 
 
 LEFT_OUT = (BatchState.PENDING, BatchState.WAITING)
@@ -76,14 +70,17 @@ class Rules:
     hour_grace_us: int
     events_version: int
 
+    def of_plan(self, ingested_us: int) -> tuple[int, int, int, int, int]:
+        """Return the limits and the prices of a plan, in the order of BatchPlan."""
+        return ingested_us, self.earliest_us, self.future_skew_us, self.hour_grace_us, self.campaigns_version
+
 
 @dataclass(frozen=True)
 class Inputs:
     """The inputs of a recount at one moment.
 
-    ``states`` are those of the ``plans``; a batch's number is its place in both. ``occurrences`` are in the order of reading.
-    ``lost`` are the batches whose plans were made from rows, ``lacking`` those for which the raw copy has fewer records than the
-    batch was offered.
+    A batch's number is its place in ``plans`` and in ``states``. ``occurrences`` are in the order of reading. The plans of ``lost``
+    batches were made from rows. For ``lacking`` batches the raw copy has fewer records than the batch was offered.
     """
 
     stream: str
@@ -116,12 +113,7 @@ class Inputs:
 
 
 def read_inputs(
-    settings: Settings,
-    stream: str,
-    *,
-    missed_as: str,
-    now_us: int,
-    progress: Callable[[int, int], None] | None = None,
+    settings: Settings, stream: str, *, missed_as: str, now_us: int, progress: Callable[[int, int], None] | None = None
 ) -> Inputs:
     """Pin the tables, read the plans, and parse what the store does not have.
 
@@ -139,7 +131,7 @@ def read_inputs(
             offered[plan.query_id, plan.batch_id] -= len(plan.set_aside)
     landed = landed_files(settings, stream)
     without = sorted(offered.keys() - {(plan.query_id, plan.batch_id) for plan in plans})
-    made = _plans_from_rows(snapshot, stream, without, landed) if without else []
+    made = _plans_from_rows(snapshot, stream, without, landed)
     lost = frozenset(range(len(made)))
     plans = made + plans
     states = _states(settings, stream, plans, offered, file_query, topics)
@@ -153,12 +145,12 @@ def read_inputs(
     }
     wanted: list[RawFile | RawChunk] = [*(found.raw for found in (*files.values(), *missed) if found is not None), *ranges.chunks]
     # A file that has changed or vanished meanwhile has no entry.
-    parsed = {entry.raw: entry for entry in ensure_parsed(settings, stream, list(dict.fromkeys(wanted)), progress)}
+    parsed = {entry.raw: entry for entry in ensure_parsed(settings, stream, wanted, progress)}
     missed_ranges = ranges.missed(parsed)
     if missed or missed_ranges:
         files |= {(len(plans), file.name): file for file in missed}
         planned = tuple(sorted(PlannedFile(file.raw.mtime_ms, file.name, file.raw.size) for file in missed))
-        limits = _limits(now_us, todays_rules(snapshot))
+        limits = todays_rules(snapshot).of_plan(now_us)
         plans.append(BatchPlan(missed_as, 0, snapshot.version(accepted) + 1, *limits, planned, ranges=missed_ranges))
         states.append(BatchState.MISSED)
     occurrences = []
@@ -166,12 +158,15 @@ def read_inputs(
         for file in plan.files:
             if not plan.is_set_aside(file.name):
                 found = files[number, file.name]
-                occurrences.append(Occurrence(number, file.name, entry=None if found is None else parsed.get(found.raw)))
+                occurrences.append(Occurrence(number, file.name, entry=parsed.get(found.raw) if found else None))
         of_ranges = ranges.occurrences(number, plan, parsed)
         if any(found.is_waiting for found in of_ranges) and states[number] is not BatchState.PENDING:
             states[number] = BatchState.WAITING
         occurrences += of_ranges
-    lacking = _lacking(plans, states, offered, [found for found in occurrences if is_of_kafka(found.name)])
+    of_topics = [found for found in occurrences if is_of_kafka(found.name)]
+    whole = {found.batch for found in of_topics} - {found.batch for found in of_topics if found.entry is None}
+    wanted_records = {b: offered[plans[b].query_id, plans[b].batch_id] for b in whole if states[b] is BatchState.BOOKED}
+    lacking = batches_lacking_records(wanted_records, of_topics)
     return Inputs(stream, ranges.snapshot, plans, states, lost, occurrences, lacking - lost)
 
 
@@ -206,19 +201,8 @@ def _states(
 def _as_planned(landed: dict[str, LandedFile], file: PlannedFile, *, is_lost: bool) -> LandedFile | None:
     """Return the landing file of a plan; None if none is in the planned state. A plan made from rows knows no state."""
     found = landed.get(file.name)
-    if found is not None and (is_lost or (found.raw.mtime_ms, found.raw.size) == (file.modified_ms, file.size)):
-        return found
-    return None
-
-
-def _lacking(
-    plans: list[BatchPlan], states: list[BatchState], offered: dict[BatchKey, int], occurrences: list[Occurrence]
-) -> frozenset[int]:
-    """Return the booked batches whose ranges are all there, with fewer records than the batch was offered."""
-    absent = {found.batch for found in occurrences if found.entry is None}
-    whole = [found for found in occurrences if states[found.batch] is BatchState.BOOKED and found.batch not in absent]
-    wanted = {found.batch: offered[plans[found.batch].query_id, plans[found.batch].batch_id] for found in whole}
-    return batches_lacking_records(wanted, whole)
+    is_planned = found is not None and (is_lost or (found.raw.mtime_ms, found.raw.size) == (file.modified_ms, file.size))
+    return found if is_planned else None
 
 
 def _offered(snapshot: Snapshot, stream: str) -> dict[BatchKey, int]:
@@ -230,11 +214,13 @@ def _offered(snapshot: Snapshot, stream: str) -> dict[BatchKey, int]:
 
 
 def _plans_from_rows(snapshot: Snapshot, stream: str, batches: list[BatchKey], landed: dict[str, LandedFile]) -> list[BatchPlan]:
-    """Make plans for batches whose own are gone: the files and offsets of their rows, today's limits, the newest prices.
+    """Make plans for batches without one: the files and offsets of their rows, today's limits, the newest prices.
 
-    A row of `orders` names the batch that changed the order last, not the batch that read its file. So these plans have no files
-    for orders: their rows stand for themselves.
+    A row of `orders` names the batch that changed the order last, not the batch that read its file, so plans for orders have no
+    files.
     """
+    if not batches:
+        return []
     rows_of_events = (
         f"""
         select _query_id, _batch_id, ingested_at, source_file, source_line, rule_set from {snapshot.scan(EVENTS)}
@@ -266,20 +252,16 @@ def _plans_from_rows(snapshot: Snapshot, stream: str, batches: list[BatchKey], l
     rules = todays_rules(snapshot)
     made = []
     for number, (query_id, batch_id, ingested_us, places, rule_set) in enumerate(found):
-        names = [name for name, _, _ in places or () if not is_of_kafka(name)]
-        ranges = [PlannedRange(name, first, last + 1) for name, first, last in places or () if is_of_kafka(name)]
-        raws = {name: landed[name].raw for name in names if name in landed}
-        gone = [PlannedFile(0, name, 0) for name in names if name not in landed]
-        planned = sorted([*gone, *(PlannedFile(raw.mtime_ms, name, raw.size) for name, raw in raws.items())])
+        ranges = sorted(PlannedRange(name, first, last + 1) for name, first, last in places or () if is_of_kafka(name))
+        files = []
+        for name, _, _ in places or ():
+            if not is_of_kafka(name):
+                raw = landed[name].raw if name in landed else None
+                files.append(PlannedFile(raw.mtime_ms, name, raw.size) if raw else PlannedFile(0, name, 0))
         version = number - len(found)  # before all known batches
-        limits = _limits(ingested_us, rules)
-        made.append(BatchPlan(query_id, batch_id, version, *limits, tuple(planned), rule_set, tuple(sorted(ranges))))
+        limits = rules.of_plan(ingested_us)
+        made.append(BatchPlan(query_id, batch_id, version, *limits, tuple(sorted(files)), rule_set, tuple(ranges)))
     return made
-
-
-def _limits(ingested_us: int, rules: Rules) -> tuple[int, int, int, int, int]:
-    """Return the limits and the prices of a plan, in the order of BatchPlan."""
-    return ingested_us, rules.earliest_us, rules.future_skew_us, rules.hour_grace_us, rules.campaigns_version
 
 
 def todays_rules(snapshot: Snapshot) -> Rules:

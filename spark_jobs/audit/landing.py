@@ -54,16 +54,15 @@ def missed_files(landed: dict[str, LandedFile], planned: set[str], query: FileQu
     """Return the files that the query has passed over: no plan has them, and they do not just wait.
 
     The query has passed over a file if it names the file in a finished batch. Or it has taken another file that was renamed clearly
-    later and comes later in the order of reading (time of modification), so it has listed the file and left it out.
+    later and is later in the order of reading (time of modification), so it has listed the file and left it out.
     """
     taken = [landed[name] for name in query.taken if name in landed]
-    found = []
-    for name, file in sorted(landed.items()):
-        # The ingest does not read a folder with another kind of name.
-        if name in planned or not REGION_NAME.fullmatch(name.split("/")[1]):
-            continue
-        if name in query.taken or any(
+
+    def is_passed_over(file: LandedFile) -> bool:
+        return file.name in query.taken or any(
             other.renamed_ns > file.renamed_ns + _CLOCK_SLACK_NS and other.raw.mtime_ms > file.raw.mtime_ms for other in taken
-        ):
-            found.append(file)
-    return found
+        )
+
+    # The ingest does not read a folder with another kind of name.
+    waiting = [file for name, file in sorted(landed.items()) if name not in planned and REGION_NAME.fullmatch(name.split("/")[1])]
+    return [file for file in waiting if is_passed_over(file)]

@@ -1,22 +1,23 @@
-"""Compare the published marts with the table versions that they name. A mart that is only older than the tables is right."""
+"""Compare the published marts with the table versions that they name. A mart may be older than the tables."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-from spark_jobs.audit.compare import LEDGER_MEASURES, Finding
+from spark_jobs.audit.compare import LEDGER_MEASURES, Difference
 from spark_jobs.audit.compare_events import METRIC_MEASURES
+from spark_jobs.audit.database import hour_in
 from spark_jobs.config import Settings
 from spark_jobs.lake.duck import literal
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import BATCH_LEDGER, MINUTE_METRICS
-from spark_jobs.units import HOUR_US, NO_HOUR
+from spark_jobs.units import HOUR_US, NO_HOUR, hour_moment
 
 _GROUP = "near_real_time"
 _COUNTS = tuple(name for name in LEDGER_MEASURES if name != "spend_nanos")
 
 
-def compare_marts(settings: Settings, hours: Collection[int] | None) -> list[Finding]:
+def compare_marts(settings: Settings, hours: Collection[int] | None) -> list[Difference]:
     """Return what differs in fct_campaign_minute (per hour and campaign) and fct_event_accounting (per hour). None: in all hours.
 
     Returns nothing if no marts are published. Raises DuckDB's errors as TableCorruptionError.
@@ -35,23 +36,15 @@ def compare_marts(settings: Settings, hours: Collection[int] | None) -> list[Fin
         ledger, metrics = snapshot.scan(BATCH_LEDGER), snapshot.scan(MINUTE_METRICS)
         ended = f"semi join (from {ledger}) using (_query_id, _batch_id)"
         database.execute(f"create macro hour_of(t) as coalesce(epoch_us(t) // {HOUR_US}, {NO_HOUR})")  # marts keep times as UTC
-        chosen = "true" if hours is None else f"hour in ({', '.join(map(str, [*hours, 'null']))})"
+        chosen = "true" if hours is None else hour_in(hours)
         known = {name for name, *_ in database.execute("describe published.fct_campaign_minute").fetchall()}
         measured = tuple(name for name in METRIC_MEASURES if name in known)  # an older adtally built fewer
-        minute = ", ".join(measured)
-        campaigns = (
-            f"(select hour_of(event_minute) as hour, campaign_id, {minute} from {metrics} {ended})",
-            f"(select hour_of(event_minute) as hour, campaign_id, {minute} from published.fct_campaign_minute)",
-        )
-        of_events = "stream = 'events'"
-        books = (
-            f"(select hour_of(event_hour) as hour, null as campaign_id, {', '.join(_COUNTS)} from {ledger} where {of_events})",
-            f"(select hour_of(event_hour) as hour, null as campaign_id, {', '.join(_COUNTS)} from published.fct_event_accounting)",
-        )
+        minute = f"hour_of(event_minute) as hour, campaign_id, {', '.join(measured)}"
+        counted = f"hour_of(event_hour) as hour, null as campaign_id, {', '.join(_COUNTS)}"
         found = []
-        for mart, measures, rows, nanos, (expected, held) in (
-            ("fct_campaign_minute", measured, " + ".join(METRIC_MEASURES[:4]), "spend_nanos", campaigns),
-            ("fct_event_accounting", _COUNTS, "offered", "0", books),
+        for mart, columns, measures, rows, nanos, table in (
+            ("fct_campaign_minute", minute, measured, " + ".join(METRIC_MEASURES[:4]), "spend_nanos", f"{metrics} {ended}"),
+            ("fct_event_accounting", counted, _COUNTS, "offered", "0", f"{ledger} where stream = 'events'"),
         ):
             differ = " or ".join(f"sum(side * coalesce({m}, 0)) != 0" for m in measures)
             found += database.execute(
@@ -59,9 +52,10 @@ def compare_marts(settings: Settings, hours: Collection[int] | None) -> list[Fin
                 select hour, 'marts', 'mart_differs', campaign_id, greatest(1, abs(sum(side * ({rows}))))::bigint,
                     coalesce(sum({rows}) filter (side = 1), 0)::bigint, coalesce(sum({rows}) filter (side = -1), 0)::bigint,
                     coalesce(sum({nanos}) filter (side = 1), 0)::hugeint, coalesce(sum({nanos}) filter (side = -1), 0)::hugeint,
-                    '{mart} does not say what the versions that it was built from hold'
-                from (select 1 as side, * from {expected} union all by name select -1 as side, * from {held})
+                    false, '{mart} does not say what the versions that it was built from hold'
+                from (select 1 as side, {columns} from {table} union all select -1, {columns} from published.{mart})
                 where {chosen} group by hour, campaign_id having {differ}
                 """
             ).fetchall()
-    return sorted((Finding(*row) for row in found), key=lambda f: (f.hour, f.campaign_id or "", f.detail))
+    differences = [Difference(hour_moment(hour), *rest) for hour, *rest in found]
+    return sorted(differences, key=lambda f: (f.hour, f.campaign_id or "", f.detail))

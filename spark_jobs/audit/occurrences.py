@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from spark_jobs.audit.checkpoints import TopicQuery
 from spark_jobs.audit.plans import BatchPlan, PlannedRange
-from spark_jobs.audit.raw import NO_END, RawTable, Span, both, minus
+from spark_jobs.audit.raw import NO_END, RawTable, Span, intersect, subtract
 from spark_jobs.audit.store import ParsedFile, RawChunk, RawFile
 from spark_jobs.config import Settings
 from spark_jobs.lake.lake import Snapshot
@@ -61,7 +61,7 @@ class PlannedRanges:
         ends = {name: end for topic in topics.values() for name, end in topic.end.items()}
         self.chunks: list[RawChunk] = []
         self.snapshot = snapshot
-        self._held: dict[str, list[Span]] = {}
+        self._complete: dict[str, list[Span]] = {}
         self._missed: dict[str, list[Span]] = {}  # the running query has passed over them and no batch has them
         self._chunks_of: dict[str, list[RawChunk]] = {}
         if not planned and not ends:
@@ -70,10 +70,11 @@ class PlannedRanges:
         self.snapshot = self._raw.snapshot
         for name in sorted({*planned, *ends}):
             spans = sorted(planned.get(name, ()))
-            held = self._held[name] = self._raw.complete_spans(name, from_offset=spans[0][0] if spans else 0)
-            missed = [part for gap in minus((0, ends.get(name, 0)), spans) for part in both(gap, held)]
-            self._missed[name] = missed
-            self._chunks_of[name] = list(self._raw.chunks(name, sorted([*spans, *missed]), held))
+            complete = self._complete[name] = self._raw.complete_spans(name, from_offset=spans[0][0] if spans else 0)
+            missed = self._missed[name] = [
+                part for gap in subtract((0, ends.get(name, 0)), spans) for part in intersect(gap, complete)
+            ]
+            self._chunks_of[name] = list(self._raw.chunks(name, sorted([*spans, *missed]), complete))
             self.chunks += self._chunks_of[name]
 
     def missed(self, parsed: dict[RawFile | RawChunk, ParsedFile]) -> tuple[PlannedRange, ...]:
@@ -82,20 +83,22 @@ class PlannedRanges:
             PlannedRange(name, *span)
             for name, spans in self._missed.items()
             for span in spans
-            if any(_count(entry, *part) for entry, part in self._parts(name, span, parsed))
+            if any(_count(entry, part) for entry, part in self._parts(name, span, parsed))
         )
 
     def occurrences(self, number: int, plan: BatchPlan, parsed: dict[RawFile | RawChunk, ParsedFile]) -> list[Occurrence]:
         """Return what is there of a plan's ranges, and what is not, in the order of reading."""
         found: list[Occurrence] = []
         for name, span in _read_ranges(plan):
-            held = self._held.get(name, [])
+            complete = self._complete.get(name, [])
             found += [Occurrence(number, name, *at, entry) for entry, at in self._parts(name, span, parsed)]
-            found += [Occurrence(number, name, *gap, is_waiting=self._raw.will_reach(name, gap[0])) for gap in minus(span, held)]
+            found += [
+                Occurrence(number, name, *gap, is_waiting=self._raw.will_reach(name, gap[0])) for gap in subtract(span, complete)
+            ]
         if any(one.entry is None for one in found) and not any(one.is_waiting for one in found):
             here = [one for one in found if one.entry is not None]
             # If no record is missing, what seems to be gone is a gap in the offsets.
-            records = sum(_count(one.entry, one.start, one.end) for one in here if one.entry)
+            records = sum(_count(one.entry, (one.start, one.end)) for one in here if one.entry)
             if records >= self._offered.get((plan.query_id, plan.batch_id), NO_END):
                 found = here
         return sorted(found, key=lambda one: (one.name, one.start))
@@ -114,47 +117,41 @@ def _read_ranges(plan: BatchPlan) -> Iterator[tuple[str, Span]]:
     """Yield the offsets that a batch read: its ranges without what it set aside."""
     for part in plan.ranges:
         aside = sorted((one.start, one.end) for one in plan.set_aside if one.name == part.name)
-        for span in minus((part.start, part.end), aside):
+        for span in subtract((part.start, part.end), aside):
             yield part.name, span
 
 
 def batches_lacking_records(wanted: dict[int, int], occurrences: list[Occurrence]) -> frozenset[int]:
-    """Return the batches (by number) whose ranges have fewer records than ``wanted``: somebody has removed some.
+    """Return the batches whose ranges have fewer records than ``wanted`` (by batch number): records were removed from the raw copy.
 
-    ``occurrences`` are all ranges of these batches, and all of them have an entry. Counts batch by batch only if all records
-    together are too few, because that reads the records.
+    ``occurrences`` have all ranges of these batches, each with an entry. Counts batch by batch only if all records together are too
+    few, because that reads the records.
     """
-    by_entry: dict[Path, list[tuple[ParsedFile, Occurrence]]] = {}
+    by_entry: dict[ParsedFile, list[Occurrence]] = {}
     for found in occurrences:
-        if found.entry is not None:
-            by_entry.setdefault(found.entry.parquet, []).append((found.entry, found))
-    if sum(map(_count_all, by_entry.values())) >= sum(wanted.values()):
+        if found.entry is not None and found.batch in wanted:
+            by_entry.setdefault(found.entry, []).append(found)
+    spans = {entry: [(found.start, found.end) for found in taken] for entry, taken in by_entry.items()}
+    if sum(_count(entry, *spans[entry]) for entry in spans) >= sum(wanted.values()):
         return frozenset()
-    held = dict.fromkeys(wanted, 0)
-    for taken in by_entry.values():
-        for (_, found), count in zip(taken, _counts(taken), strict=True):
-            held[found.batch] += count
-    return frozenset(number for number in wanted if held[number] < wanted[number])
+    counts: Counter[int] = Counter()
+    for entry, taken in by_entry.items():
+        for found, count in zip(taken, _counts(entry, spans[entry]), strict=True):
+            counts[found.batch] += count
+    return frozenset(number for number in wanted if counts[number] < wanted[number])
 
 
-def _count_all(taken: list[tuple[ParsedFile, Occurrence]]) -> int:
-    """Count the records of one chunk, each as often as it was taken."""
-    entry, spans = taken[0][0], sorted((found.start, found.end) for _, found in taken)
-    joined = all(before[1] == after[0] for before, after in pairwise(spans))
-    if joined and isinstance(entry.raw, RawChunk) and (spans[0][0], spans[-1][1]) == (entry.raw.start, entry.raw.end):
+def _count(entry: ParsedFile, *spans: Span) -> int:
+    """Count the records of a chunk in all spans together. Does not read the records if the spans cover the chunk once."""
+    ordered = sorted(spans)
+    joined = all(before[1] == after[0] for before, after in pairwise(ordered))
+    if joined and isinstance(entry.raw, RawChunk) and (ordered[0][0], ordered[-1][1]) == (entry.raw.start, entry.raw.end):
         return entry.records
-    return sum(_counts(taken))
+    return sum(_counts(entry, spans))
 
 
-def _counts(taken: list[tuple[ParsedFile, Occurrence]]) -> list[int]:
-    """Count the records of one chunk in each occurrence."""
-    lines = pq.read_table(taken[0][0].parquet, columns=["line"])["line"].to_numpy()  # ascending
-    ends = np.searchsorted(lines, [(found.start, found.end) for _, found in taken])
-    return [int(end - start) for start, end in ends]
-
-
-def _count(entry: ParsedFile, start: int, end: int) -> int:
-    """Count the records of a chunk at offsets [start, end)."""
-    if isinstance(entry.raw, RawChunk) and start <= entry.raw.start and end >= entry.raw.end:
-        return entry.records
-    return _counts([(entry, Occurrence(0, entry.name, start, end))])[0]
+def _counts(entry: ParsedFile, spans: Sequence[Span]) -> list[int]:
+    """Count the records of a chunk in each span."""
+    lines = pq.read_table(entry.parquet, columns=["line"])["line"].to_numpy()  # ascending
+    counts: list[int] = np.diff(np.searchsorted(lines, spans))[:, 0].tolist()
+    return counts

@@ -1,23 +1,24 @@
 """Read the plans of batches from the commits of `events` or `orders`: files or offset ranges in order, limits, prices.
 
-Delta deletes old commits after a while, so plans are kept in a catalogue. The catalogue is derived data: where it is missing, the
-plans are read again from the remaining commits, and a batch without a plan gets one from its rows (``Inputs.lost``).
+Delta deletes old commits after a while, so a catalogue stores the plans. The catalogue is derived data: if it is missing, the plans
+are read again from the remaining commits, and a batch without a plan gets one from its rows (``Inputs.lost``).
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
+from spark_jobs import disk
 from spark_jobs.config import Settings
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import DeltaLog, commit_identity
 from spark_jobs.lake.tables import EVENTS, Table
 
 _FORMAT = 4
+LIMITS = ("ingested_us", "earliest_us", "future_skew_us", "hour_grace_us")
+"""The fields of a plan that bound the times of its records."""
 
 
 class PlannedFile(msgspec.Struct, frozen=True, array_like=True, order=True):
@@ -122,16 +123,12 @@ def read_plans(settings: Settings, version: int, table: Table = EVENTS) -> list[
     if catalogue.version < version:
         found = [plan for number in range(catalogue.version + 1, version + 1) if (plan := _plan_of(log, number))]
         catalogue = _Catalogue(_FORMAT, table_id, version, commit_identity(log.commit(version)), [*catalogue.plans, *found])
-        _save(path, catalogue)
-    return list(_once(plan for plan in catalogue.plans if plan.version <= version))
-
-
-def _once(plans: Iterable[BatchPlan]) -> Iterable[BatchPlan]:
-    seen: set[tuple[str, int]] = set()
-    for plan in plans:
-        if (plan.query_id, plan.batch_id) not in seen:
-            seen.add((plan.query_id, plan.batch_id))
-            yield plan
+        disk.write_file(path, msgspec.json.encode(catalogue))
+    first: dict[tuple[str, int], BatchPlan] = {}
+    for plan in catalogue.plans:
+        if plan.version <= version:
+            first.setdefault((plan.query_id, plan.batch_id), plan)
+    return list(first.values())
 
 
 def _plan_of(log: DeltaLog, version: int) -> BatchPlan | None:
@@ -142,21 +139,16 @@ def _plan_of(log: DeltaLog, version: int) -> BatchPlan | None:
         stored = msgspec.json.decode(commit.user_metadata, type=_StoredPlan)
     except msgspec.MsgspecError:
         return None  # a commit of a compaction, a correction or another tool
-    limits = stored.limits
     return BatchPlan(
         query_id=stored.query_id,
         batch_id=stored.batch_id,
         version=version,
-        ingested_us=limits.ingested_us,
-        earliest_us=limits.earliest_us,
-        future_skew_us=limits.future_skew_us,
-        hour_grace_us=limits.hour_grace_us,
         campaigns_version=stored.campaigns_version,
         files=tuple(sorted(PlannedFile(ms, landing_name(path), size) for ms, path, size in stored.files)),
         rule_set=stored.rule_set,
         ranges=tuple(sorted(PlannedRange(*span) for span in stored.ranges)),
-        rejects_kept=limits.rejects_kept,
         set_aside=tuple(stored.quarantined),
+        **msgspec.structs.asdict(stored.limits),
     )
 
 
@@ -167,17 +159,11 @@ def landing_name(path: str) -> str:
 
 def _load(path: Path, log: DeltaLog, table_id: str) -> _Catalogue:
     try:
-        held = msgspec.json.decode(path.read_bytes(), type=_Catalogue)
-        is_current = commit_identity(log.commit(held.version)) in (held.commit, "")  # empty: Delta has deleted the commit
-        if held.format == _FORMAT and held.table_id == table_id and is_current and held.version <= (log.latest_version() or 0):
-            return held
+        stored = msgspec.json.decode(path.read_bytes(), type=_Catalogue)
+        is_current = commit_identity(log.commit(stored.version)) in (stored.commit, "")  # empty: Delta has deleted the commit
+        is_known = stored.version <= (log.latest_version() or 0)
+        if (stored.format, stored.table_id) == (_FORMAT, table_id) and is_current and is_known:
+            return stored
     except (OSError, msgspec.MsgspecError):
         pass  # missing or damaged: the commits are read again
     return _Catalogue(_FORMAT, table_id, -1, "", [])
-
-
-def _save(path: Path, catalogue: _Catalogue) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(msgspec.json.encode(catalogue))
-    os.replace(temporary, path)

@@ -31,7 +31,7 @@ Span = tuple[int, int]
 # --- spans
 
 
-def minus(span: Span, taken: Iterable[Span]) -> list[Span]:
+def subtract(span: Span, taken: Iterable[Span]) -> list[Span]:
     """Return the parts of ``span`` outside ``taken``, which is in ascending order and may overlap."""
     left, at = [], span[0]
     for start, end in taken:
@@ -43,7 +43,7 @@ def minus(span: Span, taken: Iterable[Span]) -> list[Span]:
     return [*left, (at, span[1])] if at < span[1] else left
 
 
-def both(span: Span, others: Iterable[Span]) -> list[Span]:
+def intersect(span: Span, others: Iterable[Span]) -> list[Span]:
     """Return the parts of ``span`` inside ``others``, which is in ascending order and does not overlap."""
     cut = ((max(span[0], start), min(span[1], end)) for start, end in others)
     return [part for part in cut if part[0] < part[1]]
@@ -65,14 +65,12 @@ class RawTable:
     def complete_spans(self, name: str, *, from_offset: int) -> list[Span]:
         """Return the offsets of a partition that are there in full, ascending; ``from_offset`` is the lowest that matters."""
         query = self._queries.get(query_key(name))
-        own = None
-        if query is not None and name in query.end:
-            own = (query.start.get(name, 0), query.end[name])
-        if own is not None and own[0] <= from_offset:
-            return [own] if own[0] < own[1] else []
-        earlier = self._row_spans.get(name)
-        spans = [] if earlier is None else minus((earlier[0], earlier[1]), [] if own is None else [(own[0], NO_END)])
-        return [span for span in (*spans, *([] if own is None else [own])) if span[0] < span[1]]
+        own = [(query.start.get(name, 0), query.end[name])] if query is not None and name in query.end else []
+        if own and own[0][0] <= from_offset:
+            return [span for span in own if span[0] < span[1]]
+        later = [(own[0][0], NO_END)] if own else []
+        earlier = [part for span in self._row_spans.get(name, ()) for part in subtract(span, later)]
+        return [span for span in (*earlier, *own) if span[0] < span[1]]
 
     def will_reach(self, name: str, offset: int) -> bool:
         """Return whether the query that writes the table has yet to reach ``offset``; False if there is no query."""
@@ -80,17 +78,12 @@ class RawTable:
         return query is not None and offset >= query.end.get(name, query.start.get(name, 0))
 
     @cached_property
-    def _row_spans(self) -> dict[str, Span]:
+    def _row_spans(self) -> dict[str, list[Span]]:
         """For each partition: from its first row to its last one, without the rows that the running query has written."""
         if self._table not in self.snapshot:
             return {}
-        starts = [(name, query.start.get(name, 0)) for query in self._queries.values() for name in query.end]
-        began = pa.table(
-            {
-                "name": pa.array([name for name, _ in starts], pa.string()),
-                "began": pa.array([start for _, start in starts], pa.int64()),
-            }
-        )
+        starts = [{"name": name, "began": query.start.get(name, 0)} for query in self._queries.values() for name in query.end]
+        began = pa.Table.from_pylist(starts, pa.schema({"name": pa.string(), "began": pa.int64()}))
         with self.snapshot.lake.database() as database:
             database.register("starts", began)
             found = database.execute(
@@ -103,15 +96,15 @@ class RawTable:
                 where began is null or source_offset < began group by name
                 """
             ).fetchall()
-        return {name: (low, high) for name, low, high in found}
+        return {name: [(low, high)] for name, low, high in found}
 
-    def chunks(self, name: str, wanted: Iterable[Span], held: list[Span]) -> Iterator[RawChunk]:
-        """Yield the chunks of ``held`` that have an offset of ``wanted`` (ascending), each once."""
+    def chunks(self, name: str, wanted: Iterable[Span], complete: list[Span]) -> Iterator[RawChunk]:
+        """Yield the chunks of ``complete`` that have an offset of ``wanted`` (ascending), each once."""
         last = -1
         for start, end in wanted:
             for number in range(max(start // CHUNK_OFFSETS, last + 1), -(-end // CHUNK_OFFSETS)):
                 last = number
-                for low, high in both((number * CHUNK_OFFSETS, (number + 1) * CHUNK_OFFSETS), held):
+                for low, high in intersect((number * CHUNK_OFFSETS, (number + 1) * CHUNK_OFFSETS), complete):
                     yield RawChunk(name, low, high, self._table_id, partial(self._paths, name, low, high))
 
     def _paths(self, name: str, low: int, high: int) -> list[str]:

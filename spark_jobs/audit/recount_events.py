@@ -13,8 +13,8 @@ import pyarrow as pa
 from xxhash import xxh3_64_intdigest
 
 from spark_jobs.audit.contract import PAYLOAD, record_schema
-from spark_jobs.audit.database import Database, path_list
-from spark_jobs.audit.engine import Recount, occurring, within
+from spark_jobs.audit.database import Database
+from spark_jobs.audit.engine import Recount, occurring, parsed_records, within
 from spark_jobs.audit.inputs import Inputs, Rules
 from spark_jobs.audit.traffic import TrafficJudge
 from spark_jobs.lake.tables import BATCH_LEDGER, CAMPAIGNS, EVENTS, HOUR_RULES, MINUTE_METRICS, REJECTED_EVENTS
@@ -46,7 +46,7 @@ class EventsRecount(Recount):
 
     def recorded_hours(self) -> set[int]:
         """Return all hours of which a table of events has a row."""
-        found = self.database.rows(
+        hours = self.database.values(
             f"""
             select distinct hour_of(epoch_us(event_hour)) from {self.database.scan(BATCH_LEDGER)}
                 where stream = 'events' and (offered != 0 or accepted != 0)
@@ -55,15 +55,14 @@ class EventsRecount(Recount):
             union select distinct hour_of(epoch_us(record_time)) from {self.database.scan(REJECTED_EVENTS)}
             """
         )
-        return {hour for (hour,) in found}
+        return set(hours)
 
     def count(self, hours: Collection[int]) -> None:
         """Make the table `outcomes`: each record of ``hours`` with its outcome, its price and whether it is late.
 
         Columns: o, b, name, region, line, hour, record_id, received_us (never null for a valid record), the payload, outcome
         (accepted, duplicate, conflict, rejected), reasons (if rejected), records (if it stands for several), holder_o and
-        holder_line (the record that has the id), billing_model, spend_nanos, invalid_spend_nanos, is_late, invalid_traffic_rule,
-        invalid_traffic_rules, rule_set.
+        holder_line (the record that has the id), billing_model, spend_nanos, invalid_spend_nanos, is_late, and the marks.
         """
         asked, hours = hours, self._traffic.hours_to_count(hours)
         self.database.keep_hours("hours", hours)
@@ -71,12 +70,11 @@ class EventsRecount(Recount):
         self.database.execute("create or replace temp table ids as select distinct id_hash from judged where is_ok")
         files = self._all_files()
         elsewhere = "hour_of(time_us) not in (from hours) and id_hash in (from ids)"
-        raw = f"union all select id_hash from {occurring(files)}"
         self.database.execute(
             f"""
             create or replace temp table suspects as select id_hash from (
                 select id_hash from judged where is_ok
-                {f"{raw} where is_valid and {elsewhere}" if files else ""}
+                union all select id_hash from {occurring(files)} where is_valid and {elsewhere}
                 union all select id_hash from trusted where {elsewhere}
             ) group by id_hash having count(*) > 1
             """
@@ -97,10 +95,8 @@ class EventsRecount(Recount):
             """
         )
         for hour, rule in rules.items():
-            self.database.execute(f"delete from hour_rules where hour = {hour}")
-            self.database.execute(
-                "insert into hour_rules values (?, ?, ?, ?, ?, ?)", [hour, *(getattr(rule, name) for name in _RULES)]
-            )
+            values = ", ".join(str(getattr(rule, name)) for name in _RULES)
+            self.database.execute(f"delete from hour_rules where hour = {hour}; insert into hour_rules values ({hour}, {values})")
 
     def _load_prices(self, prices: pa.Table | None) -> None:
         self.database.execute(
@@ -108,38 +104,38 @@ class EventsRecount(Recount):
         )
         if prices is not None:
             self.database.keep("given_prices", prices)
-            self.database.execute(
-                f"insert into prices select {FILES_VERSION}, campaign_id, billing_model, from_us, to_us from given_prices"
-            )
+            self.database.execute(f"insert into prices by name select *, {FILES_VERSION} as version from given_prices")
         used = "select campaigns_version from batches union select campaigns_version from hour_rules"
-        for (version,) in self.database.rows(f"select * from ({used}) where campaigns_version != {FILES_VERSION}"):
-            campaigns = self.inputs.snapshot.lake.at({CAMPAIGNS.name: version}).scan(CAMPAIGNS)
+        for version in self.database.values(f"from ({used}) where campaigns_version != {FILES_VERSION}"):
             self.database.execute(
                 f"""
                 insert into prices select {version}, campaign_id, billing_model, epoch_us(valid_from),
-                    coalesce(epoch_us(valid_to), {2**62}) from {campaigns}
+                    coalesce(epoch_us(valid_to), {2**62})
+                from {self.inputs.snapshot.lake.at({CAMPAIGNS.name: version}).scan(CAMPAIGNS)}
                 """
             )
 
     def _load_trusted(self) -> None:
-        """Make the table `trusted`: rows whose raw input is not there stand for themselves, so that nothing is taken back."""
+        """Make the table `trusted`: rows whose raw input is missing count as their own records, so that no row is removed."""
         place = """
             join batches on _query_id = query_id and _batch_id = batch_id
             join absent on absent.b = batches.b and name = source_file and source_line >= first_line and source_line < end_line
         """
         numbers = {found.batch for found in (*self.inputs.gone, *self.inputs.waiting)}
-        self.database.execute(f"create temp table trusted as {self._rows_as_they_are('absent', place, numbers)}")
+        self.database.execute(f"create temp table trusted as {self._rows_as_records('absent', place, numbers)}")
         self._trust_unbacked()
-        self._trust_what_was_set_aside()
-        ids = [name for (name,) in self.database.rows("select distinct record_id from trusted where is_valid")]
+        self.database.execute(
+            "insert into trusted by name select *, false as is_valid, 'rejected' as outcome, null::bigint as records from set_aside"
+        )
+        ids = self.database.values("select distinct record_id from trusted where is_valid")
         hashes = [(name, xxh3_64_intdigest(name.encode())) for name in ids]
         self.database.keep_rows("trusted_ids", hashes, record_id=pa.string(), id_hash=pa.uint64())
         self.database.execute("update trusted set id_hash = i.id_hash from trusted_ids i where i.record_id = trusted.record_id")
 
-    def _rows_as_they_are(self, place: str, joins: str, numbers: Collection[int]) -> str:
+    def _rows_as_records(self, place: str, joins: str, numbers: Collection[int]) -> str:
         """Return SQL for rows of some batches, as records. ``joins`` finds their places in the table ``place``."""
         plans = [self.inputs.plans[number] for number in numbers]
-        # with these, Delta's statistics skip the files of other batches
+        # With these bounds, Delta's statistics skip the files of other batches.
         low, high = (pick((plan.batch_id for plan in plans), default=-1) for pick in (min, max))
         events, rejects = (
             f"(from {self.database.scan(table)} where _batch_id >= {low} and _batch_id <= {high})"
@@ -158,17 +154,8 @@ class EventsRecount(Recount):
             from {rejects} e {joins}
         """
 
-    def _trust_what_was_set_aside(self) -> None:
-        """What a batch set aside is one rejected record."""
-        self.database.execute(
-            """
-            insert into trusted by name
-            select *, false as is_valid, 'rejected' as outcome, null::bigint as records from set_aside
-            """
-        )
-
     def _trust_unbacked(self) -> None:
-        """Add rows of batches that lack raw records to `trusted`: the rows whose own record somebody has removed."""
+        """Add to `trusted` the rows whose own raw record was removed from the raw copy."""
         lacking = [found for found in self.inputs.occurrences if found.batch in self.inputs.lacking and found.entry is not None]
         if not lacking:
             return
@@ -178,12 +165,12 @@ class EventsRecount(Recount):
             join batches on _query_id = query_id and _batch_id = batch_id and batches.b in ({numbers})
             join occurrences on occurrences.b = batches.b and name = source_file and source_line >= first_line
                 and source_line < end_line
-            anti join (select filename, line from read_parquet({path_list(files)}, filename = true)) r
+            anti join (select filename, line from {parsed_records(files)}) r
                 on r.filename = parquet and r.line = source_line
         """
         self.database.execute(
             f"""
-            insert into trusted by name {self._rows_as_they_are("occurrences", place, self.inputs.lacking)};
+            insert into trusted by name {self._rows_as_records("occurrences", place, self.inputs.lacking)};
             update batches set is_partial = true where b in ({numbers}) and b in (select b from trusted)
             """
         )
@@ -191,17 +178,10 @@ class EventsRecount(Recount):
     def _judge(self, target: str, files: list[str], pushed: str, where: str) -> None:
         """Make the table ``target``: records judged by their limits, with the version of the prices that apply to them."""
         columns = ", ".join(f"r.{name}" for name in _RECORD)
-        if files:
-            source = f"""
-                select o, b, name, coalesce(r.region, occurrences.region) as region, {columns},
-                    null as outcome, hour_of(r.time_us) as hour, null as billing_model, null::bigint
-                    as spend_nanos, null::boolean as is_late, null as invalid_traffic_rule,
-                    null::varchar[] as invalid_traffic_rules, null as rule_set, r.reasons, null::bigint as records
-                from {occurring(files)} where {pushed}
-                union all by name
-            """
-        else:
-            source = ""
+        source = f"""
+            select o, b, name, coalesce(r.region, occurrences.region) as region, {columns}, r.reasons, hour_of(r.time_us) as hour
+            from {occurring(files)} where {pushed}
+        """
         self.database.execute(
             f"""
             create or replace temp table {target} as
@@ -220,7 +200,7 @@ class EventsRecount(Recount):
                 coalesce(h.hour_grace_us, batches.hour_grace_us) as grace_us,
                 coalesce(h.campaigns_version, batches.campaigns_version) as price_version
             from (
-                {source} select *, hour_of(time_us) as hour from trusted
+                {source} union all by name select *, hour_of(time_us) as hour from trusted
             ) r join batches using (b) left join hour_rules h on h.hour = r.hour and batches.version <= h.events_version
             where {where}
             """
@@ -234,22 +214,14 @@ class EventsRecount(Recount):
             f"""
             create or replace temp table ranked as
             select {ranked} from judged where is_ok and id_hash in (from suspects)
-            union all select {ranked} from others where is_ok
-            """
-        )
-        self.database.execute(
-            f"""
+            union all select {ranked} from others where is_ok;
             create or replace temp table settled as
             select r.o, r.line, first.o as holder_o, first.line as holder_line, case
                 when r.o = first.o and r.line = first.line then 'accepted'
                 when {same} then 'duplicate' else 'conflict' end as verdict
             from ranked r join (
-                select * from ranked qualify row_number() over (partition by record_id order by o, line) = 1
-            ) first using (record_id)
-            """
-        )
-        self.database.execute(
-            f"""
+                from ranked qualify row_number() over (partition by record_id order by o, line) = 1
+            ) first using (record_id);
             create or replace temp table counted as
             select r.o, r.b, r.name, r.region, r.line, r.hour, r.record_id, r.received_us, {", ".join(f"r.{n}" for n in _PAYLOAD)},
                 case when is_trusted then outcome when not is_ok then 'rejected' else coalesce(verdict, 'accepted') end as outcome,

@@ -16,8 +16,8 @@ from collections.abc import Collection
 import pyarrow as pa
 
 from spark_jobs.audit.contract import PAYLOAD, RULES
-from spark_jobs.audit.database import Database, path_list
-from spark_jobs.audit.engine import Recount, occurring
+from spark_jobs.audit.database import Database
+from spark_jobs.audit.engine import Recount, occurring, parsed_records
 from spark_jobs.audit.inputs import Inputs
 from spark_jobs.lake.tables import BATCH_LEDGER, ORDERS, REJECTED_ORDERS
 from spark_jobs.units import HOUR_US, NO_HOUR
@@ -29,15 +29,12 @@ _BEFORE_ALL = -1  # the place in the order of reading of batches whose plans are
 
 
 def _fingerprint() -> str:
-    """SQL for the low half of the MD5 of the fields that the fingerprint covers, as the signed number in the tables."""
+    """Return SQL for the low half of the MD5 of the fields that the fingerprint covers, as the signed number in the tables."""
     fields = ["time_us::varchar"]
     for rule in RULES["orders"]:
         if rule.name in PAYLOAD["orders"]:
-            fields.append(
-                f"replace(replace({rule.name}, chr(1), chr(1) || 'e'), chr(31), chr(1) || 's')"
-                if rule.kind == "id"
-                else f"{rule.name}::varchar"
-            )
+            escaped = f"replace(replace({rule.name}, chr(1), chr(1) || 'e'), chr(31), chr(1) || 's')"
+            fields.append(escaped if rule.kind == "id" else f"{rule.name}::varchar")
     half = f"md5_number_lower(concat_ws(chr(31), {', '.join(fields)}))"
     return f"({half}::hugeint - if({half} > {2**63 - 1}, {2**64}::hugeint, 0))::bigint"
 
@@ -48,8 +45,6 @@ _TRUSTED = """
     user_id varchar, store_id varchar, total_micros bigint, currency varchar, status varchar, is_late boolean, fingerprint bigint,
     outcome varchar, records bigint
 """
-
-
 # Columns that the shared comparison needs and only events have.
 _OF_EVENTS = """
     null::varchar as campaign_id, null::varchar as invalid_traffic_rule, 'none' as billing_model, 0::bigint as spend_nanos,
@@ -72,7 +67,7 @@ class OrdersRecount(Recount):
         self._load_trusted()
 
     def _load_trusted(self) -> None:
-        """Make the table `trusted`: rows whose raw input is not there stand for themselves, so that nothing is taken back."""
+        """Make the table `trusted`: rows whose raw input is missing count as their own records, so that no row is removed."""
         inputs = self.inputs
         self.database.execute(f"create temp table trusted ({_TRUSTED})")
         self.database.execute("create temp table doubtful (o bigint, b bigint)")
@@ -80,7 +75,7 @@ class OrdersRecount(Recount):
             return
         lacking = [o for o, found in enumerate(inputs.occurrences) if found.batch in inputs.lacking]
         self.database.keep_rows("lacking", [(o,) for o in lacking], o=pa.int64())
-        self.database.keep_rows("lost", [(b,) for b in sorted(inputs.lost)], b=pa.int64())
+        self.database.keep_rows("lost", [(b,) for b in inputs.lost], b=pa.int64())
         self._load_places(lacking)
         self.database.execute(
             f"""
@@ -129,7 +124,7 @@ class OrdersRecount(Recount):
         if files:
             self.database.execute(
                 f"""
-                create temp table present as select filename, line from read_parquet({path_list(files)}, filename = true);
+                create temp table present as select filename, line from {parsed_records(files)};
                 create temp table claimed as
                 select source_file, source_line from {self.database.scan(ORDERS)}
                 union select source_file, source_line from {self.database.scan(REJECTED_ORDERS)};
@@ -143,7 +138,7 @@ class OrdersRecount(Recount):
 
     def recorded_hours(self) -> set[int]:
         """Return all hours of which a table of orders has a row."""
-        found = self.database.rows(
+        hours = self.database.values(
             f"""
             select distinct hour_of(epoch_us(event_hour)) from {self.database.scan(BATCH_LEDGER)}
                 where stream = 'orders' and offered != 0
@@ -151,7 +146,7 @@ class OrdersRecount(Recount):
             union select distinct hour_of(epoch_us(record_time)) from {self.database.scan(REJECTED_ORDERS)}
             """
         )
-        return {hour for (hour,) in found}
+        return set(hours)
 
     def count(self, hours: Collection[int]) -> None:
         """Make tables `outcomes` and `expected_orders` for ``hours``.
@@ -192,45 +187,39 @@ class OrdersRecount(Recount):
 
     def _read(self, hours: Collection[int]) -> None:
         """Make the tables `ids`, the orders concerned, and `records`, all records of these orders and all others in ``hours``."""
-        files, near = self._all_files(), self._files_of(hours)
-        of_files = f"select record_id from read_parquet({path_list(near)}) where is_valid and hour_of(time_us) in (from hours)"
         self.database.execute(
             f"""
             create or replace temp table ids as
             select record_id, row_number() over () as n from (
                 select order_id as record_id from {self.database.scan(ORDERS)} where hour_of(epoch_us(order_time)) in (from hours)
-                union {of_files if near else "select null where false"}
+                union select record_id from {parsed_records(self._files_of(hours))}
+                    where is_valid and hour_of(time_us) in (from hours)
             );
             create or replace temp table records as
             select n, o, b, name, region, line, record_id, time_us, hour_of(time_us) as hour, received_us, {", ".join(SHARED)},
                 status, true as is_ok, is_late, fingerprint, true as is_trusted, null::varchar[] as reasons
-            from trusted join ids using (record_id) where outcome is null
+            from trusted join ids using (record_id) where outcome is null;
+            insert into records by name
+            select n, o, b, name, region, line, record_id, time_us, hour, received_us, {", ".join(SHARED)}, status,
+                is_valid and time_us >= earliest_us and time_us <= received_us + future_skew_us as is_ok,
+                received_us >= (hour + 1) * {HOUR_US} + hour_grace_us as is_late,
+                if(is_valid, {_FINGERPRINT}, null) as fingerprint, false as is_trusted,
+                list_concat(
+                    coalesce(reasons, []), if(time_us < earliest_us, ['order_time_out_of_range'], []),
+                    if(time_us > received_us + future_skew_us, ['order_time_in_future'], [])
+                ) as reasons
+            from (
+                select r.* exclude (region, received_us), o, b, name, coalesce(r.region, occurrences.region) as region,
+                    hour_of(time_us) as hour, coalesce(r.received_us, ingested_us) as received_us, earliest_us, future_skew_us,
+                    hour_grace_us
+                from {occurring(self._all_files())} join batches using (b)
+            ) left join ids using (record_id) where hour in (from hours) or (is_valid and n is not null)
             """
         )
-        if files:
-            self.database.execute(
-                f"""
-                insert into records by name
-                select n, o, b, name, region, line, record_id, time_us, hour, received_us, {", ".join(SHARED)}, status,
-                    is_valid and time_us >= earliest_us and time_us <= received_us + future_skew_us as is_ok,
-                    received_us >= (hour + 1) * {HOUR_US} + hour_grace_us as is_late,
-                    if(is_valid, {_FINGERPRINT}, null) as fingerprint, false as is_trusted,
-                    list_concat(
-                        coalesce(reasons, []), if(time_us < earliest_us, ['order_time_out_of_range'], []),
-                        if(time_us > received_us + future_skew_us, ['order_time_in_future'], [])
-                    ) as reasons
-                from (
-                    select r.* exclude (region, received_us), o, b, name, coalesce(r.region, occurrences.region) as region,
-                        hour_of(time_us) as hour, coalesce(r.received_us, ingested_us) as received_us, earliest_us, future_skew_us,
-                        hour_grace_us
-                    from {occurring(files)} join batches using (b)
-                ) left join ids using (record_id) where hour in (from hours) or (is_valid and n is not null)
-                """
-            )
         self._trust_cancellations()
 
     def _trust_cancellations(self) -> None:
-        """Add cancellations that no record shows, if their raw input may be missing: a row does not name the place of one."""
+        """Add cancellations without a record, if their raw input may be missing: a row does not name the place of one."""
         if not self.database.rows("select 1 from doubtful limit 1"):
             return
         spot = "{'o': o, 'b': b}"

@@ -1,25 +1,23 @@
 """The store of parsed input: one Parquet file per landing file, or per chunk of Kafka's raw records, under ADTALLY_HOME.
 
-- The key of a landing file's entry is its name under the landing folder, its time of modification and its size: a changed file is
-  another file.
+- The key of a landing file's entry is its name under the landing folder, its time of modification and its size.
 - Raw records are parsed in chunks of a partition's offsets, whatever the batches. The key is the partition, the offsets and the
   table.
-- Entries are derived data. The folder may be deleted at any time; an entry that is damaged or has another format is made again.
+- Entries are derived data. The folder may be deleted at any time; a damaged entry, or one with another format, is made again.
 - Several processes may write at once: an entry appears by rename, and two processes that make the same entry make it equal.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -34,8 +32,7 @@ from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError
 
 Progress = Callable[[int, int], None]
-# with more bytes than this, two processes are faster than one: each takes half a second to start
-_WORTH_PROCESSES = 48 * 1024 * 1024
+_WORTH_PROCESSES = 48 * 1024 * 1024  # bytes from which processes are faster than one: each takes half a second to start
 _GZIP_FACTOR = 8  # about the ratio of unpacked to stored bytes
 _ABANDONED_SECONDS = 86_400.0
 
@@ -90,16 +87,13 @@ def ensure_parsed(
     Leaves out a file that the store does not have if it is gone, or has changed since ``raw`` was taken. Calls
     ``progress(done, total)`` with the stored bytes. Raises AdtallyError where the records cannot be written.
     """
-    tasks = [_task(settings, stream, raw) for raw in files]
-    found = {task.target: entry for task in tasks if (entry := _entry(task)) and not entry["is_unreadable"]}
-    missing = {task.target: (raw, task) for raw, task in zip(files, tasks, strict=True) if task.target not in found}
-    present = [ready for raw, task in missing.values() if (ready := _ready(raw, task)) is not None]
-    _parse(present, progress)
-    for task in present:
-        if (entry := _entry(task)) is not None:
-            found[task.target] = entry
-    _remove_shorter([task for task in present if isinstance(task, ChunkTask)])
-    return [_parsed(raw, task, found[task.target]) for raw, task in zip(files, tasks, strict=True) if task.target in found]
+    tasks = {raw: _task(settings, stream, raw) for raw in files}
+    found = {raw: entry for raw, task in tasks.items() if (entry := _read_entry(raw, task)) is not None}
+    present = {raw: ready for raw, task in tasks.items() if raw not in found and (ready := _ready(raw, task)) is not None}
+    _parse(list(present.values()), progress)
+    found |= {raw: entry for raw, task in present.items() if (entry := _read_entry(raw, task, is_new=True)) is not None}
+    _remove_shorter([task for task in present.values() if isinstance(task, ChunkTask)])
+    return [found[raw] for raw in files if raw in found]
 
 
 def _ready(raw: RawFile | RawChunk, task: AnyTask) -> AnyTask | None:
@@ -146,14 +140,14 @@ def _failed(reason: str) -> AdtallyError:
 
 
 def _parse_in_processes(tasks: Sequence[AnyTask], workers: int, on_read: Callable[[int], None]) -> None:
-    """Start the largest files first. Each process takes the next task when it finishes one."""
-    waiting = deque(sorted(tasks, key=lambda task: -task.size))
+    """Start with the largest files. Each process takes the next task when it finishes one."""
+    waiting = iter(sorted(tasks, key=lambda task: -task.size))
     answers: SimpleQueue[tuple[str, Any]] = SimpleQueue()
     processes = [_start() for _ in range(workers)]
-    threads = [threading.Thread(target=_feed, args=(process, waiting, answers), daemon=True) for process in processes]
+    threads = ThreadPoolExecutor(workers)
     try:
-        for thread in threads:
-            thread.start()
+        for process in processes:
+            threads.submit(_feed, process, waiting, answers)
         busy = workers
         while busy:
             what, value = answers.get()
@@ -166,37 +160,28 @@ def _parse_in_processes(tasks: Sequence[AnyTask], workers: int, on_read: Callabl
     finally:
         for process in processes:
             process.kill()
-        for process, thread in zip(processes, threads, strict=True):
-            process.wait()
-            if thread.ident is not None:
-                thread.join()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    with contextlib.suppress(OSError):  # unflushed input of a process that has ended
-                        pipe.close()
+        threads.shutdown()
+        for process in processes:
+            with suppress(OSError), process:  # leaving it waits for its end; input that it did not read is lost
+                pass
 
 
 def _start() -> subprocess.Popen[str]:
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
     command = [sys.executable, "-m", "spark_jobs.audit.worker"]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env={**os.environ, "PYTHONPATH": path}
-    )
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment)
 
 
-def _next(waiting: deque[AnyTask]) -> AnyTask | None:
-    try:
-        return waiting.popleft()
-    except IndexError:  # another thread has taken the last one
-        return None
+def _feed(process: subprocess.Popen[str], tasks: Iterator[AnyTask], answers: SimpleQueue[tuple[str, Any]]) -> None:
+    """Send tasks to a process, one at a time, and pass on its answers, until no task is left or one fails.
 
-
-def _feed(process: subprocess.Popen[str], waiting: deque[AnyTask], answers: SimpleQueue[tuple[str, Any]]) -> None:
-    """Send tasks to a process, one at a time, and pass on its answers, until no task is left or one fails."""
+    All threads share ``tasks``, the iterator of a list, whose next item only one of them gets.
+    """
     assert process.stdin is not None and process.stdout is not None
     try:
-        while (task := _next(waiting)) is not None:
+        for task in tasks:
             print(json.dumps(asdict(task)), file=process.stdin, flush=True)
             for line in process.stdout:
                 answer = json.loads(line)
@@ -252,20 +237,16 @@ def _stem(name: str, start: int, table_id: str) -> str:
     return f"{_hash(name, table_id)}-{start}"
 
 
-def _entry(task: AnyTask) -> dict[str, Any] | None:
-    """Return the facts of a usable entry; None if there is none."""
+def _read_entry(raw: RawFile | RawChunk, task: AnyTask, *, is_new: bool = False) -> ParsedFile | None:
+    """Read a usable entry; None if there is none. The entry of a file that could not be read is usable only while it is new."""
     try:
         metadata = pq.read_metadata(task.target)
         entry: dict[str, Any] = json.loads((metadata.metadata or {})[METADATA_KEY])
     except (OSError, pa.ArrowException, KeyError, ValueError):
         return None
     key = (entry.get("format"), entry.get("name"), entry.get("state"), entry.get("records"))
-    if key != (FORMAT, task.name, task.state, metadata.num_rows):
+    if key != (FORMAT, task.name, task.state, metadata.num_rows) or (entry["is_unreadable"] and not is_new):
         return None
-    return entry
-
-
-def _parsed(raw: RawFile | RawChunk, task: AnyTask, entry: dict[str, Any]) -> ParsedFile:
     return ParsedFile(
         raw=raw,
         name=task.name,

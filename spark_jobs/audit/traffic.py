@@ -11,7 +11,8 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -20,12 +21,13 @@ from spark_jobs.audit.database import Database
 from spark_jobs.audit.inputs import BatchState
 from spark_jobs.errors import TableCorruptionError
 from spark_jobs.lake.tables import RULE_SETS, TRAFFIC_REVIEWS
+from spark_jobs.units import HOUR_US, SECOND_US
 
-_ORDER = (
-    *("crawler_user_agent", "listed_user", "listed_network", "repeat_click", "repeat_impression", "unmatched_click", "click_rate"),
-)
-_NAMES = ", ".join(f"'{name}'" for name in _ORDER)
+_LISTS = {"crawler_user_agent": "crawler_patterns", "listed_user": "users", "listed_network": "networks"}
+"""The lists of the rules that need no other record. A rule with an empty list hits nothing."""
 _WINDOWS = ("repeat_click", "repeat_impression", "unmatched_click")
+_ORDER = (*_LISTS, *_WINDOWS, "click_rate")
+_POSITION = f"list_position([{', '.join(map(repr, _ORDER))}], h.rule)"
 
 
 class _RuleSet:
@@ -33,31 +35,32 @@ class _RuleSet:
 
     def __init__(self, content: dict[str, Any]) -> None:
         self.content = content
-        self.on = {name for name in _ORDER if content[name]["mode"] != "off"}
+        self.on = {name for name in _ORDER if content[name]["mode"] != "off" and content.get(_LISTS.get(name, ""), True)}
         self.invalid = {name for name in _ORDER if content[name]["mode"] == "invalid"}
-        self._patterns: list[re.Pattern[str]] | None = None
+        self.windows_us = {name: int(content[name]["window_seconds"]) * SECOND_US for name in _WINDOWS}
         self._crawlers: dict[str, bool] = {}
         self._users = set(content["users"])
         self._exempt = {_folded(user) for user in content.get("exempt_users", ())}  # older rule sets have none
         self._networks = [ipaddress.ip_network(text) for text in content["networks"]]
 
+    @cached_property
+    def _patterns(self) -> list[re.Pattern[str]]:
+        return [re.compile(pattern) for pattern in self.content["crawler_patterns"]]
+
     @property
     def look_back_hours(self) -> int:
         """How many hours back the windows of an hour reach."""
-        seconds = [self.content[name]["window_seconds"] for name in _WINDOWS if name in self.on]
-        return max(((length + 3599) // 3600 for length in seconds), default=0)
-
-    def window_us(self, name: str) -> int:
-        """Return the window of a rule in microseconds."""
-        return int(self.content[name]["window_seconds"]) * 1_000_000
+        return max((-(-window // HOUR_US) for name, window in self.windows_us.items() if name in self.on), default=0)
 
     def is_crawler(self, agent: str) -> bool:
         """Return whether any pattern matches a user agent."""
         if agent not in self._crawlers:
-            if self._patterns is None:
-                self._patterns = [re.compile(pattern) for pattern in self.content["crawler_patterns"]]
             self._crawlers[agent] = any(pattern.search(agent) for pattern in self._patterns)
         return self._crawlers[agent]
+
+    def is_listed(self, user: str) -> bool:
+        """Return whether a user id is listed."""
+        return user in self._users
 
     def is_in_network(self, user: str) -> bool:
         """Return whether a user id is an address in a listed network."""
@@ -67,19 +70,9 @@ class _RuleSet:
             return False
         return any(address in network for network in self._networks)
 
-    def exempt_among(self, users: Collection[str]) -> list[str]:
-        """Return the exempt ones of ``users``."""
-        return [user for user in users if _folded(user) in self._exempt]
-
-    def hits_of(self, name: str, values: Collection[str]) -> list[str]:
-        """Return the agents, or users, that a record rule hits."""
-        if name not in self.on:
-            return []
-        if name == "crawler_user_agent":
-            return [value for value in values if self.is_crawler(value)]
-        if name == "listed_user":
-            return [value for value in values if value in self._users]
-        return [value for value in values if self._networks and self.is_in_network(value)]
+    def is_exempt(self, user: str) -> bool:
+        """Return whether the rules of activity skip a user."""
+        return _folded(user) in self._exempt
 
 
 def _folded(user: str) -> str:
@@ -141,16 +134,14 @@ class TrafficJudge:
         self._judge_by_plans()
         for rule_set, version, own in self._rounds():
             self._judge_round(self._set(rule_set), rule_set, version, own)
-        used = sorted({name for (name,) in self._database.rows("select distinct rule_set from hits")})
-        invalid = [(name, rule) for name in used for rule in sorted(self._set(name).invalid)]
+        used = self._database.values("select distinct rule_set from hits")
+        invalid = [(name, rule) for name in used for rule in self._set(name).invalid]
         database.keep_rows("invalid_rules", invalid, rule_set=pa.string(), rule=pa.string())
-        position = f"list_position([{_NAMES}], rule)"
         database.execute(
             f"""
             create or replace temp table marks as
-            select o, line, arg_min(if(i.rule is null, null, h.rule), {position.replace("rule)", "h.rule)")})
-                    filter (i.rule is not null) as rule,
-                list(h.rule order by {position.replace("rule)", "h.rule)")}) as rules
+            select o, line, arg_min(h.rule, {_POSITION}) filter (i.rule is not null) as rule,
+                list(h.rule order by {_POSITION}) as rules
             from hits h left join invalid_rules i on i.rule_set = h.rule_set and i.rule = h.rule
             group by o, line
             """
@@ -163,12 +154,12 @@ class TrafficJudge:
             and not exists (from rule_of_hour r where r.hour = a.hour and a.version <= r.events_version)
         """
         self._database.execute(f"create or replace temp table unseen as select * from accepted a where {where}")
-        for (rule_set,) in self._database.rows("select distinct plan_rules from unseen"):
+        for rule_set in self._database.values("select distinct plan_rules from unseen"):
             self._record_rules(self._set(rule_set), rule_set, f"(from unseen where plan_rules = '{rule_set}')")
 
     def _rounds(self) -> list[tuple[str, int | None, list[int]]]:
         """Return (rule set, version, hours) of hours judged together. The version is null if no later batch has records."""
-        sets = sorted({name for (name,) in self._database.rows("select distinct rule_set from rule_of_hour")})
+        sets = self._database.values("select distinct rule_set from rule_of_hour")
         reaches = [(name, self._set(name).look_back_hours) for name in sets]
         self._database.keep_rows("reaches", reaches, rule_set=pa.string(), hours=pa.int64())
         return self._database.rows(
@@ -198,12 +189,12 @@ class TrafficJudge:
             """
         )
         self._record_rules(rules, name, "(from round where is_asked)")
-        users = [user for (user,) in self._database.rows("select distinct user_id from round")]
-        self._keep_values("exempt_values", rules.exempt_among(users))
+        users = self._database.values("select distinct user_id from round")
+        self._keep_values("exempt_values", filter(rules.is_exempt, users))
         self._database.execute("create or replace temp view known as from round where user_id not in (from exempt_values)")
         for kind in ("click", "impression"):
             if f"repeat_{kind}" in rules.on:
-                frame = f"range between {rules.window_us(f'repeat_{kind}') - 1} preceding and 1 preceding"
+                frame = f"range between {rules.windows_us[f'repeat_{kind}'] - 1} preceding and 1 preceding"
                 self._hit(
                     name,
                     f"repeat_{kind}",
@@ -221,7 +212,7 @@ class TrafficJudge:
                 select * from round c where is_asked and event_type = 'click' and not exists (
                     select 1 from round i where i.event_type = 'impression' and i.record_id = c.impression_id
                         and i.user_id = c.user_id and i.ad_id = c.ad_id and i.time_us <= c.time_us
-                        and i.time_us >= c.time_us - {rules.window_us("unmatched_click")})
+                        and i.time_us >= c.time_us - {rules.windows_us["unmatched_click"]})
                 """,
             )
         if "click_rate" in rules.on:
@@ -236,16 +227,17 @@ class TrafficJudge:
             )
 
     def _record_rules(self, rules: _RuleSet, name: str, source: str) -> None:
-        for rule, column in (("crawler_user_agent", "user_agent"), ("listed_user", "user_id"), ("listed_network", "user_id")):
-            if rule not in rules.on or not rules.content[{"user_agent": "crawler_patterns"}.get(column, f"{rule[7:]}s")]:
-                continue
-            values = [
-                value for (value,) in self._database.rows(f"select distinct {column} from {source} where {column} is not null")
-            ]
-            self._keep_values("hit_values", rules.hits_of(rule, values))
-            self._hit(name, rule, f"select * from {source} where {column} in (from hit_values)")
+        for rule, column, is_hit in (
+            ("crawler_user_agent", "user_agent", rules.is_crawler),
+            ("listed_user", "user_id", rules.is_listed),
+            ("listed_network", "user_id", rules.is_in_network),
+        ):
+            if rule in rules.on:
+                values = self._database.values(f"select distinct {column} from {source} where {column} is not null")
+                self._keep_values("hit_values", filter(is_hit, values))
+                self._hit(name, rule, f"select * from {source} where {column} in (from hit_values)")
 
-    def _keep_values(self, name: str, values: list[str]) -> None:
+    def _keep_values(self, name: str, values: Iterable[str]) -> None:
         self._database.keep_rows(name, [(value,) for value in values], value=pa.string())
 
     def _hit(self, rule_set: str, rule: str, sql: str) -> None:

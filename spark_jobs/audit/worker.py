@@ -52,7 +52,7 @@ class ParseTask:
     target: str
 
     @property
-    def state(self) -> list[Any]:
+    def state(self) -> list[int | str]:
         """The state of the file, as the entry stores it."""
         return [self.mtime_ms, self.size]
 
@@ -78,7 +78,7 @@ class ChunkTask:
         return (self.end - self.start) * RECORD_BYTES
 
     @property
-    def state(self) -> list[Any]:
+    def state(self) -> list[int | str]:
         """The table and the offsets, as the entry stores them."""
         return [self.table_id, self.start, self.end]
 
@@ -111,12 +111,11 @@ class _Facts:
 
     def add(self, table: pa.Table) -> None:
         self.records += table.num_rows
-        times = pc.min_max(table["time_us"]).as_py()
-        self.min_us = min((t for t in (self.min_us, times["min"]) if t is not None), default=None)
-        self.max_us = max((t for t in (self.max_us, times["max"]) if t is not None), default=None)
+        times = [*pc.min_max(table["time_us"]).as_py().values(), self.min_us, self.max_us]
+        known = [time for time in times if time is not None]
+        self.min_us, self.max_us = min(known, default=None), max(known, default=None)
         self.has_unknown_time |= table["time_us"].null_count > 0
-        if table.num_rows == 1:
-            self.is_unreadable |= table["reasons"][0].as_py() == [UNREADABLE]
+        self.is_unreadable |= table.num_rows == 1 and table["reasons"][0].as_py() == [UNREADABLE]
 
 
 def parse_into(task: AnyTask, on_read: Callable[[int], None]) -> bool:
@@ -195,13 +194,10 @@ def raw_values(
 
 def _write(task: AnyTask, temporary: Path, on_read: Callable[[int], None]) -> None:
     schema, facts = record_schema(task.stream), _Facts()
-    coded = [
-        name for name, kind in zip(schema.names, schema.types, strict=True) if kind == pa.string() and name not in _PLAIN_COLUMNS
-    ]
+    coded = [field.name for field in schema if field.type == pa.string() and field.name not in _PLAIN_COLUMNS]
+    options = {"compression": "zstd", "compression_level": 1, "use_dictionary": coded, "write_page_checksum": True}
     waiting: list[pa.Table] = []
-    with pq.ParquetWriter(
-        temporary, schema, compression="zstd", compression_level=1, use_dictionary=coded, write_page_checksum=True
-    ) as writer:
+    with pq.ParquetWriter(temporary, schema, **options) as writer:
         for table in _records(task, on_read):
             facts.add(table)
             waiting.append(table)
@@ -215,7 +211,7 @@ def _write(task: AnyTask, temporary: Path, on_read: Callable[[int], None]) -> No
 
 
 class _NoPandas(MetaPathFinder):
-    """Hides pandas from Arrow, which would import it with the first list: a second for nothing that is used here."""
+    """Hides pandas from Arrow, which would import it with the first list and take a second for that."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name == "pandas":

@@ -1,11 +1,11 @@
 """The billing ledger: a line per day, campaign, store and currency when the day closes, and one for each later change.
 
-A day is charged when all of its hours are closed. Later changes of its spend (late events, clicks found invalid, a repair, a
-backfill) are posted as further lines, each with its reason, its run and its amount: no line is ever changed or removed. Amounts are
-differences of the rounded total, so the lines of a key sum to its spend, rounded once (half away from zero), as `fct_campaign_day`
-shows it. docs/decisions/0009 has the reasons.
+A run charges a day when all of its hours are closed. For a later change of its spend (late events, invalid clicks, a repair, a
+backfill) it posts further lines, each with its reason, its run and its amount. It never changes or removes a line. Amounts are
+differences of the rounded total, so the lines of a key sum to its spend, rounded once (half away from zero), as in
+`fct_campaign_day`. docs/decisions/0009 has the reasons.
 
-A run looks only at days that have closed, or got increments or ledger rows, since the last posting.
+A run reads only days that have closed, or got increments or ledger rows, since the last posting.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, date, datetime, timedelta
-from pathlib import Path
-from typing import Any
+from datetime import UTC, date, datetime
 
 import duckdb
 import pyarrow as pa
@@ -38,13 +36,13 @@ from spark_jobs.steps import Step
 
 Key = tuple[date, str, str, str]  # day, campaign, store, currency
 
-_APP = "adtally-billing"  # the transactions of billing_lines: each has the number of the version that it makes
+_APP = "adtally-billing"  # a transaction of billing_lines has the number of the version that it makes
 _MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "invalid_spend_nanos")
-_OWN = "own"  # the part of the batches themselves, beside those of the correction runs
-_UNKNOWN = "unknown:"  # of a correction run that `restatements` does not know
+_OWN = "own"  # the spend that the batches wrote themselves; every other part is that of a correction run
+_UNKNOWN = "unknown:"  # the spend of a correction run that `restatements` does not have
 _REASON_OF_KIND = {"review": "invalid_traffic", "repair": "repair", "backfill": "backfill"}
 _REASONS = ("late", "invalid_traffic", "repair", "backfill")  # the order of a posting's lines
-_COMMITS_UNREAD = 500  # of minute_metrics without a line; then the place that was read up to is noted in a commit of its own
+_COMMITS_UNREAD = 500  # after so many commits of minute_metrics without a line, a commit without lines stores the progress
 
 
 @dataclass(frozen=True)
@@ -85,17 +83,20 @@ class BillingReport:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Progress:
     """The versions that the last posting read. Days before ``billed_through`` stay closed, whatever a new source reports."""
 
     metrics_version: int
     ledger_version: int
     billed_through: date
 
+    def to_metadata(self) -> dict[str, object]:
+        return asdict(self) | {"billed_through": self.billed_through.isoformat()}
+
 
 @dataclass
 class _Day:
-    """The sums of a key's increments. ``parts``: nanos of the batches' own rows (_OWN) and of each correction run."""
+    """The sums of a key's increments. ``parts`` are nanos by their origin: the batches (_OWN) and each correction run."""
 
     measures: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_MEASURES, 0))
     parts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -103,7 +104,7 @@ class _Day:
 
 @dataclass(frozen=True)
 class _Billed:
-    """The sum of a key's lines, and the parts noted in the newest."""
+    """The sum of a key's lines, and the parts that the newest line stores."""
 
     micros: int
     parts: dict[str, int]
@@ -111,23 +112,19 @@ class _Billed:
 
 @dataclass
 class _RestatementReasons:
-    """From `restatements`: (run, day, campaign, currency) -> kind -> its money and rule set."""
+    """Why correction runs changed spend. ``kinds``: by run, day, campaign and currency, then by kind, its nanos and rule set."""
 
     kinds: dict[tuple[str, date, str, str], dict[str, tuple[int, str | None]]]
     reviewed_by: dict[date, str]  # day -> rule set of its latest review
 
 
 def bill(
-    settings: Settings,
-    *,
-    run_id: str | None = None,
-    now: datetime | None = None,
-    progress: Callable[[str], None] | None = None,
+    settings: Settings, *, run_id: str | None = None, now: datetime | None = None, progress: Callable[[str], None] | None = None
 ) -> BillingReport:
-    """Post the lines of the closed days whose spend differs from what is billed; the report has those lines.
+    """Post lines for the closed days whose spend differs from what is billed.
 
-    One run at a time, others wait. One commit has all lines of a run, so a killed run has posted all of them or none. A second run
-    posts nothing. Raises UsageError if the lakehouse is not on a local path.
+    Other runs wait. One commit has all lines of a run, so a killed run has posted all of them or none. A second run posts nothing.
+    Raises UsageError if the lakehouse is not on a local path.
     """
     require_local(settings, "billing")
     began, name = time.monotonic(), run_id or uuid.uuid4().hex
@@ -147,41 +144,34 @@ def bill(
 
 
 class _BillingRun:
-    """One run, under the lock. Pins the ledger first: a batch in it is whole in the other tables' versions."""
+    """One run, under the lock. It pins the ledger first: the other pinned tables contain each batch of the ledger completely."""
 
     def __init__(self, lake: Lake, database: duckdb.DuckDBPyConnection, run_id: str, now: datetime) -> None:
         self._lake, self._database, self._run_id, self._now = lake, database, run_id, now
-        self._place = _last_place(lake)
+        self._last = _last_progress(lake)
         snapshot = lake.pin(BATCH_LEDGER, MINUTE_METRICS, TRAFFIC_REVIEWS, BILLING_LINES)
         closed = read_closing(lake.settings).closed_through
         through = date.min if closed is None else closed.date()
-        self._through = through if self._place is None else max(through, self._place.billed_through)
-        # Looked up before `restatements` is pinned: if no correction is under way, that version explains all pinned increments.
-        self._is_correcting = any(path.name[0] != "." for path in _entries(lake.settings))
+        self._through = through if self._last is None else max(through, self._last.billed_through)
+        # Before `restatements` is pinned: if no correction is running, that version explains all pinned increments.
+        self._is_correcting = any(not path.name.startswith(".") for path in lake.settings.corrections_path.glob("*"))
         self._snapshot = snapshot.and_pin(RESTATEMENTS)
         self._waits = False
 
     # --- which days
 
     def days(self) -> list[date]:
-        """The closed days whose totals can differ from what is billed."""
-        partitions = self._partitions()
-        changed = self._changed_days()
-        if changed is None or self._place is None:
-            wanted = partitions
-        else:
-            wanted = {day for day in partitions if day >= self._place.billed_through} | changed
-        return sorted(day for day in wanted if day < self._through)
+        """Return the closed days whose totals can differ from what is billed."""
+        days = {date.fromisoformat(day) for ((_, day),) in self._snapshot.partitions(MINUTE_METRICS)}
+        changed = None if self._last is None else self._changed_days(self._last)
+        if changed is not None and self._last is not None:
+            days = {day for day in days if day >= self._last.billed_through} | changed
+        return sorted(day for day in days if day < self._through)
 
-    def _partitions(self) -> set[date]:
-        return {date.fromisoformat(day) for ((_, day),) in self._snapshot.partitions(MINUTE_METRICS)}
-
-    def _changed_days(self) -> set[date] | None:
-        """Days of the increments and of the ledger rows that came or went since the last posting; None: unknown."""
-        if self._place is None:
-            return None
-        metrics = self._commits(MINUTE_METRICS, self._place.metrics_version)
-        ledger = self._commits(BATCH_LEDGER, self._place.ledger_version)
+    def _changed_days(self, last: _Progress) -> set[date] | None:
+        """Return the days of the increments and ledger rows that were added or removed since the last posting; None: unknown."""
+        metrics = self._commits(MINUTE_METRICS, last.metrics_version)
+        ledger = self._commits(BATCH_LEDGER, last.ledger_version)
         if metrics is None or ledger is None:
             return None
         found = {
@@ -192,39 +182,36 @@ class _BillingRun:
         paths = [path for commit in ledger for path in commit.added_paths]
         try:
             rows = self._lake.read_files(BATCH_LEDGER, paths, "event_hour")
-        except FileNotFoundError:  # put together with others and vacuumed since
+        except FileNotFoundError:  # compacted and vacuumed since
             return None
         return found | {hour.date() for hour in rows["event_hour"].to_pylist() if hour is not None}
 
     def _commits(self, table: Table, since: int) -> list[Commit] | None:
-        """Commits after version ``since`` up to the pinned one; None if the log does not have them all."""
+        """Return the commits after version ``since`` up to the pinned one; None if the log does not have them all."""
         until = self._snapshot.version(table)
         return None if since > until else self._lake.log(table).commits(since, until)
 
     # --- their lines
 
     def lines(self, days: list[date]) -> list[BillingLine]:
-        """The lines that bring the billed amounts of these days to their spend."""
-        billed, why = self._billed(days), self._why(days)
-        lines: list[BillingLine] = []
+        """Return the lines that bring the billed amounts of these days to their spend."""
+        billed, why = self._billed(days), self._reasons(days)
         totals = self._totals(days, why)
-        for key in sorted(totals.keys() | billed.keys()):
-            lines += self._lines_of(key, totals.get(key, _Day()), billed.get(key), why)
-        return lines
+        keys = sorted(totals.keys() | billed.keys())
+        return [line for key in keys for line in self._lines_of(key, totals.get(key, _Day()), billed.get(key), why)]
 
     def _totals(self, days: list[date], why: _RestatementReasons) -> dict[Key, _Day]:
         rows = self._database.execute(
             f"""
             with completed as (
                 select distinct _query_id, _batch_id from {self._snapshot.scan(BATCH_LEDGER)}
-                where event_hour >= ?::timestamptz and event_hour < ?::timestamptz
+                where event_hour >= date '{days[0]}' and event_hour < date '{days[-1]}' + 1
             )
             select event_date, campaign_id, store_id, currency, _run_id, {", ".join(f"sum({m})::hugeint" for m in _MEASURES)},
                 sum(spend_nanos)::hugeint
             from {self._snapshot.scan(MINUTE_METRICS)} semi join completed using (_query_id, _batch_id)
             where {_among(days)} group by all
-            """,
-            [_midnight(days[0]), _midnight(days[-1] + timedelta(days=1))],
+            """
         ).fetchall()
         stores: dict[tuple[date, str, str], set[str]] = defaultdict(set)
         for day, campaign, store, currency, *_ in rows:
@@ -251,7 +238,7 @@ class _BillingRun:
             for day, campaign, store, currency, micros, parts in rows
         }
 
-    def _why(self, days: list[date]) -> _RestatementReasons:
+    def _reasons(self, days: list[date]) -> _RestatementReasons:
         rows = self._database.execute(
             f"""
             select run_id, event_hour::date as event_date, campaign_id, currency, kind, sum(spend_nanos)::hugeint, max(rule_set)
@@ -275,12 +262,39 @@ class _BillingRun:
         if parts == before.parts:
             return
         if self._is_correcting and any(part.startswith(_UNKNOWN) for part in parts):
-            self._waits = True  # a correction has committed its increments, not yet its reasons: the next run posts them
+            self._waits = True  # a correction has committed increments but not yet their reasons: the next run posts them
             return
-        place = self._place
-        if billed is None and (place is None or key[0] >= place.billed_through):
-            micros = nanos_to_micros(sum(parts.values()))
-            yield self._line(key, total, "day_closed", None, micros, micros, sum(parts.values()), parts, why)
+        day, campaign, store, currency = key
+        posting = self._snapshot.version(BILLING_LINES) + 1
+
+        def line(reason: str, run: str | None, amount: int, billed_micros: int, nanos: int) -> BillingLine:
+            name = json.dumps([day.isoformat(), campaign, store, currency, posting, reason, run])
+            restated = why.kinds.get((run, day, campaign, currency), {}) if run else {}
+            rule_sets = (rules for kind, (_, rules) in restated.items() if _REASON_OF_KIND.get(kind) == reason)
+            return BillingLine(
+                line_id=hashlib.sha256(name.encode()).hexdigest()[:32],
+                line_type="charge" if reason == "day_closed" else "credit" if amount < 0 else "adjustment",
+                event_date=day,
+                campaign_id=campaign,
+                store_id=store,
+                currency=currency,
+                amount_micros=amount,
+                billed_micros=billed_micros,
+                spend_nanos=nanos,
+                **total.measures,
+                reason=reason,
+                run_id=run or self._run_id,
+                rule_set=next(rule_sets, None) or why.reviewed_by.get(day),
+                metrics_version=self._snapshot.version(MINUTE_METRICS),
+                posting=posting,
+                spend_parts=json.dumps(parts),
+                billed_at=self._now,
+            )
+
+        if billed is None and (self._last is None or day >= self._last.billed_through):
+            nanos = sum(parts.values())
+            micros = nanos_to_micros(nanos)
+            yield line("day_closed", None, micros, micros, nanos)
             return
         nanos, micros = sum(before.parts.values()), before.micros
         for (reason, run), change in _changes(before.parts, parts):
@@ -288,70 +302,33 @@ class _BillingRun:
             amount = nanos_to_micros(nanos) - micros
             micros += amount
             if amount:
-                yield self._line(key, total, reason, run, amount, micros, nanos, parts, why)
-
-    def _line(
-        self,
-        key: Key,
-        total: _Day,
-        reason: str,
-        run: str | None,
-        amount: int,
-        billed: int,
-        nanos: int,
-        parts: dict[str, int],
-        why: _RestatementReasons,
-    ) -> BillingLine:
-        day, campaign, store, currency = key
-        posting = self._snapshot.version(BILLING_LINES) + 1
-        name = json.dumps([day.isoformat(), campaign, store, currency, posting, reason, run])
-        restated = why.kinds.get((run, day, campaign, currency), {}) if run else {}
-        rule_sets = (rules for kind, (_, rules) in restated.items() if _REASON_OF_KIND.get(kind) == reason)
-        return BillingLine(
-            line_id=hashlib.sha256(name.encode()).hexdigest()[:32],
-            line_type="charge" if reason == "day_closed" else "credit" if amount < 0 else "adjustment",
-            event_date=day,
-            campaign_id=campaign,
-            store_id=store,
-            currency=currency,
-            amount_micros=amount,
-            billed_micros=billed,
-            spend_nanos=nanos,
-            **total.measures,
-            reason=reason,
-            run_id=run or self._run_id,
-            rule_set=next(rule_sets, None) or why.reviewed_by.get(day),
-            metrics_version=self._snapshot.version(MINUTE_METRICS),
-            posting=posting,
-            spend_parts=json.dumps(parts),
-            billed_at=self._now,
-        )
+                yield line(reason, run, amount, micros, nanos)
 
     # --- posting
 
     def post(self, lines: list[BillingLine]) -> None:
-        """Append the lines and the place read up to in one commit. Without lines, only if the noted place is far behind."""
-        place = _Place(self._snapshot.version(MINUTE_METRICS), self._snapshot.version(BATCH_LEDGER), self._through)
-        unread = place.metrics_version - (0 if self._place is None else self._place.metrics_version)
+        """Append the lines and the progress in one commit. Without lines, only if the stored progress is far behind."""
+        progress = _Progress(self._snapshot.version(MINUTE_METRICS), self._snapshot.version(BATCH_LEDGER), self._through)
+        unread = progress.metrics_version - (0 if self._last is None else self._last.metrics_version)
         if not lines and (self._waits or unread < _COMMITS_UNREAD):
             return
         rows = pa.Table.from_pylist([asdict(line) for line in lines], BILLING_LINES.schema)
-        noted = self._place if self._waits else place  # the next run looks again at what waits
-        metadata = {"billing": {"run_id": self._run_id, "place": None if noted is None else _as_json(noted)}}
+        stored = self._last if self._waits else progress  # the next run reads again what waits
+        metadata = {"billing": {"run_id": self._run_id, "place": None if stored is None else stored.to_metadata()}}
         transaction = Transaction(_APP, self._snapshot.version(BILLING_LINES) + 1)
         self._lake.append(BILLING_LINES, rows, Step.BILLING_LINES, transaction=transaction, metadata=metadata)
 
 
 def nanos_to_micros(nanos: int) -> int:
-    """Whole micros, rounded half away from zero: 500 -> 1, 499 -> 0, -500 -> -1. As the macro of that name does in dbt."""
+    """Round to whole micros, half away from zero: 500 -> 1, 499 -> 0, -500 -> -1. The dbt macro of that name does the same."""
     micros = (abs(nanos) + 500) // 1000
     return micros if nanos >= 0 else -micros
 
 
 def _split(run: str | None, nanos: int, kinds: dict[str, tuple[int, str | None]], *, is_alone: bool) -> Iterable[tuple[str, int]]:
-    """The parts into which a run's money falls: one a kind. A run may have repaired and reviewed the same campaign.
+    """Split a run's money by kind, because a run may repair and review the same campaign.
 
-    `restatements` does not name the store: where a campaign has several, the money goes to the kind that changed most.
+    `restatements` does not name the store: if a campaign has several, the kind that changed most gets the money.
     """
     if run is None:
         return [(_OWN, nanos)]
@@ -363,12 +340,12 @@ def _split(run: str | None, nanos: int, kinds: dict[str, tuple[int, str | None]]
 
 
 def _changes(before: dict[str, int], after: dict[str, int]) -> list[tuple[tuple[str, str | None], int]]:
-    """(reason, run) -> nanos by which the parts changed, in the order of the lines."""
+    """Return (reason, run) and the nanos by which the parts changed, in the order of the lines."""
     found: dict[tuple[str, str | None], int] = defaultdict(int)
     for part in before.keys() | after.keys():
         change = after.get(part, 0) - before.get(part, 0)
         kind, _, run = part.partition(":")
-        if change and part == _OWN:  # only a correction takes a batch's own increments out
+        if change and part == _OWN:  # only a correction removes a batch's own increments
             found["late" if change > 0 else "repair", None] += change
         elif change:
             found[_REASON_OF_KIND.get(kind, "repair"), run] += change
@@ -376,28 +353,17 @@ def _changes(before: dict[str, int], after: dict[str, int]) -> list[tuple[tuple[
 
 
 def _among(days: list[date], column: str = "event_date") -> str:
-    """A condition on a column of days. The bounds prune; the list is exact."""
+    """Return a condition on a column of days. The bounds let DuckDB skip files; the list is exact."""
     listed = ", ".join(f"date '{day}'" for day in days)
     return f"{column} between date '{days[0]}' and date '{days[-1]}' and {column} in ({listed})"
 
 
-def _entries(settings: Settings) -> list[Path]:
-    folder = settings.corrections_path
-    return list(folder.iterdir()) if folder.exists() else []
-
-
-def _midnight(day: date) -> datetime:
-    return datetime(day.year, day.month, day.day, tzinfo=UTC)
-
-
-def _last_place(lake: Lake) -> _Place | None:
-    """The place of the last posting; None if there was none, or the log no longer has it."""
+def _last_progress(lake: Lake) -> _Progress | None:
+    """Return the progress of the last posting; None if there was none, or the log no longer has it."""
     for commit in lake.log(BILLING_LINES).commits_backwards():
         if "billing" in commit.metadata:
-            place = commit.metadata["billing"]["place"]
-            return None if place is None else _Place(**place | {"billed_through": date.fromisoformat(place["billed_through"])})
+            stored = commit.metadata["billing"]["place"]
+            return (
+                None if stored is None else _Progress(**stored | {"billed_through": date.fromisoformat(stored["billed_through"])})
+            )
     return None
-
-
-def _as_json(place: _Place) -> dict[str, Any]:
-    return asdict(place) | {"billed_through": place.billed_through.isoformat()}

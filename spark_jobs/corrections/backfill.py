@@ -1,8 +1,8 @@
-"""Backfill: closed hours are judged again by today's limits, prices and rules of invalid traffic, and what differs is restated.
+"""Backfill: judge closed hours again by today's limits, prices and rules of invalid traffic, and restate what differs.
 
-Published increments stay: further ones bring their sums to what they are now. Hours that differ from the recount by their own rules
-are refused, so that a restatement says what the rules changed and nothing else. The rules are kept per hour, and later
-recounts judge the hour by them.
+Published increments stay; further increments bring their sums to the new values. A backfill refuses hours that differ from the
+recount by their own rules, so that a restatement shows only what the rules changed. Table `hour_rules` stores the rules of each
+hour for later recounts.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
-from typing import Any
 
 import pyarrow as pa
 
@@ -26,8 +25,15 @@ from spark_jobs.audit.inputs import BatchState, Inputs, Rules, todays_rules
 from spark_jobs.audit.recount_events import FILES_VERSION, EventsRecount
 from spark_jobs.config import Settings
 from spark_jobs.corrections.decide import decide
-from spark_jobs.corrections.reconcile import chunks, compare_hours, current_inputs, is_correctable, recounting, whole_batches
-from spark_jobs.corrections.run import Run, correcting, writing
+from spark_jobs.corrections.reconcile import (
+    RECORDS_AT_ONCE,
+    compare_hours,
+    current_inputs,
+    is_correctable,
+    recounting,
+    whole_batches,
+)
+from spark_jobs.corrections.run import Run, correcting, groups_of_hours, writing
 from spark_jobs.corrections.write_ahead import TableChange, carry_out, write_ahead
 from spark_jobs.errors import AdtallyError, RawBehindError
 from spark_jobs.ingest.campaigns import Campaign, load_campaigns, read_campaigns
@@ -44,9 +50,9 @@ _HOURS_AT_ONCE = 6
 
 @dataclass(frozen=True)
 class Restated:
-    """What changes of a UTC day, campaign and currency: rows of `events`, and the sums of its increments over the hours asked.
+    """What a backfill changes of a UTC day, campaign and currency: ``rows`` of `events`, and the sums of the increments.
 
-    ``impressions`` and ``clicks`` are differences; the spend is that of all its increments in these hours, in nanos.
+    ``impressions`` and ``clicks`` are differences. The spend is that of all increments in the hours asked, in nanos.
     """
 
     event_date: date
@@ -63,8 +69,8 @@ class Restated:
 class BackfillReport:
     """A backfill, or with ``dry_run`` what it would do.
 
-    ``changes`` are those of limits and prices; ``reviewed`` says what the rules of invalid traffic changed in which hours, those
-    behind the range that look back to it included. A dry run leaves it empty.
+    ``changes`` are those of limits and prices. ``reviewed`` are the hours that the rules of invalid traffic changed, including
+    later hours that look back to the range; empty for a dry run.
     """
 
     run_id: str
@@ -77,20 +83,20 @@ class BackfillReport:
 
 @dataclass(frozen=True)
 class _Today:
-    """Today's rules but for the version of `events`, with the prices if no version of `campaigns` has them."""
+    """Today's rules without the version of `events`. ``prices`` is set if no version of `campaigns` has these prices."""
 
     campaigns_version: int
     prices: pa.Table | None
     price_list: list[Campaign]
 
     def rules(self, inputs: Inputs) -> Rules:
-        """The rules, for all batches that have ended."""
+        """Return the rules, for all batches that have ended."""
         pending = [p.version for p, state in zip(inputs.plans, inputs.states, strict=True) if state is BatchState.PENDING]
         last = min(pending, default=inputs.versions[EVENTS.name] + 1) - 1
         return replace(todays_rules(inputs.snapshot), campaigns_version=self.campaigns_version, events_version=last)
 
     def digest(self, rules: Rules) -> str:
-        """SHA-256 of the limits and the price list."""
+        """Return the SHA-256 of the limits and the price list."""
         limits = {name: getattr(rules, name) for name in ("earliest_us", "future_skew_us", "hour_grace_us")}
         text = json.dumps([limits, [asdict(campaign) for campaign in self.price_list]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -106,11 +112,11 @@ def backfill(
     progress: Callable[[str], None] | None = None,
     now: datetime | None = None,
 ) -> BackfillReport:
-    """Judge ``hours`` anew by today's rules and restate what differs; with ``dry_run`` say what would change.
+    """Judge ``hours`` again by today's rules and restate what differs; with ``dry_run`` only report it.
 
-    An ingest and other backfills may go on: they wait for each other. Run again it changes nothing. Raises UsageError for an hour
-    that is not closed, AdtallyError for one that differs from the recount by its own rules, RawBehindError where Kafka's records
-    are yet to come.
+    An ingest and other backfills may run meanwhile: they wait for each other. A second run changes nothing. Raises UsageError for
+    an hour that is not closed, AdtallyError for an hour that differs from the recount by its own rules, RawBehindError if the raw
+    copy of a topic lacks records.
     """
     started = time.monotonic()
     require_local(settings, "a backfill")
@@ -123,11 +129,11 @@ def backfill(
     changed = 0
     with correcting(settings):
         now = now or datetime.now(UTC)
-        _require_right(settings, wanted, now, say)
+        _require_no_difference(settings, wanted, now, say)
         today = _today(settings, dry_run=dry_run)
         for group in _groups(settings, wanted, now):
             say(f"judging {len(group)} of {len(wanted)} hours by today's rules")
-            with _exclusive(settings, dry_run=dry_run):
+            with nullcontext() if dry_run else writing(settings):
                 found, number = _restate(settings, set(group), wanted, today, Run(run_id, "backfill", reason, now), dry_run=dry_run)
             changed += number
             for change in found:
@@ -138,24 +144,15 @@ def backfill(
     return BackfillReport(run_id, dry_run, ordered, changed, time.monotonic() - started, reviewed)
 
 
-@contextmanager
-def _exclusive(settings: Settings, *, dry_run: bool) -> Iterator[None]:
-    if dry_run:
-        yield
-        return
-    with writing(settings):
-        yield
-
-
-def _require_right(settings: Settings, hours: set[int], now: datetime, say: Callable[[str], None]) -> None:
-    found_now = compare_hours(settings, hours, now, say)
-    if found_now.waiting:
-        one = found_now.waiting[0]
+def _require_no_difference(settings: Settings, hours: set[int], now: datetime, say: Callable[[str], None]) -> None:
+    compared = compare_hours(settings, hours, now, say)
+    if compared.waiting:
+        one = compared.waiting[0]
         raise RawBehindError(
             f"raw_events lacks offsets {one.first_offset} to {one.end_offset - 1} of {one.source} yet",
             hint="run adtally ingest, which copies them",
         )
-    wrong = [found for found in found_now.findings if is_correctable(found)]
+    wrong = [found for found in compared.findings if is_correctable(found)]
     if wrong:
         hour = hour_moment(min(found.hour for found in wrong))
         raise AdtallyError(
@@ -165,13 +162,11 @@ def _require_right(settings: Settings, hours: set[int], now: datetime, say: Call
 
 
 def _today(settings: Settings, *, dry_run: bool) -> _Today:
-    """Today's prices: brought into table `campaigns`, but by a dry run."""
+    """Load today's prices into table `campaigns`; a dry run only reads them."""
     listed = read_campaigns(settings.landing_path)
-    if not dry_run:
-        with writing(settings):
+    if not dry_run or not listed:  # without a file the table stays as it is
+        with nullcontext() if dry_run else writing(settings):
             return _Today(load_campaigns(settings) or 0, None, listed)
-    if not listed:
-        return _Today(load_campaigns(settings) or 0, None, [])  # without a file the table stays as it is
     prices = pa.table(
         {
             "campaign_id": pa.array([c.campaign_id for c in listed], pa.string()),
@@ -184,15 +179,16 @@ def _today(settings: Settings, *, dry_run: bool) -> _Today:
 
 
 def _groups(settings: Settings, hours: set[int], now: datetime) -> list[list[int]]:
-    with recounting(current_inputs(settings, "missed", now, lambda _: None)) as recount:
+    with recounting(settings, "missed", now) as recount:
         records = recount.records_by_hour(hours)
-    return [group[at : at + _HOURS_AT_ONCE] for group in chunks(records, hours) for at in range(0, len(group), _HOURS_AT_ONCE)]
+    groups = groups_of_hours(hours, records, RECORDS_AT_ONCE)
+    return [group[at : at + _HOURS_AT_ONCE] for group in groups for at in range(0, len(group), _HOURS_AT_ONCE)]
 
 
 def _restate(
     settings: Settings, group: set[int], wanted: set[int], today: _Today, run: Run, *, dry_run: bool
 ) -> tuple[list[Restated], int]:
-    """Restate the hours of ``group``, which are of ``wanted``; what changes, and in how many hours."""
+    """Restate the hours of ``group``, a part of ``wanted``. Returns what changes, and in how many hours."""
     inputs = current_inputs(settings, run.token, run.now, lambda _: None)
     rules = today.rules(inputs)
     run = replace(run, rule_set=today.digest(rules))
@@ -205,29 +201,27 @@ def _restate(
             further = _hours_of_same_ids(recount) - hours - wanted
             if not further:
                 break
-            hours |= further  # a record elsewhere takes the place of one that is no longer valid, or gives it back
+            hours |= further  # where a record takes the place of one that is no longer valid, or loses its place
         if not findings:
             return [], 0
         changed = {found.hour for found in findings}
         changes = _changes(recount)
         if not dry_run:
-            correction = decide(recount, run)
-            told = _hour_rules(recount, sorted(changed & group), rules, run)
-            correction = replace(correction, changes=[*correction.changes, told])
+            correction = decide(recount, run, _hour_rules(recount, sorted(changed & group), rules, run))
             write_ahead(settings, correction)
             carry_out(settings, correction)
     return changes, len(changed)
 
 
 def _hours_of_same_ids(recount: Recount) -> set[int]:
-    """The hours in which other records have the ids whose events change."""
-    found = recount.database.rows(
+    """Return the hours in which other records have the ids of the events that change."""
+    hours = recount.database.values(
         """
         select distinct hour from others where is_ok
             and record_id in (select record_id from events_lost union select event_id from events_over)
         """
     )
-    return {hour for (hour,) in found}
+    return set(hours)
 
 
 def _changes(recount: Recount) -> list[Restated]:
@@ -252,8 +246,7 @@ def _changes(recount: Recount) -> list[Restated]:
         from changed full join delta using (day, campaign_id, currency) left join held using (day, campaign_id, currency)
         """
     )
-    epoch = date(1970, 1, 1)
-    return [Restated(epoch + timedelta(days=day), *rest) for day, *rest in found]
+    return [Restated(date(1970, 1, 1) + timedelta(days=day), *rest) for day, *rest in found]
 
 
 def _sum(one: Restated, other: Restated) -> Restated:
@@ -262,17 +255,8 @@ def _sum(one: Restated, other: Restated) -> Restated:
 
 
 def _hour_rules(recount: Recount, hours: list[int], rules: Rules, run: Run) -> TableChange:
-    # the latest set_at holds: what is set later is later, also where the clock was put back or who waited began earlier
-    ((before,),) = recount.database.rows(f"select epoch_us(max(set_at)) from {recount.database.scan(HOUR_RULES)}")
+    # The newest set_at wins, so it must be later than all others even if the clock was set back or a run waited for another.
+    (before,) = recount.database.values(f"select epoch_us(max(set_at)) from {recount.database.scan(HOUR_RULES)}")
     set_at = run.now if before is None else max(run.now, from_micros(before + 1))
-    made: list[dict[str, Any]] = [
-        {
-            **asdict(rules),
-            "run_id": run.run_id,
-            "event_hour": hour_moment(hour),
-            "rule_set": run.rule_set,
-            "set_at": set_at,
-        }
-        for hour in hours
-    ]
-    return TableChange(HOUR_RULES, HOUR_RULES.schema.empty_table(), pa.Table.from_pylist(made, HOUR_RULES.schema))
+    row = {**asdict(rules), "run_id": run.run_id, "rule_set": run.rule_set, "set_at": set_at}
+    return TableChange.append(HOUR_RULES, [{**row, "event_hour": hour_moment(hour)} for hour in hours])

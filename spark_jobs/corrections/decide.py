@@ -1,157 +1,136 @@
-"""From what a comparison found to a correction: the rows that each table gets and loses.
+"""Decide a correction from the differences that a comparison found: which rows to add to each table and which to remove.
 
-`events` and `rejected_events` get the rows that the recount expects, under the identity of the batch that they belong to, and lose
-those that it does not. `minute_metrics` and `batch_ledger` get further rows, the difference; they lose only rows that no batch can
-have written (one that stands twice, a ledger row that does not add up). Rows are made by the ingest's own transforms, from what the
-recount read.
+Accepted and rejected records are replaced: a table gets the rows that the recount expects, with the identity of their batch, and
+loses all others. `minute_metrics` and `batch_ledger` get further rows with the difference. They lose only rows that no batch can
+have written: a row that occurs twice, or a ledger row that does not add up. The ingest's own transforms make the rows from the
+records that the recount read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from spark_jobs.audit.checkpoints import cluster_of
+from spark_jobs.audit.checkpoints import cluster_of, is_of_kafka
 from spark_jobs.audit.compare import LEDGER_MEASURES
 from spark_jobs.audit.compare_events import METRIC_MEASURES
 from spark_jobs.audit.engine import Recount
 from spark_jobs.audit.inputs import BatchState
+from spark_jobs.audit.plans import LIMITS
 from spark_jobs.audit.store import RawChunk
 from spark_jobs.audit.worker import ChunkTask, raw_values
-from spark_jobs.corrections.run import Run, table_rows
+from spark_jobs.corrections.run import Run, increment_rows, restate, table_rows
 from spark_jobs.corrections.write_ahead import Correction, TableChange
 from spark_jobs.errors import AdtallyError
 from spark_jobs.ingest.contract.exact import validate_line
 from spark_jobs.ingest.contract.parse import encode_raw, parse_all
 from spark_jobs.ingest.contract.spec import CONTRACTS, EVENT_CONTRACT, BatchLimits, Contract
 from spark_jobs.ingest.dedupe.keys import hash_keys, hex_fingerprint
-from spark_jobs.ingest.event_columns import INCREMENT_SCHEMA, increment_columns
 from spark_jobs.ingest.files.landing import Split
 from spark_jobs.ingest.files.lines import read_lines
 from spark_jobs.ingest.stage import raw_lines
-from spark_jobs.lake.tables import (
-    BATCH_LEDGER,
-    EVENTS,
-    MINUTE_METRICS,
-    ORDERS,
-    REJECTED_EVENTS,
-    REJECTED_ORDERS,
-    RESTATEMENTS,
-    Table,
-)
-from spark_jobs.units import HOUR_US, NO_HOUR
+from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, ORDERS, REJECTED_EVENTS, REJECTED_ORDERS, Table
+from spark_jobs.units import DAY_US, HOUR_US, NO_HOUR
+
+Row = dict[str, Any]
+"""A row of a table, or of a comparison, by column name."""
 
 
-def decide(recount: Recount, run: Run) -> Correction:
-    """The correction of what a comparison has left in ``recount``: of the hours that it was run for."""
+def decide(recount: Recount, run: Run, explanation: TableChange) -> Correction:
+    """Return the correction of the differences that a comparison left in ``recount``, with the rows that explain it."""
     if recount.inputs.stream == "orders":
         changes = [_orders(recount, run), _rejects(recount, run), _ledger(recount, run)]
-        version = recount.inputs.versions[ORDERS.name]
-        return Correction(run.token, run.run_id, None, [c for c in changes if not c.is_nothing], version)
-    changes = [_events(recount, run), _rejects(recount, run), _metrics(recount, run), _ledger(recount, run)]
-    changes.append(_restatements(recount, run))
-    return Correction(run.token, run.run_id, recount.inputs.versions[EVENTS.name], [c for c in changes if not c.is_nothing])
+    else:
+        changes = [_events(recount, run), _rejects(recount, run), _metrics(recount, run), _ledger(recount, run)]
+        changes.append(_restatements(recount, run))
+    changes = [change for change in (*changes, explanation) if not change.is_empty]
+    versions = recount.inputs.versions
+    return Correction(run.token, run.run_id, versions.get(EVENTS.name), changes, versions.get(ORDERS.name))
 
 
-def _held(recount: Recount, name: str, table: Table) -> pa.Table:
-    """Rows that a comparison keeps in table ``name``, as rows of ``table``."""
+def _found_rows(recount: Recount, name: str, table: Table) -> pa.Table:
+    """Return the rows of ``table`` that a comparison left in its own table ``name``."""
     return recount.database.arrow(f"select {', '.join(table.schema.names)} from {name}").cast(table.schema)
 
 
-# --- events
-
-
-def _payload(rows: pa.Table) -> pa.Table:
-    """What the fingerprint is made of, from rows with event_id and event_time (microseconds): as the ingest holds it."""
-    names = ("event_id", *(spec.name for spec in EVENT_CONTRACT.payload))
-    kinds = {"event_time": pa.int64(), "price_micros": pa.int64()}
-    return pa.table({name: rows[name].cast(kinds.get(name, pa.string())) for name in names})
+# --- events and orders
 
 
 def _fingerprints(rows: pa.Table) -> pa.ChunkedArray:
-    """Fingerprints (uint64) of rows as ``_payload`` takes them."""
+    """Return the fingerprints of events, as the signed numbers in the tables."""
     if not rows.num_rows:
-        return pa.chunked_array([], pa.uint64())
-    return hash_keys(_payload(rows).combine_chunks(), EVENT_CONTRACT)["fingerprint"]
-
-
-def _signed(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pa.chunked_array([chunk.view(pa.int64()) for chunk in column.chunks], pa.int64())
+        return pa.chunked_array([], pa.int64())
+    names = ("event_id", *(spec.name for spec in EVENT_CONTRACT.payload))
+    kinds = {"event_time": pa.int64(), "price_micros": pa.int64()}
+    payload = pa.table({name: rows[name].cast(kinds.get(name, pa.string())) for name in names})
+    hashed = hash_keys(payload.combine_chunks(), EVENT_CONTRACT)["fingerprint"]
+    return pa.chunked_array([chunk.view(pa.int64()) for chunk in hashed.chunks], pa.int64())
 
 
 def _events(recount: Recount, run: Run) -> TableChange:
-    lost = recount.database.arrow(
-        """
-        select * rename (record_id as event_id, time_us as event_time, received_us as received_at, name as source_file,
-            line as source_line, ingested_us as ingested_at, query_id as _query_id, batch_id as _batch_id) from events_lost
-        """,
-    )
+    lost = _lost_rows(recount, "events_lost", "record_id as event_id", "time_us as event_time")
     hours = lost["hour"].to_numpy()
     add = table_rows(
         EVENTS,
-        {
-            **{name: lost[name] for name in EVENTS.schema.names if name in lost.column_names},
-            "fingerprint": _signed(_fingerprints(lost)),
-            "event_date": pa.array((hours // 24).astype(np.int32)),
-            "event_hour": pa.array((hours % 24).astype(np.int32)),
-            "_run_id": run.run_id,
-        },
-        lost.num_rows,
+        lost,
+        fingerprint=_fingerprints(lost),
+        event_date=pa.array((hours // 24).astype(np.int32)),
+        event_hour=pa.array((hours % 24).astype(np.int32)),
+        _run_id=run.run_id,
     )
-    remove = _held(recount, "events_over", EVENTS)
-    metadata: dict[str, Any] = {"correction": {"run_id": run.run_id, "kind": run.kind}}
+    remove = _found_rows(recount, "events_over", EVENTS)
+    metadata = _metadata(recount, run)
     if remove.num_rows:
-        metadata["keys"] = (
-            "kept" if _keys_stay(remove, recount.database.arrow("select is_copy from events_over"), add) else "changed"
-        )
-    return TableChange(EVENTS, remove, add, metadata | _plan_of_missed(recount, run))
+        are_copies = recount.database.arrow("select is_copy from events_over")["is_copy"].to_pylist()
+        metadata["keys"] = "kept" if _keys_stay(remove, are_copies, add) else "changed"
+    return TableChange(EVENTS, remove, add, metadata)
 
 
-def _keys_stay(remove: pa.Table, copies: pa.Table, add: pa.Table) -> bool:
-    """Whether each removed (id, fingerprint) still stands in the table: put back, or of a row of which another copy stays."""
-    times = remove.set_column(remove.schema.get_field_index("event_time"), "event_time", remove["event_time"].cast(pa.int64()))
-    true = _signed(_fingerprints(times)).to_pylist()
-    kept = set(zip(add["event_id"].to_pylist(), add["fingerprint"].to_pylist(), strict=True))
-    rows = zip(
-        *(remove[name].to_pylist() for name in ("event_id", "fingerprint")), true, copies["is_copy"].to_pylist(), strict=True
+def _orders(recount: Recount, run: Run) -> TableChange:
+    """Replace each order that differs. Attribution sees both rows (attribution/inputs.py)."""
+    lost = _lost_rows(recount, "orders_lost", "time_us as order_time", "cancelled_us as cancelled_at")
+    add = table_rows(ORDERS, lost, _run_id=run.run_id)
+    return TableChange(ORDERS, _found_rows(recount, "orders_over", ORDERS), add, _metadata(recount, run))
+
+
+def _lost_rows(recount: Recount, name: str, *renamed: str) -> pa.Table:
+    """Return the records that a comparison left in its table ``name``, with the column names of the lake's table."""
+    return recount.database.arrow(
+        f"""
+        select * rename ({", ".join(renamed)}, received_us as received_at, name as source_file, line as source_line,
+            ingested_us as ingested_at, query_id as _query_id, batch_id as _batch_id) from {name}
+        """
     )
-    return all((name, held) in kept or (is_copy and held == payload) for name, held, payload, is_copy in rows)
 
 
-def _plan_of_missed(recount: Recount, run: Run) -> dict[str, Any]:
-    """The plan of the batch that takes the missed files or records, as a batch of the ingest would store its own."""
+def _keys_stay(remove: pa.Table, are_copies: list[bool], add: pa.Table) -> bool:
+    """Return whether the table keeps each removed (id, fingerprint): it is added again, or another copy of the row stays."""
+    kept = set(zip(add["event_id"].to_pylist(), add["fingerprint"].to_pylist(), strict=True))
+    columns = (remove["event_id"].to_pylist(), remove["fingerprint"].to_pylist(), _fingerprints(remove).to_pylist())
+    return all(
+        (event_id, stored) in kept or (is_copy and stored == true)
+        for event_id, stored, true, is_copy in zip(*columns, are_copies, strict=True)
+    )
+
+
+def _metadata(recount: Recount, run: Run) -> dict[str, Any]:
+    """Return the metadata of the commit: the run and, as the ingest stores it, the plan of the batch that takes missed input."""
+    metadata: dict[str, Any] = {"correction": {"run_id": run.run_id, "kind": run.kind}}
     for plan, state in zip(recount.inputs.plans, recount.inputs.states, strict=True):
         if state is BatchState.MISSED and plan.query_id == run.token:
-            return {
+            metadata |= {
                 "query_id": plan.query_id,
                 "batch_id": plan.batch_id,
-                "limits": {name: getattr(plan, name) for name in ("ingested_us", "earliest_us", "future_skew_us", "hour_grace_us")},
+                "limits": {name: getattr(plan, name) for name in LIMITS},
                 "campaigns_version": plan.campaigns_version,
                 "files": [[file.modified_ms, str(recount.settings.landing_path / file.name), file.size] for file in plan.files],
                 "ranges": [[part.name, part.start, part.end] for part in plan.ranges],
             }
-    return {}
-
-
-# --- orders
-
-
-def _orders(recount: Recount, run: Run) -> TableChange:
-    """An order that differs goes, and comes back as all of its records say. Attribution sees both (attribution/inputs.py)."""
-    lost = recount.database.arrow(
-        """
-        select * rename (time_us as order_time, received_us as received_at, cancelled_us as cancelled_at, name as source_file,
-            line as source_line, ingested_us as ingested_at, query_id as _query_id, batch_id as _batch_id) from orders_lost
-        """,
-    )
-    columns = {name: lost[name] for name in ORDERS.schema.names if name in lost.column_names}
-    add = table_rows(ORDERS, columns | {"_run_id": run.run_id}, lost.num_rows)
-    metadata: dict[str, Any] = {"correction": {"run_id": run.run_id, "kind": run.kind}}
-    return TableChange(ORDERS, _held(recount, "orders_over", ORDERS), add, metadata | _plan_of_missed(recount, run))
+    return metadata
 
 
 # --- rejected_events and rejected_orders
@@ -160,7 +139,6 @@ def _orders(recount: Recount, run: Run) -> TableChange:
 def _rejects(recount: Recount, run: Run) -> TableChange:
     stream = recount.inputs.stream
     table, contract = (REJECTED_ORDERS if stream == "orders" else REJECTED_EVENTS), CONTRACTS[stream]
-    remove = _held(recount, "rejects_over", table)
     lost = recount.database.arrow(
         """
         select l.* exclude (query_id, batch_id, ingested_us, state, rule_set), batches.*,
@@ -168,141 +146,105 @@ def _rejects(recount: Recount, run: Run) -> TableChange:
             coalesce(h.future_skew_us, batches.future_skew_us) as judged_skew_us
         from rejects_lost l join batches using (b) left join hour_rules h on h.hour = l.hour and version <= events_version
         where not is_trusted or o < 0 order by o, line
-        """,
+        """
     ).to_pylist()
-    prints = _conflict_fingerprints(recount) if stream == "events" else _fingerprints_of_orders(lost)
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    fingerprints = _conflict_fingerprints(recount) if stream == "events" else {}
+    groups: dict[tuple[int, int, int], list[Row]] = {}
     for row in lost:
         groups.setdefault((row["o"], row["judged_earliest_us"], row["judged_skew_us"]), []).append(row)
-    made: list[dict[str, Any]] = []
+    made: list[Row] = []
     for (o, earliest_us, skew_us), rows in groups.items():
         if o < 0:
-            made += [_set_aside(recount, row, run) for row in rows]
+            made += [_reject_row(row, run) | _set_aside_columns(recount, row) for row in rows]
             continue
         entry = recount.inputs.occurrences[o].entry
         assert entry is not None  # it was judged
-        name = entry.name
         limits = BatchLimits(rows[0]["ingested_us"], earliest_us, skew_us, rows[0]["hour_grace_us"])
         if isinstance(entry.raw, RawChunk):
-            raws, of_kafka = _raw_records(entry.raw, contract, rows, limits, recount.settings.scratch_path), True
+            raws = dict(_raw_values(entry.raw, contract, rows, limits, recount.settings.scratch_path))
         else:
-            raws, of_kafka = _raws(entry.raw.path, name, contract, rows, limits), False
+            raws = dict(_raw_lines(entry.raw.path, contract, rows, limits))
         for row in rows:
-            fingerprint, accepted = prints.get((row["o"], row["line"]), (None, None))
-            if row["records"] is not None:  # it stands for more than one record
-                fingerprint = accepted = row["record_id"] = None
-                raws[row["line"]] |= {"raw": None, "raw_encoding": None, "raw_size_bytes": None}
-            made.append(
-                {
-                    "outcome": row["outcome"],
-                    "source": "kafka" if of_kafka else "files",
-                    "region": cluster_of(name) if of_kafka else row["region"],
-                    "source_file": name,
-                    "source_line": row["line"],
-                    **(_place(name, row["line"]) if of_kafka else {}),
-                    **raws[row["line"]],
-                    "record_id": row["record_id"],
-                    "record_time": row["time_us"],
-                    "fingerprint": fingerprint,
-                    "accepted_fingerprint": accepted,
-                    "ingested_at": row["ingested_us"],
-                    "ingested_date": row["ingested_us"] // (24 * HOUR_US),
-                    "_query_id": row["query_id"],
-                    "_batch_id": row["batch_id"],
-                    "_run_id": run.run_id,
-                    "records": row["records"],
-                }
-            )
-    return TableChange(table, remove, pa.Table.from_pylist(made, table.schema))
+            if row["line"] not in raws:
+                raise AdtallyError(
+                    f"{row['name']}, line {row['line']}: rejected by the recount, but not by the ingest",
+                    hint="report it; nothing was changed",
+                )
+            own = row.get("fingerprint"), row.get("accepted_fingerprint")  # only a recount of orders has them
+            fingerprint, accepted = fingerprints.get((o, row["line"]), own)
+            added = raws[row["line"]] | {"fingerprint": fingerprint, "accepted_fingerprint": accepted}
+            if row["records"] is not None:  # the row stands for several records
+                added |= dict.fromkeys((*(added.keys() - {"reason_codes"}), "record_id"))
+            made.append(_reject_row(row, run) | added)
+    return TableChange(table, _found_rows(recount, "rejects_over", table), pa.Table.from_pylist(made, table.schema))
 
 
-def _set_aside(recount: Recount, row: dict[str, Any], run: Run) -> dict[str, Any]:
-    """The row of what a batch did not read, as its plan says."""
-    plan = next(one for one in recount.inputs.plans if (one.query_id, one.batch_id) == (row["query_id"], row["batch_id"]))
-    (aside,) = (one for one in plan.set_aside if (one.name, one.start) == (row["name"], row["line"]))
-    raw, encoding = encode_raw(aside.cause.encode("utf-8", "backslashreplace"))
-    return {
-        "outcome": "rejected",
-        "reason_codes": [aside.reason],
-        "source": "kafka" if aside.end else "files",
+def _reject_row(row: Row, run: Run) -> Row:
+    """Return a rejected record as a row of its table, without its raw text, reasons and fingerprints."""
+    made = {
+        "outcome": row["outcome"],
+        "source": "files",
         "region": row["region"],
-        "source_file": aside.name,
-        "source_line": aside.start,
-        **(_place(aside.name, aside.start) if aside.end else {}),
-        "raw": raw,
-        "raw_encoding": encoding,
-        "raw_size_bytes": len(raw),
+        "source_file": row["name"],
+        "source_line": row["line"],
+        "record_id": row["record_id"],
+        "record_time": row["time_us"],
         "ingested_at": row["ingested_us"],
-        "ingested_date": row["ingested_us"] // (24 * HOUR_US),
+        "ingested_date": row["ingested_us"] // DAY_US,
         "_query_id": row["query_id"],
         "_batch_id": row["batch_id"],
         "_run_id": run.run_id,
+        "records": row["records"],
     }
+    if is_of_kafka(row["name"]):
+        _, cluster, topic, partition = row["name"].split("/")
+        made |= {"source": "kafka", "region": cluster, "source_topic": topic, "source_partition": int(partition)}
+        made["source_offset"] = row["line"]
+    return made
 
 
-def _raws(path: str, name: str, contract: Contract, rows: list[dict[str, Any]], limits: BatchLimits) -> dict[int, dict[str, Any]]:
-    """Reasons and raw text of the lines of ``rows``, read again from the file, by line."""
+def _raw_columns(reasons: list[str], raw: str, encoding: str, size: int) -> Row:
+    return {"reason_codes": reasons, "raw": raw, "raw_encoding": encoding, "raw_size_bytes": size}
+
+
+def _set_aside_columns(recount: Recount, row: Row) -> Row:
+    """Return reason and raw text of input that a batch did not read, from the batch's plan."""
+    plan = next(one for one in recount.inputs.plans if (one.query_id, one.batch_id) == (row["query_id"], row["batch_id"]))
+    (aside,) = (one for one in plan.set_aside if (one.name, one.start) == (row["name"], row["line"]))
+    raw, encoding = encode_raw(aside.cause.encode("utf-8", "backslashreplace"))
+    return _raw_columns([aside.reason], raw, encoding, len(raw))
+
+
+def _raw_lines(path: str, contract: Contract, rows: list[Row], limits: BatchLimits) -> Iterator[tuple[int, Row]]:
+    """Read the lines of ``rows`` again from their file. Yields each line's number, and its reasons and raw text."""
+    name, region = rows[0]["name"], rows[0]["region"]
     conflicts = np.array([row["line"] - 1 for row in rows if row["outcome"] == "conflict"], dtype=np.int64)
-    region = rows[0]["region"]
-    found = {
-        n + 1: {"reason_codes": ["conflict"], "raw": raw, "raw_encoding": encoding, "raw_size_bytes": size}
-        for n, raw, encoding, size in raw_lines(Split(0, path, name, region, 0, None), conflicts)
-    }
+    for number, raw, encoding, size in raw_lines(Split(0, path, name, region, 0, None), conflicts):
+        yield number + 1, _raw_columns(["conflict"], raw, encoding, size)
     wanted = {row["line"] for row in rows}
     if len(conflicts) < len(rows):
         for parsed in parse_all(read_lines(path), contract, region, limits):
-            for reject in parsed.rejects:
-                line = 0 if reject.number < 0 else reject.number + 1
-                if line not in wanted:
-                    continue
-                found[line] = {
-                    "reason_codes": reject.reasons,
-                    "raw": reject.raw,
-                    "raw_encoding": reject.raw_encoding,
-                    "raw_size_bytes": reject.raw_size_bytes,
-                }
-    return _all_known(name, rows, found)
+            for found in parsed.rejects:
+                if found.number + 1 in wanted:
+                    yield found.number + 1, _raw_columns(found.reasons, found.raw, found.raw_encoding, found.raw_size_bytes)
 
 
-def _all_known(name: str, rows: list[dict[str, Any]], found: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    unknown = [row["line"] for row in rows if row["line"] not in found]
-    if unknown:
-        raise AdtallyError(
-            f"{name}, line {unknown[0]}: rejected by the recount, but not by the ingest", hint="report it; nothing was changed"
-        )
-    return found
-
-
-def _place(name: str, offset: int) -> dict[str, Any]:
-    """Where a record of Kafka lies, in columns of its own."""
-    _, _, topic, partition = name.split("/")
-    return {"source_topic": topic, "source_partition": int(partition), "source_offset": offset}
-
-
-def _raw_records(
-    chunk: RawChunk, contract: Contract, rows: list[dict[str, Any]], limits: BatchLimits, scratch: Path
-) -> dict[int, dict[str, Any]]:
-    """As ``_raws``, of records of Kafka, read again from the table of raw records, by offset."""
+def _raw_values(
+    chunk: RawChunk, contract: Contract, rows: list[Row], limits: BatchLimits, scratch: Path
+) -> Iterator[tuple[int, Row]]:
+    """Read the records of ``rows`` again from the table of raw records. Yields as `_raw_lines`, by offset."""
     conflicts = {row["line"] for row in rows if row["outcome"] == "conflict"}
     task = ChunkTask(chunk.name, chunk.start, chunk.end, chunk.table_id, chunk.paths(), contract.stream, str(scratch / "raw"))
-    found = {}
     for offsets, values in raw_values(task, [row["line"] for row in rows], cut=False):
         for offset, value in zip(offsets.tolist(), (value or b"" for value in values), strict=True):
             verdict = validate_line(value, contract, cluster_of(chunk.name), limits, own_region=True)
             reasons = ["conflict"] if offset in conflicts else verdict.reasons
-            raw, encoding = encode_raw(value)
             if reasons:
-                found[offset] = {"reason_codes": reasons, "raw": raw, "raw_encoding": encoding, "raw_size_bytes": len(value)}
-    return _all_known(chunk.name, rows, found)
-
-
-def _fingerprints_of_orders(lost: list[dict[str, Any]]) -> dict[tuple[int, int], tuple[str, str]]:
-    """As ``_conflict_fingerprints``: a recount of orders has them."""
-    return {(row["o"], row["line"]): (row["fingerprint"], row["accepted_fingerprint"]) for row in lost}
+                yield offset, _raw_columns(reasons, *encode_raw(value), len(value))
 
 
 def _conflict_fingerprints(recount: Recount) -> dict[tuple[int, int], tuple[str, str]]:
-    """(occurrence, line) of a lost conflict -> its fingerprint and that of the record which holds the id, as people see them."""
+    """Return for each lost conflict, by (occurrence, line), its fingerprint and that of the accepted record, in hex digits."""
     both = []
     for place in (("o", "line"), ("holder_o", "holder_line")):
         rows = recount.database.arrow(
@@ -310,41 +252,27 @@ def _conflict_fingerprints(recount: Recount) -> dict[tuple[int, int], tuple[str,
             select l.o as at_o, l.line as at_line, r.* rename (record_id as event_id, time_us as event_time)
             from rejects_lost l join ranked r on r.o = l.{place[0]} and r.line = l.{place[1]}
             where l.outcome = 'conflict' and not l.is_trusted order by l.o, l.line
-            """,
+            """
         )
         places = list(zip(rows["at_o"].to_pylist(), rows["at_line"].to_pylist(), strict=True))
         both.append(dict(zip(places, map(hex_fingerprint, _fingerprints(rows).to_pylist()), strict=True)))
     return {place: (own, both[1][place]) for place, own in both[0].items()}
 
 
-# --- minute_metrics
+# --- minute_metrics, batch_ledger, restatements
 
 
 def _metrics(recount: Recount, run: Run) -> TableChange:
-    remove = _held(recount, "metrics_over", MINUTE_METRICS)
-    present = {uuid for (uuid,) in recount.database.rows("select record_uuid from held_metrics where copy = 1")}
-    deltas = recount.database.arrow("select * rename (minute_us as event_minute_us) from metrics_delta order by query_id, batch_id")
-    parts = [MINUTE_METRICS.schema.empty_table()]
-    identities = set(zip(deltas["query_id"].to_pylist(), deltas["batch_id"].to_pylist(), strict=True))
-    for query_id, batch_id in sorted(identities, key=repr):
-        own = deltas.filter(pc.and_(pc.equal(deltas["query_id"], query_id), pc.equal(deltas["batch_id"], batch_id)))
-        sums = own.select(INCREMENT_SCHEMA.names).cast(INCREMENT_SCHEMA)
-        named = increment_columns(sums, query_id, batch_id)
-        taken = pc.is_in(named["record_uuid"], value_set=pa.array(sorted(present), pa.string()))
-        # what the batch should have written is written as the batch would; anything else under a name of the run's own
-        further = increment_columns(sums.filter(taken), f"{run.token}:{query_id}", batch_id)
-        for rows in (named.filter(pc.invert(taken)), further):
-            columns = {name: rows[name] for name in MINUTE_METRICS.schema.names if name in rows.column_names}
-            identity = {"_query_id": query_id, "_batch_id": batch_id, "_run_id": run.run_id}
-            parts.append(table_rows(MINUTE_METRICS, {**columns, **identity}, rows.num_rows))
-    return TableChange(MINUTE_METRICS, remove, pa.concat_tables(parts))
-
-
-# --- batch_ledger
+    present = recount.database.values("select record_uuid from held_metrics where copy = 1")
+    differences = recount.database.arrow(
+        "select * rename (minute_us as event_minute_us, query_id as _query_id, batch_id as _batch_id) from metrics_delta"
+    )
+    add = increment_rows(differences, run, pa.array(present, pa.string()))
+    return TableChange(MINUTE_METRICS, _found_rows(recount, "metrics_over", MINUTE_METRICS), add)
 
 
 def _ledger(recount: Recount, run: Run) -> TableChange:
-    """A run has one row a cell: one that it has written before is replaced by the sum."""
+    """Add the differences per batch and cell. A run has one row per cell: the sum replaces a row that it wrote before."""
     recount.database.execute("create or replace temp table this_run as select ?::varchar as run_id", [run.run_id])
     cell = "d.query_id = _query_id and d.batch_id = _batch_id and d.source = t.source"
     cell += " and d.region is not distinct from t.region and d.hour = t.hour"
@@ -355,34 +283,22 @@ def _ledger(recount: Recount, run: Run) -> TableChange:
             and exists (from ledger_delta d where {cell})
         """
     )
-    remove = pa.concat_tables([_held(recount, name, BATCH_LEDGER) for name in ("ledger_over", "ledger_before")])
+    remove = pa.concat_tables([_found_rows(recount, name, BATCH_LEDGER) for name in ("ledger_over", "ledger_before")])
     counts = ", ".join(f"d.{name} + coalesce(t.{name}, 0) as {name}" for name in LEDGER_MEASURES)
     rows = recount.database.arrow(
         f"""
-        select d.query_id, d.batch_id, d.source, d.region, {counts}, coalesce(batches.ingested_us, {run.now_us}) as ingested_us,
-            if(d.hour = {NO_HOUR}, null, d.hour * {HOUR_US}) as hour_us
+        select d.query_id as _query_id, d.batch_id as _batch_id, d.source, d.region, {counts},
+            coalesce(batches.ingested_us, {run.now_us}) as ingested_at,
+            if(d.hour = {NO_HOUR}, null, d.hour * {HOUR_US}) as event_hour
         from ledger_delta d left join batches using (query_id, batch_id) left join ledger_before t on {cell}
-        """,
+        """
     )
-    columns = {
-        "stream": recount.inputs.stream,
-        "source": rows["source"],
-        "region": rows["region"],
-        "event_hour": rows["hour_us"],
-        **{name: rows[name] for name in LEDGER_MEASURES},
-        "ingested_at": rows["ingested_us"],
-        "_query_id": rows["query_id"],
-        "_batch_id": rows["batch_id"],
-        "_run_id": run.run_id,
-    }
-    return TableChange(BATCH_LEDGER, remove, table_rows(BATCH_LEDGER, columns, rows.num_rows))
-
-
-# --- why, with the money
+    add = table_rows(BATCH_LEDGER, rows, stream=recount.inputs.stream, _run_id=run.run_id)
+    return TableChange(BATCH_LEDGER, remove, add)
 
 
 def _restatements(recount: Recount, run: Run) -> TableChange:
-    """What the published increments change by, per hour, region, campaign, currency and cause."""
+    """Explain the changes of the increments, per hour, region, campaign, currency and cause."""
     sums = ", ".join(f"sum({name}) as {name}" for name in METRIC_MEASURES)
     less = ", ".join(f"-coalesce({name}, 0) as {name}" for name in METRIC_MEASURES)
     rows = recount.database.arrow(
@@ -392,14 +308,6 @@ def _restatements(recount: Recount, run: Run) -> TableChange:
             union all by name
             select hour, region, campaign_id, currency, 'increment_twice' as cause, {less} from metrics_over
         ) group by all
-        """,
+        """
     )
-    columns = {
-        **{name: rows[name] for name in rows.column_names},
-        "run_id": run.run_id,
-        "kind": run.kind,
-        "reason": run.reason,
-        "rule_set": run.rule_set,
-        "restated_at": run.now_us,
-    }
-    return TableChange(RESTATEMENTS, RESTATEMENTS.schema.empty_table(), table_rows(RESTATEMENTS, columns, rows.num_rows))
+    return restate(rows, run)

@@ -8,14 +8,13 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import Any
 
-import pyarrow as pa
-
 from spark_jobs.audit.checkpoints import is_of_kafka
-from spark_jobs.audit.compare import Finding, HourSums, StreamComparison
+from spark_jobs.audit.compare import Difference, HourSums
 from spark_jobs.audit.compare_events import EventsComparison
 from spark_jobs.audit.compare_orders import ORDERS_LEDGER_LAYER, OrdersComparison
 from spark_jobs.audit.database import open_database
@@ -27,60 +26,32 @@ from spark_jobs.audit.recount_orders import OrdersRecount
 from spark_jobs.audit.store import prune
 from spark_jobs.config import Settings
 from spark_jobs.corrections.decide import decide
-from spark_jobs.corrections.run import Run, correcting, writing
+from spark_jobs.corrections.run import Run, correcting, groups_of_hours, writing
 from spark_jobs.corrections.write_ahead import TableChange, append_once, carry_out, write_ahead
 from spark_jobs.lake.duck import translate_duckdb_errors
 from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.tables import BATCH_LEDGER, RAW_TABLES, RECONCILIATIONS, STREAMS
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.steps import Step
-from spark_jobs.units import NO_HOUR, HourRange, hour_moment, hour_number, to_micros
+from spark_jobs.units import HourRange, hour_moment, hour_number, to_micros
 
-_RECORDS_AT_ONCE = 1_500_000  # what one comparison holds; more hours than that take turns
-_PATIENCE_SECONDS = 20.0  # twice what lies between two batches of raw records
-_HOURS_AT_ONCE = 6  # put right in one go, for which an ingest waits
-
-
-@dataclass(frozen=True)
-class Difference:
-    """What differs in one hour (None: records without a readable time), layer and campaign, and why (``cause``).
-
-    Rows are those concerned, by the recount and as found, nanos their spend. ``detail`` is a sentence with an example.
-    """
-
-    event_hour: datetime | None
-    layer: str
-    cause: str
-    campaign_id: str | None
-    rows_different: int
-    rows_expected: int
-    rows_found: int
-    nanos_expected: int
-    nanos_found: int
-    is_repaired: bool
-    detail: str
+RECORDS_AT_ONCE = 1_500_000  # per comparison, to bound its memory
+_PATIENCE_SECONDS = 20.0  # twice the time between two batches of raw records
+_HOURS_AT_ONCE = 6  # repaired at a time, because an ingest waits meanwhile
 
 
 @dataclass(frozen=True)
-class HourResult:
-    """An hour that was recounted: its accepted events, their spend, and the orders placed in it, by the recount and in the tables;
-    and its differences."""
+class HourResult(HourSums):
+    """A recounted hour with its differences."""
 
-    hour: datetime
-    events_expected: int
-    events_found: int
-    nanos_expected: int
-    nanos_found: int
     differences: list[Difference] = field(default_factory=list)
-    orders_expected: int = 0
-    orders_found: int = 0
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """What is left out because ``raw_table`` does not have it yet: offsets [first_offset, end_offset) of ``source``.
+    """A batch that was left out because ``raw_table`` lacks its offsets [first_offset, end_offset) of ``source``.
 
-    ``hours`` are those in which the batch has records, by the ledger; none: it is not in the ledger.
+    ``hours`` are the hours in which the batch has records, by the ledger; none if the ledger does not have the batch.
     """
 
     query_id: str
@@ -94,7 +65,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class ReconcileReport:
-    """A reconciliation. ``versions`` are those of the Delta tables that were compared, ``waiting`` is what was left out of it."""
+    """A reconciliation. ``versions`` are those of the compared tables; ``waiting`` are the batches that were left out."""
 
     run_id: str
     hours: list[HourResult]
@@ -109,53 +80,14 @@ class ReconcileReport:
         return [found for found in self.differences if not found.is_repaired]
 
 
-@contextmanager
-def recounting(inputs: Inputs) -> Iterator[Recount]:
-    """Open a recount of ``inputs``. Raises TableCorruptionError where a table or a parsed file cannot be read."""
-    with open_database(inputs.snapshot) as database:
-        yield OrdersRecount(database, inputs) if inputs.stream == "orders" else EventsRecount(database, inputs)
+@dataclass(frozen=True)
+class Comparison:
+    """One comparison of some hours at pinned versions."""
 
-
-def chunks(records: dict[int, int], hours: Collection[int]) -> Iterator[list[int]]:
-    """``hours`` in groups of about _RECORDS_AT_ONCE records."""
-    group: list[int] = []
-    held = 0
-    for hour in sorted(hours):
-        if group and held + records.get(hour, 0) > _RECORDS_AT_ONCE:
-            yield group
-            group, held = [], 0
-        group.append(hour)
-        held += records.get(hour, 0)
-    if group:
-        yield group
-
-
-def comparison_of(recount: Recount) -> StreamComparison:
-    """Return the comparison of a recount with its tables."""
-    return EventsComparison(recount) if isinstance(recount, EventsRecount) else OrdersComparison(recount)
-
-
-def check_marts(settings: Settings, hours: HourRange | None) -> list[Difference]:
-    """Return the differences of the published marts from the table versions that they name. Layer marts, cause mart_differs."""
-    found = compare_marts(settings, None if hours is None else [hour_number(hour) for hour in hours])
-    return [difference(finding) for finding in found]
-
-
-def difference(found: Finding, *, is_repaired: bool = False) -> Difference:
-    """A finding as it is reported."""
-    return Difference(
-        event_hour=hour_moment(found.hour),
-        layer=found.layer,
-        cause=found.cause,
-        campaign_id=found.campaign_id,
-        rows_different=found.rows_different,
-        rows_expected=found.rows_expected,
-        rows_found=found.rows_found,
-        nanos_expected=found.nanos_expected,
-        nanos_found=found.nanos_found,
-        is_repaired=is_repaired,
-        detail=found.detail,
-    )
+    findings: list[Difference]
+    sums: list[HourSums]
+    versions: dict[str, int]
+    waiting: list[Waiting]
 
 
 def reconcile(
@@ -168,12 +100,11 @@ def reconcile(
     now: datetime | None = None,
     patience_seconds: float = _PATIENCE_SECONDS,
 ) -> ReconcileReport:
-    """Recount ``hours`` (None: everything) and compare; with ``repair`` put right what differs, each difference once.
+    """Recount ``hours`` (None: all hours) and compare; with ``repair`` correct each difference once.
 
-    Where hours are named, Kafka's raw records of them are waited for up to ``patience_seconds``; batches that still lack some are
-    left out, and named in the report. An ingest may go on meanwhile: it waits only while some hours are put right. Marts are not
-    built here: theirs are reported as not repaired. Raises UsageError for a lakehouse that is not a local path,
-    TableCorruptionError where a table cannot be read.
+    With ``hours``, waits up to ``patience_seconds`` for their raw records; the report names the batches that still lack some and
+    were left out. An ingest may run meanwhile: it waits only while hours are corrected. Does not build marts, so their differences
+    stay unrepaired. Raises UsageError for a lakehouse that is not on a local path, TableCorruptionError if a table cannot be read.
     """
     started = time.monotonic()
     require_local(settings, "the recount")
@@ -183,122 +114,110 @@ def reconcile(
     with correcting(settings):
         now = now or datetime.now(UTC)
         wanted = None if hours is None else {hour_number(hour) for hour in hours}
-        passes = {stream: compare_hours(settings, wanted, now, say, stream) for stream in STREAMS}
-        while any(each.waiting for each in passes.values()) and hours is not None and time.monotonic() - started < patience_seconds:
+        while True:
+            compared = {stream: compare_hours(settings, wanted, now, say, stream) for stream in STREAMS}
+            waiting = [batch for each in compared.values() for batch in each.waiting]
+            if not waiting or hours is None or time.monotonic() - started >= patience_seconds:
+                break
             say("waiting for raw records")
             time.sleep(1.0)
-            passes = {stream: compare_hours(settings, wanted, now, say, stream) for stream in STREAMS}
-        findings, repaired = [], []
-        for stream, each in passes.items():
-            left, done = _put_right(settings, stream, each, run_id, now, say) if repair else (each.findings, [])
-            findings += left
+        remaining: list[Difference] = []
+        repaired: list[Difference] = []
+        kind = attrgetter("hour", "layer", "cause", "campaign_id")
+        for stream, each in compared.items():
+            left, done = _repair(settings, stream, each, run_id, now, say) if repair else (each.findings, [])
+            tried = set(map(kind, done))
+            remaining += [replace(one, cause=f"{one.cause}_after_repair") if kind(one) in tried else one for one in left]
             repaired += done
-        sums = [held for each in passes.values() for held in each.sums]
-        versions = {name: version for stream in reversed(STREAMS) for name, version in passes[stream].versions.items()}
-        waiting = [left for each in passes.values() for left in each.waiting]
-        tried = {(found.hour, found.layer, found.cause, found.campaign_id) for found in repaired}
-        findings = [
-            replace(found, cause=f"{found.cause}_after_repair")
-            if (found.hour, found.layer, found.cause, found.campaign_id) in tried
-            else found
-            for found in findings
-        ]
-        remaining = [difference(found) for found in findings] + check_marts(settings, hours)
-        differences = [difference(found, is_repaired=True) for found in repaired] + remaining
-        results = hour_results(sums, differences)
-        rows = reconciliation_rows(run_id, remaining, versions, now)
-        rows += [_no_difference(run_id, result, versions, now) for result in results if not result.differences]
-        token = f"reconcile:{run_id}:{hours or 'all'}"
-        table = pa.Table.from_pylist(rows, RECONCILIATIONS.schema)
-        append_once(settings, RECONCILIATIONS, table, Step.RECONCILIATIONS, token)
-    return ReconcileReport(run_id, results, differences, versions, time.monotonic() - started, waiting)
+        remaining += check_marts(settings, hours)
+        versions = {name: version for stream in reversed(STREAMS) for name, version in compared[stream].versions.items()}
+        results = _hour_results([sums for each in compared.values() for sums in each.sums], [*repaired, *remaining])
+        right = [_no_difference(result) for result in results if not result.differences]
+        rows = _reconciliation_rows(run_id, [*map(asdict, remaining), *right], versions, now)
+        append_once(settings, RECONCILIATIONS, rows, Step.RECONCILIATIONS, f"reconcile:{run_id}:{hours or 'all'}")
+    return ReconcileReport(run_id, results, [*repaired, *remaining], versions, time.monotonic() - started, waiting)
 
 
-def _put_right(
-    settings: Settings, stream: str, found_first: Pass, run_id: str, now: datetime, say: Callable[[str], None]
-) -> tuple[list[Finding], list[Finding]]:
-    """Put right what a comparison of a stream has found; returns what is left after that, and what was put right."""
-    findings, repaired = found_first.findings, []
-    wrong = sorted({found.hour for found in findings if is_correctable(found)})
-    if not wrong:
-        return findings, []
-    for start in range(0, len(wrong), _HOURS_AT_ONCE):
-        group = wrong[start : start + _HOURS_AT_ONCE]
-        say(f"repairing {len(wrong) - start} hours")
-        repaired += _repair(settings, stream, group, Run(run_id, "repair", "recount differs from the tables", now))
-    again = {*wrong, *(found.hour for found in repaired)}
-    findings = [found for found in findings if found.hour not in again]
-    findings += compare_hours(settings, again, now, say, stream).findings
-    return findings, repaired
+def check_marts(settings: Settings, hours: HourRange | None) -> list[Difference]:
+    """Return the differences of the published marts from the table versions that they name. Layer marts, cause mart_differs."""
+    return compare_marts(settings, None if hours is None else [hour_number(hour) for hour in hours])
 
 
-@dataclass(frozen=True)
-class Pass:
-    """One comparison of some hours at pinned versions."""
+# --- comparing
 
-    findings: list[Finding]
-    sums: list[HourSums]
-    versions: dict[str, int]
-    waiting: list[Waiting]
+
+@contextmanager
+def recounting(
+    settings: Settings, missed_as: str, now: datetime, say: Callable[[str], None] = lambda _: None, stream: str = "events"
+) -> Iterator[Recount]:
+    """Open a recount of the current inputs. Raises TableCorruptionError if a table or a parsed file cannot be read."""
+    inputs = current_inputs(settings, missed_as, now, say, stream)
+    with open_database(inputs.snapshot) as database:
+        yield OrdersRecount(database, inputs) if stream == "orders" else EventsRecount(database, inputs)
+
+
+def _compare(recount: Recount, hours: Collection[int]) -> tuple[list[Difference], list[HourSums]]:
+    comparison = EventsComparison(recount) if isinstance(recount, EventsRecount) else OrdersComparison(recount)
+    return comparison.run(hours)
 
 
 def compare_hours(
     settings: Settings, hours: set[int] | None, now: datetime, say: Callable[[str], None], stream: str = "events"
-) -> Pass:
-    """Recount and compare hours (numbers since the epoch; None: all of which there is a record) of a stream."""
-    inputs = current_inputs(settings, "missed", now, say, stream)
-    findings: list[Finding] = []
+) -> Comparison:
+    """Recount and compare hours (numbers since the epoch; None: all hours with a record) of a stream."""
+    findings: list[Difference] = []
     sums: list[HourSums] = []
-    with recounting(inputs) as recount:
+    with recounting(settings, "missed", now, say, stream) as recount:
         records = recount.records_by_hour(hours)
         wanted = recount.all_hours() if hours is None else hours
         done = 0
-        for group in chunks(records, wanted):
+        for group in groups_of_hours(wanted, records, RECORDS_AT_ONCE):
             say(f"comparing hours of {stream}: {done} of {len(wanted)}")
-            found, held = comparison_of(recount).run(group)
-            findings += found
-            sums += held
+            group_findings, group_sums = _compare(recount, group)
+            findings += group_findings
+            sums += group_sums
             done += len(group)
         if hours is None:
-            findings += gone_without_rows(recount)
+            findings += _missing_without_rows(recount)
         waiting = _waiting(recount, hours)
-    if hours is None:  # all entries in use are known, and the lock of corrections keeps other recounts away
+    inputs = recount.inputs
+    if hours is None:  # all entries in use are known, and the corrections lock keeps other recounts out
         prune(settings, stream, [entry.raw for entry in inputs.entries])
-    return Pass(findings, sums, inputs.versions, waiting)
+    return Comparison(findings, sums, inputs.versions, waiting)
 
 
 def _waiting(recount: Recount, hours: set[int] | None) -> list[Waiting]:
-    """What waits for raw records and may have some in ``hours`` (None: in any)."""
+    """Return the batches that wait for raw records and may have some in ``hours`` (None: in any hour)."""
     inputs = recount.inputs
     if not inputs.waiting:
         return []
-    held: dict[tuple[str, int], set[int]] = {}
+    hours_of: dict[tuple[str, int], set[int]] = {}
     for query, batch, hour in recount.database.rows(
         f"""
         select _query_id, _batch_id, hour_of(epoch_us(event_hour)) from {recount.database.scan(BATCH_LEDGER)}
         where stream = '{inputs.stream}' and source = 'kafka' and offered != 0
         """
     ):
-        held.setdefault((query, batch), set()).add(hour)
+        hours_of.setdefault((query, batch), set()).add(hour)
+    raw_table = RAW_TABLES[inputs.stream].name
     found = []
     for one in inputs.waiting:
         plan = inputs.plans[one.batch]
-        own = held.get((plan.query_id, plan.batch_id), set())
+        own = hours_of.get((plan.query_id, plan.batch_id), set())
         if inputs.states[one.batch] is BatchState.WAITING and (hours is None or not own or own & hours):
             moments = [moment for hour in sorted(own) if (moment := hour_moment(hour)) is not None]
-            raw_table = RAW_TABLES[inputs.stream].name
             found.append(Waiting(plan.query_id, plan.batch_id, one.name, one.start, one.end, moments, raw_table))
     return found
 
 
-def gone_without_rows(recount: Recount) -> list[Finding]:
-    """Files, and ranges of Kafka's offsets, that are gone or have changed and of which no row is left to tell the hours."""
+def _missing_without_rows(recount: Recount) -> list[Difference]:
+    """Find files and offsets that are gone or have changed, and of which no row is left that names the hours."""
     empty = {(b, file.name) for b, plan in enumerate(recount.inputs.plans) for file in plan.files if not file.size}
-    told = {o for (o,) in recount.database.rows("select distinct o from trusted")}
+    with_rows = set(recount.database.values("select distinct o from trusted"))
     absent = [
         found
         for o, found in enumerate(recount.inputs.occurrences)
-        if found.entry is None and not found.is_waiting and o not in told and (found.batch, found.name) not in empty
+        if found.entry is None and not found.is_waiting and o not in with_rows and (found.batch, found.name) not in empty
     ]
     if not absent:
         return []
@@ -309,11 +228,11 @@ def gone_without_rows(recount: Recount) -> list[Finding]:
         else f"{first.name} is gone or has changed since it was read"
     )
     layer = ORDERS_LEDGER_LAYER if recount.inputs.stream == "orders" else BATCH_LEDGER.name
-    return [Finding(NO_HOUR, layer, "raw_missing", None, len(absent), 0, 0, 0, 0, detail)]
+    return [Difference(None, layer, "raw_missing", None, len(absent), 0, 0, 0, 0, False, detail)]
 
 
 def current_inputs(settings: Settings, missed_as: str, now: datetime, say: Callable[[str], None], stream: str = "events") -> Inputs:
-    """What there is to recount of a stream now."""
+    """Read the inputs of a recount of a stream as they are now."""
     with translate_duckdb_errors(settings.home_path):
         return read_inputs(
             settings,
@@ -324,35 +243,50 @@ def current_inputs(settings: Settings, missed_as: str, now: datetime, say: Calla
         )
 
 
-def is_correctable(found: Finding) -> bool:
-    """Whether the tables can be put right: not where the raw input is what is missing."""
+# --- repairing
+
+
+def is_correctable(found: Difference) -> bool:
+    """Return whether a repair can correct a difference. It cannot where the raw input is missing."""
     return found.cause != "raw_missing"
 
 
-def _repair(settings: Settings, stream: str, hours: list[int], run: Run) -> list[Finding]:
-    """Compare ``hours`` again while nobody else writes, and put them right; what was found."""
+def _repair(
+    settings: Settings, stream: str, compared: Comparison, run_id: str, now: datetime, say: Callable[[str], None]
+) -> tuple[list[Difference], list[Difference]]:
+    """Correct what a comparison of a stream found. Returns the findings that remain and those that were corrected."""
+    findings = compared.findings
+    wrong = sorted({found.hour for found in findings if is_correctable(found)})
+    if not wrong:
+        return findings, []
+    repaired: list[Difference] = []
+    for start in range(0, len(wrong), _HOURS_AT_ONCE):
+        say(f"repairing {len(wrong) - start} hours")
+        run = Run(run_id, "repair", "recount differs from the tables", now)
+        repaired += _repair_hours(settings, stream, wrong[start : start + _HOURS_AT_ONCE], run)
+    again = {*wrong, *(found.hour for found in repaired)}
+    remaining = compare_hours(settings, again, now, say, stream).findings
+    return [*(found for found in findings if found.hour not in again), *remaining], repaired
+
+
+def _repair_hours(settings: Settings, stream: str, hours: list[int], run: Run) -> list[Difference]:
+    """Compare ``hours`` again while nobody else writes, and correct them. Returns what was corrected."""
     with writing(settings):
-        inputs = current_inputs(settings, run.token, run.now, lambda _: None, stream)
-        with recounting(inputs) as recount:
-            findings, _ = comparison_of(recount).run(whole_batches(recount, hours))
+        with recounting(settings, run.token, run.now, stream=stream) as recount:
+            findings, _ = _compare(recount, whole_batches(recount, hours))
             findings = [found for found in findings if is_correctable(found)]
             if not findings:
                 return []
-            correction = decide(recount, run)
-        rows = reconciliation_rows(
-            run.run_id, [difference(found, is_repaired=True) for found in findings], inputs.versions, run.now
-        )
-        told = TableChange(
-            RECONCILIATIONS, RECONCILIATIONS.schema.empty_table(), pa.Table.from_pylist(rows, RECONCILIATIONS.schema)
-        )
-        correction = replace(correction, changes=[*correction.changes, told])
+            repaired = [replace(found, is_repaired=True) for found in findings]
+            rows = _reconciliation_rows(run.run_id, list(map(asdict, repaired)), recount.inputs.versions, run.now)
+            correction = decide(recount, run, TableChange.append(RECONCILIATIONS, rows))
         write_ahead(settings, correction)
         carry_out(settings, correction)
-    return findings
+    return repaired
 
 
 def whole_batches(recount: Recount, hours: Collection[int]) -> set[int]:
-    """``hours``, and all hours of a batch that has one of them and is not in the ledger: it becomes complete, or stays as it is."""
+    """Return ``hours`` and all hours of the batches in them that the ledger lacks, because a batch is only completed as a whole."""
     found = set(hours)
     for number, state in enumerate(recount.inputs.states):
         if state in (BatchState.UNFINISHED, BatchState.UNBOOKED, BatchState.MISSED):
@@ -362,16 +296,18 @@ def whole_batches(recount: Recount, hours: Collection[int]) -> set[int]:
     return found
 
 
-def reconciliation_rows(
-    run_id: str, differences: list[Difference], versions: dict[str, int], now: datetime
+# --- reporting
+
+
+def _reconciliation_rows(
+    run_id: str, differences: list[dict[str, Any]], versions: dict[str, int], now: datetime
 ) -> list[dict[str, Any]]:
-    """Differences as rows of `reconciliations`."""
-    return [{**asdict(found), "run_id": run_id, "delta_versions": json.dumps(versions), "run_at": now} for found in differences]
+    """Return differences as rows of `reconciliations`."""
+    return [{**found, "run_id": run_id, "delta_versions": json.dumps(versions), "run_at": now} for found in differences]
 
 
-def _no_difference(run_id: str, result: HourResult, versions: dict[str, int], now: datetime) -> dict[str, Any]:
+def _no_difference(result: HourResult) -> dict[str, Any]:
     return {
-        "run_id": run_id,
         "event_hour": result.hour,
         "cause": "none",
         "rows_different": 0,
@@ -380,21 +316,16 @@ def _no_difference(run_id: str, result: HourResult, versions: dict[str, int], no
         "nanos_expected": result.nanos_expected,
         "nanos_found": result.nanos_found,
         "is_repaired": False,
-        "delta_versions": json.dumps(versions),
-        "run_at": now,
     }
 
 
-def hour_results(sums: list[HourSums], differences: list[Difference]) -> list[HourResult]:
-    """The hours, each with its differences. An hour may stand in ``sums`` twice, with its events and with its orders."""
-    names = [spec.name for spec in fields(HourSums)][1:]
-    totals: dict[int, Counter[str]] = {}
-    for held in sums:
-        totals.setdefault(held.hour, Counter()).update({name: getattr(held, name) for name in names})
-    made = []
-    for number, total in sorted(totals.items()):
-        hour = hour_moment(number)
-        if hour is not None:
-            own = [found for found in differences if found.event_hour == hour]
-            made.append(HourResult(hour, differences=own, **{name: total[name] for name in names}))
-    return made
+def _hour_results(sums: list[HourSums], differences: list[Difference]) -> list[HourResult]:
+    """Return the hours in order, each with its differences. ``sums`` may have an hour twice: its events and its orders."""
+    totals: dict[datetime, Counter[str]] = {}
+    for each in sums:
+        counts = asdict(each)
+        totals.setdefault(counts.pop("hour"), Counter()).update(counts)
+    return [
+        HourResult(hour, differences=[found for found in differences if found.event_hour == hour], **total)
+        for hour, total in sorted(totals.items())
+    ]

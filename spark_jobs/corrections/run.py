@@ -1,30 +1,31 @@
-"""A run that corrects tables: who it is, the locks that it holds, and how one that was killed is finished."""
+"""A run that corrects tables: its identity, its locks, the rows that it adds, and what a killed run left."""
 
 from __future__ import annotations
 
+import math
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from itertools import groupby
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from spark_jobs.config import Settings
-from spark_jobs.corrections.write_ahead import carry_out, forget, is_overtaken, unfinished_corrections
+from spark_jobs.corrections.write_ahead import TableChange, carry_out, is_outdated, remove_correction, unfinished_corrections
 from spark_jobs.errors import BusyError
+from spark_jobs.ingest.event_columns import INCREMENT_SCHEMA, increment_columns
 from spark_jobs.lake.locks import CORRECTIONS, REWRITE, WRITE_EVENTS, WRITE_ORDERS, exclusive
-from spark_jobs.lake.tables import Table
+from spark_jobs.lake.stamp import constant
+from spark_jobs.lake.tables import MINUTE_METRICS, RESTATEMENTS, Table
 from spark_jobs.units import to_micros
 
 
 @dataclass(frozen=True)
 class Run:
-    """A correction in the making: one of those of a run. ``kind`` is 'repair', 'backfill' or 'review'.
-
-    ``token`` is the correction's own.
-    """
+    """The run that decides a correction. ``kind`` is 'repair', 'backfill' or 'review'; ``token`` names the one correction."""
 
     run_id: str
     kind: str
@@ -41,48 +42,97 @@ class Run:
 
 @contextmanager
 def correcting(settings: Settings) -> Iterator[None]:
-    """Held by whoever reconciles or backfills: one at a time, the others wait. What a killed one has left is finished first."""
+    """Hold the corrections lock, after finishing what a killed run left. Waits for other runs that correct."""
     with exclusive(settings, CORRECTIONS):
         _finish(settings)
         yield
 
 
 def finish_corrections(settings: Settings) -> None:
-    """Finish or discard what a killed correction has left, before its tables are read. Does not wait for one that is alive."""
-    if not _has_any(settings):
-        return
-    with suppress(BusyError), exclusive(settings, CORRECTIONS, patience_seconds=0):
-        _finish(settings)
+    """Finish or discard what a killed run left, before its tables are read. Does nothing while another run corrects."""
+    if has_unfinished(settings):
+        with suppress(BusyError), exclusive(settings, CORRECTIONS, patience_seconds=0):
+            _finish(settings)
 
 
-def _has_any(settings: Settings) -> bool:
-    return settings.corrections_path.exists() and any(settings.corrections_path.iterdir())
+def has_unfinished(settings: Settings) -> bool:
+    """Return whether there is a correction to finish or to discard."""
+    return any(settings.corrections_path.glob("*"))
 
 
 def _finish(settings: Settings) -> None:
-    if not _has_any(settings):
+    if not has_unfinished(settings):
         return
     with writing(settings):
         for correction in list(unfinished_corrections(settings)):
-            if is_overtaken(settings, correction):
-                forget(settings, correction)
+            if is_outdated(settings, correction):
+                remove_correction(settings, correction)
             else:
                 carry_out(settings, correction)
 
 
 @contextmanager
 def writing(settings: Settings) -> Iterator[None]:
-    """Nobody else writes the tables of events meanwhile: a batch of an ingest waits, or is waited for."""
-    with exclusive(settings, REWRITE, WRITE_EVENTS, WRITE_ORDERS):  # both streams write the ledger
+    """Hold the rewrite lock and the write locks of both streams, which share the ledger. A batch of an ingest waits meanwhile."""
+    with exclusive(settings, REWRITE, WRITE_EVENTS, WRITE_ORDERS):
         yield
 
 
-def table_rows(table: Table, columns: dict[str, Any], count: int) -> pa.Table:
-    """Rows of ``table``; a column that is one value holds it everywhere, one that lacks is null. Times are microseconds."""
+def groups_of_hours(
+    hours: Iterable[int], counts: Mapping[int, int], most: int, *, gap_hours: float = math.inf
+) -> Iterator[list[int]]:
+    """Yield ``hours`` in order, in groups of at most ``most`` records by the ``counts``. A longer gap also ends a group."""
+    group: list[int] = []
+    total = 0
+    for hour in sorted(hours):
+        total += counts.get(hour, 0)
+        if group and (total > most or hour - group[-1] > gap_hours):
+            yield group
+            group, total = [], counts.get(hour, 0)
+        group.append(hour)
+    if group:
+        yield group
+
+
+def table_rows(table: Table, rows: pa.Table, **columns: object) -> pa.Table:
+    """Return ``rows`` as rows of ``table``. ``columns`` replace or add columns: arrays, or single values that fill their column.
+
+    Missing columns are null. Times are microseconds.
+    """
     made = []
     for spec in table.schema:
-        value = columns.get(spec.name)
+        value = columns.get(spec.name, rows[spec.name] if spec.name in rows.column_names else None)
         if not isinstance(value, pa.Array | pa.ChunkedArray):
-            value = pa.nulls(count, spec.type) if value is None else pa.repeat(pa.scalar(value), count)
-        made.append(value.cast(spec.type) if not pa.types.is_timestamp(spec.type) else value.cast(pa.int64()).cast(spec.type))
+            value = constant(value, rows.num_rows, spec.type)
+        made.append(value.cast(pa.int64()).cast(spec.type) if pa.types.is_timestamp(spec.type) else value.cast(spec.type))
     return pa.Table.from_arrays(made, schema=table.schema)
+
+
+def increment_rows(sums: pa.Table, run: Run, present: pa.Array | None = None) -> pa.Table:
+    """Return rows of `minute_metrics` that add ``sums`` (INCREMENT_SCHEMA, _query_id, _batch_id) to what the batches wrote.
+
+    A row that a batch should have written gets the record_uuid of the batch; a row that adds to one in the table, a record_uuid of
+    the run. ``present`` has the record_uuids in the table (None: all rows add).
+    """
+    parts = [MINUTE_METRICS.schema.empty_table()]
+    sums = sums.filter(pc.and_(sums["_query_id"].is_valid(), sums["_batch_id"].is_valid()))
+    sums = sums.sort_by([("_query_id", "ascending"), ("_batch_id", "ascending")])
+    start = 0
+    for (query_id, batch_id), group in groupby(zip(sums["_query_id"].to_pylist(), sums["_batch_id"].to_pylist(), strict=True)):
+        count = len(list(group))
+        own = sums.slice(start, count).select(INCREMENT_SCHEMA.names).cast(INCREMENT_SCHEMA)
+        start += count
+        identity = {"_query_id": query_id, "_batch_id": batch_id, "_run_id": run.run_id}
+        if present is not None:
+            named = increment_columns(own, query_id, batch_id)
+            is_present = pc.is_in(named["record_uuid"], value_set=present)
+            parts.append(table_rows(MINUTE_METRICS, named.filter(pc.invert(is_present)), **identity))
+            own = own.filter(is_present)
+        parts.append(table_rows(MINUTE_METRICS, increment_columns(own, f"{run.token}:{query_id}", batch_id), **identity))
+    return pa.concat_tables(parts)
+
+
+def restate(rows: pa.Table, run: Run) -> TableChange:
+    """Return the rows of `restatements` for changes of increments: event_hour, region, campaign_id, currency, cause, measures."""
+    reason = {"run_id": run.run_id, "kind": run.kind, "reason": run.reason, "rule_set": run.rule_set, "restated_at": run.now_us}
+    return TableChange.append(RESTATEMENTS, table_rows(RESTATEMENTS, rows, **reason))

@@ -1,9 +1,9 @@
-"""Corrections: rows that a repair, a backfill or a review adds to and removes from Delta tables, written ahead of the commits.
+"""Corrections: rows that a repair, a backfill or a review adds to and removes from Delta tables.
 
-A correction is written whole and synced under ``corrections_path`` before the first of its commits, and removed after the last one.
-Each of its tables changes in one commit, once (Delta's txn has the correction's own token), so the next process finishes a
-correction that was killed. The manifest has a checksum of each part: a correction that a power cut left incomplete, before any of
-its commits, is discarded. Callers hold the rewrite lock and the write locks of the streams.
+A run writes and syncs a whole correction under ``corrections_path`` before its first commit, and removes it after the last one.
+Each table changes in one commit, once (Delta's txn has the correction's token), so the next process finishes a killed correction.
+The manifest has a checksum of each part. A correction that a power cut tore before its first commit is discarded. Callers hold the
+rewrite lock and the write locks of the streams.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from spark_jobs.lake.tables import (
 )
 from spark_jobs.steps import Step, durable
 
-# In the order of the commits: the ledger makes a batch complete, what says why comes last. With the column that finds a row.
+# In the order of the commits: the ledger makes a batch complete; the reasons come last. The column finds a row to remove.
 _ORDER: dict[str, tuple[Step, str]] = {
     EVENTS.name: (Step.CORRECTED_EVENTS, "event_id"),
     REJECTED_EVENTS.name: (Step.CORRECTED_REJECTS, "source_file"),
@@ -65,10 +65,10 @@ _log = logging.getLogger("adtally")
 
 @dataclass(frozen=True)
 class TableChange:
-    """Rows to take out of a table and to put in: all its columns, each row as often as it is meant.
+    """Rows to remove from a table and rows to add to it, with all of its columns. Equal rows count as often as they occur.
 
-    ``by_key``: ``remove`` has the key and the partition columns only, and all rows go that have one of these keys in one of these
-    partitions. For rows that are put back with other values: of `events`, no key comes or goes by it.
+    ``by_key``: ``remove`` has only the key and the partition columns, and every row with one of these keys in one of these
+    partitions is removed. Use it for rows that come back with other values: a change of `events` by key adds and removes no key.
     """
 
     table: Table
@@ -77,18 +77,24 @@ class TableChange:
     metadata: dict[str, Any] = field(default_factory=dict)
     by_key: bool = False
 
+    @classmethod
+    def append(cls, table: Table, rows: pa.Table | list[dict[str, Any]]) -> TableChange:
+        """Return a change that only adds rows."""
+        add = pa.Table.from_pylist(rows, table.schema) if isinstance(rows, list) else rows
+        return cls(table, table.schema.empty_table(), add)
+
     @property
-    def is_nothing(self) -> bool:
-        """Whether there is nothing to do. The plan of a batch has to stand in a commit though no row was accepted."""
+    def is_empty(self) -> bool:
+        """Whether there is nothing to commit. The plan of a batch needs a commit even if no row was accepted."""
         return not self.remove.num_rows and not self.add.num_rows and "files" not in self.metadata
 
 
 @dataclass(frozen=True)
 class Correction:
-    """What a run decided for some hours.
+    """The changes that a run decided on for some hours.
 
-    ``token`` names it in the transactions of the tables; ``events_version`` and ``orders_version`` are the versions of `events` and
-    `orders` that it was decided on (None: it does not change the table).
+    ``token`` names the correction in the transactions of the tables. The run decided on versions ``events_version`` of `events` and
+    ``orders_version`` of `orders` (None: the correction does not change the table).
     """
 
     token: str
@@ -99,7 +105,7 @@ class Correction:
 
 
 def write_ahead(settings: Settings, correction: Correction) -> None:
-    """Put the whole correction down; it counts from the moment that its folder has its name."""
+    """Write a whole correction to its folder. It is decided once the folder has its final name."""
     folder = settings.corrections_path / correction.token
     hidden = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
@@ -125,13 +131,11 @@ def write_ahead(settings: Settings, correction: Correction) -> None:
 
 
 def unfinished_corrections(settings: Settings) -> Iterator[Correction]:
-    """Corrections that were decided and not carried out to the end. What was never decided whole is removed.
+    """Yield the decided corrections that still have commits to make, and remove folders that were never decided.
 
-    Raises TableCorruptionError if one was damaged after the first of its commits.
+    Raises TableCorruptionError if a correction was damaged after its first commit.
     """
-    if not settings.corrections_path.exists():
-        return
-    for folder in sorted(settings.corrections_path.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+    for folder in sorted(settings.corrections_path.glob("*"), key=lambda path: path.stat().st_mtime_ns):
         if folder.name.startswith("."):
             shutil.rmtree(folder, ignore_errors=True)
             continue
@@ -144,7 +148,7 @@ def unfinished_corrections(settings: Settings) -> Iterator[Correction]:
 
 
 def _discard(settings: Settings, folder: Path, error: Exception) -> None:
-    """Remove a correction that cannot be read, if no table has a commit of it: it was never decided whole."""
+    """Remove a correction that cannot be read. Raises TableCorruptionError if a table has a commit of it."""
     lake = Lake(settings)
     begun = [name for name in _ORDER if lake.has(TABLES[name], Transaction(folder.name, 0))]
     if begun:
@@ -161,7 +165,7 @@ def _checksum(path: Path) -> str:
 
 
 def _read(folder: Path) -> Correction:
-    """A correction. Raises OSError, ValueError, KeyError, TypeError or ArrowException if it is not there whole."""
+    """Read a correction. Raises OSError, ValueError, KeyError, TypeError or ArrowException if it is incomplete or damaged."""
     manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
     for name, checksum in manifest.get("parts", {}).items():
         if _checksum(folder / name) != checksum:
@@ -173,11 +177,11 @@ def _read(folder: Path) -> Correction:
     return Correction(manifest["token"], manifest["run_id"], manifest["events_version"], changes, manifest.get("orders_version"))
 
 
-def is_overtaken(settings: Settings, correction: Correction) -> bool:
-    """Whether a correction has no commit yet and `events` (or `orders`) has newer versions: then it must be decided again.
+def is_outdated(settings: Settings, correction: Correction) -> bool:
+    """Return whether a run must decide again: `events` (or `orders`) has newer versions and no commit of the correction.
 
-    A record that it would add may have been sent again and accepted meanwhile. Once its events or orders are committed, the rest
-    of it stays right, for it only concerns batches that have ended.
+    Somebody may have sent a record again that the correction would add, and the ingest may have accepted it. Once the events or
+    orders of a correction are committed, the rest stays right, because it only concerns batches that have ended.
     """
     lake = Lake(settings)
     changed = [change.table for change in correction.changes]
@@ -187,95 +191,54 @@ def is_overtaken(settings: Settings, correction: Correction) -> bool:
     )
 
 
-def forget(settings: Settings, correction: Correction) -> None:
-    """Remove a correction that is done or overtaken."""
+def remove_correction(settings: Settings, correction: Correction) -> None:
+    """Remove the folder of a correction that is done or outdated."""
     folder = settings.corrections_path / correction.token
+    hidden = folder.with_name(f".{folder.name}.tmp")
     with durable(Step.CORRECTION_DONE):
-        disk.replace(folder, folder.with_name(f".{folder.name}.tmp"))
-    shutil.rmtree(folder.with_name(f".{folder.name}.tmp"))
+        disk.replace(folder, hidden)
+    shutil.rmtree(hidden)
 
 
 def carry_out(settings: Settings, correction: Correction) -> None:
-    """Make the missing commits of a correction, in order, and remove it."""
+    """Make the missing commits of a correction, in order, and remove its folder."""
     changes = {change.table.name: change for change in correction.changes}
     for name, (step, key) in _ORDER.items():
         if name in changes:
-            _commit(Lake(settings), changes[name], step, Transaction(correction.token, 0), key)
-    forget(settings, correction)
+            _commit(Lake(settings), changes[name], step, correction.token, key)
+    remove_correction(settings, correction)
 
 
-def append_once(settings: Settings, table: Table, rows: pa.Table, step: Step, token: str) -> None:
+def append_once(settings: Settings, table: Table, rows: list[dict[str, Any]], step: Step, token: str) -> None:
     """Add rows to a table, once per token."""
-    _commit(Lake(settings), TableChange(table, table.schema.empty_table(), rows), step, Transaction(token, 0), "")
+    _commit(Lake(settings), TableChange.append(table, rows), step, token, "")
 
 
-def _commit(lake: Lake, change: TableChange, step: Step, transaction: Transaction, key: str) -> None:
-    table = change.table
-    if change.is_nothing or lake.has(table, transaction):
+def _commit(lake: Lake, change: TableChange, step: Step, token: str, key: str) -> None:
+    table, transaction = change.table, Transaction(token, 0)
+    if change.is_empty or lake.has(table, transaction):
         return
     snapshot = lake.pin(table)
     removed: list[TableFile] = []
     rewritten: list[DataFile] = []
-    for file in _files_with(snapshot, change, key):
-        removed.append(file.entry)
+    for file, masks in _find_rows(snapshot, change, key):
+        removed.append(file)
         with lake.writer(table) as writer:
-            for batch in file.without_rows():
-                writer.write(batch)
+            for rows, mask in zip(lake.read_file_rows(table, file), masks, strict=True):
+                writer.write(rows.filter(pc.invert(mask)))
         rewritten += writer.files
     with lake.writer(table) as writer:
         writer.write(change.add)
     # The files with the changed rows, and those of them that may have keys which the table did not have.
     changed = [file.path for file in writer.files]
     metadata = {**change.metadata, "changed_files": changed, "added_files": [] if change.by_key else changed}
-    lake.commit(
-        table,
-        step,
-        base=snapshot.version(table),
-        add=[*rewritten, *writer.files],
-        remove=removed,
-        transaction=transaction,
-        metadata=metadata,
-    )
+    add = [*rewritten, *writer.files]
+    base = snapshot.version(table)
+    lake.commit(table, step, base=base, add=add, remove=removed, transaction=transaction, metadata=metadata)
 
 
-class _File:
-    """A data file, some of whose rows are to be removed."""
-
-    def __init__(self, lake: Lake, table: Table, entry: TableFile) -> None:
-        self.entry = entry
-        self._lake = lake
-        self._table = table
-        self._going: list[pa.Array] = []
-
-    def find(self, wanted: Counter[str], keys: pa.Array, key: str) -> bool:
-        """Mark the rows of ``wanted`` that this file has, and take them out of ``wanted``."""
-        found = False
-        for batch in self._batches():
-            going = [False] * batch.num_rows
-            for at in pc.indices_nonzero(pc.is_in(batch[key], value_set=keys)).to_pylist():
-                row = _row_text(batch.slice(at, 1).to_pylist()[0])
-                if wanted[row] > 0:
-                    wanted[row] -= 1
-                    going[at] = found = True
-            self._going.append(pa.array(going))
-        return found
-
-    def find_keys(self, keys: pa.Array, key: str) -> bool:
-        """Mark the rows that have one of ``keys``."""
-        self._going = [pc.is_in(batch[key].combine_chunks(), value_set=keys) for batch in self._batches()]
-        return any(pc.any(going).as_py() for going in self._going)
-
-    def without_rows(self) -> Iterator[pa.Table]:
-        """The rows that stay."""
-        for batch, going in zip(self._batches(), self._going, strict=True):
-            yield batch.filter(pc.invert(going))
-
-    def _batches(self) -> Iterator[pa.Table]:
-        return self._lake.read_file_rows(self._table, self.entry)
-
-
-def _files_with(snapshot: Snapshot, change: TableChange, key: str) -> Iterator[_File]:
-    """The data files with rows that are to be removed. Ignores a row that no file has any more."""
+def _find_rows(snapshot: Snapshot, change: TableChange, key: str) -> Iterator[tuple[TableFile, list[pa.Array]]]:
+    """Yield each data file with rows to remove, and masks of these rows, one per part of the file. Ignores rows in no file."""
     table, remove = change.table, change.remove
     if not remove.num_rows:
         return
@@ -286,14 +249,26 @@ def _files_with(snapshot: Snapshot, change: TableChange, key: str) -> Iterator[_
     else:
         remove = remove.select(table.schema.names).cast(table.schema)
         parts = remove.to_pylist()
-        wanted = Counter(_row_text(row) for row in parts)
+        wanted = Counter(map(_row_text, parts))
     keys = pc.unique(remove[key].combine_chunks())
     partitions = {tuple(row[name] for name in table.partition_by) for row in parts}
-    for entry in snapshot.files(table):
-        if tuple(entry.values[name] for name in table.partition_by) in partitions:
-            file = _File(snapshot.lake, table, entry)
-            if file.find_keys(keys, key) if change.by_key else file.find(wanted, keys, key):
-                yield file
+
+    def mark(rows: pa.Table) -> pa.Array:
+        has_key = pc.is_in(rows[key].combine_chunks(), value_set=keys)
+        if change.by_key:
+            return has_key
+        marked = [False] * rows.num_rows
+        for at in pc.indices_nonzero(has_key).to_pylist():
+            row = _row_text(rows.slice(at, 1).to_pylist()[0])
+            marked[at] = wanted[row] > 0
+            wanted[row] -= 1
+        return pa.array(marked, pa.bool_())
+
+    for file in snapshot.files(table):
+        if tuple(file.values[name] for name in table.partition_by) in partitions:
+            masks = [mark(rows) for rows in snapshot.lake.read_file_rows(table, file)]
+            if any(pc.any(mask).as_py() for mask in masks):
+                yield file, masks
 
 
 def _row_text(row: dict[str, Any]) -> str:

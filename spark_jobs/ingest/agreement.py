@@ -1,14 +1,15 @@
 """Check, at every start of a query, that its checkpoint agrees with the tables that its batches commit to.
 
 A batch commits to its tables in a fixed order, and ends (Spark's ``commits/N``) after the last of them. So no table has a batch
-that the checkpoint lacks, no table has a batch that an earlier table lacks, and the last table has every batch with records
-before the newest one. If this does not hold (somebody restored a backup of one side, or a commit was lost after it was
-acknowledged), an ingest would lose records: Delta would skip new batches as ones that it has already.
+that the checkpoint or an earlier table lacks, and the last table has every batch with records before the newest one. If this does
+not hold (somebody restored a backup of one side, or an acknowledged commit was lost), an ingest would lose records: Delta would
+skip new batches as batches that it has already.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import TableCorruptionError
@@ -30,31 +31,34 @@ def check_agreement(settings: Settings, source: RecordSource, tables: Sequence[T
     state = read_state(source.checkpoint)
     if state is None:
         return
-    last = {table.name: _last_batch(settings, table, state.query_id) for table in tables}
+    known = {table.name: _last_batch(settings, table, state.query_id) for table in (*tables, *filter(None, [rejected]))}
     first, final = tables[0].name, tables[-1].name
-    known = {**last, **({rejected.name: _last_batch(settings, rejected, state.query_id)} if rejected else {})}
     where = f"the checkpoint {source.checkpoint}"
 
+    planned = "no batch" if state.planned < 0 else f"batches up to {state.planned}"
     newest = max(known, key=lambda name: known[name])
     if known[newest] > state.planned:
         raise TableCorruptionError(
-            f"table {newest} has batch {known[newest]} of the {source.name} query, {where} only knows {_count(state.planned)}: "
+            f"table {newest} has batch {known[newest]} of the {source.name} query, {where} only knows {planned}: "
             "it is older than the tables, and new batches would be taken for old ones and lost",
             hint=f"move {source.checkpoint} away: all input is then read again and nothing counts twice; "
             "docs/runbooks/lost-checkpoint.md",
         )
-    for earlier, later in [*zip(list(last)[:-1], list(last)[1:], strict=True), *([(first, rejected.name)] if rejected else [])]:
+    in_order = [(earlier.name, later.name) for earlier, later in pairwise(tables)]
+    if rejected:
+        in_order.append((first, rejected.name))
+    for earlier, later in in_order:
         if known[later] > known[earlier]:
             raise TableCorruptionError(
                 f"table {later} has batch {known[later]} of the {source.name} query, but table {earlier}, which is committed "
                 f"before, ends with batch {known[earlier]}",
                 hint=_FSCK,
             )
-    must = max(state.ended, last[first] - 1)
-    for batch in range(max(last[final] + 1, must - _KEPT), must + 1):
+    must = max(state.ended, known[first] - 1)
+    for batch in range(max(known[final] + 1, must - _KEPT), must + 1):
         if source.has_records(batch):
             raise TableCorruptionError(
-                f"batch {batch} of the {source.name} query has ended by {where}, but table {final} ends with batch {last[final]}",
+                f"batch {batch} of the {source.name} query has ended by {where}, but table {final} ends with batch {known[final]}",
                 hint=_FSCK,
             )
 
@@ -62,9 +66,5 @@ def check_agreement(settings: Settings, source: RecordSource, tables: Sequence[T
 def _last_batch(settings: Settings, table: Table, query_id: str) -> int:
     """Return the newest batch of a query that a table has; -1 if it has none."""
     lake = Lake(settings)
-    found = lake.last_transaction(table, query_id) if lake.exists(table) else None
-    return -1 if found is None else found
-
-
-def _count(planned: int) -> str:
-    return "no batch" if planned < 0 else f"batches up to {planned}"
+    batch = lake.last_transaction(table, query_id) if lake.exists(table) else None
+    return -1 if batch is None else batch

@@ -1,9 +1,10 @@
-"""A micro-batch on the driver: what it is decided with, what its tasks found, and its rows of the ledger."""
+"""Describe a batch on the driver: its plan, the results of its tasks, and its rows of the ledger."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -13,18 +14,18 @@ import numpy.typing as npt
 from spark_jobs.ingest.contract.spec import BatchLimits
 from spark_jobs.ingest.dedupe.classify import Classification, Outcome
 from spark_jobs.ingest.dedupe.keys import Keys
-from spark_jobs.ingest.files.fingerprint import FileState
-from spark_jobs.ingest.files.landing import LandingFile
+from spark_jobs.ingest.files.landing import FileState, LandingFile
 from spark_jobs.ingest.kafka.ranges import OffsetRange, OffsetSplit
 from spark_jobs.ingest.quarantine import Quarantined
+from spark_jobs.ingest.reject_rows import HOURS
 from spark_jobs.ingest.source import Planned
-from spark_jobs.ingest.stage import NO_ROWS, StagedSplit, StageTask
+from spark_jobs.ingest.stage import StagedSplit, StageTask, ValidRows
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.log import Commit
+from spark_jobs.lake.stamp import Stamp
 from spark_jobs.units import NO_HOUR, from_micros, hour_moment
 
 COUNTS = ("offered", "accepted", "duplicate", "conflict", "rejected", "late")
-_HOURS = 2**32  # more than there are hours
 _NEVER = int(np.iinfo(np.int64).min)
 
 
@@ -64,7 +65,7 @@ class IngestReport:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a batch is decided with. The commit of its first table stores it, so a batch that runs again is decided the same."""
+    """All that decides a batch. The commit of its first table stores it, so that a batch that runs again decides the same."""
 
     limits: BatchLimits
     campaigns_version: int
@@ -73,7 +74,7 @@ class Plan:
     ranges: list[OffsetRange] = field(default_factory=list)
     lost_offsets: int = 0
     quarantined: list[Quarantined] = field(default_factory=list)  # of its files, or parts of its ranges
-    fingerprints: list[str] = field(default_factory=list)  # of the files (ingest/files/fingerprint.py); none: an older adtally
+    fingerprints: list[str] = field(default_factory=list)  # of the files (`landing.FileState`); none: an older adtally
 
     @property
     def is_empty(self) -> bool:
@@ -82,20 +83,19 @@ class Plan:
 
     @property
     def input(self) -> Planned:
-        """What the batch reads. Offsets that are set aside are separate ranges."""
+        """The input that the batch reads. Quarantined offsets are separate ranges."""
         ranges = [part for one in self.ranges for part in _cut(one, self.quarantined)]
         return Planned(self.limits.ingested_us, self.files, ranges, self.lost_offsets)
 
     def changed_files(self, states: Sequence[FileState]) -> list[LandingFile]:
-        """Return the files that changed since the plan, by their present ``states``. None if the plan has no fingerprints."""
+        """Return the files that changed since the plan, by their present ``states``. Empty if the plan has no fingerprints."""
         known = zip(self.files, self.fingerprints, states, strict=False)
         return [file for file, planned, state in known if planned != state.fingerprint]
 
     def to_metadata(self, transaction: Transaction) -> dict[str, object]:
         """Return the plan as a commit stores it."""
         stored: dict[str, object] = {
-            "query_id": transaction.query_id,
-            "batch_id": transaction.batch_id,
+            **asdict(transaction),
             "limits": asdict(self.limits),
             "campaigns_version": self.campaigns_version,
             "rule_set": self.rule_set,
@@ -127,7 +127,7 @@ class Plan:
 
 
 def _cut(whole: OffsetRange, quarantined: list[Quarantined]) -> list[OffsetRange]:
-    """Cut a range where offsets that are set aside begin and end."""
+    """Cut a range where quarantined offsets begin and end."""
     edges = {edge for one in quarantined if one.name == whole.name for edge in (one.start, one.end)}
     points = [whole.start, *sorted(edge for edge in edges if whole.start < edge < whole.end), whole.end]
     return [OffsetRange(whole.name, start, end) for start, end in pairwise(points)]
@@ -146,6 +146,11 @@ class PlannedBatch:
     committed: Commit | None
     history_version: int
 
+    @property
+    def stamp(self) -> Stamp:
+        """The batch's own columns."""
+        return Stamp(self.transaction.query_id, self.transaction.batch_id, self.plan.limits.ingested_us)
+
 
 @dataclass(frozen=True)
 class Batch(PlannedBatch):
@@ -162,9 +167,10 @@ class Batch(PlannedBatch):
         """Valid rows of each split."""
         return [len(split.rows) for split in self.splits]
 
-    def column(self, name: str) -> npt.NDArray[Any]:
-        """Return a column of `ValidRows` over all splits."""
-        return np.concatenate([getattr(rows, name) for rows in (NO_ROWS, *(split.rows for split in self.splits))])
+    @cached_property
+    def rows(self) -> ValidRows:
+        """The columns of the valid rows of all splits."""
+        return ValidRows.concatenate([split.rows for split in self.splits])
 
     @property
     def first_lines(self) -> list[int]:
@@ -186,7 +192,8 @@ def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[d
     number = {region: i for i, region in enumerate(regions)}
     of_split = [number[task.split.region] for task in batch.tasks]
     region = np.repeat(of_split, batch.row_counts).astype(np.int64)
-    hours = batch.column("hours").astype(np.int64)
+    rows = batch.rows
+    hours = rows.hours.astype(np.int64)
     refused = [split.rejects for split in batch.splits]
     reject_region = np.repeat(of_split, [len(counts.hours) for counts in refused]).astype(np.int64)
     none = np.empty(0, dtype=np.int64)
@@ -194,27 +201,26 @@ def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[d
     rejects = np.concatenate([none, *(counts.counts for counts in refused)])
 
     # a cell is a region and an hour, as one number; NO_HOUR sorts first in its region
-    code = np.concatenate((region, reject_region)) * _HOURS + (np.concatenate((hours, reject_hours)) - NO_HOUR)
+    code = np.concatenate((region, reject_region)) * HOURS + (np.concatenate((hours, reject_hours)) - NO_HOUR)
     cells, at = np.unique(code, return_inverse=True)
     valid_at, reject_at = at[: len(region)], at[len(region) :]
     size = len(cells)
     outcome = classified.outcome
     accepted = outcome == Outcome.ACCEPTED
 
-    def count(mask: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def count(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
         return np.bincount(valid_at[mask], minlength=size)
 
     rejected = np.zeros(size, dtype=np.int64)
     np.add.at(rejected, reject_at, rejects)
-    spend = _exact_sums(batch.column("spend_nanos")[accepted], valid_at[accepted], size)
+    spend = _exact_sums(rows.spend_nanos[accepted], valid_at[accepted], size)
     received = np.full(size, _NEVER)
-    arrived = batch.column("received_us")
     if batch.source == "files":
-        np.maximum.at(received, valid_at[accepted], arrived[accepted])
+        np.maximum.at(received, valid_at[accepted], rows.received_us[accepted])
     else:
         # A topic's progress counts duplicates too: another cluster may have been first with all of its records. Partitions are read
         # separately, so the topic has progressed only as far as the slowest partition of this batch.
-        np.maximum.at(received, valid_at, arrived)
+        np.maximum.at(received, valid_at, rows.received_us)
         np.minimum(received, _least_progress(batch), out=received)
     measures: dict[str, Sequence[int] | npt.NDArray[Any]] = {
         "offered": np.bincount(valid_at, minlength=size) + rejected,
@@ -222,31 +228,31 @@ def ledger_rows(batch: Batch, classified: Classification, stream: str) -> list[d
         "duplicate": count(outcome == Outcome.DUPLICATE),
         "conflict": count(outcome == Outcome.CONFLICT),
         "rejected": rejected,
-        "late": count(accepted & batch.column("is_late")),
-        "invalid_traffic": count(accepted & batch.column("is_invalid")),
-        "unpriced": count(accepted & batch.column("is_unpriced")),
+        "late": count(accepted & rows.is_late),
+        "invalid_traffic": count(accepted & rows.is_invalid),
+        "unpriced": count(accepted & rows.is_unpriced),
         "spend_nanos": spend,
     }
-    rows: list[dict[str, Any]] = [
+    lines: list[dict[str, Any]] = [
         {
             "stream": stream,
             "source": batch.source,
-            "region": regions[int(cells[i]) // _HOURS],
-            "event_hour": hour_moment(int(cells[i]) % _HOURS + NO_HOUR),
+            "region": regions[int(cells[i]) // HOURS],
+            "event_hour": hour_moment(int(cells[i]) % HOURS + NO_HOUR),
             **{name: int(values[i]) for name, values in measures.items()},
             "max_received_at": None if received[i] == _NEVER else from_micros(int(received[i])),
         }
         for i in range(size)
     ]
-    if not rows:  # files without a line: the ledger still must name the batch, which marks it as complete
+    if not lines:  # files without a line: the ledger must name the batch nevertheless, which marks it as complete
         nothing: dict[str, Any] = {"stream": stream, "source": batch.source, **dict.fromkeys(measures, 0)}
-        rows = [{**nothing, "region": region} for region in regions]
+        lines = [{**nothing, "region": region} for region in regions]
     if batch.plan.lost_offsets:
-        rows[0]["lost_offsets"] = batch.plan.lost_offsets
-    return rows
+        lines[0]["lost_offsets"] = batch.plan.lost_offsets
+    return lines
 
 
-def _exact_sums(amounts: npt.NDArray[np.int64], at: npt.NDArray[Any], size: int) -> list[int]:
+def _exact_sums(amounts: npt.NDArray[np.int64], at: npt.NDArray[np.intp], size: int) -> list[int]:
     """Return the sum of the ``amounts`` at each place 0 to ``size`` - 1, as Python integers, so that no sum overflows.
 
     The halves of the amounts are summed separately: for fewer than 2**31 amounts either sum fits into 64 bits.

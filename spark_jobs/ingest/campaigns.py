@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -18,8 +15,9 @@ from spark_jobs.config import Settings
 from spark_jobs.errors import CampaignFileError
 from spark_jobs.ingest.contract.exact import parse_time
 from spark_jobs.ingest.contract.spec import CURRENCIES
+from spark_jobs.ingest.csv_rows import Row, read_rows
 from spark_jobs.ingest.event_columns import CAMPAIGN_SCHEMA
-from spark_jobs.ingest.files.landing import CAMPAIGNS_FOLDER, csv_files, open_regular
+from spark_jobs.ingest.files.landing import CAMPAIGNS_FOLDER
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.tables import CAMPAIGNS
@@ -31,7 +29,7 @@ COLUMNS = ("campaign_id", "store_id", "billing_model", "daily_budget_micros", "c
 
 @dataclass(frozen=True, order=True)
 class Campaign:
-    """A campaign in one range of validity: times in microseconds since the epoch, valid_to exclusive, None = open."""
+    """A campaign in one range of validity: times in microseconds since the epoch, valid_to exclusive (None: open)."""
 
     campaign_id: str
     valid_from_us: int
@@ -50,7 +48,7 @@ def _time(text: str, where: str, column: str) -> int:
     return micros
 
 
-def _campaign(row: dict[str, str | None], where: str, name: str) -> Campaign:
+def _campaign(row: Row, where: str, source_file: str) -> Campaign:
     def text(column: str) -> str:
         value = (row.get(column) or "").strip()
         if not 1 <= len(value) <= 128:
@@ -64,20 +62,13 @@ def _campaign(row: dict[str, str | None], where: str, name: str) -> Campaign:
         raise CampaignFileError(f"{where}: billing_model must be cpc or cpm, not {text('billing_model')!r}")
     if text("currency") not in CURRENCIES:
         raise CampaignFileError(f"{where}: currency is not an ISO 4217 code: {text('currency')!r}")
-    end = (row.get("valid_to") or "").strip()
-    campaign = Campaign(
-        campaign_id=text("campaign_id"),
-        valid_from_us=_time(text("valid_from"), where, "valid_from"),
-        store_id=text("store_id"),
-        billing_model=text("billing_model"),
-        daily_budget_micros=int(budget),
-        currency=text("currency"),
-        valid_to_us=_time(end, where, "valid_to") if end else None,
-        source_file=name,
-    )
-    if campaign.valid_to_us is not None and campaign.valid_to_us <= campaign.valid_from_us:
+    campaign_id = text("campaign_id")
+    start = _time(text("valid_from"), where, "valid_from")
+    store_id = text("store_id")
+    end = _time(text("valid_to"), where, "valid_to") if (row.get("valid_to") or "").strip() else None
+    if end is not None and end <= start:
         raise CampaignFileError(f"{where}: valid_to is not after valid_from")
-    return campaign
+    return Campaign(campaign_id, start, store_id, text("billing_model"), int(budget), text("currency"), end, source_file)
 
 
 def read_campaigns(landing: Path) -> list[Campaign]:
@@ -85,23 +76,12 @@ def read_campaigns(landing: Path) -> list[Campaign]:
 
     Raises CampaignFileError with the file, the line and the rule; ranges of one campaign must not overlap.
     """
-    found: dict[tuple[Any, ...], tuple[Campaign, str]] = {}
-    for name in csv_files(landing, CAMPAIGNS_FOLDER):
-        try:
-            with io.TextIOWrapper(open_regular(landing / name, depth=2), encoding="utf-8-sig", newline="") as handle:
-                reader = csv.DictReader(handle)
-                _require_each_once(reader.fieldnames or (), name)
-                missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-                if missing:
-                    raise CampaignFileError(f"{name}: columns missing: {', '.join(missing)}")
-                for row in reader:
-                    where = f"{name}, line {reader.line_num}"
-                    if reader.restkey in row:
-                        raise CampaignFileError(f"{where}: more values than columns")
-                    campaign = _campaign(row, where, name)
-                    found.setdefault(astuple(campaign)[:-1], (campaign, where))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise CampaignFileError(f"{name}: cannot be read as CSV in UTF-8: {error}") from None
+    found: dict[tuple[object, ...], tuple[Campaign, str]] = {}
+    for name, where, row in read_rows(landing, CAMPAIGNS_FOLDER, COLUMNS, CampaignFileError, _refuse_repeated_columns):
+        if None in row:
+            raise CampaignFileError(f"{where}: more values than columns")
+        campaign = _campaign(row, where, name)
+        found.setdefault(astuple(campaign)[:-1], (campaign, where))
     placed = sorted(found.values(), key=lambda p: (p[0].campaign_id, p[0].valid_from_us))
     for (earlier, there), (later, here) in pairwise(placed):
         if earlier.campaign_id == later.campaign_id and (earlier.valid_to_us is None or earlier.valid_to_us > later.valid_from_us):
@@ -113,10 +93,10 @@ def read_campaigns(landing: Path) -> list[Campaign]:
     return [campaign for campaign, _ in placed]
 
 
-def _require_each_once(header: Sequence[str], name: str) -> None:
-    """Raise CampaignFileError for a column that is there twice, also with other capitals, blanks or a byte order mark.
+def _refuse_repeated_columns(name: str, header: Sequence[str]) -> None:
+    """Raise CampaignFileError if a column occurs twice, also with other capitals, blanks or a byte order mark.
 
-    Which of the two a reader takes is chance. Columns without a name, as spreadsheets add them, hold nothing that is read.
+    It would be chance which of the two a reader takes. Columns without a name, as spreadsheets add them, may repeat.
     """
     plain = [column.replace("\ufeff", "").strip().casefold() for column in header]
     for at, column in enumerate(plain):
@@ -127,24 +107,13 @@ def _require_each_once(header: Sequence[str], name: str) -> None:
 
 
 def load_campaigns(settings: Settings) -> int | None:
-    """Replace table `campaigns` by the content of the CSV files; return its version.
-
-    Writes nothing if the table has this content already, or if there is no CSV file.
-    """
+    """Replace table `campaigns` by the content of the CSV files, if there are any and it is new; return the table's version."""
     log = DeltaLog(settings.table_uri(CAMPAIGNS.name))
     campaigns = read_campaigns(settings.landing_path)
     digest = hashlib.sha256(json.dumps([astuple(c) for c in campaigns]).encode()).hexdigest()
-    held = log.newest_metadata()
-    if campaigns and (held is None or held.get("campaigns_sha256") != digest):
-        rows = [
-            {
-                **asdict(c),
-                "valid_from": from_micros(c.valid_from_us),
-                "valid_to": None if c.valid_to_us is None else from_micros(c.valid_to_us),
-            }
-            for c in campaigns
-        ]
-        table = pa.Table.from_pylist([{name: row[name] for name in CAMPAIGNS.schema.names} for row in rows], CAMPAIGNS.schema)
+    if campaigns and (log.newest_metadata() or {}).get("campaigns_sha256") != digest:
+        rows = [asdict(c) | {"valid_from": c.valid_from_us, "valid_to": c.valid_to_us} for c in campaigns]
+        table = pa.Table.from_pylist(rows, CAMPAIGNS.schema)
         Lake(settings).replace(CAMPAIGNS, table, Step.CAMPAIGNS, metadata={"campaigns_sha256": digest})
     return log.latest_version()
 
@@ -157,12 +126,6 @@ def prices_in_force(settings: Settings) -> int | None:
 
 def campaigns_at(settings: Settings, version: int) -> pa.Table:
     """Return the price list (CAMPAIGN_SCHEMA) of one version of table `campaigns`."""
-    held = Lake(settings).at({CAMPAIGNS.name: version}).rows(CAMPAIGNS)
-    return pa.table(
-        {
-            "priced_campaign_id": held["campaign_id"],
-            "billing_model": held["billing_model"],
-            "valid_from_us": held["valid_from"].cast(pa.int64()),
-            "valid_to_us": held["valid_to"].cast(pa.int64()),
-        }
-    ).cast(CAMPAIGN_SCHEMA)
+    columns = ("campaign_id", "billing_model", "valid_from", "valid_to")
+    rows = Lake(settings).at({CAMPAIGNS.name: version}).rows(CAMPAIGNS, *columns)
+    return rows.select(columns).rename_columns(CAMPAIGN_SCHEMA.names).cast(CAMPAIGN_SCHEMA)

@@ -12,10 +12,12 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from spark_jobs import disk
 from spark_jobs.errors import TableCorruptionError
+from spark_jobs.ingest.checkpoint_log import numbers
 
 _HINT = "docs/runbooks/power-cut.md; docs/runbooks/lost-checkpoint.md says how to start with a new checkpoint"
 _log = logging.getLogger("adtally")
@@ -51,7 +53,7 @@ class CheckpointSync:
 
 
 def read_query_id(checkpoint: Path) -> str:
-    """Return the id of the query that the checkpoint belongs to. Raises TableCorruptionError if it cannot be read."""
+    """Return the id of the query of a checkpoint. Raises TableCorruptionError if it cannot be read."""
     path = checkpoint / "metadata"
     try:
         return str(json.loads(path.read_text("utf-8"))["id"])
@@ -64,74 +66,55 @@ def read_state(checkpoint: Path) -> CheckpointState | None:
     if not (checkpoint / "metadata").exists():
         return None
     query_id = read_query_id(checkpoint)
-    planned, ended = (max((number for number, _ in _numbered(checkpoint / part)), default=-1) for part in ("offsets", "commits"))
+    planned, ended = (max(numbers(checkpoint / part), default=-1) for part in ("offsets", "commits"))
     return CheckpointState(query_id, planned, ended)
 
 
 def set_aside_torn(checkpoint: Path) -> list[str]:
-    """Set aside the torn newest files of a checkpoint, so that Spark plans their batch again; return and log a line for each.
-
-    Raises TableCorruptionError if a torn file is needed by a batch that has ended.
-    """
-    torn: list[Path] = []
-    metadata, offsets, lists = checkpoint / "metadata", checkpoint / "offsets", checkpoint / "sources" / "0"
-    commits = list(_torn_tail(checkpoint / "commits"))
-    torn += commits
-    ended = max((number for number, path in _numbered(checkpoint / "commits") if path not in commits), default=-1)
-    if metadata.exists() and not _is_whole(metadata):
-        torn.append(metadata)
-    torn_lists = list(_torn_tail(lists)) + [path for path in lists.glob("*.compact") if not _is_whole(path)]
+    """Set aside and log torn files; Spark plans their batches again. Raises TableCorruptionError if an ended batch needs one."""
+    metadata, offsets, commits, lists = (checkpoint / name for name in ("metadata", "offsets", "commits", "sources/0"))
+    torn_commits = list(_torn_tail(commits))
+    ended = max((int(path.name) for path in _numbered(commits) if path not in torn_commits), default=-1)
+    torn_metadata = [metadata] if metadata.exists() and not _is_whole(metadata) else []
+    torn_lists = [*_torn_tail(lists), *(path for path in lists.glob("*.compact") if not _is_whole(path))]
     torn_offsets = list(_torn_tail(offsets))
-    planned = [path for number, path in _numbered(offsets) if number > ended and path not in torn_offsets]
-    if metadata in torn:
-        torn_offsets += planned
-    elif torn_lists:  # their batches are planned again
-        torn_offsets += [path for path in planned if any(_needs(path, _number(one)) for one in torn_lists)]
-    torn += [*torn_lists, *torn_offsets]
-    lost = [path for path in torn_offsets if int(path.name) <= ended]
+    planned = [path for path in _numbered(offsets) if int(path.name) > ended and path not in torn_offsets]
+    # Spark plans these batches again
+    torn_offsets += [path for path in planned if torn_metadata or any(_needs(path, one) for one in torn_lists)]
+    needed = [path for path in torn_offsets if int(path.name) <= ended]
     if ended >= 0:
-        lost += [one for one in torn_lists if _needs(offsets / str(ended), _number(one))]
-        lost += [metadata] if metadata in torn else []
-    if lost:
-        raise TableCorruptionError(f"{lost[0]} cannot be read, and batch {ended} that needs it has ended", hint=_HINT)
-    said = []
-    for path in torn:
+        needed += [*(one for one in torn_lists if _needs(offsets / str(ended), one)), *torn_metadata]
+    if needed:
+        raise TableCorruptionError(f"{needed[0]} cannot be read, and batch {ended} that needs it has ended", hint=_HINT)
+    lines = []
+    for path in (*torn_commits, *torn_metadata, *torn_lists, *torn_offsets):
         disk.replace(path, path.with_name(f".torn-{path.name}-{time.time_ns()}"))
         path.with_name(f".{path.name}.crc").unlink(missing_ok=True)
-        said.append(f"{path} was torn by a power cut and set aside; its batch is planned or ended again")
-    for folder in (checkpoint, offsets, checkpoint / "commits", lists):
+        lines.append(f"{path} was torn by a power cut and set aside; its batch is planned or ended again")
+        _log.warning("adtally: %s", lines[-1])
+    for folder in (checkpoint, offsets, commits, lists):
         for path in folder.glob(".*.crc"):
             if not path.stat().st_size:  # Spark reads a file without checksum as it is
                 path.unlink()
-    for line in said:
-        _log.warning("adtally: %s", line)
-    return said
+    return lines
 
 
-def _number(path: Path) -> int:
-    return int(path.name.removesuffix(".compact"))
-
-
-def _needs(offset: Path, number: int) -> bool:
-    """Return whether a planned batch reads the files in list ``number`` of the source's log."""
+def _needs(offset: Path, file_list: Path) -> bool:
+    """Return whether a planned batch reads the files in a list of the source's log."""
     try:
-        return number <= int(json.loads(offset.read_text("utf-8").splitlines()[2])["logOffset"])
+        last = json.loads(offset.read_text("utf-8").splitlines()[2])["logOffset"]
+        return int(file_list.name.removesuffix(".compact")) <= int(last)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return True  # a topic, whose first offsets are in list 0, or a missing offset
 
 
-def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Yield the numbered files of a folder, the newest first."""
-    found = [path for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
-    for path in sorted(found, key=lambda path: -int(path.name)):
-        yield int(path.name), path
+def _numbered(folder: Path) -> list[Path]:
+    """Return the numbered files of a folder, the newest first."""
+    return [folder / str(number) for number in sorted(numbers(folder), reverse=True)]
 
 
 def _torn_tail(folder: Path) -> Iterator[Path]:
-    for _, path in _numbered(folder):
-        if _is_whole(path):
-            return
-        yield path
+    return takewhile(lambda path: not _is_whole(path), _numbered(folder))
 
 
 def _is_whole(path: Path) -> bool:

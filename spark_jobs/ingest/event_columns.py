@@ -1,4 +1,4 @@
-"""Columns that are added to valid events and orders, and the increments of accepted events."""
+"""Add columns to valid events and orders, and sum the increments of accepted events."""
 
 from __future__ import annotations
 
@@ -14,14 +14,8 @@ from spark_jobs.traffic.rules import InvalidTrafficRules, judge_of, marks
 from spark_jobs.units import DAY_US, HOUR_US, MINUTE_US
 
 CAMPAIGN_SCHEMA = pa.schema(
-    [
-        ("priced_campaign_id", pa.string()),
-        ("billing_model", pa.string()),
-        ("valid_from_us", pa.int64()),
-        ("valid_to_us", pa.int64()),
-    ]
+    {"priced_campaign_id": pa.string(), "billing_model": pa.string(), "valid_from_us": pa.int64(), "valid_to_us": pa.int64()}
 )
-
 METRIC_KEYS = ("event_minute_us", "region", "campaign_id", "ad_id", "store_id", "placement", "currency")
 METRIC_MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos", "invalid_spend_nanos")
 INCREMENT_SCHEMA = pa.schema(
@@ -43,24 +37,21 @@ def enrich(valid: pa.Table, contract: Contract, limits: BatchLimits, campaigns: 
     received = pc.fill_null(valid["received_at"], pa.scalar(limits.ingested_us, pa.int64()))
     hours = times - times % HOUR_US  # never negative: no time before the epoch is accepted
     late = received.to_numpy() >= hours + (HOUR_US + limits.hour_grace_us)
-    made = valid.set_column(valid.schema.get_field_index("received_at"), "received_at", received)
-    for name, column in (("hour_us", pa.array(hours)), ("is_late", pa.array(late))):
-        made = made.append_column(name, column)
     keys = hash_keys(valid, contract)
-    for name in keys.column_names:
-        made = made.append_column(name, keys[name])
+    added = {"hour_us": pa.array(hours), "is_late": pa.array(late), **{name: keys[name] for name in keys.column_names}}
     if contract.stream == "events":
         billing_model, cost = price(valid, campaigns)
         rule, hits = marks(judge_of(rules).codes(valid), rules)
-        billable = rule.is_null()
-        for name, column in (
-            ("billing_model", billing_model),
-            ("spend_nanos", pc.if_else(billable, cost, 0)),
-            ("invalid_spend_nanos", pc.if_else(billable, 0, cost)),
-            ("invalid_traffic_rule", rule),
-            ("invalid_traffic_rules", hits),
-        ):
-            made = made.append_column(name, column)
+        added |= {
+            "billing_model": billing_model,
+            "spend_nanos": pc.if_else(rule.is_null(), cost, 0),
+            "invalid_spend_nanos": pc.if_else(rule.is_null(), 0, cost),
+            "invalid_traffic_rule": rule,
+            "invalid_traffic_rules": hits,
+        }
+    made = valid.set_column(valid.schema.get_field_index("received_at"), "received_at", received)
+    for name, column in added.items():
+        made = made.append_column(name, column)
     return made.combine_chunks()
 
 
@@ -118,9 +109,8 @@ def sum_increments(parts: list[pa.Table]) -> pa.Table:
     if not parts:
         return INCREMENT_SCHEMA.empty_table()
     sums = ", ".join(f"sum({name}) as {name}" for name in METRIC_MEASURES)
-    return query_arrow(f"select {', '.join(METRIC_KEYS)}, {sums} from input group by all", pa.concat_tables(parts)).cast(
-        INCREMENT_SCHEMA
-    )
+    sql = f"select {', '.join(METRIC_KEYS)}, {sums} from input group by all"
+    return query_arrow(sql, pa.concat_tables(parts)).cast(INCREMENT_SCHEMA)
 
 
 def increment_columns(sums: pa.Table, query_id: str, batch_id: int) -> pa.Table:
@@ -152,8 +142,9 @@ def as_timestamp(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def event_columns(staged: pa.Table, source_file: pa.ChunkedArray, first_line: pa.ChunkedArray, rule_set: str | None) -> pa.Table:
     """Return the columns of table `events`, without those of the batch, for accepted staged rows.
 
-    A staged column goes into the table's column of the same name. ``source_file`` and ``first_line`` (the number of line n = 0) are
-    those of each row's split. ``rule_set`` is the hash of the rules of invalid traffic that decided about the rows.
+    A staged column becomes the table's column of the same name, so a new field of the contract needs no change here. Each row has
+    the ``source_file`` and ``first_line`` (the number of line n = 0) of its split. ``rule_set`` is the hash of the rules of invalid
+    traffic that judged the rows.
     """
     hours = pc.divide(staged["hour_us"], HOUR_US)
     same = [field for field in EVENTS.schema if field.name in staged.column_names]

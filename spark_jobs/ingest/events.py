@@ -16,16 +16,16 @@ from spark_jobs.ingest.campaigns import campaigns_at
 from spark_jobs.ingest.dedupe.classify import Classification, Outcome, classify
 from spark_jobs.ingest.dedupe.index import KeyIndex
 from spark_jobs.ingest.dedupe.keys import Keys, keys_of_ids
-from spark_jobs.ingest.event_columns import increment_columns, sum_increments
+from spark_jobs.ingest.event_columns import INCREMENT_SCHEMA, METRIC_MEASURES, increment_columns, sum_increments
 from spark_jobs.ingest.in_force import InForce
 from spark_jobs.ingest.source import RecordSource
-from spark_jobs.ingest.stream import StreamJob, stamp_of
+from spark_jobs.ingest.stream import StreamJob
 from spark_jobs.ingest.write import Written
 from spark_jobs.lake.checked import DamagedError
 from spark_jobs.lake.log import Commit, DeltaLog, commit_identity
 from spark_jobs.lake.reading import file_paths, read_files
 from spark_jobs.lake.stamp import stamped
-from spark_jobs.lake.tables import EVENTS, MINUTE_METRICS, REJECTED_EVENTS
+from spark_jobs.lake.tables import EVENTS, MINUTE_METRICS
 from spark_jobs.lake.writes import DeltaSink
 from spark_jobs.steps import Step, durable
 from spark_jobs.traffic.rules import InvalidTrafficRules, rules_of
@@ -35,10 +35,6 @@ class EventsJob(StreamJob[Classification]):
     """Ad events."""
 
     stream = "events"
-    accepted_table = EVENTS
-    rejected_table = REJECTED_EVENTS
-    rejected_step = Step.REJECTED_EVENTS
-    ledger_step = Step.EVENTS_LEDGER
 
     def __init__(
         self,
@@ -47,7 +43,7 @@ class EventsJob(StreamJob[Classification]):
         source: RecordSource | None = None,
         index: KeyIndex | None = None,
         in_force: InForce | None = None,
-        notice: Callable[[str], None] | None = None,
+        notice: Callable[[str], None] = lambda _line: None,
     ) -> None:
         """All jobs of one process must share ``index`` and ``in_force``. ``notice`` gets a line if the index is rebuilt."""
         super().__init__(settings, report, source)
@@ -56,29 +52,18 @@ class EventsJob(StreamJob[Classification]):
         self._events = DeltaSink(EVENTS, settings)
         self._metrics = DeltaSink(MINUTE_METRICS, settings)
         self._in_force = in_force or InForce(settings)
-        self._price_list: tuple[int, pa.Table] | None = None
-        self._rules: tuple[str | None, InvalidTrafficRules] | None = None
+        self._references: dict[tuple[int, str | None], tuple[pa.Table, InvalidTrafficRules]] = {}  # of the last plan
 
-    def plan_prices(self) -> int:
+    def newest_references(self) -> tuple[int, str | None]:
         """See StreamJob."""
-        return self._in_force.prices()
+        return self._in_force.prices(), self._in_force.rule_set()
 
-    def prices(self, plan: Plan) -> pa.Table:
+    def references(self, plan: Plan) -> tuple[pa.Table, InvalidTrafficRules]:
         """See StreamJob."""
-        if self._price_list is None or self._price_list[0] != plan.campaigns_version:
-            self._price_list = (plan.campaigns_version, campaigns_at(self.settings, plan.campaigns_version))
-        return self._price_list[1]
-
-    def plan_rules(self) -> str:
-        """See StreamJob."""
-        self._rules = self._in_force.rule_set()
-        return self._rules[0]
-
-    def rules(self, plan: Plan) -> InvalidTrafficRules:
-        """See StreamJob."""
-        if self._rules is None or self._rules[0] != plan.rule_set:
-            self._rules = (plan.rule_set, rules_of(self.settings, plan.rule_set))
-        return self._rules[1]
+        key = plan.campaigns_version, plan.rule_set
+        if key not in self._references:
+            self._references = {key: (campaigns_at(self.settings, key[0]), rules_of(self.settings, key[1]))}
+        return self._references[key]
 
     def classify(self, batch: Batch) -> Classification:
         """See StreamJob."""
@@ -105,29 +90,28 @@ class EventsJob(StreamJob[Classification]):
                 yield f"{accepted} accepted, but {rows} written"
         else:
             yield from self._differences_from(batch.committed, _accepted_keys(batch, classified))
-        sums = _increments_of(written)
-        counted, charged = (
-            sum(int(pc.sum(part[name]).as_py() or 0) for part in sums for name in names)
-            for names in (("impressions", "clicks", "invalid_impressions", "invalid_clicks"), ("spend_nanos",))
-        )
+        sums = pa.concat_tables([INCREMENT_SCHEMA.empty_table(), *(part.increments for part in written)])
+        totals = {name: int(pc.sum(sums[name]).as_py() or 0) for name in METRIC_MEASURES}
+        counted = sum(totals[name] for name in ("impressions", "clicks", "invalid_impressions", "invalid_clicks"))
+        charged = totals["spend_nanos"]
         if counted != accepted:
             yield f"{accepted} accepted, but {counted} in the increments"
         if charged != spent:
             yield f"{spent} nanos accepted, but {charged} in the increments"
 
     def _differences_from(self, committed: Commit, keys: Keys) -> Iterator[str]:
-        """Yield how the batch's own commit of `events` differs from what the batch accepts now."""
+        """Yield how the batch's own commit of `events` differs from the records that the batch accepts now."""
         rows = sum(json.loads(action["stats"])["numRecords"] for action in committed.data_added)
         if rows != len(keys):
             yield f"{len(keys)} accepted, but {rows} in the commit of events that was made before (version {committed.version})"
             return
         try:
-            held = _keys_of(self._events.uri, [action["path"] for action in committed.data_added])
+            earlier = _keys_of(self._events.uri, [action["path"] for action in committed.data_added])
         except FileNotFoundError:  # vacuumed since
             return
-        held = held.take(held.order)
+        earlier = earlier.take(earlier.order)
         names = ("low", "high", "fingerprint")
-        if not all(np.array_equal(getattr(held, name), getattr(keys, name)) for name in names):
+        if not all(np.array_equal(getattr(earlier, name), getattr(keys, name)) for name in names):
             yield f"the accepted events differ from those that version {committed.version} of events has of this batch"
 
     def commit_accepted(self, batch: Batch, classified: Classification, written: list[Written]) -> None:
@@ -139,9 +123,9 @@ class EventsJob(StreamJob[Classification]):
 
     def commit_derived(self, batch: Batch, written: list[Written]) -> None:
         """Commit the increments of `minute_metrics`."""
-        sums = sum_increments(_increments_of(written))
-        stamp = stamp_of(batch)
-        rows = stamped(increment_columns(sums, stamp.query_id, stamp.batch_id), MINUTE_METRICS, stamp)
+        sums = sum_increments([part.increments for part in written])
+        columns = increment_columns(sums, batch.transaction.query_id, batch.transaction.batch_id)
+        rows = stamped(columns, MINUTE_METRICS, batch.stamp)
         self._metrics.append_rows(rows, Step.MINUTE_METRICS, batch.transaction)
 
     def _add_to_index(self, keys: Keys, batch: Batch) -> None:
@@ -155,24 +139,19 @@ class EventsJob(StreamJob[Classification]):
                 self.index.problem = str(damage)
 
 
-def _increments_of(written: list[Written]) -> list[pa.Table]:
-    return [part.increments for part in written if part.increments is not None]
-
-
 def _accepted_keys(batch: Batch, classified: Classification) -> Keys:
     """Return the keys of the accepted events, sorted."""
     order = batch.keys.order  # already computed by classify
     return batch.keys.take(order[(classified.outcome == Outcome.ACCEPTED)[order]])
 
 
-def bring_index_to(settings: Settings, index: KeyIndex, version: int, notice: Callable[[str], None] | None = None) -> None:
+def bring_index_to(settings: Settings, index: KeyIndex, version: int, notice: Callable[[str], None] = lambda _line: None) -> None:
     """Make the index cover exactly ``version`` of `events`: cut it, extend it, or rebuild it from the table.
 
-    The index is rebuilt if it is damaged, if the table no longer has the commit that it covers (a rollback, a restored backup), if
-    a later commit removed keys, or if data files of a later commit were vacuumed. ``notice`` gets a line if it is damaged.
+    Rebuilds it if it is damaged, if the table no longer has the commit that it covers (a rollback, a restored backup), if a later
+    commit removed keys, or if vacuum removed data files of a later commit. ``notice`` gets a line if it is damaged.
     """
-    uri = settings.table_uri(EVENTS.name)
-    log = DeltaLog(uri)
+    log = DeltaLog(settings.table_uri(EVENTS.name))
     table_id = log.table_id()
     try:
         if index.problem is not None:
@@ -183,9 +162,8 @@ def bring_index_to(settings: Settings, index: KeyIndex, version: int, notice: Ca
             if all(_append_commit(log, index, number) for number in range(index.version + 1, version + 1)):
                 return
     except DamagedError as error:
-        if notice is not None:
-            notice(f"the key index is rebuilt from table events: {error}")
-    _rebuild(settings, index, table_id, version)
+        notice(f"the key index is rebuilt from table events: {error}")
+    index.rebuild(table_id, keys_of_version(settings, version), version, commit_identity(log.commit(version)))
 
 
 def _can_follow(log: DeltaLog, index: KeyIndex, table_id: str, version: int) -> bool:
@@ -210,12 +188,10 @@ def _append_commit(log: DeltaLog, index: KeyIndex, version: int) -> bool:
 
 
 def _files_with_keys(commit: Commit) -> list[str] | None:
-    """Return the data files with the keys that a commit added; None if it removed keys.
-
-    The metadata of a correction that rewrote files says whether all keys were kept, and which files add keys.
-    """
+    """Return the data files with the keys that a commit added; None if it removed keys."""
     if not commit.data_removed:
         return [action["path"] for action in commit.data_added]
+    # a correction that rewrote files notes whether it kept all keys, and which files add keys
     return list(commit.metadata["added_files"]) if commit.metadata.get("keys") == "kept" else None
 
 
@@ -235,8 +211,3 @@ def keys_of_version(settings: Settings, version: int) -> Iterator[Keys]:
     uri = settings.table_uri(EVENTS.name)
     files = file_paths(uri, version)
     return (_keys_of(uri, files[start : start + _REBUILD_FILES]) for start in range(0, len(files), _REBUILD_FILES))
-
-
-def _rebuild(settings: Settings, index: KeyIndex, table_id: str, version: int) -> None:
-    commit = DeltaLog(settings.table_uri(EVENTS.name)).commit(version)
-    index.rebuild(table_id, keys_of_version(settings, version), version, commit_identity(commit))

@@ -1,14 +1,13 @@
 """Find batches whose landing files changed after their first commit, and finish them without the files.
 
-Such a batch cannot run again: it would reject and skip other records than it was planned with. Its accepted records are in their
-table, so what is derived from them is written. Of the other records, the batch counts those that it committed before it was killed.
+Such a batch cannot run again: it would reject and skip other records than planned. Its accepted records are in their table, and
+this module writes what derives from them. Of the other records, the batch counts those that it committed before it was killed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -20,8 +19,7 @@ from spark_jobs.errors import TableCorruptionError
 from spark_jobs.ingest.batch import COUNTS, Plan
 from spark_jobs.ingest.durable_checkpoint import read_query_id
 from spark_jobs.ingest.event_columns import increment_columns, increments
-from spark_jobs.ingest.files.fingerprint import file_states
-from spark_jobs.ingest.files.landing import relative_name
+from spark_jobs.ingest.files.landing import file_state, relative_name
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.locks import WRITE_LOCKS, exclusive
@@ -31,61 +29,48 @@ from spark_jobs.lake.stamp import Stamp, stamped, stamped_records
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, ORDERS, REJECTED_TABLES, STREAMS
 from spark_jobs.lake.writes import DeltaSink
 from spark_jobs.steps import Step
-from spark_jobs.units import floor_hour, from_micros, to_micros
-
-_TABLES = {"events": EVENTS, "orders": ORDERS}
-_LEDGER_STEPS = {"events": Step.EVENTS_LEDGER, "orders": Step.ORDERS_LEDGER}
-
+from spark_jobs.units import floor_hour, from_micros
 
 RegionHour = tuple[str, datetime | None]
 """A region and an event hour (None: the records had no readable time)."""
+Cells = dict[RegionHour, dict[str, Any]]
+"""The counts of the ledger's columns, by region and hour."""
 
 
 @dataclass(frozen=True)
 class StuckBatch:
-    """An incomplete batch of a stream, its first commit, and the names of its files that are not what they were."""
+    """An incomplete batch of a stream, its first commit, and the names of its files that changed or vanished."""
 
     stream: str
     commit: Commit
+    transaction: Transaction
+    plan: Plan
     changed: list[str]
-
-    @property
-    def plan(self) -> Plan:
-        """What the batch was planned with."""
-        return Plan.from_commit(self.commit)
-
-    @property
-    def transaction(self) -> Transaction:
-        """The batch's identity."""
-        assert self.commit.txn is not None  # stuck_batches found the commit by it
-        return Transaction(*self.commit.txn)
 
 
 def stuck_batches(settings: Settings) -> Iterator[StuckBatch]:
     """Find the batches that no ingest can finish because a landing file changed or vanished."""
     ledger = DeltaSink(BATCH_LEDGER, settings)
     for stream in STREAMS:
-        query_id = _query_id(settings, stream)
-        log = DeltaLog(settings.table_uri(_TABLES[stream].name))
-        newest = next((c for c in log.commits_backwards() if c.txn and c.txn[0] == query_id), None) if query_id else None
-        if newest is None or newest.txn is None or ledger.has(Transaction(*newest.txn)):
+        try:
+            query_id = read_query_id(settings.checkpoints_path / stream)
+        except TableCorruptionError:
+            continue
+        log = DeltaLog(settings.table_uri(stream))
+        newest = next((commit for commit in log.commits_backwards() if commit.txn and commit.txn[0] == query_id), None)
+        if newest is None or newest.txn is None or ledger.has(transaction := Transaction(*newest.txn)):
             continue
         plan = Plan.from_commit(newest)
-        changed_files = plan.changed_files(file_states(file.path for file in plan.files))
-        changed = [relative_name(file.path, settings.landing_path) for file in changed_files]
+        changed = plan.changed_files([file_state(file.path) for file in plan.files])
         if changed:
-            yield StuckBatch(stream, newest, changed)
-
-
-def _query_id(settings: Settings, stream: str) -> str | None:
-    with suppress(TableCorruptionError):
-        return read_query_id(settings.checkpoints_path / stream)
-    return None
+            names = [relative_name(file.path, settings.landing_path) for file in changed]
+            yield StuckBatch(stream, newest, transaction, plan, names)
 
 
 def finish(settings: Settings, batch: StuckBatch) -> None:
     """Complete a batch from its accepted records: write their increments and their rows of the ledger, each once."""
-    transaction, stamp = batch.transaction, Stamp(*_identity(batch), batch.plan.limits.ingested_us)
+    transaction = batch.transaction
+    stamp = Stamp(transaction.query_id, transaction.batch_id, batch.plan.limits.ingested_us)
     with exclusive(settings, WRITE_LOCKS[batch.stream]):
         if batch.stream == "events":
             rows = _events(settings, batch.commit)
@@ -96,17 +81,11 @@ def finish(settings: Settings, batch: StuckBatch) -> None:
         else:
             cells = _cells_of_orders(settings, batch.commit)
         _count_rejects(settings, batch, cells)
-        nothing = dict.fromkeys((*COUNTS, "invalid_traffic", "unpriced", "spend_nanos"), 0)
-        lines = [
-            {"stream": batch.stream, "source": "files", "region": region, "event_hour": hour, **nothing, **counts}
-            for (region, hour), counts in cells.items()
-        ] or [{"stream": batch.stream, "source": "files", **nothing}]
-        ledger = stamped_records(lines, BATCH_LEDGER, stamp)
-        DeltaSink(BATCH_LEDGER, settings).append_rows(ledger, _LEDGER_STEPS[batch.stream], transaction)
-
-
-def _identity(batch: StuckBatch) -> tuple[str, int]:
-    return batch.transaction.query_id, batch.transaction.batch_id
+        nothing: dict[str, Any] = dict.fromkeys((*COUNTS, "invalid_traffic", "unpriced", "spend_nanos"), 0)
+        nothing |= {"stream": batch.stream, "source": "files"}
+        lines = [{"region": region, "event_hour": hour, **nothing, **counts} for (region, hour), counts in cells.items()]
+        ledger = stamped_records(lines or [nothing], BATCH_LEDGER, stamp)
+        DeltaSink(BATCH_LEDGER, settings).append_rows(ledger, Step(f"{batch.stream}_ledger"), transaction)
 
 
 def _events(settings: Settings, commit: Commit) -> pa.Table:
@@ -117,45 +96,45 @@ def _events(settings: Settings, commit: Commit) -> pa.Table:
     return rows.set_column(rows.schema.get_field_index("event_time"), "event_time", micros)
 
 
-def _cells_of_events(rows: pa.Table) -> dict[RegionHour, dict[str, Any]]:
+def _cells_of_events(rows: pa.Table) -> Cells:
     names = ("region", "event_time", "received_at", "is_late", "invalid_traffic_rule", "billing_model", "spend_nanos")
-    cells: dict[RegionHour, dict[str, Any]] = {}
+    cells: Cells = {}
     for row in rows.select(names).to_pylist():
-        counts = cells.setdefault((row["region"], floor_hour(from_micros(row["event_time"]))), Counter())
-        counts["offered"] += 1
-        counts["accepted"] += 1
-        counts["late"] += bool(row["is_late"])
+        counts = _count_accepted(cells, row, from_micros(row["event_time"]), 1)
         counts["invalid_traffic"] += row["invalid_traffic_rule"] is not None
         counts["unpriced"] += row["billing_model"] is None
         counts["spend_nanos"] += int(row["spend_nanos"])
-        counts["max_received_at"] = max(row["received_at"], counts["max_received_at"] or row["received_at"])
     return cells
 
 
-def _cells_of_orders(settings: Settings, commit: Commit) -> dict[RegionHour, dict[str, Any]]:
-    """Count the records behind a commit of orders, whose rows say whether `placed` and `cancelled` have come."""
+def _cells_of_orders(settings: Settings, commit: Commit) -> Cells:
+    """Count the accepted records of a commit of orders: a row has an accepted `placed`, an accepted `cancelled` record, or both."""
     before, after = (_orders(settings, version) for version in (commit.version - 1, commit.version))
-    cells: dict[RegionHour, dict[str, Any]] = {}
+    cells: Cells = {}
     for order_id, row in after.items():
         accepted = _records(row) - _records(before.get(order_id))
         if accepted:
-            counts = cells.setdefault((row["region"], floor_hour(from_micros(to_micros(row["order_time"])))), Counter())
-            counts["offered"] += accepted
-            counts["accepted"] += accepted
-            counts["late"] += bool(row["is_late"])
-            counts["max_received_at"] = max(row["received_at"], counts["max_received_at"] or row["received_at"])
+            _count_accepted(cells, row, row["order_time"], accepted)
     return cells
 
 
-def _count_rejects(settings: Settings, batch: StuckBatch, cells: dict[RegionHour, dict[str, Any]]) -> None:
+def _count_accepted(cells: Cells, row: dict[str, Any], at: datetime, records: int) -> dict[str, Any]:
+    counts = cells.setdefault((row["region"], floor_hour(at)), Counter())
+    counts["offered"] += records
+    counts["accepted"] += records
+    counts["late"] += bool(row["is_late"])
+    counts["max_received_at"] = max(row["received_at"], counts["max_received_at"] or row["received_at"])
+    return counts
+
+
+def _count_rejects(settings: Settings, batch: StuckBatch, cells: Cells) -> None:
     """Add the rejected and conflicting records that the batch committed, if it did."""
-    query_id, batch_id = _identity(batch)
     table = REJECTED_TABLES[batch.stream]
     names = ("outcome", "region", "record_time", "records", "_batch_id", "_query_id")
-    found = Lake(settings).pin(table).rows(table, *names, where_in=("_query_id", pa.array([query_id])))
-    for row in found.to_pylist():
-        if row["_batch_id"] == batch_id:
-            hour = None if row["record_time"] is None else floor_hour(from_micros(to_micros(row["record_time"])))
+    own_query = ("_query_id", pa.array([batch.transaction.query_id]))
+    for row in Lake(settings).pin(table).rows(table, *names, where_in=own_query).to_pylist():
+        if row["_batch_id"] == batch.transaction.batch_id:
+            hour = None if row["record_time"] is None else floor_hour(row["record_time"])
             counts = cells.setdefault((row["region"], hour), Counter())
             records = row["records"] or 1
             counts["offered"] += records

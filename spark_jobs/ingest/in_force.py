@@ -1,7 +1,7 @@
-"""The prices and rules that new batches are decided with, and what is wrong with the files that they come from.
+"""Choose the prices and rules that new batches are decided with, and report bad campaign and rule files.
 
-A file that breaks its contract while an ingest runs must not stop the streams: what its last right content said stays in force,
-and `adtally status`, a health signal and a notice say so. An ingest that has nothing in force yet does not start.
+A file that breaks its contract during an ingest must not stop the streams: its last good content stays in force, and `adtally
+status`, a health signal and a notice report the file. An ingest that has nothing in force yet does not start.
 """
 
 from __future__ import annotations
@@ -16,79 +16,67 @@ from spark_jobs.ingest.campaigns import load_campaigns, prices_in_force, read_ca
 from spark_jobs.rules.store import keep_rule_set
 from spark_jobs.traffic.rules import KIND, InvalidTrafficRules, current_rules
 
-Notice = Callable[[str], None]
-
 
 class InForce:
-    """Prices and rules of invalid traffic for new batches. All streams of one process share it.
+    """Prices and rules for all new batches of a process. ``notice`` gets a line when a file turns bad, or is right again."""
 
-    ``notice`` gets one line when a file turns bad, and one when it is right again.
-    """
-
-    def __init__(self, settings: Settings, notice: Notice | None = None) -> None:
+    def __init__(self, settings: Settings, notice: Callable[[str], None] = lambda _line: None) -> None:
         self._settings = settings
-        self._notice = notice or (lambda _line: None)
+        self._notice = notice
         self._problems: dict[str, str] = {}
         self._rules: InvalidTrafficRules | None = None
         self._kept: tuple[str, InvalidTrafficRules] | None = None
 
     def prices(self) -> int:
-        """Bring table `campaigns` up to its files; returns its version. A bad file leaves the prices in force.
-
-        Raises CampaignFileError where there are none.
-        """
+        """Load the campaign files; return the version of `campaigns`. Raises CampaignFileError if they are bad and it is empty."""
+        problem = ""
         try:
             version = load_campaigns(self._settings)
         except CampaignFileError as error:
             version = prices_in_force(self._settings)
             if version is None:
                 raise
-            self._say("campaign files", f"{error}; the prices in force stay")
-        else:
-            self._say("campaign files", "")
+            problem = f"{error}; the prices in force stay"
+        self._report("campaign files", problem)
         return version or 0
 
     def rules(self) -> InvalidTrafficRules:
-        """The rules of invalid traffic as the files say them. A bad file leaves those that this process read last.
-
-        Raises RuleFileError where it read none yet.
-        """
+        """Return the rules in the files or, if these are bad, the last good ones. Raises RuleFileError if there are none."""
+        problem = ""
         try:
             self._rules = current_rules(self._settings)
         except RuleFileError as error:
             if self._rules is None:
                 raise
-            self._say("rules of invalid traffic", f"{error}; the rules in force stay")
-        else:
-            self._say("rules of invalid traffic", "")
+            problem = f"{error}; the rules in force stay"
+        self._report("rules of invalid traffic", problem)
         return self._rules
 
-    def rule_set(self) -> tuple[str, InvalidTrafficRules]:
-        """``rules``, and the hash under which `rule_sets` then holds them."""
+    def rule_set(self) -> str:
+        """Return the hash of ``rules``, which is their key in table `rule_sets`. Adds them to the table if they are new."""
         rules = self.rules()
         if self._kept is None or self._kept[1] != rules:
             self._kept = (keep_rule_set(self._settings, KIND, rules, datetime.now(UTC)), rules)
-        return self._kept
+        return self._kept[0]
 
-    def _say(self, what: str, problem: str) -> None:
-        before = self._problems.get(what, "")
-        self._problems[what] = problem
-        if problem != before:
-            self._notice(problem or f"{what}: all is right again")
+    def _report(self, files: str, problem: str) -> None:
+        if problem != self._problems.get(files, ""):
+            self._notice(problem or f"{files}: all is right again")
+        self._problems[files] = problem
 
 
 def campaign_file_problems(settings: Settings) -> list[str]:
-    """One line if the campaign files cannot be read as they are, and what holds meanwhile."""
+    """Return a line if the campaign files are bad, with the prices that apply meanwhile."""
     try:
         read_campaigns(settings.landing_path)
     except CampaignFileError as error:
-        held = "there are no prices in force" if prices_in_force(settings) is None else "the prices in force stay"
-        return [f"{error}; {held}"]
+        effect = "there are no prices in force" if prices_in_force(settings) is None else "the prices in force stay"
+        return [f"{error}; {effect}"]
     return []
 
 
 def rule_file_problems(settings: Settings) -> list[str]:
-    """One line for each rule file that cannot be right."""
+    """Return a line for each bad rule file."""
     problems = []
     for load in (current_rules, load_attribution_rules):
         try:

@@ -1,4 +1,4 @@
-"""A batch and what runs its tasks, without Spark: `query` connects both to Spark, tests run a batch in their own process."""
+"""Define a batch job and the executor of its tasks, without Spark. `query` connects both to Spark; tests run them in-process."""
 
 from __future__ import annotations
 
@@ -14,31 +14,23 @@ Result = TypeVar("Result")
 
 
 class Executor(Protocol):
-    """Runs the tasks of a batch."""
+    """Runs the tasks of a batch, ``parallelism`` at a time. If it ``shares_disk``, all tasks see the driver's files."""
 
-    @property
-    def parallelism(self) -> int:
-        """How many tasks run at a time."""
-
-    @property
-    def shares_disk(self) -> bool:
-        """Whether all tasks see the driver's files."""
+    parallelism: int
+    shares_disk: bool
 
     @property
     def was_cut_off(self) -> bool:
-        """Whether somebody killed workers during the batch, so that its failure says nothing about its records."""
+        """Whether somebody killed workers during the batch, so that its records did not make it fail."""
 
     def map(self, function: Callable[[Iterable[Item]], Iterable[Result]], items: Sequence[Item], slices: int) -> list[Result]:
         """Call ``function`` in at most ``slices`` tasks, each with some of the ``items``; return all results in their order."""
 
 
 class BatchJob(ABC):
-    """Reads the batches of one source into tables.
+    """Reads the batches of one source into tables. No batch begins after ``stopping`` is set."""
 
-    No batch begins after ``stopping`` is set. ``min_trigger_seconds`` is the shortest time between two batches.
-    """
-
-    min_trigger_seconds = 0.0
+    min_trigger_seconds = 0.0  # the shortest time between two batches
 
     def __init__(self, source: RecordSource) -> None:
         self.source = source
@@ -50,4 +42,4 @@ class BatchJob(ABC):
 
     @abstractmethod
     def run_batch(self, batch_id: int, executor: Executor) -> None:
-        """Read a batch that the source has planned, and commit it. A batch that ran before is completed, never counted twice."""
+        """Read a batch that the source has planned, and commit it. Completes a batch that ran before, and never counts it twice."""

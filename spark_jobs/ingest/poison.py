@@ -1,7 +1,7 @@
-"""A batch that fails for what is in it: how often it was tried, and which of its input makes it fail.
+"""Find the input that makes a batch fail, and count how often the batch was tried.
 
-A batch that has failed so three times is taken apart: its files, or ranges of offsets, are tried in halves, down to the file or the
-offset that fails by itself. That is set aside, and the rest of the batch is ingested.
+After three such failures the job tries the batch's files, or ranges of offsets, in halves, down to the file or the offset that
+fails alone. The job sets that aside and ingests the rest of the batch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from spark_jobs.errors import AdtallyError
@@ -22,8 +22,8 @@ from spark_jobs.lake.commit import Transaction
 
 ATTEMPTS = 3
 Unit = LandingFile | OffsetRange
-# what a failure says that the records are not to blame for: a file, the disk, rights, the broker, a process that was told to end.
-# What cannot be read of a landing file is no failure: it is a rejected record.
+# messages of failures that no record causes: a file, the disk, rights, the broker, a process that was asked to end.
+# An unreadable landing file causes no failure: it is a rejected record.
 _OTHER_CAUSES = re.compile(
     r"errno \d+|\b(OSError|IOError|FileNotFoundError|FileExistsError|NotADirectoryError|IsADirectoryError|PermissionError)\b"
     r"|no space left|disk quota|permission denied|read-only file system|connection (refused|reset)|Py4JNetworkError"
@@ -33,7 +33,7 @@ _OTHER_CAUSES = re.compile(
 
 
 def is_of_content(error: Exception) -> bool:
-    """Whether a batch may have failed for its records: not for a cause that is known to be another one."""
+    """Return whether its records may have made a batch fail: no other cause is known."""
     if isinstance(error, AdtallyError | OSError):
         return False
     text = str(error)
@@ -43,10 +43,10 @@ def is_of_content(error: Exception) -> bool:
 
 @dataclass
 class Attempts:
-    """How often a batch was begun, in a file of the home, so that a process that dies of it is counted too.
+    """Counts the attempts of a batch in a file of the home, so that an attempt that kills the process counts too.
 
-    ``probing`` is what is being tried by itself; ``deaths`` counts, by what was tried, the processes that ended meanwhile. The file
-    is not synced: a count that is lost costs further attempts, nothing else.
+    ``probing`` names the units that are tried alone; ``deaths`` counts, by such a name, the processes that ended meanwhile. A
+    power cut may lose the file, which costs only further attempts.
     """
 
     path: Path
@@ -57,11 +57,11 @@ class Attempts:
 
     @classmethod
     def read(cls, path: Path, transaction: Transaction) -> Attempts:
-        """The attempts of a batch so far; none where the file is of another batch, or cannot be read."""
+        """Read the attempts of a batch; none if the file is of another batch, or unreadable."""
         made = cls(path, transaction)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             stored = json.loads(path.read_text("utf-8"))
-            if (stored["query_id"], stored["batch_id"]) == (transaction.query_id, transaction.batch_id):
+            if Transaction(stored["query_id"], stored["batch_id"]) == transaction:
                 made.count, made.deaths = int(stored["count"]), dict(stored["deaths"])
                 if stored["probing"]:
                     made.deaths[stored["probing"]] = made.deaths.get(stored["probing"], 0) + 1
@@ -74,7 +74,7 @@ class Attempts:
 
     @contextlib.contextmanager
     def probe(self, units: Sequence[Unit]) -> Iterator[int]:
-        """While some of the batch is tried by itself; yields how many processes have died of just that."""
+        """Record that the block tries some units alone; yield how many processes ended while they tried the same ones."""
         name = _name(units)
         self.probing = name
         self._write()
@@ -83,17 +83,11 @@ class Attempts:
         self._write()
 
     def _write(self) -> None:
-        stored = {
-            "query_id": self.transaction.query_id,
-            "batch_id": self.transaction.batch_id,
-            "count": self.count,
-            "probing": self.probing,
-            "deaths": self.deaths,
-        }
+        stored = {**asdict(self.transaction), "count": self.count, "probing": self.probing, "deaths": self.deaths}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         temporary.write_text(json.dumps(stored), "utf-8")
-        os.replace(temporary, self.path)  # not synced: it outlives the process, and each batch would pay for a power cut
+        os.replace(temporary, self.path)  # not synced, because each batch would pay for it; the file outlives the process
 
 
 def _name(units: Sequence[Unit]) -> str:
@@ -104,37 +98,27 @@ def _name(units: Sequence[Unit]) -> str:
 def find_poison(
     units: Sequence[Unit], attempts: Attempts, failure_of: Callable[[Sequence[Unit]], str | None]
 ) -> list[tuple[Unit, str]]:
-    """The units that fail by themselves, each with its cause. ``failure_of`` tries some by themselves; returns what they fail by.
+    """Return the units that fail alone, each with its cause. ``failure_of`` tries units and returns the cause of their failure.
 
-    What killed the process is not tried again: several units at once are then halved, a single one is poison after the third time.
+    Units that ended the process are not tried again: several units are halved at once, a single one is poison after three times.
     """
     if not units:
         return []
-    cause: str | None
+    first = units[0]
+    is_large_range = isinstance(first, OffsetRange) and first.end - first.start > 1
+    can_be_halved = len(units) > 1 or is_large_range
     with attempts.probe(units) as deaths:
-        if deaths >= (1 if _can_be_halved(units) else ATTEMPTS):
-            cause = f"the process ended {deaths} times while it read it"
-        else:
-            cause = failure_of(units)
+        is_deadly = deaths >= (1 if can_be_halved else ATTEMPTS)
+        cause = f"the process ended {deaths} times while it read it" if is_deadly else failure_of(units)
     if cause is None:
         return []
-    if not _can_be_halved(units):
-        return [(units[0], cause)]
-    halves = _halves(units)
+    if not can_be_halved:
+        return [(first, cause)]
+    middle = len(units) // 2
+    halves = [units[:middle], units[middle:]]
+    if isinstance(first, OffsetRange) and len(units) == 1:
+        middle = (first.start + first.end) // 2
+        halves = [[OffsetRange(first.name, first.start, middle)], [OffsetRange(first.name, middle, first.end)]]
     found = [one for half in halves for one in find_poison(half, attempts, failure_of)]
-    # a range that fails as a whole only is poison as a whole; files that do are left together
-    return found or ([(units[0], cause)] if len(units) == 1 else [])
-
-
-def _can_be_halved(units: Sequence[Unit]) -> bool:
-    return len(units) > 1 or (isinstance(units[0], OffsetRange) and units[0].end - units[0].start > 1)
-
-
-def _halves(units: Sequence[Unit]) -> tuple[Sequence[Unit], Sequence[Unit]]:
-    if len(units) > 1:
-        middle = len(units) // 2
-        return units[:middle], units[middle:]
-    one = units[0]
-    assert isinstance(one, OffsetRange)
-    middle = (one.start + one.end) // 2
-    return [OffsetRange(one.name, one.start, middle)], [OffsetRange(one.name, middle, one.end)]
+    # a range that fails only as a whole is poison as a whole; several files that fail only together are left together
+    return found or ([(first, cause)] if len(units) == 1 else [])

@@ -1,4 +1,4 @@
-"""Input that a batch sets aside, unread: a landing file, or offsets of a topic. It counts as one rejected record with a reason."""
+"""Describe input that a batch sets aside, unread: a landing file, or offsets of a topic. It counts as one rejected record."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ QUARANTINE_REASONS = (TOO_MANY_REJECTS, GZIP_BOMB, POISON)
 
 @dataclass(frozen=True)
 class QuarantineLimits:
-    """When a landing file is set aside as a whole.
+    """The limits above which a batch sets a landing file aside as a whole.
 
-    More than ``rejects`` of its records are rejected and they are more than ``share`` of all; or it is a gzip file of which more
-    than ``unpacked_bytes`` were unpacked, at more than ``gzip_ratio`` bytes a stored byte.
+    More than ``rejects`` of its records are rejected and they are more than ``share`` of all; or it is a gzip file that unpacks to
+    more than ``unpacked_bytes``, at more than ``gzip_ratio`` bytes a stored byte.
     """
 
     rejects: int
@@ -24,23 +24,20 @@ class QuarantineLimits:
     unpacked_bytes: int = 1024**3
 
     def is_flood(self, rejected: int, offered: int) -> bool:
-        """Whether so many rejects set a file aside."""
+        """Return whether a file has too many rejects."""
         return rejected > self.rejects and rejected > self.share * offered
 
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A landing file (``name`` is its path under the landing folder; start and end are 0) or offsets [start, end) of a partition.
-
-    ``cause`` says in a line what was found.
-    """
+    """A landing file (``name`` is its path in the landing folder; start and end are 0) or offsets [start, end) of a partition."""
 
     name: str
     reason: str
-    cause: str
+    cause: str  # explains the reason in a line
     start: int = 0
     end: int = 0
 
     def covers(self, name: str, start: int) -> bool:
-        """Whether the split of ``name`` that begins at ``start`` is set aside."""
+        """Return whether this covers the split of ``name`` that begins at ``start``."""
         return self.name == name and (not self.end or self.start <= start < self.end)

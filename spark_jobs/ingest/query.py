@@ -1,27 +1,23 @@
-"""A batch job as a streaming query of Spark: Spark plans the batches and runs their tasks."""
+"""Run a batch job as a streaming query of Spark: Spark plans the batches and runs their tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, StoppedError
-from spark_jobs.ingest.activity import Activity
 from spark_jobs.ingest.durable_checkpoint import CheckpointSync, set_aside_torn
-from spark_jobs.ingest.job import BatchJob
+from spark_jobs.ingest.job import BatchJob, Item, Result
+from spark_jobs.ingest.watchdog import Activity
 from spark_jobs.session import is_one_machine
 from spark_jobs.steps import watch_checkpoint
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
 
 class SparkExecutor:
-    """Runs the tasks of a batch in Spark's Python workers (see `job.Executor`). On one machine ``activity`` knows which."""
+    """Runs the tasks of a batch in Spark's Python workers (see `job.Executor`). On one machine ``activity`` knows the workers."""
 
     def __init__(self, spark: SparkSession, activity: Activity) -> None:
         self._context = spark.sparkContext
@@ -46,7 +42,7 @@ class SparkExecutor:
 class SourceQuery:
     """The streaming query of one batch job.
 
-    ``failure`` is the error that ended it: Spark passes on only the error's text. ``batches`` counts the batches that ended.
+    ``failure`` is the error that ended it, because Spark passes on only the text. ``batches`` counts the batches that ended.
     """
 
     def __init__(self, job: BatchJob, settings: Settings) -> None:
@@ -59,20 +55,16 @@ class SourceQuery:
         self.failure: Exception | None = None
 
     def start(self, spark: SparkSession, *, continuous: bool, trigger_seconds: float) -> StreamingQuery:
-        """Start the query. It reads all that is there and ends, or, with ``continuous``, runs until it is stopped.
+        """Start the query. It reads all input and ends, or, with ``continuous``, runs until it is stopped.
 
-        Sets aside what a power cut tore of the checkpoint. Raises TableCorruptionError if the checkpoint and tables do not agree.
+        Sets torn files of the checkpoint aside. Raises TableCorruptionError if the checkpoint and tables do not agree.
         """
         checkpoint = self._source.checkpoint
         set_aside_torn(checkpoint)
         self._job.check_agreement()
+        writer = self._source.load(spark).writeStream.queryName(self._source.name).foreachBatch(self._run)
         # with its scheme, because a cluster's default file system may be another one
-        writer = (
-            self._source.load(spark)
-            .writeStream.queryName(self._source.name)
-            .foreachBatch(self._run)
-            .option("checkpointLocation", f"file://{checkpoint}")
-        )
+        writer = writer.option("checkpointLocation", f"file://{checkpoint}")
         if continuous:
             seconds = max(self._job.min_trigger_seconds, trigger_seconds)
             writer = writer.trigger(processingTime=f"{int(seconds * 1000)} milliseconds")
@@ -86,7 +78,7 @@ class SourceQuery:
         return self._source.explained(error)
 
     def _run(self, frame: DataFrame, batch_id: int) -> None:
-        """Run one batch. The frame's rows are not read: tasks read the source themselves."""
+        """Run one batch. It does not read the frame's rows: tasks read the source themselves."""
         try:
             if self.stopping.is_set():
                 raise StoppedError("stopped before this batch")

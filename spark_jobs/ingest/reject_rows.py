@@ -1,7 +1,7 @@
-"""Choose the rejected and conflicting records that get rows of their own.
+"""Choose the rejected and conflicting records that get a row each.
 
-A file, or a partition in a batch, gets at most so many rows for the same reasons and event hour. One more row, the summary, stands
-for all further records.
+A file, or a partition in a batch, has a limited number of rows for the same reasons and event hour. One more row, the summary,
+stands for all further records.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from spark_jobs.ingest.contract.parse import Parsed, Reject
 from spark_jobs.units import HOUR_US, NO_HOUR
 
-_HOURS = 2**32  # more than there are hours
+HOURS = 2**32  # more than there are hours
 RejectKind = tuple[tuple[str, ...], int]
 """Reasons and event hour (hours since the epoch; NO_HOUR: the record had no readable time)."""
 
@@ -52,7 +52,7 @@ def one_reject(reason: str) -> RejectCounts:
 
 
 class RejectTally:
-    """Counts the rejects of a split. ``kept``: how many of a kind get rows of their own (None: all)."""
+    """Counts the rejects of a split. ``kept`` of each kind get a row each (None: all)."""
 
     def __init__(self, kept: int | None) -> None:
         self._kept = kept
@@ -74,7 +74,7 @@ class RejectTally:
     def _add(self, reject: Reject, count: int) -> int:
         """Count rejects of a kind; return how many there were before."""
         code = self._codes.setdefault(tuple(reject.reasons), len(self._codes))
-        kind = code * _HOURS + hour_of(reject.time_us) - NO_HOUR
+        kind = code * HOURS + hour_of(reject.time_us) - NO_HOUR
         before = self._counts.get(kind, 0)
         self._counts[kind] = before + count
         self.total += count
@@ -85,8 +85,8 @@ class RejectTally:
         kinds = np.fromiter(self._counts.keys(), dtype=np.int64, count=len(self._counts))
         return RejectCounts(
             list(self._codes),
-            (kinds // _HOURS).astype(np.int32),
-            (kinds % _HOURS + NO_HOUR).astype(np.int32),
+            (kinds // HOURS).astype(np.int32),
+            (kinds % HOURS + NO_HOUR).astype(np.int32),
             np.fromiter(self._counts.values(), dtype=np.int64, count=len(self._counts)),
         )
 
@@ -126,14 +126,14 @@ def share_rejects(names: Sequence[str], splits: Sequence[RejectCounts], kept: in
 def conflict_records(
     names: npt.NDArray[np.int64], hours: npt.NDArray[np.int64], kept: int | None
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """Return which of a batch's conflicts, in their order, get a row, and how many records the row stands for (0: its own one).
+    """Return which of a batch's conflicts get a row, and how many records the row stands for (0: only its own).
 
     ``names`` (a number for each file or partition) and ``hours`` are those of the conflicts.
     """
     records = np.zeros(len(names), dtype=np.int64)
     if kept is None or len(names) <= kept:
         return np.ones(len(names), dtype=bool), records
-    _, kinds, totals = np.unique(names * _HOURS + hours - NO_HOUR, return_inverse=True, return_counts=True)
+    _, kinds, totals = np.unique(names * HOURS + hours - NO_HOUR, return_inverse=True, return_counts=True)
     order = np.argsort(kinds, kind="stable")
     ranks = np.empty(len(kinds), dtype=np.int64)
     ranks[order] = np.arange(len(kinds)) - np.repeat(np.cumsum(totals) - totals, totals)

@@ -6,7 +6,6 @@ accepted before count as duplicates. The rejected row of the quarantine stays; t
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -46,7 +45,7 @@ class Quarantine:
 
 
 def read_quarantine(settings: Settings) -> list[Quarantine]:
-    """Return all quarantined input, the oldest first; ``released_as`` is the name under which it is read again."""
+    """Return all quarantined input, the oldest first; ``released_as`` is the name under which the ingest reads it again."""
     lake = Lake(settings)
     released = {
         (row["source_file"], row["_query_id"], row["_batch_id"]): row["released_as"]
@@ -57,27 +56,18 @@ def read_quarantine(settings: Settings) -> list[Quarantine]:
         snapshot = lake.pin(table)
         paths = [file.path for file in snapshot.files(table)] if table in snapshot else []
         schema = pa.schema([table.schema.field(name) for name in _COLUMNS])
-        for batch in read_batches(lake.uri(table), paths, schema):  # not all at once: the column raw may be large
+        for batch in read_batches(lake.uri(table), paths, schema):  # batch by batch, because column raw may be large
             text = pc.binary_join(batch["reason_codes"], ",")  # a quarantined file has no other reason
             for row in batch.filter(pc.is_in(text, value_set=pa.array(QUARANTINE_REASONS))).to_pylist():
-                found.append(
-                    Quarantine(
-                        stream,
-                        row["source_file"],
-                        row["source_line"] if row["source"] == "kafka" else None,
-                        row["reason_codes"][0],
-                        row["raw"] or "",
-                        row["ingested_at"],
-                        row["_query_id"],
-                        row["_batch_id"],
-                        released.get((row["source_file"], row["_query_id"], row["_batch_id"])),
-                    )
-                )
+                file, batch_key = row["source_file"], (row["_query_id"], row["_batch_id"])
+                offset = row["source_line"] if row["source"] == "kafka" else None
+                reason, cause, at = row["reason_codes"][0], row["raw"] or "", row["ingested_at"]
+                found.append(Quarantine(stream, file, offset, reason, cause, at, *batch_key, released.get((file, *batch_key))))
     return sorted(found, key=lambda one: (one.quarantined_at, one.source_file, one.first_offset or 0))
 
 
 def release_file(settings: Settings, name: str, *, reason: str, released_by: str) -> str:
-    """Let the next ingest read a quarantined file; return the name under which it does. Safe to run again.
+    """Let the next ingest read a quarantined file; return the file's new name. Safe to run again.
 
     Raises UsageError if the file is not quarantined, is already released, or no longer exists.
     """
@@ -98,7 +88,9 @@ def release_file(settings: Settings, name: str, *, reason: str, released_by: str
     path = settings.landing_path / name
     if not path.is_file() or path.is_symlink():
         raise UsageError(f"{path} is not there any more", hint="land the file again under another name: it is then a new file")
-    target = path.with_name(_released_name(path.name, one))
+    ending = ".jsonl.gz" if path.name.endswith(".jsonl.gz") else ".jsonl"
+    released = f"{path.name.removesuffix(ending)}.released-{one.query_id[:8]}-{one.batch_id}{ending}"  # no other release has it
+    target = path.with_name(released)
     _link(path, target)
     row = {
         "stream": one.stream,
@@ -111,26 +103,19 @@ def release_file(settings: Settings, name: str, *, reason: str, released_by: str
         "_query_id": one.query_id,
         "_batch_id": one.batch_id,
     }
-    # a run that was killed after the link is completed by the next one: the transaction commits the row once
+    # if a run was killed after the link, the next run completes it: the transaction commits the row once
     transaction = Transaction(f"release {one.query_id} {name}", one.batch_id)
     DeltaSink(RELEASES, settings).append_rows(pa.Table.from_pylist([row], RELEASES.schema), Step.RELEASES, transaction)
     return str(row["released_as"])
 
 
-def _released_name(name: str, one: Quarantine) -> str:
-    """Return a name that no other release gives."""
-    ending = ".jsonl.gz" if name.endswith(".jsonl.gz") else ".jsonl"
-    return f"{name.removesuffix(ending)}.released-{one.query_id[:8]}-{one.batch_id}{ending}"
-
-
 def _link(path: Path, target: Path) -> None:
     """Give a file a second name, or copy it if the file system has no links."""
-    with contextlib.suppress(FileExistsError):
-        try:
-            os.link(path, target)
-            sync_folder(target.parent)
-        except FileExistsError:
-            raise
-        except OSError:
-            with replacing(target) as temporary:
-                shutil.copyfile(path, temporary)
+    try:
+        os.link(path, target)
+        sync_folder(target.parent)
+    except FileExistsError:
+        return
+    except OSError:
+        with replacing(target) as temporary:
+            shutil.copyfile(path, temporary)

@@ -1,7 +1,8 @@
-"""Sources of records. Spark keeps a source's offsets in a checkpoint and plans batches; a source says what a batch reads."""
+"""Define the sources of records. Spark keeps a source's offsets in a checkpoint and plans batches; a source reads their plans."""
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError
+from spark_jobs.ingest.checkpoint_log import has_plan
 from spark_jobs.ingest.durable_checkpoint import read_query_id
 from spark_jobs.ingest.files.checkpoint import read_batch_files
 from spark_jobs.ingest.files.landing import LandingFile, Split, name_below, plan_splits, reason_of, relative_name
@@ -25,7 +27,7 @@ _FILE_SCHEMA = "path STRING, modificationTime TIMESTAMP, length BIGINT, content 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a batch reads: files, or ranges of offsets. ``planned_us`` is when it was planned, in microseconds.
+    """The input of a batch: files, or ranges of offsets. ``planned_us`` is the time of planning in microseconds.
 
     ``lost_offsets`` counts the offsets that an operator gave up: the topic no longer has them.
     """
@@ -37,7 +39,7 @@ class Planned:
 
 
 class RecordSource(ABC):
-    """One source of one stream. ``kind`` is its kind in the ledger; ``name`` is that of its query and of its checkpoint."""
+    """One source of one stream. The ledger has its ``kind``; its query and its checkpoint have its ``name``."""
 
     kind: str
     name: str
@@ -53,22 +55,22 @@ class RecordSource(ABC):
 
     @abstractmethod
     def plan(self, batch_id: int) -> Planned:
-        """Return what a batch reads: always the same, for as long as the batch can run again."""
+        """Return the input of a batch: always the same, for as long as the batch can run again."""
 
     @abstractmethod
     def splits(self, planned: Planned) -> Sequence[Split | OffsetSplit]:
-        """Return what the tasks of a batch read, in the order of its records."""
+        """Cut the input of a batch into the splits that tasks read, in the order of the records."""
 
     @abstractmethod
     def has_records(self, batch_id: int) -> bool:
-        """Return whether a batch was planned to read anything; False if the checkpoint no longer has it."""
+        """Return whether a batch has any input; False if the checkpoint no longer has its plan."""
 
     def regions(self, splits: Sequence[Split | OffsetSplit]) -> list[str]:
-        """Return the regions that the ledger counts a batch by."""
+        """Return the regions by which the ledger counts a batch."""
         return sorted({split.region for split in splits})
 
     def explained(self, error: Exception) -> AdtallyError | None:
-        """Return an error in the source's own words if the source caused ``error``."""
+        """Return the source's own error if the source caused ``error``."""
         return None
 
 
@@ -86,21 +88,19 @@ class FilesSource(RecordSource):
     def load(self, spark: SparkSession) -> DataFrame:
         """See RecordSource."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        reader = (
-            spark.readStream.format("binaryFile")
-            .schema(_FILE_SCHEMA)
-            .option("pathGlobFilter", "*.{jsonl,jsonl.gz}")
-            .option("recursiveFileLookup", "true")  # or folders such as day=1 would be taken for partitions
-            .option("maxFileAge", _NO_AGE)
-        )
-        if self._settings.max_files_per_batch:
-            reader = reader.option("maxFilesPerTrigger", self._settings.max_files_per_batch)
-        else:
-            reader = reader.option("maxBytesPerTrigger", self._settings.max_bytes_per_batch)
-        return reader.load(f"file://{_escape_glob(str(self._folder))}").select("path")
+        files, size = self._settings.max_files_per_batch, self._settings.max_bytes_per_batch
+        options = {
+            "pathGlobFilter": "*.{jsonl,jsonl.gz}",
+            "recursiveFileLookup": "true",  # otherwise Spark takes folders such as day=1 for partitions
+            "maxFileAge": _NO_AGE,
+            **({"maxFilesPerTrigger": str(files)} if files else {"maxBytesPerTrigger": str(size)}),
+        }
+        folder = re.sub(r"[*?\[\]{}\\]", r"\\\g<0>", str(self._folder))  # the path is a glob
+        reader = spark.readStream.format("binaryFile").schema(_FILE_SCHEMA).options(**options)
+        return reader.load(f"file://{folder}").select("path")
 
     def plan(self, batch_id: int) -> Planned:
-        """See RecordSource. Files that `reason_of` names are skipped, though Spark lists them; `adtally status` counts them.
+        """See RecordSource. Skips files for which `reason_of` has a reason, though Spark lists them; `adtally status` counts them.
 
         Raises LandingPathError for a file outside the folder of the stream.
         """
@@ -111,10 +111,7 @@ class FilesSource(RecordSource):
 
     def has_records(self, batch_id: int) -> bool:
         """See RecordSource."""
-        offsets = self.checkpoint / "offsets"
-        if not (offsets / str(batch_id)).exists() or (batch_id and not (offsets / str(batch_id - 1)).exists()):
-            return False
-        return bool(self.plan(batch_id).files)
+        return has_plan(self.checkpoint, batch_id) and bool(self.plan(batch_id).files)
 
     def splits(self, planned: Planned) -> list[Split]:
         """See RecordSource."""
@@ -122,10 +119,6 @@ class FilesSource(RecordSource):
         return plan_splits(files, self._settings.landing_path, self._settings.split_bytes)
 
     def _place(self, path: str) -> str:
-        """Return where a file is that a checkpoint or a commit names ``path``."""
+        """Return the present path of a file that a checkpoint or a commit calls ``path``."""
         landing = self._settings.landing_path
         return f"{landing}/{name_below(path, landing, self.name)}"
-
-
-def _escape_glob(text: str) -> str:
-    return "".join(f"\\{character}" if character in "*?[]{}\\" else character for character in text)

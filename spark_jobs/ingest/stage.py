@@ -1,11 +1,14 @@
-"""The first pass: parse a split once, keep its columns in scratch files, and read these as often as needed.
+"""The first pass: parse each split once into scratch files, and read these as often as needed.
 
-Scratch files are a cache: a task that does not find one (another worker, a lost disk) parses the split again.
+Scratch files are a cache: a task that does not find one (another worker, a lost disk) parses the split again. On one machine they
+are under HOME/scratch; the driver removes them. On a cluster each executor has its own folder in Spark's local folders.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -26,7 +29,6 @@ from spark_jobs.ingest.kafka.ranges import OffsetSplit
 from spark_jobs.ingest.kafka.reading import read_records
 from spark_jobs.ingest.quarantine import GZIP_BOMB, TOO_MANY_REJECTS, Quarantined, QuarantineLimits
 from spark_jobs.ingest.reject_rows import RejectCounts, RejectTally, one_reject
-from spark_jobs.ingest.scratch import forget_earlier_batches, scratch_folder
 from spark_jobs.traffic.rules import InvalidTrafficRules
 from spark_jobs.units import HOUR_US
 
@@ -38,16 +40,16 @@ REJECT_SCHEMA = pa.schema(
         ("raw_encoding", pa.string()),
         ("raw_size_bytes", pa.int64()),
         ("record_id", pa.string()),
-        ("time_us", pa.int64()),
+        ("record_time", pa.int64()),  # microseconds
     ]
 )
 
 
 @dataclass(frozen=True)
 class StageTask:
-    """One split of a batch and all that its parsing depends on. ``scratch`` names the batch's folder (ingest/scratch.py).
+    """One split of a batch and all that its parsing depends on. ``scratch`` names the batch's folder (`scratch_folder`).
 
-    ``limits_of_files`` decide whether its file is set aside (None: never). A split with ``quarantined`` is not read.
+    ``limits_of_files`` decide whether to set its file aside (None: never). A split with ``quarantined`` is not read.
     """
 
     stream: str
@@ -64,7 +66,7 @@ class StageTask:
 
 @dataclass(frozen=True, eq=False)
 class ValidRows:
-    """What the driver learns of valid rows: parallel arrays, in the order of the rows. ``hours`` are since the epoch."""
+    """The columns of valid rows that the driver needs: parallel arrays. ``hours`` are since the epoch."""
 
     hours: npt.NDArray[np.int32]
     is_late: npt.NDArray[np.bool_]
@@ -78,7 +80,7 @@ class ValidRows:
 
     @classmethod
     def of(cls, table: pa.Table) -> ValidRows:
-        """Read the columns of ``event_columns.enrich``. Rows without prices and rules, as of orders, cost nothing."""
+        """Take the columns from a table of ``event_columns.enrich``. Orders, which have no prices and rules, cost nothing."""
         rows = table.num_rows
         is_invalid, is_unpriced, spend = np.zeros(rows, dtype=bool), np.zeros(rows, dtype=bool), np.zeros(rows, dtype=np.int64)
         if "billing_model" in table.column_names:
@@ -100,9 +102,9 @@ NO_ROWS = ValidRows(np.empty(0, dtype=np.int32), _NO_FLAG, _NO_FLAG, _NO_FLAG, _
 
 @dataclass(frozen=True, eq=False)
 class StagedSplit:
-    """What the driver learns of a split: records offered, keys and columns of the valid ones, and counts of the rejected ones.
+    """The result of a split for the driver: number of records, keys and columns of the valid ones, counts of the rejected ones.
 
-    With ``quarantined`` the split's file must be set aside, whatever else was found in it.
+    With ``quarantined`` the split's file must be set aside.
     """
 
     number: int
@@ -113,47 +115,38 @@ class StagedSplit:
     quarantined: Quarantined | None = None
 
 
-_REJECT_FIELDS = ("number", "reasons", *REJECT_SCHEMA.names[2:])
+_REJECT_FIELDS = ("number", "reasons", "raw", "raw_encoding", "raw_size_bytes", "record_id", "time_us")
 """The fields of a Reject, in the order of the schema."""
 
 
-def _reject_table(rejects: list[Reject]) -> pa.Table:
-    return pa.table([[getattr(one, name) for one in rejects] for name in _REJECT_FIELDS], schema=REJECT_SCHEMA)
-
-
 class _Writer:
-    """Writes an Arrow file that appears whole or not at all."""
+    """Writes an Arrow file that appears whole or not at all. A file without rows has one table of none."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._sink: pa.ipc.RecordBatchFileWriter | None = None
 
-    @property
-    def has_written(self) -> bool:
-        """Whether anything was written, be it a table without rows."""
-        return self._sink is not None
-
     def write(self, table: pa.Table) -> None:
         if self._sink is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._sink = pa.ipc.new_file(str(self._temporary), table.schema)
+        elif not table.num_rows:
+            return
         self._sink.write_table(table)
 
-    def close(self) -> None:
+    def close(self, *, keep: bool) -> None:
+        """Put the file into its place, or remove it."""
         if self._sink is not None:
             self._sink.close()
-            os.replace(self._temporary, self._path)
-
-    def discard(self) -> None:
-        """Remove what was written."""
-        if self._sink is not None:
-            self._sink.close()
-            self._temporary.unlink()
+            if keep:
+                os.replace(self._temporary, self._path)
+            else:
+                self._temporary.unlink()
 
 
 def unread_split(task: StageTask, quarantined: Quarantined) -> StagedSplit:
-    """Return what stands for a split that is not read: one rejected record."""
+    """Return the result of a split that is not read: one rejected record."""
     return StagedSplit(task.split.number, 1, Keys.concatenate([]), NO_ROWS, one_reject(quarantined.reason), quarantined)
 
 
@@ -178,25 +171,23 @@ def stage_split(
     chunks = _parsed(task, campaigns, rules) if parsed_already is None else parsed_already
     for parsed, table in chunks:
         offered += parsed.offered
-        if table.num_rows or not rows.has_written:
-            rows.write(table)
-            keys.append(Keys(*(table[name].to_numpy() for name in ("key_low", "key_high", "fingerprint"))))
-            valid.append(ValidRows.of(table))
+        rows.write(table)
+        keys.append(Keys(*(table[name].to_numpy() for name in ("key_low", "key_high", "fingerprint"))))
+        valid.append(ValidRows.of(table))
         chosen = tally.take(parsed)
-        if chosen or not rejected.has_written:
-            rejected.write(_reject_table(chosen))
+        rejected.write(pa.table([[getattr(one, name) for one in chosen] for name in _REJECT_FIELDS], schema=REJECT_SCHEMA))
         found = _set_aside(task, parsed.rejects, tally.total, offered)
         if found is not None:
-            rows.discard()
-            rejected.discard()
+            rows.close(keep=False)
+            rejected.close(keep=False)
             return unread_split(task, found)
-    rows.close()
-    rejected.close()
+    rows.close(keep=True)
+    rejected.close(keep=True)
     return StagedSplit(task.split.number, offered, Keys.concatenate(keys), ValidRows.concatenate(valid), tally.counts())
 
 
 def _set_aside(task: StageTask, rejects: list[Reject], rejected: int, offered: int) -> Quarantined | None:
-    """Return why a split's file must be set aside, if it must. ``rejects`` are of its last chunk, the counts of all so far."""
+    """Return why a split's file must be set aside, if it must. ``rejects`` are those of its last chunk; both counts are totals."""
     if task.limits_of_files is None or isinstance(task.split, OffsetSplit):
         return None
     if rejects and rejects[-1].reasons == [GZIP_BOMB]:
@@ -207,7 +198,7 @@ def _set_aside(task: StageTask, rejects: list[Reject], rejected: int, offered: i
 
 
 def flood(name: str, rejected: int, offered: int) -> Quarantined:
-    """Return why a file with too many rejects is set aside."""
+    """Return the quarantine of a file with too many rejects."""
     return Quarantined(name, TOO_MANY_REJECTS, f"{rejected} of the first {offered} records are rejected")
 
 
@@ -231,15 +222,14 @@ def stage_splits(tasks: Iterable[StageTask], campaigns: pa.Table, rules: Invalid
 def _parsed(task: StageTask, campaigns: pa.Table, rules: InvalidTrafficRules) -> Iterator[tuple[Parsed, pa.Table]]:
     """Parse and enrich a split, a chunk at a time."""
     contract = CONTRACTS[task.stream]
-    is_mirrored = isinstance(task.split, OffsetSplit)  # a topic may have records that other regions received
-    for parsed in parse_all(
-        _chunks(task.split, task.limits_of_files), contract, task.split.region, task.limits, own_region=is_mirrored
-    ):
+    is_topic = isinstance(task.split, OffsetSplit)  # it may have records that other regions received
+    chunks = _chunks(task.split, task.limits_of_files)
+    for parsed in parse_all(chunks, contract, task.split.region, task.limits, own_region=is_topic):
         yield parsed, enrich(parsed.valid, contract, task.limits, campaigns, rules)
 
 
 def staged(task: StageTask, part: str, campaigns: pa.Table, rules: InvalidTrafficRules) -> Iterator[pa.Table]:
-    """Read the scratch file of a split, "rows" or "rejects", a chunk at a time. Parses the split again if the file is missing.
+    """Read the scratch file of a split, "rows" or "rejects", a chunk at a time. Parse the split again if the file is missing.
 
     Yields nothing if the split has no line, or is set aside.
     """
@@ -264,20 +254,35 @@ def raw_lines(split: Split | OffsetSplit, wanted: npt.NDArray[np.int64]) -> Iter
     """Read lines of a split again: (n, raw, encoding, size in bytes) of those ``wanted`` (ascending numbers in the split)."""
     if not len(wanted):
         return
+    first = 0
     if isinstance(split, OffsetSplit):
-        first, last = int(wanted[0]), int(wanted[-1])
-        split = replace(split, start=split.start + first, end=split.start + last + 1)
-        for number, raw, encoding, size in _raw_of(split, wanted - first):
-            yield number + first, raw, encoding, size
-        return
-    yield from _raw_of(split, wanted)
-
-
-def _raw_of(split: Split | OffsetSplit, wanted: npt.NDArray[np.int64]) -> Iterator[tuple[int, str, str, int]]:
+        first = int(wanted[0])
+        split = replace(split, start=split.start + first, end=split.start + int(wanted[-1]) + 1)
     for chunk in _chunks(split):
         if isinstance(chunk, FileFault):
             return
         if isinstance(chunk, Lines):
-            for number, index in chunk.find(wanted):
+            for number, index in chunk.find(wanted - first):
                 raw = chunk.raw(index)
-                yield number, *encode_raw(raw), len(raw)
+                yield number + first, *encode_raw(raw), len(raw)
+
+
+def scratch_folder(scratch: str) -> Path:
+    """Return the folder of a batch: ``scratch`` itself if it is an absolute path, else this executor's folder of that name."""
+    return Path(scratch) if os.path.isabs(scratch) else _executor_folder() / scratch
+
+
+def forget_earlier_batches(scratch: str) -> None:
+    """Remove this executor's folders of earlier batches of a query; the driver cannot. ``scratch`` is <query>-<batch>."""
+    if os.path.isabs(scratch):
+        return
+    query, _, batch = scratch.rpartition("-")
+    for folder in _executor_folder().glob(f"{query}-*"):
+        number = folder.name.removeprefix(f"{query}-")
+        if number.isdecimal() and int(number) < int(batch):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _executor_folder() -> Path:
+    local = os.environ.get("SPARK_LOCAL_DIRS", "").split(",")[0]  # Spark sets it for its Python workers
+    return Path(local or tempfile.gettempdir()) / "adtally"

@@ -1,7 +1,7 @@
-"""What is common to the batches of all streams.
+"""Run the batches of a stream. `events` and `orders` define what is specific to their stream.
 
-Spark finds what a source has and plans batches of it: lists of landing files, or ranges of offsets of a topic. The tasks of a batch
-read the bytes themselves, because each record's place and faults must be known exactly. A batch takes these steps, in this order:
+Spark finds the input of a source and plans batches of it: lists of landing files, or ranges of offsets of a topic. The tasks of a
+batch read the bytes themselves, because the exact place and faults of each record matter. A batch takes these steps, in this order:
 
 1. Tasks parse the records and keep the valid ones in scratch files (`stage`).
 2. The driver classifies the valid records by narrow keys: new, duplicate or conflict.
@@ -33,8 +33,7 @@ from spark_jobs.ingest.contract.spec import BatchLimits
 from spark_jobs.ingest.dedupe.classify import Classification, Outcome
 from spark_jobs.ingest.dedupe.keys import Keys
 from spark_jobs.ingest.event_columns import CAMPAIGN_SCHEMA
-from spark_jobs.ingest.files.fingerprint import FileState, file_states
-from spark_jobs.ingest.files.landing import LandingFile, Split, relative_name
+from spark_jobs.ingest.files.landing import FileState, LandingFile, Split, file_state, relative_name
 from spark_jobs.ingest.job import BatchJob, Executor
 from spark_jobs.ingest.kafka.ranges import OffsetRange
 from spark_jobs.ingest.poison import ATTEMPTS, Attempts, Unit, find_poison, is_of_content
@@ -46,8 +45,8 @@ from spark_jobs.ingest.write import SplitRows, WriteJob, Written, write_splits
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.locks import WRITE_LOCKS, file_lock
 from spark_jobs.lake.log import DeltaLog
-from spark_jobs.lake.stamp import Stamp, stamped_records
-from spark_jobs.lake.tables import BATCH_LEDGER, MINUTE_METRICS, Table
+from spark_jobs.lake.stamp import stamped_records
+from spark_jobs.lake.tables import BATCH_LEDGER, MINUTE_METRICS, REJECTED_TABLES, TABLES
 from spark_jobs.lake.writes import DeltaSink
 from spark_jobs.steps import Step, crash_point
 from spark_jobs.stopping import lock_unless_stopped
@@ -56,44 +55,33 @@ from spark_jobs.units import to_micros
 
 _ROWS_PER_WRITER = 250_000
 
-C = TypeVar("C", bound=Classification)
-"""What a stream's classification returns."""
+C = TypeVar("C", bound=Classification)  # of a stream
 
 
 class StreamJob(BatchJob, Generic[C]):
     """The batches of one stream from one source. Sub-classes define what is specific to the stream."""
 
     stream: str
-    accepted_table: Table
-    rejected_table: Table
-    rejected_step: Step
-    ledger_step: Step
 
     def __init__(self, settings: Settings, report: Callable[[BatchReport], None], source: RecordSource | None = None) -> None:
         """``report`` is called after each batch; ``source`` is by default the landing folder of the stream."""
         super().__init__(source or FilesSource(settings, self.stream))
         self.settings = settings
         self.report = report
+        self.accepted_table = TABLES[self.stream]
+        self.rejected_table = REJECTED_TABLES[self.stream]
         self._lock = file_lock(settings, WRITE_LOCKS[self.stream])
         self._is_first = True
         self._rejected = DeltaSink(self.rejected_table, settings)
         self._ledger = DeltaSink(BATCH_LEDGER, settings)
 
-    @abstractmethod
-    def plan_prices(self) -> int:
-        """Bring table `campaigns` up to date; return the version of it that a new batch is decided with."""
+    def newest_references(self) -> tuple[int, str | None]:
+        """Return the version of table `campaigns` and the rule set of invalid traffic for a new batch. By default neither."""
+        return 0, None
 
-    def prices(self, plan: Plan) -> pa.Table:
-        """Return the price list of a plan (CAMPAIGN_SCHEMA). Empty by default: the stream has no prices."""
-        return CAMPAIGN_SCHEMA.empty_table()
-
-    def plan_rules(self) -> str | None:
-        """Return the rule set of invalid traffic that a new batch is decided with. None by default: the stream has no rules."""
-        return None
-
-    def rules(self, plan: Plan) -> InvalidTrafficRules:
-        """Return the rules of invalid traffic of a plan. By default rules that no record breaks."""
-        return no_rules()
+    def references(self, plan: Plan) -> tuple[pa.Table, InvalidTrafficRules]:
+        """Return the price list (CAMPAIGN_SCHEMA) and the rules of a plan. By default no price, and rules that no record breaks."""
+        return CAMPAIGN_SCHEMA.empty_table(), no_rules()
 
     @abstractmethod
     def classify(self, batch: Batch) -> C:
@@ -103,9 +91,9 @@ class StreamJob(BatchJob, Generic[C]):
         """Return where the tasks write accepted events. None by default: they write none."""
         return None
 
+    @abstractmethod
     def contradictions(self, batch: Batch, classified: C, written: list[Written], ledger: list[dict[str, Any]]) -> Iterator[str]:
-        """Yield how a decided batch contradicts its ledger or an earlier commit of it. If any, nothing is committed."""
-        return iter(())
+        """Yield how a decided batch contradicts its ledger or its own earlier commit. If it does, the batch commits nothing."""
 
     @abstractmethod
     def commit_accepted(self, batch: Batch, classified: C, written: list[Written]) -> None:
@@ -133,13 +121,13 @@ class StreamJob(BatchJob, Generic[C]):
         crash_point("before", Step.COMMITS, batch_id)  # Spark writes it right after
 
     def _complete(self, transaction: Transaction, executor: Executor) -> dict[str, int]:
-        """Do what is left of a batch; return its COUNTS, all 0 if nothing was left."""
+        """Do the missing steps of a batch; return its COUNTS, all 0 if no step was missing."""
         log = DeltaLog(self.settings.table_uri(self.accepted_table.name))
         committed = log.find_transaction(transaction.query_id, transaction.batch_id) if self._is_first else None
         plan = Plan.from_commit(committed) if committed else self._plan(transaction)
         if plan.is_empty or (committed and self._ledger.has(transaction)):  # the latter: only the checkpoint lacks its end
             return dict.fromkeys(COUNTS, 0)
-        states = file_states(file.path for file in plan.files)
+        states = [file_state(file.path) for file in plan.files]
         if committed:
             self._refuse_changed_files(plan, states, transaction)
         else:
@@ -153,15 +141,16 @@ class StreamJob(BatchJob, Generic[C]):
         self.commit_accepted(batch, classified, written)
         rejects = [file for part in written for file in part.rejects]
         if rejects:
-            self._rejected.append(rejects, self.rejected_step, transaction)
+            self._rejected.append(rejects, Step(self.rejected_table.name), transaction)
         self.commit_derived(batch, written)
-        self._ledger.append_rows(stamped_records(ledger, BATCH_LEDGER, stamp_of(batch)), self.ledger_step, transaction)
+        rows = stamped_records(ledger, BATCH_LEDGER, batch.stamp)
+        self._ledger.append_rows(rows, Step(f"{self.stream}_ledger"), transaction)
         return _totals(ledger)
 
     def _decide(self, planned: PlannedBatch, executor: Executor) -> tuple[Batch, C, list[Written]]:
-        """Try the batch, again if it fails by its content, and at last without the input by which it fails.
+        """Try the batch, again if its content makes it fail, and at last without the input that makes it fail.
 
-        A batch whose accepted records are committed is only tried as it was planned.
+        If its accepted records are committed, the batch runs only as it was planned.
         """
         attempts = Attempts.read(self.settings.attempts_path / f"{self.source.name}.json", planned.transaction)
         while True:
@@ -175,19 +164,19 @@ class StreamJob(BatchJob, Generic[C]):
                     raise
 
     def _is_of_content(self, error: Exception, executor: Executor) -> bool:
-        """Return whether the batch may have failed by its records, and not because somebody stopped it."""
+        """Return whether its records may have made the batch fail. False if somebody stopped it."""
         return not (executor.was_cut_off or self.stopping.is_set()) and is_of_content(error)
 
     def _try(self, planned: PlannedBatch, executor: Executor, part: str = "") -> tuple[Batch, C, list[Written]]:
-        """Stage, classify and write: all of a batch but its commits. Files that no commit names count for nothing.
+        """Stage, classify and write: all steps of a batch before its commits. A file counts only after a commit names it.
 
-        ``part`` gives each further cut of the batch into splits a scratch folder of its own, so that their files do not mix.
+        ``part`` gives each further cut of the batch into splits a separate scratch folder, so that their files do not mix.
         """
         name = f"{self.source.name}-{planned.transaction.query_id}{part}-{planned.transaction.batch_id}"
         scratch = self.settings.scratch_path / name
         shutil.rmtree(scratch, ignore_errors=True)
         try:
-            # on a cluster each executor has its own folder of that name (ingest/scratch.py)
+            # on a cluster each executor has its own folder of that name (`stage.scratch_folder`)
             batch = self._stage(planned, executor, str(scratch) if executor.shares_disk else name)
             classified = self.classify(batch)
             return batch, classified, self._write(batch, classified, executor)
@@ -195,7 +184,7 @@ class StreamJob(BatchJob, Generic[C]):
             shutil.rmtree(scratch, ignore_errors=True)
 
     def _without_poison(self, planned: PlannedBatch, executor: Executor, attempts: Attempts) -> PlannedBatch:
-        """Return the batch with those files or offsets set aside by which it fails."""
+        """Set aside the files or offsets that make the batch fail."""
         plan = planned.plan
 
         def failure_of(units: Sequence[Unit]) -> str | None:
@@ -209,14 +198,13 @@ class StreamJob(BatchJob, Generic[C]):
                 return failure_cause(error).text
             return None
 
-        found = find_poison([*plan.files, *plan.ranges], attempts, failure_of)
-        quarantined = [*plan.quarantined, *(self._poison(unit, cause) for unit, cause in found)]
+        quarantined = list(plan.quarantined)
+        for unit, cause in find_poison([*plan.files, *plan.ranges], attempts, failure_of):
+            if isinstance(unit, OffsetRange):
+                quarantined.append(Quarantined(unit.name, POISON, cause, unit.start, unit.end))
+            else:
+                quarantined.append(Quarantined(relative_name(unit.path, self.settings.landing_path), POISON, cause))
         return replace(planned, plan=replace(plan, quarantined=quarantined))
-
-    def _poison(self, unit: Unit, cause: str) -> Quarantined:
-        if isinstance(unit, OffsetRange):
-            return Quarantined(unit.name, POISON, cause, unit.start, unit.end)
-        return Quarantined(relative_name(unit.path, self.settings.landing_path), POISON, cause)
 
     def _refuse_changed_files(self, plan: Plan, states: list[FileState], transaction: Transaction) -> None:
         """Raise ConservationError if a file changed since the batch's accepted records were committed."""
@@ -233,7 +221,7 @@ class StreamJob(BatchJob, Generic[C]):
 
     def _refuse_files_changed_while_read(self, plan: Plan, before: list[FileState], transaction: Transaction) -> None:
         """Raise ConservationError if a file changed since ``before``: the two passes may have read different lines."""
-        after = file_states(file.path for file in plan.files)
+        after = [file_state(file.path) for file in plan.files]
         changed = [file for file, was, now in zip(plan.files, before, after, strict=True) if was != now]
         if changed:
             raise ConservationError(
@@ -270,14 +258,15 @@ class StreamJob(BatchJob, Generic[C]):
             hour_grace_us=settings.hour_grace // timedelta(microseconds=1),
             rejects_kept=settings.max_reject_rows,
         )
-        return Plan(limits, self.plan_prices(), planned.files, self.plan_rules(), planned.ranges, planned.lost_offsets)
+        campaigns_version, rule_set = self.newest_references()
+        return Plan(limits, campaigns_version, planned.files, rule_set, planned.ranges, planned.lost_offsets)
 
     def _stage(self, planned: PlannedBatch, executor: Executor, scratch: str) -> Batch:
         plan = planned.plan
-        # a committed plan already names what is set aside: today's settings do not matter
+        # a committed plan already names its quarantined input, so that today's settings do not matter
         limits = None if planned.committed else self._limits_of_files()
         tasks = self._tasks(plan, scratch, limits)
-        prices, rules = self.prices(plan), self.rules(plan)
+        prices, rules = self.references(plan)
         slices = max(1, min(len(tasks), executor.parallelism * 4))
         results = executor.map(lambda part: stage_splits(part, prices, rules), tasks, slices)
         if limits is not None and (found := files_to_set_aside(tasks, results, limits)):
@@ -290,11 +279,11 @@ class StreamJob(BatchJob, Generic[C]):
             plan,
             planned.committed,
             planned.history_version,
-            tasks=tasks,
-            splits=results,
-            keys=Keys.concatenate([split.keys for split in results]),
-            source=self.source.kind,
-            regions=self.source.regions([task.split for task in tasks]),
+            tasks,
+            results,
+            Keys.concatenate([split.keys for split in results]),
+            self.source.kind,
+            self.source.regions([task.split for task in tasks]),
         )
 
     def _limits_of_files(self) -> QuarantineLimits:
@@ -302,7 +291,7 @@ class StreamJob(BatchJob, Generic[C]):
         return QuarantineLimits(settings.max_rejects_per_file, settings.max_rejects_per_file_share, settings.max_gzip_ratio)
 
     def _tasks(self, plan: Plan, scratch: str, limits: QuarantineLimits | None) -> list[StageTask]:
-        """Return a task for each split that is read and for each input that is set aside, in the order of the records."""
+        """Return a task for each split to read and for each quarantined input, in the order of the records."""
         tasks: list[StageTask] = []
         unread: set[Quarantined] = set()
         for split in self.source.splits(plan.input):
@@ -314,11 +303,12 @@ class StreamJob(BatchJob, Generic[C]):
         return tasks
 
     def _write(self, batch: Batch, classified: C, executor: Executor) -> list[Written]:
+        prices, rules = self.references(batch.plan)
         job = WriteJob(
             of_events=self.stream == "events",
-            stamp=stamp_of(batch),
-            campaigns=self.prices(batch.plan),
-            rules=self.rules(batch.plan),
+            stamp=batch.stamp,
+            campaigns=prices,
+            rules=rules,
             rule_set=batch.plan.rule_set,
             rejected_table=self.rejected_table,
             rejected_uri=self.settings.table_uri(self.rejected_table.name),
@@ -330,18 +320,13 @@ class StreamJob(BatchJob, Generic[C]):
             work = [w for w in work if len(w.conflicts) or w.task.split.number in rejecting]
         if not work:
             return []
-        # each task writes files of its own: no more tasks than there are files worth writing
+        # each task writes its own files: no more tasks than there are files worth writing
         writers = max(1, min(executor.parallelism, -(-len(classified.outcome) // _ROWS_PER_WRITER), len(work)))
         return executor.map(lambda part: [write_splits(part, job)], work, writers)
 
 
 def _totals(ledger: list[dict[str, Any]]) -> dict[str, int]:
     return {name: sum(row[name] for row in ledger) for name in COUNTS}
-
-
-def stamp_of(batch: Batch) -> Stamp:
-    """Return the stamp of a batch's rows."""
-    return Stamp(batch.transaction.query_id, batch.transaction.batch_id, batch.plan.limits.ingested_us)
 
 
 def files_to_set_aside(tasks: list[StageTask], results: list[StagedSplit], limits: QuarantineLimits) -> list[Quarantined]:
@@ -367,7 +352,7 @@ def split_rows(batch: Batch, classified: Classification) -> list[SplitRows]:
     conflicts = np.flatnonzero(classified.outcome == Outcome.CONFLICT)
     number = {name: i for i, name in enumerate(dict.fromkeys(names))}
     name_of_row = np.repeat(np.array([number[name] for name in names], dtype=np.int64), batch.row_counts)
-    hours = batch.column("hours").astype(np.int64)
+    hours = batch.rows.hours.astype(np.int64)
     has_row, records = conflict_records(name_of_row[conflicts], hours[conflicts], kept)
     conflicts, records = conflicts[has_row], records[has_row]
     made, start = [], 0

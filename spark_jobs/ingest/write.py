@@ -19,9 +19,7 @@ from spark_jobs.ingest.contract.parse import encode_raw
 from spark_jobs.ingest.contract.spec import CONTRACTS
 from spark_jobs.ingest.dedupe.keys import hex_fingerprint
 from spark_jobs.ingest.event_columns import event_columns, increments, sum_increments
-from spark_jobs.ingest.files.landing import Split
 from spark_jobs.ingest.kafka.ranges import OffsetSplit
-from spark_jobs.ingest.quarantine import Quarantined
 from spark_jobs.ingest.reject_rows import RejectKind, Share, hour_of
 from spark_jobs.ingest.stage import StageTask, raw_lines, staged
 from spark_jobs.lake.data_files import DataFile, DataFileWriter
@@ -37,12 +35,12 @@ _RAW_AT_ONCE = 16 * 1024 * 1024  # characters
 
 @dataclass(frozen=True)
 class SplitRows:
-    """A staged split, the number of its first line, and the outcome of its rows."""
+    """A staged split, the number of its first line, and the outcome of its rows. All row numbers are ascending."""
 
     task: StageTask
     first_line: int
-    dropped: npt.NDArray[np.int64]  # row numbers of duplicates and conflicts, ascending
-    conflicts: npt.NDArray[np.int64]  # row numbers of those conflicts that get a row, ascending
+    dropped: npt.NDArray[np.int64]  # row numbers of duplicates and conflicts
+    conflicts: npt.NDArray[np.int64]  # row numbers of those conflicts that get a row
     accepted_fingerprints: npt.NDArray[np.uint64]  # of these conflicts
     conflict_records: npt.NDArray[np.int64]  # how many records the rows of these conflicts stand for; 0: only its own
     shares: dict[RejectKind, Share]  # of the rejects (ingest/reject_rows.py)
@@ -67,19 +65,16 @@ class WriteJob:
 
 @dataclass(frozen=True)
 class Written:
-    """What a task wrote. ``increments`` are the sums over its accepted events (None for orders).
-
-    ``rejected_records`` counts the records that the rows in ``rejects`` stand for.
-    """
+    """The files of a task, the increments of its accepted events, and the number of records that its ``rejects`` stand for."""
 
     events: list[DataFile]
     rejects: list[DataFile]
-    increments: pa.Table | None
+    increments: pa.Table
     rejected_records: int
 
 
 def load_task_code(_: Iterable[object]) -> None:
-    """Open the worker's DuckDB; calling this has already imported the code of the tasks."""
+    """Open the worker's DuckDB. The call itself imports the code of the tasks."""
     task_connection()
 
 
@@ -94,17 +89,11 @@ def write_splits(work: Iterable[SplitRows], job: WriteJob) -> Written:
             with working_on(split.task.split):
                 for rows in reject_rows(split, job):
                     rejects.write(rows)
-                    rejected_records += _records_of(rows)
+                    rejected_records += int(pc.sum(pc.fill_null(rows["records"], 1)).as_py() or 0)
                 for rows in accepted_rows(split, job.campaigns, job.rules) if job.of_events else ():
                     accepted.add(rows, split)
         accepted.flush()
-    summed = sum_increments(accepted.sums) if job.of_events else None
-    return Written(events.files if events else [], rejects.files, summed, rejected_records)
-
-
-def _records_of(rows: pa.Table) -> int:
-    """Return how many records the rows of a rejected table stand for: one each, unless column ``records`` has a number."""
-    return int(pc.sum(pc.fill_null(rows["records"], 1)).as_py() or 0)
+    return Written(events.files if events else [], rejects.files, sum_increments(accepted.sums), rejected_records)
 
 
 class _Accepted:
@@ -113,32 +102,29 @@ class _Accepted:
     def __init__(self, job: WriteJob, events: DataFileWriter | None) -> None:
         self._job = job
         self._events = events
-        self._parts: list[pa.Table] = []
-        self._files: list[pa.Array] = []
-        self._first_lines: list[pa.Array] = []
+        self._gathered: list[tuple[pa.Table, SplitRows]] = []
         self._rows = 0
         self.sums: list[pa.Table] = []
 
     def add(self, rows: pa.Table, split: SplitRows) -> None:
         """Add rows of a split; they may be written later."""
-        self._parts.append(rows)
-        self._files.append(pa.repeat(pa.scalar(split.task.split.name), rows.num_rows))
-        self._first_lines.append(pa.repeat(pa.scalar(split.first_line, pa.int64()), rows.num_rows))
+        self._gathered.append((rows, split))
         self._rows += rows.num_rows
         if self._rows >= _GATHERED_ROWS:
             self.flush()
 
     def flush(self) -> None:
         """Sum and write the gathered rows."""
-        if not self._parts:
+        if not self._gathered:
             return
-        rows = pa.concat_tables(self._parts)
+        rows = pa.concat_tables([part for part, _ in self._gathered])
         self.sums.append(increments(rows))
         if self._events is not None:
-            source_file, first_line = pa.chunked_array(self._files), pa.chunked_array(self._first_lines)
-            columns = event_columns(rows, source_file, first_line, self._job.rule_set)
+            files = [pa.repeat(pa.scalar(split.task.split.name), part.num_rows) for part, split in self._gathered]
+            lines = [pa.repeat(pa.scalar(split.first_line, pa.int64()), part.num_rows) for part, split in self._gathered]
+            columns = event_columns(rows, pa.chunked_array(files), pa.chunked_array(lines), self._job.rule_set)
             self._events.write(stamped(columns, EVENTS, self._job.stamp))
-        self._parts, self._files, self._first_lines, self._rows = [], [], [], 0
+        self._gathered, self._rows = [], 0
 
 
 def accepted_rows(work: SplitRows, campaigns: pa.Table, rules: InvalidTrafficRules) -> Iterator[pa.Table]:
@@ -162,14 +148,12 @@ def reject_rows(work: SplitRows, job: WriteJob) -> Iterator[pa.Table]:
     if isinstance(split, OffsetSplit):
         place |= {"source": "kafka", "source_topic": split.topic, "source_partition": split.partition}
 
-    def rows(records: Iterable[dict[str, Any]]) -> pa.Table:
-        made = [{**record, **place} for record in records]
-        if isinstance(split, OffsetSplit):
-            made = [{**record, "source_offset": record["source_line"]} for record in made]
-        return stamped_records(made, job.rejected_table, job.stamp)
-
-    for some in _some_at_a_time(chain(_rejects(work, job), _conflicts(work, job))):
-        yield rows(some)
+    for records in _some_at_a_time(chain(_rejects(work, job), _conflicts(work, job))):
+        for record in records:
+            record |= place
+            if isinstance(split, OffsetSplit):
+                record["source_offset"] = record["source_line"]
+        yield stamped_records(records, job.rejected_table, job.stamp)
 
 
 def _some_at_a_time(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -178,7 +162,7 @@ def _some_at_a_time(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str
     size = 0
     for record in records:
         made.append(record)
-        size += len(record["raw"] or "")
+        size += len(record.get("raw") or "")
         if len(made) >= _ROWS_AT_ONCE or size >= _RAW_AT_ONCE:
             yield made
             made, size = [], 0
@@ -187,60 +171,42 @@ def _some_at_a_time(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str
 
 
 def _rejects(work: SplitRows, job: WriteJob) -> Iterator[dict[str, Any]]:
+    """Make the rows of a split's rejects; of quarantined input, one row whose ``raw`` is the cause."""
     if work.task.quarantined is not None:
-        yield _quarantined(work.task.split, work.task.quarantined)
+        cause = work.task.quarantined.cause.encode("utf-8", "backslashreplace")
+        raw, encoding = encode_raw(cause)
+        yield {
+            "outcome": "rejected",
+            "reason_codes": [work.task.quarantined.reason],
+            "source_line": work.task.quarantined.start,  # 0 for a file
+            "raw": raw,
+            "raw_encoding": encoding,
+            "raw_size_bytes": len(raw),
+        }
         return
     seen: Counter[RejectKind] = Counter()
     for table in staged(work.task, "rejects", job.campaigns, job.rules):
         for start in range(0, table.num_rows, _ROWS_AT_ONCE):
             for reject in table.slice(start, _ROWS_AT_ONCE).to_pylist():
-                kind = (tuple(reject["reason_codes"]), hour_of(reject["time_us"]))
+                kind = (tuple(reject["reason_codes"]), hour_of(reject["record_time"]))
                 share = work.shares.get(kind)
                 rank = seen[kind]
                 if share is not None:
                     seen[kind] += 1
+                row = {"outcome": "rejected", **reject, "source_line": 0 if reject["n"] < 0 else reject["n"] + work.first_line}
                 if share is None or rank < share.own:
-                    yield _rejected(reject, work.first_line)
+                    yield row
                 elif rank == share.own and share.summary:
-                    yield _summary(_rejected(reject, work.first_line), share.summary)
+                    yield _summary(row, share.summary)
 
 
 def _summary(row: dict[str, Any], records: int) -> dict[str, Any]:
     """Return a row that stands for ``records`` records, with place, time and reasons of the first one, ``row``."""
-    kept = ("outcome", "reason_codes", "source_line", "record_time")
-    return {name: value if name in kept else None for name, value in row.items()} | {"records": records}
-
-
-def _quarantined(split: Split | OffsetSplit, found: Quarantined) -> dict[str, Any]:
-    """Return the row that stands for quarantined input: ``raw`` is the cause."""
-    raw, encoding = encode_raw(found.cause.encode("utf-8", "backslashreplace"))
-    return {
-        "outcome": "rejected",
-        "reason_codes": [found.reason],
-        "source_line": found.start if isinstance(split, OffsetSplit) else 0,
-        "raw": raw,
-        "raw_encoding": encoding,
-        "raw_size_bytes": len(raw),
-        "record_id": None,
-        "record_time": None,
-    }
-
-
-def _rejected(reject: dict[str, Any], first_line: int) -> dict[str, Any]:
-    return {
-        "outcome": "rejected",
-        "reason_codes": reject["reason_codes"],
-        "source_line": 0 if reject["n"] < 0 else reject["n"] + first_line,
-        "raw": reject["raw"],
-        "raw_encoding": reject["raw_encoding"],
-        "raw_size_bytes": reject["raw_size_bytes"],
-        "record_id": reject["record_id"],
-        "record_time": reject["time_us"],
-    }
+    return {name: row[name] for name in ("outcome", "reason_codes", "source_line", "record_time")} | {"records": records}
 
 
 def _conflicts(work: SplitRows, job: WriteJob) -> Iterator[dict[str, Any]]:
-    """Make the rows of a split's conflicts that get one, in order. Reads their lines again, for the raw text."""
+    """Make the rows of a split's conflicts that get one, in order. Read their lines again, for the raw text."""
     if not len(work.conflicts):
         return
     contract = CONTRACTS[work.task.stream]

@@ -1,7 +1,8 @@
-"""Checks of the files of a table, to the last byte: its log's checkpoints and its data files. For lakehouses on a local path."""
+"""Checks every byte of a table's files: its log's checkpoints and its data files. For lakehouses on a local path."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,28 +16,39 @@ from spark_jobs.lake.reading import TableFile, full_path, open_table, table_file
 from spark_jobs.lake.tables import Table
 
 
-def has_log(lake: Lake, table: Table) -> bool:
-    """Whether a table has the folder of its log. A table that was not created yet has none."""
-    return _log_folder(lake, table).is_dir()
+@dataclass(frozen=True)
+class LogCheckpoint:
+    """A checkpoint of a table's log. ``problem`` says why it cannot be read."""
+
+    path: Path
+    problem: str | None
+
+    @property
+    def version(self) -> int:
+        """The version of the table that it describes."""
+        return int(self.path.name.split(".")[0])
 
 
-def checkpoint_problems(lake: Lake, table: Table) -> dict[str, str | None]:
-    """What is wrong with each checkpoint of a table's log, by file name; None: nothing."""
-    return {path.name: _checkpoint_problem(path) for path in sorted(_log_folder(lake, table).glob("*.checkpoint*.parquet"))}
+def log_folder(lake: Lake, table: Table) -> Path:
+    """Return the folder of a table's log. A table that was not created yet has none."""
+    return Path(lake.uri(table)) / "_delta_log"
 
 
-def checkpoint_version(name: str) -> int:
-    """The version of a checkpoint, from its file name."""
-    return int(name.split(".")[0])
-
-
-def checkpoint_path(lake: Lake, table: Table, name: str) -> Path:
-    """The file of a checkpoint."""
-    return _log_folder(lake, table) / name
+def check_checkpoints(lake: Lake, table: Table) -> list[LogCheckpoint]:
+    """Read each checkpoint of a table's log."""
+    found = []
+    for path in sorted(log_folder(lake, table).glob("*.checkpoint*.parquet")):
+        problem = None
+        try:
+            _read_whole(path)
+        except (OSError, pa.ArrowException) as error:
+            problem = str(error)
+        found.append(LogCheckpoint(path, problem))
+    return found
 
 
 def table_problem(lake: Lake, table: Table) -> str | None:
-    """Why a table cannot be opened at its newest version; None: it can."""
+    """Return why a table cannot be opened at its newest version; None if it can."""
     try:
         open_table(lake.uri(table))
     except (TableCorruptionError, OSError) as error:
@@ -45,12 +57,12 @@ def table_problem(lake: Lake, table: Table) -> str | None:
 
 
 def newest_files(lake: Lake, table: Table) -> list[TableFile]:
-    """The data files of a table's newest version. Unlike `Lake.pin`, accepts a damaged commit that a checkpoint covers."""
+    """Return the data files of a table's newest version. Unlike `Lake.pin`, accepts a damaged commit that a checkpoint covers."""
     return table_files(open_table(lake.uri(table)))
 
 
 def file_problem(lake: Lake, table: Table, file: TableFile) -> tuple[str, str] | None:
-    """What is wrong with a data file: the kind of finding (see docs/runbooks/fsck.md), and details. None: nothing."""
+    """Return the kind (see docs/runbooks/fsck.md) and details of a data file's problem; None if it has none."""
     path = Path(full_path(lake.uri(table), file.path))
     try:
         size = path.stat().st_size
@@ -72,29 +84,13 @@ def file_problem(lake: Lake, table: Table, file: TableFile) -> tuple[str, str] |
 
 def remove_checkpoint(lake: Lake, table: Table, name: str) -> None:
     """Remove a damaged checkpoint from a table's log. delta-rs reads the commits instead."""
-    (_log_folder(lake, table) / "_last_checkpoint").unlink(missing_ok=True)
-    checkpoint_path(lake, table, name).unlink()
-
-
-def remove_commit(lake: Lake, table: Table, version: int) -> None:
-    """Remove an unreadable commit from a table's log. The caller has made sure that a checkpoint has what it did."""
-    Path(lake.log(table).commit_path(version)).unlink(missing_ok=True)
-
-
-def _log_folder(lake: Lake, table: Table) -> Path:
-    return Path(lake.uri(table)) / "_delta_log"
-
-
-def _checkpoint_problem(path: Path) -> str | None:
-    try:
-        _read_whole(path)
-    except (OSError, pa.ArrowException) as error:
-        return str(error)
-    return None
+    folder = log_folder(lake, table)
+    (folder / "_last_checkpoint").unlink(missing_ok=True)
+    (folder / name).unlink()
 
 
 def _read_whole(path: Path) -> int:
-    """Read a Parquet file to its end, against the checksums of its pages if it has them; returns its rows."""
+    """Read a Parquet file to its end, checking its pages' checksums if it has them; returns its number of rows."""
     rows = 0
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         for number in range(file.num_row_groups):

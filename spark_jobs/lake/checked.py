@@ -1,8 +1,8 @@
-"""Read files of derived data with checks, so that damage is never taken for data.
+"""Reads files of derived data with checks, so that damage is never read as data.
 
 A sealed file is data and a footer: an XXH3 checksum of each block of the data, then words that the owner adds. The owner's manifest
-has the checksum of the footer and one of itself. This detects a flipped bit, a zeroed page, a cut file and a file in the place of
-another. A block is checked when it is first read, once while the file is open, so that a look-up pays only for what it reads.
+has the checksum of the footer and one of itself. This detects a flipped bit, a zeroed page, a truncated file and a swapped file. A
+block is checked at its first read while the file is open, so that a look-up checks only what it reads.
 """
 
 from __future__ import annotations
@@ -80,10 +80,6 @@ class CheckedFile:
     def is_checked(self, end: int) -> bool:
         """Return whether all bytes before ``end`` were checked."""
         return bool(self._is_checked[: _count(end)].all())
-
-    def check_all(self) -> None:
-        """Check all blocks, including those that were checked before. Raises DamagedError."""
-        self._check(np.arange(len(self._sums)))
 
     def _check(self, blocks: npt.NDArray[Any]) -> None:
         data, sums = self.data, self._sums[blocks].tolist()

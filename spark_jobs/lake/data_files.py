@@ -1,4 +1,4 @@
-"""Write data files of Delta tables with Arrow. No reader sees a file until a commit names it.
+"""Writes data files of Delta tables with Arrow. No reader sees a file until a commit names it.
 
 Spark's Python workers import this module, so it must not need a session.
 """
@@ -45,7 +45,7 @@ def named_checksum(path: str) -> str | None:
 
 @dataclass(frozen=True)
 class DataFile:
-    """A written file: its path within the table, size in bytes, partition values as Delta writes them, statistics as JSON."""
+    """A written file: path within the table, size in bytes, partition values in Delta's form, statistics as JSON."""
 
     path: str
     size: int
@@ -66,7 +66,6 @@ class DataFileWriter:
         self._local = local_path(uri)
         self._table = table
         self._is_wide = "raw" in table.schema.names
-        self._schema = table.stored_schema
         self._pending: dict[tuple[str | None, ...], list[pa.Table]] = {}
         self._pending_rows = self._pending_bytes = 0
         self._open: dict[tuple[str | None, ...], _OpenFile] = {}
@@ -101,9 +100,9 @@ class DataFileWriter:
             if held is None:
                 while len(self._open) >= MAX_OPEN_FILES:
                     self._close(next(iter(self._open)))
-                held = _OpenFile(self._filesystem, self._root, self._local, self._table, self._schema, key)
+                held = _OpenFile(self._filesystem, self._root, self._local, self._table, key)
             self._open[key] = held  # last in the dict: the first one is closed when there are too many
-            held.writer.write_table(pa.concat_tables(parts).cast(self._schema))
+            held.writer.write_table(pa.concat_tables(parts).cast(self._table.stored_schema))
         self._pending.clear()
         self._pending_rows = self._pending_bytes = 0
 
@@ -112,15 +111,7 @@ class DataFileWriter:
 
 
 class _OpenFile:
-    def __init__(
-        self,
-        filesystem: fs.FileSystem,
-        root: str,
-        local: Path | None,
-        table: Table,
-        schema: pa.Schema,
-        key: tuple[str | None, ...],
-    ) -> None:
+    def __init__(self, filesystem: fs.FileSystem, root: str, local: Path | None, table: Table, key: tuple[str | None, ...]) -> None:
         self._partition = dict(zip(table.partition_by, key, strict=True))
         folders = [f"{name}={_NO_PARTITION if value is None else quote(value)}" for name, value in self._partition.items()]
         self._path = "/".join([*folders, f"part-{uuid.uuid4()}{_ENDING}"])
@@ -132,7 +123,7 @@ class _OpenFile:
         self._metadata: list[pq.FileMetaData] = []
         self.writer = pq.ParquetWriter(
             self._sink,
-            schema,
+            table.stored_schema,
             compression="snappy",
             write_statistics=list(table.stats_columns),
             store_schema=False,

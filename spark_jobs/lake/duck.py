@@ -1,4 +1,4 @@
-"""DuckDB with its ``delta`` extension, which comes as an installed package: no network is needed."""
+"""Opens DuckDB with its ``delta`` extension from an installed package, without network."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Config = dict[str, str | bool | int | float | list[str]]
 
 
 def connect_delta(config: Config | None = None) -> duckdb.DuckDBPyConnection:
-    """Open a database in memory that can ``delta_scan``. Times are in UTC, for all of its connections.
+    """Open a database in memory that can ``delta_scan``, with times in UTC.
 
-    Raises MachineError when the package of the extension is missing or does not fit this DuckDB.
+    Raises MachineError if the package of the extension is missing or does not fit this DuckDB.
     """
     try:
         path = Path(str(files("duckdb_extension_delta"))) / "extensions" / f"v{duckdb.__version__}" / "delta.duckdb_extension"
         found = path.stat()
-        # DuckDB checks a signature on each load, a quarter of a second. A file with the hash that its package names needs none.
+        # DuckDB checks a signature on each load, which takes 0.25 s. A file with the hash of its package needs no such check.
         is_pinned = _is_as_packaged(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
         connection = duckdb.connect(":memory:", config={**(config or {}), "allow_unsigned_extensions": is_pinned})
         try:
@@ -49,7 +49,7 @@ def connect_delta(config: Config | None = None) -> duckdb.DuckDBPyConnection:
 
 @cache
 def _is_as_packaged(path: Path, _signature: tuple[int, ...]) -> bool:
-    """Whether a file of the extension's package has the hash that the package names; asked again when the file changes."""
+    """Return whether a file of the extension's package has the hash that the package names; cached until the file changes."""
     for packaged in distribution("duckdb-extension-delta").files or ():
         if packaged.hash is not None and packaged.hash.mode == "sha256" and os.path.samefile(packaged.locate(), path):
             with path.open("rb") as file:
@@ -59,18 +59,18 @@ def _is_as_packaged(path: Path, _signature: tuple[int, ...]) -> bool:
 
 
 def literal(value: object) -> str:
-    """The text of ``value`` as an SQL literal, with its quotes."""
+    """Return the text of ``value`` as a quoted SQL literal."""
     return "'" + str(value).replace("'", "''") + "'"
 
 
 def delta_scan(uri: str, version: int | None = None) -> str:
-    """SQL that reads the Delta table at ``uri``: ``version``, or the newest."""
+    """Return SQL that reads the Delta table at ``uri``: ``version``, or the newest."""
     return f"delta_scan({literal(uri)})" if version is None else f"delta_scan({literal(uri)}, version = {version})"
 
 
 def keep_table(connection: duckdb.DuckDBPyConnection, name: str, rows: pa.Table, folder: Path) -> None:
     """Copy Arrow rows into the temporary table ``name``, through a file in ``folder``."""
-    path = folder / f"{name}.parquet"  # to register the rows would import pandas, which takes longer than all else
+    path = folder / f"{name}.parquet"  # registering the rows would import pandas, which takes longer
     pq.write_table(rows, path)
     connection.execute(f"create or replace temp table {name} as select * from read_parquet({literal(path)})")
     path.unlink()
@@ -90,7 +90,7 @@ def translate_duckdb_errors(what: object) -> Iterator[None]:
 
 @cache
 def task_connection() -> duckdb.DuckDBPyConnection:
-    """This process's DuckDB for Arrow tables: one thread (Spark owns the parallelism), bounded memory, no extension fetched."""
+    """Open this process's DuckDB for Arrow tables: one thread (Spark runs tasks in parallel), bounded memory, no downloads."""
     made = duckdb.connect()
     made.execute("set threads = 1")
     made.execute("set memory_limit = '1GB'")
@@ -99,7 +99,7 @@ def task_connection() -> duckdb.DuckDBPyConnection:
 
 
 def query_arrow(sql: str, table: pa.Table) -> pa.Table:
-    """The result of ``sql`` over ``table``, which is called ``input`` in it."""
-    with task_connection().cursor() as own:  # on the driver two streams may be here at once
+    """Run ``sql`` over ``table``, which it calls ``input``."""
+    with task_connection().cursor() as own:  # two streams on the driver may run this at once
         own.register("input", table)
         return own.execute(sql).to_arrow_table()

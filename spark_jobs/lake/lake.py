@@ -1,4 +1,4 @@
-"""The lake: the Delta tables of one installation, read at fixed versions and changed in durable commits.
+"""Reads the Delta tables of one installation at fixed versions, and changes them in durable commits.
 
     lake = Lake(settings)
     snapshot = lake.pin(BATCH_LEDGER, EVENTS)                       # in this order: see `Lake.pin`
@@ -7,12 +7,14 @@
     ids = snapshot.rows(EVENTS, "event_id", "fingerprint")
     lake.append(RULE_SETS, rows, Step.RULE_SETS)
 
-Locks are in `locks`, the ingest's own writes in `writes`, compaction in `rewrite`, vacuum in `removal`.
+Locks are in `locks`, creation and upgrades of tables in `writes`, compaction in `rewrite`, vacuum in `removal`.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,11 +24,12 @@ from typing import Any, Literal
 
 import duckdb
 import pyarrow as pa
-from deltalake import DeltaTable
+from deltalake import DeltaTable, Schema
+from deltalake.transaction import AddAction, RemoveAction
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import TableCorruptionError
-from spark_jobs.lake.commit import Transaction, commit_files, has_seen, write_files
+from spark_jobs.lake.commit import Transaction, commit_properties, committing, has_seen
 from spark_jobs.lake.data_files import DataFile, DataFileWriter
 from spark_jobs.lake.duck import Config, connect_delta, delta_scan, literal, translate_duckdb_errors
 from spark_jobs.lake.log import DeltaLog
@@ -48,73 +51,70 @@ Partition = tuple[tuple[str, str], ...]
 
 
 class Lake:
-    """The tables under the lakehouse root of ``settings``. Opening it reads nothing."""
+    """The tables under the lakehouse root of ``settings``. Opening it reads nothing.
+
+    It keeps the tables that it writes open, so that the next commit reads only the new entries of the log.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._newest: dict[str, DeltaTable] = {}
 
     def uri(self, table: Table) -> str:
-        """Where a table is: a path, or an object store's URI."""
+        """Return the location of a table: a path, or an object store's URI."""
         return self.settings.table_uri(table.name)
 
-    # --- what there is
-
     def log(self, table: Table) -> DeltaLog:
-        """The table's log: its commits, id, transactions and metadata."""
+        """Return the table's log: its commits, id, transactions and metadata."""
         return DeltaLog(self.uri(table))
 
     def exists(self, table: Table) -> bool:
-        """Whether a table has been created."""
+        """Return whether a table has been created."""
         return self.log(table).exists()
 
     def version(self, table: Table) -> int | None:
-        """The newest version of a table; None if it does not exist. Raises TableCorruptionError as `DeltaLog` does."""
+        """Return the newest version of a table; None if it does not exist. Raises TableCorruptionError as `DeltaLog` does."""
         return self.log(table).latest_version()
 
     def table_id(self, table: Table) -> str | None:
-        """The id of a table, None if it does not exist. A table that was deleted and created again has another id."""
+        """Return the id of a table, None if it does not exist. A table that was deleted and created again has another id."""
         return self.log(table).table_id() if self.exists(table) else None
 
     def is_readable(self, table: Table, version: int) -> bool:
-        """Whether the log still describes a version of a table."""
+        """Return whether the log still describes a version of a table."""
         try:
             open_table(self.uri(table), version)
         except TableCorruptionError:
             return False
         return True
 
-    # --- reading
-
     def pin(self, *tables: Table) -> Snapshot:
-        """The newest version of each table, read in the order given; tables that do not exist are left out.
+        """Pin the newest version of each table, in the order given; leaves out tables that do not exist.
 
-        A writer commits a batch to `batch_ledger` last, so whoever pins the ledger first finds every batch of it whole in the
-        tables pinned after it. Raises TableCorruptionError where a log is damaged.
+        A writer commits a batch to `batch_ledger` last. So if you pin the ledger first, the tables pinned after it contain every
+        batch of it completely. Raises TableCorruptionError if a log is damaged.
         """
         found = {table.name: self.version(table) for table in tables}
         return Snapshot(self, {name: version for name, version in found.items() if version is not None})
 
     def at(self, versions: Mapping[str, int]) -> Snapshot:
-        """Tables, by name, at versions that were pinned before."""
+        """Return a snapshot of tables, by name, at versions that were pinned before."""
         return Snapshot(self, dict(versions))
 
     def rows(self, table: Table, *columns: str) -> pa.Table:
-        """Rows of a table's newest version, as `Snapshot.rows`; no rows if it does not exist."""
+        """Read rows of a table's newest version, as `Snapshot.rows`; no rows if it does not exist."""
         return self.pin(table).rows(table, *columns)
 
     def scan(self, table: Table, version: int | None = None) -> str:
-        """SQL for DuckDB that reads a table at a version, or at its newest."""
+        """Return SQL for DuckDB that reads a table at a version, or at its newest."""
         return delta_scan(self.uri(table), version)
 
     def scan_files(self, table: Table, paths: Sequence[str]) -> str:
-        """SQL for DuckDB that reads the stored columns of some data files, which ``paths`` name as the log does."""
+        """Return SQL for DuckDB that reads the stored columns of data files, named as in the log."""
         return f"read_parquet([{', '.join(literal(full_path(self.uri(table), path)) for path in paths)}])"
 
     def read_files(self, table: Table, paths: Sequence[str], *columns: str) -> pa.Table:
-        """Read ``columns`` (by default all stored ones) of some data files, which ``paths`` name as the log does.
-
-        Raises FileNotFoundError if one was vacuumed.
-        """
+        """Read ``columns`` (default: all stored) of data files, named as in the log. Raises FileNotFoundError."""
         return read_files(self.uri(table), paths, table.schema_of(*columns))
 
     def read_batches(self, table: Table, paths: Sequence[str], *columns: str) -> Iterator[pa.RecordBatch]:
@@ -127,23 +127,21 @@ class Lake:
 
     @contextmanager
     def database(self, *, memory: str | None = None, threads: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A DuckDB of its own that can scan the tables, in UTC. It spills to a folder that is deleted at the end.
+        """Open a DuckDB that can scan the tables, in UTC. It spills to a folder that is deleted at the end.
 
         ``memory`` is its limit, as "1200MB". Raises DuckDB's errors as TableCorruptionError.
         """
         tables = f"the tables of {self.settings.lakehouse_uri}"
         with self.scratch("duckdb-") as spill, translate_duckdb_errors(tables):
-            config: Config = {"temp_directory": str(spill)}
-            if memory is not None:
-                config["memory_limit"] = memory
+            limits: Config = {"memory_limit": memory} if memory is not None else {}
             if threads is not None:
-                config["threads"] = threads
-            with connect_delta(config) as connection:
+                limits["threads"] = threads
+            with connect_delta({"temp_directory": str(spill), **limits}) as connection:
                 yield connection
 
     @contextmanager
     def scratch(self, prefix: str) -> Iterator[Path]:
-        """A new folder for temporary files, deleted at the end. A home that is not writable gets one of the system's."""
+        """Create a folder for temporary files, deleted at the end; among the system's if the home is not writable."""
         place = None
         with suppress(OSError):
             self.settings.scratch_path.mkdir(parents=True, exist_ok=True)
@@ -151,18 +149,16 @@ class Lake:
         with TemporaryDirectory(prefix=prefix, dir=place) as folder:
             yield Path(folder)
 
-    # --- writing
-
     def last_transaction(self, table: Table, app_id: str) -> int | None:
-        """The version of the newest transaction of ``app_id`` that a table has; None if it has none, or does not exist."""
+        """Return the version of a table's newest transaction of ``app_id``; None if it has none, or does not exist."""
         return open_table(self.uri(table)).transaction_version(app_id) if self.exists(table) else None
 
     def has(self, table: Table, transaction: Transaction) -> bool:
-        """Whether a table has the write of a transaction."""
-        return self.exists(table) and has_seen(open_table(self.uri(table)), transaction)
+        """Return whether a table has the write of a transaction."""
+        return (table.name in self._newest or self.exists(table)) and has_seen(self._open_newest(table), transaction)
 
     def writer(self, table: Table) -> DataFileWriter:
-        """A writer of data files of a table. They count for nothing until `commit` names them."""
+        """Return a writer of data files of a table. No reader sees a file until `commit` names it."""
         return DataFileWriter(self.uri(table), table)
 
     def commit(
@@ -176,30 +172,41 @@ class Lake:
         restore: Sequence[TableFile] = (),
         transaction: Transaction | None = None,
         metadata: Mapping[str, object] | None = None,
+        info: Mapping[str, str] | None = None,
         changes_rows: bool = True,
         mode: Literal["append", "overwrite"] = "append",
+        schema: pa.Schema | None = None,
         batch_id: int | None = None,
     ) -> bool:
-        """Make one durable commit, once per transaction; returns whether it was made. See `commit_files` for the arguments.
+        """Make one durable commit; returns whether it was made: not if the table has seen ``transaction``.
 
-        ``base`` is the version that the writer decided on, by default the newest. Delta refuses the commit if another one since
-        then contradicts it: removed the same files, or has the same transaction's app id.
+        ``base`` is the version that the writer decided on, by default the newest. Delta refuses the commit if a later one
+        contradicts it: removed the same files, or has the same transaction's app id. ``add`` are files that `writer` wrote,
+        ``remove`` files of the table, ``restore`` files of an earlier version. ``metadata`` becomes the user metadata as JSON,
+        ``info`` further entries of the commitInfo. ``changes_rows`` False: the commit only moves rows between files. ``mode``
+        overwrite removes all files of the table; ``schema`` replaces its schema. ``batch_id``, by default the transaction's, names
+        the step for crash tests.
         """
-        held, uri = open_table(self.uri(table), base), self.uri(table)
-        return commit_files(
-            held,
-            uri,
-            table,
-            step,
-            add=add,
-            remove=remove,
-            restore=restore,
-            changes_rows=changes_rows,
-            transaction=transaction,
-            metadata=metadata,
-            mode=mode,
-            batch_id=batch_id,
-        )
+        held = self._open_newest(table) if base is None else open_table(self.uri(table), base)
+        if transaction is not None and has_seen(held, transaction):
+            return False
+        now = int(time.time() * 1000)
+        actions: list[AddAction | RemoveAction] = [
+            RemoveAction(file.path, changes_rows, now, file.size, file.partition) for file in remove
+        ]
+        added = [(file, json.dumps({"numRecords": file.rows})) for file in restore] + [(file, file.stats) for file in add]
+        actions += [AddAction(file.path, file.size, file.partition, now, changes_rows, stats) for file, stats in added]
+        if batch_id is None:
+            batch_id = transaction.batch_id if transaction else 0
+        with committing(self.uri(table), held, step, batch_id, files=add):
+            held.create_write_transaction(
+                actions,
+                mode=mode,
+                schema=held.schema() if schema is None else Schema.from_arrow(schema),
+                partition_by=list(table.partition_by),
+                commit_properties=commit_properties(metadata, transaction, info),
+            )
+        return True
 
     def append(
         self,
@@ -211,12 +218,20 @@ class Lake:
         metadata: Mapping[str, object] | None = None,
     ) -> bool:
         """Add rows to a table in one commit, once per transaction; returns whether the commit was made."""
-        files = write_files(self.uri(table), table, rows)
-        return self.commit(table, step, add=files, transaction=transaction, metadata=metadata)
+        return self.commit(table, step, add=self._write(table, rows), transaction=transaction, metadata=metadata)
 
     def replace(self, table: Table, rows: pa.Table, step: Step, *, metadata: Mapping[str, object] | None = None) -> None:
         """Replace the whole content of a table in one commit."""
-        self.commit(table, step, add=write_files(self.uri(table), table, rows), metadata=metadata, mode="overwrite")
+        self.commit(table, step, add=self._write(table, rows), metadata=metadata, mode="overwrite")
+
+    def _write(self, table: Table, rows: pa.Table) -> list[DataFile]:
+        with self.writer(table) as writer:
+            writer.write(rows)
+        return writer.files
+
+    def _open_newest(self, table: Table) -> DeltaTable:
+        self._newest[table.name] = open_table(self.uri(table), held=self._newest.get(table.name))
+        return self._newest[table.name]
 
 
 @dataclass(frozen=True)
@@ -230,31 +245,31 @@ class Snapshot:
         return table.name in self.versions
 
     def version(self, table: Table) -> int:
-        """The version of a pinned table. Raises KeyError if it was not pinned, or did not exist."""
+        """Return the version of a pinned table. Raises KeyError if it was not pinned, or did not exist."""
         return self.versions[table.name]
 
     def and_pin(self, *tables: Table) -> Snapshot:
-        """This snapshot and the newest versions of further tables."""
+        """Return this snapshot with the newest versions of further tables."""
         return Snapshot(self.lake, {**self.versions, **self.lake.pin(*tables).versions})
 
     def scan(self, table: Table) -> str:
-        """SQL for DuckDB that reads a table."""
+        """Return SQL for DuckDB that reads a table."""
         return self.lake.scan(table, self.version(table))
 
     def columns(self, table: Table) -> list[str]:
-        """The columns that a table has at its version. One that an older adtally made may lack some."""
+        """Return the columns of a table at its version. A table of an older adtally may lack some."""
         return [field.name for field in self._open(table).schema().fields]
 
     def files(self, table: Table) -> list[TableFile]:
-        """The data files of a table."""
+        """Return the data files of a table."""
         return table_files(self._open(table))
 
     def paths(self, table: Table) -> list[str]:
-        """The paths of a table's data files, as the log writes them."""
+        """Return the paths of a table's data files, as the log writes them."""
         return file_paths(self.lake.uri(table), self.version(table))
 
     def partitions(self, table: Table) -> dict[Partition, list[TableFile]]:
-        """The data files of a table by partition; files without one of its values are left out."""
+        """Return the data files of a table by partition; leaves out files without one of its values."""
         found: dict[Partition, list[TableFile]] = {}
         for file in self.files(table):
             values: list[tuple[str, Any]] = [(name, file.values[name]) for name in table.partition_by]
@@ -263,10 +278,9 @@ class Snapshot:
         return found
 
     def rows(self, table: Table, *columns: str, where_in: tuple[str, pa.Array] | None = None) -> pa.Table:
-        """Rows of a table as Arrow: ``columns`` (none a partition column), by default all stored ones.
+        """Read ``columns`` (default: all stored) of a table as Arrow; no rows if the table was not pinned.
 
-        No rows if the table was not pinned. ``where_in`` keeps the rows whose column has one of the values. A column that an older
-        table lacks is null.
+        ``where_in`` keeps the rows whose column has one of the values. A column that an older table lacks is null.
         """
         schema = table.schema_of(*columns)
         if table not in self:

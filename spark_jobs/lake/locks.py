@@ -26,14 +26,14 @@ class Patience(StrEnum):
 
 
 SECONDS = {Patience.NONE: 0.0, Patience.SOME: 600.0, Patience.ENDLESS: -1.0}
-"""As FileLock takes them."""
+"""The timeouts of FileLock."""
 
 
 @dataclass(frozen=True)
 class Lock:
-    """One lock. ``holder`` names who holds it, ``patience`` how long others wait.
+    """One lock. ``holder`` describes the process that holds it, ``patience`` how long others wait.
 
-    ``busy`` and ``hint`` are the message to whoever waited in vain; ``{home}``, ``{path}`` and ``{seconds}`` are filled in.
+    ``busy`` and ``hint`` are the error message if the wait fails; ``{home}``, ``{path}`` and ``{seconds}`` are filled in.
     """
 
     file: str
@@ -68,11 +68,11 @@ LOCKS = (UP, INGEST, PUBLISH, ATTRIBUTION, BILLING, CORRECTIONS, REWRITE, WRITE_
 """All locks, in the order in which they are taken."""
 
 WRITE_LOCKS = {"events": WRITE_EVENTS, "orders": WRITE_ORDERS}
-"""The lock of whoever writes the tables of a stream."""
+"""The lock of the writers of each stream's tables."""
 
 
 def file_lock(settings: Settings, lock: Lock) -> FileLock:
-    """The lock as a file lock that is not taken yet."""
+    """Return the lock as a file lock that is not taken yet."""
     disk.make_folder(settings.home_path)
     return FileLock(settings.home_path / lock.file)
 
@@ -97,7 +97,7 @@ def exclusive(settings: Settings, *locks: Lock, patience_seconds: float | None =
 
 
 def is_held(settings: Settings, lock: Lock) -> bool:
-    """Whether a process holds ``lock`` now."""
+    """Return whether a process holds ``lock`` now."""
     try:
         with exclusive(settings, lock, patience_seconds=0):
             return False

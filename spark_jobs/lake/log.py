@@ -1,16 +1,15 @@
-"""Reading a Delta table's log without a Spark job: versions, commits, transactions, files.
+"""Reads a Delta table's log without a Spark job: versions, commits, transactions, files.
 
-After a power cut a commit may be empty or cut off. delta-rs and DuckDB take an empty commit for a version without changes, so a
-reader would miss rows in silence. ``DeltaLog`` raises TableCorruptionError instead, and says what to do. A *torn tail* is
-unreadable commits that no readable one follows: the next command that writes sets them aside (``lake/torn.py``). Anything else is
-damage, which ``adtally fsck`` names.
+After a power cut a commit may be empty or truncated. delta-rs and DuckDB read an empty commit as a version without changes, so a
+reader would silently miss rows. ``DeltaLog`` raises TableCorruptionError instead. A *torn tail* is unreadable commits that no
+readable one follows: the next command that writes sets them aside (``lake/torn.py``). ``adtally fsck`` names any other damage.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,20 +22,17 @@ from xxhash import xxh3_64_hexdigest
 from spark_jobs.errors import TableCorruptionError
 from spark_jobs.lake.roots import is_local, open_root
 
-RETYPED_KEY = "adtallyRetyped"  # in the commitInfo of a commit that only wrote the rows again with other types
+RETYPED_KEY = "adtallyRetyped"  # in the commitInfo of a commit that only rewrote the rows with other types
 RUN_KEY = "adtallyCompaction"  # in the commitInfo of a compaction, with the id of its run
 _COMMIT = re.compile(r"(\d{20})\.json")
-# Of one file, of one of several parts, or named by a UUID.
+# a single file, one of several parts, or named by a UUID
 _CHECKPOINT = re.compile(r"(\d{20})\.checkpoint(?:\.(\d{10})\.(\d{10})|\.[0-9a-f-]{36})?\.(?:parquet|json)")
 _readable: dict[str, int] = {}  # table -> the newest version that this process has read
 
 
 @dataclass(frozen=True)
 class Commit:
-    """One version: its transaction (app id, version), user metadata, and the data files it added and removed.
-
-    ``info`` is all of its commitInfo.
-    """
+    """One version: its transaction (app id, version), user metadata, added and removed data files, and its commitInfo."""
 
     version: int
     txn: tuple[str, int] | None = None
@@ -48,12 +44,17 @@ class Commit:
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
-        """The user metadata of our own writers, a JSON object. Empty if the commit has none, or another tool's."""
+        """The user metadata of our writers, a JSON object. Empty if the commit has none, or another tool's."""
         try:
             found = json.loads(self.user_metadata or "{}")
         except ValueError:
             return {}
         return found if isinstance(found, dict) else {}
+
+    @property
+    def committed_ms(self) -> int:
+        """The time of the commit in milliseconds since the epoch; 0 if it has none."""
+        return int(self.info.get("timestamp", 0))
 
     @property
     def changes_rows(self) -> bool:
@@ -62,12 +63,12 @@ class Commit:
 
     @property
     def data_added(self) -> tuple[dict[str, Any], ...]:
-        """Added files that bring rows, not rearrange them."""
+        """The added files with new rows, not rearranged ones."""
         return self._changes(self.added)
 
     @property
     def data_removed(self) -> tuple[dict[str, Any], ...]:
-        """Removed files whose rows went or changed."""
+        """The removed files whose rows were deleted or changed."""
         return self._changes(self.removed)
 
     @property
@@ -85,33 +86,20 @@ class Commit:
 
 
 def parse_commit(version: int, text: str) -> Commit:
-    """A commit from the text of its JSON file. Raises ValueError if the text is not the whole of one."""
-    txn: tuple[str, int] | None = None
-    user_metadata: str | None = None
-    table_id: str | None = None
-    info: dict[str, Any] = {}
-    added: list[dict[str, Any]] = []
-    removed: list[dict[str, Any]] = []
-    actions = 0
-    for line in filter(None, text.split("\n")):  # not splitlines: strings in it may hold U+2028 and the like as they are
+    """Parse the text of a commit's JSON file. Raises ValueError if the text is incomplete."""
+    by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in filter(None, text.split("\n")):  # not splitlines: strings may contain U+2028 and the like
         action = json.loads(line)
         if not isinstance(action, dict):
             raise ValueError("a line of it is not an action")
-        if "txn" in action:
-            txn = (action["txn"]["appId"], int(action["txn"]["version"]))
-        elif "commitInfo" in action:
-            info = action["commitInfo"]
-            user_metadata = info.get("userMetadata")
-        elif "add" in action:
-            added.append(action["add"])
-        elif "remove" in action:
-            removed.append(action["remove"])
-        elif "metaData" in action:
-            table_id = action["metaData"]["id"]
-        actions += 1
-    if not actions:
+        by_kind[next(iter(action), "")].append(next(iter(action.values()), {}))
+    if not by_kind:
         raise ValueError("it is empty")
-    return Commit(version, txn, user_metadata, tuple(added), tuple(removed), table_id, info)
+    txn = [(str(one["appId"]), int(one["version"])) for one in by_kind["txn"]]
+    table_id = [str(one["id"]) for one in by_kind["metaData"]]
+    info = (by_kind["commitInfo"] or [{}])[-1]
+    added, removed, user_metadata = tuple(by_kind["add"]), tuple(by_kind["remove"]), info.get("userMetadata")
+    return Commit(version, txn[-1] if txn else None, user_metadata, added, removed, table_id[-1] if table_id else None, info)
 
 
 @dataclass(frozen=True)
@@ -127,7 +115,7 @@ class CommitFault:
     is_tail: bool
 
     def error(self) -> TableCorruptionError:
-        """The fault as an error that says what to do."""
+        """Return the fault as an error that says what to do."""
         hint = (
             "the last write before a power cut; `adtally ingest` sets it aside and does its work again"
             if self.is_tail and is_local(self.path)
@@ -142,7 +130,7 @@ def _sizes_of_commits(entries: list[fs.FileInfo]) -> dict[int, int]:
 
 
 def _newest(entries: list[fs.FileInfo]) -> int | None:
-    """The newest version that has a commit, or a checkpoint with all of its parts."""
+    """Return the newest version that has a commit, or a checkpoint with all of its parts."""
     parts = Counter(
         (int(match[1]), int(match[3] or 1)) for entry in entries if entry.size and (match := _CHECKPOINT.fullmatch(entry.base_name))
     )
@@ -151,7 +139,7 @@ def _newest(entries: list[fs.FileInfo]) -> int | None:
 
 
 def commit_identity(commit: Commit | None) -> str:
-    """A hash that tells a commit from another of the same version: Delta names each data file anew. Empty where it is gone."""
+    """Return a hash that tells a commit from another of the same version, by its data files' names. Empty for None."""
     if commit is None:
         return ""
     paths = [action["path"] for action in (*commit.added, *commit.removed)]
@@ -167,11 +155,11 @@ class DeltaLog:
         self._folder = f"{root}/_delta_log"
 
     def exists(self) -> bool:
-        """Whether the table has been created. Reads no commit."""
+        """Return whether the table has been created. Reads no commit."""
         return _newest(self._entries()) is not None
 
     def latest_version(self) -> int | None:
-        """The newest version, None if there is no table. Old commits may be gone, if a checkpoint has what they did.
+        """Return the newest version, None if there is no table. A checkpoint may have replaced old commits.
 
         Raises TableCorruptionError if a commit is empty, or the newest one cannot be read.
         """
@@ -181,17 +169,18 @@ class DeltaLog:
         for version, size in sizes.items():
             if not size:
                 self._raise_fault(version)
-        if newest is not None and newest in sizes:
-            self._check_newest(newest)
+        if newest is not None and newest in sizes and _readable.get(self.uri) != newest:
+            self._raise_fault(newest)
+            _readable[self.uri] = newest
         return newest
 
     def table_id(self) -> str:
-        """The id of the table, which tells it from another of the same name. From its first commit, or from a checkpoint."""
+        """Return the table's id, which tells it from another of the same name; from its first commit, or a checkpoint."""
         first = self.commit(0)
         return first.table_id if first and first.table_id else str(DeltaTable(self.uri).metadata().id)
 
     def commits(self, after: int, until: int) -> list[Commit] | None:
-        """The commits of the versions beyond ``after`` up to ``until``; None if the log no longer has one of them."""
+        """Return the commits after version ``after`` up to ``until``; None if the log no longer has one of them."""
         found: list[Commit] = []
         for version in range(after + 1, until + 1):
             commit = self.commit(version)
@@ -201,19 +190,18 @@ class DeltaLog:
         return found
 
     def newest_metadata(self) -> dict[str, Any] | None:
-        """The metadata of the newest commit that has some; None if no commit of the log has."""
+        """Return the metadata of the newest commit that has some; None if no commit of the log has."""
         return next((commit.metadata for commit in self.commits_backwards() if commit.metadata), None)
 
     def commit_sizes(self) -> dict[int, int]:
-        """The size in bytes of each commit that the log has, by version."""
+        """Return the size in bytes of each commit of the log, by version."""
         return _sizes_of_commits(self._entries())
 
     def _entries(self) -> list[fs.FileInfo]:
-        """The files in the folder of the log."""
         return list(self._files.get_file_info(fs.FileSelector(self._folder, allow_not_found=True)))
 
     def faults(self) -> list[CommitFault]:
-        """Every commit that cannot be read, and every version that is missing between two commits; reads the whole log."""
+        """Return every unreadable commit and every version missing between two commits; reads the whole log."""
         versions = sorted(self.commit_sizes())
         bad = {version: problem for version in versions if (problem := self._problem(version))}
         good = max((version for version in versions if version not in bad), default=-1)
@@ -222,7 +210,7 @@ class DeltaLog:
         return [CommitFault(version, self.commit_path(version), bad[version], version > good) for version in sorted(bad)]
 
     def tail_faults(self) -> list[CommitFault]:
-        """The unreadable commits behind the last readable one, oldest first; reads no more than these."""
+        """Return the unreadable commits after the last readable one, oldest first; reads only these."""
         found: list[CommitFault] = []
         for version in sorted(self.commit_sizes(), reverse=True):
             problem = self._problem(version)
@@ -232,11 +220,11 @@ class DeltaLog:
         return found[::-1]
 
     def commit_path(self, version: int) -> str:
-        """The file of a version's commit."""
+        """Return the file of a version's commit."""
         return f"{self._folder}/{version:020d}.json"
 
     def commit(self, version: int) -> Commit | None:
-        """A version's commit, None if the log no longer has it. Raises TableCorruptionError if it cannot be read."""
+        """Read a version's commit, None if the log no longer has it. Raises TableCorruptionError if it cannot be read."""
         try:
             return self._read(version)
         except FileNotFoundError:
@@ -250,7 +238,7 @@ class DeltaLog:
             return parse_commit(version, stream.read().decode("utf-8"))
 
     def _problem(self, version: int) -> str | None:
-        """What is wrong with a commit that exists; None: nothing."""
+        """Return what is wrong with an existing commit; None if nothing is."""
         try:
             self._read(version)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -264,14 +252,8 @@ class DeltaLog:
             tail = {fault.version for fault in self.tail_faults()}
             raise CommitFault(version, self.commit_path(version), problem, version in tail).error()
 
-    def _check_newest(self, version: int) -> None:
-        """Raise TableCorruptionError if the newest commit cannot be read. Once per version and process."""
-        if _readable.get(self.uri) != version:
-            self._raise_fault(version)
-            _readable[self.uri] = version
-
     def commits_backwards(self, start: int | None = None) -> Iterator[Commit]:
-        """Commits from ``start`` (default: the newest) back to the oldest that the log still has."""
+        """Yield commits from ``start`` (default: the newest) back to the oldest that the log still has."""
         version = self.latest_version() if start is None else start
         while version is not None and version >= 0:
             commit = self.commit(version)
@@ -281,11 +263,8 @@ class DeltaLog:
             version -= 1
 
     def find_transaction(self, app_id: str, txn_version: int) -> Commit | None:
-        """The commit that wrote transaction ``txn_version`` of ``app_id``, if there is one."""
+        """Return the commit that wrote transaction ``txn_version`` of ``app_id``, if there is one."""
         for commit in self.commits_backwards():
-            if commit.txn is not None and commit.txn[0] == app_id:
-                if commit.txn[1] == txn_version:
-                    return commit
-                if commit.txn[1] < txn_version:
-                    return None
+            if commit.txn is not None and commit.txn[0] == app_id and commit.txn[1] <= txn_version:
+                return commit if commit.txn[1] == txn_version else None
         return None

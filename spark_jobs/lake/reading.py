@@ -1,4 +1,4 @@
-"""The data files of Delta tables, and their rows as Arrow, without a Spark job."""
+"""Reads the data files of Delta tables and their rows as Arrow, without a Spark job."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ _STATISTICS_STEP = timedelta(milliseconds=1)  # Delta's statistics have times in
 
 @dataclass(frozen=True)
 class TableFile:
-    """A data file of a table's version, as the log describes it: path within the table, size in bytes, number of rows.
+    """A data file of a table's version in the log: path within the table, size in bytes, number of rows.
 
-    ``values`` are the values of the partition columns; ``low`` and ``high`` are the smallest and the largest value of each column
-    that has statistics.
+    ``values`` are those of the partition columns; ``low`` and ``high`` the smallest and largest of each column with statistics.
     """
 
     path: str
@@ -46,7 +45,7 @@ class TableFile:
         return {name: None if value is None else str(value) for name, value in self.values.items()}
 
     def may_have(self, column: str, start: datetime, end: datetime) -> bool:
-        """Whether rows with ``start <= column <= end`` may be in the file. True if it has no statistics of the column."""
+        """Return whether the file may have rows with ``start <= column <= end``. True without statistics of the column."""
         low, high = self.low.get(column), self.high.get(column)
         if low is None or high is None:
             return True
@@ -54,10 +53,15 @@ class TableFile:
         return bool(low <= end and start - high <= _STATISTICS_STEP)
 
 
-def open_table(uri: str, version: int | None = None) -> DeltaTable:
-    """Open a table at a version, or at its newest. Raises TableCorruptionError if it cannot be read."""
+def open_table(uri: str, version: int | None = None, held: DeltaTable | None = None) -> DeltaTable:
+    """Open a table at a version, or at its newest. Raises TableCorruptionError if it cannot be read.
+
+    ``held`` is the table opened before: it is brought to the newest version, which reads only the new entries of the log.
+    """
     try:
-        return DeltaTable(uri, version=version)
+        if held is not None:
+            held.update_incremental()
+        return DeltaTable(uri, version=version) if held is None else held
     except DeltaError as error:
         name = uri.rsplit("/", 1)[-1]
         which = f"table {name}" if version is None else f"version {version} of table {name}"
@@ -82,17 +86,17 @@ def table_files(held: DeltaTable) -> list[TableFile]:
 
 
 def file_paths(uri: str, version: int) -> list[str]:
-    """The paths of the data files of a version, as the log writes them."""
+    """Return the paths of a version's data files, as the log writes them."""
     return list(pa.table(open_table(uri, version).get_add_actions())["path"].to_pylist())
 
 
 def full_path(uri: str, path: str) -> str:
-    """Where a data file is, from its path in the log of the table at ``uri``."""
+    """Return the location of a data file, from its path in the log of the table at ``uri``."""
     return f"{uri}/{unquote(path)}"
 
 
 def read_files(uri: str, paths: Sequence[str], schema: pa.Schema, where_in: tuple[str, pa.Array] | None = None) -> pa.Table:
-    """Read columns of data files, which ``paths`` name as the log does. ``schema`` may have no partition column.
+    """Read columns of data files, named as in the log. ``schema`` may have no partition column.
 
     ``where_in`` keeps the rows whose column has one of the values. A column that a file lacks is null. Raises FileNotFoundError.
     """
@@ -101,7 +105,7 @@ def read_files(uri: str, paths: Sequence[str], schema: pa.Schema, where_in: tupl
     files = _dataset(uri, paths, schema)
     if where_in is None:
         return files.to_table()
-    # not as the scanner's filter: it cannot compare the statistics of string_view columns, which delta-rs writes
+    # not the scanner's filter: it cannot compare the statistics of string_view columns, which delta-rs writes
     name, values = where_in
     kept = [batch.filter(pc.is_in(batch[name], value_set=values)) for batch in files.to_batches()]
     return pa.Table.from_batches(kept, schema)

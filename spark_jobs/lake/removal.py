@@ -1,4 +1,4 @@
-"""Deleting data files that no reader needs, and taking damaged ones out of their tables, through delta-rs."""
+"""Deletes data files that no reader needs, and removes damaged ones from their tables, through delta-rs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from spark_jobs.steps import Step
 
 
 def unneeded_files(lake: Lake, table: Table, retention_hours: int, keep_versions: Sequence[int]) -> dict[str, int]:
-    """The sizes in bytes, by path, of the files that a table's newest version and ``keep_versions`` do not need.
+    """Return the sizes in bytes, by path, of the files that a table's newest version and ``keep_versions`` do not need.
 
-    Only files that were removed (or, if no commit names them, written) longer ago than ``retention_hours``, and that are still
-    there: delta-rs lists what an earlier vacuum deleted for as long as the log has the removal.
+    Only existing files that were removed (or, if no commit names them, written) longer ago than ``retention_hours``: delta-rs also
+    lists files that an earlier vacuum deleted.
     """
     paths = _vacuum(lake, table, retention_hours, keep_versions, dry_run=True)
     filesystem, root = open_root(lake.uri(table))
@@ -27,7 +27,7 @@ def unneeded_files(lake: Lake, table: Table, retention_hours: int, keep_versions
 
 
 def delete_unneeded_files(lake: Lake, table: Table, retention_hours: int, keep_versions: Sequence[int]) -> list[str]:
-    """Delete what `unneeded_files` lists; returns the files. The log gets two commits that say so."""
+    """Delete what `unneeded_files` lists, with two commits in the log; returns the files."""
     return _vacuum(lake, table, retention_hours, keep_versions, dry_run=False)
 
 
@@ -37,14 +37,14 @@ def _vacuum(lake: Lake, table: Table, retention_hours: int, keep_versions: Seque
         return held.vacuum(
             retention_hours=retention_hours,
             dry_run=dry_run,
-            enforce_retention_duration=False,  # the caller has a minimum of its own
+            enforce_retention_duration=False,  # the caller has its own minimum
             full=True,  # files of killed batches too, which no commit names
             keep_versions=list(keep_versions),
         )
 
 
 def take_files_out(lake: Lake, table: Table, paths: Collection[str], metadata: Mapping[str, object]) -> None:
-    """Commit that a table no longer has some data files, named as in its log; older versions keep them. ``metadata`` says why."""
+    """Remove data files, named as in the log, from a table; older versions keep them. ``metadata`` says why."""
     held = open_table(lake.uri(table))
     removed = [file for file in table_files(held) if file.path in paths]
     lake.commit(table, Step.DAMAGE_REMOVED, base=int(held.version()), remove=removed, metadata=metadata)

@@ -1,7 +1,6 @@
-"""Commits that only move rows between files: compaction, and undoing one. Through delta-rs.
+"""Moves rows between files through delta-rs: compaction, and undoing one. Callers hold the rewrite lock.
 
-Callers hold the rewrite lock. A commit of a compaction has ``dataChange: false`` in all its actions and the
-id of the run in its commitInfo.
+A commit of a compaction has ``dataChange: false`` in all its actions and the id of the run in its commitInfo.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def rearrange(
     common: dict[str, Any] = {
         "partition_filters": [(name, "=", value) for name, value in partition] or None,
         "target_size": target_bytes,
-        "max_concurrent_tasks": 1,  # the other core is the ingest's
+        "max_concurrent_tasks": 1,  # leaves the other core to the ingest
         "max_spill_size": _MEMORY_BYTES,
         "writer_properties": _PROPERTIES,
         "commit_properties": CommitProperties(custom_metadata={RUN_KEY: run_id}),
@@ -51,12 +50,12 @@ def rearrange(
 
 
 def version_of_run(lake: Lake, table: Table, run_id: str) -> int:
-    """The version that the run has committed."""
+    """Return the version that the run committed."""
     return next(commit.version for commit in lake.log(table).commits_backwards() if commit.info.get(RUN_KEY) == run_id)
 
 
 def take_back(lake: Lake, table: Table, version: int) -> None:
-    """Undo what ``version`` did to the files of the table, and nothing that was committed since."""
+    """Undo the changes of ``version`` to the files of the table; later commits stay."""
     before, after = ({file.path: file for file in lake.at({table.name: v}).files(table)} for v in (version - 1, version))
     lake.commit(
         table,

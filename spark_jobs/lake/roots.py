@@ -1,4 +1,4 @@
-"""Where a root lies: a local path or an object store's URI, opened with Arrow's file systems."""
+"""Opens a root, a local path or an object store's URI, with Arrow's file systems."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from spark_jobs.failure import one_line
 
 
 def is_local(uri: str) -> bool:
-    """Whether a root is a local path, not an object store's URI."""
+    """Return whether a root is a local path, not an object store's URI."""
     return "://" not in uri
 
 
 @cache
 def open_root(uri: str) -> tuple[fs.FileSystem, str]:
-    """The file system of ``uri`` and the path in it. s3a:// is Hadoop's name for s3://.
+    """Return the file system of ``uri`` and the path in it. s3a:// is Hadoop's name for s3://.
 
-    Credentials come from where the store's own tools look for them (environment, profile, instance). Raises ConfigurationError
-    where the store does not answer.
+    Credentials come from environment, profile or instance. Raises ConfigurationError if the store does not answer.
     """
     if is_local(uri):
         return fs.LocalFileSystem(), uri
@@ -34,7 +33,7 @@ def open_root(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def local_path(uri: str) -> Path | None:
-    """The folder of a local root; None for an object store."""
+    """Return the folder of a local root; None for an object store."""
     return Path(uri) if is_local(uri) else None
 
 

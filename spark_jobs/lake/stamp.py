@@ -1,4 +1,4 @@
-"""The columns that say which batch wrote a row, and what follows from them."""
+"""Fills in the columns that name the batch of a row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spark_jobs.units import DAY_US
 
 @dataclass(frozen=True)
 class Stamp:
-    """The batch's own columns: the streaming query's id, the batch id, the time of ingestion in microseconds."""
+    """A batch: the streaming query's id, the batch id, the time of ingestion in microseconds."""
 
     query_id: str
     batch_id: int
@@ -21,19 +21,19 @@ class Stamp:
 
 
 def stamped(rows: pa.Table, table: Table, stamp: Stamp) -> pa.Table:
-    """``rows`` as rows of ``table``: its columns in its order and types, the batch's filled in, all others that lack null."""
+    """Return ``rows`` with the table's columns in its order and types: the batch's filled in, other missing ones null."""
     values = _values(stamp)
-    columns = []
-    for field in table.schema:
-        if field.name in rows.column_names:
-            columns.append(rows[field.name].cast(field.type))
-        else:
-            columns.append(constant(values.get(field.name), rows.num_rows, field.type))
+    columns = [
+        rows[field.name].cast(field.type)
+        if field.name in rows.column_names
+        else constant(values.get(field.name), rows.num_rows, field.type)
+        for field in table.schema
+    ]
     return pa.Table.from_arrays(columns, schema=table.schema)
 
 
 def stamped_records(records: list[dict[str, Any]], table: Table, stamp: Stamp) -> pa.Table:
-    """``records`` as rows of ``table``: the batch's columns set, fields it lacks left out, missing ones null."""
+    """Return ``records`` as rows of ``table``, with the batch's columns filled in, unknown fields dropped, missing ones null."""
     return pa.Table.from_pylist([{**record, **_values(stamp)} for record in records], table.schema)
 
 
@@ -47,11 +47,8 @@ def _values(stamp: Stamp) -> dict[str, Any]:
 
 
 def constant(value: Any, rows: int, kind: pa.DataType) -> pa.Array:
-    """A column with the same value ``rows`` times; null where it is None."""
+    """Return a column with the same value ``rows`` times; nulls for None. Times and dates are given as numbers."""
     if value is None:
         return pa.nulls(rows, kind)
-    if pa.types.is_timestamp(kind):
-        return pa.repeat(pa.scalar(value, pa.int64()), rows).cast(kind)
-    if pa.types.is_date32(kind):
-        return pa.repeat(pa.scalar(value, pa.int32()), rows).cast(kind)
-    return pa.repeat(pa.scalar(value, kind), rows)
+    number = pa.int64() if pa.types.is_timestamp(kind) else pa.int32() if pa.types.is_date32(kind) else kind
+    return pa.repeat(pa.scalar(value, number), rows).cast(kind)

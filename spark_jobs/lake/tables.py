@@ -1,19 +1,18 @@
-"""The registry of the Delta tables: path, schema, partitioning, keys and meaning of each. Nothing else names them.
+"""The registry of the Delta tables: name, schema, partitioning, key and meaning of each.
 
-``_query_id`` and ``_batch_id`` name the batch to which a row belongs; ``_run_id`` the correction run (a repair or a backfill) that
-wrote it, null where the batch itself did.
+``_query_id`` and ``_batch_id`` name the batch of a row; ``_run_id`` the correction run that wrote it, null if the batch wrote it.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import pyarrow as pa
 
 STREAMS = ("events", "orders")
-"""What is ingested; each has its tables."""
+"""The streams of records; each has its tables."""
 
 _TYPES = {
     "STRING": pa.string(),
@@ -35,20 +34,20 @@ _TYPES = {
 class Table:
     """A Delta table under the lakehouse root.
 
-    ``columns`` is a DDL list in column order; ``key`` identifies a row; ``stats_columns`` are those for which
-    Delta keeps minimum and maximum per file (wide text columns cost time and prune nothing).
+    ``columns`` is a DDL list in column order; ``key`` identifies a row; Delta keeps minimum and maximum of ``stats_columns`` per
+    file (wide text columns would cost time and prune nothing).
     """
 
     name: str
     grain: str
     columns: str
     key: tuple[str, ...]
-    partition_by: tuple[str, ...]
     stats_columns: tuple[str, ...]
+    partition_by: tuple[str, ...] = ()
 
     @cached_property
     def types(self) -> dict[str, str]:
-        """The columns and their types as the DDL names them."""
+        """The DDL types of the columns."""
         return dict(column.split() for column in re.split(r",\s+", self.columns.strip()))
 
     @cached_property
@@ -62,7 +61,7 @@ class Table:
         return pa.schema([field for field in self.schema if field.name not in self.partition_by])
 
     def schema_of(self, *columns: str) -> pa.Schema:
-        """The schema of some columns; of all stored ones by default."""
+        """Return the schema of some columns; by default of all stored ones."""
         return pa.schema([self.schema.field(name) for name in columns]) if columns else self.stored_schema
 
 
@@ -85,34 +84,25 @@ EVENTS = Table(
     stats_columns=("event_time", "received_at", "_batch_id"),
 )
 
-REJECTED_COLUMNS = """
-    outcome STRING, reason_codes ARRAY<STRING>, source STRING, region STRING,
-    source_file STRING, source_line BIGINT, source_topic STRING, source_partition INT, source_offset BIGINT,
-    raw STRING, raw_encoding STRING, raw_size_bytes BIGINT,
-    record_id STRING, record_time TIMESTAMP, fingerprint STRING, accepted_fingerprint STRING,
-    ingested_at TIMESTAMP, ingested_date DATE, _query_id STRING, _batch_id BIGINT, _run_id STRING, records BIGINT
-"""
-
 REJECTED_EVENTS = Table(
     name="rejected_events",
     grain="one row a record that was not accepted and is not a duplicate: outcome 'rejected' (with its reason codes) or "
     "'conflict' (same id, other payload: both fingerprints as 16 hex digits). A file that cannot be read has one row "
     "with line 0. records: how many records the row stands for (null: one). A row for more has no raw text; its place and "
     "time are those of the first of them. Count records by sum(coalesce(records, 1))",
-    columns=REJECTED_COLUMNS,
+    columns="""
+        outcome STRING, reason_codes ARRAY<STRING>, source STRING, region STRING,
+        source_file STRING, source_line BIGINT, source_topic STRING, source_partition INT, source_offset BIGINT,
+        raw STRING, raw_encoding STRING, raw_size_bytes BIGINT,
+        record_id STRING, record_time TIMESTAMP, fingerprint STRING, accepted_fingerprint STRING,
+        ingested_at TIMESTAMP, ingested_date DATE, _query_id STRING, _batch_id BIGINT, _run_id STRING, records BIGINT
+    """,
     key=("source_file", "source_line"),
     partition_by=("ingested_date",),
     stats_columns=("ingested_at", "_batch_id"),
 )
 
-REJECTED_ORDERS = Table(
-    name="rejected_orders",
-    grain="as rejected_events, for orders",
-    columns=REJECTED_COLUMNS,
-    key=("source_file", "source_line"),
-    partition_by=("ingested_date",),
-    stats_columns=("ingested_at", "_batch_id"),
-)
+REJECTED_ORDERS = replace(REJECTED_EVENTS, name="rejected_orders", grain="as rejected_events, for orders")
 
 MINUTE_METRICS = Table(
     name="minute_metrics",
@@ -141,7 +131,6 @@ BATCH_LEDGER = Table(
         lost_offsets BIGINT, max_received_at TIMESTAMP, ingested_at TIMESTAMP, _query_id STRING, _batch_id BIGINT, _run_id STRING
     """,
     key=("_query_id", "_batch_id", "_run_id", "source", "region", "event_hour"),
-    partition_by=(),
     stats_columns=("event_hour", "_batch_id"),
 )
 
@@ -155,33 +144,23 @@ ORDERS = Table(
         source_file STRING, source_line BIGINT, ingested_at TIMESTAMP, _query_id STRING, _batch_id BIGINT, _run_id STRING
     """,
     key=("order_id",),
-    partition_by=(),
     stats_columns=("order_id", "order_time", "_batch_id"),
 )
-
-RAW_COLUMNS = """
-    cluster STRING, source_topic STRING, source_partition INT, source_offset BIGINT, source_timestamp TIMESTAMP,
-    value BINARY, ingested_at TIMESTAMP, ingested_date DATE
-"""
 
 RAW_EVENTS = Table(
     name="raw_events",
     grain="one row a record of the topic of events, as it came (value null: a tombstone), by a query of its own, so that a "
     "recount needs neither the topic nor the hot path. After a lost checkpoint a record may stand here twice: take one a key",
-    columns=RAW_COLUMNS,
+    columns="""
+        cluster STRING, source_topic STRING, source_partition INT, source_offset BIGINT, source_timestamp TIMESTAMP,
+        value BINARY, ingested_at TIMESTAMP, ingested_date DATE
+    """,
     key=("cluster", "source_topic", "source_partition", "source_offset"),
     partition_by=("ingested_date",),
     stats_columns=("cluster", "source_topic", "source_partition", "source_offset", "source_timestamp"),
 )
 
-RAW_ORDERS = Table(
-    name="raw_orders",
-    grain="as raw_events, for orders",
-    columns=RAW_COLUMNS,
-    key=RAW_EVENTS.key,
-    partition_by=RAW_EVENTS.partition_by,
-    stats_columns=RAW_EVENTS.stats_columns,
-)
+RAW_ORDERS = replace(RAW_EVENTS, name="raw_orders", grain="as raw_events, for orders")
 
 RAW_TABLES = {"events": RAW_EVENTS, "orders": RAW_ORDERS}
 REJECTED_TABLES = {"events": REJECTED_EVENTS, "orders": REJECTED_ORDERS}
@@ -196,7 +175,6 @@ SOURCE_GAPS = Table(
         topic_id STRING, reason STRING, accepted_by STRING, accepted_at TIMESTAMP
     """,
     key=("stream", "cluster", "source_topic", "source_partition", "first_offset", "topic_id"),
-    partition_by=(),
     stats_columns=("accepted_at",),
 )
 
@@ -209,7 +187,6 @@ RELEASES = Table(
         released_at TIMESTAMP, _query_id STRING, _batch_id BIGINT
     """,
     key=("source_file", "_query_id", "_batch_id"),
-    partition_by=(),
     stats_columns=("released_at",),
 )
 
@@ -221,7 +198,6 @@ CAMPAIGNS = Table(
         valid_from TIMESTAMP, valid_to TIMESTAMP, source_file STRING
     """,
     key=("campaign_id", "valid_from"),
-    partition_by=(),
     stats_columns=("campaign_id",),
 )
 
@@ -231,7 +207,6 @@ NAMES = Table(
     "replaced when they change",
     columns="kind STRING, id STRING, name STRING, source_file STRING",
     key=("kind", "id"),
-    partition_by=(),
     stats_columns=("kind",),
 )
 
@@ -246,7 +221,6 @@ RECONCILIATIONS = Table(
         is_repaired BOOLEAN, detail STRING, delta_versions STRING, run_at TIMESTAMP
     """,
     key=("run_id", "event_hour", "layer", "cause", "campaign_id"),
-    partition_by=(),
     stats_columns=("event_hour", "run_at"),
 )
 
@@ -261,7 +235,6 @@ RESTATEMENTS = Table(
         spend_nanos DECIMAL(38,0), invalid_spend_nanos DECIMAL(38,0), rule_set STRING, restated_at TIMESTAMP
     """,
     key=("run_id", "event_hour", "region", "campaign_id", "currency", "cause"),
-    partition_by=(),
     stats_columns=("event_hour", "restated_at"),
 )
 
@@ -275,7 +248,6 @@ HOUR_RULES = Table(
         hour_grace_us BIGINT, events_version BIGINT, rule_set STRING, set_at TIMESTAMP
     """,
     key=("run_id", "event_hour"),
-    partition_by=(),
     stats_columns=("event_hour", "set_at"),
 )
 
@@ -284,7 +256,6 @@ HOUR_CLOSINGS = Table(
     grain="one row an operator's decision to close all hours that end at or before closed_through, whatever a silent source says",
     columns="closed_through TIMESTAMP, reason STRING, closed_by STRING, closed_at TIMESTAMP",
     key=("closed_at",),
-    partition_by=(),
     stats_columns=("closed_through",),
 )
 
@@ -294,7 +265,6 @@ RULE_SETS = Table(
     "rule_set, the SHA-256 of kind and content",
     columns="rule_set STRING, kind STRING, content STRING, set_at TIMESTAMP",
     key=("rule_set",),
-    partition_by=(),
     stats_columns=("set_at",),
 )
 
@@ -308,7 +278,6 @@ TRAFFIC_REVIEWS = Table(
         changed BIGINT, reviewed_at TIMESTAMP
     """,
     key=("run_id", "event_hour"),
-    partition_by=(),
     stats_columns=("event_hour", "reviewed_at"),
 )
 
@@ -329,7 +298,6 @@ ATTRIBUTED_ORDERS = Table(
         reason STRING, rule_set STRING, attributed_at TIMESTAMP, _run_id STRING
     """,
     key=("order_id", "revision", "touch_event_id"),
-    partition_by=(),
     stats_columns=("order_id", "order_time", "revision"),
 )
 
@@ -347,7 +315,6 @@ BILLING_LINES = Table(
         billed_at TIMESTAMP
     """,
     key=("line_id",),
-    partition_by=(),
     stats_columns=("event_date", "billed_at"),
 )
 
@@ -361,16 +328,12 @@ PUBLICATIONS = Table(
         records BIGINT, total_records BIGINT, published_at TIMESTAMP
     """,
     key=("topic", "table_id", "version"),
-    partition_by=(),
     stats_columns=("version", "published_at"),
 )
 
-TABLES: dict[str, Table] = {
-    table.name: table
-    for table in (
-        *(EVENTS, REJECTED_EVENTS, MINUTE_METRICS, BATCH_LEDGER, ORDERS, REJECTED_ORDERS, CAMPAIGNS, NAMES),
-        *(RAW_EVENTS, RAW_ORDERS, SOURCE_GAPS, RELEASES),
-        *(RECONCILIATIONS, RESTATEMENTS, HOUR_RULES, HOUR_CLOSINGS),
-        *(RULE_SETS, TRAFFIC_REVIEWS, ATTRIBUTED_ORDERS, BILLING_LINES, PUBLICATIONS),
-    )
-}
+BATCH_TABLES = (EVENTS, REJECTED_EVENTS, MINUTE_METRICS, BATCH_LEDGER, ORDERS, REJECTED_ORDERS)
+"""The tables that the batches of records write. A recount can restore their rows from the raw input."""
+_INPUT_TABLES = (CAMPAIGNS, NAMES, RAW_EVENTS, RAW_ORDERS, SOURCE_GAPS, RELEASES)
+_CORRECTION_TABLES = (RECONCILIATIONS, RESTATEMENTS, HOUR_RULES, HOUR_CLOSINGS)
+_SETTLEMENT_TABLES = (RULE_SETS, TRAFFIC_REVIEWS, ATTRIBUTED_ORDERS, BILLING_LINES, PUBLICATIONS)
+TABLES = {table.name: table for table in (*BATCH_TABLES, *_INPUT_TABLES, *_CORRECTION_TABLES, *_SETTLEMENT_TABLES)}

@@ -1,8 +1,8 @@
-"""What a power cut left of the last commit of a table: found before anybody writes, and set aside.
+"""Sets aside a last commit that a power cut tore, before a command writes.
 
-Commits are synced before anybody builds on them (``commit.py``), so a last commit that is empty, cut off or without its data files
-was never acknowledged: whoever made it makes it again. Its file is renamed to ``.torn-<version>-<time>.json``, nothing is deleted.
-Damage in the middle of a log is refused, and ``adtally fsck`` is named.
+Commits are synced before a job builds on them (``commit.py``), so a last commit that is empty, truncated or without its data files
+was never acknowledged, and its writer repeats it. The file is renamed to ``.torn-<version>-<time>.json``; nothing is deleted.
+Damage in the middle of a log raises an error that names ``adtally fsck``.
 """
 
 from __future__ import annotations
@@ -22,27 +22,26 @@ from spark_jobs.lake.log import RUN_KEY, Commit, DeltaLog
 from spark_jobs.lake.roots import local_path
 from spark_jobs.lake.tables import BATCH_LEDGER, ORDERS, TABLES
 
-_MOST_TORN = 3  # commits in flight at once: of a batch, a compaction, a correction. More is no power cut
+_MOST_TORN = 3  # commits in flight at once: of a batch, a compaction, a correction
 _MAGIC = b"PAR1"
 
 
 def mend_tables(settings: Settings) -> list[str]:
     """Set aside the torn last commits of all tables; returns one line for each, and logs it as a warning.
 
-    Safe while others write: a live commit appears whole. Raises TableCorruptionError if more of a log
-    is damaged than that.
+    Safe while others write, because a commit appears whole. Raises TableCorruptionError if a log is damaged otherwise.
     """
-    said: list[str] = []
+    lines: list[str] = []
     if local_path(settings.lakehouse_uri) is None:
-        return said
-    for look in (_set_aside_tail, _set_aside_checkpoint, _set_aside_without_data):  # the next one reads what the one before left
+        return lines
+    for step in (_set_aside_tail, _set_aside_checkpoint, _set_aside_without_data):  # each reads what the previous one left
         for name in TABLES:
-            said += look(settings, name)
-    for line in said:
+            lines += step(settings, name)
+    for line in lines:
         logging.getLogger("adtally").warning("adtally: %s", line)
     for name in TABLES:
         DeltaLog(settings.table_uri(name)).latest_version()
-    return said
+    return lines
 
 
 def _set_aside_tail(settings: Settings, name: str) -> list[str]:
@@ -55,12 +54,12 @@ def _set_aside_tail(settings: Settings, name: str) -> list[str]:
         )
     if not faults:
         return []
-    with exclusive(settings, TORN):  # of two that start at once the second sees what the first left
+    with exclusive(settings, TORN):  # if two processes start at once, the second reads what the first left
         return [_set_aside(settings, name, fault.version, fault.problem) for fault in reversed(log.tail_faults())]
 
 
 def _set_aside_without_data(settings: Settings, name: str) -> list[str]:
-    """A merge or a compaction, whose files delta-rs wrote, if a file of it is not there whole and nobody built on it."""
+    """Set aside a merge or a compaction, whose files delta-rs writes, if a file is incomplete and no job built on it."""
     log = DeltaLog(settings.table_uri(name))
 
     def torn() -> Commit | None:
@@ -79,7 +78,7 @@ def _set_aside_without_data(settings: Settings, name: str) -> list[str]:
 
 
 def _set_aside_checkpoint(settings: Settings, name: str) -> list[str]:
-    """A checkpoint of the log that is not whole, and what names it: the log itself says the same."""
+    """Set aside an incomplete checkpoint of the log, and the file that names it: the log has the same content."""
     folder = Path(settings.table_uri(name)) / "_delta_log"
     torn = [path for path in sorted(folder.glob("*.checkpoint*.parquet"))[-1:] if not _ends_as_parquet(path)]
     hint = folder / "_last_checkpoint"
@@ -105,12 +104,8 @@ def _is_in_ledger(settings: Settings, transaction: tuple[str, int]) -> bool:
 
 
 def _is_undone_compaction(uri: str, commit: Commit) -> bool:
-    """Whether a commit only put rows together, and the files that it took them from are all there."""
-    return RUN_KEY in commit.info and all(_is_there(uri, action["path"]) for action in commit.removed)
-
-
-def _is_there(uri: str, path: str) -> bool:
-    return (Path(uri) / unquote(path)).exists()
+    """Return whether a commit is a compaction whose source files all exist."""
+    return RUN_KEY in commit.info and all((Path(uri) / unquote(action["path"])).exists() for action in commit.removed)
 
 
 def _is_whole(uri: str, action: dict[str, object]) -> bool:

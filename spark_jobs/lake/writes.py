@@ -1,9 +1,4 @@
-"""Creating the tables, upgrading those of an older adtally, and the commits of the ingest's batches.
-
-Tasks write data files (``data_files``); the driver commits them through delta-rs, which takes milliseconds where a commit
-through Spark takes about a second (docs/decisions/0003). Everyone else commits through `Lake`. All commits are made durable by
-``commit.committing``.
-"""
+"""Creates the tables, upgrades those of an older adtally, and commits the ingest's batches (docs/decisions/0003)."""
 
 from __future__ import annotations
 
@@ -15,11 +10,12 @@ from deltalake.exceptions import CommitFailedError
 
 from spark_jobs import disk
 from spark_jobs.config import Settings
-from spark_jobs.lake.commit import Transaction, commit_files, commit_properties, committing, has_seen, sync_commits, write_files
-from spark_jobs.lake.data_files import DataFile, DataFileWriter
+from spark_jobs.lake.commit import Transaction, commit_properties, committing, has_seen, sync_commits
+from spark_jobs.lake.data_files import DataFile
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.locks import REWRITE, exclusive
-from spark_jobs.lake.log import RETYPED_KEY, DeltaLog
-from spark_jobs.lake.reading import read_file_rows, table_files
+from spark_jobs.lake.log import RETYPED_KEY
+from spark_jobs.lake.reading import table_files
 from spark_jobs.lake.roots import is_local
 from spark_jobs.lake.tables import ORDERS, TABLES, Table
 from spark_jobs.lake.torn import mend_tables
@@ -29,19 +25,20 @@ _MERGE_ATTEMPTS = 5
 
 
 def ensure_tables(settings: Settings) -> None:
-    """Create the tables that do not exist yet; give those of an older adtally the columns and types that they lack.
+    """Create missing tables, and add missing columns and types to tables of an older adtally.
 
-    Sets aside first what a power cut left of a last commit. Safe to run again. Takes the rewrite lock if it has to write the rows
-    of a table again with other types. Raises TableCorruptionError if a log is damaged otherwise.
+    First sets aside torn last commits. Safe to run again. Takes the rewrite lock to rewrite the rows of a table with other types.
+    Raises TableCorruptionError if a log is damaged otherwise.
     """
     mend_tables(settings)
+    lake = Lake(settings)
     for table in TABLES.values():
-        uri = settings.table_uri(table.name)
-        if DeltaLog(uri).exists():
+        uri = lake.uri(table)
+        if lake.exists(table):
             _add_columns(uri, table)
             if _has_other_types(DeltaTable(uri), table):
                 with exclusive(settings, REWRITE):
-                    _change_types(uri, table)
+                    _change_types(lake, table)
             continue
         if is_local(uri):
             disk.make_folder(f"{uri}/_delta_log")
@@ -71,64 +68,52 @@ def _has_other_types(held: DeltaTable, table: Table) -> bool:
     return any(types[field.name] != field.type for field in Schema.from_arrow(table.schema).fields)
 
 
-def _change_types(uri: str, table: Table) -> None:
-    """Write the rows of a table again with the types of the registry, in one commit. Earlier versions stay as they were.
+def _change_types(lake: Lake, table: Table) -> None:
+    """Rewrite the rows of a table with the types of the registry, in one commit. Earlier versions stay as they were.
 
-    delta-rs takes a new schema only with an overwrite, and marks what that removes as a change of data. RETYPED_KEY in the commit
-    tells the readers of the log that no row has changed.
+    delta-rs takes a new schema only with an overwrite, and marks the removed files as a change of data. RETYPED_KEY in the commit
+    tells readers of the log that no row has changed.
     """
-    held = DeltaTable(uri)
-    if not _has_other_types(held, table):  # another process has done it, while this one waited for the lock
+    held = DeltaTable(lake.uri(table))
+    if not _has_other_types(held, table):  # another process has changed them while this one waited for the lock
         return
-    with DataFileWriter(uri, table) as writer:
+    with lake.writer(table) as writer:
         for file in table_files(held):
-            for rows in read_file_rows(uri, table, file):
+            for rows in lake.read_file_rows(table, file):
                 writer.write(rows)
-    commit_files(
-        held,
-        uri,
+    lake.commit(
         table,
         Step.TYPES_CHANGED,
+        base=int(held.version()),
         add=writer.files,
-        changes_rows=False,
         info={RETYPED_KEY: "true"},
+        changes_rows=False,
         mode="overwrite",
         schema=table.schema,
     )
 
 
 class DeltaSink:
-    """Commits batches to one table. Keeps the table open between them, so that a commit reads only the log's new entries."""
+    """Commits batches to one table, each once per transaction."""
 
     def __init__(self, table: Table, settings: Settings) -> None:
         self.table = table
-        self.uri = settings.table_uri(table.name)
-        self._held: DeltaTable | None = None
-
-    def _snapshot(self) -> DeltaTable:
-        if self._held is None:
-            self._held = DeltaTable(self.uri)
-        else:
-            self._held.update_incremental()
-        return self._held
+        self._lake = Lake(settings)
+        self.uri = self._lake.uri(table)
 
     def has(self, transaction: Transaction) -> bool:
-        """Whether the table has the write of a transaction."""
-        return has_seen(self._snapshot(), transaction)
+        """Return whether the table has the write of a transaction."""
+        return self._lake.has(self.table, transaction)
 
     def append(
-        self,
-        files: Sequence[DataFile],
-        step: Step,
-        transaction: Transaction,
-        metadata: Mapping[str, object] | None = None,
+        self, files: Sequence[DataFile], step: Step, transaction: Transaction, metadata: Mapping[str, object] | None = None
     ) -> None:
-        """Add written files, once per transaction. ``metadata`` goes into the commit as JSON (userMetadata)."""
-        commit_files(self._snapshot(), self.uri, self.table, step, add=files, transaction=transaction, metadata=metadata)
+        """Add written files. ``metadata`` goes into the commit as JSON (userMetadata)."""
+        self._lake.commit(self.table, step, add=files, transaction=transaction, metadata=metadata)
 
     def append_rows(self, rows: pa.Table, step: Step, transaction: Transaction) -> None:
-        """Write rows as data files, and add these, once per transaction."""
-        self.append(write_files(self.uri, self.table, rows), step, transaction)
+        """Write rows as data files and add them."""
+        self._lake.append(self.table, rows, step, transaction=transaction)
 
 
 def merge_orders(rows: pa.Table, settings: Settings, transaction: Transaction, metadata: Mapping[str, object]) -> None:

@@ -1,8 +1,8 @@
-"""Compaction: merges many small data files into few, without a Spark session, while an ingest may run.
+"""Merges small data files into few, without a Spark session, while an ingest may run.
 
-It rewrites closed hours of `events` in Z-order (docs/decisions/0005 has the measurement). In the other tables, which are only
-appended to or small, it merges small files, whether or not a day has ended. Each rewrite is one commit with ``dataChange: false``.
-It proves each: it counts and hashes the partition's rows at the versions right before and right after that commit.
+Compaction rewrites closed hours of `events` in Z-order (docs/decisions/0005 has the measurement). In the other tables it merges
+small files, whether or not a day has ended. Each rewrite is one commit with ``dataChange: false``. The job checks it: it counts and
+hashes the partition's rows at the versions before and after that commit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from spark_jobs.units import HourRange
 Z_ORDER = ("campaign_id", "user_id")
 LATE_FILES = 4  # a compacted hour with this many other files is compacted again,
 LATE_SHARE = 0.1  # or if these have more than this share of its bytes
-LOOSE_FILES = 32  # a partition that is still written to may have this many files more than it needs
+LOOSE_FILES = 32  # a partition that still gets rows may have this many files more than it needs
 _ATTEMPTS = 6
 # replaced as a whole or rarely written: nothing to gain
 _LEFT_ALONE = ("campaigns", NAMES.name, "hour_closings", HOUR_RULES.name)
@@ -39,9 +39,9 @@ _LEFT_ALONE = ("campaigns", NAMES.name, "hour_closings", HOUR_RULES.name)
 
 @dataclass(frozen=True)
 class TableCompaction:
-    """One partition (None: all of the table) that was rewritten.
+    """One rewritten partition (None: all of the table).
 
-    ``content_hash`` is of all rows and columns, whatever their order, and was the same at ``version_before`` and ``version_after``.
+    ``content_hash`` covers all rows and columns, in any order; it was the same at ``version_before`` and ``version_after``.
     """
 
     table: str
@@ -59,24 +59,20 @@ class TableCompaction:
 
 @dataclass(frozen=True)
 class CompactReport:
-    """The partitions that were rewritten; none if no partition needed it."""
+    """The rewritten partitions."""
 
     tables: list[TableCompaction] = field(default_factory=list)
     seconds: float = 0.0
 
 
 def compact(
-    settings: Settings,
-    hours: HourRange | None,
-    *,
-    progress: Callable[[str], None] | None = None,
-    now: datetime | None = None,
+    settings: Settings, hours: HourRange | None, *, progress: Callable[[str], None] | None = None, now: datetime | None = None
 ) -> CompactReport:
     """Compact the closed hours of ``hours`` (None: all) that need it, and other tables with too many small files.
 
-    An ingest may run meanwhile: neither waits for the other. Raises UsageError for an hour that is not closed and for a lakehouse
-    that is not on a local path, BusyError if it does not get the lock or a table in time, TableCorruptionError if the rows were not
-    the same afterwards (it takes that rewrite back).
+    An ingest may run meanwhile: neither waits for the other. Raises UsageError for an open hour and for a lakehouse that is not on
+    a local path, BusyError if it does not get the lock or a table in time, TableCorruptionError if the rows differ afterwards (it
+    undoes that rewrite).
     """
     started = time.monotonic()
     require_local(settings, "compaction")
@@ -98,38 +94,37 @@ def compact(
     return CompactReport(done, time.monotonic() - started)
 
 
+@dataclass(frozen=True)
 class _Compaction:
     """One call: finds the partitions that need compaction, and rewrites them."""
 
-    def __init__(self, lake: Lake, hours: HourRange | None, closing: Closing, today: date) -> None:
-        self._lake = lake
-        self._settings = lake.settings
-        self._hours = hours
-        self._closing = closing
-        self._today = today
+    lake: Lake
+    hours: HourRange | None
+    closing: Closing
+    today: date
 
     def work(self) -> Iterator[tuple[Table, Partition]]:
-        """The partitions that need it: hours of `events` in their order, then the other tables."""
+        """Yield the partitions that need compaction: hours of `events` in their order, then the other tables."""
         for table in TABLES.values():
-            if table.name in _LEFT_ALONE or not self._lake.exists(table):
+            if table.name in _LEFT_ALONE or not self.lake.exists(table):
                 continue
-            found = self._lake.pin(table).partitions(table)
+            found = self.lake.pin(table).partitions(table)
             for partition, files in sorted(found.items(), key=lambda item: [value.zfill(2) for _, value in item[0]]):
                 if self._needs(table, partition, files):
                     yield table, partition
 
     def rewrite(self, database: duckdb.DuckDBPyConnection, table: Table, partition: Partition) -> TableCompaction | None:
-        """Rewrite one partition; None if there is nothing to do any more."""
+        """Rewrite one partition; None if it no longer needs it."""
         started = time.monotonic()
-        target, z_order = self._settings.compacted_file_bytes, Z_ORDER if table is EVENTS else ()
-        with exclusive(self._settings, REWRITE):
+        target, z_order = self.lake.settings.compacted_file_bytes, Z_ORDER if table is EVENTS else ()
+        with exclusive(self.lake.settings, REWRITE):
             for attempt in range(_ATTEMPTS):
-                snapshot = self._lake.pin(table)
+                snapshot = self.lake.pin(table)
                 if not self._needs(table, partition, snapshot.partitions(table).get(partition, [])):
-                    return None  # somebody else has done it
+                    return None  # another process has compacted it
                 run_id = str(uuid.uuid4())
                 try:
-                    if not rearrange(self._lake, table, snapshot.version(table), partition, target, run_id, z_order=z_order):
+                    if not rearrange(self.lake, table, snapshot.version(table), partition, target, run_id, z_order=z_order):
                         return None
                     break
                 except CommitConflictError:  # each batch of orders merges into `orders`
@@ -139,37 +134,37 @@ class _Compaction:
                     f"table {table.name} was changed {_ATTEMPTS} times while it was being compacted",
                     hint="nothing is lost; try again",
                 )
-            return self._proved(database, table, partition, version_of_run(self._lake, table, run_id), started)
+            return self._proved(database, table, partition, version_of_run(self.lake, table, run_id), started)
 
     def _needs(self, table: Table, partition: Partition, files: list[TableFile]) -> bool:
-        """Whether a partition needs to be rewritten. After that it does not, until more rows come."""
-        target = self._settings.compacted_file_bytes
+        """Return whether a partition needs compaction. After that it does not, until more rows come."""
+        target = self.lake.settings.compacted_file_bytes
         if table is EVENTS:
             hour = _hour(partition)
-            if not self._closing.is_closed(hour) or not (self._hours is None or self._hours.start <= hour < self._hours.end):
+            if not self.closing.is_closed(hour) or not (self.hours is None or self.hours.start <= hour < self.hours.end):
                 return False
             return _has_loose_rows(files)
         needed = -(-sum(file.size for file in files) // target)
         return len(files) > needed + (0 if self._is_past(table, partition) else LOOSE_FILES)
 
     def _is_past(self, table: Table, partition: Partition) -> bool:
-        """Whether a day will probably get no more rows."""
+        """Return whether a day will probably get no more rows."""
         if not partition:
             return False
         day = date.fromisoformat(partition[0][1])
         if table.partition_by == ("event_date",):
-            return self._closing.is_closed(datetime(day.year, day.month, day.day, 23, tzinfo=UTC))
-        return day < self._today - timedelta(days=1)  # by ingestion: a batch may go on over midnight
+            return self.closing.is_closed(datetime(day.year, day.month, day.day, 23, tzinfo=UTC))
+        return day < self.today - timedelta(days=1)  # by ingestion: a batch may last over midnight
 
     def _proved(
         self, database: duckdb.DuckDBPyConnection, table: Table, partition: Partition, version: int, started: float
     ) -> TableCompaction:
-        """Report the compaction of ``version``. Takes it back, and raises TableCorruptionError, if the rows are not the same."""
-        snapshots = [self._lake.at({table.name: each}) for each in (version - 1, version)]
+        """Report the compaction of ``version``; if the rows differ, undo it and raise TableCorruptionError."""
+        snapshots = [self.lake.at({table.name: each}) for each in (version - 1, version)]
         before, after = (snapshot.partitions(table).get(partition, []) for snapshot in snapshots)
         held_before, held_after = (content_of(database, snapshot, table, partition) for snapshot in snapshots)
         if held_before != held_after:
-            take_back(self._lake, table, version)
+            take_back(self.lake, table, version)
             raise TableCorruptionError(
                 f"version {version} of {table.name} ({_name(partition) or 'all'}) holds {held_after[0]} rows with hash "
                 f"{held_after[1]}, version {version - 1} held {held_before[0]} with {held_before[1]}",
@@ -205,7 +200,7 @@ def content_of(database: duckdb.DuckDBPyConnection, snapshot: Snapshot, table: T
 
 
 def _has_loose_rows(files: list[TableFile]) -> bool:
-    """Whether an hour has more files that no compaction wrote than it may have beside a compacted one."""
+    """Return whether an hour has too many files that no compaction wrote."""
     loose = [file.size for file in files if not file.path.endswith(COMPACTED_SUFFIX)]
     if len(files) == 1 or not loose:
         return False

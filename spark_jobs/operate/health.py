@@ -1,6 +1,4 @@
-"""Health signals, each with a threshold from the settings and a runbook. Read without Spark, cheap enough for every half minute:
-they read only the last hour's batches and the pending work, not the history.
-"""
+"""Measures health signals, each with a threshold and a runbook. Cheap enough for every half minute: reads no history, no Spark."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import duckdb
 import pyarrow.compute as pc
@@ -23,7 +21,6 @@ from spark_jobs.ingest.kafka.config import read_kafka
 from spark_jobs.ingest.kafka.topics import oldest_waiting, read_topic_sources
 from spark_jobs.lake.duck import literal
 from spark_jobs.lake.lake import Lake
-from spark_jobs.lake.log import Commit
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS
 from spark_jobs.operate.status import read_recent_problems, read_unaccounted
 from spark_jobs.publish.progress import read_publications
@@ -38,7 +35,7 @@ _PROBLEMS_SHOWN = 5
 
 @dataclass(frozen=True)
 class Signal:
-    """A measured value against its threshold. ``value`` None: it could not be measured, and ``detail`` says why."""
+    """A measured value and its threshold. ``value`` None: it could not be measured; ``detail`` says why."""
 
     name: str
     ok: bool
@@ -50,11 +47,10 @@ class Signal:
 
 
 def read_signal(settings: Settings, name: str, *, now: datetime | None = None) -> Signal:
-    """Read one of SIGNALS. Raises KeyError for another name."""
+    """Measure one of SIGNALS. Raises KeyError for another name."""
     measure, threshold_of, unit = _SIGNALS[name]
-    threshold, runbook = threshold_of(settings), f"docs/runbooks/{name.replace('_', '-')}.md"
-    if name == "conservation":
-        runbook = "docs/runbooks/conservation-broken.md"
+    threshold = threshold_of(settings)
+    runbook = f"docs/runbooks/{'conservation-broken' if name == 'conservation' else name.replace('_', '-')}.md"
     try:
         value, detail = measure(settings, now or datetime.now(UTC))
     except (AdtallyError, OSError, duckdb.Error) as error:
@@ -64,9 +60,9 @@ def read_signal(settings: Settings, name: str, *, now: datetime | None = None) -
 
 
 def _stream_lag(settings: Settings, now: datetime) -> tuple[float, str]:
-    """Seconds since the oldest pending landing file or record of a topic arrived; 0 if none is pending.
+    """Return the seconds since the oldest landing file or topic record arrived that no finished batch has read; 0 if none.
 
-    Pending: no finished batch has read it. Skips topics of a cluster that does not answer: `kafka_clusters` reports those.
+    Skips topics of a cluster that does not answer: `kafka_clusters` reports those.
     """
     found = [*_waiting_files(settings, now), *_waiting_records(settings, now)]
     if not found:
@@ -75,7 +71,7 @@ def _stream_lag(settings: Settings, now: datetime) -> tuple[float, str]:
 
 
 def _waiting_files(settings: Settings, now: datetime) -> Iterator[tuple[float, str]]:
-    """A file arrives when it is renamed into place. Files planned into a batch that has not ended count as waiting."""
+    """Yield (seconds, detail) of waiting files, also those of an unfinished batch. A file arrives when it is renamed into place."""
     for found in read_landing(settings).waiting:
         seconds = max(0.0, (now - found.waiting_since).total_seconds())
         count = counted(found.files, "file")
@@ -92,7 +88,7 @@ def _waiting_records(settings: Settings, now: datetime) -> Iterator[tuple[float,
 
 
 def _kafka_clusters(settings: Settings, now: datetime) -> tuple[float, str]:
-    """The number of topics that cannot be read: their cluster does not answer, or does not have them."""
+    """Return the number of topics that cannot be read: their cluster does not answer, or does not have them."""
     found = read_topic_sources(settings)
     away = [source for source in found if source.problem is not None]
     if not found:
@@ -102,13 +98,13 @@ def _kafka_clusters(settings: Settings, now: datetime) -> tuple[float, str]:
 
 
 def _ignored_files(settings: Settings, now: datetime) -> tuple[float, str]:
-    """The number of files in places that nothing reads."""
+    """Return the number of files in places that nothing reads."""
     found = read_landing(settings)
     return float(found.ignored_files), found.ignored_text or "whatever lies in the landing folder is read"
 
 
 def _freshness(settings: Settings, now: datetime) -> tuple[float, str]:
-    """Seconds since the first change of the ledger that the published marts lack; 0 if they have all."""
+    """Return the seconds since the first change of the ledger that the published marts lack; 0 if they lack none."""
     log = Lake(settings).log(BATCH_LEDGER)
     newest, pinned = log.latest_version(), _pinned_version(settings)
     if newest is None:
@@ -116,23 +112,22 @@ def _freshness(settings: Settings, now: datetime) -> tuple[float, str]:
     commits = (log.commit(version) for version in range(0 if pinned is None else pinned + 1, newest + 1))
     first = next((commit for commit in commits if commit is not None and commit.changes_rows), None)
     built = "there are no marts yet" if pinned is None else f"the marts have batch_ledger at version {pinned} of {newest}"
-    return (0.0 if first is None else max(0.0, now.timestamp() - _committed(first))), built
+    return (0.0 if first is None else max(0.0, now.timestamp() - first.committed_ms / 1000)), built
 
 
 def _pinned_version(settings: Settings) -> int | None:
-    """The ledger's version in the newest group of marts, None if there are no marts."""
+    """Return the ledger's version in the newest group of marts, None if there are no marts."""
     if not settings.marts_path.is_file():
         return None
-    with duckdb.connect(":memory:") as connection:  # an instance of its own opens the file anew, whoever has an older one open
+    with duckdb.connect(":memory:") as connection:  # a new instance opens the current file, even if an older one is still open
         connection.execute(f"attach {literal(settings.marts_path)} as marts (read_only)")
-        row = connection.execute(
-            "select max(delta_version) from marts.main.mart_build where table_name = 'batch_ledger'"
-        ).fetchone()
-    return None if row is None or row[0] is None else int(row[0])
+        newest = "select max(delta_version) from marts.main.mart_build where table_name = 'batch_ledger'"
+        ((version,),) = connection.execute(newest).fetchall()
+    return None if version is None else int(version)
 
 
 def _publishing_behind(settings: Settings, now: datetime) -> tuple[float, str]:
-    """Seconds since the first version that is not published; 0 if all are, or if nothing is to be published."""
+    """Return the seconds since the first unpublished version; 0 if all are published, or publishing is not set up."""
     found = read_publications(settings, now=now)
     if not found:
         return 0.0, "nothing is to be published"
@@ -144,16 +139,8 @@ def _publishing_behind(settings: Settings, now: datetime) -> tuple[float, str]:
     return max(each.seconds_behind for each in found), "; ".join(parts)
 
 
-def _rejected_share(settings: Settings, now: datetime) -> tuple[float, str]:
-    return _share(settings, now, "rejected")
-
-
-def _duplicate_share(settings: Settings, now: datetime) -> tuple[float, str]:
-    return _share(settings, now, "duplicate")
-
-
 def _share(settings: Settings, now: datetime, outcome: str) -> tuple[float, str]:
-    """The share of an outcome in the records offered in the batches of the last hour; 0 below MIN_OFFERED."""
+    """Return the share of an outcome in the records offered in the batches of the last hour; 0 below MIN_OFFERED."""
     counts = recent_counts(settings, now - RECENT)
     offered, found = counts["offered"], counts[outcome]
     detail = f"{found:,} {outcome} of {offered:,} offered in the last hour"
@@ -164,7 +151,7 @@ def recent_counts(settings: Settings, since: datetime) -> Counter[str]:
     """Sum the ledger (offered, rejected, duplicate) over the batches that were committed at ``since`` or later."""
     total: Counter[str] = Counter()
     for commit in Lake(settings).log(BATCH_LEDGER).commits_backwards():
-        if _committed(commit) < since.timestamp():
+        if commit.committed_ms / 1000 < since.timestamp():
             break
         for path in commit.added_paths:
             total.update(_file_counts(settings, path))
@@ -173,7 +160,7 @@ def recent_counts(settings: Settings, since: datetime) -> Counter[str]:
 
 @lru_cache(maxsize=16_384)
 def _file_counts(settings: Settings, path: str) -> Counter[str]:
-    """The sums of one data file of the ledger, which never changes. Leaves out rows of corrections, which are differences."""
+    """Return the sums of one data file of the ledger, which never changes, without rows of corrections, which are differences."""
     names = ("offered", "rejected", "duplicate", "_run_id")
     rows = Lake(settings).read_files(BATCH_LEDGER, [path], *names)
     own = rows.filter(pc.is_null(rows["_run_id"]))
@@ -181,12 +168,12 @@ def _file_counts(settings: Settings, path: str) -> Counter[str]:
 
 
 def _user_share(settings: Settings, now: datetime) -> tuple[float, str]:
-    """The largest share of one user, exempt users apart, in the events of the last hour's batches; 0 below MIN_OFFERED."""
+    """Return the largest share of one user who is not exempt in the events of the last hour's batches; 0 below MIN_OFFERED."""
     total, users = 0, Counter[str]()
     for commit in Lake(settings).log(EVENTS).commits_backwards():
-        if _committed(commit) < (now - RECENT).timestamp():
+        if commit.committed_ms / 1000 < (now - RECENT).timestamp():
             break
-        for path in () if commit.data_removed else commit.added_paths:  # a review rewrites events, and brings no new ones
+        for path in () if commit.data_removed else commit.added_paths:  # a review rewrites events and adds none
             rows, found = _file_users(settings, path)
             total += rows
             users.update(found)
@@ -200,20 +187,15 @@ def _user_share(settings: Settings, now: datetime) -> tuple[float, str]:
 
 @lru_cache(maxsize=4_096)
 def _file_users(settings: Settings, path: str) -> tuple[int, dict[str, int]]:
-    """(rows, user -> events) of one data file of events, which never changes. Leaves out users with less than a percent of it."""
+    """Return (rows, user -> events) of one data file of events, which never changes, without users below one percent of it."""
     users = Lake(settings).read_files(EVENTS, [path], "user_id")["user_id"]
     counts = pc.value_counts(users.combine_chunks())
     often = counts.filter(pc.greater_equal(counts.field("counts"), max(2, len(users) / 100)))
     return len(users), dict(zip(often.field("values").to_pylist(), often.field("counts").to_pylist(), strict=True))
 
 
-def _committed(commit: Commit) -> float:
-    """When a commit was made, in seconds since the epoch."""
-    return float(commit.info.get("timestamp", 0)) / 1000
-
-
 def _conservation(settings: Settings, now: datetime) -> tuple[float, str]:
-    """Contradictions among the tables over the batches of the last hour. `adtally status` checks the whole history."""
+    """Return the number of contradictions between the tables in the batches of the last hour; `adtally status` checks all."""
     batches, problems = read_recent_problems(settings, now - RECENT)
     problems = [*problems, *read_unaccounted(settings, now - RECENT)]
     shown = "; ".join(problems[:_PROBLEMS_SHOWN])
@@ -221,35 +203,30 @@ def _conservation(settings: Settings, now: datetime) -> tuple[float, str]:
     return float(len(problems)), f"{shown}{more}" if problems else f"{counted(batches, 'batch')} of the last hour: all adds up"
 
 
-def _campaign_file(settings: Settings, now: datetime) -> tuple[float, str]:
-    problems = campaign_file_problems(settings)
-    return float(len(problems)), "; ".join(problems) or "the campaign files can be read"
-
-
-def _rule_file(settings: Settings, now: datetime) -> tuple[float, str]:
-    problems = rule_file_problems(settings)
-    return float(len(problems)), "; ".join(problems) or "the rule files can be read"
+def _file_problems(problems: list[str], kind: str) -> tuple[float, str]:
+    return float(len(problems)), "; ".join(problems) or f"the {kind} files can be read"
 
 
 def _disk_space(settings: Settings, now: datetime) -> tuple[float, str]:
-    """Free bytes on the disk of ADTALLY_HOME."""
+    """Return the free bytes on the disk of ADTALLY_HOME."""
     folder = next(path for path in (settings.home_path, *settings.home_path.parents) if path.exists())
     free = shutil.disk_usage(folder).free
     return float(free), f"{free / 1024**3:.1f} GiB are free"
 
 
+# name -> (measure, threshold, unit)
 _SIGNALS: dict[str, tuple[Callable[[Settings, datetime], tuple[float, str]], Callable[[Settings], float], str]] = {
     "stream_lag": (_stream_lag, lambda settings: settings.max_stream_lag.total_seconds(), "seconds"),
     "ignored_files": (_ignored_files, lambda settings: 0.0, "files"),
     "kafka_clusters": (_kafka_clusters, lambda settings: 0.0, "topics"),
     "freshness": (_freshness, lambda settings: settings.max_mart_age.total_seconds(), "seconds"),
     "publishing_behind": (_publishing_behind, lambda settings: settings.max_publish_lag.total_seconds(), "seconds"),
-    "rejected_share": (_rejected_share, lambda settings: settings.max_rejected_share, "share"),
-    "duplicate_share": (_duplicate_share, lambda settings: settings.max_duplicate_share, "share"),
+    "rejected_share": (partial(_share, outcome="rejected"), lambda settings: settings.max_rejected_share, "share"),
+    "duplicate_share": (partial(_share, outcome="duplicate"), lambda settings: settings.max_duplicate_share, "share"),
     "user_share": (_user_share, lambda settings: settings.max_user_share, "share"),
     "conservation": (_conservation, lambda settings: 0.0, "contradictions"),
-    "campaign_file": (_campaign_file, lambda settings: 0.0, "problems"),
-    "rule_file": (_rule_file, lambda settings: 0.0, "problems"),
+    "campaign_file": (lambda settings, _: _file_problems(campaign_file_problems(settings), "campaign"), lambda _: 0.0, "problems"),
+    "rule_file": (lambda settings, _: _file_problems(rule_file_problems(settings), "rule"), lambda _: 0.0, "problems"),
     "disk_space": (_disk_space, lambda settings: float(settings.min_free_bytes), "bytes"),
 }
 SIGNALS = tuple(_SIGNALS)

@@ -1,12 +1,9 @@
-"""The records that were rejected or conflict: where each came from, why, and its raw text; and the count of each reason."""
+"""Reads the records that were rejected or conflict: their place, reasons and raw text, and the count of each reason."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
-
-import duckdb
 
 from spark_jobs.config import Settings
 from spark_jobs.lake.lake import Lake
@@ -14,7 +11,7 @@ from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.tables import REJECTED_TABLES
 
 OLDER = "union all by name select null::bigint as records where false"
-"""Append it to a select from either table: one of an older adtally has no column ``records`` until the next ingest adds it."""
+"""Append it to a select from either table: a table of an older adtally lacks column ``records`` until the next ingest adds it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class ReasonCount:
 class Reject:
     """A row of `rejected_events` or `rejected_orders`. ``line`` is the offset in a topic, 0 for a whole file.
 
-    ``records``: how many it stands for; one that stands for more has no ``raw``. The fingerprints are those of a conflict.
+    ``records``: the number of records of the row; a row of more than one has no ``raw``. Only conflicts have fingerprints.
     """
 
     stream: str
@@ -52,7 +49,7 @@ class Reject:
 
     @property
     def place(self) -> str:
-        """Where it came from, as a person looks for it."""
+        """The file and line, or the topic's partition and offset, for people."""
         if self.source == "kafka":
             return f"{self.file}, offset {self.line}"
         more = " and others" if self.records > 1 else ""
@@ -61,7 +58,7 @@ class Reject:
 
 @dataclass(frozen=True)
 class RejectReport:
-    """The newest of what matches, the counts of all that matches, and how many records that is."""
+    """The newest matching rows, the counts of all matching ones, and the number of matching records."""
 
     records: int
     counts: list[ReasonCount]
@@ -69,7 +66,7 @@ class RejectReport:
 
 
 def counts_sql(table: str, stream: str) -> str:
-    """A select of the fields of `ReasonCount` from a table or view of rejected records."""
+    """Return a select of the fields of `ReasonCount` from a table or view of rejected records."""
     return (
         f"select '{stream}' as stream, reason, sum(coalesce(records, 1))::bigint as records, max(ingested_at) as newest_at "
         f"from (select unnest(reason_codes) as reason, records, ingested_at from {table}) group by reason"
@@ -77,12 +74,7 @@ def counts_sql(table: str, stream: str) -> str:
 
 
 def read_rejects(
-    settings: Settings,
-    *,
-    reason: str | None = None,
-    since: datetime | None = None,
-    file: str | None = None,
-    limit: int = 20,
+    settings: Settings, *, reason: str | None = None, since: datetime | None = None, file: str | None = None, limit: int = 20
 ) -> RejectReport:
     """Read the rejected records that match, the newest first. ``reason`` may be 'conflict'.
 
@@ -101,7 +93,7 @@ def read_rejects(
     if not parts:
         return RejectReport(0, [], [])
     with lake.database() as database:
-        # The tables are small and read once, so that the counts and the rows agree.
+        # read once, so that the counts and the rows agree
         database.execute(
             f"""
             create temp table found as
@@ -112,23 +104,15 @@ def read_rejects(
             """,
             {"reason": reason, "since": since, "file": file},
         )
-        records = _all(database, "select coalesce(sum(many), 0)::bigint from found")[0][0]
-        return RejectReport(records, _counts(database), _newest(database, limit))
+        ((records,),) = database.execute("select coalesce(sum(many), 0)::bigint from found").fetchall()
+        counts = " union all ".join(counts_sql(f"(from found where stream = '{stream}')", stream) for stream in REJECTED_TABLES)
+        reasons = database.execute(f"from ({counts}) order by records desc, stream, reason").fetchall()
+        newest = database.execute(_NEWEST, [limit]).fetchall()
+    return RejectReport(records, [ReasonCount(*row) for row in reasons], [Reject(*row) for row in newest])
 
 
-def _all(database: duckdb.DuckDBPyConnection, sql: str, parameters: list[Any] | None = None) -> list[tuple[Any, ...]]:
-    return database.execute(sql, parameters).fetchall()
-
-
-def _counts(database: duckdb.DuckDBPyConnection) -> list[ReasonCount]:
-    counts = " union all ".join(counts_sql(f"(from found where stream = '{stream}')", stream) for stream in REJECTED_TABLES)
-    return [ReasonCount(*row) for row in _all(database, f"from ({counts}) order by records desc, stream, reason")]
-
-
-def _newest(database: duckdb.DuckDBPyConnection, limit: int) -> list[Reject]:
-    sql = """
-        select stream, reason_codes, source, region, source_file, source_line, many, record_id, record_time, ingested_at,
-            fingerprint, accepted_fingerprint, raw, raw_encoding, raw_size_bytes
-        from found order by ingested_at desc, stream, source_file, source_line limit ?
-    """
-    return [Reject(*row) for row in _all(database, sql, [limit])]
+_NEWEST = """
+select stream, reason_codes, source, region, source_file, source_line, many, record_id, record_time, ingested_at,
+    fingerprint, accepted_fingerprint, raw, raw_encoding, raw_size_bytes
+from found order by ingested_at desc, stream, source_file, source_line limit ?
+"""

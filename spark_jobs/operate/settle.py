@@ -1,4 +1,4 @@
-"""What follows from counting, in its order: invalid traffic found, orders credited, closed days billed."""
+"""Runs the steps after counting, in order: find invalid traffic, credit orders, bill closed days."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spark_jobs.traffic.review import ReviewReport, review
 
 @dataclass(frozen=True)
 class Settlement:
-    """What one run did."""
+    """The reports of one run."""
 
     review: ReviewReport
     attribution: AttributionReport
@@ -23,15 +23,11 @@ class Settlement:
 
 
 def settle(
-    settings: Settings,
-    *,
-    run_id: str | None = None,
-    now: datetime | None = None,
-    progress: Callable[[str], None] | None = None,
+    settings: Settings, *, run_id: str | None = None, now: datetime | None = None, progress: Callable[[str], None] | None = None
 ) -> Settlement:
-    """Bring reviews, credits and the billing ledger up to what is ingested; where nothing changed, nothing is written.
+    """Update reviews, credits and the billing ledger to what is ingested; writes nothing if nothing changed.
 
-    The order matters: a click found invalid is neither credited nor billed. Killed and run again it comes to the same.
+    The order matters: an invalid click is neither credited nor billed. A killed run gives the same result when run again.
     """
     name = run_id or uuid.uuid4().hex
     return Settlement(

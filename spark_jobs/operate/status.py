@@ -1,4 +1,4 @@
-"""The contents of the lakehouse, and whether the tables agree with each other; read without Spark."""
+"""Reads the contents of the lakehouse, and checks that the tables agree with each other, without Spark."""
 
 from __future__ import annotations
 
@@ -40,8 +40,7 @@ from spark_jobs.units import HOUR_US
 
 FILE_REASONS = ("empty_gzip", "truncated_gzip", "corrupt_gzip", "unreadable_file", *QUARANTINE_REASONS)
 NOTHING_INGESTED = "nothing ingested yet: run adtally ingest"
-# The ledger first: a batch in the version that is read is complete in the tables that are pinned after it, although an ingest may
-# run meanwhile.
+# The ledger first: its batches are complete in the tables that are pinned after it, even if an ingest runs meanwhile.
 _READ = (BATCH_LEDGER, EVENTS, MINUTE_METRICS, REJECTED_EVENTS, ORDERS, REJECTED_ORDERS)
 _REJECTED = tuple(table.name for table in REJECTED_TABLES.values())
 _PROBLEMS_SHOWN = 20
@@ -53,8 +52,8 @@ _MEMORY = "1GB"  # more is spilled: an ingest may need the rest
 class SourceStatus:
     """Sums of one stream, source ('files' or 'kafka') and region. ``lag_seconds``: newest ingestion less newest receipt.
 
-    If a collector's clock is fast, its receipts are later than their ingestion: then the lag is 0, and ``clock_ahead_seconds``
-    is the difference.
+    If a collector's clock is fast, its receipts are later than their ingestion: ``clock_ahead_seconds`` is then the difference, and
+    the lag is 0.
     """
 
     stream: str
@@ -74,7 +73,7 @@ class SourceStatus:
 
 @dataclass(frozen=True)
 class TableStatus:
-    """Size of a Delta table's version that was read."""
+    """The size of a Delta table at the version that was read."""
 
     name: str
     version: int
@@ -85,7 +84,7 @@ class TableStatus:
 
 @dataclass(frozen=True)
 class QuarantinedFile:
-    """A landing file that could not be read to its end, or that was set aside. Released files are not listed."""
+    """A landing file that could not be read to its end, or was set aside, and is not released."""
 
     source_file: str
     reason_codes: list[str]
@@ -96,8 +95,8 @@ class QuarantinedFile:
 class Status:
     """The whole report. ``problems`` are one line each; ``conservation_holds`` is false if tables contradict the ledger.
 
-    ``waiting`` and ``ignored`` are the unread files in the landing folder, by source. ``publications``: how far behind publishing
-    is, if kafka.toml says where to publish; ``topics``: how far its topics are read.
+    ``waiting`` and ``ignored`` are the unread files in the landing folder, by source; ``publications`` the published positions and
+    ``topics`` the read positions of the topics in kafka.toml.
     """
 
     sources: list[SourceStatus] = field(default_factory=list)
@@ -113,10 +112,10 @@ class Status:
 
 
 def read_status(settings: Settings) -> Status:
-    """Read the lakehouse of ``settings``. If nothing was ingested, a problem says so.
+    """Read the lakehouse of ``settings``; an ingest may run meanwhile. If nothing was ingested, a problem says so.
 
-    An ingest may run meanwhile. Raises UsageError for a lakehouse that is not on a local path, MachineError if DuckDB's delta
-    extension is missing, TableCorruptionError if a table cannot be read.
+    Raises UsageError for a lakehouse that is not on a local path, MachineError if DuckDB's delta extension is missing,
+    TableCorruptionError if a table cannot be read.
     """
     require_local(settings, "status")
     lake = Lake(settings)
@@ -125,22 +124,14 @@ def read_status(settings: Settings) -> Status:
         return _with_landing(settings, Status(problems=[NOTHING_INGESTED], topics=read_topic_sources(settings)))
     with lake.database(memory=_MEMORY) as database:
         whole = _Reader(database, snapshot).status()
-    whole = replace(
-        whole,
-        problems=[
-            *whole.problems,
-            *campaign_file_problems(settings),
-            *rule_file_problems(settings),
-            *names_file_problems(settings),
-        ],
-        publications=read_publications(settings),
-        topics=read_topic_sources(settings),
-    )
+    of_files = [*campaign_file_problems(settings), *rule_file_problems(settings), *names_file_problems(settings)]
+    publications, topics = read_publications(settings), read_topic_sources(settings)
+    whole = replace(whole, problems=[*whole.problems, *of_files], publications=publications, topics=topics)
     return _with_landing(settings, whole)
 
 
 def _with_landing(settings: Settings, status: Status) -> Status:
-    """Add the landing folder's unread files, and the files that a checkpoint calls read and no batch has taken."""
+    """Add the landing folder's unread files, and the files that a checkpoint calls read although no batch has them."""
     try:
         unaccounted, landing = read_unaccounted(settings), read_landing(settings)
     except AdtallyError as error:  # a checkpoint that cannot be read
@@ -156,7 +147,7 @@ def _with_landing(settings: Settings, status: Status) -> Status:
 
 
 def read_unaccounted(settings: Settings, since: datetime | None = None) -> list[str]:
-    """A line a stream for landing files that its checkpoint calls read and no batch has taken; see `unaccounted_files`."""
+    """Return a line a stream for files that its checkpoint calls read although no batch has them; see `unaccounted_files`."""
     return [
         f"{stream}: no batch has taken {counted(len(names), 'file')} that the checkpoint calls read, such as "
         f"{printable(names[0])}: adtally reconcile --repair brings them in"
@@ -178,33 +169,29 @@ def read_recent_problems(settings: Settings, since: datetime) -> tuple[int, list
         return _Reader(database, snapshot).recent_problems(since)
 
 
+@dataclass(frozen=True)
 class _Reader:
-    """One look at the tables, each at a fixed version."""
+    """Reads the tables, each at a fixed version."""
 
-    def __init__(self, database: duckdb.DuckDBPyConnection, snapshot: Snapshot) -> None:
-        self._database = database
-        self._snapshot = snapshot
+    database: duckdb.DuckDBPyConnection
+    snapshot: Snapshot
 
     def status(self) -> Status:
-        database = self._database
+        """See `read_status`."""
         self._load_ledger("")
         self._load_others("")
-        tables = [self._table(table) for table in TABLES.values() if table in self._snapshot]
+        tables = [self._table(table) for table in TABLES.values() if table in self.snapshot]
         lost = self._lost()
         if lost:
             if not any(table.rows for table in tables):
                 return Status(tables=tables, problems=[NOTHING_INGESTED])
             return Status(tables=tables, conservation_holds=False, problems=lost)
-        database.execute(_BATCHES)
-        database.execute(_OF_CLUSTERS)
-        database.execute(_CELLS)
-        broken = [*self._ledger_rows(), *self._cells(), *self._unique(), *self._orders()]
+        for sql in (_BATCHES, _OF_CLUSTERS, _CELLS):
+            self.database.execute(sql)
         never, unfinished = self._unbooked()
-        broken = [*never, *broken]
-        problems = broken[:_PROBLEMS_SHOWN]
-        if len(broken) > _PROBLEMS_SHOWN:
-            problems.append(f"and {len(broken) - _PROBLEMS_SHOWN} more contradictions")
-        problems += unfinished
+        broken = [*never, *self._ledger_rows(), *self._cells(), *self._unique(), *self._orders()]
+        more = [f"and {len(broken) - _PROBLEMS_SHOWN} more contradictions"] if len(broken) > _PROBLEMS_SHOWN else []
+        problems = [*broken[:_PROBLEMS_SHOWN], *more, *unfinished]
         sources = self._sources()
         if not sources and not problems:
             problems.append(NOTHING_INGESTED)
@@ -213,45 +200,44 @@ class _Reader:
     def recent_problems(self, since: datetime) -> tuple[int, list[str]]:
         """See `read_recent_problems`."""
         key = "(stream, _query_id, _batch_id)"
-        ledger = self._snapshot.scan(BATCH_LEDGER)
+        ledger = self.snapshot.scan(BATCH_LEDGER)
         recent = f"select {key} from {ledger} where _run_id is null and ingested_at >= timestamptz '{since}'"
         self._load_ledger(f"where {key} in ({recent})")
-        self._database.execute(_BATCHES)
-        self._database.execute(_OF_CLUSTERS)
+        self.database.execute(_BATCHES)
+        self.database.execute(_OF_CLUSTERS)
         batches, low, high = self._rows("select count(*), min(_batch_id), max(_batch_id) from batches")[0]
         lost = self._lost() if batches else []
         if lost or not batches:
             return batches, lost
-        self._load_others(f"where _batch_id between {low} and {high}")  # by which Delta's statistics skip the files of the others
-        self._database.execute(_CELLS)
+        self._load_others(f"where _batch_id between {low} and {high}")  # Delta's statistics skip the other files
+        self.database.execute(_CELLS)
         return batches, [*self._ledger_rows(), *self._cells()]
 
     def _load_ledger(self, where: str) -> None:
-        # whole hours since the epoch; date_trunc would do it by the calendar of a time zone and take seven times as long
+        # whole hours since the epoch; date_trunc would use the calendar of a time zone and take seven times as long
         hours = f"(epoch_us(t) - (epoch_us(t) % {HOUR_US} + {HOUR_US}) % {HOUR_US}) // {HOUR_US}"
-        self._database.execute(f"create macro hour_of(t) as {hours}")
+        self.database.execute(f"create macro hour_of(t) as {hours}")
         hour = "select * replace (hour_of(event_hour) as event_hour)"
-        if BATCH_LEDGER in self._snapshot:
-            self._database.execute(f"create temp table batch_ledger as {hour} from {self._snapshot.scan(BATCH_LEDGER)} {where}")
+        if BATCH_LEDGER in self.snapshot:
+            self.database.execute(f"create temp table batch_ledger as {hour} from {self.snapshot.scan(BATCH_LEDGER)} {where}")
 
     def _load_others(self, where: str) -> None:
-        for name in self._snapshot.versions:
+        for name in self.snapshot.versions:
             if name != BATCH_LEDGER.name:
                 older = OLDER if name in _REJECTED else ""
-                scan = self._snapshot.scan(TABLES[name])
-                self._database.execute(f"create temp view {name} as select * from {scan} {where} {older}")
+                scan = self.snapshot.scan(TABLES[name])
+                self.database.execute(f"create temp view {name} as select * from {scan} {where} {older}")
 
     def _lost(self) -> list[str]:
-        missing = [table.name for table in _READ if table not in self._snapshot]
-        return [f"table {name} is missing, but others hold rows" for name in missing]
+        return [f"table {table.name} is missing, but others hold rows" for table in _READ if table not in self.snapshot]
 
     def _rows(self, sql: str) -> list[tuple[Any, ...]]:
-        return self._database.execute(sql).fetchall()
+        return self.database.execute(sql).fetchall()
 
     def _table(self, table: Table) -> TableStatus:
         rows = self._rows(f"select count(*) from {table.name}")[0][0]
-        files = self._snapshot.files(table)
-        return TableStatus(table.name, self._snapshot.version(table), rows, len(files), sum(file.size for file in files))
+        files = self.snapshot.files(table)
+        return TableStatus(table.name, self.snapshot.version(table), rows, len(files), sum(file.size for file in files))
 
     def _sources(self) -> list[SourceStatus]:
         found = self._rows(
@@ -267,46 +253,41 @@ class _Reader:
         return [SourceStatus(*row) for row in found]
 
     def _rejects(self) -> list[ReasonCount]:
-        """Records rejected or in conflict, by stream and reason; those with most first."""
+        """Count records rejected or in conflict by stream and reason, the largest count first."""
         counts = " union all ".join(counts_sql(table.name, stream) for stream, table in REJECTED_TABLES.items())
         return [ReasonCount(*row) for row in self._rows(f"from ({counts}) order by records desc, stream, reason")]
 
     def _quarantined(self) -> list[QuarantinedFile]:
         columns = "source_file, reason_codes, ingested_at, _query_id, _batch_id"
-        released = "anti join releases using (source_file, _query_id, _batch_id)" if RELEASES in self._snapshot else ""
-        found = self._rows(
-            f"""
-            select source_file, reason_codes, ingested_at from (
-                select {columns} from rejected_events union all select {columns} from rejected_orders
-            ) {released} where list_has_any(reason_codes, {list(FILE_REASONS)}) order by ingested_at, source_file
-            """
-        )
+        rejected = f"select {columns} from rejected_events union all select {columns} from rejected_orders"
+        released = "anti join releases using (source_file, _query_id, _batch_id)" if RELEASES in self.snapshot else ""
+        where = f"where list_has_any(reason_codes, {list(FILE_REASONS)}) order by ingested_at, source_file"
+        found = self._rows(f"select source_file, reason_codes, ingested_at from ({rejected}) {released} {where}")
         return [QuarantinedFile(*row) for row in found]
 
     def _ledger_rows(self) -> list[str]:
-        """Check the ledger by itself: each row adds up and exists once."""
-        problems = [
-            f"{place}: {offered} offered, but {accepted} accepted + {duplicate} duplicate + {conflict} conflict + "
-            f"{rejected} rejected"
-            for place, offered, accepted, duplicate, conflict, rejected in self._rows(
-                f"""
-                select {_PLACE}, offered, accepted, duplicate, conflict, rejected
-                from batch_ledger join batches using (stream, _query_id, _batch_id)
-                where offered is distinct from accepted + duplicate + conflict + rejected
-                order by {_PLACE_ORDER}
-                """
-            )
-        ]
-        return problems + [
-            f"{place}: {rows} rows in batch_ledger instead of one"
-            for place, rows in self._rows(
-                f"""
-                select {_PLACE}, count(*) as rows
-                from batch_ledger join batches using (stream, _query_id, _batch_id)
-                group by stream, _query_id, _batch_id, _run_id, source, region, event_hour, query having rows > 1
-                order by {_PLACE_ORDER}
-                """
-            )
+        """Check the ledger itself: each row adds up and exists once."""
+        ledger = "batch_ledger join batches using (stream, _query_id, _batch_id)"
+        wrong_sums = self._rows(
+            f"""
+            select {_PLACE}, offered, accepted, duplicate, conflict, rejected from {ledger}
+            where offered is distinct from accepted + duplicate + conflict + rejected order by {_PLACE_ORDER}
+            """
+        )
+        repeated = self._rows(
+            f"""
+            select {_PLACE}, count(*) as rows from {ledger}
+            group by stream, _query_id, _batch_id, _run_id, source, region, event_hour, query having rows > 1
+            order by {_PLACE_ORDER}
+            """
+        )
+        return [
+            *(
+                f"{place}: {offered} offered, but {accepted} accepted + {duplicate} duplicate + {conflict} conflict + "
+                f"{rejected} rejected"
+                for place, offered, accepted, duplicate, conflict, rejected in wrong_sums
+            ),
+            *(f"{place}: {rows} rows in batch_ledger instead of one" for place, rows in repeated),
         ]
 
     def _cells(self) -> list[str]:
@@ -328,33 +309,30 @@ class _Reader:
         return problems
 
     def _unique(self) -> list[str]:
-        """Ids that more than one row of events has, by the newest batch that has them."""
-        if not self._suspect_ids():
+        """Find ids that more than one row of events has, by the newest batch that has them."""
+        if not self._has_suspect_ids():
             return []
+        repeated = "select event_id, max(_batch_id) as batch from events group by event_id having count(*) > 1"
         return [
             f"batch {batch} of events: ids that stand more than once in events: {ids}, such as {name}"
             for batch, ids, name in self._rows(
-                """
-                select batch, count(*), min(event_id)
-                from (select event_id, max(_batch_id) as batch from events group by event_id having count(*) > 1)
-                group by batch order by batch
-                """
+                f"select batch, count(*), min(event_id) from ({repeated}) group by batch order by batch"
             )
         ]
 
-    def _suspect_ids(self) -> bool:
-        """Whether two rows of events have ids of the same hash. Sorted numbers take a third of what counting the ids does."""
+    def _has_suspect_ids(self) -> bool:
+        """Return whether two ids of events have the same hash. Sorting numbers takes a third of the time of counting ids."""
         passes = self._rows("select count(*) from events")[0][0] // _IDS_PER_PASS + 1
         for number in range(passes):
             some = f"select hash(event_id) as hashed from events where hash(event_id) % {passes} = {number}"
-            hashed = np.asarray(self._database.execute(some).fetchnumpy()["hashed"])
+            hashed = np.asarray(self.database.execute(some).fetchnumpy()["hashed"])
             hashed.sort()
             if np.any(hashed[1:] == hashed[:-1]):
                 return True
         return False
 
     def _orders(self) -> list[str]:
-        """Compare orders as a whole: an order has only the batch of its latest record."""
+        """Compare the sums of all orders: an order has only the batch of its latest record."""
         booked, held, unbooked = self._rows(
             """
             select (select coalesce(sum(accepted), 0)::bigint from batch_ledger where stream = 'orders'),
@@ -363,13 +341,13 @@ class _Reader:
                     and orders._query_id = batches._query_id and orders._batch_id = batches._batch_id)
             """
         )[0]
-        # A batch that is not in the ledger yet may have added any number of orders.
+        # a batch that is not in the ledger yet may have added any number of orders
         if held == booked or (unbooked and held > booked):
             return []
         return [f"orders of all batches: accepted is {booked} in batch_ledger, {held} in orders (placed and cancelled)"]
 
     def _unbooked(self) -> tuple[list[str], list[str]]:
-        """Batches with rows but without the ledger: those that no ingest will finish, and those that the next one will."""
+        """Find batches with rows that are not in the ledger: those that no ingest will finish, and those that the next one will."""
         found = self._rows(
             """
             with held as (
@@ -385,7 +363,7 @@ class _Reader:
         )
         if not found:
             return [], []
-        ledger = self._snapshot.lake.scan(BATCH_LEDGER, self._snapshot.lake.version(BATCH_LEDGER))
+        ledger = self.snapshot.lake.scan(BATCH_LEDGER, self.snapshot.lake.version(BATCH_LEDGER))
         booked = set(self._rows(f"select distinct stream, _query_id, _batch_id from {ledger}"))
         never, unfinished = [], []
         for stream, query, batch, rows, is_last in found:
@@ -400,24 +378,23 @@ class _Reader:
         return never, unfinished
 
     def _running_queries(self, stream: str) -> set[str]:
-        """The ids of the queries with a checkpoint of ``stream``: that of files, and those of topics."""
-        checkpoints = self._snapshot.lake.settings.checkpoints_path
-        folders = (checkpoints / stream, *checkpoints.glob(f"{stream}-*"))
+        """Return the ids of the queries with a checkpoint of ``stream``: that of files, and those of topics."""
+        checkpoints = self.snapshot.lake.settings.checkpoints_path
         found = set()
-        for folder in folders:
+        for folder in (checkpoints / stream, *checkpoints.glob(f"{stream}-*")):
             with suppress(OSError, ValueError, KeyError):
                 found.add(str(json.loads((folder / "metadata").read_text("utf-8"))["id"]))
         return found
 
 
-# A place in the ledger as a reader of a problem needs it; the query only where batches of several have the same number.
+# A place in the ledger for people; it names the query only if batches of several have the same number.
 _PLACE = f"""
     'batch ' || _batch_id || ' of ' || stream || query || ', ' || region || ', hour '
     || coalesce(strftime(make_timestamp(event_hour * {HOUR_US}), '%Y-%m-%dT%HZ'), 'unknown')
 """
 _PLACE_ORDER = "stream, query, _batch_id, region, event_hour"
 
-# A measure of the ledger -> stream -> the tables that it is held to, with the columns of `cells` that say what those hold.
+# measure of the ledger -> stream -> table to compare with -> its column of `cells`
 _MEASURES = {
     "accepted": {"events": {"events": "held", "minute_metrics": "counted"}},
     "spend_nanos": {"events": {"events": "held_nanos", "minute_metrics": "counted_nanos"}},
@@ -433,7 +410,7 @@ select stream, _query_id, _batch_id,
 from (select distinct stream, _query_id, _batch_id from batch_ledger)
 """
 
-# A batch of a topic is booked by its cluster, while its records may name other regions: it is held to the tables as a whole.
+# The ledger books a batch of a topic by its cluster, while its records may name other regions: it is compared as a whole.
 _OF_CLUSTERS = """
 create temp table of_clusters as
 select stream, _query_id, _batch_id, string_agg(distinct region, ', ' order by region) as clusters

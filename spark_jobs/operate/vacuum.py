@@ -1,9 +1,9 @@
-"""Vacuum: deletes the data files that nobody needs any more.
+"""Deletes data files that nothing needs any more.
 
-It deletes a file that was removed from its table longer ago than the retention, for which time travel is promised; and a file that
-no commit names (a killed batch leaves such) and that is older than the retention. Whatever its age, it keeps a file that one of
-these needs: a killed batch, which is decided again by the version before it; the key index while it catches up; publishing, if it
-is behind; the published marts. It never touches table `campaigns`: a recount judges each batch by the prices of its time.
+It deletes a file that its table removed longer ago than the retention, and an older file that no commit names (of a killed batch).
+Whatever their age, it keeps files that one of these needs: a killed batch, which runs again on the version before it; the key index
+and publishing, if they are behind; the published marts. It never touches table `campaigns`: a recount judges each batch by the
+prices of its time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import takewhile
 
 import duckdb
 
@@ -28,7 +29,7 @@ from spark_jobs.lake.tables import CAMPAIGNS, EVENTS, ORDERS, TABLES, Table
 from spark_jobs.lake.torn import mend_tables
 from spark_jobs.publish.progress import read_publications
 
-# A batch or a build may have written files, or pinned versions, this long before it commits or publishes.
+# A batch or a build may write files, or pin versions, this long before it commits or publishes.
 SHORTEST_RETENTION = timedelta(hours=1)
 _HOUR = timedelta(hours=1)
 _STREAMS = {EVENTS.name: "events", ORDERS.name: "orders"}
@@ -38,7 +39,7 @@ _STREAMS = {EVENTS.name: "events", ORDERS.name: "orders"}
 class TableVacuum:
     """One table: the files that were deleted, or would be, and their bytes.
 
-    ``kept_versions`` stay readable whatever their age; ``reasons`` says of each why. ``paths`` are relative to the table.
+    ``kept_versions`` stay readable whatever their age; ``reasons`` says why. ``paths`` are relative to the table.
     """
 
     table: str
@@ -51,7 +52,7 @@ class TableVacuum:
 
 @dataclass(frozen=True)
 class VacuumReport:
-    """All the tables that exist."""
+    """All existing tables."""
 
     tables: list[TableVacuum]
     dry_run: bool
@@ -59,17 +60,13 @@ class VacuumReport:
 
 
 def vacuum(
-    settings: Settings,
-    *,
-    dry_run: bool,
-    retention: timedelta | None = None,
-    progress: Callable[[str], None] | None = None,
+    settings: Settings, *, dry_run: bool, retention: timedelta | None = None, progress: Callable[[str], None] | None = None
 ) -> VacuumReport:
     """Delete the data files that are not needed, or, with ``dry_run``, list them. An ingest may run meanwhile.
 
-    ``retention`` (default ADTALLY_VACUUM_RETENTION) is rounded up to whole hours. Raises UsageError for one below
-    SHORTEST_RETENTION, BusyError while a compaction or a correction runs, TableCorruptionError where the published marts do not
-    say what they need.
+    ``retention`` (default ADTALLY_VACUUM_RETENTION) is rounded up to whole hours. Raises UsageError if it is below
+    SHORTEST_RETENTION, BusyError while a compaction or a correction runs, TableCorruptionError if the published marts do not name
+    their versions.
     """
     started = time.monotonic()
     retention = settings.vacuum_retention if retention is None else retention
@@ -103,7 +100,7 @@ def _vacuum_table(lake: Lake, table: Table, hours: int, reasons: dict[int, str],
 
 
 def _needed_versions(lake: Lake, table: Table, of_marts: list[int]) -> dict[int, str]:
-    """Versions of a table that must stay readable, and why. Skips those that the log no longer has."""
+    """Return the versions of a table that must stay readable, and why; without those that the log no longer has."""
     found: dict[int, str] = dict.fromkeys(of_marts, "the published marts were built from it")
     if table.name in _STREAMS:
         for query, before in _before_last_batches(lake, table).items():
@@ -115,10 +112,7 @@ def _needed_versions(lake: Lake, table: Table, of_marts: list[int]) -> dict[int,
 
 
 def _before_last_batches(lake: Lake, table: Table) -> dict[str, int]:
-    """The versions on which the last batches of the stream's queries (of files, of topics) were decided, by the queries' names.
-
-    If such a batch was killed, the ingest reads that version again.
-    """
+    """Return the version before the last batch of each query of the stream: the ingest reads it again if that batch was killed."""
     stream, settings = _STREAMS[table.name], lake.settings
     queries = {}
     for folder in (settings.checkpoints_path / stream, *sorted(settings.checkpoints_path.glob(f"{stream}-*"))):
@@ -134,34 +128,26 @@ def _before_last_batches(lake: Lake, table: Table) -> dict[str, int]:
 
 
 def _versions_of_index(lake: Lake) -> list[int]:
-    """Versions with the files that commits after the key index's version added and a compaction has removed since."""
+    """Return versions with the files that the key index has yet to read and a later compaction removed."""
     index = KeyIndex(lake.settings.key_index_path)
-    if index.table_id is None:  # it is built from the newest version
-        return []
-    behind = []
-    for commit in lake.log(EVENTS).commits_backwards():
-        if commit.version <= index.version:
-            break
-        if commit.removed:
-            behind.append(commit.version - 1)
-    return behind
+    # without a table id the index is built from the newest version
+    return [] if index.table_id is None else _before_removals(lake, EVENTS, index.version)
 
 
 def _versions_to_publish(lake: Lake, table: Table) -> list[int]:
-    """Versions with the files that unpublished commits added and later commits have removed."""
-    behind = []
-    for topic in read_publications(lake.settings):
-        if topic.table == table.name:
-            for commit in lake.log(table).commits_backwards():
-                if topic.version is not None and commit.version <= topic.version:
-                    break
-                if commit.removed:
-                    behind.append(commit.version - 1)
-    return behind
+    """Return versions with the files that unpublished commits added and later commits removed."""
+    topics = [topic for topic in read_publications(lake.settings) if topic.table == table.name]
+    return [version for topic in topics for version in _before_removals(lake, table, topic.version)]
+
+
+def _before_removals(lake: Lake, table: Table, after: int | None) -> list[int]:
+    """Return the version before each commit later than ``after`` that removed files."""
+    later = takewhile(lambda commit: after is None or commit.version > after, lake.log(table).commits_backwards())
+    return [commit.version - 1 for commit in later if commit.removed]
 
 
 def _versions_of_marts(settings: Settings) -> dict[str, list[int]]:
-    """Table -> versions that the published marts were built from."""
+    """Return table -> versions from which the published marts were built."""
     if not settings.marts_path.exists():
         return {}
     try:

@@ -1,17 +1,16 @@
-"""Which hours are closed, by the progress of the sources or by an operator's decision. Read without Spark.
+"""Finds the closed hours, from the progress of the sources or an operator's decision, without Spark.
 
 Hour H is closed when the progress of every source is past H + 1 h + ADTALLY_HOUR_GRACE. A source is a stream and a region of the
-ledger; its progress is the newest time of receipt, at most the time of ingestion, so a sender whose clock is fast closes nothing.
-The wall clock closes nothing either. A silent source, and a cluster of kafka.toml without any event yet, keep the hours open until
-they send, are retired (ADTALLY_RETIRED_SOURCES), or an operator closes the hours (table `hour_closings`). The progress of a region
-with landed files, none of them read yet, is the time of the oldest file, which is read first. Nothing closes before the first
-event was read.
+ledger; its progress is the newest time of receipt, at most the time of ingestion, so neither a fast clock of a sender nor the wall
+clock closes an hour. A silent source, and a cluster of kafka.toml without any event yet, keep the hours open until they send, are
+retired (ADTALLY_RETIRED_SOURCES), or an operator closes the hours (table `hour_closings`). The progress of a region with only
+unread files is the time of the oldest file, which is read first. Nothing closes before the first event was read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import pyarrow as pa
@@ -35,8 +34,8 @@ _LEDGER_COLUMNS = (*_SOURCE, "event_hour", "accepted", "max_received_at", "inges
 class SourceProgress:
     """The progress of one source. ``progress_at`` None: no record of it was accepted yet.
 
-    Such a source keeps no hour open, unless it ``is_awaited``: a cluster of kafka.toml without any event yet. A region with landed
-    files, none of them read yet, is awaited too; its progress is when the oldest file was modified.
+    Such a source keeps no hour open, unless it ``is_awaited``: a cluster of kafka.toml without any event yet. A region with only
+    unread files is awaited too; its progress is the modification time of the oldest file.
     """
 
     stream: str
@@ -50,15 +49,15 @@ class SourceProgress:
 
     @property
     def name(self) -> str:
-        """As ADTALLY_RETIRED_SOURCES names it."""
+        """The name in ADTALLY_RETIRED_SOURCES."""
         return f"{self.stream}/{self.region}"
 
 
 @dataclass(frozen=True)
 class Closing:
-    """The closed hours: those that end at or before ``closed_through``; None: none.
+    """The closed hours: those that end at or before ``closed_through`` (None: none).
 
-    ``by_hand_through`` is the part of it that operators decided, ``first_hour`` the earliest hour with an accepted record.
+    ``by_hand_through`` is the part that operators closed, ``first_hour`` the earliest hour with an accepted record.
     """
 
     closed_through: datetime | None = None
@@ -80,12 +79,11 @@ def read_closing(settings: Settings) -> Closing:
     """Read which hours are closed; none if nothing was ingested."""
     lake = Lake(settings)
     ledger = lake.rows(BATCH_LEDGER, *_LEDGER_COLUMNS)
-    ledger = ledger.filter(pc.is_null(ledger["_run_id"]))  # rows of corrections say nothing about what a source has sent
+    ledger = ledger.filter(pc.is_null(ledger["_run_id"]))  # rows of corrections do not show what a source has sent
     sources = _sources(settings, ledger)
-    # a source without progress has sent nothing that an hour could lack
     progress = [source.progress_at for source in sources if source.progress_at is not None and not source.is_retired]
     is_held = any(source.is_awaited and not source.progress_at and not source.is_retired for source in sources)
-    # Orders alone close nothing, nor do files that were not read.
+    # neither orders alone nor unread files close an hour
     is_held |= not any(source.stream == "events" and source.progress_at and not source.is_awaited for source in sources)
     through = floor_hour(earlier(min(progress), settings.hour_grace)) if progress and not is_held else None
     by_hand = pc.max(lake.rows(HOUR_CLOSINGS, "closed_through")["closed_through"]).as_py()
@@ -99,10 +97,9 @@ def read_closing(settings: Settings) -> Closing:
 
 
 def close_by_hand(settings: Settings, through: datetime, *, reason: str, closed_by: str, now: datetime | None = None) -> Closing:
-    """Close all hours that end at or before ``through``, whatever the sources say; returns what is closed then.
+    """Close all hours that end at or before ``through``, whatever the sources say; returns the closed hours.
 
-    Raises UsageError where ``through`` is no whole hour, lies in the future, or closes nothing that is open, and where no reason
-    or no name is given.
+    Raises UsageError if ``through`` is no whole hour, is in the future or closes no open hour, and without a reason or a name.
     """
     if through.tzinfo is None or floor_hour(through) != through:
         raise UsageError(f"{through.isoformat()} is not a whole hour in UTC", hint="as in 2025-06-02T08:00:00Z")
@@ -122,7 +119,7 @@ def close_by_hand(settings: Settings, through: datetime, *, reason: str, closed_
 
 
 def require_closed(settings: Settings, hours: HourRange) -> None:
-    """Raise UsageError that names the first open hour of ``hours``, if there is one, and the silent sources."""
+    """Raise UsageError if an hour of ``hours`` is open; it names the first one and the silent sources."""
     closing = read_closing(settings)
     first_open = next((hour for hour in hours if not closing.is_closed(hour)), None)
     if first_open is None:
@@ -144,42 +141,29 @@ def _sources(settings: Settings, ledger: pa.Table) -> list[SourceProgress]:
     progress = pc.if_else(pc.greater(received, ingested), ingested, received)  # null where nothing was accepted
     groups = ledger.append_column("progress_at", progress).group_by(list(_SOURCE))
     rows = groups.aggregate([("progress_at", "max"), ("ingested_at", "max")]).sort_by([(name, "ascending") for name in _SOURCE])
-    found = rows.to_pylist()
-    retired = {f"{row['stream']}/{row['region']}" for row in found} & set(settings.retired_sources)
-    held = [row for row in found if f"{row['stream']}/{row['region']}" not in retired]
-    newest = max((row["progress_at_max"] for row in held if row["progress_at_max"] is not None), default=None)
-
-    def is_silent(row: dict[str, datetime | None]) -> bool:
-        at = row["progress_at_max"]
-        return newest is not None and at is not None and newest - at > settings.silent_after
-
-    known = [
-        SourceProgress(
-            stream=row["stream"],
-            source=row["source"],
-            region=row["region"],
-            progress_at=row["progress_at_max"],
-            last_ingested_at=row["ingested_at_max"],
-            is_silent=row in held and is_silent(row),
-            is_retired=row not in held,
-        )
-        for row in found
-    ]
+    known = []
+    for row in rows.to_pylist():
+        is_retired = f"{row['stream']}/{row['region']}" in settings.retired_sources
+        place = (row["stream"], row["source"], row["region"])
+        known.append(SourceProgress(*place, row["progress_at_max"], row["ingested_at_max"], False, is_retired))
+    newest = max((one.progress_at for one in known if one.progress_at is not None and not one.is_retired), default=None)
+    for at, one in enumerate(known):
+        if newest is not None and one.progress_at is not None and not one.is_retired:
+            known[at] = replace(one, is_silent=newest - one.progress_at > settings.silent_after)
     known += _unread(settings, {(source.stream, source.source, source.region) for source in known})
-    came = {source.region for source in known if (source.stream, source.source) == ("events", "kafka") and source.progress_at}
-    awaited = [cluster.name for cluster in read_kafka(settings).consumed if cluster.name not in came]
-    for name in awaited:
+    heard = {source.region for source in known if (source.stream, source.source) == ("events", "kafka") and source.progress_at}
+    for name in (cluster.name for cluster in read_kafka(settings).consumed if cluster.name not in heard):
         is_retired = f"events/{name}" in settings.retired_sources
         known = [source for source in known if (source.stream, source.source, source.region) != ("events", "kafka", name)]
         known.append(SourceProgress("events", "kafka", name, None, None, not is_retired, is_retired, is_awaited=True))
     return known
 
 
-def _unread(settings: Settings, spoken: set[tuple[str, str, str]]) -> Iterator[SourceProgress]:
-    """The regions of which files have landed and none was read yet. Files are read in the order of their times of modification."""
+def _unread(settings: Settings, known: set[tuple[str, str, str]]) -> Iterator[SourceProgress]:
+    """Yield the regions with landed files of which none was read. Files are read in the order of their modification times."""
     for stream in STREAMS:
         for region in region_folders(settings.landing_path / stream):
-            if (stream, "files", region) in spoken:
+            if (stream, "files", region) in known:
                 continue
             oldest = oldest_file_at(settings.landing_path, stream, region)
             if oldest is not None:

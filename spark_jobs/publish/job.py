@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -26,15 +26,15 @@ from spark_jobs.lake.locks import PUBLISH, exclusive
 from spark_jobs.lake.roots import is_local
 from spark_jobs.lake.tables import PUBLICATIONS, Table
 from spark_jobs.lake.writes import ensure_tables
-from spark_jobs.publish.messages import CreditsMessages, MetricsMessages
+from spark_jobs.publish.messages import CreditsMessages, Messages, MetricsMessages
 from spark_jobs.publish.outlet import Outlet, Position, read_positions
-from spark_jobs.publish.progress import TopicStatus, committed_ms, status_of, told_by, topics_of
+from spark_jobs.publish.progress import TopicStatus, publications_app_id, status_of, topics_of
 from spark_jobs.steps import Step
 
 POLL_SECONDS = 0.05  # a check for a new version is one attempt to open its file
 REMOTE_POLL_SECONDS = 1.0  # on an object store, where a check costs a request
-_LOOK_AROUND_SECONDS = 30.0  # between checks for versions that are gone, and for a table that was created again
-_TELL_SECONDS = 10.0  # between two rows of `publications`
+_CHECK_SECONDS = 30.0  # between checks for missing versions, and for a table that was created again
+_ROW_SECONDS = 10.0  # between two rows of `publications`
 _LAST_SECONDS = 20.0  # at the end, for versions that were committed before it; the next run publishes the rest
 _QUIET_VERSIONS = 50  # versions without rows after which the position is noted
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
@@ -56,7 +56,7 @@ class Published:
 
 @dataclass
 class TopicReport:
-    """What one run published into a topic: ``versions`` that had something, and their messages. ``version``: up to where it is."""
+    """The work of one run on a topic: the number of ``versions`` with rows, and their messages. ``version``: the published one."""
 
     table: str
     topic: str
@@ -67,7 +67,7 @@ class TopicReport:
 
 @dataclass(frozen=True)
 class PublishReport:
-    """Both topics; none where nothing is to be published."""
+    """Both topics; none if kafka.toml has no [publish]."""
 
     topics: list[TopicReport] = field(default_factory=list)
     seconds: float = 0.0
@@ -91,16 +91,12 @@ class _Target:
 
 
 def is_publishing(settings: Settings) -> bool:
-    """Whether kafka.toml says where to publish. Raises KafkaConfigurationError where it cannot be right."""
+    """Return whether kafka.toml says where to publish. Raises KafkaConfigurationError if it is wrong."""
     return read_kafka(settings).publish is not None
 
 
 def publish_new(
-    settings: Settings,
-    *,
-    whole: bool = False,
-    adopt: bool = False,
-    progress: Callable[[Published], None] | None = None,
+    settings: Settings, *, whole: bool = False, adopt: bool = False, progress: Callable[[Published], None] | None = None
 ) -> PublishReport:
     """Publish all versions that are not published yet; nothing if kafka.toml does not say where.
 
@@ -116,7 +112,7 @@ def publish_new(
         reports = []
         for target in _targets(publish):
             publisher = _Publisher(settings, publish, target, progress)
-            ends.callback(publisher.told.write)
+            ends.callback(publisher.rows.write)
             publisher.run_once(whole=whole, adopt=adopt)
             reports.append(publisher.report)
         return PublishReport(reports, time.monotonic() - started)
@@ -163,37 +159,37 @@ class PublishLoop:
 
     def _run(self, target: _Target, stop: threading.Event) -> None:
         publisher = _Publisher(self._settings, self._publish, target, self._progress)
-        pause, is_told, fenced = _FIRST_PAUSE, False, -math.inf
+        pause, is_reported, fenced = _FIRST_PAUSE, False, -math.inf
 
-        def goes_on() -> None:
-            nonlocal pause, is_told
+        def report_recovery() -> None:
+            nonlocal pause, is_reported
             pause = _FIRST_PAUSE
-            if is_told:
+            if is_reported:
                 self._problem("")
-            is_told = False
+            is_reported = False
 
         try:
             while not stop.is_set():
                 try:
-                    publisher.follow(stop, goes_on, adopt=self._adopt)
+                    publisher.follow(stop, report_recovery, adopt=self._adopt)
                 except KafkaError as error:
-                    if not is_told:
+                    if not is_reported:
                         self._problem(f"{target.topic}: {error}")
-                        is_told = True
+                        is_reported = True
                     stop.wait(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE)
                 except BusyError as error:
                     if time.monotonic() - fenced < _FENCED_AGAIN_SECONDS:
                         raise
-                    fenced, is_told = time.monotonic(), True
+                    fenced, is_reported = time.monotonic(), True
                     self._problem(f"{target.topic}: {error}")
                     stop.wait(_FENCED_PAUSE)
         except Exception as error:
             self._failure = self._failure or error
             self._problem(f"{target.topic}: {error}")
         finally:
-            with suppress(TableCorruptionError, *WRITE_ERRORS):  # for people; the next row has it too
-                publisher.told.write()
+            with suppress(TableCorruptionError, *WRITE_ERRORS):  # the next row has these versions too
+                publisher.rows.write()
 
 
 class _Publisher:
@@ -205,10 +201,10 @@ class _Publisher:
         self._messages = target.source(self._lake)
         self._progress = progress or (lambda _: None)
         self.report = TopicReport(target.name, target.topic)
-        self.told = _Told(self._lake, publish.cluster.name)
+        self.rows = _PublicationRows(self._lake, publish.cluster.name)
 
     def run_once(self, *, whole: bool, adopt: bool) -> None:
-        """Publish all versions that there are."""
+        """Publish all unpublished versions."""
         identity = self._lake.table_id(self._target.table)
         if identity is None:
             return
@@ -227,16 +223,16 @@ class _Publisher:
         pause = POLL_SECONDS if is_local(self._lake.settings.lakehouse_uri) else REMOTE_POLL_SECONDS
         with self._outlet(identity, adopt) as outlet:
             opened()
-            looked = -math.inf
+            checked = -math.inf
             while not stop.is_set():
-                if time.monotonic() - looked > _LOOK_AROUND_SECONDS:
+                if time.monotonic() - checked > _CHECK_SECONDS:
                     if self._lake.table_id(self._target.table) != identity:
                         return
                     self._require_same(outlet)
                     self._require_next(outlet)
-                    looked = time.monotonic()
+                    checked = time.monotonic()
                 self._catch_up(outlet, stop)
-                self.told.write_in_time()
+                self.rows.write_in_time()
                 stop.wait(pause)
             self._catch_up(outlet, _Deadline(_LAST_SECONDS))
 
@@ -257,28 +253,22 @@ class _Publisher:
                     self._require_next(outlet)
                 break
             if commit.changes_rows:
-                self._one(outlet, version, lambda: self._messages.of_commit(commit), committed_ms(commit))  # noqa: B023
+                self._publish_version(outlet, version, lambda: self._messages.of_commit(commit), commit.committed_ms)  # noqa: B023
                 quiet = 0
             else:
                 quiet += 1
                 if quiet == _QUIET_VERSIONS:
-                    outlet.publish(version, iter(()), committed_ms=committed_ms(commit))
+                    outlet.publish(version, iter(()), committed_ms=commit.committed_ms)
                     quiet = 0
             version += 1
 
     def _whole(self, outlet: Outlet, version: int) -> None:
         commit = self._log.commit(version)
-        at = 0 if commit is None else committed_ms(commit)
-        self._one(outlet, version, lambda: self._messages.whole(version, at), at, is_whole=True)
+        at = 0 if commit is None else commit.committed_ms
+        self._publish_version(outlet, version, lambda: self._messages.whole(version, at), at, is_whole=True)
 
-    def _one(
-        self,
-        outlet: Outlet,
-        version: int,
-        messages: Callable[[], Iterator[tuple[list[str], list[str]]]],
-        at: int,
-        *,
-        is_whole: bool = False,
+    def _publish_version(
+        self, outlet: Outlet, version: int, messages: Callable[[], Messages], at: int, *, is_whole: bool = False
     ) -> None:
         before = outlet.position
         try:
@@ -291,16 +281,16 @@ class _Publisher:
         self.report.versions += 1
         self.report.records += records
         if outlet.position is not None:
-            self.told.add(outlet.position, records, 0 if before is None else _next(before))
+            self.rows.add(outlet.position, records, _next(before))
         self._progress(Published(self._target.name, self._target.topic, version, records, time.time() - at / 1000))
 
     def _require_same(self, outlet: Outlet) -> None:
-        """Raise PublicationError if the version that was published last is gone, or another commit has its number."""
+        """Raise PublicationError if the newest published version is missing, or another commit has its number."""
         at, latest = outlet.position, self._log.latest_version()
         if at is None or latest is None:
             return
         held = self._log.commit(at.version)
-        if latest < at.version or (held is not None and committed_ms(held) != at.committed_ms):
+        if latest < at.version or (held is not None and held.committed_ms != at.committed_ms):
             raise PublicationError(
                 f"{self._target.name} is not what it was when version {at.version} of it was published",
                 hint="an older copy of it was put back: publish into new topics, see docs/runbooks/publishing-behind.md",
@@ -332,7 +322,7 @@ def _next(position: Position | None) -> int:
     return position.version + 1 if position.is_complete else position.version
 
 
-class _Told:
+class _PublicationRows:
     """Writes rows of `publications`, one for the versions of some seconds, so that this costs less than publishing."""
 
     def __init__(self, lake: Lake, cluster: str) -> None:
@@ -349,12 +339,12 @@ class _Told:
 
     def write_in_time(self) -> None:
         """Write the row if it is time."""
-        if time.monotonic() - self._written >= _TELL_SECONDS:
+        if time.monotonic() - self._written >= _ROW_SECONDS:
             with suppress(TableCorruptionError, *WRITE_ERRORS):
                 self.write()
 
     def write(self) -> None:
-        """Write the row, once per version, if a version was published since the last one."""
+        """Write the row, once per version, if a version was published since the previous row."""
         newest, self._newest, self._written = self._newest, None, time.monotonic()
         if newest is None:
             return
@@ -372,7 +362,7 @@ class _Told:
             "published_at": datetime.now(UTC),
         }
         rows = pa.Table.from_pylist([row], PUBLICATIONS.schema)
-        transaction = Transaction(told_by(self._cluster, newest.key), newest.version)
+        transaction = Transaction(publications_app_id(self._cluster, newest.key), newest.version)
         metadata = {"total_records": newest.total_records}
         self._lake.append(PUBLICATIONS, rows, Step.PUBLICATIONS, transaction=transaction, metadata=metadata)
 
@@ -395,10 +385,7 @@ def ask_publications(settings: Settings, *, now: datetime | None = None) -> list
 
 def _targets(publish: Publish) -> list[_Target]:
     (_, metrics), (_, credits) = topics_of(publish)
-    return [
-        _Target(MetricsMessages, metrics, Step.PUBLISHED_METRICS),
-        _Target(CreditsMessages, credits, Step.PUBLISHED_CREDITS),
-    ]
+    return [_Target(MetricsMessages, metrics, Step.PUBLISHED_METRICS), _Target(CreditsMessages, credits, Step.PUBLISHED_CREDITS)]
 
 
 def _nowhere(settings: Settings) -> KafkaConfigurationError:

@@ -1,12 +1,12 @@
-"""Rows of Delta tables as messages: a key (the record_uuid) and a JSON text, the same bytes whenever they are made again.
+"""Turns rows of Delta tables into messages: a key (the record_uuid) and a JSON text, always with the same bytes.
 
-A version's messages have one order: by the files of its commit and the rows in them, and behind these by key what went away. So a
-version that was published in part can be gone on with. Memory is bounded by a batch of rows and by what a commit revises.
+A version's messages have a fixed order: by the files of its commit and the rows in them, then removed rows by key. So publishing
+can continue within a version. Memory is bounded by a batch of rows and by the rows that a commit revises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,7 +16,6 @@ from spark_jobs.lake.duck import task_connection
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import Commit
 from spark_jobs.lake.tables import ATTRIBUTED_ORDERS, MINUTE_METRICS, Table
-from spark_jobs.publish.progress import committed_ms
 
 Messages = Iterator[tuple[list[str], list[str]]]
 """Keys and values, a batch at a time."""
@@ -25,19 +24,19 @@ _ROWS = 50_000  # made into messages at a time
 
 
 def uuid_sql(parts: str) -> str:
-    """SQL: the MD5 of texts joined by 0x1F, written as a UUID. ``parts`` are SQL expressions, as ``text_part`` gives them."""
+    """Return SQL of the MD5 of texts joined by 0x1F, written as a UUID. ``parts`` are SQL expressions, as from ``text_part``."""
     digest = f"md5(concat_ws(chr(31), {parts}))"
     pieces = ", ".join(f"substr({digest}, {start}, {length})" for start, length in ((1, 8), (9, 4), (13, 4), (17, 4), (21, 12)))
     return f"concat_ws('-', {pieces})"
 
 
 def text_part(column: str) -> str:
-    """SQL: a text with its length in characters and a colon before it, "-" for null."""
+    """Return SQL of a text after its length in characters and a colon, "-" for null."""
     return f"coalesce(length({column})::varchar || ':' || {column}, '-')"
 
 
 def json_sql(fields: Mapping[str, str]) -> str:
-    """SQL: a JSON object of expressions by name, its keys sorted."""
+    """Return SQL of a JSON object of expressions by name, with sorted keys."""
     pairs = ", ".join(f"'{name}': {fields[name]}" for name in sorted(fields))
     return f"to_json({{{pairs}}})::varchar"
 
@@ -52,21 +51,18 @@ class MetricsMessages:
         self._lake = lake
 
     def of_commit(self, commit: Commit) -> Messages:
-        """What a version added; where it took rows out too, what changed by it.
+        """Return what a version added, or, if it also removed rows, what it changed.
 
-        A row that is gone is published once more with measures of 0. Raises FileNotFoundError where a file is gone.
+        A removed row becomes a message with measures of 0. Raises FileNotFoundError if a file is missing.
         """
-        if not commit.data_removed:
-            rows: Iterator[pa.RecordBatch] = self._lake.read_batches(self.table, commit.added_paths)
-        else:
-            rows = iter(self._changed(commit).to_batches())
-        return _messages(rows, lambda part: self._sql(commit.version, committed_ms(commit)))
+        added = self._lake.read_batches(self.table, commit.added_paths)
+        rows: Iterable[pa.RecordBatch] = self._changed(commit).to_batches() if commit.data_removed else added
+        return _messages(rows, lambda part: self._sql(commit.version, commit.committed_ms))
 
     def whole(self, version: int, committed: int) -> Messages:
-        """All rows of a version."""
+        """Return all rows of a version."""
         paths = sorted(self._lake.at({self.table.name: version}).paths(self.table))
-        rows = self._lake.read_batches(self.table, paths)
-        return _messages(rows, lambda part: self._sql(version, committed))
+        return _messages(self._lake.read_batches(self.table, paths), lambda part: self._sql(version, committed))
 
     def _sql(self, version: int, committed: int) -> str:
         names = ("region", "campaign_id", "ad_id", "store_id", "placement", "currency", *_MEASURES)
@@ -84,7 +80,7 @@ class MetricsMessages:
         return f"select record_uuid as key, {json_sql(fields)} as value from input"
 
     def _changed(self, commit: Commit) -> pa.Table:
-        """Rows as they stand where a version took rows out: new ones, and, for uuids of which a row went, what is left."""
+        """Return the rows that a version changed: new ones, and, for uuids with a removed row, the remaining ones."""
         before, after = (self._lake.read_files(self.table, paths) for paths in (commit.removed_paths, commit.added_paths))
         with task_connection().cursor() as own:
             own.register("before", before)
@@ -95,11 +91,9 @@ class MetricsMessages:
                 "where record_uuid not in (select record_uuid from come)"
             )
             gone = own.execute("select distinct record_uuid from gone").to_arrow_table()["record_uuid"].combine_chunks()
-            if len(gone):
-                snapshot = self._lake.at({self.table.name: commit.version})
-                own.register("held", snapshot.rows(self.table, where_in=("record_uuid", gone)))
-            else:
-                own.register("held", self.schema.empty_table())
+            snapshot = self._lake.at({self.table.name: commit.version})
+            held = snapshot.rows(self.table, where_in=("record_uuid", gone)) if len(gone) else self.schema.empty_table()
+            own.register("held", held)
             nothing = ", ".join(f"0::bigint as {name}" for name in _MEASURES)
             one = f"qualify row_number() over (partition by record_uuid order by {_ROW_ORDER}) = 1"
             rows = own.execute(
@@ -130,10 +124,10 @@ class CreditsMessages:
         self._lake = lake
 
     def of_commit(self, commit: Commit) -> Messages:
-        """What a version added, then the touches that an order had by its revision before and has no more.
+        """Return what a version added, then the touches that orders lost against their previous revision.
 
-        These are looked up in the table as it is now, which keeps all revisions: in the files whose orders are of the same
-        times. Raises FileNotFoundError where a file is gone.
+        Those come from the current table, which keeps all revisions: from files with orders of the same times. Raises
+        FileNotFoundError if a file is missing.
         """
         if commit.data_removed:
             yield from self._rewritten(commit)
@@ -147,15 +141,13 @@ class CreditsMessages:
                     revised.append(again.select(_HEAD))
                 yield batch
 
-        yield from _messages(noted(), lambda part: _credits_sql(part, commit.version, is_current=True))
+        yield from _credit_messages(noted(), commit.version, is_current=True)
         if revised:
-            yield from _messages(
-                iter(self._dropped(pa.concat_tables(revised)).to_batches()),
-                lambda part: _credits_sql(part, commit.version, is_current=False),
-            )
+            dropped = self._dropped(pa.concat_tables(revised))
+            yield from _credit_messages(dropped.to_batches(), commit.version, is_current=False)
 
     def whole(self, version: int, committed: int) -> Messages:
-        """The latest revision of every order of a version, and every touch that an earlier revision had and this one has not."""
+        """Return the latest revision of every order of a version, and every touch that only an earlier revision had."""
         paths = sorted(self._lake.at({self.table.name: version}).paths(self.table))
         with task_connection().cursor() as own:
             own.register("told", self._lake.read_files(self.table, paths, *_HEAD))
@@ -169,18 +161,18 @@ class CreditsMessages:
                 if kept.num_rows:
                     yield kept
 
-        yield from _messages(current(), lambda part: _credits_sql(part, version, is_current=True))
-        yield from _messages(iter(dropped.to_batches()), lambda part: _credits_sql(part, version, is_current=False))
+        yield from _credit_messages(current(), version, is_current=True)
+        yield from _credit_messages(dropped.to_batches(), version, is_current=False)
 
     def _dropped(self, revised: pa.Table) -> pa.Table:
-        """Of revised orders (rows of _HEAD) the touches of the revision before that are none of theirs, with what the order is."""
+        """Return the touches that revised orders (rows of _HEAD) lost against the previous revision, with the order's columns."""
         with task_connection().cursor() as own:
             own.register("revised", revised)
             own.register("before", self._earlier(revised))
             return own.execute(_DROPPED_BY_REVISION).to_arrow_table()
 
     def _earlier(self, revised: pa.Table) -> pa.Table:
-        """Rows of the table as it is now that are of these orders, whichever the revision: columns of _HEAD."""
+        """Return the current table's rows (columns of _HEAD) of these orders, of all revisions."""
         narrow = self.table.schema_of(*_HEAD)
         span = pc.min_max(revised["order_time"]).as_py()
         files = self._lake.pin(self.table).files(self.table)
@@ -194,7 +186,7 @@ class CreditsMessages:
         return pa.concat_tables([part.cast(narrow) for part in found])
 
     def _rewritten(self, commit: Commit) -> Messages:
-        """A version that changed rows in place, as an erasure does: latest revisions whose rows differ, and keys that went."""
+        """Return what a version changed in place, as an erasure does: latest revisions whose rows differ, and removed keys."""
         before, after = (
             self._lake.read_files(self.table, paths, *self.columns) for paths in (commit.removed_paths, commit.added_paths)
         )
@@ -219,8 +211,8 @@ class CreditsMessages:
                 order by {_CREDIT_ORDER}
                 """
             ).to_arrow_table()
-        yield from _messages(iter(come.to_batches()), lambda part: _credits_sql(part, commit.version, is_current=True))
-        yield from _messages(iter(went.to_batches()), lambda part: _credits_sql(part, commit.version, is_current=False))
+        yield from _credit_messages(come.to_batches(), commit.version, is_current=True)
+        yield from _credit_messages(went.to_batches(), commit.version, is_current=False)
 
 
 _TOUCH = ("touch_event_id", "touch_type", "touch_time", "campaign_id", "ad_id")
@@ -248,8 +240,12 @@ order by o.order_id, t.touch_event_id
 """
 
 
+def _credit_messages(rows: Iterable[pa.RecordBatch], version: int, *, is_current: bool) -> Messages:
+    return _messages(rows, lambda part: _credits_sql(part, version, is_current=is_current))
+
+
 def _credits_sql(part: pa.Table, version: int, *, is_current: bool) -> str:
-    """SQL from rows with the same ``window_days`` to messages; those of a touch that was dropped credit nothing."""
+    """Return SQL from rows with the same ``window_days`` to messages; those of lost touches credit nothing."""
     windows = part["window_days"][0].as_py() or []
     identity = uuid_sql(f"{text_part('order_id')}, {text_part('touch_event_id')}")
     credits = {
@@ -270,25 +266,25 @@ def _credits_sql(part: pa.Table, version: int, *, is_current: bool) -> str:
     return f"select key, {json_sql(fields)} as value from (select *, {identity} as key from input)"
 
 
-def _messages(rows: Iterator[pa.RecordBatch], sql_of: Callable[[pa.Table], str]) -> Messages:
-    """Messages of rows in their order. ``sql_of`` gives the SQL for a part whose rows have the same ``window_days``."""
+def _messages(rows: Iterable[pa.RecordBatch], sql_of: Callable[[pa.Table], str]) -> Messages:
+    """Yield messages of rows in their order. ``sql_of`` returns the SQL for a part whose rows have the same ``window_days``."""
     for batch in rows:
         for start in range(0, batch.num_rows, _ROWS):
-            for part in _alike(pa.Table.from_batches([batch.slice(start, _ROWS)])):
+            for part in _split_by_windows(pa.Table.from_batches([batch.slice(start, _ROWS)])):
                 with task_connection().cursor() as own:
                     own.register("input", part)
                     made = own.execute(sql_of(part)).to_arrow_table()
                 yield made["key"].to_pylist(), made["value"].to_pylist()
 
 
-def _alike(rows: pa.Table) -> Iterator[pa.Table]:
-    """``rows`` cut where ``window_days`` changes: rules change seldom, and the order of the rows is kept."""
+def _split_by_windows(rows: pa.Table) -> Iterator[pa.Table]:
+    """Cut ``rows`` where ``window_days`` changes, in their order."""
     if "window_days" not in rows.column_names or not rows.num_rows:
         yield rows
         return
     numbers = rows["window_days"].combine_chunks()
     values = numbers.to_pylist() if pc.count_distinct(numbers.value_lengths()).as_py() != 1 else None
-    if values is None:  # the usual case without a list a row: all lists are of a length, so compare them as a block
+    if values is None:  # usually all lists have the same length: compare them as a block, without a Python list a row
         width = len(numbers[0].as_py() or [])
         flat = numbers.flatten().to_numpy().reshape(-1, width) if width else None
         if flat is None or bool((flat == flat[0]).all()):
@@ -303,6 +299,6 @@ def _alike(rows: pa.Table) -> Iterator[pa.Table]:
 
 
 def _order_revision(rows: pa.Table | pa.RecordBatch) -> pa.Array:
-    """Order and revision as one text."""
+    """Join order and revision to one text."""
     found = pc.binary_join_element_wise(pc.cast(rows["revision"], pa.string()), pc.cast(rows["order_id"], pa.string()), ":")
     return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found

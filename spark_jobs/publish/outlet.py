@@ -1,8 +1,8 @@
-"""One table's way into one topic: transactions that hold a version's messages and the note that it was published.
+"""Publishes one table to one topic: each transaction has a version's messages and a note of the published position.
 
-What was published is known by Kafka alone: a transaction of a version also writes how far it goes to the compacted topic
-CONTROL_TOPIC. So both are there or neither, whatever is killed, and the next publisher reads there where to go on. Its producer has
-the transactional id of the table and topic, so that whoever came before can commit nothing any more.
+Only Kafka knows what was published: a version's transaction also writes the position to the compacted topic CONTROL_TOPIC. So after
+a kill both exist or neither, and the next publisher reads there where to continue. Its producer has the transactional id of the
+table and topic, so an earlier publisher can no longer commit.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
@@ -29,8 +29,8 @@ MESSAGES_A_TRANSACTION = 100_000
 TRANSACTION_SECONDS = 60
 _ANSWER_SECONDS = 20.0
 _ABORT_SECONDS = 5.0
-_READ_SECONDS = TRANSACTION_SECONDS + 30.0  # an open transaction of another hides what is behind it
-_TAIL = 2_000  # notes that are read first, from the end
+_READ_SECONDS = TRANSACTION_SECONDS + 30.0  # another publisher's open transaction hides the records after it
+_TAIL = 2_000  # newest notes, which are read first
 _FENCED = (Refusal._FENCED, Refusal.INVALID_PRODUCER_EPOCH, Refusal.PRODUCER_FENCED)
 _NO_LEADER = (Refusal.LEADER_NOT_AVAILABLE, Refusal.NOT_LEADER_FOR_PARTITION)
 
@@ -39,10 +39,10 @@ Options = dict[str, str | int | float | bool]
 
 @dataclass(frozen=True)
 class Position:
-    """How far a table is published in a topic: up to ``version``, and of that ``records`` messages, all where ``is_complete``.
+    """The published position of a table in a topic: ``records`` messages of ``version``, all of them if ``is_complete``.
 
-    ``is_whole``: all rows of that version were published, not what it added. ``total_records``: ever. ``committed_ms``: when the
-    version was committed, by which it is known from one of the same number in a table that was put back and went on otherwise.
+    ``is_whole``: all rows of that version were published, not only the added ones. ``total_records``: messages ever published.
+    ``committed_ms``: the time of the version's commit, which tells it from the same version of a restored table.
     """
 
     table: str
@@ -57,24 +57,24 @@ class Position:
 
     @property
     def key(self) -> str:
-        """Of its notes."""
+        """The key of its notes."""
         return f"{self.table_id}/{self.topic}"
 
 
 def read_positions(cluster: KafkaCluster, wanted: str | None = None) -> dict[str, Position]:
-    """The newest note of every table and topic, by key; with ``wanted`` only of the newest notes, if that key is among them.
+    """Read the newest note of every table and topic, by key; with ``wanted`` only recent notes, if that key is among them.
 
-    Sees all that was committed before it began. Raises KafkaError where the broker does not answer.
+    Reads everything that was committed before it began. Raises KafkaError if the broker does not answer.
     """
     with _kafka_errors():
         return _Notes(cluster).read(wanted)
 
 
 class Outlet:
-    """A topic that a table is published to. Use as a context manager; opened, it is the only one of its table and topic.
+    """The topic that a table is published to, a context manager. Only one can be open for a table and topic.
 
-    ``adopt``: publish although the topic has messages of another table. Raises KafkaError where the broker does not answer,
-    BusyError where another publisher took over, PublicationError for a topic that is another table's.
+    ``adopt``: publish although the topic has messages of another table. Raises KafkaError if the broker does not answer, BusyError
+    if another publisher took over, PublicationError if the topic is another table's.
     """
 
     def __init__(self, cluster: KafkaCluster, table: str, table_id: str, topic: str, step: Step, *, adopt: bool = False) -> None:
@@ -88,7 +88,7 @@ class Outlet:
         with _kafka_errors():
             ensure_topics(self._cluster, self.topic)
             self._producer = Producer(self._options())
-            # ends what a publisher before has left open, and shuts it out
+            # aborts an earlier publisher's open transaction, and fences that publisher
             self._producer.init_transactions(_READ_SECONDS)
             held = _Notes(self._cluster).read(self._named.key)
         self.position = held.get(self._named.key)
@@ -105,23 +105,21 @@ class Outlet:
         self._producer = None
 
     def publish(self, version: int, messages: Messages, *, committed_ms: int = 0, is_whole: bool = False) -> int:
-        """Publish a version's messages, or, if a part of them is published, the others. Returns how many.
+        """Publish the messages of a version that are not published yet; returns their number.
 
-        A transaction a MESSAGES_A_TRANSACTION at most. Raises as ``__enter__``; what is not committed then was not published.
+        A transaction has at most MESSAGES_A_TRANSACTION messages. Raises as ``__enter__``; uncommitted messages are not published.
         """
         with _kafka_errors():
             try:
                 return self._publish(version, messages, committed_ms, is_whole)
             except BaseException:
-                with suppress(KafkaException):  # readers need not wait until it has timed out
+                with suppress(KafkaException):  # so that readers need not wait for the timeout
                     self._held.purge()
                     self._held.abort_transaction(_ABORT_SECONDS)
                 raise
 
     def _publish(self, version: int, messages: Messages, committed_ms: int, is_whole: bool) -> int:
-        before = self.position or self._named
-        is_rest = before.version == version and before.is_whole == is_whole and not before.is_complete
-        done = before.records if is_rest else 0
+        done = self._published_part(version, is_whole)
         skip, sent, in_transaction = done, 0, False
         for key, value in _one_by_one(messages):
             if skip:
@@ -140,19 +138,25 @@ class Outlet:
         self._commit(version, done, committed_ms, is_complete=True, is_whole=is_whole)
         return sent
 
+    def _published_part(self, version: int, is_whole: bool) -> int:
+        """Return how many messages of an incomplete version are published."""
+        at = self.position
+        return at.records if at and at.version == version and at.is_whole == is_whole and not at.is_complete else 0
+
     def _commit(self, version: int, done: int, committed_ms: int, *, is_complete: bool, is_whole: bool) -> None:
         before = self.position or self._named
-        already = before.records if before.version == version and not before.is_complete and before.is_whole == is_whole else 0
-        named = self._named
-        note = Position(
-            *(named.table, named.table_id, named.topic, version, done, is_complete, is_whole),
-            before.total_records + done - already,
-            committed_ms,
+        note = replace(
+            self._named,
+            version=version,
+            records=done,
+            is_complete=is_complete,
+            is_whole=is_whole,
+            total_records=before.total_records + done - self._published_part(version, is_whole),
+            committed_ms=committed_ms,
         )
         self._send(CONTROL_TOPIC, note.key, json.dumps(asdict(note), sort_keys=True))
         if self._held.flush(TRANSACTION_SECONDS):
             raise KafkaException(Refusal(Refusal._TIMED_OUT, "messages were not taken in time"))
-        # the step is a version's: of one in several transactions a kill comes at the first
         with durable(self._step, version):
             self._held.commit_transaction(TRANSACTION_SECONDS)
         self.position = note
@@ -169,7 +173,7 @@ class Outlet:
                 self._held.produce(topic, key=key, value=value)
                 self._held.poll(0)
                 return
-            except BufferError:  # what is held is bounded; the broker takes it
+            except BufferError:  # the queue is full
                 self._held.poll(0.05)
 
     def _options(self) -> Options:
@@ -178,7 +182,7 @@ class Outlet:
             "transactional.id": f"adtally-{self._named.table_id}-{self.topic}",
             "transaction.timeout.ms": TRANSACTION_SECONDS * 1000,
             "acks": "all",
-            "partitioner": "murmur2",  # as Java's clients: a reader may know a key's partition
+            "partitioner": "murmur2",  # that of Java's clients, so that a reader can compute a key's partition
             "linger.ms": 2,
             "queue.buffering.max.messages": 50_000,
         }
@@ -194,7 +198,7 @@ def _client(cluster: KafkaCluster) -> Options:
 
 
 def ensure_topics(cluster: KafkaCluster, topic: str) -> None:
-    """Make the topic and CONTROL_TOPIC where they are missing, with the cluster's own defaults for partitions and replicas."""
+    """Create the topic and CONTROL_TOPIC if they are missing, with the cluster's defaults for partitions and replicas."""
     admin = AdminClient(_client(cluster))
     there = admin.list_topics(timeout=_ANSWER_SECONDS).topics
     control = NewTopic(CONTROL_TOPIC, 1, -1, config={"cleanup.policy": "compact", "segment.ms": "3600000"})
@@ -213,11 +217,11 @@ def ensure_topics(cluster: KafkaCluster, topic: str) -> None:
 
 
 def _require_compaction(admin: AdminClient, cluster: KafkaCluster) -> None:
-    """Without compaction the notes go when the topic's retention has passed, and all would be published again."""
+    """Raise PublicationError if CONTROL_TOPIC is not compacted: its retention would delete the notes."""
     resource = ConfigResource(ConfigResource.Type.TOPIC, CONTROL_TOPIC)
     try:
         found = admin.describe_configs([resource], request_timeout=_ANSWER_SECONDS)[resource].result(_ANSWER_SECONDS + 5)
-    except KafkaException:  # not everybody may ask
+    except KafkaException:  # this user may not read the configuration
         return
     policy = found["cleanup.policy"].value
     if policy != "compact":
@@ -227,39 +231,36 @@ def _require_compaction(admin: AdminClient, cluster: KafkaCluster) -> None:
         )
 
 
+@dataclass(frozen=True)
 class _Notes:
     """Reads CONTROL_TOPIC."""
 
-    def __init__(self, cluster: KafkaCluster) -> None:
-        self._cluster = cluster
-        self._found: dict[str, Position] = {}
+    cluster: KafkaCluster
 
     def read(self, wanted: str | None) -> dict[str, Position]:
         """See ``read_positions``."""
         ends = self._ends()
         if wanted is not None and any(end - first > _TAIL for first, end in ends.values()):
-            self._read({partition: (max(first, end - _TAIL), end) for partition, (first, end) in ends.items()})
-            if wanted in self._found:
-                return self._found
-            self._found = {}
-        self._read(ends)
-        return self._found
+            newest = self._read({partition: (max(first, end - _TAIL), end) for partition, (first, end) in ends.items()})
+            if wanted in newest:
+                return newest
+        return self._read(ends)
 
     def _consumer(self, isolation: str) -> Consumer:
         return Consumer(
             {
-                **_client(self._cluster),
+                **_client(self.cluster),
                 "group.id": "adtally-publish",
                 "isolation.level": isolation,
                 "enable.auto.commit": False,
                 "auto.offset.reset": "earliest",
                 "enable.partition.eof": True,
-                "fetch.wait.max.ms": 20,  # the end is met at once
+                "fetch.wait.max.ms": 20,  # reaches the end at once
             }
         )
 
     def _ends(self) -> dict[int, tuple[int, int]]:
-        """Partition -> its first offset and its end, open transactions included."""
+        """Return partition -> (first offset, end offset), including open transactions."""
         consumer = self._consumer("read_uncommitted")
         try:
             topic = consumer.list_topics(CONTROL_TOPIC, timeout=_ANSWER_SECONDS).topics[CONTROL_TOPIC]
@@ -273,7 +274,7 @@ class _Notes:
 
     @staticmethod
     def _bounds(consumer: Consumer, partition: int) -> tuple[int, int]:
-        """A new topic has no leader yet, and one that a broker lost gets another: that is waited for."""
+        """Return the first and end offset; waits for a leader, which a new topic or one of a lost broker lacks."""
         deadline = time.monotonic() + _ANSWER_SECONDS
         while True:
             try:
@@ -284,10 +285,11 @@ class _Notes:
                     raise
                 time.sleep(0.1)
 
-    def _read(self, ranges: Mapping[int, tuple[int, int]]) -> None:
+    def _read(self, ranges: Mapping[int, tuple[int, int]]) -> dict[str, Position]:
+        found: dict[str, Position] = {}
         left = {partition: end for partition, (first, end) in ranges.items() if first < end}
         if not left:
-            return
+            return found
         consumer = self._consumer("read_committed")
         deadline = time.monotonic() + _READ_SECONDS
         try:
@@ -300,7 +302,9 @@ class _Notes:
                     continue
                 error, partition, offset = message.error(), message.partition(), message.offset()
                 if error is None:
-                    self._take(message.value())
+                    with suppress(ValueError, TypeError):  # another program's record is ignored
+                        note = Position(**json.loads(message.value() or "null"))
+                        found[note.key] = note
                 elif error.code() != Refusal._PARTITION_EOF:
                     if not error.retriable() and error.code() != Refusal._TRANSPORT:
                         raise KafkaException(error)
@@ -308,29 +312,18 @@ class _Notes:
                     left.pop(partition, None)
         finally:
             consumer.close()
-
-    def _take(self, value: str | bytes | None) -> None:
-        try:
-            note = Position(**json.loads(value or "null"))
-        except (ValueError, TypeError):  # nobody else should write here; whoever does harms nothing
-            return
-        self._found[note.key] = note
+        return found
 
 
-class _kafka_errors:
-    """Kafka's errors as ours."""
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
-        if not isinstance(error, KafkaException):
-            return
+@contextmanager
+def _kafka_errors() -> Iterator[None]:
+    """Raise Kafka's errors as BusyError or KafkaError."""
+    try:
+        yield
+    except KafkaException as error:
         refusal = error.args[0]
         if refusal.code() in _FENCED:
-            raise BusyError(
-                "another publisher of this table and topic has taken over", hint="one is enough; stop the other"
-            ) from None
-        raise KafkaError(
-            f"Kafka: {refusal.str()}", hint="nothing is lost: publishing goes on where it stopped when the broker answers"
-        ) from None
+            problem = "another publisher of this table and topic has taken over"
+            raise BusyError(problem, hint="one is enough; stop the other") from None
+        hint = "nothing is lost: publishing goes on where it stopped when the broker answers"
+        raise KafkaError(f"Kafka: {refusal.str()}", hint=hint) from None

@@ -1,4 +1,4 @@
-"""How far each topic is published, from table `publications`: for people, without asking a broker."""
+"""Reads the published position of each topic from table `publications`, without asking a broker."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from datetime import UTC, datetime
 from spark_jobs.config import Settings
 from spark_jobs.ingest.kafka.config import Publish, read_kafka
 from spark_jobs.lake.lake import Lake
-from spark_jobs.lake.log import Commit
 from spark_jobs.lake.tables import ATTRIBUTED_ORDERS, MINUTE_METRICS, PUBLICATIONS, Table
 
 
 @dataclass(frozen=True)
 class TopicStatus:
-    """How far a table is published. ``versions_behind``: those with rows that are not; ``seconds_behind``: since the first of them.
+    """The published position of a table. ``version`` None: nothing is published.
 
-    ``version`` None: nothing is published.
+    ``versions_behind``: unpublished versions with rows; ``seconds_behind``: seconds since the commit of the first of them.
     """
 
     table: str
@@ -30,32 +29,24 @@ class TopicStatus:
 
 
 def topics_of(publish: Publish) -> list[tuple[Table, str]]:
-    """The tables that are published, and their topics."""
+    """Return the published tables and their topics."""
     return [(MINUTE_METRICS, publish.metrics_topic), (ATTRIBUTED_ORDERS, publish.credits_topic)]
 
 
-def committed_ms(commit: Commit) -> int:
-    """When a commit was made, in milliseconds since the epoch; 0 if it does not say."""
-    return int(commit.info.get("timestamp", 0))
-
-
-def told_by(cluster: str, key: str) -> str:
-    """The app id of rows of `publications`: a cluster, table and topic; its transaction is the version that was published."""
+def publications_app_id(cluster: str, key: str) -> str:
+    """Return the app id of a table and topic's rows in `publications`; its transaction is the published version."""
     return f"publications:{cluster}/{key}"
 
 
 def read_publications(settings: Settings, *, now: datetime | None = None) -> list[TopicStatus]:
-    """Return how far behind each topic is, some seconds late; empty if nothing is to be published.
-
-    Raises KafkaConfigurationError if kafka.toml cannot be right.
-    """
+    """Return the position of each topic, some seconds late; empty without [publish]. Raises KafkaConfigurationError."""
     publish = read_kafka(settings).publish
     if publish is None:
         return []
     lake = Lake(settings)
     found = []
     for table, topic in topics_of(publish):
-        app = told_by(publish.cluster.name, f"{lake.table_id(table)}/{topic}")
+        app = publications_app_id(publish.cluster.name, f"{lake.table_id(table)}/{topic}")
         version = lake.last_transaction(PUBLICATIONS, app)
         total = None
         if version is not None:
@@ -68,14 +59,11 @@ def read_publications(settings: Settings, *, now: datetime | None = None) -> lis
 def status_of(
     lake: Lake, publish: Publish, table: Table, topic: str, version: int | None, total: int | None, now: datetime
 ) -> TopicStatus:
-    """Return how far behind a topic is that has the table up to ``version``. Reads the commits after it."""
+    """Return the position of a topic that has the table up to ``version``. Reads the commits after it."""
     log = lake.log(table)
     latest = log.latest_version()
-    waiting = []
-    for behind in range(0 if version is None else version + 1, 0 if latest is None else latest + 1):
-        commit = log.commit(behind)
-        if commit is None or commit.changes_rows:
-            waiting.append(commit)
-    first = next((committed_ms(commit) for commit in waiting if commit is not None), None)
+    later = range(0 if version is None else version + 1, 0 if latest is None else latest + 1)
+    waiting = [commit for commit in map(log.commit, later) if commit is None or commit.changes_rows]
+    first = next((commit.committed_ms for commit in waiting if commit is not None), None)
     seconds = 0.0 if first is None else max(0.0, now.timestamp() - first / 1000)
     return TopicStatus(table.name, topic, publish.cluster.name, version, latest, len(waiting), seconds, total)

@@ -1,4 +1,4 @@
-"""Rule sets: read from their file, hashed, and kept in table `rule_sets`, so that a result can be explained years later."""
+"""Reads rule sets from their files, and keeps them by hash in table `rule_sets`, so that a result can be explained years later."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import BaseModel, ValidationError
 
 from spark_jobs.config import Settings
@@ -25,9 +24,9 @@ Rules = TypeVar("Rules", bound=BaseModel)
 
 
 def read_rules(path: Path, model: type[Rules], **also: object) -> Rules:
-    """The rules of a TOML file as a ``model``; those of its defaults where there is no file. ``also`` are further fields.
+    """Read the rules of a TOML file as a ``model``, which has the defaults if there is no file. ``also`` are further fields.
 
-    Raises RuleFileError that names the file, the entry and what is wrong with it.
+    Raises RuleFileError, which names the file, the entry and the problem.
     """
     try:
         content: dict[str, Any] = tomllib.loads(path.read_text("utf-8")) if path.exists() else {}
@@ -42,53 +41,48 @@ def read_rules(path: Path, model: type[Rules], **also: object) -> Rules:
 
 
 def canonical(rules: BaseModel) -> str:
-    """The rules as JSON: the same rules give the same text.
+    """Return the rules as JSON; the same rules give the same text.
 
-    An empty list of exempt users is left out, as in rule sets from before there were any.
+    Leaves out an empty list of exempt users, which older rule sets lack.
     """
     return rules.model_dump_json(exclude=None if getattr(rules, _EXEMPT, ()) else {_EXEMPT})
 
 
-def _of_content(content: str, model: type[Rules]) -> Rules:
-    """The inverse of ``canonical``, whatever the defaults of ``model`` are by now."""
-    told = json.loads(content)
+def _parse_rules(content: str, model: type[Rules]) -> Rules:
+    """Parse the output of ``canonical``, independently of the model's present defaults."""
+    fields = json.loads(content)
     if _EXEMPT in model.model_fields:
-        told.setdefault(_EXEMPT, [])
-    return model.model_validate(told)
+        fields.setdefault(_EXEMPT, [])
+    return model.model_validate(fields)
 
 
 def rule_set_hash(kind: str, content: str) -> str:
-    """SHA-256 (64 hex digits) of a kind and its content."""
+    """Return the SHA-256 (64 hex digits) of a kind and its content."""
     return hashlib.sha256(f"{kind}\n{content}".encode()).hexdigest()
 
 
 def keep_rule_set(settings: Settings, kind: str, rules: BaseModel, now: datetime) -> str:
-    """Put the rules into `rule_sets`, unless they are there; their hash. Two that keep the same at once leave two equal rows."""
+    """Append the rules to `rule_sets` unless it has them; returns their hash. Two processes at once may append equal rows."""
     content = canonical(rules)
     name = rule_set_hash(kind, content)
     lake = Lake(settings)
     if not lake.exists(RULE_SETS):
         ensure_tables(settings)
-    if name not in _held(settings)["rule_set"].to_pylist():
+    if name not in lake.rows(RULE_SETS)["rule_set"].to_pylist():
         row = {"rule_set": name, "kind": kind, "content": content, "set_at": now}
         lake.append(RULE_SETS, pa.Table.from_pylist([row], RULE_SETS.schema), Step.RULE_SETS)
     return name
 
 
 def held_rules(settings: Settings, name: str, model: type[Rules]) -> Rules:
-    """The rule set with this hash, as it was used. Raises AdtallyError where the table does not have it."""
-    held = _held(settings)
-    for row in held.filter(pc.equal(held["rule_set"], name)).to_pylist():
-        return _of_content(row["content"], model)
+    """Return the rule set with this hash, as it was used. Raises AdtallyError if the table does not have it."""
+    for row in Lake(settings).rows(RULE_SETS).to_pylist():
+        if row["rule_set"] == name:
+            return _parse_rules(row["content"], model)
     raise AdtallyError(f"table rule_sets does not have the rule set {name}", hint="it was removed, or the table is of another home")
 
 
 def rule_sets_of(settings: Settings, kind: str, model: type[Rules]) -> dict[str, Rules]:
-    """Every rule set of a kind that was ever used, by its hash."""
-    held = _held(settings)
-    rows = held.filter(pc.equal(held["kind"], kind)).to_pylist()
-    return {row["rule_set"]: _of_content(row["content"], model) for row in rows}
-
-
-def _held(settings: Settings) -> pa.Table:
-    return Lake(settings).rows(RULE_SETS)
+    """Return every used rule set of a kind, by its hash."""
+    rows = Lake(settings).rows(RULE_SETS).to_pylist()
+    return {row["rule_set"]: _parse_rules(row["content"], model) for row in rows if row["kind"] == kind}

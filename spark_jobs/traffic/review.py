@@ -1,44 +1,42 @@
 """The review: judges all events of an hour by all rules of invalid traffic, and restates what differs, with its money.
 
 The ingest judges a record by its own fields. Repeats, unmatched clicks and click rates need the events around it, in whatever order
-they arrived, so the review judges these, over whole hours and the hours that the rules look back to. It reviews an hour again if
-events came that its review has not seen. An hour keeps the rules of its first review; only a backfill changes them
-(docs/decisions/0007). Read and written without Spark.
+they arrived, so the review judges whole hours and the hours that the rules look back to. It reviews an hour again if more events
+arrive. An hour keeps the rules of its first review; only a backfill changes them (docs/decisions/0007). The review needs no Spark.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
 
 from spark_jobs.config import Settings
-from spark_jobs.corrections.run import Run, correcting, table_rows, writing
+from spark_jobs.corrections.run import Run, correcting, groups_of_hours, has_unfinished, increment_rows, restate, writing
 from spark_jobs.corrections.write_ahead import Correction, TableChange, carry_out, write_ahead
-from spark_jobs.ingest.event_columns import INCREMENT_SCHEMA, METRIC_KEYS, METRIC_MEASURES, increment_columns
+from spark_jobs.ingest.event_columns import METRIC_KEYS, METRIC_MEASURES
 from spark_jobs.ingest.kafka.ranges import PREFIX
 from spark_jobs.lake.duck import keep_table, literal, translate_duckdb_errors
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.roots import require_local
-from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, RESTATEMENTS, TRAFFIC_REVIEWS
+from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, TRAFFIC_REVIEWS
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.rules.exempt import is_exempt_sql
-from spark_jobs.traffic.rules import BITS, InvalidTrafficRules, Mode, keep_rules, marks, rules_of
-from spark_jobs.traffic.rules import judge_of as record_judge_of
-from spark_jobs.units import HOUR_US, HourRange, hour_moment, hour_number
+from spark_jobs.traffic.rules import BITS, InvalidTrafficRules, Mode, judge_of, keep_rules, marks, rules_of
+from spark_jobs.units import EPOCH, HOUR, HOUR_US, MINUTE_US, SECOND_US, HourRange, hour_number
 
-_EVENTS_AT_ONCE = 750_000  # judged in one go, for which an ingest waits
-_GAP_HOURS = 7 * 24  # hours further apart are read by themselves
+_EVENTS_AT_ONCE = 750_000  # judged at a time, because an ingest waits meanwhile
+_GAP_HOURS = 7 * 24  # hours with a larger gap between them are read separately
 _MEMORY = "1200MB"
-_DIMENSIONS = METRIC_KEYS[1:]
-_MICROSECOND = timedelta(microseconds=1)
 
 
 @dataclass(frozen=True)
@@ -86,22 +84,13 @@ class _State:
 
     events_version: int
     judged_version: int
-    accepted: dict[int, int]
+    accepted: Counter[int]
     batches: list[tuple[str, int]]
     reviews: dict[int, _Review]
 
     def inputs(self, hour: int, rules: InvalidTrafficRules) -> int:
         """The number of accepted events that a review of the hour reads."""
-        return sum(self.accepted.get(at, 0) for at in range(hour - rules.look_back_hours, hour + 1))
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Hours that are judged together by one rule set."""
-
-    rule_set: str
-    rules: InvalidTrafficRules
-    hours: list[int]
+        return sum(self.accepted[at] for at in range(hour - rules.look_back_hours, hour + 1))
 
 
 def review(
@@ -123,29 +112,17 @@ def review(
     run_id = run_id or uuid.uuid4().hex
     wanted = None if hours is None else {hour_number(hour) for hour in hours}
     done: list[ReviewedHour] = []
-    is_unfinished = settings.corrections_path.exists() and any(settings.corrections_path.iterdir())
-    if is_unfinished or _has_work(settings, wanted):
-        ensure_tables(settings)
-        with correcting(settings):
-            run = Run(run_id, "review", "invalid traffic", now or datetime.now(UTC))
-            done = review_outdated(settings, wanted, run, progress or (lambda _: None))
+    with translate_duckdb_errors(settings.home_path):
+        if has_unfinished(settings) or _outdated(settings, _read_state(settings), wanted):
+            ensure_tables(settings)
+            with correcting(settings):
+                run = Run(run_id, "review", "invalid traffic", now or datetime.now(UTC))
+                state = _read_state(settings)
+                outdated = _outdated(settings, state, wanted)
+                fresh = keep_rules(settings, run.now) if any(hour not in state.reviews for hour in outdated) else ""
+                sets = {hour: state.reviews[hour].rule_set if hour in state.reviews else fresh for hour in outdated}
+                done = _review_groups(settings, state, sets, run, progress or (lambda _: None))
     return ReviewReport(run_id, done, time.monotonic() - started)
-
-
-def _has_work(settings: Settings, wanted: Collection[int] | None) -> bool:
-    with translate_duckdb_errors(settings.home_path):
-        state = _read_state(settings)
-        return bool(_outdated(settings, state, wanted))
-
-
-def review_outdated(settings: Settings, wanted: Collection[int] | None, run: Run, say: Callable[[str], None]) -> list[ReviewedHour]:
-    """Do as `review`. The caller holds the corrections lock."""
-    with translate_duckdb_errors(settings.home_path):
-        state = _read_state(settings)
-        outdated = _outdated(settings, state, wanted)
-        fresh = keep_rules(settings, run.now) if any(hour not in state.reviews for hour in outdated) else ""
-        sets = {hour: state.reviews[hour].rule_set if hour in state.reviews else fresh for hour in outdated}
-        return _review(settings, state, sets, run, say)
 
 
 def review_anew(settings: Settings, hours: Collection[int], run: Run, say: Callable[[str], None]) -> list[ReviewedHour]:
@@ -156,12 +133,12 @@ def review_anew(settings: Settings, hours: Collection[int], run: Run, say: Calla
     with translate_duckdb_errors(settings.home_path):
         state = _read_state(settings)
         rule_set = keep_rules(settings, run.now)
-        sets = {hour: rule_set for hour in hours if state.accepted.get(hour, 0) or hour in state.reviews}
-        for hour, held in state.reviews.items():
-            reach = rules_of(settings, held.rule_set).look_back_hours if hour not in sets else 0
+        sets = {hour: rule_set for hour in hours if state.accepted[hour] or hour in state.reviews}
+        for hour, last in state.reviews.items():
+            reach = rules_of(settings, last.rule_set).look_back_hours if hour not in sets else 0
             if any(before in hours for before in range(hour - reach, hour)):
-                sets[hour] = held.rule_set
-        return _review(settings, state, sets, run, say)
+                sets[hour] = last.rule_set
+        return _review_groups(settings, state, sets, run, say)
 
 
 # --- the state of the tables
@@ -170,31 +147,24 @@ def review_anew(settings: Settings, hours: Collection[int], run: Run, say: Calla
 def _read_state(settings: Settings) -> _State:
     # The ledger first: the versions that are read after it have every batch that it has.
     lake = Lake(settings)
-    ledger = lake.rows(BATCH_LEDGER, "stream", "event_hour", "accepted", "_query_id", "_batch_id").to_pydict()
+    names = ("stream", "_query_id", "_batch_id", "event_hour", "accepted")
+    rows = lake.rows(BATCH_LEDGER, *names)
+    ledger = list(zip(*(rows[name].to_pylist() for name in names), strict=True))
     log = lake.log(EVENTS)
     version = log.latest_version() or 0
-    names = ("event_hour", "rule_set", "inputs", "reviewed_at", "events_version")
-    held = lake.rows(TRAFFIC_REVIEWS, *names).to_pydict()
-    booked = {
-        (query, batch)
-        for stream, query, batch in zip(ledger["stream"], ledger["_query_id"], ledger["_batch_id"], strict=True)
-        if stream == "events"
-    }
+    reviewed = lake.rows(TRAFFIC_REVIEWS, "event_hour", "rule_set", "inputs", "reviewed_at", "events_version").to_pylist()
+    booked = {(query, batch) for stream, query, batch, _, _ in ledger if stream == "events"}
     # Every batch up to the last review's version was in the ledger at that time, so only later commits are read.
-    reviewed = max((known for known in held["events_version"] if known <= version), default=-1)
-    later = _batches(log, range(reviewed + 1, version + 1)) if booked else {}
+    seen = max((row["events_version"] for row in reviewed if row["events_version"] <= version), default=-1)
+    later = _batches(log, range(seen + 1, version + 1)) if booked else {}
     judged = min((at for batch, at in later.items() if batch not in booked), default=version + 1) - 1
     booked -= {batch for batch, at in later.items() if at > judged}
-    accepted: dict[int, int] = {}
-    rows = zip(*(ledger[name] for name in ("event_hour", "accepted", "_query_id", "_batch_id")), strict=True)
-    for hour, count, query, batch in rows:
+    accepted: Counter[int] = Counter()
+    for _, query, batch, hour, count in ledger:
         if hour is not None and count and (query, batch) in booked:
-            accepted[hour_number(hour)] = accepted.get(hour_number(hour), 0) + count
-    reviews: dict[int, _Review] = {}
-    for hour, rule_set, inputs, at, _ in zip(*(held[name] for name in names), strict=True):
-        known = reviews.get(hour_number(hour))
-        if known is None or at > known.reviewed_at:
-            reviews[hour_number(hour)] = _Review(rule_set, inputs, at)
+            accepted[hour_number(hour)] += count
+    newest = sorted(reviewed, key=lambda row: row["reviewed_at"])  # the last one of an hour wins
+    reviews = {hour_number(row["event_hour"]): _Review(row["rule_set"], row["inputs"], row["reviewed_at"]) for row in newest}
     return _State(version, judged, accepted, sorted(booked), reviews)
 
 
@@ -209,72 +179,56 @@ def _batches(log: DeltaLog, versions: range) -> dict[tuple[str, int], int]:
 
 
 def _outdated(settings: Settings, state: _State, wanted: Collection[int] | None) -> list[int]:
-    known = {name: rules_of(settings, name) for name in {held.rule_set for held in state.reviews.values()}}
+    """Return the hours (of ``wanted``, None: all) whose review is missing or has not seen all events that it reads."""
+    known = {name: rules_of(settings, name) for name in {last.rule_set for last in state.reviews.values()}}
     found = []
-    for hour in state.accepted.keys() | state.reviews.keys():
-        if wanted is not None and hour not in wanted:
-            continue
-        held = state.reviews.get(hour)
-        if held is None or state.inputs(hour, known[held.rule_set]) != held.inputs:
+    for hour in sorted(state.accepted.keys() | state.reviews.keys()):
+        last = state.reviews.get(hour)
+        is_outdated = last is None or state.inputs(hour, known[last.rule_set]) != last.inputs
+        if is_outdated and (wanted is None or hour in wanted):
             found.append(hour)
-    return sorted(found)
-
-
-def _groups(settings: Settings, state: _State, sets: dict[int, str]) -> Iterator[_Group]:
-    """Hours of one rule set, in order, about _EVENTS_AT_ONCE events together."""
-    for rule_set in sorted(set(sets.values())):
-        rules = rules_of(settings, rule_set)
-        group: list[int] = []
-        events = 0
-        for hour in sorted(hour for hour, name in sets.items() if name == rule_set):
-            count = state.accepted.get(hour, 0)
-            if group and (events + count > _EVENTS_AT_ONCE or hour - group[-1] > _GAP_HOURS):
-                yield _Group(rule_set, rules, group)
-                group, events = [], 0
-            group.append(hour)
-            events += count
-        if group:
-            yield _Group(rule_set, rules, group)
+    return found
 
 
 # --- judging
 
 
-def _review(settings: Settings, state: _State, sets: dict[int, str], run: Run, say: Callable[[str], None]) -> list[ReviewedHour]:
+def _review_groups(
+    settings: Settings, state: _State, sets: dict[int, str], run: Run, say: Callable[[str], None]
+) -> list[ReviewedHour]:
+    """Review hours by their rule sets, ``sets``, a group of hours at a time."""
     done: list[ReviewedHour] = []
-    for group in _groups(settings, state, sets):
-        say(f"reviewing hours: {len(done)} of {len(sets)}")
-        with writing(settings):
-            now = _read_state(settings)
-            correction, hours = _decide(Lake(settings), now, group, replace(run, token=uuid.uuid4().hex))
-            if correction.changes:
-                write_ahead(settings, correction)
-                carry_out(settings, correction)
-        done += hours
+    for rule_set in sorted(set(sets.values())):
+        rules = rules_of(settings, rule_set)
+        own = [hour for hour, name in sets.items() if name == rule_set]
+        for hours in groups_of_hours(own, state.accepted, _EVENTS_AT_ONCE, gap_hours=_GAP_HOURS):
+            say(f"reviewing hours: {len(done)} of {len(sets)}")
+            with writing(settings):
+                one = replace(run, token=uuid.uuid4().hex, rule_set=rule_set)
+                correction, reviewed = _decide(Lake(settings), _read_state(settings), rule_set, rules, hours, one)
+                if correction.changes:
+                    write_ahead(settings, correction)
+                    carry_out(settings, correction)
+            done += reviewed
     return sorted(done, key=lambda hour: hour.event_hour)
 
 
-def _decide(lake: Lake, state: _State, group: _Group, run: Run) -> tuple[Correction, list[ReviewedHour]]:
+def _decide(
+    lake: Lake, state: _State, rule_set: str, rules: InvalidTrafficRules, hours: list[int], run: Run
+) -> tuple[Correction, list[ReviewedHour]]:
     with lake.scratch("review-") as spill, lake.database(memory=_MEMORY) as database:
         database.execute("set preserve_insertion_order = false")
-        _judge(database, lake.scan(EVENTS, state.events_version), state, group, spill)
+        _judge(database, lake.scan(EVENTS, state.events_version), state, rule_set, rules, hours, spill)
         sums = {hour: rest for hour, *rest in database.execute(_SUMS).fetchall()}
-        hours = [_reviewed(hour, group.rule_set, *sums.get(hour, (0, 0, 0, 0, 0))) for hour in group.hours]
-        parts = [
-            _events_change(database, group, run),
+        reviewed = [ReviewedHour(EPOCH + hour * HOUR, *(*sums.get(hour, [0] * 5), rule_set)) for hour in hours]
+        changes = [
+            _events_change(database, run),
             _metrics_change(database, run),
             _ledger_change(lake, database, run),
-            _restatements_change(database, group, run),
-            _reviews_change(state, group, run, hours),
+            _restatements_change(database, run),
+            _reviews_change(state, rules, run, reviewed),
         ]
-    changes = [change for change in parts if not change.is_nothing]
-    return Correction(run.token, run.run_id, state.events_version, changes), hours
-
-
-def _reviewed(hour: int, rule_set: str, events: int, invalid: int, changed: int, rewritten: int, spend: int) -> ReviewedHour:
-    moment = hour_moment(hour)
-    assert moment is not None
-    return ReviewedHour(moment, events, invalid, changed, rewritten, spend, rule_set)
+    return Correction(run.token, run.run_id, state.events_version, [one for one in changes if not one.is_empty]), reviewed
 
 
 _SUMS = """
@@ -285,10 +239,22 @@ _SUMS = """
 """
 
 
-def _judge(database: duckdb.DuckDBPyConnection, events: str, state: _State, group: _Group, spill: Path) -> None:
-    """Create table `judged`: each event of the hours (``events``: SQL) with the rules that hit it, and its old and new marks."""
-    wide = {at for hour in group.hours for at in range(hour - group.rules.look_back_hours, hour + 1)}
-    keep_table(database, "hours", pa.table({"hour": pa.array(group.hours, pa.int64())}), spill)
+def _judge(
+    database: duckdb.DuckDBPyConnection,
+    events: str,
+    state: _State,
+    rule_set: str,
+    rules: InvalidTrafficRules,
+    hours: list[int],
+    spill: Path,
+) -> None:
+    """Make the tables `judged` and `changed` from ``events`` (SQL).
+
+    `judged` has each event of the hours with the rules that hit it and its old and new marks. `changed` has the rows of `events`
+    whose marks change.
+    """
+    wide = {at for hour in hours for at in range(hour - rules.look_back_hours, hour + 1)}
+    keep_table(database, "hours", pa.table({"hour": pa.array(hours, pa.int64())}), spill)
     keep_table(database, "wide", pa.table({"hour": pa.array(sorted(wide), pa.int64())}), spill)
     batches = {
         "_query_id": pa.array([query for query, _ in state.batches], pa.string()),
@@ -305,16 +271,16 @@ def _judge(database: duckdb.DuckDBPyConnection, events: str, state: _State, grou
         create temp table seen as
         select event_id, event_type, epoch_us(event_time) as time_us, user_id, ad_id, impression_id, hour,
             if(hour in (from hours), user_agent, null) as user_agent, hour in (from hours) as is_asked,
-            {is_exempt_sql(group.rules.exempt_users)} as is_exempt,
+            {is_exempt_sql(rules.exempt_users)} as is_exempt,
             invalid_traffic_rule as old_rule, invalid_traffic_rules as old_rules, rule_set as old_rule_set,
             coalesce(spend_nanos, 0) as old_spend, coalesce(invalid_spend_nanos, 0) as old_invalid_spend
         from table_rows where hour in (from wide)
         """
     )
-    code = " | ".join([_record_code(database, group.rules, spill), *_activity_codes(database, group.rules)])
+    code = " | ".join([_record_code(database, rules, spill), *_activity_codes(database, rules)])
     database.execute(f"create temp table coded as select * from (select *, {code} as code from seen) where is_asked")
     codes = database.execute("select distinct code from coded").to_arrow_table()["code"].combine_chunks().cast(pa.int64())
-    rule, hits = marks(codes.to_numpy(zero_copy_only=False), group.rules)
+    rule, hits = marks(codes.to_numpy(zero_copy_only=False), rules)
     keep_table(database, "verdicts", pa.table({"code": codes, "new_rule": rule, "new_rules": hits}), spill)
     database.execute(
         """
@@ -327,7 +293,7 @@ def _judge(database: duckdb.DuckDBPyConnection, events: str, state: _State, grou
             from coded join verdicts using (code)
         )
         """,
-        [group.rule_set],
+        [rule_set],
     )
     database.execute(
         """
@@ -343,16 +309,13 @@ def _judge(database: duckdb.DuckDBPyConnection, events: str, state: _State, grou
 
 
 def _record_code(database: duckdb.DuckDBPyConnection, rules: InvalidTrafficRules, spill: Path) -> str:
-    """SQL for the rules that need no other record; they are asked once per distinct agent and user."""
-    judge = record_judge_of(rules)
+    """Return SQL for the rules that need no other record. The judge looks once at each distinct user agent and user."""
+    judge = judge_of(rules)
     kinds = []
-    for column in ("user_agent", "user_id"):
-        if column == "user_id" and not judge.looks_at_users:
-            continue
+    for column in ("user_agent", "user_id") if judge.looks_at_users else ("user_agent",):
         found = database.execute(f"select distinct {column} from seen where is_asked and {column} is not null").to_arrow_table()
-        values = pa.table({"user_agent": pa.nulls(found.num_rows, pa.string()), "user_id": pa.nulls(found.num_rows, pa.string())})
-        at = values.schema.get_field_index(column)
-        values = values.set_column(at, column, found[column].cast(pa.string()))
+        nulls = pa.nulls(found.num_rows, pa.string())
+        values = pa.table({"user_agent": nulls, "user_id": nulls, column: found[column].cast(pa.string())})
         keep_table(database, f"of_{column}", pa.table({"value": values[column], "code": pa.array(judge.codes(values))}), spill)
         database.execute(f"delete from of_{column} where code = 0")
         kinds.append(f"coalesce((select code from of_{column} o where o.value = seen.{column}), 0)")
@@ -360,16 +323,16 @@ def _record_code(database: duckdb.DuckDBPyConnection, rules: InvalidTrafficRules
 
 
 def _activity_codes(database: duckdb.DuckDBPyConnection, rules: InvalidTrafficRules) -> Iterator[str]:
-    """SQL for each of the rules that look at other events; the order of events is (event_time, event_id)."""
+    """Yield SQL for each rule that looks at other events. Events are ordered by (event_time, event_id)."""
     for kind in ("click", "impression"):
         name = f"repeat_{kind}"
         if rules.mode(name) is not Mode.OFF:
-            window_us = getattr(rules, name).window_seconds * 1_000_000
+            window_us = getattr(rules, name).window_seconds * SECOND_US
             before = "lag(time_us) over (partition by user_id, ad_id, event_type order by time_us, event_id)"
             is_repeat = f"coalesce(time_us - {before} < {window_us}, false)"
             yield f"if(event_type = '{kind}' and not is_exempt and {is_repeat}, {BITS[name]}, 0)"
     if rules.unmatched_click.mode is not Mode.OFF:
-        window_us = rules.unmatched_click.window_seconds * 1_000_000
+        window_us = rules.unmatched_click.window_seconds * SECOND_US
         database.execute(
             f"""
             create temp table matched as
@@ -388,13 +351,13 @@ def _activity_codes(database: duckdb.DuckDBPyConnection, rules: InvalidTrafficRu
 # --- the changes of the tables
 
 
-def _events_change(database: duckdb.DuckDBPyConnection, group: _Group, run: Run) -> TableChange:
+def _events_change(database: duckdb.DuckDBPyConnection, run: Run) -> TableChange:
     new = {
         "spend_nanos": "new_spend",
         "invalid_spend_nanos": "new_invalid_spend",
         "invalid_traffic_rule": "new_rule",
         "invalid_traffic_rules": "new_rules",
-        "rule_set": literal(group.rule_set),
+        "rule_set": literal(run.rule_set),
         "_run_id": literal(run.run_id),
     }
     columns = ", ".join(f"{new.get(name, name)} as {name}" for name in EVENTS.schema.names)
@@ -404,7 +367,7 @@ def _events_change(database: duckdb.DuckDBPyConnection, group: _Group, run: Run)
 
 
 def _difference(measure: str) -> str:
-    """SQL for the sum of what a measure changes by over rows of `changed`."""
+    """Return SQL for the change of a measure, summed over rows of `changed`."""
     if measure == "spend_nanos":
         return "sum(new_spend - old_spend) as spend_nanos"
     if measure == "invalid_spend_nanos":
@@ -422,32 +385,20 @@ _FLIPPED = "(new_rule is null) != (old_rule is null) or new_spend != old_spend o
 def _metrics_change(database: duckdb.DuckDBPyConnection, run: Run) -> TableChange:
     sums = database.execute(
         f"""
-        select _query_id, _batch_id, epoch_us(event_time) // 60000000 * 60000000 as event_minute_us, {", ".join(_DIMENSIONS)},
-            {_DIFFERENCES}
+        select _query_id, _batch_id, epoch_us(event_time) // {MINUTE_US} * {MINUTE_US} as event_minute_us,
+            {", ".join(METRIC_KEYS[1:])}, {_DIFFERENCES}
         from changed where {_FLIPPED} group by all
         having {" or ".join(f"{name} != 0" for name in METRIC_MEASURES)}
         """
     ).to_arrow_table()
-    parts = [MINUTE_METRICS.schema.empty_table()]
-    sums = sums.sort_by([("_query_id", "ascending"), ("_batch_id", "ascending")])
-    names = list(zip(sums["_query_id"].to_pylist(), sums["_batch_id"].to_pylist(), strict=True))
-    start = 0
-    while start < len(names):
-        end = start
-        while end < len(names) and names[end] == names[start]:
-            end += 1
-        query_id, batch_id = names[start]
-        own = sums.slice(start, end - start).select(INCREMENT_SCHEMA.names).cast(INCREMENT_SCHEMA)
-        rows = increment_columns(own, f"{run.token}:{query_id}", batch_id)
-        columns = {name: rows[name] for name in MINUTE_METRICS.schema.names if name in rows.column_names}
-        identity = {"_query_id": query_id, "_batch_id": batch_id, "_run_id": run.run_id}
-        parts.append(table_rows(MINUTE_METRICS, {**columns, **identity}, rows.num_rows))
-        start = end
-    return TableChange(MINUTE_METRICS, MINUTE_METRICS.schema.empty_table(), pa.concat_tables(parts))
+    return TableChange.append(MINUTE_METRICS, increment_rows(sums, run))
 
 
 def _ledger_change(lake: Lake, database: duckdb.DuckDBPyConnection, run: Run) -> TableChange:
-    """A run has one row a cell: one that it has written before is replaced by the sum. A topic's batch is booked by its cluster."""
+    """Add the changes per batch and hour. A run has one row per cell: the sum replaces a row that it wrote before.
+
+    The region of a topic's batch is its cluster.
+    """
     rows = database.execute(
         f"""
         select _query_id, _batch_id, if(starts_with(source_file, '{PREFIX}/'), 'kafka', 'files') as source,
@@ -457,19 +408,19 @@ def _ledger_change(lake: Lake, database: duckdb.DuckDBPyConnection, run: Run) ->
         from changed where {_FLIPPED} group by all having invalid != 0 or spend != 0
         """
     ).fetchall()
-    held: dict[tuple[object, ...], dict[str, object]] = {}
+    written: dict[tuple[object, ...], dict[str, Any]] = {}
     if rows:
         of_run = lake.pin(BATCH_LEDGER).rows(BATCH_LEDGER, where_in=("_run_id", pa.array([run.run_id])))
-        held = {tuple(row[name] for name in BATCH_LEDGER.key): row for row in of_run.to_pylist()}
-    nothing = dict.fromkeys(("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced"), 0)
+        written = {tuple(row[name] for name in BATCH_LEDGER.key): row for row in of_run.to_pylist()}
+    counts = ("offered", "accepted", "duplicate", "conflict", "rejected", "late", "unpriced")
     remove, add = [], []
     for query_id, batch_id, source, region, hour, invalid, spend, ingested_at in rows:
-        row: dict[str, object] = {
+        row: dict[str, Any] = {
             "stream": "events",
             "source": source,
             "region": region,
-            "event_hour": hour_moment(hour),
-            **nothing,
+            "event_hour": EPOCH + hour * HOUR,
+            **dict.fromkeys(counts, 0),
             "invalid_traffic": invalid,
             "spend_nanos": spend,
             "ingested_at": ingested_at,
@@ -477,55 +428,46 @@ def _ledger_change(lake: Lake, database: duckdb.DuckDBPyConnection, run: Run) ->
             "_batch_id": batch_id,
             "_run_id": run.run_id,
         }
-        before = held.get(tuple(row[name] for name in BATCH_LEDGER.key))
+        before = written.get(tuple(row[name] for name in BATCH_LEDGER.key))
         if before is not None:
             remove.append(before)
-            row |= {name: before[name] for name in nothing}
-            row |= {name: int(str(before[name] or 0)) + int(str(row[name])) for name in ("invalid_traffic", "spend_nanos")}
+            row |= {name: before[name] for name in counts}
+            row |= {name: int(before[name] or 0) + int(row[name]) for name in ("invalid_traffic", "spend_nanos")}
         add.append(row)
     return TableChange(BATCH_LEDGER, *(pa.Table.from_pylist(part, BATCH_LEDGER.schema) for part in (remove, add)))
 
 
-def _restatements_change(database: duckdb.DuckDBPyConnection, group: _Group, run: Run) -> TableChange:
-    """What the increments change by, per hour, region, campaign, currency and the rule that came, or went."""
+def _restatements_change(database: duckdb.DuckDBPyConnection, run: Run) -> TableChange:
+    """Explain the changes of the increments, per hour, region, campaign, currency and the rule that hits now, or hit before."""
     rows = database.execute(
         f"""
         select hour * {HOUR_US} as event_hour, region, campaign_id, currency, coalesce(new_rule, old_rule) as cause, {_DIFFERENCES}
         from changed where {_FLIPPED} group by all
         """
-    ).to_arrow_table()
-    columns = {
-        **{name: rows[name] for name in rows.column_names},
-        "run_id": run.run_id,
-        "kind": "review",
-        "reason": run.reason,
-        "rule_set": group.rule_set,
-        "restated_at": run.now_us,
-    }
-    return TableChange(RESTATEMENTS, RESTATEMENTS.schema.empty_table(), table_rows(RESTATEMENTS, columns, rows.num_rows))
+    )
+    return restate(rows.to_arrow_table(), run)
 
 
-def _reviews_change(state: _State, group: _Group, run: Run, hours: list[ReviewedHour]) -> TableChange:
-    """A row an hour, but for those whose last one says all this."""
+def _reviews_change(state: _State, rules: InvalidTrafficRules, run: Run, hours: list[ReviewedHour]) -> TableChange:
+    """Add a row per hour, except for hours whose last row says the same."""
     rows = []
-    for hour, done in zip(group.hours, hours, strict=True):
-        held = state.reviews.get(hour)
-        inputs = state.inputs(hour, group.rules)
-        if held is not None and not done.rewritten and (held.rule_set, held.inputs) == (group.rule_set, inputs):
+    for done in hours:
+        last = state.reviews.get(hour_number(done.event_hour))
+        inputs = state.inputs(hour_number(done.event_hour), rules)
+        if last is not None and not done.rewritten and (last.rule_set, last.inputs) == (done.rule_set, inputs):
             continue
         rows.append(
             {
                 "run_id": run.run_id,
                 "event_hour": done.event_hour,
-                "rule_set": group.rule_set,
+                "rule_set": done.rule_set,
                 "events_version": state.judged_version,
                 "inputs": inputs,
                 "events": done.events,
                 "invalid": done.invalid,
                 "changed": done.changed,
-                # the latest holds, whatever the clock says
-                "reviewed_at": run.now if held is None else max(run.now, held.reviewed_at + _MICROSECOND),
+                # the newest one wins, whatever the clock says
+                "reviewed_at": run.now if last is None else max(run.now, last.reviewed_at + timedelta(microseconds=1)),
             }
         )
-    table = pa.Table.from_pylist(rows, TRAFFIC_REVIEWS.schema)
-    return TableChange(TRAFFIC_REVIEWS, TRAFFIC_REVIEWS.schema.empty_table(), table)
+    return TableChange.append(TRAFFIC_REVIEWS, rows)

@@ -1,10 +1,10 @@
-"""The rules of invalid traffic, and those of them that a record can be judged by alone.
+"""The rules of invalid traffic, and the judge of those rules that need only one record.
 
-General invalid traffic as the IAB and the MRC mean it: lists (known crawlers, what the operator lists) and rules of activity
-(repeats, clicks without an impression, too many clicks). Record rules are judged at ingest; all of them by the review
-(``traffic/review.py``), which sees the whole hour. docs/rules.md describes each entry of the file.
+They find general invalid traffic as the IAB and the MRC define it: by lists (known crawlers, the operator's users and networks) and
+by activity (repeats, clicks without an impression, too many clicks). The ingest applies the record rules; the review
+(``traffic/review.py``) applies all rules to whole hours. docs/rules.md describes each entry of the file.
 
-Runs in Spark's Python workers and must stay importable without a session.
+Spark's Python workers import this module, so it must not need a session.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from datetime import datetime
 from enum import StrEnum
 from functools import cache, lru_cache
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
+from typing import Annotated
 
 import crawleruseragents
 import numpy as np
@@ -33,21 +35,19 @@ from spark_jobs.rules.store import held_rules, keep_rule_set, read_rules
 KIND = "invalid_traffic"
 RULES_FILE = "invalid_traffic.toml"
 
-# In the order of their names in a result: the first with mode 'invalid' that hits is the event's rule.
-RULE_NAMES = (
-    *("crawler_user_agent", "listed_user", "listed_network", "repeat_click", "repeat_impression", "unmatched_click", "click_rate"),
-)
-RECORD_RULES = RULE_NAMES[:3]
+RECORD_RULES = ("crawler_user_agent", "listed_user", "listed_network")
+# Results name the rules in this order. The first one with mode 'invalid' that hits is the event's rule.
+RULE_NAMES = (*RECORD_RULES, "repeat_click", "repeat_impression", "unmatched_click", "click_rate")
 BITS = {name: 1 << at for at, name in enumerate(RULE_NAMES)}
 """A set of rules as a number: the sum of the bits of its rules."""
 
 HOUR_SECONDS = 3600
-_LONGEST_SECONDS = 30 * 24 * HOUR_SECONDS
+Seconds = Annotated[int, Field(gt=0, le=30 * 24 * HOUR_SECONDS)]
 _AGENTS_HELD = 65_536
 
 
 class Mode(StrEnum):
-    """What a rule does: nothing; it is listed with the event; or it makes the event invalid, too."""
+    """What a rule does to an event that it hits: nothing, mark the event, or mark it and make it invalid."""
 
     OFF = "off"
     MARK = "mark"
@@ -59,50 +59,45 @@ class _Frozen(BaseModel):
 
 
 class Rule(_Frozen):
-    """A rule that has no more to it."""
+    """A rule without further settings."""
 
     mode: Mode = Mode.INVALID
 
 
 class WindowRule(_Frozen):
-    """A rule that looks back. For how long, in seconds."""
+    """A rule that looks back ``window_seconds``."""
 
     mode: Mode = Mode.INVALID
-    window_seconds: int = Field(gt=0, le=_LONGEST_SECONDS)
+    window_seconds: Seconds
 
 
 class RepeatClick(WindowRule):
-    """Clicks: an hour, unless it says otherwise."""
+    """Repeated clicks, by default within an hour."""
 
-    window_seconds: int = Field(default=HOUR_SECONDS, gt=0, le=_LONGEST_SECONDS)
+    window_seconds: Seconds = HOUR_SECONDS
 
 
 class RepeatImpression(WindowRule):
-    """Impressions: a minute."""
+    """Repeated impressions, by default within a minute."""
 
-    window_seconds: int = Field(default=60, gt=0, le=_LONGEST_SECONDS)
+    window_seconds: Seconds = 60
 
 
 class UnmatchedClick(WindowRule):
-    """Clicks without an impression: off, and a day."""
+    """Clicks without an impression, by default within a day; off by default."""
 
     mode: Mode = Mode.OFF
-    window_seconds: int = Field(default=24 * HOUR_SECONDS, gt=0, le=_LONGEST_SECONDS)
+    window_seconds: Seconds = 24 * HOUR_SECONDS
 
 
 class RateRule(_Frozen):
-    """More clicks of a user within an hour (UTC) than ``clicks`` are invalid, all of them."""
+    """All clicks of a user in an hour (UTC) with more than ``clicks`` of them."""
 
     mode: Mode = Mode.INVALID
     clicks: int = Field(default=60, gt=0)
 
 
-class RuleFile(_Frozen):
-    """What the rule file says. ``list_file`` is a path from the folder of the rules: user ids and networks, one a line.
-
-    ``exempt_users`` share an id that stands for "unknown": rules that compare the events of a user leave them alone.
-    """
-
+class _AllRules(_Frozen):
     crawler_user_agent: Rule = Rule()
     listed_user: Rule = Rule()
     listed_network: Rule = Rule()
@@ -110,20 +105,21 @@ class RuleFile(_Frozen):
     repeat_impression: RepeatImpression = RepeatImpression()
     unmatched_click: UnmatchedClick = UnmatchedClick()
     click_rate: RateRule = RateRule()
+
+
+class RuleFile(_AllRules):
+    """The content of the rule file. ``list_file`` names a list of user ids and networks, relative to the folder of the rules.
+
+    ``exempt_users`` are ids that stand for "unknown": rules that compare the events of a user skip them.
+    """
+
     list_file: str | None = None
     exempt_users: ExemptUsers = PLACEHOLDERS
 
 
-class InvalidTrafficRules(_Frozen):
-    """A rule set, whole: with the patterns of crawlers and the lists, so that its hash says all and it can be judged by again."""
+class InvalidTrafficRules(_AllRules):
+    """A whole rule set with the crawler patterns and the lists, so that its hash covers everything that decides a result."""
 
-    crawler_user_agent: Rule
-    listed_user: Rule
-    listed_network: Rule
-    repeat_click: RepeatClick
-    repeat_impression: RepeatImpression
-    unmatched_click: UnmatchedClick
-    click_rate: RateRule
     crawler_source: str
     crawler_patterns: tuple[str, ...]
     users: tuple[str, ...]
@@ -131,55 +127,52 @@ class InvalidTrafficRules(_Frozen):
     exempt_users: ExemptUsers
 
     def mode(self, name: str) -> Mode:
-        """The mode of a rule."""
+        """Return the mode of a rule."""
         return Mode(getattr(self, name).mode)
 
     def bits(self, *modes: Mode) -> int:
-        """The rules of these modes as a number."""
+        """Return the rules with these modes as a number (BITS)."""
         return sum(bit for name, bit in BITS.items() if self.mode(name) in modes)
 
     @property
     def look_back_hours(self) -> int:
-        """How many hours before an hour its rules look at."""
+        """How many hours before an hour the rules read."""
         windows = (self.repeat_click, self.repeat_impression, self.unmatched_click)
         return max((-(-rule.window_seconds // HOUR_SECONDS) for rule in windows if rule.mode is not Mode.OFF), default=0)
 
 
 @cache
 def no_rules() -> InvalidTrafficRules:
-    """What a batch without a rule set is judged by: no event is invalid."""
+    """Return the rules of a batch without a rule set: no event is invalid."""
     off = {name: getattr(RuleFile(), name).model_copy(update={"mode": Mode.OFF}) for name in RULE_NAMES}
     return InvalidTrafficRules(**off, crawler_source="", crawler_patterns=(), users=(), networks=(), exempt_users=())
 
 
 def current_rules(settings: Settings) -> InvalidTrafficRules:
-    """The rules as the files say them now. Raises RuleFileError."""
-    path = settings.rules_path / RULES_FILE
-    told = read_rules(path, RuleFile)
-    users, networks = _read_list(settings.rules_path / told.list_file) if told.list_file else ((), ())
-    data = crawleruseragents.CRAWLER_USER_AGENTS_DATA
+    """Read today's rules from their files. Raises RuleFileError."""
+    file = read_rules(settings.rules_path / RULES_FILE, RuleFile)
+    users, networks = _read_list(settings.rules_path / file.list_file) if file.list_file else ((), ())
     return InvalidTrafficRules(
-        **{name: getattr(told, name) for name in RULE_NAMES},
+        **{name: getattr(file, name) for name in (*RULE_NAMES, "exempt_users")},
         crawler_source=f"crawler-user-agents {version('crawler-user-agents')}",
-        crawler_patterns=tuple(entry["pattern"] for entry in data),
+        crawler_patterns=tuple(entry["pattern"] for entry in crawleruseragents.CRAWLER_USER_AGENTS_DATA),
         users=users,
         networks=networks,
-        exempt_users=told.exempt_users,
     )
 
 
 def keep_rules(settings: Settings, now: datetime) -> str:
-    """The hash of the rules as the files say them now, which table `rule_sets` then holds."""
+    """Store today's rules in table `rule_sets`; return their hash."""
     return keep_rule_set(settings, KIND, current_rules(settings), now)
 
 
 def rules_of(settings: Settings, rule_set: str | None) -> InvalidTrafficRules:
-    """The rules with this hash; none for none."""
+    """Return the rules with this hash; None: no rules."""
     return no_rules() if rule_set is None else held_rules(settings, rule_set, InvalidTrafficRules)
 
 
 def _read_list(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(user ids, networks) of a list, each in order and once. A comment starts with # where a line begins, or behind a space."""
+    """Read the user ids and the networks of a list, sorted. A comment starts with # at the start of a line or after a space."""
     try:
         lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -190,13 +183,12 @@ def _read_list(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
         entry = re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip()
         if not entry:
             continue
-        if "/" in entry and _is_address(entry.split("/")[0]):
+        if "/" in entry and _address(entry.split("/")[0]) is not None:
             try:
                 networks.add(str(ipaddress.ip_network(entry)))
             except ValueError as error:
-                raise RuleFileError(
-                    f"{path}, line {number}: {error}", hint="a network is as 192.0.2.0/24 or 2001:db8::/32"
-                ) from None
+                hint = "a network is as 192.0.2.0/24 or 2001:db8::/32"
+                raise RuleFileError(f"{path}, line {number}: {error}", hint=hint) from None
         elif len(entry) > 128:
             raise RuleFileError(f"{path}, line {number}: a user id has at most 128 characters")
         else:
@@ -204,16 +196,15 @@ def _read_list(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(sorted(users)), tuple(sorted(networks))
 
 
-def _is_address(text: str) -> bool:
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        ipaddress.ip_address(text)
+        return ipaddress.ip_address(text)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 class RecordJudge:
-    """Judges records by the rules that need no other record. Each distinct user agent is looked at once."""
+    """Judges records by the rules that need no other record. It matches each distinct user agent once."""
 
     def __init__(self, rules: InvalidTrafficRules) -> None:
         on = {name for name in RECORD_RULES if rules.mode(name) is not Mode.OFF}
@@ -225,14 +216,14 @@ class RecordJudge:
 
     @property
     def looks_at_users(self) -> bool:
-        """Whether a user id can hit."""
+        """Whether a rule can hit a user id."""
         return bool(len(self._users) or self._networks)
 
     def _matches(self, agent: str) -> bool:
         return self._crawler is not None and self._crawler.search(agent) is not None
 
     def codes(self, events: pa.Table) -> npt.NDArray[np.int64]:
-        """The rules that hit each event, as numbers (BITS), from its user_agent and user_id."""
+        """Return the rules that hit each event, as numbers (BITS), by its user_agent and user_id."""
         codes = np.zeros(events.num_rows, dtype=np.int64)
         if self._crawler is not None:
             agents = pc.unique(events["user_agent"]).drop_null()
@@ -251,45 +242,38 @@ def _mark(codes: npt.NDArray[np.int64], column: pa.ChunkedArray, values: pa.Arra
 
 
 class _Networks:
-    """Which texts are addresses within some networks: those of a version as ranges that do not overlap, in order."""
+    """A set of texts: the addresses in some networks, as ascending ranges per version of the protocol."""
 
     def __init__(self, networks: tuple[str, ...]) -> None:
-        self._ranges: dict[int, tuple[list[int], list[int]]] = {}
         parsed = [ipaddress.ip_network(text) for text in networks]
-        for number in (4, 6):
-            own = sorted((int(n.network_address), int(n.broadcast_address)) for n in parsed if n.version == number)
-            starts: list[int] = []
-            ends: list[int] = []
-            for start, end in own:  # networks overlap only by one holding the other
-                if not ends or start > ends[-1]:
-                    starts.append(start)
-                    ends.append(end)
-            self._ranges[number] = (starts, ends)
-        self._any = bool(networks)
+        self._ranges: dict[int, list[tuple[int, int]]] = {4: [], 6: []}
+        for found in sorted(parsed, key=lambda network: (int(network.network_address), network.prefixlen)):
+            ranges = self._ranges[found.version]
+            if not ranges or int(found.network_address) > ranges[-1][1]:  # networks overlap only if one contains the other
+                ranges.append((int(found.network_address), int(found.broadcast_address)))
 
     def __bool__(self) -> bool:
-        return self._any
+        return any(self._ranges.values())
 
     def __contains__(self, text: str) -> bool:
         if not text[:1].isdigit() and ":" not in text:
             return False
-        try:
-            address = ipaddress.ip_address(text)
-        except ValueError:
+        address = _address(text)
+        if address is None:
             return False
-        starts, ends = self._ranges[address.version]
-        at = bisect_right(starts, int(address)) - 1
-        return at >= 0 and int(address) <= ends[at]
+        ranges = self._ranges[address.version]
+        at = bisect_right(ranges, int(address), key=itemgetter(0)) - 1
+        return at >= 0 and int(address) <= ranges[at][1]
 
 
 @lru_cache(maxsize=4)
 def judge_of(rules: InvalidTrafficRules) -> RecordJudge:
-    """The judge of a rule set in this process."""
+    """Return this process's judge of a rule set."""
     return RecordJudge(rules)
 
 
 def marks(codes: npt.NDArray[np.int64], rules: InvalidTrafficRules) -> tuple[pa.Array, pa.Array]:
-    """(invalid_traffic_rule, invalid_traffic_rules) of events by the rules that hit them: null where there is none."""
+    """Return invalid_traffic_rule and invalid_traffic_rules of events by the rules that hit them; null where there is none."""
     invalid = rules.bits(Mode.INVALID)
     kinds, at = np.unique(codes, return_inverse=True)
     first, every = [], []

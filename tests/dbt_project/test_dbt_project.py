@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
+from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
 
-from orchestration.marts.dbt_runner import DbtFolders, project_dir, run_dbt
+from orchestration.marts.dbt_runner import project_dir
+from orchestration.marts.docs_site import build_docs
+from orchestration.marts.manifest import load_manifest
 from orchestration.marts.pins import SOURCES
+from spark_jobs.config import load_settings
 
 RATIOS = {"credit_weight", "orders_by_touch_date", "orders_by_order_date", "ctr", "roas", "roas_by_order_date"} | {
     "day_share",
@@ -21,11 +25,8 @@ _NOT_READ = {"cpc", "cpm", "micros_difference"}
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Manifest of the project, parsed in a folder where there is no lakehouse."""
-    folders = DbtFolders(tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("logs"))
-    run_dbt("parse", project=project_dir(), folders=folders, variables={}, environment={})
-    loaded: dict[str, Any] = json.loads((folders.target / "manifest.json").read_text())
-    return loaded
+    """Manifest of the project, compiled where there is no lakehouse."""
+    return load_manifest(load_settings(cache_dir=tmp_path_factory.mktemp("cache")))
 
 
 def marts(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -52,6 +53,47 @@ def test_every_mart_has_a_unit_test(manifest: dict[str, Any]) -> None:
     tested = {test["model"] for test in manifest["unit_tests"].values()}
     # mart_build holds what the build was told; the Python tests compare it.
     assert {node["name"] for node in marts(manifest).values()} - tested == {"mart_build"}
+
+
+def test_the_semantic_definitions_run_on_the_marts(manifest: dict[str, Any]) -> None:
+    """Every entity, dimension and measure is SQL over columns of its mart; every measure is that of a metric of the same name."""
+    found = manifest["semantic_models"].values()
+    measures: set[str] = set()
+    with duckdb.connect() as connection:
+        for model in found:
+            name = model["node_relation"]["alias"]
+            [node] = [node for node in marts(manifest).values() if node["name"] == name]
+            columns = ", ".join(f"{column['name']} {column['data_type']}" for column in node["columns"].values())
+            connection.execute(f"create table if not exists {name} ({columns})")
+            groups = [one["expr"] or one["name"] for one in (*model["entities"], *model["dimensions"])]
+            sums = [f"{one['agg']}({one['expr'] or one['name']})" for one in model["measures"]]
+            shown = connection.execute(f"select {', '.join([*sums, *groups])} from {name} group by {', '.join(groups)}").description
+            kinds = [str(column[1]) for column in shown or []]
+            of_nanos = ["nanos" in sum_of for sum_of in sums]
+            amounts = {kind for kind, is_amount in zip(kinds, of_nanos, strict=False) if is_amount}
+            assert amounts <= {"DECIMAL(38,9)"}, f"{name}: amounts are exact"
+            assert "currency" in groups or not re.search("nanos|micros", " ".join(sums)), f"{name}: an amount has a currency"
+            measures |= {one["name"] for one in model["measures"]}
+    metrics = {metric["name"]: metric for metric in manifest["metrics"].values()}
+    assert {name for name, metric in metrics.items() if metric["type"] == "simple"} == measures
+    assert {"net_spend", "gross_spend", "invalid_spend", "impressions", "clicks", "ctr", "roas", "invalid_share"} <= set(metrics)
+    assert all(metric["description"] and metric["label"] for metric in metrics.values())
+
+
+def test_the_time_spine_is_a_mart(manifest: dict[str, Any]) -> None:
+    [spine] = [node for node in manifest["nodes"].values() if node.get("time_spine")]
+    assert (spine["name"], spine["time_spine"]["standard_granularity_column"]) == ("dim_date", "event_date")
+
+
+def test_the_docs_are_one_page_that_needs_no_network(tmp_path: Path) -> None:
+    settings = load_settings(home=tmp_path, lakehouse=None)
+    page = build_docs(settings).path
+    assert page == build_docs(settings).path, "a second run replaces it"
+    assert [path.name for path in page.parent.iterdir()] == ["index.html"]
+    text = page.read_text("utf-8")
+    assert not re.findall(r"""<(?:script|link|img|iframe)[^>]+(?:src|href)=["']?(?:https?:)?//[^"' >]+""", text)
+    assert "fct_invalid_traffic_day" in text and "The tables that `adtally marts build` publishes" in text
+    assert str(project_dir()) not in text, "nor says where it was made"
 
 
 def test_severity_is_always_written(manifest: dict[str, Any]) -> None:

@@ -75,17 +75,24 @@ select event_date, campaign_id, currency, 'late' as kind, 'late_event' as cause,
     1 as clicks_before, 2 as clicks_after, 1 as spend_micros_before, 3 as spend_micros_after
 from fct_campaign_day;
 insert into fct_placement_day by name
-select event_date, placement, campaign_id, store_id, currency, impressions, clicks, invalid_impressions, invalid_clicks,
+select event_date, placement, 'eu' as region, campaign_id, 'a-1' as ad_id, store_id, currency, impressions, clicks,
+    invalid_impressions, invalid_clicks,
     spend_nanos, spend_micros, 0.1 as ctr
 from fct_campaign_day, (values ('feed'), (null)) as placements(placement);
 insert into fct_user_frequency by name
 select period, period_start, 'c-1' as campaign_id, seen as impressions_per_user, 3 as users, 3 * seen as impressions, 1 as clicks
 from (values ('day', date '2025-06-02'), ('day', date '2025-06-03'), ('week', date '2025-06-02')) as periods(period, period_start),
     range(3) as times(seen);
+insert into fct_invalid_traffic_day by name
+select event_date, campaign_id, 'a-1' as ad_id, store_id, null as placement, 'eu' as region, rule, currency,
+    if(rule = 'none', 10, 0) as impressions, if(rule = 'none', 1, 0) as clicks,
+    if(rule = 'none', 0, 10) as invalid_impressions, if(rule = 'none', 0, 1) as invalid_clicks,
+    10 as gross_impressions, 1 as gross_clicks, 1500 as spend_nanos, 0 as invalid_spend_nanos
+from fct_campaign_day, (values ('none'), ('repeat_click')) as rules(rule);
 insert into fct_invalid_traffic_sources by name
-select date '2025-06-02' as event_date, source_type, if(source_type = 'placement', null, 's-' || rule) as source, rule,
+select date '2025-06-02' as event_date, source_type, if(source_type = 'user_agent', null, 's-' || rule) as source, rule,
     'EUR' as currency, 1 as campaigns, 2 as invalid_impressions, 1 as invalid_clicks, 500 as invalid_spend_nanos
-from (values ('user'), ('user_agent'), ('ad'), ('placement'), ('region')) as types(source_type),
+from (values ('user'), ('user_agent')) as types(source_type),
     (values ('listed_user'), ('repeat_click')) as rules(rule);
 insert into fct_event_accounting values (timestamp '2025-06-02 10:00:00', 'eu', 12, 10, 1, 0, 1, 2, 0, 1);
 insert into fct_reconciliation by name

@@ -20,10 +20,11 @@ from orchestration.explain.node import as_json
 from orchestration.marts import build_marts, query_marts
 from orchestration.marts.render import render
 from spark_jobs.attribution.job import attribute
+from spark_jobs.audit.compare import Difference
 from spark_jobs.billing.job import BillingLine, bill
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.corrections.backfill import backfill
-from spark_jobs.corrections.reconcile import Difference, reconcile
+from spark_jobs.corrections.reconcile import reconcile
 from spark_jobs.lake.duck import connect_delta
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS
 from spark_jobs.lake.writes import ensure_tables
@@ -106,12 +107,14 @@ def write_beyond(settings: Settings) -> None:
     common |= {"_query_id": "beyond", "_batch_id": 0}
     whole, rest = divmod(2 * BEYOND, MOST_OF_ONE)  # what one event comes to is a BIGINT
     shares = [*[MOST_OF_ONE] * whole, rest]
-    increment = {"event_minute": moment, "impressions": 1, "clicks": 1, "invalid_impressions": 0}
+    increment = {"event_minute": moment, "impressions": 1, "invalid_impressions": 0}
     increment |= {"spend_nanos": BEYOND, "invalid_spend_nanos": BEYOND}
-    invalid_clicks = (len(shares) // 2, len(shares) - len(shares) // 2)
+    clicks = (len(shares) // 2, len(shares) - len(shares) // 2)  # as many billable ones as invalid ones
     event = {"event_time": moment, "received_at": moment, "ingested_at": moment, "event_hour": 12, "is_late": False}
-    event |= {"price_micros": 0, "spend_nanos": 0}
-    kinds = [*[("impression", None, 0), ("click", None, 0)] * 2, *(("click", "repeat_click", share) for share in shares)]
+    event |= {"price_micros": 0}
+    kinds: list[tuple[str, str | None, int, int]] = [("impression", None, 0, 0)] * 2
+    kinds += [("click", None, share, 0) for share in shares]
+    kinds += [("click", "repeat_click", 0, share) for share in shares]
     booked = {"stream": "events", "source": "files", "region": "us", "event_hour": moment, "ingested_at": moment}
     booked |= {
         "offered": len(kinds),
@@ -129,13 +132,17 @@ def write_beyond(settings: Settings) -> None:
             [
                 common
                 | event
-                | {"event_id": f"b-{n}", "event_type": kind, "invalid_traffic_rule": rule, "invalid_spend_nanos": nanos}
-                for n, (kind, rule, nanos) in enumerate(kinds)
+                | {"event_id": f"b-{n}", "event_type": kind, "invalid_traffic_rule": rule}
+                | {"spend_nanos": net, "invalid_spend_nanos": invalid}
+                for n, (kind, rule, net, invalid) in enumerate(kinds)
             ],
         ),
         (
             MINUTE_METRICS,
-            [common | increment | {"record_uuid": f"b-{n}", "invalid_clicks": clicks} for n, clicks in enumerate(invalid_clicks)],
+            [
+                common | increment | {"record_uuid": f"b-{n}", "clicks": part, "invalid_clicks": part}
+                for n, part in enumerate(clicks)
+            ],
         ),
         (BATCH_LEDGER, [booked | {"_query_id": "beyond", "_batch_id": 0, "spend_nanos": 2 * BEYOND, "max_received_at": moment}]),
     ):
@@ -237,6 +244,10 @@ MARTS = {
     "select distinct sum(invalid_spend_nanos) from fct_invalid_traffic_sources group by event_date, source_type": [
         (2 * BEYOND,),
         (2 * DEAR_NANOS,),
+    ],
+    "select distinct sum(spend_nanos), sum(gross_spend_micros) from fct_invalid_traffic_day group by event_date": [
+        (2 * BEYOND, 4 * BEYOND // 1000),
+        (DEAR_NANOS, 3 * DEAR_NANOS // 1000),
     ],
     "select max(spent_micros), max(overspend_micros) from fct_budget_pacing group by event_date": [
         (2 * BEYOND // 1000, 2 * BEYOND // 1000 - 10**18),

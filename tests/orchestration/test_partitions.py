@@ -13,7 +13,7 @@ from orchestration.partitions import (
     RANGE_END_TAG,
     RANGE_START_TAG,
     contiguous,
-    first_of,
+    first_hour,
     hour_of,
     hourly_partitions,
     hours_of,
@@ -59,11 +59,11 @@ def test_where_partitions_begin() -> None:
     newest = utc("2026-03-10T00:00")
 
     def before(*hours: int) -> int:
-        found = first_of([newest - hour * HOUR for hour in sorted(hours, reverse=True)])
+        found = first_hour([newest - hour * HOUR for hour in sorted(hours, reverse=True)])
         assert found is not None
         return (newest - found) // HOUR
 
-    assert first_of([]) is None
+    assert first_hour([]) is None
     assert before(0) == 0
     assert before(0, 1000) == 1000
     assert before(0, 1001) == 0

@@ -28,13 +28,13 @@ from terminal import PROGRAM, ROOT, environment
 from orchestration.cli.app import run
 from orchestration.demo import (
     ACCOUNTING,
-    CREDIT,
+    BILLS,
+    CAMPAIGN_HOURS,
+    CREDITS,
+    HOURS,
     MEASURES,
-    accounting_cells,
-    billing_cells,
-    campaign_hour_cells,
-    credit_cells,
     difference,
+    mart_cells,
     truth_cells,
 )
 from orchestration.marts import query_marts
@@ -153,8 +153,10 @@ class Traffic:
         """Send it, again if a part of it was not taken. Its truth, and how often it was sent."""
         for times in range(1, 4):
             try:
-                sending, options = Sending(chunk=CHUNK), {"start": START, "days": 0.5}
-                made = simulate_to_kafka(self._out, EVENTS, SEED, [self._cluster], sending, progress=self._pace, **options)
+                sending, progress = Sending(chunk=CHUNK), self._pace
+                made = simulate_to_kafka(
+                    self._out, EVENTS, SEED, [self._cluster], sending, progress=progress, start=START, days=0.5
+                )
                 return json.loads(made.as_json()), times
             except DeliveryError:
                 continue
@@ -243,18 +245,12 @@ def test_all_is_exact_after_everything_was_killed_under_load(settings: Settings,
 def assert_marts_are_exact(settings: Settings, truth: dict[str, Any], *, is_resent: bool) -> None:
     """Against the truth. What was sent twice was offered twice: then that and the duplicates are not the truth's."""
     names = tuple(name for name in ACCOUNTING if not (is_resent and name in ("offered", "duplicate", "conflict", "rejected")))
-    campaign_hours = ("campaign_id", "region", "event_hour", "currency")
-    days = ("event_date", "campaign_id", "store_id", "currency")
     found = {
-        **difference(truth_cells([truth], "accounting", ("region", "event_hour"), ACCOUNTING), accounting_cells(settings), names),
-        **difference(truth_cells([truth], "campaign_hours", campaign_hours, MEASURES), campaign_hour_cells(settings), MEASURES),
-        **difference(
-            truth_cells([truth["attribution"]], "campaigns", ("model", "window_days", "campaign_id", "currency"), CREDIT),
-            credit_cells(settings),
-            CREDIT,
-        ),
+        **difference(truth_cells([truth], HOURS), mart_cells(settings, HOURS), names),
+        **difference(truth_cells([truth], CAMPAIGN_HOURS), mart_cells(settings, CAMPAIGN_HOURS), MEASURES),
+        **difference(truth_cells([truth["attribution"]], CREDITS), mart_cells(settings, CREDITS), CREDITS.measures),
     }
-    billed = difference(truth_cells([truth], "billing", days, ("spend_micros",)), billing_cells(settings), ("spend_micros",))
+    billed = difference(truth_cells([truth], BILLS), mart_cells(settings, BILLS), BILLS.measures)
     found["billed_micros"] = billed["spend_micros"]
     assert not {name: figures for name, figures in found.items() if figures[2]}
     assert found["accepted"][0] > EVENTS / 2 and found["credit_micros"][0] > 0  # there was something to compare

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from terminal import PROGRAM, ROOT, environment
 
-from orchestration.demo import ACCOUNTING, MEASURES, accounting_cells, campaign_hour_cells, difference, truth_cells
+from orchestration.demo import ACCOUNTING, CAMPAIGN_HOURS, HOURS, MEASURES, difference, mart_cells, truth_cells
 from orchestration.reconciliation import run_reconciliation
 from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
@@ -182,14 +182,8 @@ def test_all_at_once_and_exact_at_the_end(tmp_path: Path) -> None:
     assert command(settings, "compact").returncode == 0
     assert command(settings, "marts", "build").returncode == 0
     differences = {
-        **difference(
-            truth_cells([truth], "accounting", ("region", "event_hour"), ACCOUNTING), accounting_cells(settings), ACCOUNTING
-        ),
-        **difference(
-            truth_cells([truth], "campaign_hours", ("campaign_id", "region", "event_hour", "currency"), MEASURES),
-            campaign_hour_cells(settings),
-            MEASURES,
-        ),
+        **difference(truth_cells([truth], HOURS), mart_cells(settings, HOURS), ACCOUNTING),
+        **difference(truth_cells([truth], CAMPAIGN_HOURS), mart_cells(settings, CAMPAIGN_HOURS), MEASURES),
     }
     assert not {name: found for name, found in differences.items() if found[2]}
     assert run_reconciliation(settings, None).differences == []

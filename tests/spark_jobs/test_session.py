@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spark_jobs.session import _java_option, _local_folder, _of_a_cluster, is_one_machine
+from spark_jobs.session import _cluster_options, _java_option, _local_folder, is_one_machine
 
 
 @pytest.mark.parametrize(
@@ -19,11 +19,11 @@ def test_one_machine_or_more(master: str, alone: bool) -> None:
 
 def test_the_driver_is_found_where_it_finds_the_master(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPARK_LOCAL_IP", raising=False)
-    assert _of_a_cluster("spark://127.0.0.1:7077,other:7077") == {"spark.driver.host": "127.0.0.1"}
-    assert _of_a_cluster("spark://no.such.host.invalid:7077") == {}
-    assert _of_a_cluster("k8s://https://127.0.0.1:6443") == {}
+    assert _cluster_options("spark://127.0.0.1:7077,other:7077") == {"spark.driver.host": "127.0.0.1"}
+    assert _cluster_options("spark://no.such.host.invalid:7077") == {}
+    assert _cluster_options("k8s://https://127.0.0.1:6443") == {}
     monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.7")  # said already
-    assert _of_a_cluster("spark://127.0.0.1:7077") == {}
+    assert _cluster_options("spark://127.0.0.1:7077") == {}
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,7 @@ import pytest
 from filelock import FileLock
 
 from spark_jobs.errors import StoppedError
-from spark_jobs.ingest.activity import Activity
-from spark_jobs.ingest.watchdog import Watchdog
+from spark_jobs.ingest.watchdog import Activity, Watchdog
 from spark_jobs.stopping import StopNow, StopRequest, lock_unless_stopped
 
 ROOT = Path(__file__).resolve().parents[2]

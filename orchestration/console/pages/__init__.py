@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestration.console.pages import attribution, billing, campaign, campaigns, invalid, operations, today, trust, why
+from orchestration.console.pages import attribution, billing, campaign, campaigns, changes, invalid, operations, today, trust, why
 from orchestration.console.view import Page
 
 PAGES: tuple[Page, ...] = (
@@ -18,4 +18,5 @@ PAGES: tuple[Page, ...] = (
     why.PART,
     why.LINE,
     why.PAGE,
+    changes.PAGE,
 )

@@ -60,9 +60,7 @@ def by_day(view: View) -> DataTable:
 def by_campaign(view: View) -> DataTable:
     """Orders and revenue by campaign, in the page's model and window."""
     rows = _revenue(view, "campaign_id, currency", "model = $model and window_days = $window")
-    names = view.names("campaign")
-    for row in rows:
-        row["campaign"] = names.get(row["campaign_id"], row["campaign_id"])
+    view.add_names(rows)
     columns = (Column("campaign", "campaign"), Column("campaign_id", "id", "id"), *_REVENUE_COLUMNS)
     return DataTable("campaigns", f"By campaign: {_chosen(view)}", columns, rows, empty=_EMPTY)
 

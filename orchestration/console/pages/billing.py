@@ -30,9 +30,7 @@ def build(view: View) -> dict[str, Any]:
 def by_advertiser(view: View) -> DataTable:
     """The ledger by advertiser and currency."""
     rows = _summed(view, "store_id, currency")
-    names = view.names("store")
-    for row in rows:
-        row["advertiser"] = names.get(row["store_id"], row["store_id"])
+    view.add_names(rows, "store", "advertiser")
     columns = (
         Column("advertiser", "advertiser", link=lambda row: view.url("/billing", advertiser=row["store_id"])),
         Column("store_id", "id", "id"),
@@ -65,9 +63,7 @@ def statement_campaigns(view: View) -> DataTable:
     """A statement's amounts by campaign."""
     advertiser, first, last = _statement_of(view)
     rows = _summed(view, "campaign_id, currency", _STATEMENT_TEST, advertiser=advertiser, start=first, end=last)
-    names = view.names("campaign")
-    for row in rows:
-        row["campaign"] = names.get(row["campaign_id"], row["campaign_id"])
+    view.add_names(rows)
     columns = (Column("campaign", "campaign"), Column("campaign_id", "id", "id"), Column("currency", "currency"), *_TYPE_COLUMNS)
     return DataTable("campaigns", "By campaign", columns, rows, empty="Nothing was billed in this month.")
 

@@ -6,7 +6,7 @@ from datetime import UTC
 from typing import Any
 from urllib.parse import quote
 
-from orchestration.console.pages.campaigns import MEASURES, SUMS, add_rates, figures_of, pacing_of
+from orchestration.console.pages.campaigns import SUMS, add_rates, figures_of, pacing_of
 from orchestration.console.pages.today import bucket_minutes, curves, why_campaign
 from orchestration.console.tables import Column, DataTable, Row, units_of_micros, units_of_nanos
 from orchestration.console.view import Page, View
@@ -53,7 +53,7 @@ def _money(view: View) -> list[Row]:
         f"where {view.where(day='event_minute', campaign='campaign_id', region='region', currency='currency')} "
         "group by all order by sum(impressions + clicks) desc, currency"
     )
-    paced = pacing_of(view)
+    paced = pacing_of(view, [view.filters.campaign])
     for row in rows:
         add_rates(row)
         row["why"] = why_campaign(view, row)
@@ -120,20 +120,15 @@ def ads(view: View) -> DataTable:
 
 
 def placements(view: View) -> DataTable:
-    """The placements in which the campaign was shown, of all regions."""
+    """The placements in which the campaign was shown."""
     rows = view.rows(
-        f"""
-        select placement, currency, {", ".join(f"sum({name})::hugeint as {name}" for name in MEASURES if name != "invalid_spend_nanos")},
-            0::hugeint as invalid_spend_nanos
-        from fct_placement_day where {view.where(**_TESTS)} group by placement, currency
-        order by sum(impressions + clicks) desc, placement limit {_MOST_ROWS}
-        """
+        f"select placement, currency, {SUMS} from fct_placement_day where {view.where(**_TESTS, region='region')} "
+        f"group by placement, currency order by sum(impressions + clicks) desc, placement limit {_MOST_ROWS}"
     )
     for row in rows:
         add_rates(row)
         row["placement"] = row["placement"] or "not given"
-    note = "Of all regions: the region filter does not apply here." if view.filters.region else ""
-    return DataTable("placements", "Placements", _delivery_columns(Column("placement", "placement")), rows, note=note)
+    return DataTable("placements", "Placements", _delivery_columns(Column("placement", "placement")), rows)
 
 
 def hours(view: View) -> DataTable:
@@ -203,7 +198,8 @@ def restatements(view: View) -> DataTable:
 def billing(view: View) -> DataTable:
     """The campaign's lines of the billing ledger."""
     rows = view.rows(
-        f"from fct_billing_ledger where {view.where(**_TESTS)} order by event_date desc, posting desc nulls first, line_id limit {_MOST_ROWS}"
+        f"from fct_billing_ledger where {view.where(**_TESTS)} "
+        f"order by event_date desc, posting desc nulls first, line_id limit {_MOST_ROWS}"
     )
     for row in rows:
         row["amount"] = units_of_micros(row["amount_micros"], row["currency"])

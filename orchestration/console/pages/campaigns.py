@@ -12,7 +12,8 @@ from orchestration.console.tables import Column, DataTable, Row, units_of_micros
 from orchestration.console.view import Page, View
 
 MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos", "invalid_spend_nanos")
-SUMS = ", ".join(f"sum({name})::hugeint as {name}" for name in MEASURES)
+SUMS = ", ".join(f"sum({name})::{'hugeint' if name.endswith('_nanos') else 'bigint'} as {name}" for name in MEASURES)
+_OF_PACING = ("budget", "paced_share", "projected", "alert")
 
 _MONEY_OF_PACING = {"budget": "daily_budget_micros", "spent": "spent_micros", "expected": "expected_micros"} | {
     "projected": "projected_micros",
@@ -35,17 +36,31 @@ def build(view: View) -> dict[str, Any]:
 
 def campaigns(view: View) -> DataTable:
     """Every campaign with traffic in the page's days, the one with most events first."""
-    rows, names, paced, revenue = _figures(view), view.names("campaign"), pacing_of(view), _revenue(view)
+    rows, names, revenue = _figures(view), view.names("campaign"), _revenue(view)
     for row in rows:
-        key, currency = (row["campaign_id"], row["currency"]), row["currency"]
+        currency, earned = row["currency"], revenue.get((row["campaign_id"], row["currency"]))
         add_rates(row)
         row["campaign"] = names.get(row["campaign_id"], row["campaign_id"])
         row["id_below"] = row["campaign_id"] if row["campaign"] != row["campaign_id"] else None
-        row["pacing"] = paced.get(key)
-        row |= dict.fromkeys(("budget", "projected", "paced_share", "alert")) | figures_of(paced.get(key))
-        earned = revenue.get(key)
         row["revenue"] = units_of_micros(earned, currency)
         row["roas"] = earned * 1000 / row["spend_nanos"] if earned is not None and row["spend_nanos"] else None
+    table = _table(view, rows)
+    needed = rows if _needs_all_pacing(view) else table.arranged(view.filters).rows
+    paced = pacing_of(view, [row["campaign_id"] for row in needed])
+    for row in needed:
+        row["pacing"] = paced.get((row["campaign_id"], row["currency"]))
+        row |= dict.fromkeys(_OF_PACING) | figures_of(row["pacing"])
+    return table
+
+
+def _needs_all_pacing(view: View) -> bool:
+    """Whether more rows need their pacing than the page shows: it reads every minute of their day."""
+    filters = view.filters
+    is_sorted_by_it = filters.sort.rpartition(".")[2] in _OF_PACING
+    return is_sorted_by_it or bool(filters.search) or filters.rows == "all" or view.path.startswith("/export/")
+
+
+def _table(view: View, rows: Sequence[Row]) -> DataTable:
     return DataTable(
         "campaigns",
         "Campaigns",
@@ -118,23 +133,24 @@ def _figures(view: View) -> list[Row]:
     return view.rows(f"{select} fct_campaign_day where {tests} {last}")
 
 
-def pacing_of(view: View) -> dict[tuple[str, str], Row]:
+def pacing_of(view: View, campaigns: Sequence[str]) -> dict[tuple[str, str], Row]:
     """(campaign, currency) -> pacing at the newest minute of the page's last day, money in units of the currency."""
-    names = ", ".join(f"p.{name}" for name in ("event_minute", "is_alert", "history_days", *_MONEY_OF_PACING.values()))
+    if not campaigns:
+        return {}
     found = view.rows(
         f"""
-        select campaign_id, currency, unnest(arg_max(struct_pack({_packed(names)}), event_minute))
-        from fct_budget_pacing p
-        where event_date = $last and {view.where(campaign="campaign_id", currency="currency")} group by campaign_id, currency
-        """
+        with newest as (
+            select campaign_id, currency, max(event_minute) as event_minute from fct_budget_pacing
+            where event_date = $last and list_contains($wanted, campaign_id) and {view.where(currency="currency")} group by all
+        )
+        select campaign_id, currency, event_minute, is_alert, history_days, {", ".join(_MONEY_OF_PACING.values())}
+        from fct_budget_pacing semi join newest using (campaign_id, currency, event_minute) where event_date = $last
+        """,
+        wanted=sorted(set(campaigns)),
     )
     for row in found:
         row |= {name: units_of_micros(row[column], row["currency"]) for name, column in _MONEY_OF_PACING.items()}
     return {(row["campaign_id"], row["currency"]): row for row in found}
-
-
-def _packed(names: str) -> str:
-    return ", ".join(f"{name.removeprefix('p.')} := {name}" for name in names.split(", "))
 
 
 def _revenue(view: View) -> dict[tuple[str, str], int]:

@@ -45,9 +45,7 @@ def by_rule(view: View) -> DataTable:
 def by_campaign(view: View) -> DataTable:
     """Gross, invalid and net by campaign."""
     rows = _measured(view, "campaign_id, store_id, currency")
-    names = view.names("campaign")
-    for row in rows:
-        row["campaign"] = names.get(row["campaign_id"], row["campaign_id"])
+    view.add_names(rows)
     first = (
         Column("campaign", "campaign", link=lambda row: view.campaign_url(row["campaign_id"])),
         Column("campaign_id", "id", "id"),

@@ -121,9 +121,7 @@ def campaigns(view: View) -> DataTable:
         order by currency, sum(spend_nanos) desc, campaign_id
         """
     )
-    names = view.names("campaign")
-    for row in rows:
-        row["campaign"] = names.get(row["campaign_id"], row["campaign_id"])
+    for row in view.add_names(rows):
         row["ctr"] = row["clicks"] / row["impressions"] if row["impressions"] else None
         row["spend"] = units_of_nanos(row["spend_nanos"], row["currency"])
         gross = row["clicks"] + row["invalid_clicks"]

@@ -20,7 +20,7 @@ from orchestration.console.marts import OpenBuild
 from orchestration.console.tables import Row, money, units_of_micros, units_of_nanos
 from orchestration.console.view import Page, View
 from orchestration.explain import Node, explain_batch_events, explain_billing_line, explain_campaign_day, explain_credit
-from orchestration.explain.view import MEASURES
+from orchestration.explain.view import MEASURES, DayKey
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, UsageError
 
@@ -57,7 +57,7 @@ class Question:
         """Read the question of an address. Raises UsageError for one that does not exist, or lacks what it is about."""
         if kind not in _MAKERS:
             raise UsageError(f"there is no question {kind!r}", hint=f"one of {', '.join(_KINDS)}")
-        given = {name: view.arguments.get(name, "") for name in _TEXTS}
+        given: dict[str, Any] = {name: view.arguments.get(name, "") for name in _TEXTS}
         if missing := next((name for name in _REQUIRED[kind] if not given[name]), None):
             raise UsageError(f"which {missing}?", hint=f"the address needs {missing}=..., as the links of the other pages have it")
         if kind == "order" and given["window"] and not re.fullmatch(r"[1-9]\d{0,3}", given["window"]):
@@ -167,7 +167,7 @@ def _by_currency(marts: OpenBuild, question: Question, what: str) -> Node:
     rows = _rows(
         marts,
         question,
-        f"select currency, {_SUMS} from fct_campaign_minute where {_tests(question)} group by currency order by impressions desc, currency",
+        f"select currency, {_SUMS} from fct_campaign_minute where {_tests(question)} group by currency order by 2 desc, 1",
     )
     if not rows:
         _top(marts, question, what)
@@ -249,8 +249,8 @@ def _lead_to_events(node: Node, day: Question) -> None:
 
 def _events(settings: Settings, _: OpenBuild, question: Question) -> Node:
     assert question.first is not None
-    of = (question.campaign, question.first, question.store, question.currency, question.query, question.batch)
-    return explain_batch_events(settings, *of, count=PARTS_SHOWN, offset=question.start)
+    key = DayKey(question.first, question.campaign, question.store, question.currency)
+    return explain_batch_events(settings, key, question.query, question.batch, count=PARTS_SHOWN, offset=question.start)
 
 
 def _sums(nodes: Sequence[Node]) -> dict[str, int]:
@@ -308,7 +308,10 @@ class Level:
 
 @dataclass(frozen=True)
 class Parts:
-    """Some parts of a node; ``more`` is the address of the next ones. ``problems`` and ``checks`` are those with the level above."""
+    """Some parts of a node; ``more`` is the address of the next ones.
+
+    ``problems`` and ``checks`` are those with the level above.
+    """
 
     levels: list[Level] = field(default_factory=list)
     count: int = 0
@@ -462,13 +465,11 @@ def _figure(facts: Mapping[str, Any], currency: str) -> str:
         amount = units_of_micros(facts.get(name), currency)
         if amount is not None:
             said = [money(amount, currency)]
-    said += [
-        f"{facts[name]:,} {name}" for name in ("impressions", "clicks", "events", "batches", "runs", "number") if facts.get(name)
-    ]
+    counted = ("impressions", "clicks", "events", "batches", "runs", "number")
+    said += [f"{facts[name]:,} {'' if name == 'number' else name}".rstrip() for name in counted if facts.get(name)]
     if "source_file" in facts:
-        said.append(
-            f"{facts['source_file']}, {'offset' if 'offset' in facts else 'line'} {facts.get('source_line', facts.get('offset'))}"
-        )
+        where = f"offset {facts['offset']}" if "offset" in facts else f"line {facts.get('source_line')}"
+        said.append(f"{facts['source_file']}, {where}")
     return " · ".join(said)
 
 
@@ -483,7 +484,7 @@ def _fact(name: str, value: Any, currency: str) -> Fact:
             exact = f"{Decimal(value).scaleb(-digits).normalize():f} {currency}".rstrip()
             return Fact(words.removesuffix(f" {unit}"), f"{value:,}", unit, exact, is_number=True)
     if isinstance(value, datetime):
-        return Fact(words, value.isoformat(" "), "UTC")
+        return Fact(words, f"{value.isoformat(' ')} UTC")
     if isinstance(value, bool | date | str):
         return Fact(words, ("yes" if value else "no") if isinstance(value, bool) else str(value))
     if isinstance(value, int):

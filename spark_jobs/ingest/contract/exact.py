@@ -1,4 +1,4 @@
-"""The exact validator: one line at a time, every reason named. Slow and complete; the fast path must agree with it."""
+"""The exact validator: judge one line at a time and name every reason. Slow and complete; the fast one must agree with it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 from spark_jobs.ingest.contract.spec import (
     CURRENCIES,
@@ -45,7 +45,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> _Object:
     return made
 
 
-def _refuse_constant(name: str) -> Any:
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
@@ -76,37 +76,26 @@ def parse_time(text: str) -> tuple[int | None, str | None]:
     return micros, None
 
 
-def _check(spec: Field, value: Any, reasons: list[str]) -> Any:
-    """Return the value of a present field, or add a reason and return None."""
-    name = spec.name
+def _check(spec: Field, value: object) -> tuple[str | int | None, str | None]:
+    """Return the value of a present field, or None and the reason why it is wrong."""
     if spec.kind is FieldKind.INTEGER:
         if type(value) is not int:
-            reasons.append(f"{name}_type")
-        elif not 0 <= value <= spec.high:
-            reasons.append(f"{name}_range")
-        else:
-            return value
-        return None
+            return None, f"{spec.name}_type"
+        return (value, None) if 0 <= value <= spec.high else (None, f"{spec.name}_range")
     if type(value) is not str:
-        reasons.append(f"{name}_type")
-        return None
+        return None, f"{spec.name}_type"
     if any("\ud800" <= character <= "\udfff" for character in value):
-        reasons.append("invalid_unicode")
-        return None
-    if spec.kind is FieldKind.ID and not 1 <= len(value) <= 128:
-        reasons.append(f"{name}_length")
-    elif spec.kind in (FieldKind.ENUM, FieldKind.CURRENCY) and value not in (spec.values or CURRENCIES):
-        reasons.append(f"{name}_unknown")
-    elif spec.kind is FieldKind.REGION and REGION_FORM.fullmatch(value) is None:
-        reasons.append("region_format")
-    elif spec.kind is FieldKind.TIME:
+        return None, "invalid_unicode"
+    if spec.kind is FieldKind.TIME:
         micros, problem = parse_time(value)
-        if problem:
-            reasons.append(f"{name}_{problem}")
-        return micros
-    else:
-        return value
-    return None
+        return micros, f"{spec.name}_{problem}" if problem else None
+    if spec.kind is FieldKind.ID and not 1 <= len(value) <= 128:
+        return None, f"{spec.name}_length"
+    if spec.kind in (FieldKind.ENUM, FieldKind.CURRENCY) and value not in (spec.values or CURRENCIES):
+        return None, f"{spec.name}_unknown"
+    if spec.kind is FieldKind.REGION and REGION_FORM.fullmatch(value) is None:
+        return None, "region_format"
+    return value, None
 
 
 def validate_line(
@@ -115,8 +104,8 @@ def validate_line(
     """Judge one line (without its line feed).
 
     The ``values`` of a valid line have every field of the contract, times in microseconds, the folder's region and the defaults; an
-    absent received_at stays None. Otherwise ``reasons`` has every reason that could be found, in the contract's order.
-    ``own_region``: a record's own region counts, as in a topic into which other regions are mirrored.
+    absent received_at stays None. Otherwise ``reasons`` has every reason, in the contract's order. With ``own_region`` a record's
+    own region applies, as in a topic into which other regions are mirrored.
     """
     verdict = LineVerdict()
     reasons = verdict.reasons
@@ -154,13 +143,12 @@ def validate_line(
 
     values: dict[str, Any] = {}
     for spec in contract.fields:
-        value = record.get(spec.name)
-        if value is None:
-            if spec.required:
-                reasons.append(f"{spec.name}_missing")
-            values[spec.name] = spec.default
+        if record.get(spec.name) is not None:
+            values[spec.name], reason = _check(spec, record[spec.name])
         else:
-            values[spec.name] = _check(spec, value, reasons)
+            values[spec.name], reason = spec.default, f"{spec.name}_missing" if spec.required else None
+        if reason is not None:
+            reasons.append(reason)
     record_id = values[contract.id_field]
     verdict.record_id = record_id if isinstance(record_id, str) else None
     time_us = values[contract.time_field]

@@ -1,4 +1,4 @@
-"""Parse the lines of a split into columns: by the fast validator, and by the exact one for all lines that the fast one leaves."""
+"""Parse the lines of a split into columns: the fast validator first, then the exact one for the lines that the fast one leaves."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -49,7 +50,7 @@ class Parsed:
 
 
 def encode_raw(raw: bytes) -> tuple[str, str]:
-    """Return ``raw`` as text and the text's encoding: utf-8, or base64 for bytes that are no text or have a NUL."""
+    """Return ``raw`` as text, and its encoding: utf-8, or base64 if it is not UTF-8 or has a NUL."""
     kept = raw[:MAX_RAW_BYTES]
     if b"\0" not in kept:
         try:
@@ -60,34 +61,26 @@ def encode_raw(raw: bytes) -> tuple[str, str]:
 
 
 def decode_raw(raw: str, encoding: str) -> bytes:
-    """Return the bytes that ``encode_raw`` got (up to the size that it keeps)."""
+    """Return the bytes that ``encode_raw`` encoded (up to the size that it keeps)."""
     return binascii.a2b_base64(raw) if encoding == "base64" else raw.encode("utf-8")
 
 
-def _reject(number: int, reasons: list[str], raw: bytes, size: int | None = None, verdict: LineVerdict | None = None) -> Reject:
+def _reject(number: int, raw: bytes, verdict: LineVerdict, size: int | None = None) -> Reject:
     text, encoding = encode_raw(raw)
-    return Reject(
-        number=number,
-        reasons=reasons,
-        raw=text,
-        raw_encoding=encoding,
-        raw_size_bytes=len(raw) if size is None else size,
-        record_id=verdict.record_id if verdict else None,
-        time_us=verdict.time_us if verdict else None,
-    )
+    return Reject(number, verdict.reasons, text, encoding, len(raw) if size is None else size, verdict.record_id, verdict.time_us)
 
 
 def parse_chunk(
     chunk: Lines | LongLine | FileFault, contract: Contract, folder_region: str, limits: BatchLimits, *, own_region: bool = False
 ) -> Parsed:
     """Judge every line of a chunk. offered = valid rows + rejects. ``own_region`` is as in ``validate_line``."""
+    if isinstance(chunk, Lines):
+        return _parse_lines(chunk, contract, folder_region, limits, own_region)
     if isinstance(chunk, LongLine):
-        reject = _reject(chunk.number, ["line_too_long"], chunk.head, chunk.size)
-        return Parsed(1, parsed_schema(contract).empty_table(), [reject])
-    if isinstance(chunk, FileFault):
-        reject = _reject(-1 if chunk.nothing_read else chunk.number, [chunk.reason], chunk.rest)
-        return Parsed(1, parsed_schema(contract).empty_table(), [reject])
-    return _parse_lines(chunk, contract, folder_region, limits, own_region)
+        reject = _reject(chunk.number, chunk.head, LineVerdict(["line_too_long"]), chunk.size)
+    else:
+        reject = _reject(-1 if chunk.nothing_read else chunk.number, chunk.rest, LineVerdict([chunk.reason]))
+    return Parsed(1, parsed_schema(contract).empty_table(), [reject])
 
 
 def _parse_lines(chunk: Lines, contract: Contract, folder_region: str, limits: BatchLimits, own_region: bool) -> Parsed:
@@ -119,7 +112,7 @@ def _parse_lines(chunk: Lines, contract: Contract, folder_region: str, limits: B
     if len(blank) > most:
         left = np.setdiff1d(left, blank[most:], assume_unique=True)
         verdict = validate_line(b"", contract, folder_region, limits, own_region=own_region)
-        repeats.append((_reject(-1, verdict.reasons, b"", verdict=verdict), len(blank) - most))
+        repeats.append((_reject(-1, b"", verdict), len(blank) - most))
     known: dict[bytes, tuple[LineVerdict, int]] = {}
     for index in left.tolist():
         raw = chunk.raw(index)
@@ -135,14 +128,12 @@ def _parse_lines(chunk: Lines, contract: Contract, folder_region: str, limits: B
             if verdict.values is None and terminated and len(raw) <= _SHORT and len(known) < _VERDICTS_KEPT:
                 known[raw] = (verdict, 1)
         if verdict.values is None:
-            rejects.append(_reject(chunk.number(index), verdict.reasons, raw, verdict=verdict))
+            rejects.append(_reject(chunk.number(index), raw, verdict))
             continue
         kept["n"].append(index)
         for name, value in verdict.values.items():
             kept[name].append(value)
-    repeats += [
-        (_reject(-1, verdict.reasons, raw, verdict=verdict), seen - most) for raw, (verdict, seen) in known.items() if seen > most
-    ]
+    repeats += [(_reject(-1, raw, verdict), seen - most) for raw, (verdict, seen) in known.items() if seen > most]
     if kept["n"]:
         extra = pa.table(kept, schema=parsed_schema(contract))
         accepted = pa.concat_tables([accepted, extra]).sort_by("n")
@@ -153,17 +144,18 @@ def _parse_lines(chunk: Lines, contract: Contract, folder_region: str, limits: B
     return Parsed(count, accepted, rejects, repeats)
 
 
-def _valid_utf8(chunk: Lines) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    valid = np.ones(len(chunk.ends), dtype=bool)
+def _valid_utf8(chunk: Lines) -> npt.NDArray[np.bool_]:
+    if _is_utf8(chunk.data):
+        return np.ones(len(chunk.ends), dtype=bool)
+    return np.array([_is_utf8(chunk.raw(index)) for index in range(len(chunk.ends))])
+
+
+def _is_utf8(data: bytes) -> bool:
     try:
-        chunk.data.decode("utf-8")
+        data.decode("utf-8")
     except UnicodeDecodeError:
-        for index in range(len(valid)):
-            try:
-                chunk.raw(index).decode("utf-8")
-            except UnicodeDecodeError:
-                valid[index] = False
-    return valid
+        return False
+    return True
 
 
 def parse_all(
@@ -174,6 +166,6 @@ def parse_all(
     *,
     own_region: bool = False,
 ) -> Iterator[Parsed]:
-    """``parse_chunk`` over a split."""
+    """Yield ``parse_chunk`` of each chunk of a split."""
     for chunk in chunks:
         yield parse_chunk(chunk, contract, folder_region, limits, own_region=own_region)

@@ -1,7 +1,6 @@
-"""The input contract as data.
+"""The input contract as data, from which both validators, the staged columns, the columns of `events` and the fingerprint derive.
 
-Both validators, the staged columns and the fingerprint are derived from it. Within the ingest, a new
-optional field takes a line here, its column in `lake/tables.py`, and the column's meaning in `lake/columns.py`.
+A new optional text field takes a line here, and its column in `lake/tables.py` with its meaning in `lake/columns.py`.
 """
 
 from __future__ import annotations
@@ -112,10 +111,10 @@ CONTRACTS = {contract.stream: contract for contract in (EVENT_CONTRACT, ORDER_CO
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """The limits by which the records of one batch are judged, fixed when the batch is first tried.
+    """The limits that judge the records of one batch, fixed at its first attempt: microseconds, or microseconds since the epoch.
 
-    Times are microseconds since the epoch, durations microseconds. ``ingested_us`` replaces an absent received_at. ``rejects_kept``
-    is how many rejected records of a file get rows of their own, per reasons and event hour (None: all).
+    ``ingested_us`` replaces an absent received_at. At most ``rejects_kept`` rejected records of a file, for each event hour and the
+    same reasons, get a row each (None: all).
     """
 
     ingested_us: int

@@ -1,12 +1,12 @@
 """The fast validator: Arrow's JSON reader over a whole block of lines, then checks by column.
 
-It only accepts. Every line that it does not accept goes to the exact validator, which alone defines why a line is rejected. Arrow's
-reader is strict (a repeated key, a wrong type, a number that is no integer are errors), with two exceptions: it reads objects, not
-lines (``flat_lines`` makes sure that they are the same), and it accepts NaN.
+It only accepts. The exact validator judges every other line, and it alone defines why a line is rejected. Arrow's reader is strict
+(a repeated key, a wrong type, a number that is no integer are errors), with two exceptions: it reads objects, not lines
+(``flat_lines`` makes sure that they are the same), and it accepts NaN.
 
-One refused line fails its block. A failed block is cut into smaller ones, down to SMALLEST_BLOCK lines, which go to the exact
-validator. Unknown fields are inferred from the first lines of a block, and a later unknown field fails the block: Arrow makes a
-column of each unknown field over all lines, and a small file may name millions.
+One bad line fails its block. A failed block is cut into smaller ones, down to SMALLEST_BLOCK lines, which go to the exact
+validator. Arrow makes a column of each unknown field over all lines, and a small file may name millions. So unknown fields are
+inferred from the first lines of a block, and a later unknown field fails the block.
 """
 
 from __future__ import annotations
@@ -30,14 +30,11 @@ _TIME_PATTERN = r"^\d{4}-\d\d-\d\dT([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?(Z
 _ODD = (b"\\", b"[", b"\r", b"\0")
 
 
-def field_type(kind: FieldKind) -> pa.DataType:
-    """Return the Arrow type of a parsed field: int64 for times (microseconds since the epoch) and integers, else text."""
-    return pa.int64() if kind in (FieldKind.INTEGER, FieldKind.TIME) else pa.string()
-
-
 def parsed_schema(contract: Contract) -> pa.Schema:
-    """Return the schema of parsed records: n (the line's number) and the contract's fields."""
-    return pa.schema([("n", pa.int64()), *((spec.name, field_type(spec.kind)) for spec in contract.fields)])
+    """Return the schema of parsed records: n (the line's number) and the fields, times as int64 microseconds since the epoch."""
+    numbers = (FieldKind.INTEGER, FieldKind.TIME)
+    fields = ((spec.name, pa.int64() if spec.kind in numbers else pa.string()) for spec in contract.fields)
+    return pa.schema([("n", pa.int64()), *fields])
 
 
 def flat_lines(data: bytes, ends: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -142,15 +139,12 @@ def _wider(schema: pa.Schema, sample: pa.Table) -> pa.Schema:
 
 def _times(parsed: pa.Table, contract: Contract) -> pa.Table:
     """Convert times to microseconds. Raises ArrowInvalid if a text is no time."""
-    for index, spec in enumerate(parsed.schema.names):
-        if contract.fields[index].kind is not FieldKind.TIME:
-            continue
-        text = parsed[spec]
-        fits = pc.match_substring_regex(text, _TIME_PATTERN)
-        if pc.any(pc.invert(fits)).as_py():
-            raise pa.ArrowInvalid("a time of another form")
-        times = text.cast(pa.timestamp("us", "UTC")).cast(pa.int64())
-        parsed = parsed.set_column(index, spec, times)
+    for index, spec in enumerate(contract.fields):
+        if spec.kind is FieldKind.TIME:
+            text = parsed[spec.name]
+            if pc.any(pc.invert(pc.match_substring_regex(text, _TIME_PATTERN))).as_py():
+                raise pa.ArrowInvalid("a time of another form")
+            parsed = parsed.set_column(index, spec.name, text.cast(pa.timestamp("us", "UTC")).cast(pa.int64()))
     return parsed
 
 
@@ -164,8 +158,8 @@ def _valid(spec: Field, values: pa.ChunkedArray, folder_region: str, own_region:
         case FieldKind.CURRENCY:
             check = pc.is_in(values, value_set=_CURRENCIES)
         case FieldKind.REGION:
-            matches = pc.match_substring_regex(values, f"^(?:{REGION_FORM.pattern})$") if own_region else None
-            check = pc.equal(values, folder_region) if matches is None else matches
+            own_form = f"^(?:{REGION_FORM.pattern})$"
+            check = pc.match_substring_regex(values, own_form) if own_region else pc.equal(values, folder_region)
         case FieldKind.TIME:
             check = pc.and_(pc.greater_equal(values, EARLIEST_US), pc.less_equal(values, LATEST_US))
         case FieldKind.INTEGER:

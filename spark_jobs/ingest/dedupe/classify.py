@@ -1,4 +1,4 @@
-"""Find which records of a batch are new, duplicates or conflicts. Pure: arrays in, arrays out."""
+"""Find which records of a batch are new, duplicates or conflicts. A pure function of arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spark_jobs.ingest.dedupe.keys import Keys, Words
 
 
 class Outcome(IntEnum):
-    """What becomes of a valid record."""
+    """The outcome of a valid record."""
 
     ACCEPTED = 0
     DUPLICATE = 1
@@ -33,10 +33,7 @@ class Classification:
 
 
 def classify(keys: Keys, lookup: Lookup) -> Classification:
-    """Classify records: of one id, the first is accepted, be it in the history or earlier in the batch.
-
-    A later record of the id is a duplicate if the fingerprints agree, else a conflict.
-    """
+    """Accept the first record of an id, in history or batch. A later one is a duplicate (same fingerprint) or a conflict."""
     count = len(keys)
     if count == 0:
         return Classification(np.empty(0, dtype=np.int8), np.empty(0, dtype=np.uint64))

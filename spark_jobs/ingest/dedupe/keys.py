@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +26,7 @@ class Keys:
     def __len__(self) -> int:
         return len(self.low)
 
-    def take(self, selection: npt.NDArray[Any]) -> Keys:
+    def take(self, selection: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> Keys:
         """Return the keys at ``selection`` (indices or a mask)."""
         return Keys(self.low[selection], self.high[selection], self.fingerprint[selection])
 

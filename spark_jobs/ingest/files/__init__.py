@@ -1,1 +1,1 @@
-"""Landing files: what lies in the folder, which lines a file has, and what a checkpoint says of it."""
+"""Landing files: the entries of the folder, the lines of a file, and the files that a checkpoint lists."""

@@ -1,6 +1,6 @@
-"""Report on the landing folder without Spark: files that wait, files that nothing reads, and files that no batch accounts for.
+"""Report, without Spark, which landing files wait, which ones nothing reads, and which ones no batch accounts for.
 
-The report starts from the folder, not from the checkpoint: each entry has been read, waits, or has a reason why it is not read.
+The report starts from the folder, not from the checkpoint: each entry has been read, waits, or has a reason why nothing reads it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from spark_jobs.config import Settings
 from spark_jobs.errors import UsageError
 from spark_jobs.ingest.files.checkpoint import read_batch_files, read_finished_batches, read_finished_files
-from spark_jobs.ingest.files.landing import MAX_STRAYS, Entry, EntryKind, Reason, kind_of, name_below, reason_of, walk_landing
+from spark_jobs.ingest.files.landing import MAX_STRAYS, Entry, Reason, name_below, reason_of, walk_landing
 from spark_jobs.lake.log import Commit, DeltaLog
 from spark_jobs.lake.tables import EVENTS, ORDERS, STREAMS
 from spark_jobs.texts import counted, printable
@@ -60,40 +60,30 @@ class LandingReport:
     @property
     def ignored_text(self) -> str:
         """The ignored files, on one line."""
-        parts = (f"{found.files} in {found.source} ({found.meaning}), such as {found.examples[0]}" for found in self.ignored)
-        return "; ".join(parts)
+        return "; ".join(f"{one.files} in {one.source} ({one.meaning}), such as {one.examples[0]}" for one in self.ignored)
 
 
 def read_landing(settings: Settings) -> LandingReport:
-    """Compare the landing folder with the files that are read by the checkpoints.
-
-    Raises TableCorruptionError if a checkpoint cannot be read.
-    """
+    """Compare the landing folder with the checkpoints. Raises TableCorruptionError if a checkpoint is unreadable."""
     landing = settings.landing_path
     read = {name: ms for stream in STREAMS for name, ms in _finished_names(settings, stream).items()}
     waiting: dict[str, list[Entry]] = {}
     ignored: dict[tuple[str, Reason], list[str]] = {}
-    counts: dict[tuple[str, Reason], int] = {}
     for entry in walk_landing(landing):
         reason = entry.reason
         if reason is None and entry.name in read and read[entry.name] != entry.modified_ms:
             reason = Reason.CHANGED
         if reason is not None:
-            key = (entry.source, reason)
-            counts[key] = counts.get(key, 0) + 1
-            kept = ignored.setdefault(key, [])
-            kept.append(entry.name)
-            if len(kept) > 2 * _EXAMPLES:
-                kept[:] = sorted(kept)[:_EXAMPLES]
+            ignored.setdefault((entry.source, reason), []).append(entry.name)
         elif entry.source.partition("/")[0] in STREAMS and entry.name not in read:
             waiting.setdefault(entry.source, []).append(entry)
     return LandingReport(
         [_waiting(source, found) for source, found in sorted(waiting.items())],
         [
-            IgnoredFiles(source, reason, reason.text, counts[source, reason], [printable(n) for n in sorted(kept)[:_EXAMPLES]])
-            for (source, reason), kept in sorted(ignored.items())
+            IgnoredFiles(source, reason, reason.text, len(names), [printable(name) for name in sorted(names)[:_EXAMPLES]])
+            for (source, reason), names in sorted(ignored.items())
         ],
-        is_complete=sum(count for (_, reason), count in counts.items() if reason is not Reason.CHANGED) < MAX_STRAYS,
+        is_complete=sum(len(names) for (_, reason), names in ignored.items() if reason is not Reason.CHANGED) < MAX_STRAYS,
     )
 
 
@@ -104,14 +94,14 @@ def _waiting(source: str, found: list[Entry]) -> WaitingFiles:
 
 
 def unaccounted_files(settings: Settings, stream: str, since: datetime | None = None) -> list[str]:
-    """Return the names of landing files that are read by the checkpoint but that no plan in the table's commits has.
+    """Return the landing files that the checkpoint counts as read, but that no plan in the table's commits names.
 
-    They are regular files that should be read, and Spark does not list them again. With ``since`` only files of batches planned
-    then or later count, and the older log is not read. Of a log that was cleaned, only the remaining commits count.
+    Spark does not list them again. With ``since`` only files of batches planned then or later count, and this does not read the
+    older log. Of a log that was cleaned, only the remaining commits count.
     """
     planned_ms = _planned_names(settings, stream, since)
     landing = settings.landing_path
-    left = {n for n in planned_ms if kind_of(landing / n) is EntryKind.FILE and reason_of(landing, n) is None}
+    left = {n for n in planned_ms if os.path.lexists(landing / n) and reason_of(landing, n) is None}
     oldest: Commit | None = None
     for commit in DeltaLog(settings.table_uri(_ACCEPTED[stream].name)).commits_backwards() if left else ():
         left -= _names_of_plan(commit, landing, stream)
@@ -136,7 +126,7 @@ def _planned_names(settings: Settings, stream: str, since: datetime | None) -> d
 
 
 def _finished_names(settings: Settings, stream: str) -> dict[str, int]:
-    """Return the files that are read by the checkpoint, each with its time of modification then."""
+    """Return the files that the checkpoint counts as read, each with its time of modification then (ms)."""
     landing = settings.landing_path
     return {name_below(path, landing, stream): ms for path, ms in read_finished_files(settings.checkpoints_path / stream).items()}
 
@@ -146,7 +136,7 @@ def _names_of_plan(commit: Commit, landing: Path, stream: str) -> set[str]:
     try:
         return {name_below(str(file[1]), landing, stream) for file in commit.metadata["files"]}
     except (KeyError, TypeError, IndexError):
-        return set()  # of a compaction, a correction or another tool
+        return set()  # a compaction, a correction or another tool made the commit
 
 
 def _committed_ms(commit: Commit) -> int:
@@ -163,7 +153,10 @@ def look_into_landing(settings: Settings) -> list[str]:
         return []
     landing = settings.landing_path
     for entry in walk_landing(landing):
-        if entry.reason is Reason.SYMLINK and entry.source != "landing" and _leads_back(landing / entry.name, landing):
+        target = Path(os.path.realpath(landing / entry.name)) if entry.reason is Reason.SYMLINK else None
+        if target is None or entry.source == "landing" or not target.is_dir():
+            continue
+        if target.is_relative_to(landing) or landing.is_relative_to(target):
             raise UsageError(
                 f"{printable(entry.name)} is a link to a folder that leads back into the landing folder {landing}",
                 hint="remove it: no link is followed there (docs/runbooks/ignored-files.md)",
@@ -171,8 +164,3 @@ def look_into_landing(settings: Settings) -> list[str]:
     least = "" if report.is_complete else "at least "
     count = counted(report.ignored_files, "file")
     return [f"{least}{count} where nothing reads them: {report.ignored_text}; docs/runbooks/ignored-files.md"]
-
-
-def _leads_back(link: Path, landing: Path) -> bool:
-    target = Path(os.path.realpath(link))
-    return target.is_dir() and (target.is_relative_to(landing) or landing.is_relative_to(target))

@@ -1,9 +1,9 @@
-"""The landing folder: its entries, which of them are read, and the splits of a file that one task parses at a time.
+"""List the landing folder, decide which of its entries are read, and cut files into the splits that one task parses at a time.
 
 Writers follow one protocol: write a file elsewhere on the same file system, or under a name that starts with ``.`` or ``_``, then
-rename it into ``<landing>/<stream>/<region>/``. A file is read once, whole, after it appears under its final name. Only regular
-files are read, and no symbolic link below the landing folder is followed. Every other entry is reported with a Reason, except
-hidden names: these are the writers' temporary files.
+rename it into ``<landing>/<stream>/<region>/``. adtally reads a file once, whole, after it appears under its final name. It reads
+only regular files and follows no symbolic link below the landing folder. It reports every other entry with a Reason, except hidden
+names: these are the writers' temporary files.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlparse
+
+from xxhash import xxh3_64_hexdigest
 
 from spark_jobs.errors import LandingPathError
 from spark_jobs.lake.tables import STREAMS
@@ -30,63 +33,44 @@ _CSV_FOLDERS = (CAMPAIGNS_FOLDER, NAMES_FOLDER)
 MAX_STRAYS = 100_000
 """How many unread entries one walk reports: by mistake, the landing folder may contain a whole disk."""
 
+_EDGE_BYTES = 64 * 1024
+_HIDDEN = (".", "_")  # beginnings of hidden names
 _FILE_ENDINGS = (".jsonl", ".jsonl.gz")
 _REGION = re.compile(r"[a-z0-9-]{1,32}")
 _OF_THE_SIMULATOR = ("truth.json", "rules")  # `adtally simulate` writes them beside the streams
 
 
 class Reason(StrEnum):
-    """Why nothing reads an entry of the landing folder."""
+    """Why nothing reads an entry of the landing folder. ``text`` is the reason for people."""
 
-    WRONG_ENDING = "wrong_ending"
-    WRONG_DEPTH = "wrong_depth"
-    NO_REGION = "no_region"
-    REGION_NAME = "region_name"
-    UNKNOWN_FOLDER = "unknown_folder"
-    WRONG_KIND = "wrong_kind"
-    SYMLINK = "symlink"
-    NAME_NOT_UTF8 = "name_not_utf8"
-    UNREADABLE_FOLDER = "unreadable_folder"
-    CHANGED = "changed"
-    HIDDEN = "hidden"
+    text: str
 
-    @property
-    def text(self) -> str:
-        """The reason as a text for people."""
-        return _TEXTS[self]
+    WRONG_ENDING = "wrong_ending", "the name ends in neither .jsonl nor .jsonl.gz (campaigns, names: .csv)"
+    WRONG_DEPTH = "wrong_depth", "in a folder too deep: only files directly in <stream>/<region>/ are read"
+    NO_REGION = "no_region", "in no region: files belong into <stream>/<region>/"
+    REGION_NAME = "region_name", "the name of the region is not 1 to 32 of a-z, 0-9 and -"
+    UNKNOWN_FOLDER = "unknown_folder", "beside the folders that are read: events, orders, campaigns, names"
+    WRONG_KIND = "wrong_kind", "no regular file: a pipe, a socket, a device, a folder, or a file in the place of a folder"
+    SYMLINK = "symlink", "a symbolic link: none is followed"
+    NAME_NOT_UTF8 = "name_not_utf8", "unreadable: the name is not UTF-8"
+    UNREADABLE_FOLDER = "unreadable_folder", "unreadable: the folder cannot be listed"
+    CHANGED = "changed", "changed after it was read: new content needs a new name"
+    HIDDEN = "hidden", "hidden: the name starts with . or _"
 
-
-_TEXTS = {
-    Reason.WRONG_ENDING: "the name ends in neither .jsonl nor .jsonl.gz (campaigns, names: .csv)",
-    Reason.WRONG_DEPTH: "in a folder too deep: only files directly in <stream>/<region>/ are read",
-    Reason.NO_REGION: "in no region: files belong into <stream>/<region>/",
-    Reason.REGION_NAME: "the name of the region is not 1 to 32 of a-z, 0-9 and -",
-    Reason.UNKNOWN_FOLDER: "beside the folders that are read: events, orders, campaigns, names",
-    Reason.WRONG_KIND: "no regular file: a pipe, a socket, a device, a folder, or a file in the place of a folder",
-    Reason.SYMLINK: "a symbolic link: none is followed",
-    Reason.NAME_NOT_UTF8: "unreadable: the name is not UTF-8",
-    Reason.UNREADABLE_FOLDER: "unreadable: the folder cannot be listed",
-    Reason.CHANGED: "changed after it was read: new content needs a new name",
-    Reason.HIDDEN: "hidden: the name starts with . or _",
-}
-
-
-class EntryKind(StrEnum):
-    """The kind of an entry of a folder."""
-
-    FILE = "file"
-    FOLDER = "folder"
-    LINK = "link"
-    OTHER = "other"
+    def __new__(cls, value: str, text: str) -> Reason:
+        """Make a reason that is equal to its ``value``."""
+        reason = str.__new__(cls, value)
+        reason._value_, reason.text = value, text
+        return reason
 
 
 @dataclass(frozen=True)
 class Entry:
     """One entry of the landing folder. ``reason`` is None if it is read, now or later.
 
-    ``name`` is its path under the landing folder, as the file system has it (surrogateescape). ``source`` is what it belongs to:
-    ``<stream>/<region>``, the stream, ``campaigns``, ``names`` or ``landing``. Of entries that are read, ``modified_ms`` is the
-    time of modification as Java reports it, and ``arrived`` the last change of state (the rename) in seconds since the epoch.
+    ``name`` is its path under the landing folder, as the file system has it (surrogateescape). ``source`` is the folder that it
+    belongs to: ``<stream>/<region>``, the stream, ``campaigns``, ``names`` or ``landing``. An entry that is read also has
+    ``modified_ms``, its time of modification as Java reports it, and ``arrived``, the last change of state (the rename) in seconds.
     """
 
     name: str
@@ -96,18 +80,13 @@ class Entry:
     arrived: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class LandingFile:
-    """A file of a batch. The order of records everywhere is (modified_ms, path, line): first accepted wins."""
+    """A file of a batch. Files sort as their records do, by (modified_ms, path): the first record of an id is accepted."""
 
     modified_ms: int
     path: str
     size: int
-
-    @property
-    def order(self) -> tuple[int, str]:
-        """The sort key of files."""
-        return (self.modified_ms, self.path)
 
 
 @dataclass(frozen=True)
@@ -141,11 +120,9 @@ def walk_landing(landing: Path) -> Iterator[Entry]:
                 if strays < MAX_STRAYS or _may_hold_files(parts):
                     folders.append(parts)
                 continue
-            if entry.reason is not None:
-                strays += 1
-                if strays > MAX_STRAYS:
-                    continue
-            yield entry
+            strays += entry.reason is not None
+            if entry.reason is None or strays <= MAX_STRAYS:
+                yield entry
 
 
 def region_folders(stream_folder: Path) -> list[str]:
@@ -155,29 +132,35 @@ def region_folders(stream_folder: Path) -> list[str]:
 
 def csv_files(landing: Path, folder: str) -> list[str]:
     """Return the CSV files of CAMPAIGNS_FOLDER or NAMES_FOLDER: their names under the landing folder, sorted."""
-    entries = (entry for entry, _ in _folder_entries(landing, (folder,)) if entry is not None)
-    return sorted(entry.name for entry in entries if entry.reason is None)
+    return sorted(entry.name for entry in _read_entries(landing, folder))
 
 
 def oldest_file_at(landing: Path, stream: str, region: str) -> datetime | None:
     """Return when the oldest file of a region, which Spark reads first, was modified; None if there is no file.
 
-    A file did not come later than it was renamed, whatever its time of modification; times before 1970 count as 1970.
+    A file arrived no later than its rename, whatever its time of modification. Times before 1970 count as 1970.
     """
-    entries = (entry for entry, _ in _folder_entries(landing, (stream, region)) if entry is not None and entry.reason is None)
+    entries = _read_entries(landing, stream, region)
     oldest = min((min(entry.modified_ms / 1000, entry.arrived) for entry in entries), default=None)
     return None if oldest is None else datetime.fromtimestamp(max(oldest, 0.0), UTC)
+
+
+def _read_entries(landing: Path, *folder: str) -> Iterator[Entry]:
+    return (entry for entry, _ in _folder_entries(landing, folder) if entry is not None and entry.reason is None)
 
 
 def reason_of(landing: Path, name: str) -> Reason | None:
     """Return why the file ``name`` of the landing folder is not read; None if it is. A missing file is read and rejected."""
     parts = tuple(name.split("/"))
-    if any(_is_hidden(part) for part in parts):
+    if any(part.startswith(_HIDDEN) for part in parts):
         return Reason.HIDDEN
-    for depth in range(1, len(parts)):
-        if kind_of(landing.joinpath(*parts[:depth])) is EntryKind.LINK:
-            return Reason.SYMLINK
-    return _reason(parts, kind_of(landing / name) or EntryKind.FILE)
+    if any(os.path.islink(landing.joinpath(*parts[:depth])) for depth in range(1, len(parts))):
+        return Reason.SYMLINK
+    try:
+        mode = os.lstat(landing / name).st_mode
+    except OSError:
+        mode = stat.S_IFREG
+    return _reason(parts, is_link=stat.S_ISLNK(mode), is_file=stat.S_ISREG(mode))
 
 
 def name_below(path: str, landing: Path, stream: str) -> str:
@@ -229,8 +212,8 @@ def java_ms(nanos: int) -> int:
     return (nanos // 1_000_000 + 2**63) % 2**64 - 2**63
 
 
-def local_path(uri: str) -> str:
-    """Return the path of a file: URI of Spark."""
+def uri_path(uri: str) -> str:
+    """Return the path that a file: URI of Spark names; any other text unchanged."""
     parsed = urlparse(uri)
     return unquote(parsed.path) if parsed.scheme == "file" else uri
 
@@ -243,13 +226,13 @@ def relative_name(path: str, landing: Path) -> str:
         return path
 
 
-def _reason(parts: tuple[str, ...], kind: EntryKind) -> Reason | None:
+def _reason(parts: tuple[str, ...], *, is_link: bool, is_file: bool) -> Reason | None:
     """Return why an entry at this path under the landing folder is not read."""
-    if kind is EntryKind.LINK:
+    if is_link:
         return Reason.SYMLINK
-    if kind is not EntryKind.FILE:
+    if not is_file:
         return Reason.WRONG_KIND
-    if not all(_is_utf8(part) for part in parts):
+    if any("\udc80" <= character <= "\udcff" for part in parts for character in part):  # from surrogateescape
         return Reason.NAME_NOT_UTF8
     if parts[0] in _CSV_FOLDERS:
         return _reason_of_name(parts, 2, (".csv",))
@@ -289,14 +272,13 @@ def _folder_entries(landing: Path, folder: tuple[str, ...]) -> Iterator[tuple[En
         return
     for found in listed:
         parts = (*folder, found.name)
-        kind = _kind(found)
         if not folder and found.name in _OF_THE_SIMULATOR:
             continue
-        if kind is EntryKind.FOLDER:
+        if found.is_dir(follow_symlinks=False):
             yield None, parts
             if not _is_place_of_file(parts):
                 continue
-        reason = _reason(parts, kind)
+        reason = _reason(parts, is_link=found.is_symlink(), is_file=found.is_file(follow_symlinks=False))
         name, source = "/".join(parts), _source(parts[:-1])
         if reason is not None:
             yield Entry(name, source, reason), parts
@@ -323,44 +305,11 @@ def _list(folder: Path) -> list[os.DirEntry[str]] | None:
         return []
     try:
         with os.scandir(folder) as entries:
-            return [entry for entry in entries if not _is_hidden(entry.name)]
+            return [entry for entry in entries if not entry.name.startswith(_HIDDEN)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError:
         return None
-
-
-def _kind(entry: os.DirEntry[str]) -> EntryKind:
-    return _first_kind(entry.is_symlink, lambda: entry.is_dir(follow_symlinks=False), lambda: entry.is_file(follow_symlinks=False))
-
-
-def kind_of(path: Path) -> EntryKind | None:
-    """Return the kind of the entry at a path, without following a link; None if it is missing or cannot be examined."""
-    try:
-        mode = path.lstat().st_mode
-    except OSError:
-        return None
-    return _first_kind(lambda: stat.S_ISLNK(mode), lambda: stat.S_ISDIR(mode), lambda: stat.S_ISREG(mode))
-
-
-def _first_kind(is_link: Callable[[], bool], is_folder: Callable[[], bool], is_file: Callable[[], bool]) -> EntryKind:
-    if is_link():
-        return EntryKind.LINK
-    if is_folder():
-        return EntryKind.FOLDER
-    return EntryKind.FILE if is_file() else EntryKind.OTHER
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "_"))
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _require_regular(state: os.stat_result, path: str | Path) -> None:
@@ -370,14 +319,35 @@ def _require_regular(state: os.stat_result, path: str | Path) -> None:
 
 def plan_splits(files: Iterable[LandingFile], landing: Path, split_bytes: int) -> list[Split]:
     """Return the splits of a batch in the order of its records. A gzip file is one split."""
-    return list(_plan(sorted(files, key=lambda file: file.order), landing, split_bytes))
-
-
-def _plan(files: list[LandingFile], landing: Path, split_bytes: int) -> Iterator[Split]:
-    number = 0
-    for file in files:
+    splits: list[Split] = []
+    for file in sorted(files):
         name, region = relative_name(file.path, landing), Path(file.path).parent.name
         starts = [0] if file.path.endswith(".gz") else list(range(0, max(file.size, 1), split_bytes))
         for start, end in zip(starts, [*starts[1:], None], strict=True):
-            yield Split(number, file.path, name, region, start, end)
-            number += 1
+            splits.append(Split(len(splits), file.path, name, region, start, end))
+    return splits
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A file at one moment, so that a batch notices another file under the same name.
+
+    ``fingerprint`` (the size and a hash of the first and last 64 KiB) is the same for a copy; empty: there is no such file.
+    """
+
+    fingerprint: str
+    modified_ns: int = 0
+    inode: int = 0
+
+
+def file_state(path: str) -> FileState:
+    """Return the present state of a file."""
+    # not blocking, because a pipe must not hang
+    with suppress(OSError), open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        found = os.fstat(file.fileno())
+        if stat.S_ISREG(found.st_mode):
+            edges = os.pread(file.fileno(), _EDGE_BYTES, 0)
+            if found.st_size > _EDGE_BYTES:
+                edges += os.pread(file.fileno(), _EDGE_BYTES, max(_EDGE_BYTES, found.st_size - _EDGE_BYTES))
+            return FileState(f"{found.st_size}:{xxh3_64_hexdigest(edges)}", found.st_mtime_ns, found.st_ino)
+    return FileState("")

@@ -1,4 +1,4 @@
-"""Lines of a landing file, read by byte range, plain or gzip, whatever is in them."""
+"""Read the lines of a landing file by byte range. The file may be plain or gzip, and its lines may hold any bytes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _GZIP_READ_BYTES = 16 * 1024  # small: with each member that ends, zlib copies w
 
 @dataclass(frozen=True)
 class Lines:
-    """Consecutive lines: ``ends[i]`` is the offset in ``data`` just behind line i, its line feed included.
+    """Consecutive lines: ``ends[i]`` is the offset in ``data`` after line i and its line feed.
 
-    ``first`` is the number (from 0) of the first line within the split. Only the last line may lack its line feed. ``numbers`` are
-    those of the lines (ascending, as int64) where they have gaps, as offsets of a topic have.
+    ``first`` is the number (from 0) of the first line within the split. Only the last line may lack its line feed. ``numbers``
+    (ascending) are the numbers of all lines if they have gaps, as offsets of a topic have.
     """
 
     data: bytes
@@ -34,11 +34,11 @@ class Lines:
     numbers: npt.NDArray[np.int64] | None = None
 
     def number(self, index: int) -> int:
-        """The number of line ``index`` of this chunk within the split."""
+        """Return the number within the split of line ``index`` of this chunk."""
         return self.first + index if self.numbers is None else int(self.numbers[index])
 
     def find(self, wanted: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-        """(number, index) of those of the lines ``wanted`` (ascending numbers) that are in this chunk."""
+        """Return (number, index) of the lines of this chunk whose numbers are in ``wanted`` (ascending)."""
         if self.numbers is None:
             here = wanted[(wanted >= self.first) & (wanted < self.first + len(self.ends))]
             return [(number, number - self.first) for number in here.tolist()]
@@ -51,10 +51,9 @@ class Lines:
         return self.data.endswith(b"\n")
 
     def raw(self, index: int) -> bytes:
-        """Line ``index`` of this chunk without its line feed."""
+        """Return line ``index`` of this chunk without its line feed."""
         start = int(self.ends[index - 1]) if index else 0
-        line = self.data[start : int(self.ends[index])]
-        return line[:-1] if line.endswith(b"\n") else line
+        return self.data[start : int(self.ends[index])].removesuffix(b"\n")
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,9 @@ class LongLine:
 
 @dataclass(frozen=True)
 class FileFault:
-    """The file ends wrongly or cannot be read. ``rest`` is what stood behind the last whole line, on line ``number``.
+    """The file ends wrongly or cannot be read. ``rest`` are the bytes after the last whole line, on line ``number``.
 
-    ``nothing_read`` says that not one line came before: the whole file is unreadable.
+    With ``nothing_read`` there is no line before: the whole file is unreadable.
     """
 
     reason: str
@@ -84,10 +83,10 @@ class _Fault(Exception):
 
 
 def _until_wrong(state: zlib._Decompress, chunk: bytes) -> bytes:
-    """What can be made of ``chunk`` before the byte at which it is wrong.
+    """Return what ``chunk`` unpacks to before its first wrong byte.
 
-    A call of zlib's that raises loses the output that it has made. So each call here takes one byte of input and returns one
-    byte of output, and the first calls take out what ``state`` still has. The result is the same whatever the earlier reads were.
+    A call of zlib that raises loses its output. So each call here takes one byte and returns one byte, and the first calls take
+    out what ``state`` still has. The result does not depend on the sizes of the earlier reads.
     """
     made = []
     try:
@@ -101,7 +100,7 @@ def _until_wrong(state: zlib._Decompress, chunk: bytes) -> bytes:
 
 
 def _unpacked(handle: BinaryIO, limits: QuarantineLimits | None) -> Iterator[bytes]:
-    """What a gzip file holds, in pieces; raises _Fault(reason) where it is wrong."""
+    """Yield the content of a gzip file in pieces. Raises _Fault(reason) at the first wrong byte."""
     state = zlib.decompressobj(31)
     room = max(1, BLOCK_BYTES // 16)
     stored = unpacked = 0
@@ -133,9 +132,9 @@ def _unpacked(handle: BinaryIO, limits: QuarantineLimits | None) -> Iterator[byt
 
 
 def _gzip_reader(handle: BinaryIO, limits: QuarantineLimits | None) -> Callable[[], bytes]:
-    """A function that returns the next block of what is unpacked, b"" at a proper end; raises _Fault(reason) at a wrong one.
+    """Return a function that returns the next unpacked block, b"" at the end, and raises _Fault(reason) at a wrong end.
 
-    Blocks are filled: a file may consist of a million members of a few bytes each.
+    It fills each block, because a file may consist of a million members of a few bytes each.
     """
     pieces = _unpacked(handle, limits)
     fault: Exception | None = None
@@ -165,7 +164,7 @@ def _line_ends(data: bytes) -> npt.NDArray[np.int64]:
 
 
 def _cut(data: bytes, first: int) -> Iterator[Lines]:
-    """Whole lines in chunks of at most MOST_LINES lines; ``first`` is the number of the first line."""
+    """Yield whole lines in chunks of at most MOST_LINES lines; ``first`` is the number of the first line."""
     if data.count(b"\n") < MOST_LINES:
         yield Lines(data, _line_ends(data), first)
         return
@@ -182,10 +181,10 @@ def _cut(data: bytes, first: int) -> Iterator[Lines]:
 def read_lines(
     path: str | Path, start: int = 0, end: int | None = None, limits: QuarantineLimits | None = None
 ) -> Iterator[Lines | LongLine | FileFault]:
-    """The lines that begin in bytes [start, end) of a plain file, or all lines of a gzip file (name ends in .gz).
+    """Yield the lines that begin in bytes [start, end) of a plain file, or all lines of a gzip file (name ends in .gz).
 
-    Memory is bounded by BLOCK_BYTES plus MAX_RAW_BYTES whatever the file holds. With ``limits`` a gzip file ends in a fault
-    GZIP_BOMB where it unpacks to more than they allow.
+    Memory is bounded by BLOCK_BYTES plus MAX_RAW_BYTES. A gzip file that unpacks to more than ``limits`` allow ends in a fault
+    GZIP_BOMB.
     """
     try:
         with open_regular(path) as handle:
@@ -195,17 +194,12 @@ def read_lines(
             position = start
             if start:
                 handle.seek(start - 1)
-                position = start - 1
-                while True:
-                    block = handle.read(MAX_RAW_BYTES)
-                    found = block.find(b"\n")
-                    if found >= 0:
-                        position += found + 1
-                        break
-                    position += len(block)
-                    if not block or (end is not None and position >= end):
+                piece, position = b"", start - 1
+                while not piece.endswith(b"\n"):
+                    piece = handle.readline(MAX_RAW_BYTES)
+                    position += len(piece)
+                    if not piece or (end is not None and position >= end):
                         return
-                handle.seek(position)
             if end is None or position < end:
                 yield from _chunks(lambda: handle.read(BLOCK_BYTES), position, end)
     except OSError:
@@ -216,7 +210,7 @@ def _chunks(read: Callable[[], bytes], position: int, end: int | None) -> Iterat
     number = 0
     rest = b""
     long_head = b""
-    long_size = 0  # > 0: within a line that is too long to keep
+    long_size = 0  # > 0: inside a line that is too long to keep
     while True:
         try:
             block = read()
@@ -226,19 +220,15 @@ def _chunks(read: Callable[[], bytes], position: int, end: int | None) -> Iterat
             yield FileFault(reason, left, number, nothing_read=number == 0 and not left)
             return
         if long_size:
-            found = block.find(b"\n")
-            long_size += found if found >= 0 else len(block)
-            if found < 0 and block:
-                position += len(block)
+            head, line_feed, after = block.partition(b"\n")
+            long_size += len(head)
+            position += len(head) + len(line_feed)
+            if head and not line_feed:
                 continue
             yield LongLine(long_head, long_size, number)
             number += 1
-            long_head, long_size = b"", 0
-            position += found + 1
-            block = block[found + 1 :] if found >= 0 else b""
-            if end is not None and position >= end:
-                return
-            if not block and found < 0:
+            long_head, long_size, block = b"", 0, after
+            if not line_feed or (end is not None and position >= end):
                 return
             if not block:
                 continue
@@ -247,14 +237,10 @@ def _chunks(read: Callable[[], bytes], position: int, end: int | None) -> Iterat
             if rest:
                 yield from _cut(rest, number)
             return
-        cut = len(data)
+        cut = data.rfind(b"\n") + 1
         last = False
-        if end is not None and position + len(data) >= end:
-            found = data.find(b"\n", max(0, end - 1 - position))
-            if found >= 0:
-                cut, last = found + 1, True
-        if not last:
-            cut = data.rfind(b"\n") + 1
+        if end is not None and position + len(data) >= end and (found := data.find(b"\n", max(0, end - 1 - position)) + 1):
+            cut, last = found, True
         if cut:
             for lines in _cut(data[:cut], number):
                 yield lines

@@ -9,6 +9,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 import pyarrow as pa
@@ -27,34 +28,33 @@ _GROUP_FILES = 1000
 _GROUP_LINES = 32 * 1024  # rejects are Python objects, and four megabytes may be four million lines
 
 
-def is_small(split: object) -> bool:
-    """Return whether a split is a whole uncompressed file that is small enough to be parsed with others."""
+def _small_file(split: object) -> tuple[str, int] | None:
+    """Return region and size of a split that is a whole, small, uncompressed file; None for any other split."""
     if not isinstance(split, Split) or split.start or split.end is not None or split.path.endswith(".gz"):
-        return False
+        return None
     try:
-        return os.stat(split.path).st_size <= SMALL_BYTES
+        size = os.stat(split.path).st_size
     except OSError:
-        return False
+        return None
+    return (split.region, size) if size <= SMALL_BYTES else None
 
 
 def groups(splits: Iterable[object]) -> Iterator[list[int]]:
     """Yield positions of consecutive splits that are parsed together: small ones of one region. Any other split is alone."""
     group: list[int] = []
-    region, size = None, 0
+    group_region, group_bytes = "", 0
     for position, split in enumerate(splits):
-        if not (isinstance(split, Split) and is_small(split)):
-            if group:
-                yield group
-            yield [position]
-            group = []
-            continue
-        if group and (split.region != region or size >= _GROUP_BYTES or len(group) >= _GROUP_FILES):
+        small = _small_file(split)
+        is_full = group_bytes >= _GROUP_BYTES or len(group) >= _GROUP_FILES
+        if group and (small is None or is_full or small[0] != group_region):
             yield group
-            group = []
-        if not group:
-            region, size = split.region, 0
+            group, group_bytes = [], 0
+        if small is None:
+            yield [position]
+            continue
         group.append(position)
-        size += SMALL_BYTES if split.end is not None else os.path.getsize(split.path)
+        group_region = small[0]
+        group_bytes += small[1]
     if group:
         yield group
 
@@ -64,40 +64,35 @@ def parse_together(
 ) -> dict[int, list[tuple[Parsed, pa.Table]]]:
     """Parse and enrich splits of one region; return the chunks by number of the split.
 
-    Splits that are not whole lines, cannot be read, or have too many lines for the group are left out, for the caller to parse.
+    Leaves out splits that are not whole lines, are unreadable, or have too many lines for the group: the caller parses them.
     """
     found: dict[int, list[tuple[Parsed, pa.Table]]] = {}
-    numbers: list[int] = []
-    data: list[bytes] = []
-    ends: list[np.ndarray] = []
-    starts = [0]  # the first line of each split, and the number of all lines
-    size = 0
+    taken: list[tuple[int, Lines]] = []
+    count = 0
     for split in splits:
         chunks = list(read_lines(split.path))
         if not chunks:
             found[split.number] = []
-        elif (
-            len(chunks) == 1
-            and isinstance(chunk := chunks[0], Lines)
-            and chunk.terminated
-            and starts[-1] + len(chunk.ends) <= _GROUP_LINES
-        ):
-            numbers.append(split.number)
-            data.append(chunk.data)
-            ends.append(chunk.ends + size)
-            starts.append(starts[-1] + len(chunk.ends))
-            size += len(chunk.data)
-    if not numbers:
+        if len(chunks) != 1 or not isinstance(chunk := chunks[0], Lines) or not chunk.terminated:
+            continue
+        if count + len(chunk.ends) <= _GROUP_LINES:
+            taken.append((split.number, chunk))
+            count += len(chunk.ends)
+    if not taken:
         return found
+    starts = list(accumulate((len(chunk.ends) for _, chunk in taken), initial=0))  # the first line of each split, and the end
+    sizes = accumulate((len(chunk.data) for _, chunk in taken), initial=0)
+    ends = np.concatenate([chunk.ends + size for (_, chunk), size in zip(taken, sizes, strict=False)])
     each = replace(limits, rejects_kept=None)  # all rejects, repeated lines too: the repeats may be in other files
-    whole = parse_chunk(Lines(b"".join(data), np.concatenate(ends), 0), contract, splits[0].region, each)
+    data = b"".join(chunk.data for _, chunk in taken)
+    whole = parse_chunk(Lines(data, ends, 0), contract, splits[0].region, each)
     enriched = enrich(whole.valid, contract, limits, campaigns, rules)
-    rejects: list[list[Reject]] = [[] for _ in numbers]
+    rejects: list[list[Reject]] = [[] for _ in taken]
     for reject in whole.rejects:
         at = bisect_right(starts, reject.number) - 1
         rejects[at].append(replace(reject, number=reject.number - starts[at]))
     cuts = np.searchsorted(whole.valid["n"].to_numpy(), starts)
-    for at, number in enumerate(numbers):
+    for at, (number, _) in enumerate(taken):
         first, count = int(cuts[at]), int(cuts[at + 1] - cuts[at])
         valid, rows = (_renumbered(table.slice(first, count), starts[at]) for table in (whole.valid, enriched))
         found[number] = [(Parsed(starts[at + 1] - starts[at], valid, rejects[at]), rows)]

@@ -1,18 +1,18 @@
-"""Gaps: records that a topic lost before they were read. A batch that meets one fails until an operator gives the records up.
+"""Find gaps: records that a topic lost before a batch read them. Such a batch fails until an operator gives the records up.
 
-A topic loses records by retention, or because somebody deletes it and creates it again. Only its id shows the latter: the offsets
-begin at 0 again. A decision is a row of `source_gaps` with the offsets that were missing then. A later loss needs another decision.
+A topic loses records by retention, or because somebody deletes it and creates it again, which only its id shows: the offsets begin
+at 0 again. A decision is a row of `source_gaps` with the offsets that were missing then. A later loss needs another decision.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pyarrow as pa
 from confluent_kafka import IsolationLevel, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka import KafkaError as Code
@@ -22,9 +22,9 @@ from confluent_kafka.admin._listoffsets import OffsetSpec
 from spark_jobs import disk
 from spark_jobs.config import Settings
 from spark_jobs.errors import KafkaError, OffsetGapError, UsageError
+from spark_jobs.ingest.checkpoint_log import numbers
 from spark_jobs.ingest.kafka.config import KafkaCluster
-from spark_jobs.ingest.kafka.offsets import read_batch_offsets
-from spark_jobs.ingest.kafka.ranges import OffsetRange, Partition, partition_of
+from spark_jobs.ingest.kafka.ranges import OffsetRange, Partition, partition_of, read_batch_offsets
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import RAW_TABLES, SOURCE_GAPS
 from spark_jobs.lake.writes import ensure_tables
@@ -61,20 +61,6 @@ class Gap:
         return f"partition {self.partition.number} offsets {self.first} to {self.end - 1}"
 
 
-@dataclass(frozen=True)
-class ReadableRanges:
-    """The ranges of a batch that the topic has, and the number of offsets that an operator gave up."""
-
-    ranges: list[OffsetRange]
-    lost: int
-
-
-class KnownTopic(msgspec.Struct, frozen=True):
-    """The topic that a checkpoint's offsets belong to."""
-
-    topic_id: str
-
-
 def read_topic(cluster: KafkaCluster, topic: str, seconds: float = ANSWER_SECONDS) -> TopicState:
     """Read the state of a topic. Raises KafkaError if the cluster does not answer in ``seconds`` or lacks the topic."""
     where = f"cluster {cluster.name} at {cluster.bootstrap_servers}"
@@ -94,13 +80,11 @@ def read_topic(cluster: KafkaCluster, topic: str, seconds: float = ANSWER_SECOND
     except KafkaException as error:
         if error.args[0].code() == Code.UNKNOWN_TOPIC_OR_PART:
             raise KafkaError(f"{where} has no topic {topic}", hint="make it, or correct kafka.toml") from None
-        raise KafkaError(
-            f"{where} does not answer: {_cause(admin, errors) or error.args[0].str()}", hint="is the broker up?"
-        ) from None
+        problem = f": {_cause(admin, errors) or error.args[0].str()}"
+        raise KafkaError(f"{where} does not answer{problem}", hint="is the broker up?") from None
     except TimeoutError:
-        raise KafkaError(
-            f"{where} does not answer within {seconds:.0f} s{_cause(admin, errors, ': ')}", hint="is the broker up?"
-        ) from None
+        problem = f" within {seconds:.0f} s{_cause(admin, errors, ': ')}"
+        raise KafkaError(f"{where} does not answer{problem}", hint="is the broker up?") from None
     return TopicState(cluster.name, topic, str(described.topic_id), found["earliest"], found["latest"])
 
 
@@ -134,8 +118,8 @@ def _label(topic: str, nth: int) -> str:
 
 def _seen(settings: Settings, stream: str, cluster: str, topic: str) -> list[str]:
     """Return the ids of the topics of a name that were read, or that an operator accepted, in that order."""
-    known = held_topic(checkpoint_of(settings, stream, cluster, topic, topic))
-    ids = [known.topic_id] if known else []
+    known = known_topic_id(checkpoint_of(settings, stream, cluster, topic, topic))
+    ids = [] if known is None else [known]
     for row in sorted(_decisions(settings, stream, cluster, topic), key=lambda row: row["accepted_at"]):
         if not ids:  # the checkpoint is lost; the decision still shows how many topics came before
             ids = [""] * (int(row["source_topic"].rpartition("~")[2]) - 1) if "~" in row["source_topic"] else []
@@ -151,33 +135,30 @@ def checkpoint_of(settings: Settings, stream: str, cluster: str, topic: str, lab
 
 def keep_topic(checkpoint: Path, state: TopicState) -> None:
     """Write the id of the topic into the checkpoint. Raises OffsetGapError if the checkpoint has another topic's."""
-    held = held_topic(checkpoint)
-    if held is None:
-        disk.write_file(checkpoint / TOPIC_FILE, msgspec.json.encode(KnownTopic(state.topic_id)))
-    elif held.topic_id != state.topic_id:
+    known = known_topic_id(checkpoint)
+    if known is None:
+        disk.write_file(checkpoint / TOPIC_FILE, json.dumps({"topic_id": state.topic_id}).encode())
+    elif known != state.topic_id:
         raise OffsetGapError(
             f"topic {state.topic} of cluster {state.cluster} was deleted and made anew while it was read", hint=_RUNBOOK
         )
 
 
-def readable_ranges(settings: Settings, stream: str, wanted: Sequence[OffsetRange], state: TopicState) -> ReadableRanges:
-    """Return the part of ``wanted`` that the topic still has. Raises OffsetGapError if a part is gone that nobody gave up."""
-    ranges, gaps = [], []
+def readable_ranges(
+    settings: Settings, stream: str, wanted: Sequence[OffsetRange], state: TopicState
+) -> tuple[list[OffsetRange], int]:
+    """Return the part of ``wanted`` that the topic still has, and the number of missing offsets that an operator gave up.
+
+    Raises OffsetGapError if offsets are missing that nobody gave up.
+    """
+    ranges: list[OffsetRange] = []
+    gaps: list[Gap] = []
     for one in wanted:
-        partition = partition_of(one.name)
-        assert partition is not None
-        gone, kept = _cut(partition, one.start, one.end, state)
+        gone, kept = _cut(one, state)
         gaps += gone
         if kept.start < kept.end:
             ranges.append(kept)
-    _refuse_open(settings, stream, state, gaps)
-    return ReadableRanges(sorted(ranges), sum(gap.end - gap.first for gap in gaps))
-
-
-def _refuse_open(settings: Settings, stream: str, state: TopicState, gaps: Sequence[Gap]) -> None:
-    if not gaps:
-        return
-    decisions = _decisions(settings, stream, state.cluster, state.topic)
+    decisions = _decisions(settings, stream, state.cluster, state.topic) if gaps else []
     left = [gap for gap in gaps if not any(_covers(row, gap, state) for row in decisions)]
     if left:
         raise OffsetGapError(
@@ -185,32 +166,33 @@ def _refuse_open(settings: Settings, stream: str, state: TopicState, gaps: Seque
             f"{'; '.join(map(str, left))}",
             hint=f"{_RUNBOOK}; to go on behind them: adtally accept-gap {stream} {state.cluster} --reason …",
         )
+    return sorted(ranges), sum(gap.end - gap.first for gap in gaps)
 
 
-def _cut(partition: Partition, start: int, end: int, state: TopicState) -> tuple[list[Gap], OffsetRange]:
-    """Return the parts of [start, end) that the topic lacks, before and after the part that it has, and that part."""
-    earliest = state.earliest.get(partition.number, end)
-    latest = state.latest.get(partition.number, end)
-    first, last = min(max(start, earliest), end), min(end, max(latest, start))
-    gaps = [Gap(partition, start, first)] if first > start else []
-    if last < end:
-        gaps.append(Gap(partition, max(last, first), end))
-    return [gap for gap in gaps if gap.first < gap.end], OffsetRange(partition.name, first, max(first, last))
+def _cut(wanted: OffsetRange, state: TopicState) -> tuple[list[Gap], OffsetRange]:
+    """Return the parts of a range that the topic lacks, before and after the part that it has, and that part."""
+    partition = partition_of(wanted.name)
+    assert partition is not None
+    start, end = wanted.start, wanted.end
+    first = min(max(start, state.earliest.get(partition.number, end)), end)
+    last = max(first, min(end, max(state.latest.get(partition.number, end), start)))
+    gaps = [Gap(partition, start, first), Gap(partition, last, end)]
+    return [gap for gap in gaps if gap.first < gap.end], OffsetRange(wanted.name, first, last)
 
 
-def gaps_of(checkpoint: Path, label: str, state: TopicState) -> list[Gap]:
+def _gaps_of(checkpoint: Path, label: str, state: TopicState) -> list[Gap]:
     """Return what is missing for the next batch of the query with this checkpoint, whether given up or not."""
-    planned = max((int(p.name) for p in (checkpoint / "offsets").glob("*") if p.name.isdecimal()), default=None)
+    planned = max(numbers(checkpoint / "offsets"), default=None)
     if planned is None:
         return []
     offsets = read_batch_offsets(checkpoint, planned, state.topic)
     is_done = (checkpoint / "commits" / str(planned)).exists()
-    held = held_topic(checkpoint)
+    is_new_topic = known_topic_id(checkpoint) not in (None, state.topic_id)
     gaps = []
     for number, end in sorted(offsets.end.items()):
         partition = Partition(state.cluster, label, number)
         start = end if is_done else offsets.start[number]
-        if held is not None and held.topic_id != state.topic_id:
+        if is_new_topic:
             gaps.append(Gap(partition, start, start))
             continue
         if state.earliest.get(number, start) > start:
@@ -221,7 +203,7 @@ def gaps_of(checkpoint: Path, label: str, state: TopicState) -> list[Gap]:
 
 
 def missing_now(settings: Settings, stream: str, cluster: KafkaCluster) -> tuple[TopicState, str, list[Gap]]:
-    """Return the topic, its label from now on, and what the ingest or the raw copy misses of it, whether given up or not.
+    """Return the topic, its label from now on, and the gaps of the ingest or the raw copy, whether given up or not.
 
     Raises KafkaError if the cluster does not answer.
     """
@@ -231,18 +213,15 @@ def missing_now(settings: Settings, stream: str, cluster: KafkaCluster) -> tuple
     current = _label(state.topic, min(nth, max(len(seen) - 1, 0)))
     merged: dict[tuple[int, bool], Gap] = {}
     for query in (stream, f"raw_{stream}"):
-        for gap in gaps_of(checkpoint_of(settings, query, cluster.name, state.topic, current), current, state):
+        for gap in _gaps_of(checkpoint_of(settings, query, cluster.name, state.topic, current), current, state):
             key = (gap.partition.number, gap.first == gap.end)
-            held = merged.get(key, gap)
-            merged[key] = Gap(gap.partition, min(held.first, gap.first), max(held.end, gap.end) if not key[1] else held.first)
+            other = merged.get(key, gap)
+            merged[key] = Gap(gap.partition, min(other.first, gap.first), max(other.end, gap.end) if not key[1] else other.first)
     return state, _label(state.topic, nth), [merged[key] for key in sorted(merged)]
 
 
 def accept_gap(settings: Settings, stream: str, cluster: KafkaCluster, *, reason: str, accepted_by: str) -> list[Gap]:
-    """Give up all that is missing now; return it.
-
-    Raises UsageError if nothing is missing, or without a reason and a name.
-    """
+    """Give up all offsets that are missing now; return them. Raises UsageError if none is, or without a reason and a name."""
     if not reason.strip() or not accepted_by.strip():
         raise UsageError("a reason and a name are needed: both are kept", hint="--reason …")
     ensure_tables(settings)
@@ -285,11 +264,11 @@ def copied_records(settings: Settings, stream: str, gap: Gap) -> int:
     return int(found[0]) if found else 0
 
 
-def held_topic(checkpoint: Path) -> KnownTopic | None:
-    """Return the topic that a checkpoint's offsets belong to; None if no batch was planned yet."""
+def known_topic_id(checkpoint: Path) -> str | None:
+    """Return the id of the topic that a checkpoint's offsets belong to; None if no batch was planned yet."""
     try:
-        return msgspec.json.decode((checkpoint / TOPIC_FILE).read_bytes(), type=KnownTopic)
-    except (OSError, msgspec.MsgspecError):
+        return str(json.loads((checkpoint / TOPIC_FILE).read_bytes())["topic_id"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -1,8 +1,8 @@
-"""The raw copy of a topic: each record as it came, in `raw_events` or `raw_orders`, which the recount reads.
+"""Copy each record of a topic unchanged into `raw_events` or `raw_orders`, which the recount reads.
 
-A streaming query with offsets of its own plans the batches, and the code below reads them. It shares no line with the ingest's
-reader (`reading.py`, `ranges.py`), so a fault in one of them cannot lose the same record on both sides; a test of the layout
-checks the imports. Tasks write data files, and the driver commits them once a batch.
+A streaming query with its own offsets plans the batches; the code below reads them. It shares no line with the ingest's reader
+(`reading.py`, `ranges.py`), so that a fault in one of them cannot lose the same record on both sides; a test of the layout checks
+the imports. Tasks write data files, and the driver commits them once a batch.
 """
 
 from __future__ import annotations
@@ -51,37 +51,25 @@ _CONSUMER = {
 
 @dataclass(frozen=True)
 class Slice:
-    """Offsets [start, end) of a partition, for one task. ``name`` is kafka/<cluster>/<topic>/<partition>.
+    """Offsets [start, end) of a partition, for one task. ``options`` may hold secrets."""
 
-    ``options`` are the settings of the client; they may hold secrets.
-    """
-
-    name: str
+    name: str  # kafka/<cluster>/<topic>/<partition>
     start: int
     end: int
     options: dict[str, str] = field(repr=False)
 
     def __str__(self) -> str:
-        """The partition, and which offsets of it."""
+        """Return the partition and the offsets."""
         return f"{self.name} offsets {self.start} to {self.end - 1}"
-
-
-@dataclass(frozen=True)
-class CopyJob:
-    """What the tasks of a batch write, and where."""
-
-    table: Table
-    uri: str
-    stamp: Stamp
 
 
 class RawCopy(BatchJob):
     """The job that copies the topic of a stream of one cluster."""
 
-    min_trigger_seconds = 10.0  # nobody waits for it
+    min_trigger_seconds = 10.0  # nothing waits for the copy
 
     def __init__(self, settings: Settings, stream: str, cluster: KafkaCluster) -> None:
-        """Raises KafkaError where the cluster does not answer or lacks the topic, OffsetGapError where it is another topic."""
+        """Raises KafkaError if the cluster does not answer or lacks the topic, OffsetGapError if the topic was created again."""
         self._topic = KafkaSource(settings, stream, cluster, f"raw_{stream}", _BATCH_FACTOR)
         super().__init__(self._topic)
         self._settings = settings
@@ -99,36 +87,33 @@ class RawCopy(BatchJob):
         if not slices:
             return
         query_id = self.source.query_id()
-        job = CopyJob(self._sink.table, self._sink.uri, Stamp(query_id, batch_id, planned.planned_us))
+        table, uri, stamp = self._sink.table, self._sink.uri, Stamp(query_id, batch_id, planned.planned_us)
         tasks = min(len(slices), executor.parallelism)
-        written = executor.map(lambda part: [copy_slices(part, job)], slices, tasks)
+        written = executor.map(lambda part: [copy_slices(part, table, uri, stamp)], slices, tasks)
         files = [file for part in written for file in part]
         self._sink.append(files, Step.RAW_COPY, Transaction(query_id, batch_id))
 
 
-def cut(name: str, start: int, end: int, options: dict[str, str], size: int = _SLICE_OFFSETS) -> list[Slice]:
-    """The offsets [start, end) of a partition in slices of at most ``size``."""
-    return [Slice(name, first, min(first + size, end), options) for first in range(start, end, size)]
+def cut(name: str, start: int, end: int, options: dict[str, str]) -> list[Slice]:
+    """Cut the offsets [start, end) of a partition into slices."""
+    return [Slice(name, at, min(at + _SLICE_OFFSETS, end), options) for at in range(start, end, _SLICE_OFFSETS)]
 
 
-def copy_slices(slices: Iterable[Slice], job: CopyJob) -> list[DataFile]:
-    """Write the records of slices as data files of the raw table; one task's work.
-
-    Raises KafkaError where the broker does not answer, or no longer has the offsets.
-    """
-    with DataFileWriter(job.uri, job.table) as writer, _no_garbage_collection():
+def copy_slices(slices: Iterable[Slice], table: Table, uri: str, stamp: Stamp) -> list[DataFile]:
+    """Write the records of slices as data files. Raises KafkaError if the broker does not answer, or lacks the offsets."""
+    with DataFileWriter(uri, table) as writer, _no_garbage_collection():
         for part in slices:
             with working_on(part):
                 for records in read_slice(part):
-                    writer.write(stamped(records, job.table, job.stamp))
+                    writer.write(stamped(records, table, stamp))
     return writer.files
 
 
 def read_slice(part: Slice) -> Iterator[pa.Table]:
-    """The committed records of a slice, as columns of the raw tables.
+    """Read the committed records of a slice as columns of the raw tables.
 
-    The next offset decides where the slice ends: Kafka's offsets have holes, so the last one may have no record. Then a record
-    behind the slice, or the end of the partition, says that all were read. Raises KafkaError as ``copy_slices`` does.
+    Kafka's offsets have holes, so the last one may have no record. Then a record after the slice, or the end of the partition,
+    shows that all were read. Raises KafkaError as ``copy_slices`` does.
     """
     _, cluster, label, number = part.name.split("/")
     topic, partition = label.split("~")[0], int(number)
@@ -138,8 +123,11 @@ def read_slice(part: Slice) -> Iterator[pa.Table]:
         next_offset, answered = part.start, time.monotonic()
         while next_offset < part.end:
             messages = consumer.consume(_MESSAGES, 1.0)
-            events = [message for message in messages if message.error() is not None] if any(map(Message.error, messages)) else []
-            records: list[Any] = [message for message in messages if message.error() is None] if events else list(messages)
+            records: list[Any] = messages
+            events: list[Message] = []
+            if any(map(Message.error, messages)):
+                records = [message for message in messages if message.error() is None]
+                events = [message for message in messages if message.error() is not None]
             offsets = np.fromiter(map(Message.offset, records), dtype=np.int64, count=len(records))
             inside = int(np.searchsorted(offsets, part.end))
             if inside:
@@ -162,7 +150,7 @@ def _connect(options: dict[str, str]) -> Consumer:
 
 
 def _end_of_partition(event: Message, part: Slice, next_offset: int) -> int:
-    """The offset behind the last record where ``event`` says so, else 0. Raises KafkaError where ``next_offset`` is gone."""
+    """Return the end of the partition if ``event`` is that, else 0. Raises KafkaError if the topic lacks ``next_offset``."""
     error: Any = event.error()
     if error.code() in (Code.OFFSET_OUT_OF_RANGE, Code._AUTO_OFFSET_RESET):
         raise KafkaError(f"{part.name}: the topic does not have offset {next_offset} any more")
@@ -196,7 +184,7 @@ def _columns(records: list[Any], offsets: npt.NDArray[np.int64], cluster: str, t
 
 
 def _binary(values: list[Any]) -> pa.Array:
-    """Bytes as a column; null where a record has no value. Joined, which takes a third of the time of a value at a time."""
+    """Return values as a column, null if a record has none. Joining the bytes takes a third of the time of one value at a time."""
     if None in values:
         return pa.array(values, pa.binary())
     ends = np.cumsum(np.fromiter(chain((0,), map(len, values)), dtype=np.int64, count=len(values) + 1))

@@ -1,8 +1,8 @@
-"""A topic as a source. Spark's Kafka source finds the offsets and keeps them in the checkpoint; tasks read the records by them.
+"""Read a topic as a source. Spark's Kafka source finds the offsets and keeps them in the checkpoint; tasks read the records.
 
-Before each batch the source checks that the topic still has the batch's offsets. If retention removed some, or the topic was
-deleted and created again, the batch fails and names the missing offsets. An operator may give them up (``gaps.accept_gap``); the
-ledger counts them.
+Before each batch the source checks that the topic still has the batch's offsets. If retention removed some, or if somebody deleted
+the topic and created it again, the batch fails and names the missing offsets. An operator may give them up (``gaps.accept_gap``);
+the ledger counts them.
 """
 
 from __future__ import annotations
@@ -13,42 +13,19 @@ from typing import TYPE_CHECKING
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, KafkaError
+from spark_jobs.ingest.checkpoint_log import has_plan
 from spark_jobs.ingest.files.landing import Split
 from spark_jobs.ingest.kafka.config import KafkaCluster
 from spark_jobs.ingest.kafka.gaps import checkpoint_of, keep_topic, read_topic, readable_ranges, topic_label
-from spark_jobs.ingest.kafka.offsets import read_batch_offsets
-from spark_jobs.ingest.kafka.ranges import OffsetRange, OffsetSplit, Partition, plan_offset_splits
+from spark_jobs.ingest.kafka.ranges import OffsetRange, OffsetSplit, Partition, plan_offset_splits, read_batch_offsets
 from spark_jobs.ingest.source import Planned, RecordSource
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-_SAID = re.compile(r"spark_jobs\.errors\.KafkaError: ([^\n]+)")
-# what Java's client and Spark's source report if no broker answers
-_BROKER_WORDS = (
-    "TimeoutException",
-    "Timed out",
-    "DisconnectException",
-    "UnknownTopicOrPartition",
-    "BrokerNotAvailable",
-    "KafkaException",
-)
-
-
-def _reader_options(cluster: KafkaCluster, topic: str, max_offsets: int) -> dict[str, str]:
-    """Return options of Spark's Kafka source: read a topic from its beginning, only committed records; a gap is a failure."""
-    return {
-        "kafka.request.timeout.ms": "15000",
-        "kafka.default.api.timeout.ms": "20000",
-        # the default is two minutes, in which a task that waits for a lost broker blocks a core that another cluster could use
-        "kafkaConsumer.pollTimeoutMs": "15000",
-        **cluster.spark_options(),
-        "kafka.isolation.level": "read_committed",
-        "subscribe": topic,
-        "startingOffsets": "earliest",
-        "failOnDataLoss": "true",
-        "maxOffsetsPerTrigger": str(max_offsets),
-    }
+_TASK_ERROR = re.compile(r"spark_jobs\.errors\.KafkaError: ([^\n]+)")
+# Java's client and Spark's source report one of these if no broker answers
+_NO_BROKER = re.compile("TimeoutException|Timed out|DisconnectException|UnknownTopicOrPartition|BrokerNotAvailable|KafkaException")
 
 
 class KafkaSource(RecordSource):
@@ -74,10 +51,19 @@ class KafkaSource(RecordSource):
 
     def load(self, spark: SparkSession) -> DataFrame:
         """See RecordSource."""
-        reader = spark.readStream.format("kafka")
-        for name, value in _reader_options(self.cluster, self.topic, self._max_offsets).items():
-            reader = reader.option(name, value)
-        return reader.load().select("partition")
+        options = {
+            "kafka.request.timeout.ms": "15000",
+            "kafka.default.api.timeout.ms": "20000",
+            # the default is two minutes, in which a task that waits for a lost broker blocks a core that another cluster could use
+            "kafkaConsumer.pollTimeoutMs": "15000",
+            **self.cluster.spark_options(),
+            "kafka.isolation.level": "read_committed",
+            "subscribe": self.topic,
+            "startingOffsets": "earliest",
+            "failOnDataLoss": "true",
+            "maxOffsetsPerTrigger": str(self._max_offsets),
+        }
+        return spark.readStream.format("kafka").options(**options).load().select("partition")
 
     def plan(self, batch_id: int) -> Planned:
         """See RecordSource. Raises OffsetGapError if the topic lacks offsets of the batch, KafkaError if no broker answers."""
@@ -88,13 +74,12 @@ class KafkaSource(RecordSource):
             OffsetRange(Partition(self.cluster.name, self.label, number).name, offsets.start[number], end)
             for number, end in offsets.end.items()
         ]
-        readable = readable_ranges(self._settings, self._stream, wanted, state)
-        return Planned(offsets.planned_us, ranges=readable.ranges, lost_offsets=readable.lost)
+        ranges, lost = readable_ranges(self._settings, self._stream, wanted, state)
+        return Planned(offsets.planned_us, ranges=ranges, lost_offsets=lost)
 
     def has_records(self, batch_id: int) -> bool:
         """See RecordSource."""
-        offsets = self.checkpoint / "offsets"
-        if not (offsets / str(batch_id)).exists() or (batch_id and not (offsets / str(batch_id - 1)).exists()):
+        if not has_plan(self.checkpoint, batch_id):
             return False
         found = read_batch_offsets(self.checkpoint, batch_id, self.topic)
         return any(end > found.start[number] for number, end in found.end.items())
@@ -109,15 +94,11 @@ class KafkaSource(RecordSource):
 
     def explained(self, error: Exception) -> AdtallyError | None:
         """See RecordSource."""
-        return explain_failure(self.cluster, error)
-
-
-def explain_failure(cluster: KafkaCluster, error: Exception) -> AdtallyError | None:
-    """Return the KafkaError that a failed query's ``error`` stands for; None if the cluster did not cause it."""
-    text = str(error)
-    said = _SAID.search(text)
-    if said:  # by a task
-        return KafkaError(said[1].strip())
-    if any(word in text for word in _BROKER_WORDS):
-        return KafkaError(f"cluster {cluster.name} does not answer at {cluster.bootstrap_servers}", hint="is the broker up?")
-    return None
+        text = str(error)
+        message = _TASK_ERROR.search(text)
+        if message:
+            return KafkaError(message[1].strip())
+        if _NO_BROKER.search(text):
+            where = f"cluster {self.cluster.name} does not answer at {self.cluster.bootstrap_servers}"
+            return KafkaError(where, hint="is the broker up?")
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError
 from spark_jobs.ingest.kafka.config import KafkaCluster, read_kafka
 from spark_jobs.ingest.kafka.gaps import TopicState, checkpoint_of, read_topic
-from spark_jobs.ingest.kafka.offsets import finished_offsets
+from spark_jobs.ingest.kafka.ranges import finished_offsets
 from spark_jobs.ingest.kafka.reading import open_consumer
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import SOURCE_GAPS, STREAMS
@@ -22,11 +23,11 @@ ASK_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class TopicSource:
-    """A topic that is ingested. ``topic`` is what tables call it.
+    """A topic that is ingested. ``topic`` is its label in tables.
 
-    By partition, ``read_to`` and ``copied_to`` are the offsets up to which batches and the raw copy are complete, ``ends`` those
-    after the last committed records (None: the cluster does not answer; ``problem`` says why). ``gaps`` counts an operator's
-    decisions to give up missing records, ``lost_offsets`` the offsets that these covered, as far as is known.
+    By partition, batches are complete up to the offset ``read_to``, the raw copy up to ``copied_to``, and the committed records
+    end at ``ends`` (None: the cluster does not answer; ``problem`` says why). ``gaps`` counts an operator's decisions to give up
+    missing records, ``lost_offsets`` the offsets that these covered, as far as is known.
     """
 
     cluster: str
@@ -41,16 +42,16 @@ class TopicSource:
 
     @property
     def lag(self) -> int | None:
-        """Offsets that are not read yet, which is at most so many records. None: unknown."""
-        return None if self.ends is None else _behind(self.read_to, self.ends)
+        """The number of offsets that are not read yet; some have no record. None: unknown."""
+        return None if self.ends is None else _missing(self.read_to, self.ends)
 
     @property
     def copy_lag(self) -> int | None:
-        """Offsets that are not copied yet: of the topic, or of what was read if the cluster does not answer."""
-        return _behind(self.copied_to, self.read_to if self.ends is None else self.ends)
+        """The number of offsets that are not copied yet: of the topic, or of what was read if the cluster does not answer."""
+        return _missing(self.copied_to, self.read_to if self.ends is None else self.ends)
 
 
-def _behind(at: dict[int, int], ends: dict[int, int]) -> int:
+def _missing(at: dict[int, int], ends: dict[int, int]) -> int:
     return sum(max(0, end - at.get(number, 0)) for number, end in ends.items())
 
 
@@ -63,15 +64,14 @@ def read_topic_sources(settings: Settings, *, seconds: float = ASK_SECONDS) -> l
         away: str | None = None
         for stream in STREAMS:
             state = None
-            if away is None:
-                try:
-                    state = read_topic(cluster, cluster.topic(stream), seconds)
-                except AdtallyError as error:
-                    away = str(error)
+            try:
+                state = read_topic(cluster, cluster.topic(stream), seconds) if away is None else None
+            except AdtallyError as error:
+                away = str(error)
             decided = [row for row in gaps if (row["stream"], row["cluster"]) == (stream, cluster.name)]
             found.append(_source(settings, stream, cluster, state, decided, away))
             if state is None and "has no topic" in (away or ""):
-                away = None  # the other one may be there
+                away = None  # the other topic may exist
     return found
 
 
@@ -94,42 +94,32 @@ def _source(
         read_to, copied_to, problem = {}, {}, problem or str(error)
     lost = sum(row["end_offset"] - row["first_offset"] for row in decided)
     ends = None if state is None else state.latest
-    if state is not None:  # what lies before the topic's beginning is not waiting
+    if state is not None:  # offsets before the topic's beginning do not wait
         read_to = {number: max(read_to.get(number, 0), first) for number, first in state.earliest.items()}
         copied_to = {number: max(copied_to.get(number, 0), first) for number, first in state.earliest.items()}
     return TopicSource(cluster.name, stream, label, read_to, copied_to, ends, len(decided), lost, problem)
 
 
 def _newest_suffix(settings: Settings, stream: str, cluster: str) -> str:
-    """What the newest topic of the name has behind it: "" or, after it was deleted and made anew, ~2 and so on."""
+    """Return the suffix of the newest topic of the name: "", or ~2 and so on if the topic was deleted and created again."""
     names = (path.name for path in Path(settings.checkpoints_path).glob(f"{stream}-{cluster}~*"))
     numbers = [int(found[1]) for name in names if (found := re.fullmatch(r".*~([0-9]+)", name))]
     return f"~{max(numbers)}" if numbers else ""
 
 
 def oldest_waiting(settings: Settings, source: TopicSource, *, seconds: float = ASK_SECONDS) -> float | None:
-    """When the oldest record that waits to be read came into its topic, in seconds since the epoch; None: none waits, or none came
-    in ``seconds``.
-    """
+    """Return when the oldest unread record entered its topic (seconds since the epoch); None if none arrives in ``seconds``."""
     if not source.lag or source.ends is None:
         return None
-    cluster = read_kafka(settings).cluster(source.cluster)
     topic = source.topic.partition("~")[0]
-    waiting = [
-        TopicPartition(topic, number, source.read_to.get(number, 0))
-        for number, end in source.ends.items()
-        if end > source.read_to.get(number, 0)
-    ]
-    consumer = open_consumer(cluster.client_options(), **{"enable.partition.eof": "false"})
+    read_to = {number: source.read_to.get(number, 0) for number in source.ends}
+    waiting = [TopicPartition(topic, number, read_to[number]) for number, end in source.ends.items() if end > read_to[number]]
+    options = read_kafka(settings).cluster(source.cluster).client_options()
     oldest: list[float] = []
-    try:
-        for one in waiting:  # one after the other: the first of each is wanted
-            consumer.assign([one])
+    with closing(open_consumer(options, **{"enable.partition.eof": "false"})) as consumer, suppress(KafkaException):
+        for partition in waiting:  # one after the other, because the first record of each is needed
+            consumer.assign([partition])
             message = consumer.poll(seconds)
             if message is not None and message.error() is None:
                 oldest.append(message.timestamp()[1] / 1000)
-    except KafkaException:
-        return min(oldest, default=None)
-    finally:
-        consumer.close()
     return min(oldest, default=None)

@@ -134,7 +134,7 @@ def test_a_campaign_that_spends_early_is_told_once_a_day(home: Path, hook: Hook,
         "1 campaign spends its budget early on 2025-06-02",
         "1 campaign spends its budget early on 2025-06-03",
     ]
-    assert hook.got[0]["body"]["detail"] == ("c1: 0.91 of 1.00 EUR spent by 10:05, 2.00 by the end of the day if it goes on so")
+    assert hook.got[0]["body"]["detail"] == ("c1: 0.91 of 1.00 EUR spent by 10:05, 2.00 by the end of the day at this rate")
     assert hook.got[1]["body"]["detail"].startswith("c2: ")
     assert hook.got[0]["body"]["runbook"] == "docs/runbooks/budget-pacing.md"
 

@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from orchestration.assets.marts import asked_for, groups_of
+from orchestration.assets.marts import group_of_marts, groups_of
 from orchestration.definitions import build_definitions
 from orchestration.marts.build import GROUPS
 from orchestration.marts.manifest import is_mart, load_manifest
@@ -41,8 +41,8 @@ def test_every_mart_is_in_a_group(manifest: dict[str, Any]) -> None:
         ([], None),
     ],
 )
-def test_what_is_asked_for_decides_what_is_built(manifest: dict[str, Any], names: list[str], group: str | None) -> None:
-    assert asked_for(manifest, names) == group
+def test_what_is_group_of_marts_decides_what_is_built(manifest: dict[str, Any], names: list[str], group: str | None) -> None:
+    assert group_of_marts(manifest, names) == group
 
 
 def test_a_failed_test_shows_its_rows_and_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,11 +71,11 @@ def _behind(settings: Settings, seconds: float) -> Signal:
         (["publish"], 2, "does not say where to publish"),
         (["publish", "--continuous"], 2, "does not say where to publish"),
         (["publish", "--continuous", "--whole"], 2, "for different runs"),
-        (["budget"], 2, "nobody says where the topic is"),
+        (["budget"], 2, "no cluster is known for the topic"),
         (["budget", "--cluster", "x"], 2, "there is no cluster x"),
         (["budget", "--cluster", "x", "--bootstrap-servers", "y:1"], 2, "name two places"),
         (["budget", "--status"], 2, "there is no budget file"),
-        (["budget", "--status", "--day", "yesterday"], 2, "is not a day"),
+        (["budget", "--status", "--day", "yesterday"], 2, "does not match"),
         (["budget", "--once", "--bootstrap-servers", "127.0.0.1:1"], 1, "Kafka: "),
     ],
 )

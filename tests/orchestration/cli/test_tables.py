@@ -30,13 +30,14 @@ from orchestration.cli.maintenance_tables import (
 from orchestration.cli.publish import budget_tables
 from orchestration.cli.settlement import billing_table, review_table
 from orchestration.cli.status import status_tables
-from orchestration.cli.tables import RecordTable, table
+from orchestration.cli.tables import RecordTable
 from orchestration.compare.comparison import Cell, Comparison, Line
 from orchestration.demo import MONEY
 from services.budget.report import BudgetStatus, CampaignSpend
+from spark_jobs.audit.compare import Difference
 from spark_jobs.billing.job import BillingLine, BillingReport
 from spark_jobs.corrections.backfill import BackfillReport, Restated
-from spark_jobs.corrections.reconcile import Difference, ReconcileReport
+from spark_jobs.corrections.reconcile import ReconcileReport
 from spark_jobs.ingest.files.backlog import IgnoredFiles, WaitingFiles
 from spark_jobs.ingest.kafka.topics import TopicSource
 from spark_jobs.operate.compact import CompactReport, TableCompaction
@@ -104,8 +105,8 @@ def demonstration() -> Iterable[RenderableType]:
 def maintenance() -> Iterable[RenderableType]:
     compacted = TableCompaction("events", "p", 1_234, 2, 734_912_000, 600_000_000, 249_698, "", 3, 4, 1.0)
     kept = [*range(3, 40), 44, 46, 47]
-    yield compaction_table(CompactReport([compacted], 12.5))
-    yield vacuum_table(
+    yield from compaction_table(CompactReport([compacted], 12.5))
+    yield from vacuum_table(
         VacuumReport(
             [TableVacuum("minute_metrics", 1_234, 734_912_000, kept, {}, []), TableVacuum("orders", 0, 0, [], {}, [])], True, 1
         )
@@ -216,7 +217,7 @@ def test_a_pipe_gets_whole_lines_whatever_their_length(capsys: pytest.CaptureFix
     st.integers(44, 130),
 )
 def test_numbers_are_whole_at_any_width(rows: list[tuple[str, int, int]], width: int) -> None:
-    shown = table("T", "name", "a number", "other", left=1)
+    shown = RecordTable("T", "name", "a number", "other", left=1)
     for name, *numbers in rows:
         shown.add_row(name, *(f"{number:,}" for number in numbers))
     printed = capture([shown], width)
@@ -233,7 +234,7 @@ def test_neighbouring_versions_are_one_range() -> None:
 
 
 def test_a_narrow_table_is_a_block_a_row_with_its_key_first() -> None:
-    shown = table("T", "stream", "region", "offered", "accepted", left=2)
+    shown = RecordTable("T", "stream", "region", "offered", "accepted", left=2)
     shown.add_row("events", "eu-west", "1,234", "1,000")
     lines = ["T", " stream events", " region eu-west", "   offered 1,234", "   accepted 1,000", "", ""]
     assert capture([shown], 24).split("\n") == lines

@@ -154,7 +154,7 @@ def test_duplicates_stay_unexplained_without_the_landing_files(tmp_path: Path) -
         ('date,campaign,impressions,clicks\n2026-03-10,"c1,1,1\n', "line 2: unexpected end of data"),
         (
             "date,campaign,impressions,clicks\n2026-03-10,c1,1,1\n2026-03-10,c1,2,1\n",
-            "line 3: 'c1' on 2026-03-10 stands there twice",
+            "line 3: 'c1' on 2026-03-10 is there twice",
         ),
     ],
 )

@@ -31,11 +31,11 @@ MOVES_WITHIN_SECONDS = 3.0
 def addresses() -> dict[str, str]:
     """Each page with all that its address needs."""
     hostile = quote(MARKUP, safe="")
-    found = {page.name: f"{page.path}?{FILTERS}" for page in PAGES if "{" not in page.path}
+    found = {page.name: f"{page.path}?{FILTERS}" for page in PAGES if "{" not in page.path and page.name != "why_part"}
     del found["why_part"]  # a part of a page
     found["why"] = f"/why/campaign?campaign={hostile}&currency=EUR&{FILTERS}"
     found["statement"] = f"/billing/statement?advertiser={hostile}&month={DAY[:7]}"
-    return found | {"campaign": f"/campaigns/{hostile}?{FILTERS}"}
+    return found | {"campaign": f"/campaigns/{hostile}?{FILTERS}", "why": f"/why/day?campaign={hostile}&{FILTERS}"}
 
 
 ADDRESSES = addresses()
@@ -132,6 +132,17 @@ def test_a_filter_is_in_the_address_and_the_address_is_the_view(
         recorded.page.click(".reset")
         recorded.page.wait_for_load_state()
         assert "currency" not in recorded.page.url
+
+
+def test_an_explanation_opens_level_by_level_down_to_a_line(browser: Browser, console: RunningConsole) -> None:
+    with opened(browser, console, ADDRESSES["why"]) as recorded:
+        for name in ("increments by batch", "batch ", "its events"):
+            level = recorded.page.locator("details.level:not([open]) > summary").filter(has_text=re.compile(rf"^\s*{name}")).first
+            level.focus()
+            recorded.page.keyboard.press("Enter")
+        place = recorded.page.locator("summary").filter(has_text="zz-hostile.jsonl, line ").first
+        place.wait_for(timeout=10_000)
+        assert recorded.page.locator("img").count() == 0
 
 
 @pytest.mark.parametrize("campaign", HOSTILE)

@@ -134,15 +134,13 @@ def first_batch(lake: Path, *, int96: bool = False) -> None:
         int96=int96,
     )
     commit(lake, RECONCILIATIONS, [], int96=int96)
+    other: dict[str, Any] = {"campaign_id": "c9", "ad_id": "a9", "store_id": "s9"}
     events = [
         *accepted(0, "2026-03-10T10:05", "2026-03-10T10:06", 3, event_type="impression"),
         *accepted(0, "2026-03-10T10:05", "2026-03-10T10:06", spend_nanos=1250),
         *accepted(0, "2026-03-10T10:05", "2026-03-10T10:06", spend_nanos=1250, event_id="e-0-none", placement=None),
         *accepted(0, "2026-03-11T00:00", "2026-03-11T00:00:30", invalid_traffic_rule="repeat_click", invalid_spend_nanos=1250),
-        *accepted(
-            *(0, "2026-03-10T23:59", "2026-03-11T00:00:01"),
-            **{"region": "us", "campaign_id": "c9", "ad_id": "a9", "store_id": "s9", "event_type": "impression"},
-        ),
+        *accepted(0, "2026-03-10T23:59", "2026-03-11T00:00:01", region="us", event_type="impression", **other),
     ]
     commit(lake, EVENTS, events, int96=int96)
 

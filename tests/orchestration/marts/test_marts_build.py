@@ -14,8 +14,7 @@ from deltalake import DeltaTable
 from filelock import FileLock
 
 from orchestration.marts import build, build_marts, query_marts
-from orchestration.marts.failures import MartsError
-from orchestration.marts.dbt_runner import project_dir, project_hash
+from orchestration.marts.dbt_runner import MartsError, project_dir, project_hash
 from orchestration.marts.pins import SOURCES, pin_versions, table_ids
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, BusyError, UsageError
@@ -165,8 +164,8 @@ def test_contents(published: tuple[Settings, build.MartBuild, list[str]]) -> Non
     assert query_marts(settings, sources)[1] == [
         (kind, source, "repeat_click", 1, 1250) for kind, source in (("user", "u1"), ("user_agent", None))
     ]
-    rules = "select event_date, ad_id, placement, region, rule, clicks, invalid_clicks, invalid_spend_nanos from fct_invalid_traffic_day"
-    assert query_marts(settings, f"{rules} where gross_clicks > 0 order by 1, 3")[1] == [
+    rules = "select event_date, ad_id, placement, region, rule, clicks, invalid_clicks, invalid_spend_nanos"
+    assert query_marts(settings, f"{rules} from fct_invalid_traffic_day where gross_clicks > 0 order by 1, 3")[1] == [
         (date(2026, 3, 10), "a1", "feed", "eu", "none", 1, 0, 0),
         (date(2026, 3, 10), "a1", None, "eu", "none", 1, 0, 0),
         (date(2026, 3, 11), "a1", "feed", "eu", "repeat_click", 0, 1, 1250),
@@ -232,6 +231,8 @@ def test_second_build_adds_late_events_and_readers_keep_theirs(
         assert reader.execute(f"{DAYS} order by all").fetchall() == FIRST_DAYS
         assert days(settings) == LATE_DAYS
     assert second.build_id != first.build_id
+    history = query_marts(settings, "select build_id, previous_build_id from mart_build_history where mart_group = 'hourly'")[1]
+    assert set(history) == {(first.build_id, None), (second.build_id, first.build_id)}
     grown = ("batch_ledger", "minute_metrics", "events", "names")
     assert second.versions == {table.name: int(table.name in grown) for table in SOURCES}
     assert litter(settings) == []
@@ -256,7 +257,16 @@ def test_a_group_is_built_and_the_other_stays(built: Settings) -> None:
     first, second = query_marts(settings, replaced)[1]
     assert (first[1], second[1] is None) == (None, False)
     assert first[2] != second[2], "another version of the ledger"
-    build_marts(settings, "hourly", now=later)
+    third = build_marts(settings, "hourly", now=later).build_id
+    history = (
+        "select mart_group, build_id, previous_build_id, json_extract(delta_versions, '$.batch_ledger') from mart_build_history"
+    )
+    assert query_marts(settings, f"{history} order by 1, built_at")[1] == [
+        ("hourly", second[1], None, "0"),
+        ("hourly", third, second[1], "1"),
+        ("near_real_time", second[1], None, "0"),
+        ("near_real_time", result.build_id, second[1], "1"),
+    ]
     assert [row[2] for row in query_marts(settings, replaced)[1]] == [second[2], second[2]]
     assert query_marts(settings, "select campaign_id from dim_campaign order by 1")[1] == [("c1",), ("c5",), ("c9",)]
     assert query_marts(settings, told)[1] == [(group, moment + timedelta(minutes=5), 1) for group in sorted(build.GROUPS)]
@@ -301,6 +311,24 @@ def test_the_hash_of_the_project_is_that_of_its_formulas(tmp_path: Path) -> None
     (project / "macros" / "more.sql").write_text("{% macro more() %}1{% endmacro %}\n")
     hashes.append(project_hash(project))
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_old_builds_leave_the_history(tmp_path: Path) -> None:
+    """So does a column that the table no longer has; a published file without a history has nothing to add."""
+    new, published = tmp_path / "new.duckdb", tmp_path / "marts.duckdb"
+    columns = "'hourly' as mart_group, build_id, built_at"
+    rows = "from (values ('b3', timestamp '2026-03-12 00:00:00')) as builds(build_id, built_at)"
+    with duckdb.connect(str(new)) as connection:
+        connection.execute(f"create table mart_build_history as select {columns} {rows}")
+    build._add_history(new, published, since=NOW)
+    duckdb.connect(str(published)).close()
+    build._add_history(new, published, since=NOW)
+    older = "(values ('b1', timestamp '2026-03-01 00:00:00'), ('b2', timestamp '2026-03-02 00:00:00'), "
+    with duckdb.connect(str(published)) as connection:
+        connection.execute(f"create table mart_build_history as select 1 as gone, {columns} {rows.replace('(values ', older)}")
+    build._add_history(new, published, since=datetime(2026, 3, 2))
+    with duckdb.connect(str(new)) as connection:
+        assert connection.execute("select build_id from mart_build_history order by 1").fetchall() == [("b2",), ("b3",)]
 
 
 def test_an_unknown_group_is_refused(tmp_path: Path) -> None:
@@ -415,7 +443,10 @@ def test_empty_tables_make_empty_marts(tmp_path: Path) -> None:
     for table in (CAMPAIGNS, MINUTE_METRICS, BATCH_LEDGER, RECONCILIATIONS):
         commit(lake_of(settings), table, [])
     result = build_marts(settings, now=NOW)
-    assert {name: count for name, count in result.rows.items() if count} == {"mart_build": 2 * len(SOURCES)}
+    assert {name: count for name, count in result.rows.items() if count} == {
+        "mart_build": 2 * len(SOURCES),
+        "mart_build_history": 2,
+    }
 
 
 def test_missing_tables_are_named(tmp_path: Path) -> None:

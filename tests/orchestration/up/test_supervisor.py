@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ import pytest
 from terminal import HEARS_SIGNALS
 
 from orchestration.up.guard import BoundedLog
-from orchestration.up.supervisor import Backoff, Service, Supervisor, last_error
+from orchestration.up.supervisor import Backoff, Service, last_error
 
 QUICK = Backoff(first_seconds=0.05, most_seconds=0.2, well_seconds=30)
 LONG = "import time; print('up', flush=True); time.sleep(600)"
@@ -39,8 +40,9 @@ def never() -> bool:
     return False
 
 
-def python(name: str, code: str, *, stop_seconds: float = 10, asks_all: bool = False) -> Service:
-    return Service(name, (sys.executable, "-c", code), stop_seconds, asks_all)
+def python(name: str, code: str, *, stop_seconds: float = 10, asks_all: bool = False) -> Callable[..., Service]:
+    """What makes the service, given its logs, environment and so on."""
+    return partial(Service, name, (sys.executable, "-c", code), stop_seconds=stop_seconds, asks_all=asks_all)
 
 
 def wait_for(true: Callable[[], bool], what: str, *, seconds: float = 20) -> None:
@@ -51,34 +53,49 @@ def wait_for(true: Callable[[], bool], what: str, *, seconds: float = 20) -> Non
 
 
 class Desk:
-    """A supervisor, and what it told."""
+    """Services by name, and what they told."""
 
     def __init__(self, logs: Path, backoff: Backoff = QUICK) -> None:
         self.told: list[tuple[str, str]] = []
-        self.supervisor = Supervisor(logs, dict(os.environ), lambda name, text: self.told.append((name, text)), backoff=backoff)
-        self.logs = logs
+        self.services: dict[str, Service] = {}
+        self.logs, self.backoff = logs, backoff
 
-    def up(self, *services: Service) -> None:
-        for service in services:
-            self.supervisor.start(service)
-            wait_for(lambda name=service.name: "up\n" in self.log(name), f"{service.name} is up")  # type: ignore[misc]
+    def start(self, make: Callable[..., Service]) -> Service:
+        service = make(
+            logs=self.logs,
+            environment=dict(os.environ),
+            tell=lambda name, text: self.told.append((name, text)),
+            backoff=self.backoff,
+        )
+        self.services[service.name] = service
+        service.start()
+        return service
+
+    def up(self, *makers: Callable[..., Service]) -> None:
+        for make in makers:
+            name = self.start(make).name
+            wait_for(lambda name=name: "up\n" in self.log(name), f"{name} is up")  # type: ignore[misc]
 
     def log(self, name: str) -> str:
-        path = self.supervisor.log(name)
+        path = self.services[name].log
         return path.read_text() if path.exists() else ""
+
+    def check(self) -> None:
+        for service in self.services.values():
+            service.check()
 
     def check_until(self, true: Callable[[], bool], what: str) -> None:
         def turn() -> bool:
-            self.supervisor.check()
+            self.check()
             return true()
 
         wait_for(turn, f"{what}; told {self.told}")
 
     def end(self, *names: str, hurry: Callable[[], bool] = never) -> None:
         for name in names:
-            self.supervisor.ask_to_end(name)
+            self.services[name].ask_to_end()
         for name in names:
-            self.supervisor.wait_ended(name, hurry)
+            self.services[name].wait_ended(hurry)
 
     def texts(self, name: str) -> list[str]:
         return [text for other, text in self.told if other == name]
@@ -88,7 +105,7 @@ class Desk:
 def desk(tmp_path: Path) -> Iterator[Desk]:
     made = Desk(tmp_path / "logs")
     yield made
-    made.end(*("a", "b", "c"), hurry=lambda: True)
+    made.end(*made.services, hurry=lambda: True)
 
 
 def children_of(log: str) -> list[int]:
@@ -106,7 +123,7 @@ def lives(pid: int) -> bool:
 
 
 def test_a_process_that_fails_is_started_again_later_each_time_and_each_start_is_told(desk: Desk) -> None:
-    desk.supervisor.start(python("a", "import sys; sys.exit('adtally: error: the disk is full')"))
+    desk.start(python("a", "import sys; sys.exit('adtally: error: the disk is full')"))
     desk.check_until(lambda: desk.texts("a").count("starting again") == 4, "four starts again")
     ends = [text for text in desk.texts("a") if text.startswith("ended")]
     waits = [float(text.split("next start in ")[1].split(" s")[0]) for text in ends[:4]]
@@ -117,30 +134,34 @@ def test_a_process_that_fails_is_started_again_later_each_time_and_each_start_is
 def test_a_process_that_ran_well_starts_from_the_shortest_wait_again(tmp_path: Path) -> None:
     now = [0.0]
     told: list[str] = []
-    supervisor = Supervisor(
-        tmp_path, dict(os.environ), lambda _, text: told.append(text), backoff=Backoff(1, 60, 60), clock=lambda: now[0]
+    service = python("a", "import sys; sys.exit(3)")(
+        logs=tmp_path,
+        environment=dict(os.environ),
+        tell=lambda _, text: told.append(text),
+        backoff=Backoff(1, 60, 60),
+        clock=lambda: now[0],
     )
 
     def run_for(seconds: float) -> None:
-        wait_for(lambda: not supervisor.runs("a"), "the end")
+        wait_for(lambda: not service.is_running, "the end")
         now[0] += seconds
-        supervisor.check()
+        service.check()
         now[0] += 100
-        supervisor.check()
+        service.check()
 
-    supervisor.start(python("a", "import sys; sys.exit(3)"))
+    service.start()
     for seconds in (1, 1, 1, 60, 1):
         run_for(seconds)
-    supervisor.ask_to_end("a")
-    supervisor.wait_ended("a", never)
+    service.ask_to_end()
+    service.wait_ended(never)
     assert [text.split("next start in ")[1].split(" s")[0] for text in told if "next start" in text] == ["1", "2", "4", "1", "2"]
 
 
 def test_wrong_use_is_not_tried_again(desk: Desk) -> None:
-    desk.supervisor.start(python("a", "import sys; print('adtally: error: no such setting'); sys.exit(2)"))
-    desk.check_until(lambda: desk.supervisor.gave_up("a"), "given up")
+    desk.start(python("a", "import sys; print('adtally: error: no such setting'); sys.exit(2)"))
+    desk.check_until(lambda: desk.services["a"].gave_up, "given up")
     time.sleep(0.3)
-    desk.supervisor.check()
+    desk.check()
     assert desk.texts("a") == ["starting", "ended with status 2 and is not started again: no such setting"]
 
 
@@ -152,7 +173,7 @@ def test_a_process_that_is_killed_is_named_by_its_signal_and_started_again(desk:
 
 
 def test_a_command_that_is_not_there_says_so(desk: Desk) -> None:
-    desk.supervisor.start(Service("a", ("/nonexistent/command",), 1))
+    desk.start(partial(Service, "a", ("/nonexistent/command",), stop_seconds=1))
     desk.check_until(lambda: any("No such file" in text for text in desk.texts("a")), "the reason")
 
 
@@ -184,16 +205,16 @@ def test_whoever_is_in_a_hurry_does_not_wait(desk: Desk) -> None:
     begun = time.monotonic()
     desk.end("a", hurry=lambda: True)
     assert time.monotonic() - begun < 8
-    assert not desk.supervisor.runs("a")
+    assert not desk.services["a"].is_running
 
 
 def test_one_that_waits_for_its_next_start_is_not_started_after_the_end(desk: Desk) -> None:
-    desk.supervisor.start(python("a", "raise SystemExit(1)"))
+    desk.start(python("a", "raise SystemExit(1)"))
     desk.check_until(lambda: len(desk.texts("a")) > 1, "the first end")
     desk.end("a")
     time.sleep(0.3)
-    desk.supervisor.check()
-    assert not desk.supervisor.runs("a")
+    desk.check()
+    assert not desk.services["a"].is_running
 
 
 @pytest.mark.parametrize("asks_all", [False, True])
@@ -217,10 +238,12 @@ def test_nothing_outlives_a_supervisor_that_is_killed(tmp_path: Path, number: si
     code = (
         f"{HEARS_SIGNALS}import os, sys, time\n"
         "from pathlib import Path\n"
-        "from orchestration.up.supervisor import Service, Supervisor\n"
-        f"made = Supervisor(Path({str(tmp_path)!r}), dict(os.environ), lambda *_: None)\n"
-        f"made.start(Service('family', (sys.executable, '-c', {FAMILY + 'time.sleep(600)'!r}), 0.5))\n"
-        f"made.start(Service('polite', (sys.executable, '-c', {POLITE!r}), 10))\n"
+        "from orchestration.up.supervisor import Service\n"
+        f"shared = dict(logs=Path({str(tmp_path)!r}), environment=dict(os.environ), tell=lambda *_: None)\n"
+        f"family = Service('family', (sys.executable, '-c', {FAMILY + 'time.sleep(600)'!r}), stop_seconds=0.5, **shared)\n"
+        f"polite = Service('polite', (sys.executable, '-c', {POLITE!r}), stop_seconds=10, **shared)\n"
+        "family.start()\n"
+        "polite.start()\n"
         "time.sleep(600)\n"
     )
     supervisor = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.getcwd()})
@@ -260,12 +283,12 @@ def test_a_log_is_bounded_and_loses_the_oldest_only(tmp_path: Path) -> None:
     assert all(path.stat().st_size <= 1000 for path in kept)
     text = "".join(path.read_text() for path in reversed(kept))
     lines = [int(line[:2]) for line in text.splitlines()]
-    assert lines == list(range(lines[0], 100)) and len(lines) > 20
+    assert lines == list(range(lines[0], 100)) and len(lines) > 18
 
 
 def test_a_process_that_never_stops_writing_can_be_ended(desk: Desk) -> None:
-    desk.supervisor.start(python("a", "print('up', flush=True)\nwhile True: print('x' * 100)"))
-    wait_for(lambda: desk.supervisor.log("a").exists() and desk.supervisor.log("a").stat().st_size > 10**6, "it writes")
+    desk.start(python("a", "print('up', flush=True)\nwhile True: print('x' * 100)"))
+    wait_for(lambda: desk.services["a"].log.exists() and desk.services["a"].log.stat().st_size > 10**6, "it writes")
     desk.end("a")
     assert desk.texts("a")[-1] == "ended"
 

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -20,10 +21,9 @@ from dagster._core.storage.tags import GRPC_INFO_TAG
 from filelock import FileLock
 from terminal import environment
 
-from orchestration.up import services as up_services
 from orchestration.up.code_server import settle_lost_runs
 from orchestration.up.instance import POOLS, home_instance, initialize_pool_limits, write_instance_config
-from orchestration.up.services import CODE, INGEST, free_port, listens, services, socket_path
+from orchestration.up.services import CODE, CONSOLE, INGEST, free_port, is_listening, process_environment, services, socket_path
 from orchestration.up.up import END_SECONDS, Stop
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import MachineError, UsageError
@@ -108,22 +108,25 @@ def test_any_free_port_will_do(taken: int) -> None:
 
 def test_the_definitions_are_loaded_by_the_code_server_only(fresh: Settings) -> None:
     fresh.dagster_path.mkdir(parents=True)
-    found = services(fresh, port=3000, socket_path=Path("/tmp/code.sock"), trigger_seconds=2.5, ingest=True)
+    same: dict[str, Any] = {"port": 3000, "console_port": 3001, "code_socket": Path("/tmp/code.sock"), "tell": lambda *_: None}
+    found = services(fresh, {}, trigger_seconds=2.5, ingest=True, **same)
     assert [name for name, service in found.items() if "orchestration.up.code_server" in service.command] == [CODE]
     assert not [name for name, service in found.items() if "orchestration.definitions" in service.command]
     assert found[INGEST].command[-3:] == ("--continuous", "--trigger", "2.5")
+    assert found[CONSOLE].command[-3:] == ("console", "--port", "3001")
     written = (fresh.dagster_path / "workspace.yaml").read_text()
     assert written == "load_from:\n  - grpc_server:\n      socket: /tmp/code.sock\n      location_name: adtally\n"
-    without = services(fresh, port=3000, socket_path=Path("/tmp/code.sock"), trigger_seconds=5, ingest=False)
+    without = services(fresh, {}, trigger_seconds=5, ingest=False, **same)
     assert found.keys() - without.keys() == {INGEST}
 
 
 def test_the_processes_know_the_home_whatever_folder_they_are_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    made = up_services.environment(load_settings(home=Path("home")), "http://127.0.0.1:3001")
+    made = process_environment(load_settings(home=Path("home")), "http://127.0.0.1:3000", "http://127.0.0.1:3001")
     assert made["ADTALLY_HOME"] == str(tmp_path / "home")
     assert made["DAGSTER_HOME"] == str(tmp_path / "home" / "dagster")
     assert made["DAGSTER_DISABLE_TELEMETRY"] == "yes"
+    assert made["ADTALLY_WEBSERVER_URL"] == "http://127.0.0.1:3000"
     assert made["ADTALLY_REPORTS_URL"] == "http://127.0.0.1:3001"
 
 
@@ -135,12 +138,12 @@ def test_the_socket_is_short_and_of_this_user_alone(tmp_path: Path, monkeypatch:
     assert path == socket_path(deep) != socket_path(load_settings(home=tmp_path))
     assert len(str(path)) < 100
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert not listens(path)
+    assert not is_listening(path)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
         server.listen(1)
-        assert listens(path)
-    assert not listens(path)  # the file is still there
+        assert is_listening(path)
+    assert not is_listening(path)  # the file is still there
     path.parent.chmod(0o755)
     with pytest.raises(MachineError, match="is not a folder of this user alone"):
         socket_path(deep)

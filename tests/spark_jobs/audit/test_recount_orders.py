@@ -15,6 +15,7 @@ import correct
 import lake
 import pytest
 import sparkless
+from crash_points import CORRECTION
 from deltalake import DeltaTable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ from spark_jobs.config import Settings, load_settings
 from spark_jobs.corrections.reconcile import ReconcileReport, reconcile
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.operate.status import read_status
-from spark_jobs.steps import CORRECTION, CRASH_VARIABLE, Step
+from spark_jobs.steps import CRASH_VARIABLE, Step
 from spark_jobs.units import HourRange
 from tests.spark_jobs.homes.attribution_lake import credits, revisions
 from tests.spark_jobs.homes.faults import ORDER_FAULTS, ORDER_FAULTS_TOGETHER, land_orders
@@ -336,7 +337,7 @@ def test_credits_follow_a_repair(settings: Settings) -> None:
 def test_a_rule_that_the_ingest_breaks_is_found(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, broken: str, by: Any, layers: set[str]
 ) -> None:
-    monkeypatch.setattr(f"spark_jobs.ingest.order_rows.{broken}", by)
+    monkeypatch.setattr(f"spark_jobs.ingest.orders.{broken}", by)
     land_orders(settings)
     sparkless.ingest(settings)
     assert {found.layer for found in reconcile(settings, None).differences} == layers

@@ -13,6 +13,7 @@ from typing import Any
 import correct
 import lake
 import pytest
+from crash_points import CORRECTION
 from killed import run_code
 from pyspark.sql import SparkSession
 
@@ -24,7 +25,7 @@ from spark_jobs.ingest.runner import run_ingest
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.tables import TABLES
 from spark_jobs.operate.status import read_status
-from spark_jobs.steps import CORRECTION, CRASH_VARIABLE, Step
+from spark_jobs.steps import CRASH_VARIABLE, Step
 from spark_jobs.traffic.review import review
 from spark_jobs.units import HourRange
 

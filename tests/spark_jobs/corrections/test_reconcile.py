@@ -18,6 +18,7 @@ import correct
 import duckdb
 import lake
 import pytest
+from crash_points import CORRECTION
 from killed import run_code
 from pyspark.sql import SparkSession
 
@@ -28,7 +29,7 @@ from spark_jobs.corrections.reconcile import ReconcileReport, reconcile
 from spark_jobs.errors import UsageError
 from spark_jobs.ingest.runner import run_ingest
 from spark_jobs.operate.status import read_status
-from spark_jobs.steps import CORRECTION, CRASH_VARIABLE, Step
+from spark_jobs.steps import CRASH_VARIABLE, Step
 from spark_jobs.traffic.review import review
 from spark_jobs.units import HourRange
 from tests.spark_jobs.homes.faults import FAULTS, MADE_UP, NOT_TOGETHER, OF_ONE, ONE, Fault, land_orders

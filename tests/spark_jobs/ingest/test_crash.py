@@ -1,6 +1,6 @@
 """A real process, killed with SIGKILL before and after every durable step, restarted, and held to a run never killed.
 
-The steps come from the code (`spark_jobs.steps`). Each run is killed at one point of a batch that no earlier run has begun; the
+The steps are those of `crash_points`. Each run is killed at one point of a batch that no earlier run has begun; the
 next run first has to bring that batch to its end. So one chain of runs visits every point, each in a batch of its own.
 """
 
@@ -20,12 +20,13 @@ from pathlib import Path
 import lake
 import power
 import pytest
+from crash_points import CRASH_POINTS
 from pyspark.sql import SparkSession
 
 from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.ingest.runner import run_ingest
-from spark_jobs.steps import CRASH_POINTS, CRASH_VARIABLE, Step
+from spark_jobs.steps import CRASH_VARIABLE, Step
 from tests.spark_jobs.homes.held import Held, check_increments
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -29,6 +29,37 @@ def test_the_later_of_two_names_holds(tmp_path: Path) -> None:
     ]
 
 
+def campaigns(landing: Path, header: str, *lines: str) -> None:
+    path = landing / "campaigns" / "c.csv"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join((header, *lines)) + "\n", "utf-8")
+
+
+def test_the_campaigns_files_may_name_campaigns_and_stores(tmp_path: Path) -> None:
+    """A row without a name gives none, the later row and the names files win, and a formula is a name as any other text."""
+    rows = ["c1,s1,Summer,The shop", "c1,s1,Summer 2,", "c2,s2,,", "c3,s2,=HYPERLINK(1),Second shop"]
+    campaigns(tmp_path, "campaign_id,store_id,campaign_name,store_name", *rows)
+    land(tmp_path, "a.csv", "store,s2,Named apart")
+    assert [(row["kind"], row["id"], row["name"], row["source_file"]) for row in read_names(tmp_path)] == [
+        ("campaign", "c1", "Summer 2", "campaigns/c.csv"),
+        ("campaign", "c3", "=HYPERLINK(1)", "campaigns/c.csv"),
+        ("store", "s1", "The shop", "campaigns/c.csv"),
+        ("store", "s2", "Named apart", "names/a.csv"),
+    ]
+
+
+def test_campaigns_files_without_names_are_read_as_before(tmp_path: Path) -> None:
+    campaigns(tmp_path, "campaign_id,store_id", "c1,s1")
+    assert read_names(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "x" * 201, "two\u2028lines"])
+def test_a_bad_name_in_a_campaigns_file_is_named(tmp_path: Path, name: str) -> None:
+    campaigns(tmp_path, "campaign_id,store_id,store_name", f"c1,s1,{name}")
+    with pytest.raises(NamesFileError, match=r"^campaigns/c\.csv, line 2: store_name must have 1 to 200 printable characters$"):
+        read_names(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("lines", "header", "says"),
     [

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark_jobs.ingest.dedupe.classify import Outcome
-from spark_jobs.ingest.order_rows import SettledOrders, micros, settle_orders, signed
+from spark_jobs.ingest.orders import SettledOrders, micros, settle_orders, signed
 from spark_jobs.lake.tables import ORDERS
 
 Row = dict[str, Any]

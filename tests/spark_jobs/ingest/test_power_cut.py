@@ -13,6 +13,7 @@ from pathlib import Path
 import lake
 import power
 import pytest
+from crash_points import CRASH_POINTS
 from pyspark.sql import SparkSession
 
 from services.simulator import simulate
@@ -22,7 +23,7 @@ from spark_jobs.config import Settings, load_settings
 from spark_jobs.corrections.reconcile import reconcile
 from spark_jobs.ingest.runner import run_ingest
 from spark_jobs.lake.tables import TABLES
-from spark_jobs.steps import CRASH_POINTS, Step
+from spark_jobs.steps import Step
 from tests.spark_jobs.homes.held import Held
 from tests.spark_jobs.ingest.test_crash import kill_at_each
 

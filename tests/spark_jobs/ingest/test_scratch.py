@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spark_jobs.ingest.scratch import forget_earlier_batches, scratch_folder
+from spark_jobs.ingest.stage import forget_earlier_batches, scratch_folder
 
 
 def test_on_one_machine_it_is_the_driver_s_folder(tmp_path: Path) -> None:

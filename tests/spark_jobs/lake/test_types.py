@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def make_old(settings: Settings, table: Table) -> None:
     schema = pa.schema([pa.field(f.name, pa.int64() if pa.types.is_decimal(f.type) else f.type) for f in table.schema])
     uri = settings.table_uri(table.name)
     DeltaTable.create(uri, Schema.from_arrow(schema), partition_by=list(table.partition_by))
-    old = Table(table.name, table.grain, table.columns.replace("DECIMAL(38,0)", "BIGINT"), table.key, table.partition_by, ())
+    old = replace(table, columns=table.columns.replace("DECIMAL(38,0)", "BIGINT"), stats_columns=())
     for number in (1, 2):
         with DataFileWriter(uri, old) as writer:
             writer.write(pa.Table.from_pylist([row(table, number, 5 * number)], schema))

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from spark_jobs.attribution.rules import AttributionRules
 from spark_jobs.audit.traffic import _folded
 from spark_jobs.rules.exempt import PLACEHOLDERS, are_exempt, is_exempt_sql, plain
-from spark_jobs.rules.store import _of_content, canonical
+from spark_jobs.rules.store import _parse_rules, canonical
 
 EXEMPT = ["UNKNOWN", " (Not Set) ", "  ", "-", "0", "NaN", "00000000-0000-0000-0000-000000000000", "0" * 32]
 KNOWN = ["u", "0'0", "unknown-1", "null\u00a0", "\tnull", "NULL\u0130", "É-", "00000000-0000-0000-0000-000000000001"]
@@ -35,11 +35,11 @@ def test_all_ways_to_ask_agree() -> None:
 
 def test_a_stored_rule_set_from_before_exempts_nobody_and_keeps_its_text() -> None:
     old = '{"window_days":[1,7],"half_life_days":7.0,"view_through":false,"view_through_hours":24}'
-    rules = _of_content(old, AttributionRules)
+    rules = _parse_rules(old, AttributionRules)
     assert rules.exempt_users == ()
     assert canonical(rules) == old
     new = AttributionRules(window_days=(1, 7))
-    assert _of_content(canonical(new), AttributionRules) == new
+    assert _parse_rules(canonical(new), AttributionRules) == new
     assert new.exempt_users == PLACEHOLDERS
     assert AttributionRules(exempt_users=PLACEHOLDERS[::-1], window_days=(1, 7)) == new  # the same rules, the same text
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from spark_jobs.ingest.files import lines as module
-from spark_jobs.ingest.files.landing import LandingFile, local_path, plan_splits
+from spark_jobs.ingest.files.landing import LandingFile, plan_splits, uri_path
 from spark_jobs.ingest.files.lines import FileFault, Lines, LongLine, read_lines
 
 PROPERTY = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -324,4 +324,4 @@ def test_splits_are_in_the_order_of_the_records(tmp_path: Path) -> None:
     [("file:///a/b%20c.jsonl", "/a/b c.jsonl"), ("file:/a/%25.jsonl", "/a/%.jsonl"), ("/a/b%20c", "/a/b%20c")],
 )
 def test_paths_as_spark_prints_them(uri: str, path: str) -> None:
-    assert local_path(uri) == path
+    assert uri_path(uri) == path
