@@ -62,7 +62,7 @@ Key = tuple[object, ...]
 class Console:
     """The application's state: the marts, the live figures, the cache of pages, and who waits for changes."""
 
-    def __init__(self, settings: Settings, is_ending: Callable[[], bool]) -> None:
+    def __init__(self, settings: Settings, is_ending: Callable[[], bool] = lambda: False) -> None:
         self.settings = settings
         self.is_ending = is_ending
         self.marts = PublishedMarts(settings)
