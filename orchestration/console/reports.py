@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from orchestration.console import QUALITY
 from spark_jobs.config import Settings
+from spark_jobs.errors import AdtallyError
 
 if TYPE_CHECKING:
     from orchestration.console.rendering import Renderer
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 _SERVED = {".html", ".md", ".png", ".svg"}
 # Great Expectations and dbt write pages with styles of their own.
 _REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self'; frame-ancestors 'none'"
+# dbt's page has scripts within it. In a sandbox they have an origin of their own: they reach no page of the console.
+_SANDBOX_POLICY = (
+    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; "
+    "img-src data:; font-src data:; frame-ancestors 'none'"
+)
 
 
 def docs_dir() -> Path:
@@ -31,9 +37,19 @@ def docs_dir() -> Path:
 
 
 def report_routes(settings: Settings, renderer: Renderer) -> list[Route]:
-    """The routes ``/docs/...`` and ``/quality/...``."""
+    """The routes ``/docs/...``, ``/quality/...`` and ``/marts``, dbt's documentation of the marts."""
     folders = {"docs": docs_dir(), QUALITY: settings.quality_path}
-    return [Route(f"/{name}/{{path:path}}", _endpoint(folder, renderer)) for name, folder in folders.items()]
+    routes = [Route(f"/{name}/{{path:path}}", _endpoint(folder, renderer)) for name, folder in folders.items()]
+    return [*routes, Route("/marts", lambda request: _mart_docs(settings, renderer, request))]
+
+
+def _mart_docs(settings: Settings, renderer: Renderer, request: Request) -> Response:
+    page = settings.marts_path.parent / "docs" / "index.html"
+    try:
+        return Response(page.read_bytes(), media_type="text/html", headers={"Content-Security-Policy": _SANDBOX_POLICY})
+    except OSError:
+        error = AdtallyError("the documentation of the marts was not written yet", hint="run `adtally marts docs`")
+        return Response(renderer.error(request.url.path, error), 404, media_type="text/html")
 
 
 def _endpoint(folder: Path, renderer: Renderer) -> Callable[[Request], Response]:

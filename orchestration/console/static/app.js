@@ -71,6 +71,13 @@ document.addEventListener("htmx:beforeSwap", (event) => {
 });
 document.addEventListener("htmx:afterSwap", (event) => drawCharts(event.detail.elt.parentElement ?? document));
 
+// A level of Why? that a person opened before htmx listened to it.
+document.addEventListener("htmx:load", (event) => {
+  for (const level of event.detail.elt.querySelectorAll("details[open][hx-get]")) {
+    if (level.querySelector(":scope .loading")) htmx.trigger(level, "toggle");
+  }
+});
+
 // --- live
 
 function ago(milliseconds) {
@@ -100,11 +107,12 @@ function showStatus() {
 function listen() {
   const events = new EventSource("/live");
   events.addEventListener("live", (event) => {
-    const first = state === null;
     connected = true;
     state = JSON.parse(event.data);
     showStatus();
-    if (!first) document.body.dispatchEvent(new Event("live"));
+    const version = `${state.ledger} ${state.build}`; // the page may be older than the first event
+    if (version !== document.body.dataset.version) document.body.dispatchEvent(new Event("live"));
+    document.body.dataset.version = version;
   });
   events.onerror = () => {
     connected = false;

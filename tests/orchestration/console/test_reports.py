@@ -13,8 +13,8 @@ from spark_jobs.config import load_settings
 
 
 @pytest.fixture(scope="module")
-def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningConsole]:
-    """A console of a home with one page of data docs, and with files beside it that it must not serve."""
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with one page of data docs, and with files beside it that the console must not serve."""
     settings = load_settings(home=tmp_path_factory.mktemp("home"))
     secret = settings.home_path / "landing" / "secret.html"
     secret.parent.mkdir(parents=True)
@@ -25,7 +25,12 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningConsole
     (settings.quality_path / "index.html").write_text("<h1>Data docs</h1>")
     (settings.quality_path / "validations.json").write_text("[]")
     (settings.quality_path / "link.html").symlink_to(secret)
-    with running_console(settings.home_path) as running:
+    return settings.home_path
+
+
+@pytest.fixture(scope="module")
+def console(home: Path) -> Iterator[RunningConsole]:
+    with running_console(home) as running:
         yield running
 
 
@@ -71,3 +76,14 @@ def test_nothing_else_is_served(console: RunningConsole, path: str) -> None:
 
 def test_the_documentation_is_found_in_a_checkout() -> None:
     assert docs_dir() == Path(__file__).resolve().parents[3] / "docs"
+
+
+def test_the_documentation_of_the_marts_is_in_a_sandbox(console: RunningConsole, home: Path) -> None:
+    status, _, body = ask(console, "/marts")
+    assert status == 404 and "adtally marts docs" in body
+    page = load_settings(home=home).marts_path.parent / "docs" / "index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("<script>alert(1)</script>")
+    status, headers, body = ask(console, "/marts")
+    assert (status, body) == (200, "<script>alert(1)</script>")
+    assert str(headers["content-security-policy"]).startswith("sandbox allow-scripts; default-src 'none'")
