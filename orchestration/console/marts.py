@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import duckdb
 import pyarrow.parquet as pq
@@ -21,6 +21,7 @@ from spark_jobs.failure import one_line
 from spark_jobs.lake.lake import Lake
 
 Signature = tuple[int, int, int]
+Value = TypeVar("Value")
 
 _COLUMNS = (
     "select column_name, data_type from duckdb_columns() "
@@ -42,6 +43,8 @@ class OpenBuild:
     build_id: str = ""
     built_at: datetime | None = None
     versions: dict[str, int] = field(default_factory=dict)
+    kept: dict[Hashable, Any] = field(default_factory=dict)
+    """What was derived from the build once, for all pages."""
     readers: int = 0
     is_replaced: bool = False
 
@@ -50,6 +53,13 @@ class OpenBuild:
         cursor = self.connection.cursor()
         cursor.execute("use marts")  # a cursor does not inherit it
         return cursor
+
+    def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """What ``make`` returns, made once for this build. Two threads may both make it."""
+        if key not in self.kept:
+            self.kept[key] = make()
+        found: Value = self.kept[key]
+        return found
 
     def rows(self, sql: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
         """The rows of a statement, as dicts. ``parameters`` are the values of its ``$name``; others than it names are ignored.

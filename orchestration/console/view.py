@@ -128,9 +128,12 @@ class View:
         """Whether the live figures have all days shown."""
         return self.has_live(self.first, self.last)
 
-    @cached_property
+    @property
     def choices(self) -> dict[str, list[tuple[str, str]]]:
         """What the filters offer: value and label, by filter."""
+        return self.marts.once(("choices", self.filters.advertiser), self._choices)
+
+    def _choices(self) -> dict[str, list[tuple[str, str]]]:
         stores = self.rows("select store_id, store_name from dim_store order by store_id")
         campaigns = self.rows(
             "select campaign_id, campaign_name from dim_campaign "
@@ -149,8 +152,8 @@ class View:
 
     def names(self, kind: str) -> dict[str, str]:
         """Id -> name, of ``store``, ``campaign`` or ``ad``, where a name is known."""
-        rows = self.rows(f"select {kind}_id as id, any_value({kind}_name) as name from dim_{kind} group by 1")
-        return {row["id"]: row["name"] for row in rows if row["name"]}
+        sql = f"select {kind}_id as id, any_value({kind}_name) as name from dim_{kind} group by 1"
+        return self.marts.once(("names", kind), lambda: {row["id"]: row["name"] for row in self.rows(sql) if row["name"]})
 
     def add_names(self, rows: list[Row], kind: str = "campaign", column: str = "campaign") -> list[Row]:
         """Add a column with the name of each row's campaign, store or ad, or its id where no name is known; return the rows."""

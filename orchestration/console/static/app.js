@@ -58,10 +58,9 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
 });
 
 // A chart that is refreshed keeps its canvas, and so what a person points at; only its data change.
-document.addEventListener("htmx:beforeSwap", (event) => {
+document.addEventListener("htmx:oobBeforeSwap", (event) => {
   const shown = [...event.detail.target.querySelectorAll(".chart")];
-  const page = shown.length ? new DOMParser().parseFromString(event.detail.xhr.responseText, "text/html") : null;
-  const fresh = shown.map((element) => page.getElementById(element.id));
+  const fresh = shown.map((element) => event.detail.fragment.querySelector(`[id="${element.id}"]`));
   if (!shown.length || shown.some((element, index) => fresh[index]?.ariaLabel !== element.ariaLabel)) return;
   shown.forEach((element, index) => {
     element.dataset.chart = fresh[index].dataset.chart;
@@ -69,6 +68,7 @@ document.addEventListener("htmx:beforeSwap", (event) => {
   });
   event.detail.shouldSwap = false;
 });
+document.addEventListener("htmx:oobAfterSwap", (event) => drawCharts(event.detail.target.parentElement ?? document));
 document.addEventListener("htmx:afterSwap", (event) => drawCharts(event.detail.elt.parentElement ?? document));
 
 // A level of Why? that a person opened before htmx listened to it.

@@ -32,8 +32,6 @@ def addresses() -> dict[str, str]:
     """Each page with all that its address needs."""
     hostile = quote(MARKUP, safe="")
     found = {page.name: f"{page.path}?{FILTERS}" for page in PAGES if "{" not in page.path and page.name != "why_part"}
-    del found["why_part"]  # a part of a page
-    found["why"] = f"/why/campaign?campaign={hostile}&currency=EUR&{FILTERS}"
     found["statement"] = f"/billing/statement?advertiser={hostile}&month={DAY[:7]}"
     return found | {"campaign": f"/campaigns/{hostile}?{FILTERS}", "why": f"/why/day?campaign={hostile}&{FILTERS}"}
 
