@@ -37,6 +37,9 @@ demo: setup ## Set up, run the main job on the samples and simulated traffic, co
 test: setup lint ## Set up, lint, and run the tests (without the long ones below)
 	@$(RUN) pytest -n $(WORKERS) --dist loadfile -m "not homes and not crash and not services and not soak and not e2e" $(PYTEST_ARGS)
 
+# Where Chromium cannot be installed, this says so, and the tests of pages are skipped.
+GET_CHROMIUM := $(RUN) python scripts/setup_browser.py
+
 # What takes minutes a test comes first, so that no process is left with a long one at the end (tests/conftest.py).
 LONG := $(RUN) pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
@@ -53,7 +56,8 @@ test-soak: setup ## Set up and run everything at once for minutes: ingest, compa
 	@$(RUN) pytest -m soak $(PYTEST_ARGS)
 
 .PHONY: test-e2e
-test-e2e: browser ## Set up and run whole programs: adtally up with files that land, marts and Ctrl-C; small benchmarks
+test-e2e: setup ## Set up and run whole programs: adtally up with files that land, marts and Ctrl-C; small benchmarks
+	-@$(GET_CHROMIUM)
 	@$(LONG) -m e2e $(PYTEST_ARGS)
 
 .PHONY: test-services
@@ -61,7 +65,8 @@ test-services: setup ## Set up and run on real Kafkas, a real Pinot and a Spark 
 	@$(LONG) -m services $(PYTEST_ARGS)
 
 .PHONY: test-long
-test-long: browser ## Set up and run what make test leaves out, but for the trials of services that take many minutes each
+test-long: setup ## Set up and run what make test leaves out, but for the trials of services that take many minutes each
+	-@$(GET_CHROMIUM)
 	@$(LONG) -m "(homes or crash or services or soak or e2e) and not trial" $(PYTEST_ARGS)
 
 .PHONY: lint
@@ -96,7 +101,7 @@ setup: $(filter-out uv,$(UV)) $(STAMP) ## Environment, Java, jars, DuckDB extens
 
 .PHONY: browser
 browser: setup ## Chromium, with which tests open pages: what test-e2e and test-long do by themselves
-	@$(RUN) python scripts/setup_browser.py
+	@$(GET_CHROMIUM)
 
 # The stamp's name holds the hash of the lock: another lock, another stamp, so nothing is done twice. All code is compiled here,
 # once: where PYTHONDONTWRITEBYTECODE is set, every start of a command would compile it again. What is edited later is compiled
