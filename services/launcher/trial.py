@@ -10,6 +10,7 @@ from pathlib import Path
 
 from services.launcher.kafka import PARTITIONS, TOPICS, Kafka
 from services.launcher.pinot import Pinot
+from services.launcher.s3 import S3
 
 
 @contextmanager
@@ -47,4 +48,17 @@ def throwaway_pinot(*, jar_cache: Path, java: Callable[[], Path], heap: str = "1
         yield pinot
     finally:
         pinot.down()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def throwaway_s3(*, parent: Path | None = None) -> Iterator[S3]:
+    """Run an object store within the context, as `throwaway_kafka` does a Kafka."""
+    folder = Path(tempfile.mkdtemp(prefix="adtally-s3-", dir=parent))
+    store = S3(folder, ends_with_parent=True)
+    try:
+        store.up()
+        yield store
+    finally:
+        store.down()
         shutil.rmtree(folder, ignore_errors=True)

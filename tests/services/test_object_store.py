@@ -1,9 +1,8 @@
-"""Tables on a real S3 server of this machine: killed in the middle of a batch and run again, each record counts once."""
+"""Tables on a real object store of this machine: killed in the middle of a batch and run again, each record counts once."""
 
 from __future__ import annotations
 
 import json
-import logging
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -15,8 +14,9 @@ from terminal import PROGRAM, ROOT, environment
 from topics import Topic, point_at
 from truths import assert_copied_once, assert_truth
 
-from services.launcher import ports
 from services.launcher.kafka import Kafka
+from services.launcher.s3 import BUCKET
+from services.launcher.trial import throwaway_s3
 from services.simulator import simulate
 from services.simulator.kafka import Cluster, Sending, simulate_to_kafka
 from spark_jobs.config import Settings, load_settings
@@ -24,31 +24,12 @@ from spark_jobs.steps import CRASH_VARIABLE, Step
 
 pytestmark = pytest.mark.services
 
-BUCKET = "lake"
-
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A server with an empty bucket: the environment by which it is reached."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    (port,) = ports.choose(1)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-    server.start()
-    reached = {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "eu-west-1",
-        "AWS_DEFAULT_REGION": "eu-west-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ALLOW_HTTP": "true",
-    }
-    try:
-        client(reached).create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
-        yield reached
-    finally:
-        server.stop()
+def store() -> Iterator[dict[str, str]]:
+    """A store with an empty bucket: the environment by which it is reached."""
+    with throwaway_s3() as made:
+        yield made.environment()
 
 
 def client(store: dict[str, str]):

@@ -1,4 +1,4 @@
-"""``adtally services``: what it says where nothing runs, and its errors. With a real Kafka under the marker ``services``."""
+"""``adtally services``: what it says where nothing runs, and its errors. With a real Kafka and S3 under the marker ``services``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import psutil
 import pytest
 
 from orchestration.cli.app import run
+from services.launcher import s3
 from services.launcher.processes import find
 from spark_jobs.java import require_java
 
 
-@pytest.mark.parametrize("service", ["kafka", "pinot"])
+@pytest.mark.parametrize("service", ["kafka", "pinot", "s3"])
 def test_what_never_ran_does_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], service: str) -> None:
     home = tmp_path / "home"
     assert run(["--home", str(home), "services", service, "status"]) == 1
@@ -51,6 +52,15 @@ def test_a_machine_without_java_is_told_how_to_get_it(
     assert "where no Java is" in said and "apt-get install" in said and said.count("\n") == 1
 
 
+def test_a_machine_without_the_object_store_is_told_how_to_get_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "PACKAGE", "adtally-has-no-such-package")
+    assert run(["--home", str(tmp_path), "services", "s3", "up"]) == 2
+    said = capsys.readouterr().err
+    assert "is not installed" in said and "uv pip install" in said and said.count("\n") == 1
+
+
 def test_a_state_that_cannot_be_read_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "services" / "kafka"
     folder.mkdir(parents=True)
@@ -78,4 +88,29 @@ def test_kafka_up_status_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert not psutil.pid_exists(found["processes"]["kafka"])
     finally:
         for process in find(tmp_path / "services" / "kafka", "kafka"):
+            process.kill()
+
+
+@pytest.mark.services
+def test_s3_up_status_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--home", str(tmp_path), "services", "s3"]
+    path = tmp_path / "services" / "s3" / "s3.env"
+    try:
+        assert run([*command, "up"]) == 0
+        said = capsys.readouterr()
+        assert "made bucket lake" in said.err and f"AWS_ALLOW_HTTP are in {path}" in said.err
+        assert "endpoint url: http://127.0.0.1:" in said.out
+        secret = dict(line.split("=", 1) for line in path.read_text("utf-8").splitlines())["AWS_SECRET_ACCESS_KEY"]
+        assert run([*command, "status", "--json"]) == 0
+        shown = capsys.readouterr().out
+        found = json.loads(shown)
+        assert found["running"] and found["addresses"]["environment_file"] == str(path)
+        assert secret not in said.out + said.err + shown
+        assert run([*command, "up"]) == 0
+        assert "s3 runs already" in capsys.readouterr().err
+        assert run([*command, "up", "--fresh"]) == 2
+        assert run([*command, "down", "--json"]) == 0
+        assert not psutil.pid_exists(found["processes"]["s3"])
+    finally:
+        for process in find(tmp_path / "services" / "s3", "s3"):
             process.kill()

@@ -17,13 +17,14 @@ import pytest
 
 from services.launcher import jars, service
 from services.launcher.errors import ServiceBusyError, ServiceError, ServiceUsageError
+from services.launcher.java_service import JavaService
 from services.launcher.processes import find
-from services.launcher.service import Role, Service
+from services.launcher.service import Role
 
 SLEEP = "time.sleep(600)"
 
 
-class Pair(Service):
+class Pair(JavaService):
     """A base and a top that needs it. ``commands`` are what they run, ``unready`` what a probe answers, by role."""
 
     name = "pair"
