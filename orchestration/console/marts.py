@@ -18,7 +18,6 @@ from orchestration.marts.render import render
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.failure import one_line
-from spark_jobs.lake.lake import Lake
 
 Signature = tuple[int, int, int]
 Value = TypeVar("Value")
@@ -128,8 +127,7 @@ class PublishedMarts:
 
     def _load(self, signature: Signature) -> OpenBuild:
         with ExitStack() as resources:
-            folder = resources.enter_context(Lake(self._settings).scratch("console-"))
-            connection = resources.enter_context(open_marts(self._settings, folder))
+            connection = resources.enter_context(open_marts(self._settings))
             build = OpenBuild(signature, connection, ExitStack())
             for row in build.rows("select * from mart_build where mart_group = 'near_real_time'"):
                 build.build_id, build.built_at = row["build_id"], row["built_at"]

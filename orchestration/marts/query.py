@@ -8,7 +8,6 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -46,7 +45,7 @@ def query_marts(
     Raises AdtallyError if nothing is published yet, the file cannot be read, or the statement exceeds a limit; UsageError if the
     SQL is wrong, does more than read, or is not a single statement.
     """
-    with Lake(settings).scratch("query-") as folder, open_marts(settings, folder) as connection:
+    with open_marts(settings) as connection:
         try:
             statement = _reading_statement(connection, sql)
             with _time_limit(connection, settings):
@@ -67,8 +66,8 @@ def query_marts(
 
 
 @contextmanager
-def open_marts(settings: Settings, folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Yield a DuckDB with the published marts attached and everything else locked. ``folder`` is for temporary files.
+def open_marts(settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Yield a DuckDB with the published marts attached and everything else locked.
 
     A process has one DuckDB instance per path: a connection to the path would show the old build while somebody has it open. A
     separate instance that attaches the file opens the new build.
@@ -81,33 +80,34 @@ def open_marts(settings: Settings, folder: Path) -> Iterator[duckdb.DuckDBPyConn
     path = settings.marts_path
     if not path.is_file():
         raise AdtallyError(f"there are no marts yet at {path}", hint="run `adtally marts build` first")
-    config: dict[str, str | bool | int | float | list[str]] = {
-        "temp_directory": str(folder / "spill"),
-        "memory_limit": _bytes(settings.query_memory),
-        "max_temp_directory_size": _bytes(settings.query_spill),
-        "autoinstall_known_extensions": False,
-        "autoload_known_extensions": False,
-        "allow_community_extensions": False,
-        "python_enable_replacements": False,  # a name in the SQL is no variable of this program
-    }
-    with duckdb.connect(":memory:", config=config) as connection:
-        link = folder / path.name
-        with suppress(OSError):  # no hard links here: then only the kind of the statement keeps it from writing
-            os.link(path, link)
-        name = literal(link if link.exists() else path)
-        try:
-            connection.execute(f"attach {name} as marts (read_only)")
-        except duckdb.Error as error:
-            raise AdtallyError(
-                f"the marts at {path} cannot be read: {one_line(str(error))}",
-                hint="build them again with `adtally marts build`",
-            ) from error
-        link.unlink(missing_ok=True)
-        connection.execute("use marts")
-        connection.execute("set TimeZone = 'UTC'")
-        connection.execute("set enable_external_access = false")
-        connection.execute("set lock_configuration = true")
-        yield connection
+    with Lake(settings).scratch("marts-") as folder:
+        config: dict[str, str | bool | int | float | list[str]] = {
+            "temp_directory": str(folder / "spill"),
+            "memory_limit": _bytes(settings.query_memory),
+            "max_temp_directory_size": _bytes(settings.query_spill),
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+            "allow_community_extensions": False,
+            "python_enable_replacements": False,  # a name in the SQL is no variable of this program
+        }
+        with duckdb.connect(":memory:", config=config) as connection:
+            link = folder / path.name
+            with suppress(OSError):  # no hard links here: then only the kind of the statement keeps it from writing
+                os.link(path, link)
+            name = literal(link if link.exists() else path)
+            try:
+                connection.execute(f"attach {name} as marts (read_only)")
+            except duckdb.Error as error:
+                raise AdtallyError(
+                    f"the marts at {path} cannot be read: {one_line(str(error))}",
+                    hint="build them again with `adtally marts build`",
+                ) from error
+            link.unlink(missing_ok=True)
+            connection.execute("use marts")
+            connection.execute("set TimeZone = 'UTC'")
+            connection.execute("set enable_external_access = false")
+            connection.execute("set lock_configuration = true")
+            yield connection
 
 
 def _bytes(size: str) -> str:
