@@ -59,7 +59,7 @@ _FILE_TYPES = {"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apa
 Key = tuple[object, ...]
 
 
-class Console:
+class ConsoleState:
     """The application's state: the marts, the live figures, the cache of pages, and who waits for changes."""
 
     def __init__(self, settings: Settings, is_ending: Callable[[], bool] = lambda: False) -> None:
@@ -183,7 +183,7 @@ def create_app(settings: Settings, is_ending: Callable[[], bool] = lambda: False
 
     ``is_ending``: whether the server is about to end. Streams of events then end too, for it waits for them.
     """
-    console = Console(settings, is_ending)
+    console = ConsoleState(settings, is_ending)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -264,7 +264,7 @@ class _Headers:
         await self._app(scope, receive, send_with_headers)
 
 
-def _html(console: Console, request: Request, make: Callable[[], bytes]) -> Response:
+def _html(console: ConsoleState, request: Request, make: Callable[[], bytes]) -> Response:
     try:
         return Response(make(), media_type="text/html")
     except AdtallyError as error:

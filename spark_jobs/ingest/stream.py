@@ -141,7 +141,7 @@ class StreamJob(BatchJob, Generic[C]):
         self.commit_accepted(batch, classified, written)
         rejects = [file for part in written for file in part.rejects]
         if rejects:
-            self._rejected.append(rejects, Step(self.rejected_table.name), transaction)
+            self._rejected.append(rejects, Step(f"rejected_{self.stream}"), transaction)
         self.commit_derived(batch, written)
         rows = stamped_records(ledger, BATCH_LEDGER, batch.stamp)
         self._ledger.append_rows(rows, Step(f"{self.stream}_ledger"), transaction)

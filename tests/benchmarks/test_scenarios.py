@@ -86,7 +86,7 @@ def test_viewers_of_the_console_are_timed(
     summary = document["summary"]
     assert summary["streams"] == 3 and summary["stream_events"] >= 9
     assert 20 <= summary["pages"] == sum(page["pages"] for page in summary["by_page"].values())
-    assert 0 < summary["page_seconds"]["p50"] <= summary["page_seconds"]["p99"]
+    assert 0 <= summary["page_seconds"]["p50"] <= summary["page_seconds"]["p99"]
     assert min(phase["files"] for phase in summary["freshness"].values()) >= 15
     assert [target["name"].split(" ")[0] for target in document["targets"]] == ["page", "freshness", "console"]
     assert summary["console_peak_pss_bytes"] > 0

@@ -17,7 +17,7 @@ _LAG_HOURS = (1, 6, 24, 72, 168, 336, 720)
 
 def build(view: View) -> dict[str, Any]:
     """The bars of the models, by currency, in the page's window."""
-    rows = _revenue(view, "model, currency", "window_days = $window")
+    rows = _revenue(view, "model,", "window_days = $window")
     bars: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row["currency"], -row["by_touch_date"], row["model"])):
         bars.setdefault(row["currency"], []).append(row)
@@ -30,7 +30,7 @@ def build(view: View) -> dict[str, Any]:
 
 def by_model(view: View) -> DataTable:
     """Orders, revenue and ROAS by model and window."""
-    rows = _revenue(view, "model, window_days, currency")
+    rows = _revenue(view, "model, window_days,")
     spend = {
         row["currency"]: units_of_nanos(row["nanos"], row["currency"])
         for row in view.rows(
@@ -52,14 +52,14 @@ def by_model(view: View) -> DataTable:
 
 def by_day(view: View) -> DataTable:
     """Revenue by click date beside revenue by order date, in the page's model and window."""
-    rows = _revenue(view, "event_date, currency", "model = $model and window_days = $window")
+    rows = _revenue(view, "event_date,", "model = $model and window_days = $window")
     columns = (Column("event_date", "day (UTC)", "date"), *_REVENUE_COLUMNS)
     return DataTable("days", f"By day: {_chosen(view)}", columns, rows, empty=_EMPTY)
 
 
 def by_campaign(view: View) -> DataTable:
     """Orders and revenue by campaign, in the page's model and window."""
-    rows = _revenue(view, "campaign_id, currency", "model = $model and window_days = $window")
+    rows = _revenue(view, "campaign_id,", "model = $model and window_days = $window")
     view.add_names(rows)
     columns = (Column("campaign", "campaign"), Column("campaign_id", "id", "id"), *_REVENUE_COLUMNS)
     return DataTable("campaigns", f"By campaign: {_chosen(view)}", columns, rows, empty=_EMPTY)
@@ -126,7 +126,8 @@ def orders(view: View) -> DataTable:
 def _revenue(view: View, grain: str, test: str = "true") -> list[Row]:
     rows = view.rows(
         f"""
-        select {grain}, sum(orders_by_touch_date) as orders_by_touch_date, sum(orders_by_order_date) as orders_by_order_date,
+        select {grain} currency,
+            sum(orders_by_touch_date) as orders_by_touch_date, sum(orders_by_order_date) as orders_by_order_date,
             sum(revenue_by_touch_date_micros)::hugeint as touch_micros, sum(revenue_by_order_date_micros)::hugeint as order_micros
         from fct_advertiser_attribution where {view.where(**_DIMENSIONS)} and {test}
         group by all order by all limit {_ROWS}

@@ -24,12 +24,12 @@ def build(view: View) -> dict[str, Any]:
         f"select distinct strftime(event_date, '%Y-%m') as month, store_id from fct_billing_ledger "
         f"where {view.where(advertiser='store_id')} and event_date between $first and $last order by all limit {_ROWS}"
     )
-    return {"totals": _summed(view, "currency"), "statements": months, "stores": view.names("store"), "types": _TYPES}
+    return {"totals": _summed(view, ""), "statements": months, "stores": view.names("store"), "types": _TYPES}
 
 
 def by_advertiser(view: View) -> DataTable:
     """The ledger by advertiser and currency."""
-    rows = _summed(view, "store_id, currency")
+    rows = _summed(view, "store_id,")
     view.add_names(rows, "store", "advertiser")
     columns = (
         Column("advertiser", "advertiser", link=lambda row: view.url("/billing", advertiser=row["store_id"])),
@@ -43,7 +43,7 @@ def by_advertiser(view: View) -> DataTable:
 def by_day(view: View) -> DataTable:
     """The ledger by day and currency."""
     columns = (Column("event_date", "day (UTC)", "date"), Column("currency", "currency"), *_TYPE_COLUMNS)
-    return DataTable("days", "By day", columns, _summed(view, "event_date, currency"), empty=_EMPTY)
+    return DataTable("days", "By day", columns, _summed(view, "event_date,"), empty=_EMPTY)
 
 
 def lines(view: View) -> DataTable:
@@ -54,7 +54,7 @@ def lines(view: View) -> DataTable:
 def build_statement(view: View) -> dict[str, Any]:
     """What an advertiser owes for a month. Raises UsageError where the advertiser or the month is missing."""
     advertiser, first, last = _statement_of(view)
-    totals = _summed(view, "currency", _STATEMENT_TEST, advertiser=advertiser, start=first, end=last)
+    totals = _summed(view, "", _STATEMENT_TEST, advertiser=advertiser, start=first, end=last)
     name = view.names("store").get(advertiser, advertiser)
     return {"advertiser": advertiser, "name": name, "month": f"{first:%Y-%m}", "start": first, "end": last, "totals": totals}
 
@@ -62,7 +62,7 @@ def build_statement(view: View) -> dict[str, Any]:
 def statement_campaigns(view: View) -> DataTable:
     """A statement's amounts by campaign."""
     advertiser, first, last = _statement_of(view)
-    rows = _summed(view, "campaign_id, currency", _STATEMENT_TEST, advertiser=advertiser, start=first, end=last)
+    rows = _summed(view, "campaign_id,", _STATEMENT_TEST, advertiser=advertiser, start=first, end=last)
     view.add_names(rows)
     columns = (Column("campaign", "campaign"), Column("campaign_id", "id", "id"), Column("currency", "currency"), *_TYPE_COLUMNS)
     return DataTable("campaigns", "By campaign", columns, rows, empty="Nothing was billed in this month.")
@@ -88,7 +88,7 @@ def _statement_of(view: View) -> tuple[str, date, date]:
 
 def _summed(view: View, grain: str, test: str = "", **parameters: Any) -> list[Row]:
     rows = view.rows(
-        f"select {grain}, {_SUMS}, sum(amount_micros)::hugeint as total from fct_billing_ledger "
+        f"select {grain} currency, {_SUMS}, sum(amount_micros)::hugeint as total from fct_billing_ledger "
         f"where {test or view.where(**_DIMENSIONS)} group by all order by all limit {_ROWS}",
         **parameters,
     )

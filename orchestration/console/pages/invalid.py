@@ -30,7 +30,7 @@ def build(view: View) -> dict[str, Any]:
     """The totals by currency, and the rule set in force."""
     sets = _rule_sets(view)
     return {
-        "totals": _measured(view, "currency"),
+        "totals": _measured(view, ""),
         "in_force": sets[0] if sets else None,
         "entries": _entries(sets[0]) if sets else [],
     }
@@ -38,13 +38,13 @@ def build(view: View) -> dict[str, Any]:
 
 def by_rule(view: View) -> DataTable:
     """Invalid traffic by rule and currency."""
-    rows = [row for row in _measured(view, "rule, currency") if row["rule"] != "none"]
+    rows = [row for row in _measured(view, "rule,") if row["rule"] != "none"]
     return _table("rules", "By rule", (Column("rule", "rule"),), rows, is_rule=True)
 
 
 def by_campaign(view: View) -> DataTable:
     """Gross, invalid and net by campaign."""
-    rows = _measured(view, "campaign_id, store_id, currency")
+    rows = _measured(view, "campaign_id, store_id,")
     view.add_names(rows)
     first = (
         Column("campaign", "campaign", link=lambda row: view.campaign_url(row["campaign_id"])),
@@ -55,13 +55,13 @@ def by_campaign(view: View) -> DataTable:
 
 def by_placement(view: View) -> DataTable:
     """Gross, invalid and net by placement."""
-    rows = _measured(view, "coalesce(placement, 'not given') as placement, currency")
+    rows = _measured(view, "coalesce(placement, 'not given') as placement,")
     return _table("placements", "By placement", (Column("placement", "placement"),), rows)
 
 
 def by_day(view: View) -> DataTable:
     """Gross, invalid and net by day."""
-    return _table("days", "By day", (Column("event_date", "day (UTC)", "date"),), _measured(view, "event_date, currency"))
+    return _table("days", "By day", (Column("event_date", "day (UTC)", "date"),), _measured(view, "event_date,"))
 
 
 def history(view: View) -> DataTable:
@@ -81,7 +81,7 @@ def history(view: View) -> DataTable:
 
 def _measured(view: View, grain: str) -> list[Row]:
     rows = view.rows(
-        f"select {grain}, {_COUNTS} from fct_invalid_traffic_day where {view.where(**_DIMENSIONS)} group by all "
+        f"select {grain} currency, {_COUNTS} from fct_invalid_traffic_day where {view.where(**_DIMENSIONS)} group by all "
         f"order by invalid_nanos desc, 1 limit {_MOST}"
     )
     for row in rows:

@@ -11,7 +11,7 @@ import pytest
 from asgi import Client
 from starlette.requests import Request
 
-from orchestration.console.app import Console
+from orchestration.console.app import ConsoleState
 from orchestration.console.pages import campaigns
 from tests.orchestration.console.twice_built import DAY, HOSTILE, TwiceBuilt
 
@@ -148,7 +148,7 @@ def test_hostile_ids_are_harmless(client: Client) -> None:
 
 
 def test_live_figures_are_shown_where_they_have_the_days(twice_built: TwiceBuilt) -> None:
-    console = Console(twice_built.settings)
+    console = ConsoleState(twice_built.settings)
     try:
         newest = console.live.refresh().days[-1]
         scope = {

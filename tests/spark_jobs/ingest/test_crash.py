@@ -26,6 +26,7 @@ from pyspark.sql import SparkSession
 from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.ingest.runner import run_ingest
+from spark_jobs.lake.tables import STREAMS
 from spark_jobs.steps import CRASH_VARIABLE, Step
 from tests.spark_jobs.homes.held import Held, check_increments
 
@@ -192,6 +193,9 @@ def test_every_durable_write_is_a_named_step() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "Step":
                 used.add(node.attr)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Step" and isinstance(node.args[0], ast.JoinedStr):
+                parts = [str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.args[0].values]
+                used |= {Step("".join(parts).format(stream)).name for stream in STREAMS}
             if isinstance(node, ast.With) and any("committing(" in ast.unparse(item) for item in node.items):
                 guarded.update(ast.walk(node))
         for node in ast.walk(tree):
