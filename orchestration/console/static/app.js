@@ -74,7 +74,7 @@ document.addEventListener("htmx:afterSwap", (event) => drawCharts(event.detail.e
 // A level of Why? that a person opened before htmx listened to it.
 document.addEventListener("htmx:load", (event) => {
   for (const level of event.detail.elt.querySelectorAll("details[open][hx-get]")) {
-    if (level.querySelector(":scope .loading")) htmx.trigger(level, "toggle");
+    if (level.querySelector(":scope > .parts > .loading")) htmx.trigger(level, "toggle");
   }
 });
 
