@@ -186,7 +186,8 @@ def test_a_stopped_worker_and_a_held_lock_hang_nothing_and_a_signal_to_the_group
 def _to_all(pid: int) -> None:
     """SIGTERM to the process and all below it, as systemd sends it."""
     for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
-        process.terminate()
+        with contextlib.suppress(psutil.NoSuchProcess):  # a script that starts Java has ended meanwhile
+            process.terminate()
 
 
 def _to_a_python_whose_java_is_stopped(pid: int) -> None:
