@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
@@ -90,8 +91,9 @@ class Client:
     headers: dict[str, str] = field(default_factory=lambda: {"host": "127.0.0.1"})
 
     def get(self, address: str) -> Answer:
-        """The answer to a GET of a path with a query."""
-        return asyncio.run(self._get(address))
+        """The answer to a GET of a path with a query. In a thread: the browser of other tests has the loop of this one."""
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(asyncio.run, self._get(address)).result()
 
     async def _get(self, address: str) -> Answer:
         parts = urlsplit(address)
