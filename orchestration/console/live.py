@@ -57,6 +57,7 @@ class LiveFigures:
         self._lake = Lake(settings)
         self._resources = ExitStack()
         self._connection: duckdb.DuckDBPyConnection | None = None
+        self._is_loaded = False  # before that, there is no table to ask
         self._table_ids: tuple[str | None, ...] = ()
         self._lock = threading.Lock()
         self.state = LiveState()
@@ -82,7 +83,7 @@ class LiveFigures:
 
         ``parameters`` are the values of its ``$name``; others than it names are ignored.
         """
-        if self._connection is None:
+        if self._connection is None or not self._is_loaded:
             return []
         cursor = self._connection.cursor()
         try:
@@ -112,6 +113,7 @@ class LiveFigures:
                 self._follow(cursor, ledger_files, metrics_files)
             state = self._state(cursor, ledger, metrics)
             cursor.execute("commit")
+        self._is_loaded = True
         self._table_ids = table_ids
         return state
 

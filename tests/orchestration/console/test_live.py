@@ -127,3 +127,19 @@ def test_a_lakehouse_that_is_made_anew_and_one_that_is_damaged(settings: Setting
     (lake_of(settings) / "batch_ledger/_delta_log/00000000000000000002.json").write_bytes(b"{}")
     assert figures.refresh().problem
     assert Lake(settings).exists(MINUTE_METRICS)
+
+
+def test_a_question_before_the_first_reading_has_ended_has_no_answer_yet(
+    settings: Settings, figures: LiveFigures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first_batch(lake_of(settings))
+    load, asked = LiveFigures._load, list[list[Any]]()
+
+    def ask_first(self: LiveFigures, *arguments: Any) -> None:
+        asked.append(self.rows(_BY_DAY))
+        load(self, *arguments)
+
+    monkeypatch.setattr(LiveFigures, "_load", ask_first)
+    figures.refresh()
+    assert asked == [[]]
+    assert [tuple(row.values()) for row in figures.rows(_BY_DAY)] == FIRST
