@@ -90,19 +90,20 @@ def up(settings: Settings, *, port: int, trigger_seconds: float, ingest: bool, t
     BusyError if another ``adtally up`` runs on the home, and NotReadyError if Dagster does not start.
     """
     with locks.exclusive(settings, locks.UP):
+        console_port = _console_port(settings, port)
         port = free_port(port)
         if ingest:
             require_java()
             ensure_jars(settings, progress=lambda line: tell(INGEST, line))
         write_instance_config(settings)
         with Stop().listening() as stop:
-            _Up(settings, port, _console_port(settings), trigger_seconds, ingest, tell, stop).run(ready)
+            _Up(settings, port, console_port, trigger_seconds, ingest, tell, stop).run(ready)
 
 
-def _console_port(settings: Settings) -> int:
-    """Return the console's port of the settings, or a free one if it is taken."""
+def _console_port(settings: Settings, webserver_port: int) -> int:
+    """Return the console's port of the settings; a free one if it is taken, or if the webserver gets any free one too."""
     try:
-        return free_port(settings.console_port)
+        return free_port(settings.console_port if webserver_port else 0)
     except UsageError:
         return free_port(0)
 
