@@ -19,7 +19,7 @@ def test_a_vendored_package_is_unchanged_and_has_its_licence(package: dict[str, 
     found = {name: hashlib.sha256((VENDORED / name).read_bytes()).hexdigest() for name in package["files"]}
     assert found == package["files"]
     assert [name for name in found if name.endswith(".LICENSE")] != []
-    assert package["source"] == f"https://registry.npmjs.org/{package['name']}/-/{package['name']}-{package['version']}.tgz"
+    assert package["source"] == f"npm:{package['name']}@{package['version']}"
     assert package["license"] in {"0BSD", "MIT"}
 
 
