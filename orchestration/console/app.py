@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Mount, Route
@@ -52,11 +53,19 @@ _HEADERS = {
     "Referrer-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+    "Cache-Control": "no-cache",
 }
 _FILE_TYPES = {"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.parquet"}
 
-
 Key = tuple[object, ...]
+
+
+@dataclass
+class _KeptPage:
+    """A page of the cache. ``begun``: when somebody last began to make it, by the monotonic clock."""
+
+    html: Future[bytes] = field(default_factory=Future)
+    begun: float = field(default_factory=time.monotonic)
 
 
 class ConsoleState:
@@ -68,8 +77,7 @@ class ConsoleState:
         self.marts = PublishedMarts(settings)
         self.live = LiveFigures(settings)
         self.renderer = Renderer(settings, PAGES)
-        self._pages: OrderedDict[Key, Future[bytes]] = OrderedDict()
-        self._made: dict[Key, float] = {}
+        self._pages: OrderedDict[Key, _KeptPage] = OrderedDict()
         self._pages_lock = Lock()
         self._background = ThreadPoolExecutor(1, "pages")
         self._changed = asyncio.Condition()
@@ -113,17 +121,17 @@ class ConsoleState:
             live = view.live_state if page.is_live else view.live_state.days
             key = (view.path, request.url.query, build.signature, live)
             with self._pages_lock:
-                html = self._pages.get(key)
-                is_missing = html is None
-                age = time.monotonic() - self._made.get(key, 0.0)
-                is_old = html is not None and html.done() and 0 < page.seconds < age
-                if html is None:
-                    html = self._pages[key] = Future()
-                if is_missing or is_old:
-                    self._made[key] = time.monotonic()
+                kept = self._pages.get(key)
+                is_missing = kept is None
+                if kept is None:
+                    kept = self._pages[key] = _KeptPage()
+                is_old = kept.html.done() and 0 < page.seconds < time.monotonic() - kept.begun
+                if is_old:
+                    kept.begun = time.monotonic()
                 self._pages.move_to_end(key)
                 while len(self._pages) > _CACHED_PAGES:
-                    self._made.pop(self._pages.popitem(last=False)[0], None)
+                    self._pages.popitem(last=False)
+            html = kept.html
             if is_missing:
                 self._make(key, html, page, view)
             elif is_old:
@@ -144,7 +152,7 @@ class ConsoleState:
             self._make(key, html, page, self.view(request, build))
         with self._pages_lock:
             if html.exception() is None and key in self._pages:
-                self._pages[key] = html
+                self._pages[key].html = html
 
     def table(self, page: Page, name: str, form: str, request: Request) -> tuple[bytes, str]:
         """A table of a page as a file, and the file's name."""
@@ -245,7 +253,7 @@ def create_app(settings: Settings, is_ending: Callable[[], bool] = lambda: False
 
 
 class _Headers:
-    """Adds the security headers to every answer."""
+    """Adds the headers that an answer does not set itself."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -253,12 +261,9 @@ class _Headers:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                names = {name.lower() for name, _ in message["headers"]}
-                added = {**_HEADERS, "Cache-Control": "no-cache"}
-                message["headers"] = [
-                    *message["headers"],
-                    *((k.lower().encode(), v.encode()) for k, v in added.items() if k.lower().encode() not in names),
-                ]
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         await self._app(scope, receive, send_with_headers)

@@ -12,7 +12,7 @@ from spark_jobs.attribution.rules import MODELS
 from spark_jobs.errors import UsageError
 
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
-_NAMES = {"first": "from", "last": "to"}
+URL_NAMES = {"first": "from", "last": "to"}
 """The parameters of the URL whose names are words of Python, or would say too little as a field."""
 
 
@@ -39,7 +39,7 @@ class Filters:
     @classmethod
     def of(cls, parameters: Mapping[str, str]) -> Filters:
         """Read the parameters of a URL; others are ignored. Raises UsageError that names a wrong one."""
-        values = {field.name: parameters.get(_NAMES.get(field.name, field.name), "") for field in fields(cls)}
+        values = {field.name: parameters.get(URL_NAMES.get(field.name, field.name), "") for field in fields(cls)}
         first, last = _day(values, "first"), _day(values, "last")
         if first and last and first > last:
             raise UsageError(f"from={first} is after to={last}")
@@ -54,12 +54,12 @@ class Filters:
     @staticmethod
     def names() -> set[str]:
         """The parameters of a URL that are filters."""
-        return {_NAMES.get(field.name, field.name) for field in fields(Filters)}
+        return {URL_NAMES.get(field.name, field.name) for field in fields(Filters)}
 
     def parameters(self) -> dict[str, str]:
         """The parameters of the URL, without those that say what is the default."""
         found = {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) != field.default}
-        return {_NAMES.get(name, name): str(value) for name, value in found.items() if value is not None}
+        return {URL_NAMES.get(name, name): str(value) for name, value in found.items() if value is not None}
 
     def url(self, path: str, **changes: object) -> str:
         """The address of a page with these filters, but for ``changes`` (by field)."""
@@ -76,4 +76,4 @@ def _day(values: Mapping[str, str], name: str) -> date | None:
             raise ValueError
         return date.fromisoformat(text)
     except ValueError:
-        raise UsageError(f"{_NAMES[name]}={text!r} is not a day, as 2025-06-02") from None
+        raise UsageError(f"{URL_NAMES[name]}={text!r} is not a day, as 2025-06-02") from None

@@ -14,12 +14,12 @@ from typing import Any
 
 import duckdb
 
-from orchestration.console.tables import Row, used_parameters
+from orchestration.console.tables import Row, fetch_rows
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError
 from spark_jobs.failure import one_line
 from spark_jobs.lake.lake import Lake, Snapshot
-from spark_jobs.lake.tables import BATCH_LEDGER, MINUTE_METRICS
+from spark_jobs.lake.tables import BATCH_LEDGER, MINUTE_METRICS, Table
 
 DAYS = 2
 """The newest days with data that are kept: a day and the one before it."""
@@ -27,9 +27,10 @@ DAYS = 2
 _MEMORY = "384MB"  # more is spilled
 _COMMITS = 500  # a log that is further ahead is read anew
 _FOLD_ROWS = 200_000
-_MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos", "invalid_spend_nanos")
+MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos", "invalid_spend_nanos")
 _KEY = "event_minute, region, store_id, campaign_id, currency"
-_SUMS = ", ".join(f"sum({name})::hugeint as {name}" for name in _MEASURES)
+_STORED_KEY = f"event_minute::timestamp as {_KEY}"  # of the table, whose times have a zone
+SUMS = ", ".join(f"sum({name})::hugeint as {name}" for name in MEASURES)
 _BATCH = "_query_id, _batch_id"
 _PROGRESS = "max(max_received_at)::timestamp as received_at, max(ingested_at)::timestamp as ingested_at"
 
@@ -85,13 +86,8 @@ class LiveFigures:
         """
         if self._connection is None or not self._is_loaded:
             return []
-        cursor = self._connection.cursor()
-        try:
-            cursor.execute(sql, used_parameters(sql, parameters))
-            names = [str(column[0]) for column in cursor.description or []]
-            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
-        finally:
-            cursor.close()
+        with self._connection.cursor() as cursor:
+            return fetch_rows(cursor, sql, parameters)
 
     def _refreshed(self) -> LiveState:
         if not self._lake.exists(BATCH_LEDGER) or not self._lake.exists(MINUTE_METRICS):
@@ -103,8 +99,9 @@ class LiveFigures:
         table_ids = tuple(self._lake.table_id(table) for table in (BATCH_LEDGER, MINUTE_METRICS))
         if self._connection is None:
             self._connection = self._resources.enter_context(self._lake.database(memory=_MEMORY, threads=2))
-        ledger_files = self._new_files(snapshot, self.state.ledger) if table_ids == self._table_ids else None
-        metrics_files = self._new_files(snapshot, self.state.metrics, is_ledger=False) if ledger_files is not None else None
+        is_known = table_ids == self._table_ids
+        ledger_files = self._new_files(snapshot, BATCH_LEDGER, self.state.ledger) if is_known else None
+        metrics_files = self._new_files(snapshot, MINUTE_METRICS, self.state.metrics) if ledger_files is not None else None
         with self._connection.cursor() as cursor:
             cursor.execute("begin")
             if ledger_files is None or metrics_files is None:
@@ -117,9 +114,8 @@ class LiveFigures:
         self._table_ids = table_ids
         return state
 
-    def _new_files(self, snapshot: Snapshot, after: int, *, is_ledger: bool = True) -> list[str] | None:
+    def _new_files(self, snapshot: Snapshot, table: Table, after: int) -> list[str] | None:
         """The data files that commits after a version added; None where the table must be read anew: rows went, or too many."""
-        table = BATCH_LEDGER if is_ledger else MINUTE_METRICS
         until = snapshot.version(table)
         if after < 0 or until < after or until - after > _COMMITS:
             return None
@@ -136,11 +132,11 @@ class LiveFigures:
         cursor.execute(f"create or replace table batches as select distinct {_BATCH} from {ledger}")
         cursor.execute(f"create or replace table progress as select {_PROGRESS} from {ledger}")
         cursor.execute(
-            f"create or replace table pending as select {_BATCH}, {_columns()}, {_SUMS} from {metrics} "
+            f"create or replace table pending as select {_BATCH}, {_STORED_KEY}, {SUMS} from {metrics} "
             f"where event_date >= date '{since}' group by all"
         )
-        cursor.execute(f"create or replace table minutes as select {_KEY}, {', '.join(_MEASURES)} from pending limit 0")
-        self._complete(cursor, since)
+        cursor.execute(f"create or replace table minutes as select {_KEY}, {', '.join(MEASURES)} from pending limit 0")
+        self._complete(cursor)
 
     def _follow(self, cursor: duckdb.DuckDBPyConnection, ledger_files: list[str], metrics_files: list[str]) -> None:
         """Add the rows of new files."""
@@ -153,29 +149,24 @@ class LiveFigures:
             )
         if metrics_files:
             metrics = self._lake.scan_files(MINUTE_METRICS, metrics_files)
-            cursor.execute(f"insert into pending select {_BATCH}, {_columns()}, {_SUMS} from {metrics} group by all")
-        self._complete(cursor, None)
+            cursor.execute(f"insert into pending select {_BATCH}, {_STORED_KEY}, {SUMS} from {metrics} group by all")
+        self._complete(cursor)
 
-    def _complete(self, cursor: duckdb.DuckDBPyConnection, since: date | None) -> None:
+    def _complete(self, cursor: duckdb.DuckDBPyConnection) -> None:
         """Move the increments of complete batches into the figures, and forget the days before the newest ones."""
         complete = f"pending semi join batches using ({_BATCH})"
-        cursor.execute(f"insert into minutes select {_KEY}, {_SUMS} from {complete} group by all")
+        cursor.execute(f"insert into minutes select {_KEY}, {SUMS} from {complete} group by all")
         cursor.execute(f"delete from pending where ({_BATCH}) in (select ({_BATCH}) from batches)")
         [(newest, rows)] = cursor.execute("select max(event_minute)::date, count(*) from minutes").fetchall()
         if newest is not None:
             cursor.execute(f"delete from minutes where event_minute < date '{newest - timedelta(days=DAYS - 1)}'")
         if rows > _FOLD_ROWS:
-            cursor.execute(f"create or replace table minutes as select {_KEY}, {_SUMS} from minutes group by all")
+            cursor.execute(f"create or replace table minutes as select {_KEY}, {SUMS} from minutes group by all")
 
     def _state(self, cursor: duckdb.DuckDBPyConnection, ledger: int, metrics: int) -> LiveState:
         [(received_at, ingested_at)] = cursor.execute("from progress").fetchall()
         days = cursor.execute("select distinct event_minute::date from minutes order by 1").fetchall()
         return LiveState(ledger, metrics, received_at, ingested_at, tuple(day for (day,) in days))
-
-
-def _columns() -> str:
-    """The key as DuckDB keeps it: times without a zone."""
-    return "event_minute::timestamp as event_minute, region, store_id, campaign_id, currency"
 
 
 def utc_now() -> datetime:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import duckdb
 import pyarrow.parquet as pq
 
-from orchestration.console.tables import Row, used_parameters
+from orchestration.console.recent import Recent
+from orchestration.console.tables import Row, fetch_rows
 from orchestration.marts.query import BUILD_COLUMN, open_marts
 from orchestration.marts.render import render
 from spark_jobs.config import Settings
@@ -20,7 +21,6 @@ from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.failure import one_line
 
 Signature = tuple[int, int, int]
-Value = TypeVar("Value")
 
 _COLUMNS = (
     "select column_name, data_type from duckdb_columns() "
@@ -42,8 +42,8 @@ class OpenBuild:
     build_id: str = ""
     built_at: datetime | None = None
     versions: dict[str, int] = field(default_factory=dict)
-    kept: dict[Hashable, Any] = field(default_factory=dict)
-    """What was derived from the build once, for all pages."""
+    derived: Recent[Any] = field(default_factory=lambda: Recent(64))
+    """What pages derive from the build, such as the choices of a filter."""
     readers: int = 0
     is_replaced: bool = False
 
@@ -53,29 +53,18 @@ class OpenBuild:
         cursor.execute("use marts")  # a cursor does not inherit it
         return cursor
 
-    def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """What ``make`` returns, made once for this build. Two threads may both make it."""
-        if key not in self.kept:
-            self.kept[key] = make()
-        found: Value = self.kept[key]
-        return found
-
     def rows(self, sql: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
         """The rows of a statement, as dicts. ``parameters`` are the values of its ``$name``; others than it names are ignored.
 
         Raises AdtallyError where the file lacks what it asks for: another adtally built it.
         """
-        cursor = self.cursor()
         try:
-            cursor.execute(sql, used_parameters(sql, parameters))
-            names = [str(column[0]) for column in cursor.description or []]
-            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+            with self.cursor() as cursor:
+                return fetch_rows(cursor, sql, parameters)
         except (duckdb.CatalogException, duckdb.BinderException) as error:
             raise AdtallyError(
                 f"the published marts are of another adtally: {one_line(error)}", hint="run `adtally marts build`"
             ) from error
-        finally:
-            cursor.close()
 
 
 class PublishedMarts:

@@ -9,6 +9,8 @@ from datetime import UTC, date, datetime
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any, Literal
 
+import duckdb
+
 from orchestration.console.filters import Filters
 from orchestration.marts.parquet import parquet
 from orchestration.marts.query import BUILD_COLUMN
@@ -110,10 +112,12 @@ class DataTable:
         return exported([*names, BUILD_COLUMN, FILTERS_COLUMN], rows, form)
 
 
-def used_parameters(sql: str, parameters: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The values that a statement names as ``$name``, since DuckDB refuses others; None where it names none."""
-    named = set(re.findall(r"\$(\w+)", sql))
-    return {name: value for name, value in (parameters or {}).items() if name in named} or None
+def fetch_rows(cursor: duckdb.DuckDBPyConnection, sql: str, parameters: Mapping[str, Any] | None) -> list[Row]:
+    """The rows of a statement. ``parameters`` are the values of its ``$name``; those that it does not name are left out."""
+    named = set(re.findall(r"\$(\w+)", sql))  # DuckDB refuses other values
+    cursor.execute(sql, {name: value for name, value in (parameters or {}).items() if name in named} or None)
+    names = [str(column[0]) for column in cursor.description or []]
+    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
 
 def exported(columns: Sequence[str], rows: Sequence[Sequence[Any]], form: str) -> bytes:

@@ -15,6 +15,7 @@ from orchestration.console.live import LiveFigures, LiveState
 from orchestration.console.marts import OpenBuild
 from orchestration.console.tables import DataTable, Row
 from spark_jobs.config import Settings
+from spark_jobs.operate.watermark import Closing, read_closing
 
 DAY = timedelta(days=1)
 
@@ -90,6 +91,11 @@ class View:
         return self.url(f"/campaigns/{quote(campaign, safe='')}", campaign="", search="", sort="", rows="")
 
     @cached_property
+    def closing(self) -> Closing:
+        """Which hours are closed, read from the ledger once for all parts of a page."""
+        return read_closing(self.settings)
+
+    @cached_property
     def days(self) -> tuple[date, date]:
         """The first and the last day that the marts or the live figures have; today where they have none."""
         [found] = self.rows("select min(event_date) as first, max(event_date) as last from fct_campaign_day")
@@ -131,7 +137,8 @@ class View:
     @property
     def choices(self) -> dict[str, list[tuple[str, str]]]:
         """What the filters offer: value and label, by filter."""
-        return self.marts.once(("choices", self.filters.advertiser), self._choices)
+        found: dict[str, list[tuple[str, str]]] = self.marts.derived.get(("choices", self.filters.advertiser), self._choices)
+        return found
 
     def _choices(self) -> dict[str, list[tuple[str, str]]]:
         stores = self.rows("select store_id, store_name from dim_store order by store_id")
@@ -153,7 +160,10 @@ class View:
     def names(self, kind: str) -> dict[str, str]:
         """Id -> name, of ``store``, ``campaign`` or ``ad``, where a name is known."""
         sql = f"select {kind}_id as id, any_value({kind}_name) as name from dim_{kind} group by 1"
-        return self.marts.once(("names", kind), lambda: {row["id"]: row["name"] for row in self.rows(sql) if row["name"]})
+        found: dict[str, str] = self.marts.derived.get(
+            ("names", kind), lambda: {row["id"]: row["name"] for row in self.rows(sql) if row["name"]}
+        )
+        return found
 
     def add_names(self, rows: list[Row], kind: str = "campaign", column: str = "campaign") -> list[Row]:
         """Add a column with the name of each row's campaign, store or ad, or its id where no name is known; return the rows."""

@@ -6,8 +6,9 @@ from datetime import UTC
 from typing import Any
 from urllib.parse import quote
 
-from orchestration.console.pages.campaigns import SUMS, add_rates, figures_of, pacing_of
-from orchestration.console.pages.today import bucket_minutes, curves, why_campaign
+from orchestration.console.live import SUMS
+from orchestration.console.pages.campaigns import add_rates, figures_of, pacing_of
+from orchestration.console.pages.today import bucket_minutes, bucket_name, curves, why_campaign
 from orchestration.console.tables import Column, DataTable, Row, units_of_micros, units_of_nanos
 from orchestration.console.view import Page, View
 from spark_jobs.errors import UsageError
@@ -26,7 +27,7 @@ def build(view: View) -> dict[str, Any]:
         "known": known,
         "money": _money(view),
         "curves": curves(view, minutes),
-        "bucket": "a day" if minutes == 1440 else "an hour" if minutes == 60 else f"per {minutes} minutes",
+        "bucket": bucket_name(minutes),
         "pacing": _pacing(view),
     }
 

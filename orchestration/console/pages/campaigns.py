@@ -7,24 +7,16 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from orchestration.console.pages.today import why_campaign
+from orchestration.console.live import SUMS
+from orchestration.console.pages.today import MINUTE_COLUMNS, why_campaign
 from orchestration.console.tables import Column, DataTable, Row, units_of_micros, units_of_nanos
 from orchestration.console.view import Page, View
 
-MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos", "invalid_spend_nanos")
-SUMS = ", ".join(f"sum({name})::{'hugeint' if name.endswith('_nanos') else 'bigint'} as {name}" for name in MEASURES)
 _OF_PACING = ("budget", "paced_share", "projected", "alert")
 
 _MONEY_OF_PACING = {"budget": "daily_budget_micros", "spent": "spent_micros", "expected": "expected_micros"} | {
     "projected": "projected_micros",
     "overspend": "overspend_micros",
-}
-_DIMENSIONS = {
-    "day": "event_minute",
-    "advertiser": "store_id",
-    "campaign": "campaign_id",
-    "region": "region",
-    "currency": "currency",
 }
 _DAY_MINUTES = 1440
 
@@ -36,11 +28,10 @@ def build(view: View) -> dict[str, Any]:
 
 def campaigns(view: View) -> DataTable:
     """Every campaign with traffic in the page's days, the one with most events first."""
-    rows, names, revenue = _figures(view), view.names("campaign"), _revenue(view)
+    rows, revenue = view.add_names(_figures(view)), _revenue(view)
     for row in rows:
         currency, earned = row["currency"], revenue.get((row["campaign_id"], row["currency"]))
         add_rates(row)
-        row["campaign"] = names.get(row["campaign_id"], row["campaign_id"])
         row["id_below"] = row["campaign_id"] if row["campaign"] != row["campaign_id"] else None
         row["revenue"] = units_of_micros(earned, currency)
         row["roas"] = earned * 1000 / row["spend_nanos"] if earned is not None and row["spend_nanos"] else None
@@ -128,7 +119,7 @@ def _figures(view: View) -> list[Row]:
     select = f"select campaign_id, store_id, currency, {SUMS} from"
     last = "group by campaign_id, store_id, currency order by sum(impressions + clicks) desc, campaign_id, currency"
     if view.is_live or view.filters.region:
-        return view.minute_rows(f"{select} minutes where {view.where(**_DIMENSIONS)} {last}")
+        return view.minute_rows(f"{select} minutes where {view.where(**MINUTE_COLUMNS)} {last}")
     tests = view.where(day="event_date", advertiser="store_id", campaign="campaign_id", currency="currency")
     return view.rows(f"{select} fct_campaign_day where {tests} {last}")
 
@@ -176,7 +167,7 @@ def _curves_of(view: View) -> Callable[[Sequence[Row]], dict[tuple[str, str], li
         bucket = f"time_bucket(interval ({minutes}) minute, event_minute)"
         found = view.minute_rows(
             f"select campaign_id, currency, {bucket} as since, sum(spend_nanos)::hugeint as nanos from minutes "
-            f"where {view.where(**_DIMENSIONS)} and list_contains($wanted, campaign_id) group by all",
+            f"where {view.where(**MINUTE_COLUMNS)} and list_contains($wanted, campaign_id) group by all",
             wanted=wanted,
         )
         steps = _steps(view, minutes, max((row["since"] for row in found), default=None))

@@ -7,16 +7,15 @@ are those of batches, and of correction runs, that the tables did not have at th
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from threading import Lock
 from typing import Any
 
 import duckdb
 
+from orchestration.console.recent import Recent
 from orchestration.console.tables import Column, DataTable, Row, units_of_nanos
 from orchestration.console.view import Page, View
 from spark_jobs.errors import UsageError
@@ -91,7 +90,7 @@ def _version_at(view: View, lake: Lake, table: Table, since: datetime) -> int | 
 
 @dataclass(frozen=True)
 class _Known:
-    """What tells which ids a table had then: its version where that is known, and a time in its rows.
+    """How to find the ids that a table had then: by its version if that is known, else by a time in its rows.
 
     ``pinned`` is its version in the build that is open.
     """
@@ -103,7 +102,7 @@ class _Known:
     pinned: int | None
 
     def keep(self, lake: Lake, connection: duckdb.DuckDBPyConnection, name: str, since: datetime) -> None:
-        """Put the ids into a table. Rows of a version that was vacuumed are told by the time in them instead."""
+        """Write the ids into a table. If the version was vacuumed, choose the rows by the time in them."""
         now = lake.scan(self.table, self.pinned)
         if self.version == -1:
             connection.execute(f"create temp table {name} as select {self.columns} from {now} limit 0")
@@ -197,29 +196,15 @@ def _totals(view: View, found: list[Row]) -> list[Row]:
     return now
 
 
-class _Found:
-    """The comparisons that were asked for last: a page and its export ask for the same."""
-
-    def __init__(self) -> None:
-        self._found: OrderedDict[tuple[object, ...], Changes] = OrderedDict()
-        self._lock = Lock()
-
-    def get(self, view: View) -> Changes:
-        """The changes since the build that the address names."""
-        build_id = _asked(view)
-        key = (view.settings.marts_path, view.marts.signature, build_id, view.filters)
-        with self._lock:
-            if key in self._found:
-                return self._found[key]
-        made = find_changes(view, build_id)
-        with self._lock:
-            self._found[key] = made
-            while len(self._found) > _KEPT:
-                self._found.popitem(last=False)
-        return made
+_FOUND = Recent[Changes](_KEPT)
+"""A page and its export ask for the same."""
 
 
-_FOUND = _Found()
+def _found(view: View) -> Changes:
+    """The changes since the build that the address names."""
+    build_id = _asked(view)
+    key = (view.settings.marts_path, view.marts.signature, build_id, view.filters)
+    return _FOUND.get(key, lambda: find_changes(view, build_id))
 
 
 def _asked(view: View) -> str:
@@ -229,13 +214,13 @@ def _asked(view: View) -> str:
 
 def build(view: View) -> dict[str, Any]:
     """The page: a form where no build is named."""
-    found = _FOUND.get(view) if _asked(view) else None
+    found = _found(view) if _asked(view) else None
     return {"asked": _asked(view), "changes": found, "most_rows": MOST_ROWS}
 
 
 def changes(view: View) -> DataTable:
     """What changed, by day, campaign, currency and cause, the newest day first."""
-    rows = _FOUND.get(view).rows if _asked(view) else []
+    rows = _found(view).rows if _asked(view) else []
     shown = view.add_names([dict(row) for row in rows])
     return DataTable(
         "differences",

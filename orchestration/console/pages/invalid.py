@@ -44,8 +44,7 @@ def by_rule(view: View) -> DataTable:
 
 def by_campaign(view: View) -> DataTable:
     """Gross, invalid and net by campaign."""
-    rows = _measured(view, "campaign_id, store_id,")
-    view.add_names(rows)
+    rows = view.add_names(_measured(view, "campaign_id, store_id,"))
     first = (
         Column("campaign", "campaign", link=lambda row: view.campaign_url(row["campaign_id"])),
         Column("campaign_id", "id", "id"),
@@ -94,7 +93,7 @@ def _measured(view: View, grain: str) -> list[Row]:
 
 
 def _table(name: str, title: str, first: tuple[Column, ...], rows: list[Row], *, is_rule: bool = False) -> DataTable:
-    """A table of gross, invalid and net. A rule has no net of its own: what it did not mark is not its."""
+    """A table of gross, invalid and net. The table of rules has no net: a rule says nothing of the events that it did not mark."""
     invalid = (
         Column("invalid_impressions", "invalid impressions", "count"),
         Column("invalid_clicks", "invalid clicks", "count"),

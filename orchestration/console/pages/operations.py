@@ -13,7 +13,7 @@ from spark_jobs.failure import one_line
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import TABLES
 from spark_jobs.operate.health import SIGNALS, read_signal
-from spark_jobs.operate.watermark import Closing, read_closing
+from spark_jobs.operate.watermark import Closing
 from spark_jobs.units import HOUR
 
 _RUNS = "{ runsOrError(limit: 25) { __typename ... on Runs { results { runId jobName status startTime endTime } } } }"
@@ -23,7 +23,7 @@ _HOURS = 24
 
 def build(view: View) -> dict[str, Any]:
     """The closing of hours, the signals, and the runs."""
-    closing = read_closing(view.settings)
+    closing = view.closing
     runs, problem = _runs(view)
     return {
         "closing": closing,
@@ -36,7 +36,7 @@ def build(view: View) -> dict[str, Any]:
 
 def sources(view: View) -> DataTable:
     """The progress of each source, and whether it holds hours open."""
-    closing = read_closing(view.settings)
+    closing = view.closing
     held = _holds_open(closing)
     rows: list[Row] = []
     for each in closing.sources:
@@ -57,8 +57,8 @@ def sources(view: View) -> DataTable:
 
 
 def hours(view: View) -> DataTable:
-    """The newest hours with data: closed, or open and held open by which sources."""
-    closing = read_closing(view.settings)
+    """The newest hours with data, whether each is closed, and which sources an open hour waits for."""
+    closing = view.closing
     found = view.rows(
         "select event_hour, sum(accepted)::bigint as accepted, sum(offered)::bigint as offered from fct_event_accounting "
         f"where event_hour is not null and accepted > 0 group by event_hour order by event_hour desc limit {_HOURS}"

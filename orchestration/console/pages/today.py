@@ -5,19 +5,19 @@ from __future__ import annotations
 from datetime import datetime, time, timedelta
 from typing import Any
 
+from orchestration.console.live import MEASURES, SUMS
 from orchestration.console.pages.accounting import law_by_region
 from orchestration.console.tables import Column, DataTable, Row, units_of_nanos
 from orchestration.console.view import Page, View
 
-_MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos", "invalid_spend_nanos")
-_SUMS = ", ".join(f"sum({name})::hugeint as {name}" for name in _MEASURES)
-_DIMENSIONS = {
+MINUTE_COLUMNS = {
     "day": "event_minute",
     "advertiser": "store_id",
     "campaign": "campaign_id",
     "region": "region",
     "currency": "currency",
 }
+"""Filter -> the column of table ``minutes`` that it chooses by."""
 _BUCKETS = ((1, 5), (4, 15), (15, 60))
 """Up to so many days: so many minutes a point of the curve. Beyond: a day."""
 _LAST_MINUTES = 15
@@ -26,14 +26,14 @@ TOP = 10
 
 def build(view: View) -> dict[str, Any]:
     """The figures of the page."""
-    minutes = bucket_minutes(view)
+    minutes, until = bucket_minutes(view), _until(view)
     return {
-        "money": _money(view),
+        "money": _money(view, until),
         "delivery": _delivery(view),
         "curves": curves(view, minutes),
-        "bucket": "a day" if minutes == 1440 else "an hour" if minutes == 60 else f"per {minutes} minutes",
+        "bucket": bucket_name(minutes),
         "law": law_by_region(view),
-        "until": _until(view),
+        "until": until,
     }
 
 
@@ -43,13 +43,18 @@ def bucket_minutes(view: View) -> int:
     return next((minutes for most, minutes in _BUCKETS if days <= most), 1440)
 
 
+def bucket_name(minutes: int) -> str:
+    """How a person calls a point of a curve."""
+    return {1440: "a day", 60: "an hour"}.get(minutes, f"per {minutes} minutes")
+
+
 def curves(view: View, minutes: int) -> list[dict[str, Any]]:
     """Net spend in steps of ``minutes``, a curve for each currency: ``times`` in seconds since 1970, ``series`` for a chart."""
     bucket = f"time_bucket(interval ({minutes}) minute, event_minute)"
     found = view.minute_rows(
         f"""
         select currency, epoch({bucket})::bigint as since, sum(spend_nanos)::hugeint as nanos
-        from minutes where {view.where(**_DIMENSIONS)} group by all order by since
+        from minutes where {view.where(**MINUTE_COLUMNS)} group by all order by since
         """
     )
     if not found:
@@ -72,12 +77,12 @@ def _until(view: View) -> datetime | None:
     return newest
 
 
-def _money(view: View) -> list[Row]:
+def _money(view: View, newest: datetime | None) -> list[Row]:
     """Per currency the net and invalid spend, the net spend of the days before up to the same time, and of a recent minute."""
-    by_currency = f"select currency, {_SUMS} from minutes where {view.where(**_DIMENSIONS)}"
+    by_currency = f"select currency, {SUMS} from minutes where {view.where(**MINUTE_COLUMNS)}"
     now = view.minute_rows(f"{by_currency} group by currency order by sum(impressions + clicks) desc, currency")
     length = (view.last - view.first) + timedelta(days=1)
-    until = _until(view) or datetime.combine(view.last, time.max)
+    until = newest or datetime.combine(view.last, time.max)
     before = {
         row["currency"]: row["spend_nanos"]
         for row in view.minute_rows(
@@ -105,8 +110,8 @@ def _money(view: View) -> list[Row]:
 
 def _delivery(view: View) -> Row:
     [row] = view.minute_rows(
-        f"select {', '.join(f'coalesce(sum({name}), 0)::hugeint as {name}' for name in _MEASURES[:4])} from minutes "
-        f"where {view.where(**_DIMENSIONS)}"
+        f"select {', '.join(f'coalesce(sum({name}), 0)::hugeint as {name}' for name in MEASURES[:4])} from minutes "
+        f"where {view.where(**MINUTE_COLUMNS)}"
     )
     return row | {"ctr": row["clicks"] / row["impressions"] if row["impressions"] else None}
 
@@ -115,7 +120,7 @@ def campaigns(view: View) -> DataTable:
     """The campaigns with most net spend in each currency."""
     rows = view.minute_rows(
         f"""
-        select campaign_id, store_id, currency, {_SUMS} from minutes where {view.where(**_DIMENSIONS)}
+        select campaign_id, store_id, currency, {SUMS} from minutes where {view.where(**MINUTE_COLUMNS)}
         group by campaign_id, store_id, currency
         qualify row_number() over (partition by currency order by sum(spend_nanos) desc, campaign_id) <= {TOP}
         order by currency, sum(spend_nanos) desc, campaign_id

@@ -7,16 +7,16 @@ person opens it.
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import date, datetime
 from decimal import Decimal
-from threading import Lock
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from orchestration.console.filters import URL_NAMES
 from orchestration.console.marts import OpenBuild
+from orchestration.console.recent import Recent
 from orchestration.console.tables import Row, money, units_of_micros, units_of_nanos
 from orchestration.console.view import Page, View
 from orchestration.explain import Node, explain_batch_events, explain_billing_line, explain_campaign_day, explain_credit
@@ -27,7 +27,6 @@ from spark_jobs.errors import AdtallyError, UsageError
 PARTS_SHOWN = 100
 _TREES_KEPT = 32
 _BUILD = "mart build"
-_NAMES = {"first": "from", "last": "to"}
 _SUMS = ", ".join(f"sum({name})::hugeint as {name}" for name in MEASURES)
 _PLAIN_NUMBERS = re.compile(r".*(_line|offset|version|revision|posting|batch_id)")
 
@@ -70,7 +69,7 @@ class Question:
     def parameters(self) -> dict[str, str]:
         """The question as parameters of an address."""
         values = {each.name: getattr(self, each.name) for each in fields(self) if getattr(self, each.name) != each.default}
-        return {_NAMES.get(name, name): str(value) for name, value in values.items() if name != "kind"}
+        return {URL_NAMES.get(name, name): str(value) for name, value in values.items() if name != "kind"}
 
     @property
     def url(self) -> str:
@@ -95,29 +94,13 @@ class Step(Node):
 # --- the trees
 
 
-class _Trees:
-    """The trees that were asked for last, by build and question."""
-
-    def __init__(self) -> None:
-        self._trees: OrderedDict[tuple[object, ...], Node] = OrderedDict()
-        self._lock = Lock()
-
-    def get(self, view: View, question: Question) -> Node:
-        """The tree of a question. Raises AdtallyError where there is no such number."""
-        key = (view.settings.marts_path, view.marts.signature, question)
-        with self._lock:
-            if key in self._trees:
-                self._trees.move_to_end(key)
-                return self._trees[key]
-        made = _MAKERS[question.kind](view.settings, view.marts, question)
-        with self._lock:
-            self._trees[key] = made
-            while len(self._trees) > _TREES_KEPT:
-                self._trees.popitem(last=False)
-        return made
+_TREES = Recent[Node](_TREES_KEPT)
 
 
-_TREES = _Trees()
+def _tree(view: View, question: Question) -> Node:
+    """Return the tree of a question. Raises AdtallyError where there is no such number."""
+    key = (view.settings.marts_path, view.marts.signature, question)
+    return _TREES.get(key, lambda: _MAKERS[question.kind](view.settings, view.marts, question))
 
 
 def _rows(marts: OpenBuild, question: Question, sql: str) -> list[Row]:
@@ -328,7 +311,7 @@ def build(view: View) -> dict[str, Any]:
     )
     if question.kind == "events":
         raise UsageError("events are shown below their batch", hint="ask /why/day")
-    root = _TREES.get(view, question)
+    root = _tree(view, question)
     build_node = next((part for part in root.parts if part.what == _BUILD), None)
     currency = _currency(root, (), question)
     return {
@@ -355,13 +338,13 @@ def parts(view: View) -> Parts:
     """The parts that an address asks for. Raises UsageError where the tree has no such node."""
     question = Question.of(view.arguments.get("kind", ""), view)
     at, start = _path(view.arguments.get("at", "")), _number(view, "from_part")
-    root = _TREES.get(view, question)
+    root = _tree(view, question)
     node = _find(root, at)
     if not isinstance(node, Step) or node.leads_to is None:
         return _parts_of(question, node, at, start, _currency(root, at, question))
     if node.leads_to.kind == "events":
         return _events_of(view, question, node, at, start)
-    below = _TREES.get(view, node.leads_to)
+    below = _tree(view, node.leads_to)
     found = _parts_of(node.leads_to, below, (), start, _currency(below, (), node.leads_to))
     if start:
         return found
@@ -372,7 +355,7 @@ def parts(view: View) -> Parts:
 def _events_of(view: View, question: Question, node: Step, at: tuple[int, ...], start: int) -> Parts:
     """A page of a batch's events."""
     assert node.leads_to is not None
-    found = [part for part in _TREES.get(view, replace(node.leads_to, start=start)).parts if part.what != _BUILD]
+    found = [part for part in _tree(view, replace(node.leads_to, start=start)).parts if part.what != _BUILD]
     count, shown = node.facts["events"], start + len(found)
     more = question.part_url(at, shown) if found and shown < count else None
     return Parts([_level(event, node.leads_to.currency) for event in found], count, shown, more)

@@ -11,6 +11,7 @@ from asgi import Client
 
 from orchestration.console.app import create_app
 from orchestration.console.pages import changes
+from orchestration.console.recent import Recent
 from tests.orchestration.console.twice_built import HOSTILE, TwiceBuilt
 
 pytestmark = pytest.mark.homes
@@ -41,7 +42,7 @@ def test_the_changes_are_the_new_figures_less_the_old_ones(
 ) -> None:
     if known_by == "times":
         monkeypatch.setattr(changes, "_version_at", lambda *given: None)
-    monkeypatch.setattr(changes, "_FOUND", changes._Found())
+    monkeypatch.setattr(changes, "_FOUND", Recent(8))
     client = Client(create_app(twice_built.settings))
     rows = listed(client, twice_built.old_build)
     found: dict[tuple[Any, ...], list[int]] = {}

@@ -17,6 +17,7 @@ from asgi import Answer, Client, Element
 from orchestration.console.app import create_app
 from orchestration.console.marts import OpenBuild
 from orchestration.console.pages import why
+from orchestration.console.recent import Recent
 from orchestration.explain import Node
 from spark_jobs.config import Settings, load_settings
 from tests.orchestration.console.twice_built import HOSTILE, TwiceBuilt
@@ -113,7 +114,7 @@ def test_a_line_of_the_ledger(client: Client, twice_built: TwiceBuilt) -> None:
 
 def test_long_lists_come_in_pages(twice_built: TwiceBuilt, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(why, "PARTS_SHOWN", 3)
-    monkeypatch.setattr(why, "_TREES", why._Trees())
+    monkeypatch.setattr(why, "_TREES", Recent(8))
     client = Client(create_app(twice_built.settings))
     page = client.get("/why/total?currency=EUR&from=2025-06-03&to=2025-06-03")
     seen: list[str] = []
