@@ -33,7 +33,7 @@ class Verdict:
 
 
 def evaluations(check: dg.AssetCheckSpec, verdicts: Iterable[Verdict]) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
-    """Yield one evaluation for each verdict's partition, and the output that tells Dagster that the check has run.
+    """Yield one evaluation for each verdict's partition, and the output by which Dagster knows that the check has run.
 
     An AssetCheckResult would count for the whole run, which can have many hours.
     """

@@ -126,7 +126,7 @@ class BudgetService:
         )
 
     def _topic_id(self) -> str:
-        """Return the topic's id, which changes if the topic is deleted and made anew."""
+        """Return the topic's id, which changes if the topic is deleted and created again."""
         admin = AdminClient(self._client)  # keep a reference: a deleted client gives no answer
         futures = admin.describe_topics(TopicCollection([self.topic]), request_timeout=_ANSWER_SECONDS)
         try:

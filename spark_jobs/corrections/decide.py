@@ -173,7 +173,7 @@ def _rejects(recount: Recount, run: Run) -> TableChange:
             own = row.get("fingerprint"), row.get("accepted_fingerprint")  # only a recount of orders has them
             fingerprint, accepted = fingerprints.get((o, row["line"]), own)
             added = raws[row["line"]] | {"fingerprint": fingerprint, "accepted_fingerprint": accepted}
-            if row["records"] is not None:  # the row stands for several records
+            if row["records"] is not None:  # the row counts several records
                 added |= dict.fromkeys((*(added.keys() - {"reason_codes"}), "record_id"))
             made.append(_reject_row(row, run) | added)
     return TableChange(table, _found_rows(recount, "rejects_over", table), pa.Table.from_pylist(made, table.schema))

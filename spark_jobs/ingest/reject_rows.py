@@ -126,7 +126,7 @@ def share_rejects(names: Sequence[str], splits: Sequence[RejectCounts], kept: in
 def conflict_records(
     names: npt.NDArray[np.int64], hours: npt.NDArray[np.int64], kept: int | None
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """Return which of a batch's conflicts get a row, and how many records the row stands for (0: only its own).
+    """Return which of a batch's conflicts get a row, and how many records the row counts (0: only its own).
 
     ``names`` (a number for each file or partition) and ``hours`` are those of the conflicts.
     """

@@ -66,7 +66,7 @@ def commit_properties(
 def committing(
     uri: str, held: DeltaTable, step: Step, batch_id: int = 0, *, files: Sequence[DataFile] | None = None
 ) -> Iterator[None]:
-    """Make the commit of the block durable. The block commits to the table at ``uri`` through delta-rs, based on ``held``.
+    """Make the commit of the block durable. The block commits through delta-rs to the table at ``uri``, on the version of ``held``.
 
     ``files`` are the data files of the commit, written and synced by DataFileWriter. None: delta-rs writes the files itself.
     """

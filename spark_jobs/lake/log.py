@@ -139,7 +139,7 @@ def _newest(entries: list[fs.FileInfo]) -> int | None:
 
 
 def commit_identity(commit: Commit | None) -> str:
-    """Return a hash that tells a commit from another of the same version, by its data files' names. Empty for None."""
+    """Return a hash of a commit's data file names, which differs between two commits of one version. Empty for None."""
     if commit is None:
         return ""
     paths = [action["path"] for action in (*commit.added, *commit.removed)]
@@ -175,7 +175,7 @@ class DeltaLog:
         return newest
 
     def table_id(self) -> str:
-        """Return the table's id, which tells it from another of the same name; from its first commit, or a checkpoint."""
+        """Return the table's id, which differs between two tables of one name, from its first commit or a checkpoint."""
         first = self.commit(0)
         return first.table_id if first and first.table_id else str(DeltaTable(self.uri).metadata().id)
 
