@@ -35,13 +35,13 @@ demo: setup ## Set up, run the main job on the samples and simulated traffic, co
 
 .PHONY: test
 test: setup lint ## Set up, lint, and run the tests (without the long ones below)
-	@$(RUN) pytest -n $(WORKERS) --dist loadfile -m "not homes and not crash and not services and not soak and not e2e" $(PYTEST_ARGS)
+	@$(RUN) pytest -n $(WORKERS) --max-worker-restart 0 --dist loadfile -m "not homes and not crash and not services and not soak and not e2e" $(PYTEST_ARGS)
 
 # Where Chromium cannot be installed, this says so, and the tests of pages are skipped.
 GET_CHROMIUM := $(RUN) python scripts/setup_browser.py
 
 # What takes minutes a test comes first, so that no process is left with a long one at the end (tests/conftest.py).
-LONG := $(RUN) pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+LONG := $(RUN) pytest -n $(WORKERS) --max-worker-restart 0 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: test-homes
 test-homes: setup ## Set up and break and repair whole homes: reviews, recounts, backfills, marts
@@ -86,6 +86,20 @@ format: setup ## Format Python and SQL, and apply the safe fixes
 bench: setup ## Measure the ingest against its contestants (see benchmarks/README.md)
 	@$(RUN) adtally bench ingest
 
+# Each writes a file with its revision into benchmarks/results. Nothing else should run for the hours that it takes.
+BENCHMARK := $(RUN) python -m benchmarks
+
+.PHONY: bench-all
+bench-all: setup ## Measure everything anew on a quiet machine, at one revision: hours, and 40 GB of disk
+	@git diff --quiet HEAD -- || { echo "adtally: error: commit first: each result names its revision" >&2; exit 2; }
+	@$(BENCHMARK).run ingest
+	@$(BENCHMARK).run ingest --events 40000000
+	@for scenario in freshness history batch10 memory; do $(BENCHMARK).run ingest --scenario $$scenario; done
+	@$(BENCHMARK).recount
+	@$(BENCHMARK).quality
+	@$(BENCHMARK).attribution
+	@$(BENCHMARK).compaction
+
 .PHONY: audit
 audit: setup ## Look for known vulnerabilities of all packages, jars and browser code; fails where it cannot (needs a network)
 	@$(RUN) python scripts/audit.py
@@ -97,19 +111,18 @@ sbom: setup ## Build the bill of materials of packages, jars and browser code (C
 
 .PHONY: setup
 setup: $(filter-out uv,$(UV)) $(STAMP) ## Environment, Java, jars, DuckDB extension: what the other targets do by themselves
+	@.venv/bin/python -m compileall -qq $(OWN_CODE)
 	@$(RUN) python scripts/setup_machine.py
 
 .PHONY: browser
 browser: setup ## Chromium, with which tests open pages: what test-e2e and test-long do by themselves
 	@$(GET_CHROMIUM)
 
-# The stamp's name holds the hash of the lock: another lock, another stamp, so nothing is done twice. All code is compiled here,
-# once: where PYTHONDONTWRITEBYTECODE is set, every start of a command would compile it again. What is edited later is compiled
-# by Python itself, as ever.
+# The stamp's name holds the hash of the lock: another lock, another stamp, so nothing is done twice. The packages are compiled here,
+# once, and our own code by each `make setup`: where PYTHONDONTWRITEBYTECODE is set, every start of a command would compile it again.
 $(STAMP): | $(filter-out uv,$(UV))
 	@echo "adtally: making the locked environment in .venv"
 	@$(UV) sync --frozen --quiet --compile-bytecode
-	@.venv/bin/python -m compileall -qq -j 0 $(OWN_CODE)
 	@rm -f .venv/.synced-* .venv/.compiled-* && touch $@
 
 .uv-bootstrap/bin/uv:

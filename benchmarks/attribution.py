@@ -25,11 +25,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import BenchmarkError, machine, note, verdict, write_result
+from benchmarks.measure import BenchmarkError, machine, note, only_one, verdict, write_result
 from benchmarks.run import common_options
 from spark_jobs.attribution.job import AttributionReport, attribute
 from spark_jobs.config import Settings, load_settings
@@ -79,7 +78,7 @@ class Bench:
     def run(self) -> dict[str, Any]:
         """All steps; their figures."""
         args = self.args
-        near = min(self.clicks, 5 * args.orders)
+        near = min(self.clicks, args.touches * args.orders)
         owners = np.minimum(self.generator.zipf(1.6, near) - 1 + self.generator.integers(0, args.orders, near), args.orders - 1)
         spread = self.generator.integers(0, 30 * DAY_US - 2 * HOUR_US, near)
         late = self.generator.random(near) < 0.02
@@ -232,6 +231,7 @@ def parser() -> argparse.ArgumentParser:
         prog="benchmarks.attribution", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--orders", type=int, default=100_000)
+    made.add_argument("--touches", type=int, default=5, help="clicks before an order, on average")
     made.add_argument("--batches", type=int, default=10, help="in which the orders come")
     made.add_argument("--histories", type=int, nargs="+", default=[500_000, 2_000_000, 8_000_000], metavar="CLICKS")
     made.add_argument("--measured", type=int, help="the history that the target is held to; default: 2,000,000 or the last")
@@ -247,11 +247,8 @@ def main(argv: list[str] | None = None) -> int:
     work.mkdir(parents=True, exist_ok=True)
     host = machine()
     try:
-        with FileLock(work / "lock", timeout=0):
+        with only_one(work):
             summary = [Bench(args, clicks).run() for clicks in args.histories]
-    except Timeout:
-        print(f"benchmark: another one is running in {work}", file=sys.stderr)
-        return 1
     except BenchmarkError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contestants import REPOSITORY, Job, adtally_environment
-from benchmarks.freshness import IncrementReader, LandingWriter, continuous_ingest
+from benchmarks.followers import IncrementReader
+from benchmarks.freshness import LandingWriter, continuous_ingest
 from benchmarks.measure import BenchmarkError, TreeSampler, end_tree, note, quantiles, tail
 
 SETTLE_SECONDS = 5.0
@@ -94,7 +95,7 @@ def watch_console(address: str, load: Load, log: Path) -> dict[str, Any]:
 def run_console(job: Job, load: Load) -> dict[str, Any]:
     """Feed an ingest, build the marts, and measure with viewers and without; return the figures."""
     writer = LandingWriter(job.landing, job.home / "staging", load.lines, load.rate, load.seed)
-    reader = IncrementReader(job.home / "lakehouse" / "minute_metrics", load.lines)
+    reader = IncrementReader(job.home / "lakehouse", load.lines)
     ended = threading.Event()
     feed = threading.Thread(target=writer.run, args=(float("inf"), ended), daemon=True)
     phases: list[tuple[str, float, float]] = []

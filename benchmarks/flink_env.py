@@ -1,4 +1,4 @@
-"""PyFlink's own environment, made once under the work folder: it cannot share one with Spark.
+"""PyFlink's own environment (`environments`).
 
 The package brings Flink itself and the JSON format. Two things it lacks: the Parquet format, a jar resolved with
 Spark's resolver and checked against its SHA-256; and Hadoop's classes, which that format needs and PySpark ships.
@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.environments import environment, run_command
 from benchmarks.measure import BenchmarkError
 
 FLINK = "2.3.0"
@@ -31,19 +31,8 @@ builder.getOrCreate().stop()
 
 
 def flink_python(work: Path) -> Path:
-    """The interpreter of the Flink environment; installs it when it is not there. Needs the network the first time."""
-    venv = work / "flink-venv"
-    python = venv / "bin" / "python"
-    if (venv / ".complete").exists():
-        return python
-    if shutil.which("uv"):
-        _run(["uv", "venv", "--clear", "--python", "3.11", str(venv)])
-        _run(["uv", "pip", "install", "-p", str(python), f"apache-flink=={FLINK}"])
-    else:
-        _run([sys.executable, "-m", "venv", "--clear", str(venv)])
-        _run([str(python), "-m", "pip", "install", "-q", f"apache-flink=={FLINK}"])
-    (venv / ".complete").touch()
-    return python
+    """Return the interpreter of the Flink environment. Needs the network the first time."""
+    return environment(work / "flink-venv", [f"apache-flink=={FLINK}"])
 
 
 def parquet_jar(work: Path) -> Path:
@@ -51,7 +40,7 @@ def parquet_jar(work: Path) -> Path:
     jar = work / f"flink-sql-parquet-{FLINK}.jar"
     if not jar.exists():
         ivy = work / "ivy"
-        _run([sys.executable, "-c", _RESOLVE, PARQUET_COORDINATES, str(ivy)])
+        run_command([sys.executable, "-c", _RESOLVE, PARQUET_COORDINATES, str(ivy)])
         shutil.copyfile(ivy / "jars" / f"org.apache.flink_flink-sql-parquet-{FLINK}.jar", jar)
     found = hashlib.sha256(jar.read_bytes()).hexdigest()
     if found != PARQUET_SHA256:
@@ -74,9 +63,3 @@ def flink_environment(work: Path) -> dict[str, str]:
         "JVM_ARGS": f"-Xmx{HEAP}",
         "FLINK_LOG_DIR": str(work / "logs"),
     }
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BenchmarkError(f"{' '.join(command)[:200]} failed:\n{(done.stdout + done.stderr)[-1500:]}")

@@ -1,12 +1,11 @@
 """Freshness in continuous mode: from the rename of a landing file to its increments readable in `minute_metrics`.
 
     python -m benchmarks.run ingest --scenario freshness              that
+    python -m benchmarks.freshness --from files --to marts            and on to the marts, built as `adtally up` does
     python -m benchmarks.freshness --from kafka --to pinot            from a topic to Delta and Pinot, at 1,000 and 5,000 events/s
-    python -m benchmarks.freshness --from kafka --to marts            and on to the marts, built without a pause
+    python -m benchmarks.freshness --from kafka --to marts            and on to the marts
 
-Every file has a `placement` of its own. Placement is a dimension of the increments, so a file is readable at the moment
-when the increments read with its placement add up to its lines; nothing else has to be trusted for that.
-The reader follows the Delta log and reads the data files that each version adds, every tenth of a second.
+followers.py says when a file is readable, and when it is in the marts.
 """
 
 from __future__ import annotations
@@ -19,25 +18,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from rich.console import Console
 
-from benchmarks import delta_log
-from benchmarks.contestants import Job, adtally_command, adtally_environment
+from benchmarks.contestants import Job, adtally_command, adtally_environment, event_batches
+from benchmarks.followers import POLL_SECONDS, IncrementReader, MartFollower
 from benchmarks.make_input import REGIONS, World, uuid_text
-from benchmarks.measure import BenchmarkError, TreeSampler, end_tree, machine, note, quantile, tail, verdict, write_result
+from benchmarks.measure import BenchmarkError, TreeSampler, end_tree, machine, note, only_one, quantile, tail, verdict, write_result
 
-POLL_SECONDS = 0.1
-COUNTS = ["impressions", "clicks", "invalid_impressions", "invalid_clicks"]
+_FIRST_BATCHES = 5  # they warm up
 
 
 class LandingWriter:
@@ -78,45 +74,6 @@ class LandingWriter:
             self.put(index)
             index += 1
         return index
-
-
-class IncrementReader(threading.Thread):
-    """Follows `minute_metrics`; ``readable_at`` says when all the lines of a placement had been read."""
-
-    def __init__(self, table: Path, lines: int) -> None:
-        super().__init__(daemon=True)
-        self.table, self.lines = table, lines
-        self.readable_at: dict[str, float] = {}
-        self.versions = 0
-        self._read: Counter[str] = Counter()
-        self._ended = threading.Event()
-
-    def run(self) -> None:
-        while not self._ended.wait(POLL_SECONDS):
-            while self._take_version():
-                pass
-
-    def stop(self) -> None:
-        self._ended.set()
-        self.join()
-
-    def _take_version(self) -> bool:
-        if not delta_log.version_file(self.table, self.versions).exists():
-            return False
-        try:
-            files = delta_log.added_files(self.table, self.versions)
-        except ValueError:
-            return False  # the entry is just being written
-        self.versions += 1
-        if files:
-            rows = delta_log.read_columns(files, ["placement", *COUNTS]).to_pydict()
-            for placement, *counts in zip(rows["placement"], *(rows[c] for c in COUNTS), strict=True):
-                self._read[placement] += sum(c or 0 for c in counts)
-        now = time.monotonic()
-        for placement, count in self._read.items():
-            if count >= self.lines:
-                self.readable_at.setdefault(placement, now)
-        return True
 
 
 @dataclass
@@ -161,43 +118,90 @@ def continuous_ingest(job: Job, trigger: str | None) -> Iterator[ContinuousInges
             end_tree(process)
 
 
+def small_batches(batches: list[dict[str, Any]]) -> dict[str, float]:
+    """The median seconds of a batch of events: of all, of the first third after the first few, of the last third."""
+    seconds = [float(batch["seconds"]) for batch in event_batches(batches)][_FIRST_BATCHES:]
+    third = len(seconds) // 3
+    if not third:
+        return {}
+    parts = {"all": seconds, "first_third": seconds[:third], "last_third": seconds[-third:]}
+    return {name: round(statistics.median(part), 3) for name, part in parts.items()}
+
+
 def run_freshness(
-    job: Job, *, seconds: float, warm_up: float, rate: float, lines: int, seed: int, trigger: str | None
+    job: Job, *, seconds: float, warm_up: float, rate: float, lines: int, seed: int, trigger: str | None, to: str
 ) -> dict[str, Any]:
-    """Start the project in continuous mode, feed it, measure. Files put during ``warm_up`` are not counted."""
+    """Start the project in continuous mode, feed it, measure. Files put during ``warm_up`` are not counted.
+
+    ``to``: delta, or marts, which are then built as `adtally up` builds them.
+    """
     writer = LandingWriter(job.landing, job.home / "staging", lines, rate, seed)
-    reader = IncrementReader(job.home / "lakehouse" / "minute_metrics", lines)
-    with continuous_ingest(job, trigger) as ingest:
+    reader = IncrementReader(job.home / "lakehouse", lines)
+    marts = None
+    with continuous_ingest(job, trigger) as ingest, ExitStack() as ends:
         reader.start()
-        try:
-            note(f"freshness: {rate:.0f} events/s for {warm_up + seconds:.0f} s")
-            started = time.monotonic()
-            put = writer.run(warm_up + seconds)
-            behind = time.monotonic() - started - (warm_up + seconds)
-            deadline = time.monotonic() + 60
-            while len(reader.readable_at) < put and time.monotonic() < deadline and ingest.process.poll() is None:
-                time.sleep(POLL_SECONDS)
-            ingest.stop()
-        finally:
-            reader.stop()
+        ends.callback(reader.stop)
+        if to == "marts":
+            marts = MartFollower(adtally_environment(job), ingest.log.with_name("freshness-marts.log"))
+            marts.start()
+            ends.callback(marts.stop)
+
+        def in_marts(placement: str) -> float | None:
+            return marts.published_at(reader.ledger_version(placement)) if marts else None
+
+        note(f"freshness: {rate:.0f} events/s for {warm_up + seconds:.0f} s, as far as {to}")
+        started = time.monotonic()
+        put = writer.run(warm_up + seconds)
+        behind = time.monotonic() - started - (warm_up + seconds)
+        deadline = time.monotonic() + 60
+
+        def is_waiting() -> bool:
+            return len(reader.readable_at) < put or bool(marts and any(in_marts(name) is None for name in writer.renamed_at))
+
+        while is_waiting() and time.monotonic() < deadline and ingest.process.poll() is None:
+            time.sleep(POLL_SECONDS)
+        ingest.stop()
     counted = {p: t for p, t in writer.renamed_at.items() if t - started >= warm_up}
     lags = [reader.readable_at[p] - t for p, t in counted.items() if p in reader.readable_at]
     if not lags:
         raise BenchmarkError(f"no file became readable in minute_metrics; its log: {ingest.log}\n{tail(ingest.log)}")
     batches = [json.loads(line) for line in ingest.output.read_text().splitlines() if line.startswith("{")]
-    return {
+    found = {
         "files": len(counted),
         "unread_files": len(counted) - len(lags),
         "writer_behind_seconds": round(max(0.0, behind), 2),
+        **_summary(lags),
+        "first_file_seconds": round(min(reader.readable_at.values()) - started, 3),
+        "batches": len(batches),
+        "batch_seconds": small_batches(batches),
+        "cpu_seconds": round(ingest.sampler.cpu_seconds, 1),
+        "peak_pss_bytes": max((s.pss for s in ingest.sampler.samples), default=0),
+        "stop_seconds": round(ingest.stop_seconds, 2),
+        "exit_status": ingest.status,
+    }
+    if marts is None:
+        return found
+    to_marts = [at - t for p, t in counted.items() if (at := in_marts(p)) is not None]
+    if not to_marts:
+        raise BenchmarkError(f"no build of the marts has a file; its log: {job.work / 'logs' / 'freshness-marts.log'}")
+    return found | {
+        "marts": {
+            "unread_files": len(counted) - len(to_marts),
+            **_summary(to_marts),
+            "builds": len(marts.builds),
+            "build_seconds": round(statistics.median(build["seconds"] for build in marts.builds), 2),
+            "cpu_seconds": round(marts.sampler.cpu_seconds, 1),
+            "peak_pss_bytes": max((s.pss for s in marts.sampler.samples), default=0),
+        }
+    }
+
+
+def _summary(lags: list[float]) -> dict[str, float]:
+    return {
         "p50_seconds": round(quantile(lags, 0.5), 3),
         "p95_seconds": round(quantile(lags, 0.95), 3),
         "max_seconds": round(max(lags), 3),
         "mean_seconds": round(statistics.fmean(lags), 3),
-        "first_file_seconds": round(min(reader.readable_at.values()) - started, 3),
-        "batches": len(batches),
-        "peak_pss_bytes": max((s.pss for s in ingest.sampler.samples), default=0),
-        "stop_seconds": round(ingest.stop_seconds, 2),
-        "exit_status": ingest.status,
     }
 
 
@@ -218,12 +222,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends too
     if args.source == "files":
-        return run.main(["ingest", "--scenario", "freshness", "--work", args.work, "--results", args.results])
+        options = ["--seconds", str(args.seconds), "--warm-up", str(args.warm_up), "--to", args.to]
+        return run.main(["ingest", "--scenario", "freshness", *options, "--work", args.work, "--results", args.results])
     work = Path(args.work).absolute()
     work.mkdir(parents=True, exist_ok=True)
     host, runs, targets = machine(), [], []
     try:
-        with FileLock(work / "lock", timeout=0):
+        with only_one(work):
             for rate in (float(text) for text in args.rates.split(",")):
                 found = run_kafka_freshness(
                     work,
@@ -240,9 +245,6 @@ def main(argv: list[str] | None = None) -> int:
                     note(f"{rate:.0f}/s to {stage}: {figures}")
                     if stage != "marts":
                         targets.append(run.Target(f"{rate:.0f}/s to {stage}, p95 s", float(figures["p95_seconds"]), 10.0))
-    except Timeout:
-        print(f"benchmark: another one is running in {work}", file=sys.stderr)
-        return 1
     except BenchmarkError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1

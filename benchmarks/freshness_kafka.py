@@ -1,28 +1,23 @@
 """How long an event takes from a topic to where it is read: the increments in Delta, Pinot, the marts.
 
-A group of events is handed to the producer twice a second; its clock starts just before. A group has a placement of its own, which
-is a dimension of the increments, so it is *in Delta* when the increments of that placement, read through the Delta log, add up to
-its events, and *in Pinot* when a query's sum over that placement does. It is *in the marts* when a build has published that read
-a version of the ledger in which the batch stands that completed the group: a batch is in a build wholly or not at all.
+A group of events is handed to the producer twice a second; its clock starts just before. followers.py says when it is *in Delta*
+and *in the marts*. It is *in Pinot* when a query's sum over its placement adds up to its events.
 All of it runs at once on this machine, broker, Pinot and builds of the marts included.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks import delta_log
 from benchmarks.contestants import Job, adtally_command, adtally_environment
+from benchmarks.followers import COUNTS, POLL_SECONDS, IncrementReader, MartFollower
 from benchmarks.kafka_topics import SteadyFeed, broker, kafka_toml
 from benchmarks.make_input import World
 from benchmarks.measure import BenchmarkError, TreeSampler, end_tree, note, tail
@@ -34,75 +29,11 @@ from services.serving.tables import METRICS_TABLE, Source, table_specs
 from spark_jobs.config import load_settings
 from spark_jobs.java import require_java
 
-POLL_SECONDS = 0.1
 INTERVAL_SECONDS = 0.5
 STAGES = ("delta", "pinot", "marts")
-_COUNTS = ("impressions", "clicks", "invalid_impressions", "invalid_clicks")
 _PATIENCE_SECONDS = 300.0
 _START_SECONDS = 600.0  # until the first group has come all the way: the JVMs' start, the first batch, the first build of all marts
 _TOPIC = "ad-events"
-
-
-class DeltaFollower(threading.Thread):
-    """Follows `minute_metrics` and `batch_ledger`.
-
-    ``at`` says when all events of a group had been read, ``ledger_version`` the version of the ledger that has the batch with the
-    last of them.
-    """
-
-    def __init__(self, lakehouse: Path, size: int) -> None:
-        super().__init__(daemon=True)
-        self.at: dict[str, float] = {}
-        self.failure: Exception | None = None
-        self._metrics, self._ledger, self._size = lakehouse / "minute_metrics", lakehouse / "batch_ledger", size
-        self._next = {self._metrics: 0, self._ledger: 0}
-        self._read: Counter[str] = Counter()
-        self._batch_of: dict[str, tuple[str, int]] = {}
-        self._ledger_of: dict[tuple[str, int], int] = {}
-        self._ended = threading.Event()
-
-    def run(self) -> None:
-        try:
-            while not self._ended.wait(POLL_SECONDS):
-                while self._take(self._metrics) or self._take(self._ledger):
-                    pass
-        except Exception as error:
-            self.failure = error
-
-    def stop(self) -> None:
-        self._ended.set()
-        self.join()
-
-    def ledger_version(self, group: str) -> int | None:
-        """None: the batch that completed the group is not in the ledger yet."""
-        return self._ledger_of.get(self._batch_of.get(group, ("", -1)))
-
-    def _take(self, table: Path) -> bool:
-        version = self._next[table]
-        if not delta_log.version_file(table, version).exists():
-            return False
-        try:
-            found = list(delta_log.actions(delta_log.version_file(table, version)))
-        except ValueError:
-            return False  # the entry is just being written
-        self._next[table] += 1
-        txn = next((action["txn"] for action in found if "txn" in action), None)
-        batch = (str(txn["appId"]), int(str(txn["version"]))) if txn else None
-        if table == self._ledger:
-            if batch:
-                self._ledger_of[batch] = version
-            return True
-        files = delta_log.added_files(table, version)
-        if files and batch:
-            rows = delta_log.read_columns(files, ["placement", *_COUNTS]).to_pydict()
-            for placement, *counts in zip(rows["placement"], *(rows[name] for name in _COUNTS), strict=True):
-                self._read[placement] += sum(count or 0 for count in counts)
-            now = time.monotonic()
-            for placement in set(rows["placement"]):
-                if self._read[placement] >= self._size:
-                    self.at.setdefault(placement, now)
-                    self._batch_of.setdefault(placement, batch)
-        return True
 
 
 class PinotFollower(threading.Thread):
@@ -121,7 +52,7 @@ class PinotFollower(threading.Thread):
             waiting = sorted(set(self._feed.sent_at) - set(self.at))
             if not waiting:
                 continue
-            counted = " + ".join(f"sum({name})" for name in _COUNTS)
+            counted = " + ".join(f"sum({name})" for name in COUNTS)
             where = f"placement >= '{waiting[0]}' and placement <= '{waiting[-1]}'"
             sql = f"select placement, {counted} from {METRICS_TABLE} where {where} group by placement limit 100000"
             self.queries += 1
@@ -138,41 +69,6 @@ class PinotFollower(threading.Thread):
     def stop(self) -> None:
         self._ended.set()
         self.join()
-
-
-class MartFollower(threading.Thread):
-    """Has the marts built without a pause, and keeps which version of the ledger was published when."""
-
-    def __init__(self, env: dict[str, str], log: Path) -> None:
-        super().__init__(daemon=True)
-        self.builds: list[dict[str, float]] = []
-        self._log = log.open("w")
-        command = [sys.executable, "-m", "benchmarks.mart_builds"]
-        self.process = subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=self._log, text=True, start_new_session=True
-        )
-
-    def run(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                self.builds.append(json.loads(line))
-
-    def published_at(self, ledger_version: int | None) -> float | None:
-        """When the first build was published that read at least this version."""
-        if ledger_version is None:
-            return None
-        return next((b["published_at"] for b in list(self.builds) if b["ledger_version"] >= ledger_version), None)
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(_PATIENCE_SECONDS)
-        except subprocess.TimeoutExpired:
-            note("freshness: a build of the marts did not end")
-        end_tree(self.process)
-        self.join(5)
-        self._log.close()
 
 
 def run_kafka_freshness(
@@ -226,8 +122,8 @@ def run_kafka_freshness(
         sampler.start()
         ends.callback(sampler.stop)
         feed = SteadyFeed(kafka.bootstrap_servers, _TOPIC, rate=rate, interval=INTERVAL_SECONDS, seed=seed, region="eu")
-        delta = DeltaFollower(job.home / "lakehouse", feed.size)
-        followers: list[DeltaFollower | PinotFollower] = [delta]
+        delta = IncrementReader(job.home / "lakehouse", feed.size)
+        followers: list[IncrementReader | PinotFollower] = [delta]
         in_pinot = PinotFollower(client, feed) if client else None
         if in_pinot:
             followers.append(in_pinot)
@@ -244,7 +140,7 @@ def run_kafka_freshness(
         ends.callback(feed._ended.set)
 
         def there(group: str) -> dict[str, float | None]:
-            at: dict[str, float | None] = {"delta": delta.at.get(group)}
+            at: dict[str, float | None] = {"delta": delta.readable_at.get(group)}
             if in_pinot:
                 at["pinot"] = in_pinot.at.get(group)
             if marts:
@@ -309,7 +205,7 @@ def run_kafka_freshness(
     return result
 
 
-def _require(process: subprocess.Popen[str], log: Path, delta: DeltaFollower) -> None:
+def _require(process: subprocess.Popen[str], log: Path, delta: IncrementReader) -> None:
     """Raises BenchmarkError where the ingest or the reader of the Delta log is gone."""
     if process.poll() is not None:
         raise BenchmarkError(f"continuous mode ended by itself with status {process.poll()}; its log: {log}\n{tail(log)}")

@@ -1,38 +1,25 @@
-"""Builds the near-real-time marts again and again, as the schedule of an installation would at its shortest, until SIGTERM.
+"""Builds the near-real-time marts once and prints a JSON line: ``days``, the number of days that it made, or why it made all.
 
-A JSON line a build: ``ledger_version`` that it read, ``published_at`` (monotonic seconds) and how many ``seconds`` it took.
+python -m benchmarks.mart_builds
+python -m benchmarks.mart_builds --full               all marts, all days
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import signal
 import sys
-import time
 
 from orchestration.marts import build_marts
 from spark_jobs.config import load_settings
-from spark_jobs.errors import AdtallyError
 
 
 def main() -> int:
-    settings = load_settings()
-    ended = False
-
-    def end(*_: object) -> None:
-        nonlocal ended
-        ended = True
-
-    signal.signal(signal.SIGTERM, end)
-    while not ended:
-        try:
-            built = build_marts(settings, "near_real_time")
-        except AdtallyError as error:  # there are no tables yet
-            print(error, file=sys.stderr, flush=True)
-            time.sleep(1)
-            continue
-        line = {"ledger_version": built.versions["batch_ledger"], "published_at": time.monotonic(), "seconds": built.seconds}
-        print(json.dumps(line), flush=True)
+    options = argparse.ArgumentParser()
+    options.add_argument("--full", action="store_true", help="all days of all marts")
+    args = options.parse_args()
+    built = build_marts(load_settings(), "near_real_time", is_full=args.full)
+    print(json.dumps({"days": built.days, "full_because": built.full_because}), flush=True)
     return 0
 
 

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 SAMPLE_SECONDS = 0.5
 
@@ -37,7 +38,10 @@ class Sample:
 
 @dataclass
 class Measured:
-    """One run. ``batches`` are the JSON lines the command printed, each with ``at``: seconds from the start."""
+    """One run. ``batches`` are the JSON lines the command printed, each with ``at``: seconds from the start.
+
+    Each also has ``cpu``: the CPU seconds until then of the command's own process (driver), of Java, and of all others (workers).
+    """
 
     wall_seconds: float
     cpu_seconds: float
@@ -54,7 +58,7 @@ class TreeSampler(threading.Thread):
         super().__init__(daemon=True)
         self.root = psutil.Process(pid)
         self.samples: list[Sample] = []
-        self._cpu: dict[tuple[int, float], float] = {}
+        self._cpu: dict[tuple[int, float], tuple[str, float]] = {}
         self._ended = threading.Event()
         self._from = time.perf_counter()
 
@@ -70,7 +74,27 @@ class TreeSampler(threading.Thread):
     @property
     def cpu_seconds(self) -> float:
         """User and system time up to the last sample of each process."""
-        return sum(self._cpu.values())
+        return sum(self.cpu_by_program().values())
+
+    def cpu_by_program(self) -> dict[str, float]:
+        """User and system time of the command's own process, of Java and of the workers, up to the last sample of each process."""
+        sums = {"driver": 0.0, "java": 0.0, "workers": 0.0}
+        for program, seconds in list(self._cpu.values()):
+            sums[program] += seconds
+        return sums
+
+    def look_at_cpu(self) -> dict[str, float]:
+        """Return ``cpu_by_program`` of this moment."""
+        with contextlib.suppress(psutil.Error):
+            for process in [self.root, *self.root.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    self._note_cpu(process)
+        return self.cpu_by_program()
+
+    def _note_cpu(self, process: psutil.Process) -> None:
+        cpu = process.cpu_times()
+        program = "driver" if process.pid == self.root.pid else "java" if process.name() == "java" else "workers"
+        self._cpu[(process.pid, process.create_time())] = (program, cpu.user + cpu.system)
 
     def _sample(self) -> None:
         pss = rss = 0
@@ -80,8 +104,7 @@ class TreeSampler(threading.Thread):
             return
         for process in tree:
             try:
-                cpu = process.cpu_times()
-                self._cpu[(process.pid, process.create_time())] = cpu.user + cpu.system
+                self._note_cpu(process)
                 pss += _pss(process.pid)
                 rss += process.memory_info().rss
             except (psutil.Error, OSError):
@@ -98,8 +121,14 @@ def _pss(pid: int) -> int:
     return 0
 
 
-def run_measured(command: Sequence[str], env: Mapping[str, str], log: Path, timeout: float = 7200.0) -> Measured:
-    """Run to the end. Lines of stdout that are JSON objects are kept; the rest and stderr go to ``log``.
+def run_measured(
+    command: Sequence[str],
+    env: Mapping[str, str],
+    log: Path,
+    timeout: float = 7200.0,
+    seen: Callable[[dict[str, Any]], None] | None = None,
+) -> Measured:
+    """Run to the end. Lines of stdout that are JSON objects are kept, and given to ``seen``; the rest and stderr go to ``log``.
 
     Raises BenchmarkError on a non-zero exit status or after ``timeout`` seconds.
     """
@@ -121,7 +150,10 @@ def run_measured(command: Sequence[str], env: Mapping[str, str], log: Path, time
                 if record is None:
                     sink.write(line)
                 else:
-                    batches.append(record | {"at": round(time.perf_counter() - started, 3)})
+                    cpu = {name: round(seconds, 2) for name, seconds in sampler.look_at_cpu().items()}
+                    batches.append(record | {"at": round(time.perf_counter() - started, 3), "cpu": cpu})
+                    if seen is not None:
+                        seen(record)
             status = process.wait()
             wall = time.perf_counter() - started
         finally:
@@ -200,6 +232,16 @@ def _lines(path: str) -> list[str]:
         return Path(path).read_text().splitlines()
     except OSError:
         return []
+
+
+@contextlib.contextmanager
+def only_one(work: Path) -> Iterator[None]:
+    """Keep other benchmarks out of ``work``: two would disturb each other's figures. Raises BenchmarkError if another one runs."""
+    try:
+        with FileLock(work / "lock", timeout=0):
+            yield
+    except Timeout:
+        raise BenchmarkError(f"another one is running in {work}") from None
 
 
 def note(text: str) -> None:

@@ -24,15 +24,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contestants import CONTESTANTS, Job, adtally_environment, event_batches
 from benchmarks.make_input import START_MICROS, InputSpec, make_input, prefix_view
-from benchmarks.measure import BenchmarkError, machine, note, run_measured, verdict, write_result
+from benchmarks.measure import BenchmarkError, machine, note, only_one, run_measured, verdict, write_result
 from benchmarks.run import Target, common_options, show_targets
 from spark_jobs.config import load_settings
+from spark_jobs.lake.duck import delta_cursor
 from spark_jobs.lake.log import DeltaLog
 
 HERE = Path(__file__).parent
@@ -109,7 +109,10 @@ def validate(home: Path, times: int) -> None:
         pins = {
             name: (settings.table_uri(name), DeltaLog(settings.table_uri(name)).latest_version()) for name in (*TABLES, "campaigns")
         }
-        found = [validate_hour(name, *pins[name], HOUR, related=pins, docs=settings.quality_path) for name in TABLES]
+        found = []
+        for name in TABLES:
+            with delta_cursor(settings.lakehouse_uri) as cursor:
+                found.append(validate_hour(cursor, name, *pins[name], HOUR, related=pins, docs=settings.quality_path))
         failed = [f"{each.table}: {result.name}" for each in found for result in each.failed]
         tell(started, cpu, next(each.rows for each in found if each.table == "events"), failed)
 
@@ -174,12 +177,9 @@ def main(argv: list[str] | None = None) -> int:
     work.mkdir(parents=True, exist_ok=True)
     host = machine()
     try:
-        with FileLock(work / "lock", timeout=0):
+        with only_one(work):
             bench = Bench(args)
             runs = [run for number in range(args.rounds) for run in bench.round(number)]
-    except Timeout:
-        print(f"benchmark: another one is running in {work}", file=sys.stderr)
-        return 1
     except (BenchmarkError, ValueError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1

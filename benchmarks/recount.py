@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from deltalake import DeltaTable
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contestants import CONTESTANTS, Job, adtally_environment
 from benchmarks.make_input import START_MICROS, InputSpec, make_input, prefix_view
-from benchmarks.measure import BenchmarkError, machine, note, run_measured, verdict, write_result
+from benchmarks.measure import BenchmarkError, machine, note, only_one, run_measured, verdict, write_result
 from benchmarks.run import GIB, Target, common_options, show_targets
 from spark_jobs.config import load_settings
 from spark_jobs.operate.watermark import close_by_hand
@@ -151,11 +150,8 @@ def main(argv: list[str] | None = None) -> int:
     work.mkdir(parents=True, exist_ok=True)
     host = machine()
     try:
-        with FileLock(work / "lock", timeout=0):
+        with only_one(work):
             runs = Bench(args).run()
-    except Timeout:
-        print(f"benchmark: another one is running in {work}", file=sys.stderr)
-        return 1
     except (BenchmarkError, ValueError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1

@@ -6,7 +6,10 @@
     python -m benchmarks.run ingest --scenario batch10       one batch of 1 M against one of 10 M
     python -m benchmarks.run ingest --scenario memory        peak memory at 4 M and at 40 M
     python -m benchmarks.run ingest --scenario freshness     continuous mode at 2,000 events/s
+    python -m benchmarks.run index --keys 1000000000         a batch against a key index of a billion keys
     python -m benchmarks.run console                         the console with 50 viewers while the ingest runs
+    python -m benchmarks.run flat                            each capability at 90 days of history, beside 2
+    python -m benchmarks.run marts --days 90 --json          a build of the marts over 90 days against one over two
     python -m benchmarks.run report                          the results as Markdown
 
 Results go to benchmarks/results/<name>.json. Exit status 1: a contestant failed or gave wrong numbers, or, with
@@ -23,19 +26,21 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import flat, starts
 from benchmarks.console import Load, run_console
 from benchmarks.contestants import CONTESTANTS, Job, event_batches
 from benchmarks.freshness import run_freshness
 from benchmarks.make_input import RESENT_SHARE, InputSpec, make_input, prefix_view
-from benchmarks.measure import BenchmarkError, Measured, machine, note, run_measured, verdict, write_result
+from benchmarks.marts import Size, run_marts
+from benchmarks.measure import BenchmarkError, Measured, machine, note, only_one, run_measured, verdict, write_result
 
 HERE = Path(__file__).parent
 GIB = 2**30
@@ -104,6 +109,7 @@ class Bench:
             "peak_rss_bytes": measured.peak_rss_bytes,
             "batch_seconds": seconds,
             "steady_batch_seconds": steady,
+            "steady_batch_cpu_seconds": steady_cpu(event_batches(measured.batches)),
             "wrong": problems,
         }
         note(
@@ -113,6 +119,12 @@ class Bench:
         if not self.args.keep:
             shutil.rmtree(home, ignore_errors=True)
         return measured, result
+
+
+def steady_cpu(batches: list[dict[str, Any]]) -> dict[str, float]:
+    """CPU seconds of a steady batch by program: medians of the differences between the lines of two batches."""
+    pairs = list(pairwise(batch["cpu"] for batch in batches))
+    return {name: round(statistics.median(b[name] - a[name] for a, b in pairs), 2) for name in pairs[0][0]} if pairs else {}
 
 
 Outcome = tuple[list[dict[str, Any]], dict[str, Any], list[Target]]
@@ -132,21 +144,28 @@ def throughput(bench: Bench) -> Outcome:
     for key in keys:
         mine = [r for r in runs if r["contestant"] == key]
         medians[key] = {f: median_or_none([r[f] for r in mine]) for f in figures}
-    ratios = throughput_ratios(medians)
+    ratios = throughput_ratios(medians, batches)
     targets = []
     if "c/a steady batch" in ratios:
-        targets.append(Target("c/a steady batch", ratios["c/a steady batch"], 1.5))
+        targets.append(Target("c/a steady batch", ratios["c/a steady batch"], 0.5))
     if "c/b wall" in ratios:
         targets.append(Target("c/b wall", ratios["c/b wall"], 1.0, strict=True))
     if "c/better d wall" in ratios:
         targets.append(Target("c/better d wall", ratios["c/better d wall"], 0.5))
+    if "c steady batch / e a batch" in ratios:
+        targets.append(Target("c steady batch / e a batch", ratios["c steady batch / e a batch"], 1.3))
+    if "c/e CPU" in ratios:
+        targets.append(Target("c/e CPU", ratios["c/e CPU"], 1.5))
     if "c" in medians:
         targets.append(Target("c peak memory, GiB", (medians["c"]["peak_pss_bytes"] or 0) / GIB, 4.0))
     return runs, {"medians": medians, "ratios": ratios}, targets
 
 
-def throughput_ratios(medians: dict[str, dict[str, float | None]]) -> dict[str, float]:
-    """What (c) costs in terms of the others: of wall time, and of a steady batch where both have batches."""
+def throughput_ratios(medians: dict[str, dict[str, float | None]], batches: int) -> dict[str, float]:
+    """What (c) costs in terms of the others: of wall time, and of a steady batch where both have batches.
+
+    (e) has no batches: its share of one is its wall time divided by their number.
+    """
     ratios: dict[str, float] = {}
     own = medians.get("c", {})
 
@@ -158,6 +177,10 @@ def throughput_ratios(medians: dict[str, dict[str, float | None]]) -> dict[str, 
         if key != "c":
             put(f"c/{key} wall", own.get("wall_seconds"), other["wall_seconds"])
             put(f"c/{key} steady batch", own.get("steady_batch_seconds"), other["steady_batch_seconds"])
+    if once := medians.get("e"):
+        share = (once["wall_seconds"] or 0) / batches
+        put("c steady batch / e a batch", own.get("steady_batch_seconds"), share)
+        put("c/e CPU", own.get("cpu_seconds"), once["cpu_seconds"])
     flink = [m["wall_seconds"] for k, m in medians.items() if k.startswith("d-") and m["wall_seconds"]]
     if flink:
         put("c/better d wall", own.get("wall_seconds"), min(flink))
@@ -237,16 +260,22 @@ def freshness(bench: Bench) -> Outcome:
         lines=args.lines,
         seed=args.seed,
         trigger=args.trigger,
+        to=args.to,
     )
     run["wrong"] = [f"{run['unread_files']} files never became readable"] if run["unread_files"] else []
+    marts = run.get("marts")
+    if marts and marts["unread_files"]:
+        run["wrong"].append(f"{marts['unread_files']} files never came into the marts")
     if run["exit_status"] != 0:
         run["wrong"].append(f"SIGTERM led to exit status {run['exit_status']}")
     if not args.keep:
         shutil.rmtree(root, ignore_errors=True)
     targets = [
-        Target("freshness p50, s", run["p50_seconds"], 5.0),
-        Target("freshness p95, s", run["p95_seconds"], 10.0),
+        Target("freshness p50, s", run["p50_seconds"], 1.5),
+        Target("freshness p95, s", run["p95_seconds"], 3.0),
     ]
+    if marts:
+        targets.append(Target("freshness of the marts p95, s", marts["p95_seconds"], 10.0))
     return [run], {k: v for k, v in run.items() if k != "wrong"}, targets
 
 
@@ -402,6 +431,7 @@ def parser() -> argparse.ArgumentParser:
     ingest.add_argument("--warm-up", type=float, default=60.0, help="freshness: time before it that is not counted")
     ingest.add_argument("--rate", type=float, default=2_000.0, help="freshness: events a second")
     ingest.add_argument("--lines", type=int, default=1_000, help="freshness: events of a landing file")
+    ingest.add_argument("--to", choices=["delta", "marts"], default="delta", help="freshness: how far")
     ingest.add_argument("--trigger", help="freshness: seconds between two batches, passed on")
     ingest.add_argument("--adtally-env", type=key_value, action="append", default=[], metavar="ADTALLY_NAME=VALUE")
     ingest.add_argument("--timeout", type=float, default=7200.0, help="seconds after which a run is given up")
@@ -422,13 +452,55 @@ def parser() -> argparse.ArgumentParser:
     viewers.add_argument("--keep", action="store_true", help="keep what the run wrote")
     viewers.add_argument("--json", action="store_true", dest="as_json", help="print the result as JSON")
     common_options(viewers)
+    index = commands.add_parser("index", help="a batch against a key index of many keys, and of few")
+    index.add_argument("--keys", type=int, default=1_000_000_000, help="keys of the large index")
+    index.add_argument("--few", type=int, default=2_000_000, help="keys of the small one")
+    index.add_argument("--batch", type=int, default=1_000_000, help="events of a micro-batch")
+    index.add_argument("--files-per-batch", type=int, default=8)
+    index.add_argument("--rounds", type=int, default=2, help="runs of each index, in turn")
+    index.add_argument("--batches", type=int, default=5, help="batches of a run; the first is not counted")
+    index.add_argument("--seed", type=int, default=7)
+    index.add_argument("--only-build", action="store_true", help="make the runs of random keys, which later calls use, and end")
+    index.add_argument("--keep", action="store_true", help="keep the homes")
+    index.add_argument("--json", action="store_true", dest="as_json", help="print the summary as one line of JSON, the last one")
+    common_options(index)
+    of_history = commands.add_parser("flat", help="each capability after a long history, beside a short one")
+    flat.add_options(of_history)
+    common_options(of_history)
+    of_starts = commands.add_parser("starts", help="commands that have little to do, and an idle adtally up")
+    starts.add_options(of_starts)
+    common_options(of_starts)
+    marts = commands.add_parser("marts", help="a build of the marts over a long history against one over two days")
+    marts.add_argument("--days", type=int, default=90)
+    marts.add_argument("--rows", type=int, default=10_000_000, help="increments of all days together")
+    marts.add_argument("--batch", type=int, default=20_000, help="increments of the batch before each build")
+    marts.add_argument("--ads", type=int, default=2_000)
+    marts.add_argument("--rounds", type=int, default=5)
+    marts.add_argument("--seed", type=int, default=7)
+    marts.add_argument("--json", action="store_true", dest="as_json", help="print the figures as the last line, as JSON")
+    common_options(marts)
     rep = commands.add_parser("report", help="print the results as Markdown")
     rep.add_argument("--results", default=str(HERE / "results"))
     return top
 
 
+def marts_load(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any], list[Target]]:
+    """The builds of the marts over a long history and over two days."""
+    size = Size(args.days, args.rows, args.batch, args.ads)
+    summary = run_marts(Path(args.work).absolute(), size, rounds=args.rounds, seed=args.seed)
+    runs = [run | {"wrong": []} for run in summary.pop("runs")]
+    targets = [
+        Target(f"CPU of a build after a batch, {args.days} days over two", summary["cpu_ratio"], 1.2),
+        Target(f"wall time of a build after a batch, {args.days} days over two", summary["wall_ratio"], 1.2),
+        Target("CPU seconds of a build without a change", summary["fixed_cpu_seconds"], 5.0),
+    ]
+    return runs, summary, targets
+
+
 def default_name(args: argparse.Namespace) -> str:
     """The name of a result: scenario and size."""
+    if args.command == "marts":
+        return f"marts-{args.days}"
     if args.command == "console":
         return f"console-{args.viewers}"
     size = {"throughput": args.events, "memory": args.events, "history": args.high, "batch10": args.batch * 10}
@@ -442,23 +514,34 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "report":
         print(report(Path(args.results)))
         return 0
+    if args.command == "flat":
+        return flat.main(args)
+    if args.command == "starts":
+        return starts.main(args)
     args.adtally_env = dict(args.adtally_env)
+    if args.command == "index":
+        from benchmarks.index import run_index  # it imports this module
+
+        try:
+            return run_index(args)
+        except (BenchmarkError, ValueError) as error:
+            print(f"benchmark: {error}", file=sys.stderr)
+            return 1
     is_console = args.command == "console"
-    scenario = "console" if is_console else args.scenario
+    scenario = args.command if args.command in ("console", "marts") else args.scenario
     work = Path(args.work).absolute()
     work.mkdir(parents=True, exist_ok=True)
     host = machine()
     try:
         # Two at once would disturb each other's figures and delete each other's tables.
-        with FileLock(work / "lock", timeout=0):
+        with only_one(work):
             if is_console:
                 runs, summary, targets = console_load(args)
+            elif scenario == "marts":
+                runs, summary, targets = marts_load(args)
             else:
                 bench = Bench(args, InputSpec(args.batch, args.files_per_batch, args.seed))
                 runs, summary, targets = RUNNERS[scenario](bench)
-    except Timeout:
-        print(f"benchmark: another one is running in {work}", file=sys.stderr)
-        return 1
     except (BenchmarkError, ValueError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1
@@ -476,6 +559,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
         show(document, console)
         console.print(f"written: {path}")
+    if scenario == "marts" and args.as_json:
+        print(json.dumps(summary))
     wrong = [f"{r.get('contestant', scenario)}: {problem}" for r in runs for problem in r["wrong"]]
     return verdict(wrong, is_missed=args.check and not all(t.met for t in targets))
 

@@ -1,4 +1,4 @@
-"""Reads Delta tables and the marts with DuckDB, at fixed versions."""
+"""Reads Delta tables, at fixed versions, and the marts with DuckDB."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import os
 import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import duckdb
-
-from expectations.errors import UnreadableTableError
 
 Related = Mapping[str, tuple[str, int | None]]
 """Table name -> (URI, version or None for the newest)."""
@@ -21,57 +18,31 @@ _MEMORY = "2GB"
 _HOUR = timedelta(hours=1)
 
 
-def connect() -> duckdb.DuckDBPyConnection:
-    """Open a connection, with its own temporary tables, that can read Delta tables; times are UTC.
-
-    Raises UnreadableTableError if DuckDB's delta extension is missing.
-    """
-    connection = _database().cursor()
-    connection.execute("set timezone = 'UTC'")
-    return connection
-
-
 def connect_marts(path: Path) -> duckdb.DuckDBPyConnection:
     """Open the current file of the marts, as ``marts``, in a new DuckDB instance."""
-    connection = duckdb.connect(":memory:", config=_config())
+    spill = Path(tempfile.gettempdir()) / f"adtally-quality-{os.getpid()}"  # DuckDB creates it if needed, and removes it
+    config: dict[str, str | bool | int | float | list[str]] = {
+        "memory_limit": _MEMORY,
+        "autoinstall_known_extensions": False,
+        "temp_directory": str(spill),
+    }
+    connection = duckdb.connect(":memory:", config=config)
     connection.execute(f"attach '{quoted(str(path))}' as marts (read_only)")
     connection.execute("set timezone = 'UTC'")
     return connection
 
 
-def _config() -> dict[str, str | bool | int | float | list[str]]:
-    spill = Path(tempfile.gettempdir()) / f"adtally-quality-{os.getpid()}"  # DuckDB creates it if needed, and removes it
-    return {"memory_limit": _MEMORY, "autoinstall_known_extensions": False, "temp_directory": str(spill)}
-
-
-@cache
-def _database() -> duckdb.DuckDBPyConnection:
-    """Open this process's database once: loading the extension takes as long as checking a small hour."""
-    connection = duckdb.connect(":memory:", config=_config())
-    try:
-        from duckdb_extensions import import_extension
-
-        import_extension("delta", con=connection)
-        connection.execute("load delta")
-    except (ImportError, OSError, RuntimeError, duckdb.Error) as error:
-        connection.close()
-        raise UnreadableTableError(
-            f"DuckDB's delta extension cannot be loaded: {one_line(error)}",
-            hint="install duckdb-extension-delta in the version of duckdb",
-        ) from error
-    return connection
-
-
 def delta_scan(uri: str, version: int | None) -> str:
-    """Return a table expression of a version of a Delta table."""
+    """Return a table expression of a version of a Delta table.
+
+    Files are chosen before the query runs: on an object store, DuckDB aborts the process if a query fails that chooses them.
+    """
     at = "" if version is None else f", version = {int(version)}"
-    return f"delta_scan('{quoted(uri)}'{at})"
+    return f"delta_scan('{quoted(uri)}'{at}, pushdown_filters = 'constant_only')"
 
 
-def hour_literals(hour: datetime | None) -> dict[str, str]:
-    """Return the placeholders of a suite's SQL as literals: the hour's bounds, date and number; null without an hour."""
-    if hour is None:
-        return dict.fromkeys(("start", "end", "utc_start", "utc_end", "date", "hour"), "null")
+def hour_literals(hour: datetime) -> dict[str, str]:
+    """Return the placeholders of a suite's SQL as literals: the hour's bounds, date and number."""
     start = hour.astimezone(UTC)
     end = start + _HOUR
     return {

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Iterable
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from great_expectations.expectations.expectation import Expectation
 from expectations.docs import DataDocs, Entry
 from expectations.engine import DuckDBValidator, unexpected_query
 from expectations.errors import UnknownTableError, UnreadableTableError
-from expectations.lake import Related, connect, connect_marts, delta_scan, hour_literals, one_line, records
+from expectations.lake import Related, connect_marts, delta_scan, hour_literals, one_line, quoted, records
 from expectations.results import CheckOutcome, HourValidation, Severity
 from expectations.suites import MARTS, SUITES, Suite
 from expectations.suites.suite import SEVERITIES, name_of, needs
@@ -25,9 +25,11 @@ from expectations.trailing import MIN_HOURS, TrailingWeek
 
 DEFAULT_RUN = "by hand"
 EXAMPLES = 5
+_CHECKED_FOR = "1 day"  # the published marts are validated every hour
 
 
 def validate_hour(
+    connection: duckdb.DuckDBPyConnection,
     table: str,
     uri: str,
     version: int | None,
@@ -39,6 +41,7 @@ def validate_hour(
 ) -> HourValidation:
     """Validate the rows of ``hour`` (its start, with a zone) in a Delta table at ``version`` (None: the newest).
 
+    ``connection``: a new one to a DuckDB that can ``delta_scan`` the tables, with times in UTC; gets temporary tables.
     ``related``: the tables of ``related_tables(table)`` by name; expectations that need a missing one are not judged. Pin
     `batch_ledger` before the others. ``docs``: the folder of the data docs, which also keeps the trailing week; None: no page, and
     no comparison with the week. An hour without rows is valid. Raises UnknownTableError, UnreadableTableError, DocsBusyError.
@@ -46,7 +49,6 @@ def validate_hour(
     began = time.perf_counter()
     suite = _suite(table, SUITES)
     week = None if docs is None else TrailingWeek(docs / "profiles", table)
-    connection = connect()
     try:
         _create_hour(connection, hour)
         _load_rows(connection, suite, delta_scan(uri, version), hour)
@@ -60,8 +62,6 @@ def validate_hour(
             return _Outcome(suite, connection, result, began).report(hour, version, docs, run_name)
     except duckdb.Error as error:
         raise UnreadableTableError(f"{table} at version {version} cannot be checked: {one_line(error)}") from error
-    finally:
-        connection.close()
 
 
 def validate_marts(
@@ -74,17 +74,20 @@ def validate_marts(
 ) -> list[HourValidation]:
     """Validate the marts of a DuckDB file, or only their rows of ``hour`` (of a mart by day: its day). ``marts``: only these.
 
+    Of a mart that is kept by days, validates the days that builds of the last day made: closed days never change, and were
+    validated when they were made. After a build of all days, these are all days.
+
     Another process may replace the file meanwhile. Raises UnknownTableError, UnreadableTableError, DocsBusyError.
     """
     chosen = [_suite(name, MARTS) for name in (MARTS if marts is None else marts)]
     found = []
     try:
         with connect_marts(path) as connection:
-            _create_hour(connection, hour)
+            _list_days(connection, hour)
             with closing(DuckDBValidator(connection)) as validator:
                 for suite in chosen:
                     began = time.perf_counter()
-                    where = "true" if hour is None else suite.in_hour.format(**hour_literals(hour))
+                    where = _of_checked_days(connection, suite) if hour is None else suite.in_hour.format(**hour_literals(hour))
                     connection.execute(f"create temp view {suite.table} as select * from marts.main.{suite.table} where {where}")
                     result = validator.validate(suite.table, suite.expectations, suite.place, {})
                     outcome = _Outcome(suite, connection, result, began)
@@ -105,12 +108,34 @@ def _suite(name: str, among: dict[str, Suite]) -> Suite:
     return among[name]
 
 
-def _create_hour(connection: duckdb.DuckDBPyConnection, hour: datetime | None) -> None:
+def _create_hour(connection: duckdb.DuckDBPyConnection, hour: datetime) -> None:
     bounds = hour_literals(hour)
     connection.execute(
         f"create temp table this_hour as select cast({bounds['start']} as timestamptz) as starts_at, "
         f"cast({bounds['end']} as timestamptz) as ends_at"
     )
+
+
+def _list_days(connection: duckdb.DuckDBPyConnection, hour: datetime | None) -> None:
+    """Create the table ``checked_days`` of the marts: the days of each mart that are validated."""
+    if hour is None:
+        since = f"(select max(changed_at) from marts.days.kept) - interval {_CHECKED_FOR}"
+        days = f"select model, day from marts.days.kept where changed_at >= {since}"
+    else:
+        days = f"select model, {hour_literals(hour)['date']} as day from marts.days.models"
+    connection.execute(f"create temp table checked_days as {days}")
+
+
+def _of_checked_days(connection: duckdb.DuckDBPyConnection, suite: Suite) -> str:
+    """Return the SQL condition of a mart's rows of ``checked_days``, as literals, by which whole files are skipped."""
+    kept = connection.execute(f"select day from marts.days.models where model = '{quoted(suite.table)}'").fetchall()
+    if not kept:
+        return "true"  # a mart without days
+    found = connection.execute(f"select day from checked_days where model = '{quoted(suite.table)}'").fetchall()
+    days = {day for (day,) in found}
+    listed = ", ".join(f"date '{day}'" for day in sorted(days)) or "null"
+    # the marts have the first date for rows without a time
+    return f"({kept[0][0]} in ({listed})" + (f" or {kept[0][0]} is null)" if date.min in days else ")")
 
 
 def _load_rows(connection: duckdb.DuckDBPyConnection, suite: Suite, source: str, hour: datetime) -> None:

@@ -22,7 +22,9 @@ from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.ingest.batch import BatchReport
+from spark_jobs.lake.leases import leases_folder
 from spark_jobs.lake.locks import INGEST, UP, exclusive
+from spark_jobs.lake.places import open_place
 
 DEFAULT_HOME = Path(".adtally-demo")
 MARKER = ".adtally-demo-home"
@@ -109,8 +111,10 @@ Cells = dict[tuple[Any, ...], Counter[str]]
 RunJob = Callable[[str, Listener], None]
 
 
-def clean_home(home: Path) -> None:
-    """Make an empty demo home. The marker stays while the rest is deleted, so that an interrupted run can be repeated.
+def clean_home(home: Path, lakehouse: str | None = None) -> None:
+    """Make an empty demo home, and an empty ``lakehouse`` if it is elsewhere.
+
+    The marker stays while the rest is deleted, so that an interrupted run can be repeated.
 
     Raises UsageError for a folder that is not a demo's, of which nothing is deleted, or that cannot be made; BusyError
     where an ingest or ``adtally up`` runs on it.
@@ -123,28 +127,41 @@ def clean_home(home: Path) -> None:
         marker.touch()
     except OSError as error:
         raise UsageError(f"{home} cannot be made: {error.strerror}", hint="name another folder with --home") from None
+    settings = demo_settings(home, lakehouse)
+    place = open_place(settings.lakehouse_uri) if lakehouse is not None else None
+    if place is not None and place.find(MARKER) is None:
+        if next(place.list(), None) is not None:
+            raise UsageError(
+                f"{place.uri} is not empty and not the lakehouse of a demo", hint="name another location with --lakehouse"
+            )
+        place.write(MARKER, b"")
     kept = {marker, home / UP.file, home / INGEST.file}
-    with exclusive(load_settings(home=home), UP, INGEST):
+    with exclusive(settings, UP, INGEST):
         for path in home.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path not in kept:
                 path.unlink()
+        if place is not None:
+            stays = (f"{place.uri}/{MARKER}", leases_folder(settings.state_uri))
+            place.delete(file.name for file in place.list() if not f"{place.uri}/{file.name}".startswith(stays))
 
 
-def demo_settings(home: Path) -> Settings:
+def demo_settings(home: Path, lakehouse: str | None = None) -> Settings:
     """Return the settings of a demo: every folder is in ``home``, and the limits are those that the truths assume.
+
+    Only ``lakehouse`` may be elsewhere.
 
     Variables of the environment for these belong to another installation, whose tables a demo must not touch.
     """
     limits = {name: Settings.model_fields[name].default for name in LIMITS}
     return load_settings(
         home=home,
-        lakehouse=str(home / "lakehouse"),
+        lakehouse=lakehouse or str(home / "lakehouse"),
         landing=home / "landing",
         max_bytes_per_batch=BATCH_BYTES,
         **limits,
-    )
+    ).model_copy(update={"dagster_storage": None})
 
 
 @dataclass(frozen=True)
@@ -180,15 +197,23 @@ class DemoReport:
         return not any(cells for *_, cells in (self.counts | self.credit).values())
 
 
-def run_demo(home: Path | None, *, events: int, seed: int, progress: Progress, now: datetime | None = None) -> DemoReport:
+def run_demo(
+    home: Path | None,
+    *,
+    events: int,
+    seed: int,
+    progress: Progress,
+    now: datetime | None = None,
+    lakehouse: str | None = None,
+) -> DemoReport:
     """Run the demo in ``home`` (default .adtally-demo) and compare it with the truth. ``progress`` shows the steps while they run.
 
     Its week is the last one, from Sunday to Saturday, that was over at ``now``. The figures are the same in any week.
     """
     weeks = weeks_until(now or datetime.now(UTC))
     folder = (home or DEFAULT_HOME).absolute()
-    settings = demo_settings(folder)  # first: a setting that is refused deletes nothing
-    clean_home(folder)
+    settings = demo_settings(folder, lakehouse)  # first: a setting that is refused deletes nothing
+    clean_home(folder, lakehouse)
     with progress:
         truths = _land(settings, events, seed, weeks, progress)
         offered = sum(int(truth["totals"]["offered"]) for truth in truths)
@@ -236,7 +261,7 @@ def _dagster(settings: Settings) -> Iterator[RunJob]:
     """Yield a function that runs a Dagster job in this process, with ``settings`` and the Dagster instance of the home."""
     from orchestration.up.instance import home_instance
 
-    own = {"HOME": settings.home_path, "LAKEHOUSE": settings.lakehouse_uri, "LANDING": settings.landing_path}
+    own = {"HOME": settings.home_path, "LAKEHOUSE": settings.lakehouse_uri, "LANDING": settings.landing_uri}
     own["MAX_BYTES_PER_BATCH"] = settings.max_bytes_per_batch
     others = {f"ADTALLY_{name.upper()}" for name in LIMITS}
     before = dict(os.environ)

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import cache
 from itertools import pairwise
 
 import duckdb
 
 from spark_jobs.config import Settings
-from spark_jobs.lake.duck import connect_delta
+from spark_jobs.lake.duck import delta_cursor
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import BATCH_LEDGER, MINUTE_METRICS
 from spark_jobs.units import HOUR, HourRange
@@ -45,12 +44,6 @@ class Cell:
     late: int
 
 
-@cache
-def _database() -> duckdb.DuckDBPyConnection:
-    """Return this process's DuckDB for the ledger: loading the extension takes longer than a tick of a sensor."""
-    return connect_delta({"threads": 1, "memory_limit": "512MB"})
-
-
 class Ledger:
     """The ledger of a home, read through a DuckDB that the process keeps."""
 
@@ -61,7 +54,7 @@ class Ledger:
     @contextmanager
     def open(cls, settings: Settings) -> Iterator[Ledger]:
         """Yield the ledger of ``settings``."""
-        with _database().cursor() as cursor:
+        with delta_cursor(settings.lakehouse_uri, threads=1, memory_limit="512MB") as cursor:
             yield cls(Lake(settings), cursor)
 
     def added(self, after: int, until: int) -> list[Cell]:

@@ -29,7 +29,8 @@ def run_reconciliation(
     report = reconcile(settings, hours, repair=repair, run_id=run_id, progress=progress)
     if not repair or not any(found.layer == "marts" for found in report.differences):
         return report
-    build_marts(settings, progress=progress)
+    # from all days: the tables have not changed, the marts are wrong all the same
+    build_marts(settings, is_full=True, progress=progress)
     still = {(found.event_hour, found.campaign_id) for found in check_marts(settings, hours)}
     differences = [
         replace(found, is_repaired=True) if found.layer == "marts" and (found.event_hour, found.campaign_id) not in still else found

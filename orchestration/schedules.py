@@ -10,11 +10,11 @@ import dagster as dg
 from orchestration.assets.lakehouse import LANDING_INGEST
 from orchestration.assets.marts import groups_of
 from orchestration.assets.quality import CHECKED, EXPECTATIONS_CHECK, MARTS_CHECKED
+from orchestration.marts.follow import nothing_to_build
 from orchestration.marts.manifest import Manifest, is_mart
 from orchestration.marts.pins import pin_versions
-from orchestration.marts.query import query_marts
 from orchestration.partitions import range_tags
-from spark_jobs.config import Settings, load_settings
+from spark_jobs.config import load_settings
 from spark_jobs.errors import AdtallyError
 from spark_jobs.lake.locks import INGEST, is_held
 from spark_jobs.units import HOUR, HourRange
@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 
 _RUNNING = dg.DefaultScheduleStatus.RUNNING
 PRIORITY_TAG = "dagster/priority"
-_BUILT_AGAIN_AFTER = timedelta(minutes=30)
 _BETWEEN_IDLE_RUNS = timedelta(minutes=30)
-_SECONDS_TO_MARTS = 30
+_SECONDS_TO_MARTS = 60
 RECOUNTED_AGAIN = 48 * HOUR
 CLOSED_HOURS = ("reviewed_hours", "compacted_events", "reconciled_hours", "attributed_orders")
 
@@ -195,23 +194,6 @@ def marts_schedule(group: str, cron: str, job: UnresolvedAssetJobDefinition) -> 
         return dg.RunRequest() if reason is None else dg.SkipReason(reason)
 
     return schedule
-
-
-def nothing_to_build(settings: Settings, group: str, *, now: datetime) -> str | None:
-    """Return why the marts of ``group`` need no build now; None if they do."""
-    try:
-        newest = pin_versions(settings)
-    except AdtallyError as error:
-        return str(error)
-    sql = f"select table_name, delta_version, built_at from mart_build where mart_group = '{group}'"
-    try:
-        built = query_marts(settings, sql)[1]
-    except AdtallyError:  # no marts yet, or marts of an older version
-        return None
-    age = now - max((at for *_, at in built), default=datetime.min).replace(tzinfo=UTC)
-    if {table: version for table, version, _ in built} != newest or age > _BUILT_AGAIN_AFTER:
-        return None
-    return f"nothing was committed since the build of {age.total_seconds() / 60:.0f} minutes ago"
 
 
 def _schedule_unless_empty(job: UnresolvedAssetJobDefinition, cron: str, description: str) -> dg.ScheduleDefinition:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from orchestration.marts.dbt_runner import install_delta_extension
+from spark_jobs.class_archive import make_class_archive
 from spark_jobs.config import load_settings
 from spark_jobs.errors import AdtallyError
-from spark_jobs.jars import ensure_jars
 from spark_jobs.java import require_java
+from spark_jobs.lake.duck import connect_delta
 
 
 def main() -> int:
     """Set up; the exit status of the process."""
     try:
         require_java()
-        ensure_jars(load_settings(), progress=lambda line: print(f"adtally: {line}", flush=True))
-        install_delta_extension()
+        make_class_archive(load_settings(), progress=lambda line: print(f"adtally: {line}", flush=True))
+        connect_delta().close()
     except AdtallyError as error:
         print(f"adtally: error: {error}", file=sys.stderr)
         return error.exit_code

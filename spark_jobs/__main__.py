@@ -12,6 +12,11 @@ from pathlib import Path
 if not __package__:  # spark-submit runs this as a file: then Python searches this folder, not its parent
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from spark_jobs.no_pandas import hide_pandas
+
+if __name__ == "__main__":
+    hide_pandas()  # before the imports that follow load it
+
 from spark_jobs.config import load_settings
 from spark_jobs.errors import AdtallyError
 from spark_jobs.failure import MESSAGE_LENGTH, failure_cause, one_line
@@ -26,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     ingest = commands.add_parser("ingest", help="events and orders from landing folders and Kafka into the lakehouse")
     ingest.add_argument("--continuous", action="store_true", help="until SIGTERM instead of all that is there")
-    ingest.add_argument("--trigger", type=float, default=5.0, metavar="SECONDS", help="time between two batches")
+    ingest.add_argument("--trigger", type=float, metavar="SECONDS", help="time between two small batches")
     ingest.add_argument("--json", action="store_true", help="one JSON line a batch on standard output")
     ingest.add_argument("--debug", action="store_true", help="show the stack trace of an error")
     options = parser.parse_args(arguments)

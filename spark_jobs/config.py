@@ -9,11 +9,13 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from spark_jobs.errors import ConfigurationError
+from spark_jobs.lake.locations import canonical, canonical_path, local_folder, state_root, unusable_character
 from spark_jobs.units import EPOCH
 
 _LONGEST = timedelta(days=36_500)
@@ -63,11 +65,19 @@ class Settings(BaseSettings):
 
     home: Path = Field(Path(".adtally"), description="Folder that holds everything of one installation.")
     lakehouse: str | None = Field(
-        None, description="Root of the Delta tables: a path or a URI such as s3a://. Default: HOME/lakehouse."
+        None, description="Root of the Delta tables: a path or a URI such as s3://bucket/prefix. Default: HOME/lakehouse."
     )
-    landing: Path | None = Field(None, description="Root of the landing folders. Default: HOME/landing.")
-    rules: Path | None = Field(
-        None, description="Folder of invalid_traffic.toml and attribution.toml; ours where one is missing. Default: HOME/rules."
+    landing: str | Path | None = Field(
+        None, description="Root of the landing folders: a path or a URI such as s3://. Default: HOME/landing."
+    )
+    landing_sweep: PositiveDuration = Field(
+        timedelta(minutes=1),
+        description="How often a landing folder in an object store is listed whole; new keys at its end are found at each trigger.",
+    )
+    rules: str | Path | None = Field(
+        None,
+        description="Folder of invalid_traffic.toml and attribution.toml, a path or a URI; ours where one is missing. "
+        "Default: HOME/rules.",
     )
     kafka: Path | None = Field(
         None, description="The Kafka clusters, as docs/kafka.md says. Default: HOME/kafka.toml, where there is one."
@@ -137,6 +147,16 @@ class Settings(BaseSettings):
     webserver_url: str | None = Field(
         None, pattern="^https?://", description="Where browsers find the Dagster UI, for links; `adtally up` sets it."
     )
+    dagster_storage: SecretStr | None = Field(
+        None,
+        description="Postgres that keeps Dagster's runs and schedules for several machines, as SQLAlchemy names it: "
+        "postgresql+psycopg2://user:password@host/name. Default: SQLite files in HOME/dagster.",
+    )
+    marts_interval: Duration | None = Field(
+        None,
+        description="Shortest time between the begins of two builds of the near-real-time marts by `adtally up`; 0 leaves them to "
+        "Dagster's schedule. Default: 3 s, a minute with a lakehouse in an object store.",
+    )
     query_memory: Size = Field("1g", description="Memory of a query of the marts, as 512m or 2g.")
     query_spill: Size = Field("4g", description="Disk space that a query of the marts may take beyond its memory.")
     query_timeout: PositiveDuration = Field(timedelta(minutes=2), description="A query of the marts that takes longer is ended.")
@@ -159,6 +179,12 @@ class Settings(BaseSettings):
     )
     max_user_share: Share = Field(0.2, description="Alert: share of one user in the events of the last hour of ingestion.")
     min_free_bytes: int = Field(2 * 1024**3, ge=0, description="Alert: less free disk space than this under ADTALLY_HOME.")
+    lease_seconds: float = Field(
+        20.0,
+        ge=1,
+        le=3600,
+        description="With a lakehouse in an object store: a process that has not renewed its lease for so long is replaced.",
+    )
     earliest_event_time: Moment = Field(
         datetime(2000, 1, 1, tzinfo=UTC),
         description="Events and orders before this time are rejected as out of range. Not before 1970.",
@@ -172,6 +198,13 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name!r} is not a source, as in events/eu-west")
         return value
 
+    @field_validator("dagster_storage")
+    @classmethod
+    def _check_storage(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not _is_postgres(value.get_secret_value()):
+            raise ValueError("is not the address of a Postgres, as in postgresql+psycopg2://user:password@host/name")
+        return value
+
     @field_validator("webserver_hosts")
     @classmethod
     def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -183,34 +216,52 @@ class Settings(BaseSettings):
     @cached_property
     def home_path(self) -> Path:
         """ADTALLY_HOME as an absolute path, without links, ``..`` or ``//``. All paths of the settings are like that."""
-        return _canonical(self.home)
+        return canonical_path(self.home)
 
     @cached_property
     def lakehouse_uri(self) -> str:
         """Root of the Delta tables, absolute when it is a path."""
-        if self.lakehouse is None:
-            return str(self.home_path / "lakehouse")
-        return str(_canonical(Path(self.lakehouse))) if _is_path(self.lakehouse) else self.lakehouse.rstrip("/")
+        return canonical(self.lakehouse or self.home_path / "lakehouse")
+
+    @cached_property
+    def state_uri(self) -> str:
+        """Where state that is no table and cannot be rebuilt is kept: the home, or a folder of a lakehouse in an object store."""
+        return state_root(self.home_path, self.lakehouse_uri)
+
+    @cached_property
+    def landing_uri(self) -> str:
+        """Root of the landing folders, where records are read: absolute when it is a path."""
+        return canonical(self.landing or self.home_path / "landing")
 
     @cached_property
     def landing_path(self) -> Path:
-        """Root of the landing folders, absolute."""
-        return _canonical(self.landing or self.home_path / "landing")
+        """Where the landing folders are listed: the root itself or, of an object store, its view (lake/landing_view.py)."""
+        return local_folder(self.landing_uri, self.home_path / "landing_view")
+
+    @cached_property
+    def rules_uri(self) -> str:
+        """Folder of the rule files, absolute when it is a path."""
+        return canonical(self.rules or self.home_path / "rules")
 
     @cached_property
     def rules_path(self) -> Path:
-        """Folder of the rule files, absolute."""
-        return _canonical(self.rules or self.home_path / "rules")
+        """Where the rule files are read: their folder itself or, of an object store, its copy (lake/landing_view.py)."""
+        return local_folder(self.rules_uri, self.home_path / "rules_view")
 
     @cached_property
     def kafka_path(self) -> Path:
         """The file that names the Kafka clusters, absolute."""
-        return _canonical(self.kafka or self.home_path / "kafka.toml")
+        return canonical_path(self.kafka or self.home_path / "kafka.toml")
 
     @cached_property
     def checkpoints_path(self) -> Path:
         """Checkpoints of the streaming queries, a folder each."""
         return self.home_path / "checkpoints"
+
+    @cached_property
+    def checkpoints_view_path(self) -> Path:
+        """What other machines read of the checkpoints that a remote lakehouse has copies of. May be deleted at any time."""
+        return self.home_path / "checkpoints_view"
 
     @cached_property
     def marts_path(self) -> Path:
@@ -233,11 +284,6 @@ class Settings(BaseSettings):
         return self.home_path / "recount"
 
     @cached_property
-    def corrections_path(self) -> Path:
-        """Corrections that were decided and are not finished."""
-        return self.home_path / "corrections"
-
-    @cached_property
     def quality_path(self) -> Path:
         """Data docs and profiles of the checks."""
         return self.home_path / "quality"
@@ -256,20 +302,21 @@ class Settings(BaseSettings):
     def jar_cache_path(self) -> Path:
         """Folder of the resolved jars."""
         base = self.cache_dir or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "adtally"
-        return _canonical(Path(base)) / "jars"
+        return canonical_path(Path(base)) / "jars"
 
     def table_uri(self, name: str) -> str:
         """Path of a Delta table of the registry."""
         return f"{self.lakehouse_uri}/{name}"
 
 
-def _is_path(root: str) -> bool:
-    return "://" not in root
-
-
-def _canonical(path: Path) -> Path:
-    """Return the one spelling of a path. Spark, Java and the tables compare paths as text: two spellings would be two files."""
-    return Path(os.path.realpath(path.expanduser()))
+def _is_postgres(address: str) -> bool:
+    """Return whether an address can be read in one way only. An error of a misread one could show a part of its password."""
+    parts = urlsplit(address)
+    try:
+        has_host = parts.port is None or parts.hostname is not None
+    except ValueError:  # the port is no number: a password with a slash
+        return False
+    return parts.scheme == "postgresql+psycopg2" and has_host and parts.netloc.count("@") <= 1 and not parts.fragment
 
 
 # Variables that the crash tests and dbt's profile read.
@@ -285,17 +332,13 @@ def _refuse_unknown() -> None:
             raise ConfigurationError(f"wrong settings: there is no setting {name}", hint=meant)
 
 
-# delta-rs takes paths as parts of URIs: it reads these characters as another path, or panics.
-_IMPOSSIBLE = re.compile(r"[\[\]\\|^%\x00-\x1f\x7f]")
-
-
 def _refuse_paths(settings: Settings) -> None:
     """Raise ConfigurationError if a path has a character with which no table can be opened."""
     for variable, path in (("ADTALLY_HOME", str(settings.home_path)), ("ADTALLY_LAKEHOUSE", settings.lakehouse_uri)):
-        found = _IMPOSSIBLE.search(path) if _is_path(path) else None
+        found = unusable_character(path)
         if found is not None:
             raise ConfigurationError(
-                f"wrong settings: {variable}: {path!r} has the character {found[0]!r}, with which tables cannot be opened",
+                f"wrong settings: {variable}: {path!r} has the character {found!r}, with which tables cannot be opened",
                 hint="choose a folder without [ ] \\ | ^ % and control characters in its path",
             )
 

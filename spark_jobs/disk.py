@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,6 +47,11 @@ def sync_new_folders(folders: Iterable[Path | str], root: Path | str) -> None:
         wanted.update((folder, *(parent for parent in folder.parents if parent.is_relative_to(top))))
     for folder in sorted(wanted, key=lambda one: len(one.parts), reverse=True):
         sync_folder(folder)
+
+
+def scratch_folder() -> Path:
+    """Return where this process may put temporary files: Spark names a place to its Python workers, and clears it."""
+    return Path(os.environ.get("SPARK_LOCAL_DIRS", "").split(",")[0] or tempfile.gettempdir())
 
 
 def make_folder(path: Path | str) -> Path:

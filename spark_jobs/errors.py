@@ -108,6 +108,21 @@ class TableCorruptionError(AdtallyError):
     """A Delta table contradicts the registry, or the data that were derived from it."""
 
 
+class StoreError(AdtallyError):
+    """An object store does not answer, or refuses; the message names the operation and the key.
+
+    ``retryable`` is False for what does not pass: the credentials have no right, or there is no such bucket.
+    """
+
+    retryable = True
+
+
+class LeaseLostError(AdtallyError):
+    """Another machine has taken over what this process was doing. Nothing was committed after that."""
+
+    retryable = True
+
+
 class RawBehindError(AdtallyError):
     """The table of raw records lacks records that the recount needs."""
 

@@ -42,7 +42,7 @@ class Step(StrEnum):
     RESTORE = "restore"  # a compaction is reverted
     VACUUM = "vacuum"
     DAMAGE_REMOVED = "damage_removed"  # damaged data files are removed from a table
-    CORRECTION_DECIDED = "correction_decided"  # the whole correction is written under ADTALLY_HOME
+    CORRECTION_DECIDED = "correction_decided"  # the whole correction is written
     CORRECTED_EVENTS = "corrected_events"
     CORRECTED_REJECTS = "corrected_rejects"
     CORRECTED_METRICS = "corrected_metrics"
@@ -52,7 +52,7 @@ class Step(StrEnum):
     RESTATEMENTS = "restatements"
     HOUR_RULES = "hour_rules"
     RECONCILIATIONS = "reconciliations"
-    CORRECTION_DONE = "correction_done"  # the correction is deleted from ADTALLY_HOME
+    CORRECTION_DONE = "correction_done"  # the correction is finished and may be deleted
     RULE_SETS = "rule_sets"
     TRAFFIC_REVIEWS = "traffic_reviews"
     ATTRIBUTED_ORDERS = "attributed_orders"
@@ -60,6 +60,8 @@ class Step(StrEnum):
     PUBLISHED_METRICS = "published_metrics"  # a version's increments are in their topic
     PUBLISHED_CREDITS = "published_credits"
     PUBLICATIONS = "publications"
+    FENCES = "fences"  # of a lease that was not released, on each table
+    MARTS = "marts"  # the pointer of the marts in a store names a new build
 
 
 def crash_point(moment: str, step: Step, batch_id: int) -> None:

@@ -14,11 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from spark_jobs.errors import StoppedError
+
+if TYPE_CHECKING:
+    from spark_jobs.lake.locks import LockHandle
 
 # seconds after the first signal
 BATCH_SECONDS = 18.0  # until which the current batch may end by itself
@@ -100,7 +103,7 @@ class StopRequest:
 
 
 @contextmanager
-def lock_unless_stopped(lock: FileLock, stopping: threading.Event) -> Iterator[None]:
+def lock_unless_stopped(lock: LockHandle, stopping: threading.Event) -> Iterator[None]:
     """Hold a lock, however long it takes to get it. Raises StoppedError if ``stopping`` is set before."""
     while not stopping.is_set():
         with suppress(Timeout):

@@ -11,6 +11,7 @@ import pytest
 from browser import started_browser
 from playwright.sync_api import Browser
 from pyspark.sql import SparkSession
+from store import place, prefix, store, without_credentials  # noqa: F401
 
 from services.launcher.kafka import Kafka
 from services.launcher.trial import throwaway_kafka

@@ -49,7 +49,7 @@ def test_one_module_builds_the_session() -> None:
 
 # --- who may import whom inside spark_jobs and services, directly or through others
 
-NEUTRAL = {"config", "disk", "errors", "failure", "private", "steps", "texts", "units"}
+NEUTRAL = {"background", "config", "disk", "errors", "failure", "no_pandas", "private", "steps", "texts", "units"}
 """Modules that read, judge, compare and price no record."""
 
 AUDITED = {"attribution", "billing", "ingest", "lake", "publish", "rules", "traffic"}
@@ -157,6 +157,7 @@ OF_THE_LAKE = {
     "delta_scan(": re.compile(r"\bdelta_scan\("),
     "get_add_actions": re.compile(r"\bget_add_actions\b"),
     "_delta_log": re.compile(r"\b_delta_log\b"),
+    "a disk or a store": re.compile(r"""\b(is_local|is_remote|local_path)\b|["']://["']"""),
     "quotes escaped by hand": re.compile(r"""replace\(["']'["'], ["']''["']\)"""),
 }
 
@@ -185,6 +186,8 @@ def test_only_the_lake_opens_scans_and_commits_tables() -> None:
         ('sql = f"from delta_scan({path})"', "delta_scan("),
         ("held.get_add_actions(flatten=True)", "get_add_actions"),
         ('folder / "_delta_log"', "_delta_log"),
+        ('if "://" in uri:', "a disk or a store"),
+        ("if is_local(settings.lakehouse_uri):", "a disk or a store"),
         ("""text.replace("'", "''")""", "quotes escaped by hand"),
     ],
 )

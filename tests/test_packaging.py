@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from orchestration.marts import dbt_runner
-from orchestration.marts.dbt_runner import project_dir
+from orchestration.marts import dbt_project
+from orchestration.marts.dbt_project import project_dir
 from spark_jobs.errors import MachineError
 from tests.test_layout import imported
 
@@ -42,7 +42,7 @@ def test_the_wheel_has_the_dbt_project_where_the_package_looks_for_it(
     assert "dbt_project" in wheel["only-include"]
     installed = tmp_path / wheel["sources"]["dbt_project"]
     shutil.copytree(ROOT / "dbt_project", installed)
-    monkeypatch.setattr(dbt_runner, "__file__", str(tmp_path / "orchestration" / "marts" / "dbt_runner.py"))
+    monkeypatch.setattr(dbt_project, "__file__", str(tmp_path / "orchestration" / "marts" / "dbt_project.py"))
     assert project_dir() == installed
     shutil.rmtree(installed)
     with pytest.raises(MachineError, match="the dbt project is not installed"):

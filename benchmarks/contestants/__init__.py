@@ -10,11 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import delta_log
+from benchmarks.environments import environment
 from benchmarks.flink_env import flink_environment, flink_python
 from benchmarks.measure import Measured
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
+CHDB = (
+    "chdb-core==26.9.0"  # the engine and its Python module; package chdb adds DataFrames to it
+    " --hash=sha256:707e2ec3fe0f7953bac97942eaeb7a1ed1d66b1e56ecef3f0aa2130f61f6e735"  # Linux, x86-64
+    " --hash=sha256:46148d3fc1edd6d6f701922be0f18e2aa6e60349e418b430e69bbb87ab6b95a9"  # Linux, ARM
+    " --hash=sha256:0d24d78969f7ab41d5303c148b7cf64880fa017507bbed9c9b8799b29c26723f"  # macOS, x86-64
+    " --hash=sha256:bc2d2baedc038ba04be59d97d9ded4f87a3fbe05c3820f93d90e508b1e541ad0"  # macOS, ARM
+)
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,17 @@ def _check_duckdb(job: Job, measured: Measured, expected: Mapping[str, int]) -> 
     return _differences(found, expected)
 
 
+def _start_clickhouse(job: Job) -> tuple[list[str], dict[str, str]]:
+    python = environment(job.work / "chdb-venv", [CHDB], alone=True)
+    command = [str(python), str(HERE / "clickhouse_replacing.py"), "--landing", str(job.landing), "--home", str(job.home)]
+    return [*command, "--files-per-batch", str(job.files_per_batch)], {"PATH": os.environ.get("PATH", "")}
+
+
+def _check_clickhouse(job: Job, measured: Measured, expected: Mapping[str, int]) -> list[str]:
+    found = delta_log.column_sums([job.home / "minute_metrics.parquet"], ["unique", "impressions", "clicks"])
+    return _differences(found, expected)
+
+
 CONTESTANTS = {
     c.key: c
     for c in (
@@ -146,5 +165,6 @@ CONTESTANTS = {
         Contestant("d-hashmap", "PyFlink keep first, hashmap", _start_flink("hashmap"), _check_flink),
         Contestant("d-rocksdb", "PyFlink keep first, RocksDB", _start_flink("rocksdb"), _check_flink),
         Contestant("e", "DuckDB in one pass (limit)", _start_duckdb, _check_duckdb),
+        Contestant("f", "ClickHouse ReplacingMergeTree (chDB)", _start_clickhouse, _check_clickhouse),
     )
 }

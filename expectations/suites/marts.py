@@ -1,7 +1,7 @@
 """The published marts: rules that neither their contracts nor dbt's tests enforce before publishing.
 
 dbt enforces columns, types, nulls, grains, accepted values and conservation of sums (dbt_project/models/marts, dbt_project/tests).
-For marts by day an hour selects the rows of its day.
+For marts by day an hour selects the rows of its day. Without an hour the days of `checked_days` are checked.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _sum_of_its_minutes() -> Expectation:
             select {key} from {{batch}} as days
             full join (
                 select {key}, {", ".join(f"sum({name}) as {name}" for name in _ADDED)} from marts.main.fct_campaign_minute
-                where (select starts_at is null or event_date = cast(starts_at as date) from this_hour)
+                where event_date in (select day from checked_days where model = 'fct_campaign_minute')
                 group by {key}
             ) as minutes using ({key})
             where {" or ".join(f"days.{name} is distinct from minutes.{name}" for name in _ADDED)}

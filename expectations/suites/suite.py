@@ -19,9 +19,10 @@ SEVERITIES = {Severity.ERROR: FailureSeverity.CRITICAL, Severity.WARN: FailureSe
 class Suite:
     """The expectations of one table.
 
-    Queries of expectations read ``{batch}``: the rows of the hour, or of the whole table where no hour is given. They may also read
-    the one row of ``this_hour`` (starts_at, ends_at; both null without an hour), the related tables by name, and
-    ``table_columns`` (name, declared, found), the types of the columns of a Delta table.
+    Queries of expectations read ``{batch}``: the rows of the hour; of marts without an hour the rows of the days that changed last.
+    They may also read the one row of ``this_hour`` (starts_at, ends_at), the related tables by name, and ``table_columns`` (name,
+    declared, found), the types of the columns of a Delta table. Those of marts read ``checked_days`` (model, day) instead: the days
+    that are validated.
 
     ``in_hour``: selects the hour's rows, with {date}, {hour}, {start}, {end}, {utc_start} and {utc_end} as literals. ``place``: the
     columns that identify a row. ``columns``: name -> DuckDB type of a Delta table's columns; those of a mart are in its contract.

@@ -53,14 +53,14 @@ class SignalSensor:
 
 SIGNAL_SENSORS = (
     SignalSensor(
-        "stream_lag", "ad_events", "Landing files or records of a topic wait longer than ADTALLY_MAX_STREAM_LAG to be ingested.", 30
+        "stream_lag", "ad_events", "Landing files or records of a topic wait longer than ADTALLY_MAX_STREAM_LAG to be ingested."
     ),
     SignalSensor("ignored_files", "landing_files", "Files lie in the landing folder where nothing reads them.", 300),
     # twice: a broker that restarts does not answer for some seconds
     SignalSensor("kafka_clusters", "ad_events", "A cluster of Kafka does not answer, or lacks a topic.", 60, bad_ticks=2),
     SignalSensor("freshness", "mart_build", "The published marts lag the ledger by more than ADTALLY_MAX_MART_AGE.", 120),
     SignalSensor(
-        "publishing_behind", "minute_metrics", "Versions wait longer than ADTALLY_MAX_PUBLISH_LAG to be published to Kafka."
+        "publishing_behind", "minute_metrics", "Versions wait longer than ADTALLY_MAX_PUBLISH_LAG to be published to Kafka.", 120
     ),
     SignalSensor(
         "rejected_share", "rejected_events", "More than ADTALLY_MAX_REJECTED_SHARE of the last hour's records are rejected.", 300
@@ -75,7 +75,7 @@ SIGNAL_SENSORS = (
     ),
     SignalSensor("campaign_file", "campaigns", "A campaign file cannot be read; the prices in force stay.", 300),
     SignalSensor("rule_file", "ad_events", "A rule file cannot be right; the rules in force stay, or a step waits.", 300),
-    SignalSensor("disk_space", "landing_files", "Less than ADTALLY_MIN_FREE_BYTES are free under ADTALLY_HOME."),
+    SignalSensor("disk_space", "landing_files", "Less than ADTALLY_MIN_FREE_BYTES are free under ADTALLY_HOME.", 120),
 )
 
 

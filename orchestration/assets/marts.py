@@ -12,7 +12,7 @@ from orchestration.assets.links import runbook
 from orchestration.assets.outcome import translate_errors
 from orchestration.listening import listener
 from orchestration.marts.build import GROUPS, MartBuild, build_marts
-from orchestration.marts.dbt_runner import DbtNode, MartsError, Rows, project_dir
+from orchestration.marts.dbt_project import DbtNode, MartsError, Rows, project_dir
 from orchestration.marts.manifest import COLUMN_LINEAGE, Manifest, attach_tests, is_mart, name_tests
 from spark_jobs.config import load_settings
 

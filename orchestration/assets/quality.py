@@ -1,6 +1,7 @@
 """The expectations as checks of the tables' hours: a failed check of severity error stops the later steps."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,7 +14,11 @@ from orchestration.assets.lakehouse import TABLE_ASSETS
 from orchestration.assets.links import report_link, runbook
 from orchestration.assets.outcome import Verdict, evaluations, translate_errors
 from spark_jobs.config import Settings, load_settings
+from spark_jobs.errors import AdtallyError
+from spark_jobs.lake.duck import delta_cursor
 from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.marts import current_marts
+from spark_jobs.lake.shared_folder import shared_folder
 from spark_jobs.lake.tables import BATCH_LEDGER, CAMPAIGNS, EVENTS, MINUTE_METRICS, ORDERS
 
 if TYPE_CHECKING:
@@ -41,6 +46,7 @@ MARTS_CHECKED = (
 )
 # The ledger first: a batch in it is complete in the tables that are pinned after it.
 _PINNED = (BATCH_LEDGER, EVENTS, MINUTE_METRICS, ORDERS, CAMPAIGNS)
+_PROFILES = "quality/profiles"
 
 
 Pins = dict[str, tuple[str, int | None]]
@@ -67,7 +73,7 @@ def _expectations(key: str, table: str, hours: dg.HourlyPartitionsDefinition) ->
     def expectations(context: dg.AssetCheckExecutionContext) -> Iterator[Any]:
         """Validate each hour of this run."""
         settings = load_settings()
-        with _translate_expectation_errors():
+        with _translate_expectation_errors(), shared_folder(settings, _PROFILES):
             wanted = closed_hours(context, settings)
             lake = Lake(settings)
             pins = {pinned.name: (lake.uri(pinned), lake.version(pinned)) for pinned in _PINNED}
@@ -82,7 +88,9 @@ def _verdict(settings: Settings, pins: Pins, table: str, hour: datetime, run_nam
 
     uri, version = pins[table]
     related = {name: pins[name] for name in related_tables(table) if pins[name][1] is not None}
-    found = validate_hour(table, uri, version, hour, related=related, docs=settings.quality_path, run_name=run_name)
+    spill = settings.scratch_path / f"quality-{os.getpid()}"  # DuckDB creates it if needed, and removes it
+    with delta_cursor(settings.lakehouse_uri, memory_limit="2GB", temp_directory=str(spill)) as cursor:
+        found = validate_hour(cursor, table, uri, version, hour, related=related, docs=settings.quality_path, run_name=run_name)
     return Verdict(
         hour,
         passed=found.success,
@@ -112,7 +120,10 @@ def marts_expectations() -> dg.AssetChecksDefinition:
         names = sorted(key.asset_key.path[-1] for key in context.selected_asset_check_keys)
         with _translate_expectation_errors():
             run_name = _run_name(context)
-            for found in validate_marts(settings.marts_path, marts=names, docs=settings.quality_path, run_name=run_name):
+            path = current_marts(settings).path
+            if path is None:
+                raise AdtallyError("there are no marts to check yet", hint="run `adtally marts build` first")
+            for found in validate_marts(path, marts=names, docs=settings.quality_path, run_name=run_name):
                 yield dg.AssetCheckResult(
                     asset_key=found.table,
                     check_name=EXPECTATIONS_CHECK,

@@ -98,12 +98,12 @@ def _global(
 
 def main() -> None:
     """Run the command and end the process with its exit status."""
-    sys.exit(run())
+    sys.exit(run(owns_process=True))
 
 
-def run(arguments: list[str] | None = None) -> int:
+def run(arguments: list[str] | None = None, *, owns_process: bool = False) -> int:
     """Run the command and return the exit status. Print every error as one line on standard error."""
-    call = Call()
+    call = Call(owns_process=owns_process)
     try:
         result = app(args=arguments, prog_name="adtally", standalone_mode=False, obj=call)
         if result == 130:  # typer's result for a KeyboardInterrupt

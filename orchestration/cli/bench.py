@@ -20,6 +20,8 @@ _BENCHMARKS = {
     "recount": "Measure the recount of an hour beside its ingest.",
     "compaction": "Measure scans of an hour and the build of the marts before and after compaction.",
     "quality": "Measure what the expectations of an hour cost beside its ingest.",
+    "store": "Measure ingest, mart build and recount on an object store beside a local disk, and what its requests cost.",
+    "index": "Measure a batch against a key index of a billion keys beside one of two million.",
     "console": "Measure the console with many viewers while the ingest runs.",
 }
 
@@ -32,7 +34,7 @@ def _bench(context: typer.Context) -> None:
     if not (root / "benchmarks").is_dir() or find_spec("benchmarks") is None:
         raise UsageError("the benchmarks are not part of the installed package", hint="run it in a checkout")
     name = str(context.info_name)
-    module = ["benchmarks.run", name] if name in ("ingest", "console") else [f"benchmarks.{name}"]
+    module = ["benchmarks.run", name] if name in ("ingest", "index", "console") else [f"benchmarks.{name}"]
     done = subprocess.run([sys.executable, "-m", *module, *context.args], cwd=root, check=False)
     raise typer.Exit(done.returncode if done.returncode in (0, 1, 2) else 1)
 

@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Call:
-    """The global options. The root command sets them in the context, where every other command finds them."""
+    """The global options. The root command sets them in the context, where every other command finds them.
+
+    ``owns_process``: the process ends with the command, so the command may change what concerns all of it.
+    """
 
     debug: bool = False
     home: Path | None = None
+    owns_process: bool = False
 
 
 def settings_of(context: typer.Context) -> Settings:

@@ -19,12 +19,17 @@ app = typer.Typer()
         "adtally demo",
         "adtally demo --events 20000                   quicker",
         "adtally --home /tmp/tally demo                in another folder, which must be new or a demo's",
+        "adtally demo --lakehouse s3://bucket/demo     tables in an object store",
     ),
 )
 def demo(
     context: typer.Context,
     events: Annotated[int, typer.Option(min=1, help="Simulated event lines, beside the samples.")] = 200_000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the simulated traffic.")] = 7,
+    lakehouse: Annotated[
+        str | None,
+        typer.Option(metavar="<location>", help="Where the tables go, as s3://bucket/prefix; it must be empty or a demo's."),
+    ] = None,
 ) -> None:
     """Run the main job end to end in a folder of its own and compare it with the known truth.
 
@@ -33,5 +38,5 @@ def demo(
     """
     from orchestration.cli.demo_report import show_demo
 
-    if not show_demo(context.ensure_object(Call).home, events=events, seed=seed, console=console()):
+    if not show_demo(context.ensure_object(Call).home, events=events, seed=seed, console=console(), lakehouse=lakehouse):
         raise typer.Exit(1)

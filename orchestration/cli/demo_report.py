@@ -31,9 +31,9 @@ class Steps(Progress):
                 yield Text(f"    {task.fields['note']}", style="dim")
 
 
-def show_demo(home: Path | None, *, events: int, seed: int, console: Console) -> bool:
+def show_demo(home: Path | None, *, events: int, seed: int, console: Console, lakehouse: str | None = None) -> bool:
     """Run the demo and print its report. Return whether every figure equals the truth."""
-    report = run_demo(home, events=events, seed=seed, progress=Steps(console))
+    report = run_demo(home, events=events, seed=seed, progress=Steps(console), lakehouse=lakehouse)
     for shown in (
         conservation_table(report.conservation),
         figures_table("Against the known truth, per hour and region, per campaign, per bill of a day", report.counts),
@@ -101,12 +101,15 @@ def place_lines(report: DemoReport) -> Iterator[str]:
     settings, (campaign, day) = report.settings, report.best
     days = f"{report.first_day:%Y-%m-%d} to {report.last_day:%Y-%m-%d}"
     yield f"days           {days}: the samples' week of 2019, {report.weeks} weeks later"
-    yield f"landing files  {settings.landing_path}"
+    yield f"landing files  {settings.landing_uri}"
     yield f"Delta tables   {settings.lakehouse_uri}"
     yield f"marts          {settings.marts_path}"
+    where = f"ADTALLY_HOME={settings.home_path}"
+    if settings.lakehouse_uri != str(settings.home_path / "lakehouse"):
+        where += f" ADTALLY_LAKEHOUSE={settings.lakehouse_uri}"
     yield "\nLook at it in a browser, the console and Dagster (in the environment, or with `uv run` before it):"
-    yield f"  ADTALLY_HOME={settings.home_path} adtally up        then http://127.0.0.1:{settings.console_port}"
+    yield f"  {where} adtally up        then http://127.0.0.1:{settings.console_port}"
     yield "\nOr ask:"
     explain = f"explain fct_campaign_day --campaign {campaign} --date {day}"
     for command in ("status", 'query "select * from fct_campaign_day limit 10"', explain, "reconcile"):
-        yield f"  ADTALLY_HOME={settings.home_path} adtally {command}"
+        yield f"  {where} adtally {command}"

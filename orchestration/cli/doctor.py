@@ -49,7 +49,7 @@ def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="Download what is missing: the jars, DuckDB's extension.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check the machine: settings, Java, jars, DuckDB's extension, home, Spark, locale, ports, disk space, speed of fsync.
+    """Check the machine: settings, Java, jars, DuckDB's extension, home, lakehouse, Spark, locale, ports, disk space, fsync.
 
     Exit status 2 if one fails.
     """
@@ -85,12 +85,13 @@ def examine(home: Path | None, *, fix: bool = False) -> list[Check]:
         Check("python", True, sys.version.split()[0]),
         _check("java", _java),
         _check("jars", lambda: _jars(settings, fix)),
-        _check("duckdb extension", _extension),
+        _check("duckdb extension", lambda: _extension(settings)),
         _check("home", lambda: _writable(settings)),
+        _check("lakehouse", lambda: _lakehouse(settings)),
         _check("spark", lambda: _spark(settings)),
         _check("locale", _locale),
         _check("ports", lambda: _ports(settings.webserver_port)),
-        _check("landing", lambda: _landing(settings.landing_path)),
+        _check("landing", lambda: _landing(settings)),
         *_kafka(settings),
         _check("disk", lambda: _disk(settings.home_path)),
         _check("fsync", lambda: _fsync(settings.home_path)),
@@ -120,18 +121,16 @@ def _jars(settings: Settings, fix: bool) -> str:
     return f"{len(jars)} as pinned, in {jars[0].parent}"
 
 
-def _extension() -> str:
+def _extension(settings: Settings) -> str:
     import duckdb
 
-    from orchestration.marts.dbt_runner import install_delta_extension
+    from spark_jobs.lake.duck import connect_delta
 
-    install_delta_extension()
+    connect_delta(lakehouse=settings.lakehouse_uri).close()
     return f"delta for DuckDB {duckdb.__version__}"
 
 
 def _writable(settings: Settings) -> str:
-    from spark_jobs.lake.roots import is_local
-
     home = settings.home_path
     place, hint = nearest(home), "set ADTALLY_HOME to another place"
     if not place.is_dir():
@@ -142,9 +141,6 @@ def _writable(settings: Settings) -> str:
     except OSError as error:
         raise MachineError(f"{place} cannot be written: {error.strerror}", hint=hint) from None
     folders = [settings.checkpoints_path, settings.scratch_path, settings.key_index_path]
-    if is_local(settings.lakehouse_uri):
-        lakehouse = Path(settings.lakehouse_uri)
-        folders += [nearest(lakehouse), *(lakehouse.iterdir() if lakehouse.is_dir() else ())]
     for folder in folders:  # an earlier run by another user may have made some
         if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
             raise MachineError(f"{folder} cannot be written by this user", hint="give it to the user that ingests")
@@ -154,12 +150,22 @@ def _writable(settings: Settings) -> str:
     return f"{home} can be written" + (f", and other users of this machine may read it: chmod 700 {home}" if is_open else "")
 
 
-def _landing(folder: Path) -> str:
+def _lakehouse(settings: Settings) -> str:
+    from spark_jobs.lake.places import open_place
+
+    return open_place(settings.lakehouse_uri).check()
+
+
+def _landing(settings: Settings) -> str:
+    from spark_jobs.lake.landing_view import refresh_landing
+
+    refresh_landing(settings)  # raises if its store cannot be listed
+    folder = settings.landing_path
     if not folder.exists():
         return f"{folder} is not there yet: nothing to ingest"
     if not os.access(folder, os.R_OK | os.X_OK):
         raise MachineError(f"{folder} cannot be read", hint="give this user the right to read it")
-    return str(folder)
+    return settings.landing_uri
 
 
 def _kafka(settings: Settings) -> list[Check]:

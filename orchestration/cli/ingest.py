@@ -14,6 +14,7 @@ from orchestration.cli.output import console, print_json, say
 from orchestration.cli.publish import publish_at_end
 from orchestration.cli.settlement import settle_at_end
 from spark_jobs.errors import UsageError
+from spark_jobs.no_pandas import hide_pandas
 from spark_jobs.texts import counted
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ app = typer.Typer()
 def ingest(
     context: typer.Context,
     continuous: Annotated[bool, typer.Option("--continuous", help="Continue with new files until stopped.")] = False,
-    trigger: Trigger = "5s",
+    trigger: Trigger = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait while another ingest runs, and take its place when it ends.")] = False,
     is_settled: Annotated[
         bool, typer.Option("--settle/--no-settle", help="At the end: find invalid traffic, credit orders, bill closed days.")
     ] = True,
@@ -45,11 +47,16 @@ def ingest(
     it credits orders while it runs, and Dagster reviews and bills hours that close. --json prints one object at the end; with
     --continuous also a line for each batch.
     """
-    every = seconds(trigger, "--trigger")
+    from spark_jobs.lake.landing_view import landing_exists
+
+    every = None if trigger is None else seconds(trigger, "--trigger")
     settings = settings_of(context)
     is_named = context.ensure_object(Call).home is not None or "ADTALLY_HOME" in os.environ
-    if is_named and not settings.home_path.exists() and not settings.landing_path.exists():
+    has_state = settings.state_uri == str(settings.home_path)  # else the home may be new: its state is in the lakehouse
+    if is_named and has_state and not settings.home_path.exists() and not landing_exists(settings):
         raise UsageError(f"there is no home at {settings.home_path}", hint="mistyped? mkdir makes a new one")
+    if context.ensure_object(Call).owns_process:
+        hide_pandas()
     from spark_jobs.ingest.runner import run_ingest
 
     shown = console(stderr=True)
@@ -66,7 +73,7 @@ def ingest(
         shown.print(f"adtally: {line}", soft_wrap=True)
 
     with waiting:
-        report = run_ingest(settings, continuous=continuous, trigger_seconds=every, progress=on_batch, notice=on_notice)
+        report = run_ingest(settings, continuous=continuous, trigger_seconds=every, waits=wait, progress=on_batch, notice=on_notice)
     if not continuous:
         if is_settled:
             settle_at_end(settings)

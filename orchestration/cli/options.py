@@ -19,7 +19,13 @@ To = Annotated[str | None, typer.Option("--to", metavar="T", help="End of the ra
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would happen, and change nothing.")]
 Repair = Annotated[bool, typer.Option("--repair", help="Repair what can be repaired; without it only report.")]
 Reason = Annotated[str, typer.Option(help="Why. adtally keeps the reason.")]
-Trigger = Annotated[str, typer.Option(help="Time between batches of a continuous ingest, as 500ms, 5s, 2m.")]
+Trigger = Annotated[
+    str | None,
+    typer.Option(
+        help="Time between the small batches of a continuous ingest, as 500ms, 5s, 2m. A backlog is read without pauses. "
+        "Default: 1s, or 5s if the lakehouse or the landing folder is in an object store."
+    ),
+]
 OnlyStatus = Annotated[bool, typer.Option("--status", help="Only show the progress: publish or consume nothing.")]
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +15,7 @@ from orchestration.cli.context import settings_of
 from orchestration.cli.options import Json, OnlyStatus, Panel, examples
 from orchestration.cli.output import console, print_json, say, show
 from orchestration.cli.status import publications_table
+from orchestration.cli.stopping import stop_on_signals
 from orchestration.cli.tables import RecordTable, rest_line
 from spark_jobs.errors import UsageError
 from spark_jobs.texts import duration, money
@@ -78,7 +76,7 @@ def publish(
 
     shown = console(stderr=True)
     loop = PublishLoop(settings, adopt=adopt, progress=on_version, problem=lambda text: shown.print(text or "Kafka answers again"))
-    with _stop_on_signals() as stop:
+    with stop_on_signals() as stop:
         loop.run(stop)
 
 
@@ -124,7 +122,7 @@ def budget(
     if client:
         service = BudgetService(path, client, topic, keep_days=keep_days or None)
         if not only_status:
-            with _stop_on_signals() as stop:
+            with stop_on_signals() as stop:
                 service.run(stop, once=once, from_start=from_start, accept_gap=accept_gap)
         try:
             offsets_behind = service.lags()
@@ -162,25 +160,6 @@ def _find_topic(
         hint = "use --bootstrap-servers, or --cluster with a cluster of HOME/kafka.toml"
         raise UsageError("no cluster is known for the topic", hint=hint)
     return chosen.client_options() if chosen else {}, topic or (publish.metrics_topic if publish else _BUDGET_TOPIC)
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM and SIGINT set; a second signal interrupts."""
-    stop = threading.Event()
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def handle(number: int, _frame: object) -> None:
-        stop.set()
-        signal.signal(number, previous[signal.Signals(number)])
-
-    for number in previous:
-        signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def published_lines(report: PublishReport) -> Iterator[str]:

@@ -112,7 +112,7 @@ def query(
 
 def show_rows(columns: Sequence[str], rows: Rows, form: Format, limit: int | None, *, is_raw: bool = False) -> None:
     """Print a result, and how many rows were left out. ``limit`` None: ROWS_SHOWN rows of a table, else all; 0: all."""
-    from orchestration.marts import render
+    from orchestration.marts.render import render
 
     wanted = ROWS_SHOWN if limit is None and form is Format.table else limit
     shown = rows[:wanted] if wanted else rows

@@ -76,16 +76,9 @@ def bill(context: typer.Context, as_json: Json = False) -> None:
 
 
 def settle_at_end(settings: Settings) -> None:
-    """Review, credit and bill what an ingest wrote. Print a line on standard error for each that changed something.
-
-    If the tables are on an object store, it only says that it does nothing.
-    """
-    from spark_jobs.lake.roots import is_local
+    """Review, credit and bill what an ingest wrote. Print a line on standard error for each that changed something."""
     from spark_jobs.operate.settle import settle
 
-    if not is_local(settings.lakehouse_uri):
-        say(f"not settled: reviews, credits and bills read a lakehouse in a local path, not {settings.lakehouse_uri}", stderr=True)
-        return
     done = with_spinner("settling", partial(settle, settings))
     if done.review.hours:
         changed = sum(found.changed for found in done.review.hours)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,6 +41,7 @@ class Target(StrEnum):
         "adtally simulate --out traffic --events 1000000 --seed 7",
         "adtally simulate --out .adtally/landing --events 50000 --seed 1 --days 1",
         "adtally simulate --out traffic --events 60000 --seed 1 --rate 2000 --json",
+        "adtally simulate --out s3://bucket/landing --events 50000 --seed 1",
         "adtally simulate --to kafka --events 100000 --seed 1               to the clusters of kafka.toml",
         "adtally simulate --to kafka --live --rate 1000 --events 60000      a minute of traffic, as it happens",
         "adtally simulate --to kafka --bootstrap-servers eu-west=127.0.0.1:9092 --events 100000 --out traffic --transactional",
@@ -51,8 +51,8 @@ def simulate(
     context: typer.Context,
     events: Annotated[int, typer.Option(min=1, help="Event lines, of every kind.")],
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder to write, new or empty, or the landing folder: the default for Kafka.", file_okay=False),
+        str | None,
+        typer.Option(help="Folder or URI to write, new or empty, or the landing folder: the default for Kafka."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed and options give the same bytes.")] = 0,
     start: Annotated[str | None, typer.Option(help="When the traffic begins: 2025-06-02 or an RFC 3339 time.")] = None,
@@ -103,9 +103,11 @@ def simulate(
         "clocks_ahead": _numbers(clock_ahead or [], "--clock-ahead"),
         "live": live,
     }
+    from spark_jobs.lake.landing_view import landing_folder
+
     clusters: list[Cluster] = []
     if to is Target.kafka:
-        out = out or settings_of(context).landing_path
+        out = out or settings_of(context).landing_uri
         clusters = _clusters(context, bootstrap_servers or [])
     elif any(sending.values()) or bootstrap_servers:
         raise UsageError("these options are for Kafka", hint="add --to kafka")
@@ -113,18 +115,18 @@ def simulate(
         raise UsageError("Missing option '--out'", hint="name a folder that is new or empty")
     started = time.monotonic()
     try:
-        with _progress_bar(events) as progress:
+        with _progress_bar(events) as progress, landing_folder(out) as folder:
             if clusters:
                 from services.simulator.kafka import Sending, simulate_to_kafka
 
                 if live:  # the rate of sending decides how long the traffic lasts
                     options = {name: value for name, value in options.items() if name != "rate" and value is not None}
                 chosen = Sending(rate=rate, **sending)
-                totals = simulate_to_kafka(out, events, seed, clusters, chosen, progress=progress, **options).totals
+                totals = simulate_to_kafka(folder, events, seed, clusters, chosen, progress=progress, **options).totals
             else:
                 from services.simulator.simulate import simulate as write_files
 
-                totals = write_files(out, events, seed, progress=progress, **options).totals
+                totals = write_files(folder, events, seed, progress=progress, **options).totals
     except OSError as error:
         raise UsageError(f"{error.filename or out} cannot be written: {error.strerror}", hint="name another with --out") from error
     counts = ", ".join(f"{totals[name]:,} {name}" for name in ("accepted", "duplicate", "conflict", "rejected", "late"))
@@ -134,10 +136,10 @@ def simulate(
         sent = sum(topics["events"] + topics["orders"] for topics in totals["messages"].values())
         place = f"Kafka of {' and '.join(cluster.name for cluster in clusters)}"
         lines.append(f"{sent:,} records sent in {time.monotonic() - started:.1f} s")
-    lines += [f"{totals['offered']:,} event lines in {place}: {counts}", f"what an exact system must report: {out / 'truth.json'}"]
+    lines += [f"{totals['offered']:,} event lines in {place}: {counts}", f"what an exact system must report: {out}/truth.json"]
     if listed_users:
-        lines.append(f"the rules that the truth assumes, for <ADTALLY_HOME>/rules: {out / 'rules'}")
-    show({"out": out, "truth": out / "truth.json", "seed": seed, "totals": totals}, lines, as_json=as_json)
+        lines.append(f"the rules that the truth assumes, for <ADTALLY_HOME>/rules: {out}/rules")
+    show({"out": out, "truth": f"{out}/truth.json", "seed": seed, "totals": totals}, lines, as_json=as_json)
 
 
 def _clusters(context: typer.Context, named: list[str]) -> list[Cluster]:

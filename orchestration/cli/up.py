@@ -29,17 +29,17 @@ def up(
         int | None,
         typer.Option(min=0, max=65535, help="Port of the UI; 0 takes a free one. Default: ADTALLY_WEBSERVER_PORT or 3000."),
     ] = None,
-    trigger: Trigger = "5s",
+    trigger: Trigger = None,
     no_ingest: Annotated[bool, typer.Option("--no-ingest", help="Run without the continuous ingest.")] = False,
 ) -> None:
-    """Start Dagster (webserver, daemon, code server) and the continuous ingest on this machine, and keep them running.
+    """Start Dagster, the continuous ingest and the builds of the marts after it on this machine, and keep them running.
 
     Everything listens on the loopback address only. What ends is started again, after a growing pause. Ctrl-C or SIGTERM ends
     everything in order, the ingest after its batch; a second Ctrl-C ends it at once. The logs are in ADTALLY_HOME/logs.
     """
     from orchestration.up import up as supervisor
 
-    every = seconds(trigger, "--trigger")
+    every = None if trigger is None else seconds(trigger, "--trigger")
     settings = settings_of(context)
     out = console()
 

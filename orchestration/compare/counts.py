@@ -13,6 +13,7 @@ from orchestration.compare.report import MEASURES, Key
 from orchestration.explain.view import BuildView, Row
 from spark_jobs.errors import AdtallyError
 from spark_jobs.lake.duck import literal
+from spark_jobs.lake.landing_view import refresh_landing
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, REJECTED_EVENTS
 
 LONGEST_SHIFT = timedelta(hours=14)
@@ -59,6 +60,7 @@ def read_counts(view: BuildView, campaigns: Iterable[str], first: date, last: da
         for measure in MEASURES
         for part, column in (("net", measure), ("invalid", f"invalid_{measure}"))
     )
+    refresh_landing(view.lake.settings)
     is_counted = with_duplicates and any(view.lake.settings.landing_path.glob("events/*/*"))
     counts = Counts(knows_duplicates=is_counted or not with_duplicates)
     counts.add(
@@ -107,7 +109,7 @@ def _late(view: BuildView, begin: datetime, end: datetime) -> list[Row]:
 
 def _duplicates(view: BuildView, begin: datetime, end: datetime) -> list[Row]:
     """Count further records of accepted events: lines with the id, less the accepted one, the rejected ones and the conflicts."""
-    landing = literal(str(view.lake.settings.landing_path / "events" / "*" / "[!._]*"))
+    landing = literal(f"{view.lake.settings.landing_uri}/events/*/[!._]*")
     try:
         return view.rows(
             f"""

@@ -92,7 +92,7 @@ class ConsoleState:
                 self._version = version
                 async with self._changed:
                     self._changed.notify_all()
-            await asyncio.sleep(REFRESH_SECONDS)
+            await asyncio.sleep(max(REFRESH_SECONDS, self.live.poll_seconds))
 
     async def changes(self) -> AsyncIterator[str]:
         """Server-sent events: one now, one after each change, and comments that keep the connection open, until the server ends."""

@@ -63,6 +63,11 @@ class LiveFigures:
         self._lock = threading.Lock()
         self.state = LiveState()
 
+    @property
+    def poll_seconds(self) -> float:
+        """The shortest time between two refreshes."""
+        return self._lake.log(BATCH_LEDGER).poll_seconds
+
     def close(self) -> None:
         """Close the database."""
         with self._lock:
@@ -99,6 +104,7 @@ class LiveFigures:
         table_ids = tuple(self._lake.table_id(table) for table in (BATCH_LEDGER, MINUTE_METRICS))
         if self._connection is None:
             self._connection = self._resources.enter_context(self._lake.database(memory=_MEMORY, threads=2))
+        self._lake.renew_credentials(self._connection)
         is_known = table_ids == self._table_ids
         ledger_files = self._new_files(snapshot, BATCH_LEDGER, self.state.ledger) if is_known else None
         metrics_files = self._new_files(snapshot, MINUTE_METRICS, self.state.metrics) if ledger_files is not None else None

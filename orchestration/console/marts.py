@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import IO, Any
 
 import duckdb
@@ -14,11 +15,13 @@ import pyarrow.parquet as pq
 
 from orchestration.console.recent import Recent
 from orchestration.console.tables import Row, fetch_rows
+from orchestration.marts.parquet import exact_integers
 from orchestration.marts.query import BUILD_COLUMN, open_marts
 from orchestration.marts.render import render
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.failure import one_line
+from spark_jobs.lake.marts import readable_marts
 
 Signature = tuple[int, int, int]
 
@@ -74,10 +77,15 @@ class PublishedMarts:
         self._settings = settings
         self._lock = threading.Lock()
         self._open: OpenBuild | None = None
+        self._path: Path | None = None
 
     def build_id(self) -> str:
-        """The id of the newest build; empty where there is none."""
+        """Look whether a newer build was published, and return the id of the newest; empty where there is none.
+
+        Pages only open what this found: they do not wait for a store.
+        """
         try:
+            self._path = readable_marts(self._settings)
             with self.opened() as build:
                 return build.build_id
         except AdtallyError:
@@ -103,8 +111,11 @@ class PublishedMarts:
             self._replace(None)
 
     def _newest(self) -> OpenBuild:
+        path = readable_marts(self._settings) if self._path is None else self._path
         try:
-            found = self._settings.marts_path.stat()
+            if path is None:
+                raise FileNotFoundError
+            found = path.stat()
         except OSError:
             self._replace(None)
             raise AdtallyError("no marts have been published yet", hint="run `adtally marts build`") from None
@@ -141,9 +152,7 @@ def export_mart(build: OpenBuild, name: str, form: str, file: IO[bytes]) -> None
     columns = build.rows(_COLUMNS, {"name": name})
     if not columns:
         raise UsageError(f"there is no mart {name!r}", hint='`adtally query "show tables"` lists them')
-    # Arrow has no integers of 128 bits: DuckDB would make floating-point numbers of them.
-    wide = [column["column_name"] for column in columns if column["data_type"] == "HUGEINT"]
-    replaced = f" replace ({', '.join(f'{each}::decimal(38, 0) as {each}' for each in wide)})" if wide else ""
+    replaced = exact_integers((column["column_name"], column["data_type"]) for column in columns)
     stamp = "exported_build" if any(column["column_name"] == BUILD_COLUMN for column in columns) else BUILD_COLUMN
     with build.cursor() as cursor:
         reader = cursor.execute(f'select *{replaced}, $build as {stamp} from "{name}"', {"build": build.build_id})

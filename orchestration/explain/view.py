@@ -18,7 +18,6 @@ from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.failure import one_line
 from spark_jobs.lake.duck import literal
 from spark_jobs.lake.lake import Lake
-from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.tables import ATTRIBUTED_ORDERS, BATCH_LEDGER, MINUTE_METRICS, RAW_EVENTS, RESTATEMENTS, RULE_SETS, Table
 
 MEASURES = ("impressions", "clicks", "spend_nanos", "invalid_impressions", "invalid_clicks", "invalid_spend_nanos")
@@ -135,7 +134,6 @@ def open_build(settings: Settings, mart: str) -> Iterator[BuildView]:
 
     Raises AdtallyError if there is no build, UsageError if the lakehouse is not in a local path.
     """
-    require_local(settings, "explain")
     group = GROUP_OF_MART[mart]
     names = "build_id, built_at, git_revision, table_name, delta_version"
     rows = mart_rows(settings, f"select {names} from mart_build where mart_group = '{group}' order by table_name")

@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestration.marts.dbt_runner import install_delta_extension, project_dir
+from orchestration.marts.dbt_project import project_dir
 from orchestration.marts.manifest import invoke_dbt
 from spark_jobs import disk
 from spark_jobs.config import Settings
@@ -25,7 +25,6 @@ def build_docs(settings: Settings) -> MartDocs:
     The page needs no server and no network. It describes the project, so it reads neither the lakehouse nor the published marts.
     Raises RuntimeError if dbt fails.
     """
-    install_delta_extension()
     path = settings.marts_path.parent / "docs" / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".docs-", dir=path.parent) as work:

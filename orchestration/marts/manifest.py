@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from orchestration.marts.dbt_runner import project_dir
+from orchestration.marts.dbt_project import project_dir
 from orchestration.marts.lineage import column_lineage
 from spark_jobs import disk
 from spark_jobs.config import Settings

@@ -8,6 +8,7 @@ from datetime import date, datetime
 from orchestration.marts.query import query_marts
 from spark_jobs.config import Settings
 from spark_jobs.errors import UsageError
+from spark_jobs.lake.marts import readable_marts
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class EarlySpend:
 
 def early_spends(settings: Settings) -> list[EarlySpend]:
     """Return the early spends of the newest day with spend, by campaign; none if no marts, or those of an older adtally, exist."""
-    if not settings.marts_path.is_file():
+    if readable_marts(settings) is None:
         return []
     try:
         _, rows = query_marts(

@@ -6,7 +6,6 @@ from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import DeltaLog
-from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.tables import (
     ATTRIBUTED_ORDERS,
     BATCH_LEDGER,
@@ -30,10 +29,8 @@ The billing lines before the ledger: they were made from increments that the bui
 def pin_versions(settings: Settings) -> dict[str, int]:
     """Pin SOURCES in that order; return table name -> version.
 
-    First adds the tables and columns that a lakehouse of an older adtally lacks. Raises UsageError if the lakehouse is not on a
-    local path, AdtallyError if tables do not exist yet.
+    First adds the tables and columns that a lakehouse of an older adtally lacks. Raises AdtallyError if tables do not exist yet.
     """
-    require_local(settings, "marts build")
     lake = Lake(settings)
     missing = [table.name for table in _INGESTED if not lake.exists(table)]
     if missing:

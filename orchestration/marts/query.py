@@ -17,7 +17,9 @@ from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.failure import one_line
 from spark_jobs.lake.duck import literal
-from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.mart_days import frozen_folder
+from spark_jobs.lake.marts import readable_marts
+from spark_jobs.lake.scratch import scratch_folder
 from spark_jobs.texts import duration
 
 _EXPLAIN = re.compile(r"(?:\s|--[^\n]*\n|/\*.*?\*/)*explain\b", re.DOTALL | re.IGNORECASE)
@@ -77,10 +79,10 @@ def open_marts(settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
 
     Raises AdtallyError if nothing is published yet, or the file cannot be read.
     """
-    path = settings.marts_path
-    if not path.is_file():
-        raise AdtallyError(f"there are no marts yet at {path}", hint="run `adtally marts build` first")
-    with Lake(settings).scratch("marts-") as folder:
+    path = readable_marts(settings)
+    if path is None:
+        raise AdtallyError(f"there are no marts yet at {settings.marts_path}", hint="run `adtally marts build` first")
+    with scratch_folder(settings, "marts-") as folder:
         config: dict[str, str | bool | int | float | list[str]] = {
             "temp_directory": str(folder / "spill"),
             "memory_limit": _bytes(settings.query_memory),
@@ -105,6 +107,8 @@ def open_marts(settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
             link.unlink(missing_ok=True)
             connection.execute("use marts")
             connection.execute("set TimeZone = 'UTC'")
+            # the views read the frozen days there; a statement that names a file is refused as any other
+            connection.execute(f"set allowed_directories = [{literal(f'{frozen_folder(settings)}/')}]")
             connection.execute("set enable_external_access = false")
             connection.execute("set lock_configuration = true")
             yield connection
@@ -141,7 +145,7 @@ def _require_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     statement = _only(connection, sql)
     if statement.type != duckdb.StatementType.SELECT:
         raise UsageError(f"the marts are read-only: no {statement.type.name} statement")
-    [(text,)] = connection.execute("select json_serialize_sql($1::varchar)", [sql]).fetchall()
+    [(text,)] = connection.execute(f"select json_serialize_sql({literal(sql)})").fetchall()  # a parameter would import pandas
     parsed = json.loads(text)
     if parsed["error"]:  # a PRAGMA, which DuckDB rewrites as a SELECT
         raise UsageError("the marts are read-only: a query is a SELECT statement")

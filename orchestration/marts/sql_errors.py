@@ -28,7 +28,8 @@ def sql_error(error: duckdb.Error, connection: duckdb.DuckDBPyConnection) -> Sql
     unknown = _UNKNOWN_TABLE.search(said)
     if unknown:
         said = said[: unknown.end()]
-        found = connection.execute("select table_name from duckdb_tables() where database_name = 'marts' and not internal")
+        listed = "select table_name from information_schema.tables where table_catalog = 'marts' and table_schema = 'main'"
+        found = connection.execute(listed)
         like = difflib.get_close_matches(unknown["name"].lower(), [str(name) for (name,) in found.fetchall()], cutoff=0.5)
         hint = f"did you mean {' or '.join(like)}?" if like else "`adtally query 'show tables'` lists the tables"
     return SqlError(f"SQL: {one_line(said)}", hint=hint, excerpt=f"{line.strip()} {caret}".rstrip() if line else "")

@@ -17,7 +17,7 @@ from spark_jobs.units import HourRange
 if TYPE_CHECKING:
     from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
-SECONDS_BETWEEN = 60
+SECONDS_BETWEEN = 120
 HOURS_A_RUN = 48
 RUNS_A_TICK = 4
 

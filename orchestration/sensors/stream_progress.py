@@ -24,7 +24,7 @@ from spark_jobs.lake.tables import BATCH_LEDGER, CAMPAIGNS, HOUR_CLOSINGS, NAMES
 from spark_jobs.texts import duration
 from spark_jobs.units import HOUR, floor_hour
 
-SECONDS_BETWEEN = 30
+SECONDS_BETWEEN = 60
 HOURS_A_TICK = 72
 COMMITS_A_TICK = 200
 

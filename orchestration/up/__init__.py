@@ -1,1 +1,1 @@
-"""``adtally up``: Dagster and the continuous ingest on one machine, kept running and ended together."""
+"""``adtally up``: Dagster, the continuous ingest and the builds of the marts on one machine, kept running and ended together."""

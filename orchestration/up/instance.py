@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spark_jobs import disk
 from spark_jobs.config import Settings
+from spark_jobs.errors import MachineError
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance
@@ -18,16 +20,31 @@ POOLS = ("attribution", "billing", "compaction", "corrections", "marts", "qualit
 
 _NO_LOGS = {"compute_logs": {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}}
 _RELOAD_NAME = ".reload"
+_SHARED_STORAGE = """
+# Follows ADTALLY_DAGSTER_STORAGE, which has the address: `adtally` adds and removes these lines.
+storage:
+  postgres:
+    postgres_url:
+      env: ADTALLY_DAGSTER_STORAGE
+"""
 
 
 def write_instance_config(settings: Settings) -> Path:
     """Write ADTALLY_HOME/dagster/dagster.yaml unless it exists; return its path.
 
-    It does not name the storage (SQLite) and the compute logs: these are beside it, so that a home can be moved.
+    It does not name the storage (SQLite) and the compute logs: these are beside it, so that a home can be moved. Only a storage
+    that machines share is named, by the variable that has its address. Raises MachineError if its package is missing.
     """
+    if settings.dagster_storage is not None and find_spec("dagster_postgres") is None:
+        raise MachineError(
+            "ADTALLY_DAGSTER_STORAGE is set, and dagster-postgres is not installed", hint="pip install 'adtally[postgres]'"
+        )
     path = settings.dagster_path / "dagster.yaml"
-    if not path.exists():
-        disk.write_file(path, (files("orchestration.up") / path.name).read_bytes())
+    present = path.read_text("utf-8") if path.exists() else None
+    wanted = (files("orchestration.up") / path.name).read_text("utf-8") if present is None else present
+    wanted = wanted.replace(_SHARED_STORAGE, "") + (_SHARED_STORAGE if settings.dagster_storage is not None else "")
+    if wanted != present:
+        disk.write_file(path, wanted.encode())
     return path
 
 
@@ -37,8 +54,13 @@ def initialize_pool_limits(instance: DagsterInstance) -> None:
     The queue reads the known pools before it adds new ones. So, when it first sees a pool, it applies no limit and starts all
     runs that wait for it.
     """
+    storage, default = instance.event_log_storage, instance.global_op_concurrency_default_limit
+    known = {limit.name: limit for limit in storage.get_pool_limits()}
     for pool in POOLS:
-        instance.event_log_storage.initialize_concurrency_limit_to_default(pool)
+        if pool not in known:
+            storage.initialize_concurrency_limit_to_default(pool)
+        elif default is not None and known[pool].from_default and known[pool].limit != default:
+            storage.set_concurrency_slots(pool, default)  # with Postgres, Dagster cannot initialize a known pool again
 
 
 def home_instance(settings: Settings, *, captures_output: bool = True) -> DagsterInstance:
@@ -67,3 +89,10 @@ def take_reload_request(settings: Settings) -> bool:
         return False
     request.unlink(missing_ok=True)
     return True
+
+
+if __name__ == "__main__":  # where Dagster's processes are not started by `adtally up`: deploy/kubernetes
+    from dagster import DagsterInstance
+
+    with DagsterInstance.get() as prepared:
+        initialize_pool_limits(prepared)

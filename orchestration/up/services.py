@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import socket
 import stat
 import sys
 import tempfile
 from collections.abc import Mapping
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from spark_jobs.config import Settings
 from spark_jobs.errors import MachineError, UsageError
 
 HOST = "127.0.0.1"
-CODE, WEB, CONSOLE, DAEMON, INGEST = "code-server", "webserver", "console", "daemon", "ingest"
+CODE, WEB, CONSOLE, DAEMON, INGEST, MARTS = "code-server", "webserver", "console", "daemon", "ingest", "marts"
 LOCATION = "adtally"
 WATCH_SECONDS = 5
 """How often the webserver and the daemon ask the code server whether it has new definitions. Dagster's default is 1."""
@@ -49,7 +51,7 @@ def services(
     port: int,
     console_port: int,
     code_socket: Path,
-    trigger_seconds: float,
+    trigger_seconds: float | None,
     ingest: bool,
     tell: Tell,
 ) -> dict[str, Service]:
@@ -67,24 +69,36 @@ def services(
         service(DAEMON, (*python, "orchestration.up.daemon", "run", "-w", str(workspace)), stop_seconds=20),
     ]
     if ingest:  # it ends after the current batch
-        command = (*python, "orchestration.cli", "ingest", "--continuous", "--trigger", f"{trigger_seconds:g}")
+        trigger = () if trigger_seconds is None else ("--trigger", f"{trigger_seconds:g}")
+        command = (*python, "orchestration.cli", "ingest", "--wait", "--continuous", *trigger)
         made.append(service(INGEST, command, stop_seconds=180))
+    if settings.marts_interval != timedelta(0):
+        made.append(service(MARTS, (*python, "orchestration.cli", "marts", "build", "--continuous"), stop_seconds=20))
     return {each.name: each for each in made}
 
 
 def socket_path(settings: Settings) -> Path:
-    """Return the socket of this home's code server, in a folder that only this user can open.
+    """Return the socket of this home's code server, in a folder that only this user can open. No other machine has the same path.
 
     It is in the folder for temporary files: a socket's path has 100 bytes at most, and one below the home may be longer. Raises
     MachineError if others can open the folder.
     """
-    name = hashlib.sha256(str(settings.home_path).encode()).hexdigest()[:12]
+    identity = f"{settings.home_path} {_machine_id(settings)}"
+    name = hashlib.sha256(identity.encode()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"adtally-{os.getuid()}-{name}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise MachineError(f"{folder} is not a folder of this user alone", hint="remove it")
     return folder / "code.sock"
+
+
+def _machine_id(settings: Settings) -> str:
+    """Return an identifier of this home on this machine. A copy of the home on another machine has another one."""
+    path = settings.dagster_path / "machine_id"
+    if not path.exists():
+        disk.write_file(path, secrets.token_hex(16).encode())
+    return f"{path.read_text('utf-8')} {socket.gethostname()}"
 
 
 def is_listening(path: Path) -> bool:

@@ -21,6 +21,7 @@ from orchestration.up.services import (
     HOST,
     INGEST,
     LOCATION,
+    MARTS,
     WEB,
     free_port,
     is_listening,
@@ -28,6 +29,7 @@ from orchestration.up.services import (
     services,
     socket_path,
 )
+from orchestration.up.storage_lock import check_storage
 from orchestration.up.supervisor import Service, Tell, last_error
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, UsageError
@@ -83,8 +85,8 @@ class Stop:
         self.asked.set()
 
 
-def up(settings: Settings, *, port: int, trigger_seconds: float, ingest: bool, tell: Tell, ready: Ready) -> None:
-    """Run Dagster and the continuous ingest until a signal asks for the end; leave no process.
+def up(settings: Settings, *, port: int, trigger_seconds: float | None, ingest: bool, tell: Tell, ready: Ready) -> None:
+    """Run Dagster, the continuous ingest and the builds of the marts until a signal asks for the end; leave no process.
 
     Calls ``tell`` at each change of state, and ``ready`` once the UI answers. Raises UsageError if the machine lacks something,
     BusyError if another ``adtally up`` runs on the home, and NotReadyError if Dagster does not start.
@@ -96,6 +98,7 @@ def up(settings: Settings, *, port: int, trigger_seconds: float, ingest: bool, t
             require_java()
             ensure_jars(settings, progress=lambda line: tell(INGEST, line))
         write_instance_config(settings)
+        check_storage(settings)
         with Stop().listening() as stop:
             _Up(settings, port, console_port, trigger_seconds, ingest, tell, stop).run(ready)
 
@@ -110,7 +113,14 @@ def _console_port(settings: Settings, webserver_port: int) -> int:
 
 class _Up:
     def __init__(
-        self, settings: Settings, port: int, console_port: int, trigger_seconds: float, ingest: bool, tell: Tell, stop: Stop
+        self,
+        settings: Settings,
+        port: int,
+        console_port: int,
+        trigger_seconds: float | None,
+        ingest: bool,
+        tell: Tell,
+        stop: Stop,
     ) -> None:
         self._settings, self._tell, self._stop = settings, tell, stop
         self._console = f"http://{HOST}:{console_port}"
@@ -181,7 +191,7 @@ class _Up:
         return False
 
     def _start_work(self) -> None:
-        """Start the rest, whose start takes more CPU than all before: the ingest with Spark, then the daemon."""
+        """Start the rest, whose start takes more CPU than all before: the ingest with Spark, the daemon, the marts."""
         if ingest := self._services.get(INGEST):
             ingest.start()
             # The ingest takes its lock before a sensor of the daemon sees that nobody ingests, and starts another ingest.
@@ -190,6 +200,8 @@ class _Up:
                 if self._stop.asked.wait(_LOCK_SECONDS):
                     return
         self._services[DAEMON].start()
+        if marts := self._services.get(MARTS):
+            marts.start()
         self._in_thread(self._run_again)
 
     def _in_thread(self, ask: Callable[[Webserver], None]) -> None:
@@ -200,13 +212,16 @@ class _Up:
 
     def _run_again(self, webserver: Webserver) -> None:
         """Queue the runs again that the last stop cancelled, since nothing else asks for their work a second time."""
-        while not self._stop.asked.is_set() and (run_ids := self._read_interrupted()):
+        self._queue_again(webserver, self._stop.asked.is_set)
+
+    def _queue_again(self, webserver: Webserver, ends: Callable[[], bool]) -> None:
+        while not ends() and (run_ids := self._read_interrupted()):
             run = f"run {run_ids[0]}, cancelled by the last stop, is"
             try:
                 if again := webserver.run_again(run_ids[0]):
                     self._tell(DAEMON, f"{run} made again as {again}")
             except WebserverError as error:
-                if self._stop.asked.is_set():  # the next start makes it again
+                if ends():  # the next start makes it again
                     return
                 self._tell(DAEMON, f"{run} perhaps not made again: {error}")
             self._interrupted.write_text(json.dumps(run_ids[1:]), "utf-8")
@@ -236,15 +251,15 @@ class _Up:
         if self._stop.asked.is_set() and not hurry():
             self._tell("adtally up", "ending, within 10 s; Ctrl-C again ends it at once")
         code, web, console, daemon = (self._services[name] for name in (CODE, WEB, CONSOLE, DAEMON))
-        ingest = [self._services[INGEST]] if INGEST in self._services else []
-        for service in (*ingest, daemon):
+        others = [self._services[name] for name in (INGEST, MARTS) if name in self._services]
+        for service in (*others, daemon):
             service.ask_to_end()
         daemon.wait_ended(hurry)
         if self._is_shown:  # else there are no runs, and a webserver that is starting would answer nobody
             self._cancel_runs()
         for service in (web, code, console):
             service.ask_to_end()
-        for service in (web, code, console, *ingest):
+        for service in (web, code, console, *others):
             service.wait_ended(hurry)
 
     def _cancel_runs(self) -> None:
@@ -255,6 +270,8 @@ class _Up:
             try:
                 running = self._webserver.runs_of(str(self._socket))
                 if not running:
+                    if self._settings.dagster_storage is not None:  # another machine may carry them out, and this one not return
+                        self._queue_again(self._webserver, self._stop.hurry)
                     return
                 if fresh := [run for run in running if run not in asked]:
                     self._tell(DAEMON, f"cancelling {counted(len(fresh), 'run')} in progress")

@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from services.launcher.errors import PinotQueryError, ServiceError, ServiceUsageError
-from services.launcher.pinot import PinotClient
 from services.serving.tables import MODELS
+
+if TYPE_CHECKING:
+    from services.launcher.pinot import PinotClient
 
 ROW_LIMIT = 50_000
 _DAY_MS = 86_400_000

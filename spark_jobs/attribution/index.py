@@ -55,6 +55,12 @@ class RowRun:
         """Return a column of numbers without a copy. They are unchecked until `check_values`."""
         return self._columns[name].to_numpy(zero_copy_only=True)
 
+    def counts(self, at: Ints) -> npt.NDArray[np.bool_]:
+        """Return whether the rows at places ``at`` count. They are unchecked until `check_rows`."""
+        packed = np.frombuffer(self._columns["counts"].buffers()[1], dtype=np.uint8)
+        found: npt.NDArray[np.bool_] = (packed[at >> 3] >> (at & 7) & 1).astype(bool)
+        return found
+
     def check_values(self, name: str, left: Ints, right: Ints) -> None:
         """Check the numbers of a column at places [left, right), none of them empty. Raises DamagedError."""
         start = self._columns[name].buffers()[1].address - self._base
@@ -111,6 +117,7 @@ class RowCodec(Codec[pa.Table, RowRun]):
     ending = "arrow"
     small_run_rows = 4096
     max_run_rows = 2_000_000  # a merge has all rows in memory two or three times
+    quick_merge_rows = max_run_rows
 
     def __init__(self, schema: pa.Schema, shape: str) -> None:
         self.schema = schema
@@ -154,7 +161,7 @@ class RowIndex(SortedRuns[pa.Table, RowRun]):
 
         Raises DamagedError.
         """
-        numbers, parts = [], []
+        found: list[tuple[RowRun, Ints, Ints]] = []
         by = np.argsort(low, kind="stable")  # so that neighbouring queries read the same pages
         for run in self.open_runs() if len(low) else ():
             if run.last_us < start_us.min() or run.first_us >= end_us.max():
@@ -164,18 +171,37 @@ class RowIndex(SortedRuns[pa.Table, RowRun]):
             run.check_values("high", at, at + 1)
             is_same = run.values("high")[at] == high[number]
             if is_same.any():
-                numbers.append(number[is_same])
-                run.check_rows(at[is_same])
-                parts.append(run.table.take(pa.array(at[is_same])))
-        if not parts:
+                at = at[is_same]
+                run.check_rows(at)
+                found.append((run, at, number[is_same]))
+        if not found:
             return np.empty(0, dtype=np.int64), self.schema.empty_table()
-        found, number = pa.concat_tables(parts).combine_chunks(), np.concatenate(numbers)
-        time = found["time_us"].to_numpy()
-        ids = found["id"].to_numpy()
-        order = np.lexsort((ids, time, number))  # stable: the row that was appended last comes last
+        number = np.concatenate([numbers for _, _, numbers in found])
+        time, ids = (np.concatenate([run.values(name)[at] for run, at, _ in found]) for name in ("time_us", "id"))
+        order = _sorted_by(number, time, ids)
         order = order[_last_of_equal(number[order], time[order], ids[order])]
-        order = order[found["counts"].to_numpy()[order]]
-        return number[order], found.take(pa.array(order))
+        if len(found) == 1:
+            ((run, at, _),) = found
+            rows, order = run.table, order[run.counts(at[order])]
+            return number[order], rows.take(pa.array(at[order]))
+        rows = pa.concat_tables([run.table.take(pa.array(at)) for run, at, _ in found]).combine_chunks()
+        order = order[rows["counts"].to_numpy()[order]]
+        return number[order], rows.take(pa.array(order))
+
+
+def _sorted_by(number: Ints, time: Ints, ids: Words) -> Ints:
+    """Return the indices that sort rows by (number, time, id); of equal rows the one that was appended last comes last."""
+    if not len(number):
+        return number
+    since = time - time.min()
+    span = int(since.max()) + 1
+    if (int(number.max()) + 1) * span < 2**63:  # sorting one number takes a third of the time of sorting three
+        key = number * span + since
+        order = np.argsort(key)
+        key = key[order]
+        if np.all(key[1:] != key[:-1]):
+            return order
+    return np.lexsort((ids, time, number))
 
 
 def _last_of_equal(*columns: npt.NDArray[np.generic]) -> npt.NDArray[np.bool_]:

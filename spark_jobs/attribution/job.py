@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from spark_jobs.attribution.credits import credit, nested, sort_touches
+from spark_jobs.attribution.credits import credit, nested, sort_touches, validity
 from spark_jobs.attribution.index import RowIndex
 from spark_jobs.attribution.inputs import (
     ORDERS_SOURCE,
@@ -44,7 +44,6 @@ from spark_jobs.lake.data_files import DataFile
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.locks import ATTRIBUTION, exclusive
 from spark_jobs.lake.log import DeltaLog, commit_identity
-from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.stamp import constant
 from spark_jobs.lake.tables import ATTRIBUTED_ORDERS, EVENTS, ORDERS, RULE_SETS
 from spark_jobs.lake.writes import ensure_tables
@@ -93,10 +92,9 @@ def attribute(
     """Credit the orders that changed since the last run or, with ``hours``, the orders with an order_time in these hours.
 
     An order keeps the rule set that first credited it; ``hours`` are credited by today's rules. An order with unchanged credits
-    gets no new revision. Raises UsageError for a lakehouse that is not on a local path, RuleFileError for wrong rules, BusyError if
+    gets no new revision. Raises RuleFileError for wrong rules, BusyError if
     another attribution does not end in time.
     """
-    require_local(settings, "attribution")
     finish_corrections(settings)
     run_id, now = run_id or uuid.uuid4().hex, now or datetime.now(UTC)
     with exclusive(settings, ATTRIBUTION):
@@ -250,10 +248,12 @@ class _AttributionRun:
         number, found = self._touch_index.between(low, high, at - rules.lookback_us, at)
         if not rules.view_through:
             clicks = _bools(found["is_click"])
-            number, found = number[clicks], found.filter(pa.array(clicks))
+            if not clicks.all():
+                number, found = number[clicks], found.filter(pa.array(clicks))
         order = np.flatnonzero(placed)[number]
         by = sort_touches(order, found["time_us"].to_numpy(), found["event_id"])
-        order, found = order[by], found.take(pa.array(by))
+        if by is not None:
+            order, found = order[by], found.take(pa.array(by))
         ends = np.cumsum(np.bincount(order, minlength=len(chosen)))
         start = touch = 0
         while start < len(chosen):
@@ -276,10 +276,11 @@ class _AttributionRun:
         changed = (is_new & ~removed) | (~is_new & (prints != before.fingerprint[chosen]))
         if not changed.any():
             return
-        at = np.flatnonzero(changed[number])
         revision = before.revision[chosen] + 1
         reasons = pa.array(self._reasons(of, before, chosen, name), pa.string())
-        rows, number = rows.take(pa.array(at)), number[at]
+        if not changed.all():
+            at = np.flatnonzero(changed[number])
+            rows, number = rows.take(pa.array(at)), number[at]
         yield table_rows(
             ATTRIBUTED_ORDERS,
             rows,
@@ -388,31 +389,37 @@ def credited_rows(orders: pa.Table, order: Ints, found: pa.Table, rules: Attribu
     """
     clicks, times = _bools(found["is_click"]), found["time_us"].to_numpy()
     made = credit(orders["time_us"].to_numpy(), orders["total_micros"].to_numpy(), order, times, clicks, rules)
-    at = np.flatnonzero(made.inside.any(axis=1))
-    order, inside = order[at], made.inside[at]
+    inside = made.inside
+    is_credited = inside.any(axis=1)
+    if not is_credited.all():  # a touch outside of all windows
+        order, inside = order[is_credited], inside[is_credited]
+        found = found.filter(pa.array(is_credited))
     touched = np.bincount(order, minlength=orders.num_rows)
     bare = np.flatnonzero(touched == 0)
     number = np.concatenate([order, bare])
     of = orders.take(pa.array(number))
-    is_bare = np.arange(len(number)) >= len(order)
-    touch = found.take(pa.array(np.pad(at, (0, len(bare))), mask=is_bare))
     windows = np.broadcast_to(np.array(rules.window_days, dtype=np.int64), (len(number), len(rules.window_days)))
     columns: dict[str, pa.Array | pa.ChunkedArray] = {
         **{name: of[name] for name in ("order_id", "user_id", "store_id", "currency", "total_micros")},
         "status": pc.if_else(of["is_cancelled"], "cancelled", "placed"),
         "order_time": of["time_us"].cast(_TIME),
-        "touch_event_id": touch["event_id"],
-        "touch_type": pc.if_else(touch["is_click"], "click", "impression"),
-        "touch_time": touch["time_us"].cast(_TIME),
-        "campaign_id": touch["campaign_id"],
-        "ad_id": touch["ad_id"],
         "touches": pa.array(touched[number]),
-        "window_days": nested(windows, np.ones_like(windows, dtype=bool)),
+        "window_days": nested(windows),
     }
+    of_touch = {
+        "touch_event_id": found["event_id"],
+        "touch_type": pc.if_else(found["is_click"], "click", "impression"),
+        "touch_time": found["time_us"].cast(_TIME),
+        "campaign_id": found["campaign_id"],
+        "ad_id": found["ad_id"],
+    }
+    bitmap = validity(inside)
     for model in MODELS:
-        for unit, values in (("micros", made.micros[model][at]), ("weights", made.weights[model][at])):
-            lists = nested(values, inside)
-            columns[f"{model}_{unit}"] = pa.concat_arrays([lists, pa.nulls(len(bare), lists.type)])
+        for unit, values in (("micros", made.micros[model]), ("weights", made.weights[model])):
+            of_touch[f"{model}_{unit}"] = nested(values if is_credited.all() else values[is_credited], bitmap)
+    for name, column in of_touch.items():
+        parts = [*(column.chunks if isinstance(column, pa.ChunkedArray) else [column])]
+        columns[name] = pa.chunked_array([*parts, pa.nulls(len(bare), column.type)])
     return number, pa.table(columns)
 
 

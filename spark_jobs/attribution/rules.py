@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from spark_jobs.config import Settings
+from spark_jobs.lake.landing_view import fresh_rules_path
 from spark_jobs.rules.exempt import PLACEHOLDERS, ExemptUsers
 from spark_jobs.rules.store import read_rules
 from spark_jobs.units import DAY_US
@@ -45,5 +46,5 @@ class AttributionRules(BaseModel):
 
 
 def load_attribution_rules(settings: Settings) -> AttributionRules:
-    """Read today's rules. Raises RuleFileError if the file is wrong."""
-    return read_rules(settings.rules_path / "attribution.toml", AttributionRules)
+    """Read today's rules. Raises RuleFileError if the file is wrong, StoreError if it is in a store that does not answer."""
+    return read_rules(fresh_rules_path(settings) / "attribution.toml", AttributionRules)

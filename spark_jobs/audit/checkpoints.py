@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 from spark_jobs.audit.plans import landing_name
 from spark_jobs.config import Settings
+from spark_jobs.lake.checkpoint_copy import checkpoints_to_read
 
 PREFIX = "kafka/"
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError)
@@ -60,7 +61,7 @@ def query_key(name: str) -> str:
 
 def read_file_query(settings: Settings, stream: str) -> FileQuery:
     """Read the query of a stream's landing files."""
-    folder = settings.checkpoints_path / stream
+    folder = checkpoints_to_read(settings) / stream
     try:
         query_id, done, offset = _read(folder)
         if offset is None:
@@ -76,7 +77,7 @@ def read_topic_queries(settings: Settings, stream: str) -> dict[str, TopicQuery]
     The key is the cluster. A topic that was deleted and created again is another topic, ``<topic>~2``, with key ``<cluster>~2``.
     """
     found = {}
-    for folder in sorted(settings.checkpoints_path.glob(f"{stream}-*")):
+    for folder in sorted(checkpoints_to_read(settings).glob(f"{stream}-*")):
         key = folder.name.removeprefix(f"{stream}-")
         with suppress(*_DAMAGED):
             query_id, done, offset = _read(folder)

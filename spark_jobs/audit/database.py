@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from spark_jobs.lake.duck import keep_table, literal
 from spark_jobs.lake.lake import Snapshot
+from spark_jobs.lake.scratch import scratch_folder
 from spark_jobs.lake.tables import REJECTED_EVENTS, REJECTED_ORDERS, Table
 from spark_jobs.units import HOUR_US, NO_HOUR
 
@@ -71,7 +72,7 @@ class Database:
 def open_database(snapshot: Snapshot) -> Iterator[Database]:
     """Open a Database over ``snapshot``. Raises DuckDB's errors as TableCorruptionError."""
     lake = snapshot.lake
-    with lake.scratch("recount-") as folder, lake.database(memory=_MEMORY) as connection:
+    with scratch_folder(lake.settings, "recount-") as folder, lake.database(memory=_MEMORY) as connection:
         yield Database(snapshot, connection, folder)
 
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from spark_jobs.audit.contract import LONGEST_LINE
 from spark_jobs.audit.decode import parse_block, rejected
+from spark_jobs.lake.landing_view import landed_object
 
 UNREADABLE = "unreadable_file"
 READ_BYTES = 2 * 1024 * 1024  # the records of a block fit into the processor's cache
@@ -82,8 +83,12 @@ def _unpacked(blocks: Iterator[bytes]) -> Iterator[bytes]:
         raise _Broken("truncated_gzip")
 
 
-def _open(path: Path) -> BinaryIO:
-    """Open a regular file. A pipe does not block. Raises OSError for anything else, including a symbolic link."""
+def _open(location: str | Path) -> BinaryIO:
+    """Open an object or a regular file. A pipe does not block. Raises OSError for anything else, including a symbolic link."""
+    stored = landed_object(location)
+    if stored is not None:
+        return stored.open()
+    path = Path(location)
     if path.parent.is_symlink():
         raise OSError(f"{path.parent} is a symbolic link")
     handle = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
@@ -116,17 +121,17 @@ def _join_small(pieces: Iterator[bytes]) -> Iterator[bytes]:
         raise fault
 
 
-def parse_file(path: Path, stream: str, folder: str, on_read: Callable[[int], None]) -> Iterator[pa.Table]:
+def parse_file(path: str | Path, stream: str, folder: str, on_read: Callable[[int], None]) -> Iterator[pa.Table]:
     """Yield the records of a landing file, block by block. Calls ``on_read`` with the number of stored bytes of each read.
 
-    Needs memory of a few times READ_BYTES, whatever the length of a line.
+    Needs memory of a few times READ_BYTES, whatever the length of a line. Raises StoreError if a store does not answer.
     """
     line = 1  # the number of the next one
     rest = b""
     is_in_long_line = False
     try:
         with _open(path) as handle:
-            is_packed = path.name.endswith(".gz")
+            is_packed = str(path).endswith(".gz")
             stored = _stored(handle, _STORED_BYTES if is_packed else READ_BYTES, on_read)
             for block in _join_small(_unpacked(stored)) if is_packed else stored:
                 if is_in_long_line:

@@ -17,6 +17,7 @@ from spark_jobs.audit.plans import BatchPlan, PlannedFile, PlannedRange, read_pl
 from spark_jobs.audit.store import ParsedFile, RawChunk, RawFile, ensure_parsed
 from spark_jobs.config import Settings
 from spark_jobs.lake.lake import Lake, Snapshot
+from spark_jobs.lake.landing_view import whole_time
 from spark_jobs.lake.tables import (
     BATCH_LEDGER,
     CAMPAIGNS,
@@ -138,7 +139,7 @@ def read_inputs(
     ranges = PlannedRanges(settings, stream, snapshot, plans, offered, {} if lost else topics)
     missed = [] if lost else missed_files(landed, {file.name for plan in plans for file in plan.files}, file_query)
     files = {
-        (number, file.name): _as_planned(landed, file, is_lost=number in lost)
+        (number, file.name): _as_planned(settings, landed, file, is_lost=number in lost)
         for number, plan in enumerate(plans)
         for file in plan.files
         if not plan.is_set_aside(file.name)
@@ -198,10 +199,11 @@ def _states(
     return [state(plan) for plan in plans]
 
 
-def _as_planned(landed: dict[str, LandedFile], file: PlannedFile, *, is_lost: bool) -> LandedFile | None:
+def _as_planned(settings: Settings, landed: dict[str, LandedFile], file: PlannedFile, *, is_lost: bool) -> LandedFile | None:
     """Return the landing file of a plan; None if none is in the planned state. A plan made from rows knows no state."""
     found = landed.get(file.name)
-    is_planned = found is not None and (is_lost or (found.raw.mtime_ms, found.raw.size) == (file.modified_ms, file.size))
+    planned = (whole_time(settings, file.modified_ms), file.size)
+    is_planned = found is not None and (is_lost or (found.raw.mtime_ms, found.raw.size) == planned)
     return found if is_planned else None
 
 

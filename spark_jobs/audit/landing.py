@@ -12,6 +12,7 @@ from spark_jobs.audit.contract import REGION_NAME
 from spark_jobs.audit.store import RawFile
 from spark_jobs.audit.worker import mtime_ms
 from spark_jobs.config import Settings
+from spark_jobs.lake.landing_view import refresh_landing, whole_time
 
 _CLOCK_SLACK_NS = 10 * 10**9
 
@@ -26,7 +27,11 @@ class LandedFile:
 
 
 def landed_files(settings: Settings, stream: str) -> dict[str, LandedFile]:
-    """List the files ``<stream>/<region>/<name>.jsonl[.gz]``, except hidden ones, by their names under the landing folder."""
+    """List the files ``<stream>/<region>/<name>.jsonl[.gz]``, except hidden ones, by their names under the landing folder.
+
+    Raises StoreError if the landing folder is in a store that cannot be listed.
+    """
+    refresh_landing(settings)
     found = {}
     for region in _entries(settings.landing_path / stream):
         for path in _entries(Path(region.path)) if region.is_dir(follow_symlinks=False) else ():
@@ -35,7 +40,7 @@ def landed_files(settings: Settings, stream: str) -> dict[str, LandedFile]:
                     name = f"{stream}/{region.name}/{path.name}"
                     name.encode("utf-8")
                     state = path.stat(follow_symlinks=False)
-                    raw = RawFile(path.path, mtime_ms(state), state.st_size)
+                    raw = RawFile(f"{settings.landing_uri}/{name}", whole_time(settings, mtime_ms(state)), state.st_size)
                     found[name] = LandedFile(name, raw, state.st_ctime_ns)
     return found
 

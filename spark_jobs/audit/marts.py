@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import duckdb
+
 from spark_jobs.audit.compare import LEDGER_MEASURES, Difference
 from spark_jobs.audit.compare_events import METRIC_MEASURES
 from spark_jobs.audit.database import hour_in
 from spark_jobs.config import Settings
+from spark_jobs.lake.check import file_problem
 from spark_jobs.lake.duck import literal
-from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.lake import Lake, Snapshot
+from spark_jobs.lake.marts import current_marts
 from spark_jobs.lake.tables import BATCH_LEDGER, MINUTE_METRICS
 from spark_jobs.units import HOUR_US, NO_HOUR, hour_moment
 
@@ -20,13 +24,15 @@ _COUNTS = tuple(name for name in LEDGER_MEASURES if name != "spend_nanos")
 def compare_marts(settings: Settings, hours: Collection[int] | None) -> list[Difference]:
     """Return what differs in fct_campaign_minute (per hour and campaign) and fct_event_accounting (per hour). None: in all hours.
 
-    Returns nothing if no marts are published. Raises DuckDB's errors as TableCorruptionError.
+    Returns nothing if no marts are published; one difference without an hour if a version that they name has lost a file. Raises
+    DuckDB's other errors as TableCorruptionError.
     """
-    if not settings.marts_path.exists():
+    path = current_marts(settings).path
+    if path is None:
         return []
     lake = Lake(settings)
     with lake.database() as database:
-        database.execute(f"attach {literal(settings.marts_path)} as published (read_only)")
+        database.execute(f"attach {literal(path)} as published (read_only)")
         versions = dict(
             database.execute(f"select table_name, delta_version from published.mart_build where mart_group = '{_GROUP}'").fetchall()
         )
@@ -47,8 +53,7 @@ def compare_marts(settings: Settings, hours: Collection[int] | None) -> list[Dif
             ("fct_event_accounting", counted, _COUNTS, "offered", "0", f"{ledger} where stream = 'events'"),
         ):
             differ = " or ".join(f"sum(side * coalesce({m}, 0)) != 0" for m in measures)
-            found += database.execute(
-                f"""
+            compared = f"""
                 select hour, 'marts', 'mart_differs', campaign_id, greatest(1, abs(sum(side * ({rows}))))::bigint,
                     coalesce(sum({rows}) filter (side = 1), 0)::bigint, coalesce(sum({rows}) filter (side = -1), 0)::bigint,
                     coalesce(sum({nanos}) filter (side = 1), 0)::hugeint, coalesce(sum({nanos}) filter (side = -1), 0)::hugeint,
@@ -56,6 +61,22 @@ def compare_marts(settings: Settings, hours: Collection[int] | None) -> list[Dif
                 from (select 1 as side, {columns} from {table} union all select -1, {columns} from published.{mart})
                 where {chosen} group by hour, campaign_id having {differ}
                 """
-            ).fetchall()
+            try:
+                found += database.execute(compared).fetchall()
+            except duckdb.IOException:
+                if lost := _lost_files(snapshot):
+                    return [lost]
+                raise
     differences = [Difference(hour_moment(hour), *rest) for hour, *rest in found]
     return sorted(differences, key=lambda f: (f.hour, f.campaign_id or "", f.detail))
+
+
+def _lost_files(snapshot: Snapshot) -> Difference | None:
+    """Return the difference of marts that were built from files which are lost or damaged; None if no file is."""
+    tables = BATCH_LEDGER, MINUTE_METRICS
+    lost = [file for table in tables for file in snapshot.files(table) if file_problem(snapshot.lake, table, file)]
+    if not lost:
+        return None
+    rows = sum(file.rows or 0 for file in lost)
+    detail = f"{len(lost)} data files of the versions that the marts were built from are lost, as {lost[0].path}"
+    return Difference(None, "marts", "mart_differs", None, max(1, rows), rows, 0, 0, 0, is_repaired=False, detail=detail)

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from spark_jobs.audit.worker import FORMAT, METADATA_KEY, AnyTask, ChunkTask, ParseTask, is_in_state, parse_into
 from spark_jobs.config import Settings
-from spark_jobs.errors import AdtallyError
+from spark_jobs.errors import AdtallyError, StoreError
 
 Progress = Callable[[int, int], None]
 _WORTH_PROCESSES = 48 * 1024 * 1024  # bytes from which processes are faster than one: each takes half a second to start
@@ -39,7 +39,7 @@ _ABANDONED_SECONDS = 86_400.0
 
 @dataclass(frozen=True)
 class RawFile:
-    """A landing file in one state: its absolute path, its time of modification in milliseconds and its size in bytes."""
+    """A landing file in one state: its absolute path or its URI, its time of modification in milliseconds and its size in bytes."""
 
     path: str
     mtime_ms: int
@@ -131,7 +131,7 @@ def _parse(tasks: Sequence[AnyTask], progress: Progress | None) -> None:
     for task in tasks:
         try:
             parse_into(task, on_read)
-        except (OSError, pa.ArrowException, duckdb.Error) as error:
+        except (OSError, StoreError, pa.ArrowException, duckdb.Error) as error:
             raise _failed(f"{type(error).__name__}: {error}") from error
 
 
@@ -222,10 +222,9 @@ def _task(settings: Settings, stream: str, raw: RawFile | RawChunk) -> AnyTask:
     if isinstance(raw, RawChunk):
         target = _folder(settings, stream) / f"{_stem(raw.name, raw.start, raw.table_id)}-{raw.end}.parquet"
         return ChunkTask(raw.name, raw.start, raw.end, raw.table_id, [], stream, str(target))
-    path = Path(raw.path)
-    name = path.relative_to(settings.landing_path).as_posix() if path.is_relative_to(settings.landing_path) else raw.path
+    name = raw.path.removeprefix(f"{settings.landing_uri}/")
     target = _folder(settings, stream) / f"{_hash(name, str(raw.mtime_ms), str(raw.size))}.parquet"
-    return ParseTask(raw.path, name, raw.mtime_ms, raw.size, stream, path.parent.name, str(target))
+    return ParseTask(raw.path, name, raw.mtime_ms, raw.size, stream, raw.path.split("/")[-2], str(target))
 
 
 def _hash(*parts: str) -> str:

@@ -16,7 +16,6 @@ import sys
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,9 @@ import pyarrow.parquet as pq
 from spark_jobs.audit.contract import LONGEST_LINE, record_schema
 from spark_jobs.audit.decode import Ints, parse_values
 from spark_jobs.audit.files import UNREADABLE, parse_file
+from spark_jobs.lake.landing_view import landed_object
+from spark_jobs.lake.landing_view import modified_ms as object_ms
+from spark_jobs.no_pandas import hide_pandas
 
 FORMAT = 3  # raise it when the records or their meaning change: entries with another format are made again
 METADATA_KEY = b"adtally.recount"
@@ -92,7 +94,11 @@ def mtime_ms(state: os.stat_result) -> int:
 
 
 def is_in_state(path: str, modified_ms: int, size: int) -> bool:
-    """Return whether a regular file exists in this state."""
+    """Return whether a regular file or an object exists in this state. Raises StoreError if a store does not answer."""
+    stored = landed_object(path)
+    if stored is not None:
+        present = stored.find()
+        return present is not None and (object_ms(present), present.size) == (modified_ms, size)
     try:
         found = os.lstat(path)
     except OSError:
@@ -145,7 +151,7 @@ def _is_there(task: AnyTask) -> bool:
 
 def _records(task: AnyTask, on_read: Callable[[int], None]) -> Iterator[pa.Table]:
     if isinstance(task, ParseTask):
-        yield from parse_file(Path(task.path), task.stream, task.region, on_read)
+        yield from parse_file(task.path, task.stream, task.region, on_read)
         return
     reported = 0
     for offsets, values in raw_values(task):
@@ -210,17 +216,9 @@ def _write(task: AnyTask, temporary: Path, on_read: Callable[[int], None]) -> No
         writer.add_key_value_metadata({METADATA_KEY.decode(): json.dumps(entry)})
 
 
-class _NoPandas(MetaPathFinder):
-    """Hides pandas from Arrow, which would import it with the first list and take a second for that."""
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        if name == "pandas":
-            raise ImportError(name)
-
-
 def main() -> int:
     """Do tasks until the standard input ends."""
-    sys.meta_path.insert(0, _NoPandas())
+    hide_pandas()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends this process
     gc.disable()  # records have no cycles
     pa.set_cpu_count(1)  # each core has a process

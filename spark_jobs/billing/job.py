@@ -24,11 +24,11 @@ import pyarrow as pa
 
 from spark_jobs.config import Settings
 from spark_jobs.corrections.run import finish_corrections
+from spark_jobs.corrections.write_ahead import decided_corrections
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.locks import BILLING, exclusive
 from spark_jobs.lake.log import Commit
-from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.tables import BATCH_LEDGER, BILLING_LINES, MINUTE_METRICS, RESTATEMENTS, TRAFFIC_REVIEWS, Table
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.operate.watermark import read_closing
@@ -124,9 +124,7 @@ def bill(
     """Post lines for the closed days whose spend differs from what is billed.
 
     Other runs wait. One commit has all lines of a run, so a killed run has posted all of them or none. A second run posts nothing.
-    Raises UsageError if the lakehouse is not on a local path.
     """
-    require_local(settings, "billing")
     began, name = time.monotonic(), run_id or uuid.uuid4().hex
     lake = Lake(settings)
     if not lake.exists(BATCH_LEDGER):
@@ -154,7 +152,7 @@ class _BillingRun:
         through = date.min if closed is None else closed.date()
         self._through = through if self._last is None else max(through, self._last.billed_through)
         # Before `restatements` is pinned: if no correction is running, that version explains all pinned increments.
-        self._is_correcting = any(not path.name.startswith(".") for path in lake.settings.corrections_path.glob("*"))
+        self._is_correcting = bool(decided_corrections(lake.settings))
         self._snapshot = snapshot.and_pin(RESTATEMENTS)
         self._waits = False
 

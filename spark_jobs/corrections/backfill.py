@@ -37,7 +37,7 @@ from spark_jobs.corrections.run import Run, correcting, groups_of_hours, writing
 from spark_jobs.corrections.write_ahead import TableChange, carry_out, write_ahead
 from spark_jobs.errors import AdtallyError, RawBehindError
 from spark_jobs.ingest.campaigns import Campaign, load_campaigns, read_campaigns
-from spark_jobs.lake.roots import require_local
+from spark_jobs.lake.landing_view import refresh_landing
 from spark_jobs.lake.tables import EVENTS, HOUR_RULES
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.operate.watermark import require_closed
@@ -119,7 +119,6 @@ def backfill(
     copy of a topic lacks records.
     """
     started = time.monotonic()
-    require_local(settings, "a backfill")
     require_closed(settings, hours)
     ensure_tables(settings)
     say = progress or (lambda _: None)
@@ -163,6 +162,7 @@ def _require_no_difference(settings: Settings, hours: set[int], now: datetime, s
 
 def _today(settings: Settings, *, dry_run: bool) -> _Today:
     """Load today's prices into table `campaigns`; a dry run only reads them."""
+    refresh_landing(settings)
     listed = read_campaigns(settings.landing_path)
     if not dry_run or not listed:  # without a file the table stays as it is
         with nullcontext() if dry_run else writing(settings):

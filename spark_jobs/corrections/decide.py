@@ -127,7 +127,7 @@ def _metadata(recount: Recount, run: Run) -> dict[str, Any]:
                 "batch_id": plan.batch_id,
                 "limits": {name: getattr(plan, name) for name in LIMITS},
                 "campaigns_version": plan.campaigns_version,
-                "files": [[file.modified_ms, str(recount.settings.landing_path / file.name), file.size] for file in plan.files],
+                "files": [[file.modified_ms, f"{recount.settings.landing_uri}/{file.name}", file.size] for file in plan.files],
                 "ranges": [[part.name, part.start, part.end] for part in plan.ranges],
             }
     return metadata

@@ -29,7 +29,6 @@ from spark_jobs.corrections.decide import decide
 from spark_jobs.corrections.run import Run, correcting, groups_of_hours, writing
 from spark_jobs.corrections.write_ahead import TableChange, append_once, carry_out, write_ahead
 from spark_jobs.lake.duck import translate_duckdb_errors
-from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.tables import BATCH_LEDGER, RAW_TABLES, RECONCILIATIONS, STREAMS
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.steps import Step
@@ -104,10 +103,9 @@ def reconcile(
 
     With ``hours``, waits up to ``patience_seconds`` for their raw records; the report names the batches that still lack some and
     were left out. An ingest may run meanwhile: it waits only while hours are corrected. Does not build marts, so their differences
-    stay unrepaired. Raises UsageError for a lakehouse that is not on a local path, TableCorruptionError if a table cannot be read.
+    stay unrepaired. Raises TableCorruptionError if a table cannot be read.
     """
     started = time.monotonic()
-    require_local(settings, "the recount")
     ensure_tables(settings)
     say = progress or (lambda _: None)
     run_id = run_id or uuid.uuid4().hex

@@ -14,7 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spark_jobs.config import Settings
-from spark_jobs.corrections.write_ahead import TableChange, carry_out, is_outdated, remove_correction, unfinished_corrections
+from spark_jobs.corrections.write_ahead import (
+    TableChange,
+    carry_out,
+    has_unfinished,
+    is_outdated,
+    remove_correction,
+    unfinished_corrections,
+)
 from spark_jobs.errors import BusyError
 from spark_jobs.ingest.event_columns import INCREMENT_SCHEMA, increment_columns
 from spark_jobs.lake.locks import CORRECTIONS, REWRITE, WRITE_EVENTS, WRITE_ORDERS, exclusive
@@ -53,11 +60,6 @@ def finish_corrections(settings: Settings) -> None:
     if has_unfinished(settings):
         with suppress(BusyError), exclusive(settings, CORRECTIONS, patience_seconds=0):
             _finish(settings)
-
-
-def has_unfinished(settings: Settings) -> bool:
-    """Return whether there is a correction to finish or to discard."""
-    return any(settings.corrections_path.glob("*"))
 
 
 def _finish(settings: Settings) -> None:

@@ -1,7 +1,7 @@
 """Corrections: rows that a repair, a backfill or a review adds to and removes from Delta tables.
 
-A run writes and syncs a whole correction under ``corrections_path`` before its first commit, and removes it after the last one.
-Each table changes in one commit, once (Delta's txn has the correction's token), so the next process finishes a killed correction.
+A run writes a whole correction to ``<state_uri>/corrections`` before its first commit, and removes it after the last one. Each
+table changes in one commit, once (Delta's txn has the correction's token), so the next process finishes a killed correction.
 The manifest has a checksum of each part. A correction that a power cut tore before its first commit is discarded. Callers hold the
 rewrite lock and the write locks of the streams.
 """
@@ -9,26 +9,26 @@ rewrite lock and the write locks of the streams.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from spark_jobs import disk
 from spark_jobs.config import Settings
 from spark_jobs.errors import TableCorruptionError
 from spark_jobs.failure import one_line
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.data_files import DataFile
 from spark_jobs.lake.lake import Lake, Snapshot
+from spark_jobs.lake.places import Place, open_place
 from spark_jobs.lake.reading import TableFile
 from spark_jobs.lake.tables import (
     BATCH_LEDGER,
@@ -60,6 +60,8 @@ _ORDER: dict[str, tuple[Step, str]] = {
     RECONCILIATIONS.name: (Step.RECONCILIATIONS, "run_id"),
 }
 _MANIFEST = "manifest.json"
+_DONE = b"{}"  # the manifest of a finished correction
+_THREADS = 8
 _log = logging.getLogger("adtally")
 
 
@@ -105,18 +107,23 @@ class Correction:
 
 
 def write_ahead(settings: Settings, correction: Correction) -> None:
-    """Write a whole correction to its folder. It is decided once the folder has its final name."""
-    folder = settings.corrections_path / correction.token
-    hidden = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(hidden, ignore_errors=True)
-    disk.make_folder(hidden)
-    parts: dict[str, str] = {}
-    for change in correction.changes:
-        for part, rows in (("remove", change.remove), ("add", change.add)):
-            path = hidden / f"{change.table.name}.{part}.parquet"
-            pq.write_table(rows, path)
-            parts[path.name] = _checksum(path)
-    disk.sync_files(hidden / name for name in parts)
+    """Write a whole correction. It is decided once its manifest is there."""
+    place, token = _place(settings), correction.token
+    tables = [
+        (f"{change.table.name}.{part}.parquet", rows)
+        for change in correction.changes
+        for part, rows in (("remove", change.remove), ("add", change.add))
+    ]
+
+    def write(part: tuple[str, pa.Table]) -> tuple[str, str]:
+        name, rows = part
+        buffer = io.BytesIO()
+        pq.write_table(rows, buffer)
+        place.write(f"{token}/{name}", buffer.getvalue())
+        return name, _checksum(buffer.getvalue())
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="write-ahead") as pool:
+        parts = dict(pool.map(write, tables))
     manifest = {
         "token": correction.token,
         "run_id": correction.run_id,
@@ -125,54 +132,88 @@ def write_ahead(settings: Settings, correction: Correction) -> None:
         "changes": [[change.table.name, change.metadata, change.by_key] for change in correction.changes],
         "parts": parts,
     }
-    disk.write_file(hidden / _MANIFEST, json.dumps(manifest).encode())  # which syncs the folder, too
     with durable(Step.CORRECTION_DECIDED):
-        disk.replace(hidden, folder)
+        place.write(f"{token}/{_MANIFEST}", json.dumps(manifest).encode())
+
+
+def decided_corrections(settings: Settings) -> list[str]:
+    """Return the tokens of the corrections that are decided and not finished, the oldest first."""
+    place = _place(settings)
+    found = [file for file in place.list() if file.name.endswith(f"/{_MANIFEST}") and not file.name.startswith(".")]
+    tokens = [file.name.split("/")[0] for file in sorted(found, key=lambda file: file.modified)]
+    return [token for token in tokens if not _is_done(place, token)]
+
+
+def _is_done(place: Place, token: str) -> bool:
+    try:
+        return place.read(f"{token}/{_MANIFEST}") == _DONE
+    except FileNotFoundError:
+        return True  # another process has just removed it
+
+
+def has_unfinished(settings: Settings) -> bool:
+    """Return whether there is a correction to finish or to discard."""
+    return any(True for _ in _place(settings).list())
 
 
 def unfinished_corrections(settings: Settings) -> Iterator[Correction]:
-    """Yield the decided corrections that still have commits to make, and remove folders that were never decided.
+    """Yield the decided corrections that still have commits to make. Removes the rest of others: of a run killed before it decided.
 
     Raises TableCorruptionError if a correction was damaged after its first commit.
     """
-    for folder in sorted(settings.corrections_path.glob("*"), key=lambda path: path.stat().st_mtime_ns):
-        if folder.name.startswith("."):
-            shutil.rmtree(folder, ignore_errors=True)
-            continue
+    place = _place(settings)
+    decided = decided_corrections(settings)
+    for token in {file.name.split("/")[0] for file in place.list()}.difference(decided):
+        if token.startswith(".") or place.find(f"{token}/{_MANIFEST}") is not None:
+            place.delete_folder(token)  # of an older adtally, or finished
+        else:
+            _discard(settings, token, "it has no manifest")
+    for token in decided:
         try:
-            correction = _read(folder)
+            correction = _read(place.below(token))
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-            _discard(settings, folder, error)
+            _discard(settings, token, one_line(error, 200))
             continue
         yield correction
 
 
-def _discard(settings: Settings, folder: Path, error: Exception) -> None:
+def _place(settings: Settings) -> Place:
+    """Return where corrections are kept: in ADTALLY_HOME, or in a remote lakehouse, where any machine can finish them."""
+    return open_place(settings.state_uri).below("corrections")
+
+
+def _discard(settings: Settings, token: str, problem: str) -> None:
     """Remove a correction that cannot be read. Raises TableCorruptionError if a table has a commit of it."""
-    lake = Lake(settings)
-    begun = [name for name in _ORDER if lake.has(TABLES[name], Transaction(folder.name, 0))]
+    lake, place = Lake(settings), _place(settings)
+    begun = [name for name in _ORDER if lake.has(TABLES[name], Transaction(token, 0))]
     if begun:
         raise TableCorruptionError(
-            f"the correction {folder} cannot be read ({one_line(error, 200)}), and {', '.join(begun)} has its changes",
+            f"the correction {place.uri}/{token} cannot be read ({problem}), and {', '.join(begun)} has its changes",
             hint="remove the folder, then `adtally reconcile --repair` does the rest; docs/runbooks/power-cut.md",
         )
-    _log.warning("adtally: correction %s was torn by a power cut before its first commit and is discarded", folder.name)
-    shutil.rmtree(folder)
+    if place.find(f"{token}/{_MANIFEST}") is not None:
+        _log.warning("adtally: correction %s was torn by a power cut before its first commit and is discarded", token)
+    place.delete_folder(token)
 
 
-def _checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _checksum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
-def _read(folder: Path) -> Correction:
+def _read(place: Place) -> Correction:
     """Read a correction. Raises OSError, ValueError, KeyError, TypeError or ArrowException if it is incomplete or damaged."""
-    manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
-    for name, checksum in manifest.get("parts", {}).items():
-        if _checksum(folder / name) != checksum:
+    manifest = json.loads(place.read(_MANIFEST))
+    checksums = manifest.get("parts", {})
+
+    def rows(name: str) -> pa.Table:
+        data = place.read(name)
+        if name in checksums and _checksum(data) != checksums[name]:
             raise ValueError(f"{name} is not what was written")
+        return pq.read_table(pa.BufferReader(data))
+
     changes = []
     for name, metadata, *by_key in manifest["changes"]:
-        remove, add = (pq.read_table(folder / f"{name}.{part}.parquet") for part in ("remove", "add"))
+        remove, add = (rows(f"{name}.{part}.parquet") for part in ("remove", "add"))
         changes.append(TableChange(TABLES[name], remove, add, metadata, *by_key))
     return Correction(manifest["token"], manifest["run_id"], manifest["events_version"], changes, manifest.get("orders_version"))
 
@@ -192,12 +233,12 @@ def is_outdated(settings: Settings, correction: Correction) -> bool:
 
 
 def remove_correction(settings: Settings, correction: Correction) -> None:
-    """Remove the folder of a correction that is done or outdated."""
-    folder = settings.corrections_path / correction.token
-    hidden = folder.with_name(f".{folder.name}.tmp")
+    """Remove a correction that is finished, or that a run must decide again."""
+    place, token = _place(settings), correction.token
     with durable(Step.CORRECTION_DONE):
-        disk.replace(folder, hidden)
-    shutil.rmtree(hidden)
+        place.write(f"{token}/{_MANIFEST}", _DONE)  # from here on the rest only waits for its removal
+    names = [file.name for file in place.list(token)]
+    place.delete(sorted(names, key=f"{token}/{_MANIFEST}".__eq__))  # the manifest last
 
 
 def carry_out(settings: Settings, correction: Correction) -> None:
@@ -264,7 +305,9 @@ def _find_rows(snapshot: Snapshot, change: TableChange, key: str) -> Iterator[tu
             wanted[row] -= 1
         return pa.array(marked, pa.bool_())
 
-    for file in snapshot.files(table):
+    columns = [(name, {values[at] for values in partitions}) for at, name in enumerate(table.partition_by)]
+    chosen = [(name, set(map(str, values))) for name, values in columns if None not in values]
+    for file in snapshot.files(table, *chosen):
         if tuple(file.values[name] for name in table.partition_by) in partitions:
             masks = [mark(rows) for rows in snapshot.lake.read_file_rows(table, file)]
             if any(pc.any(mask).as_py() for mask in masks):

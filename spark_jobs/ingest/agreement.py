@@ -41,7 +41,7 @@ def check_agreement(settings: Settings, source: RecordSource, tables: Sequence[T
         raise TableCorruptionError(
             f"table {newest} has batch {known[newest]} of the {source.name} query, {where} only knows {planned}: "
             "it is older than the tables, and new batches would be taken for old ones and lost",
-            hint=f"move {source.checkpoint} away: all input is then read again and nothing counts twice; "
+            hint="`adtally fsck --repair` sets it aside: all input is then read again and nothing counts twice; "
             "docs/runbooks/lost-checkpoint.md",
         )
     in_order = [(earlier.name, later.name) for earlier, later in pairwise(tables)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -15,6 +15,7 @@ from spark_jobs.ingest.contract.spec import BatchLimits
 from spark_jobs.ingest.dedupe.classify import Classification, Outcome
 from spark_jobs.ingest.dedupe.keys import Keys
 from spark_jobs.ingest.files.landing import FileState, LandingFile
+from spark_jobs.ingest.job import Scattered
 from spark_jobs.ingest.kafka.ranges import OffsetRange, OffsetSplit
 from spark_jobs.ingest.quarantine import Quarantined
 from spark_jobs.ingest.reject_rows import HOURS
@@ -111,13 +112,13 @@ class Plan:
         return stored
 
     @classmethod
-    def from_commit(cls, commit: Commit) -> Plan:
-        """Read the plan that ``to_metadata`` stored."""
+    def from_commit(cls, commit: Commit, place: Callable[[str], str] = str) -> Plan:
+        """Read the plan that ``to_metadata`` stored. ``place`` maps a path in the commit to the present path."""
         stored = commit.metadata
         return cls(
             BatchLimits(**stored["limits"]),
             int(stored["campaigns_version"]),
-            [LandingFile(*file) for file in stored["files"]],
+            [LandingFile(ms, place(path), size) for ms, path, size in stored["files"]],
             stored.get("rule_set"),
             [OffsetRange(*one) for one in stored.get("ranges", [])],
             int(stored.get("lost_offsets", 0)),
@@ -154,13 +155,17 @@ class PlannedBatch:
 
 @dataclass(frozen=True)
 class Batch(PlannedBatch):
-    """A batch whose records are parsed. ``source`` is the kind of its source, ``regions`` those that the ledger counts it by."""
+    """A batch whose records are parsed. ``source`` is the kind of its source, ``regions`` those that the ledger counts it by.
+
+    Its keys are either ``keys`` or, by shard in the executors, ``scattered``.
+    """
 
     tasks: list[StageTask]
     splits: list[StagedSplit]
     keys: Keys
     source: str
     regions: list[str]
+    scattered: Scattered | None = None
 
     @property
     def row_counts(self) -> list[int]:

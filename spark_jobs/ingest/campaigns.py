@@ -17,8 +17,9 @@ from spark_jobs.ingest.contract.exact import parse_time
 from spark_jobs.ingest.contract.spec import CURRENCIES
 from spark_jobs.ingest.csv_rows import Row, read_rows
 from spark_jobs.ingest.event_columns import CAMPAIGN_SCHEMA
-from spark_jobs.ingest.files.landing import CAMPAIGNS_FOLDER
+from spark_jobs.ingest.files.landing import csv_files, open_regular
 from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.landing_view import CAMPAIGNS_FOLDER
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.tables import CAMPAIGNS
 from spark_jobs.steps import Step
@@ -104,6 +105,19 @@ def _refuse_repeated_columns(name: str, header: Sequence[str]) -> None:
             first = header[plain.index(column)]
             other = "" if first == header[at] else f" (as {first!r} and {header[at]!r})"
             raise CampaignFileError(f"{name}: column {column} is there twice{other}", hint="keep one of them")
+
+
+def campaign_contents(landing: Path) -> str | None:
+    """Return a hash of the names and bytes of the campaign files; None if one cannot be read."""
+    hasher = hashlib.sha256()
+    try:
+        for name in csv_files(landing, CAMPAIGNS_FOLDER):
+            with open_regular(landing / name, depth=2) as file:
+                data = file.read()
+            hasher.update(f"{name}\0{len(data)}\0".encode("utf-8", "surrogateescape") + data)
+    except OSError:
+        return None
+    return hasher.hexdigest()
 
 
 def load_campaigns(settings: Settings) -> int | None:

@@ -1,8 +1,9 @@
-"""Keep Spark's checkpoint of a query intact across a power cut: sync it before a batch commits, repair it before Spark opens it.
+"""Keep Spark's checkpoint of a query: sync or copy it before a batch commits, repair it before Spark opens it.
 
 Spark writes ``metadata``, ``sources/0/N`` and ``offsets/N`` before a batch and ``commits/N`` after it, and syncs none of them.
 Before its first commit, a batch syncs what Spark wrote for it. So a torn file of the checkpoint belongs to a batch that no
 table has yet, or is a ``commits/N`` whose batch runs again and is recognised by its transaction. Such files are set aside.
+With a remote lakehouse the batch copies these files there instead (``lake/checkpoint_copy.py``), and a start brings the copy back.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from spark_jobs import disk
 from spark_jobs.errors import TableCorruptionError
 from spark_jobs.ingest.checkpoint_log import numbers
+from spark_jobs.lake.checkpoint_copy import CheckpointCopy
 
 _HINT = "docs/runbooks/power-cut.md; docs/runbooks/lost-checkpoint.md says how to start with a new checkpoint"
 _log = logging.getLogger("adtally")
@@ -33,14 +35,27 @@ class CheckpointState:
 
 
 class CheckpointSync:
-    """Syncs the files of one query's checkpoint, each once."""
+    """Syncs the files of one query's checkpoint, each once, or copies them, if there is a ``copy`` in a remote lakehouse."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, copy: CheckpointCopy | None = None) -> None:
+        self.copy = copy
         self._checkpoint = checkpoint
         self._synced: set[Path] = set()
 
+    def before_start(self) -> None:
+        """Bring the copy back and set torn files aside. Raises TableCorruptionError if an ended batch needs a torn file."""
+        if self.copy is not None:
+            self.copy.bring_back()
+        set_aside_torn(self._checkpoint)
+
     def before_commit(self) -> None:
-        """Sync what Spark has written since the last call. To be called in each batch before its first commit."""
+        """Sync or copy what Spark has written since the last call. To be called in each batch before its first commit.
+
+        Raises LeaseLostError if another machine has copied another plan of the batch.
+        """
+        if self.copy is not None:
+            self.copy.add_new()
+            return
         folders = [self._checkpoint, *(self._checkpoint / name for name in ("offsets", "commits", "sources/0", "sources"))]
         new = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_file()]
         new = [path for path in new if path not in self._synced and not path.name.endswith(disk.TEMPORARY_ENDING)]

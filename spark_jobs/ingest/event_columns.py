@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from spark_jobs.ingest.contract.spec import BatchLimits, Contract
 from spark_jobs.ingest.dedupe.keys import hash_keys
-from spark_jobs.lake.duck import literal, query_arrow
+from spark_jobs.lake.duck import query_arrow
 from spark_jobs.lake.tables import EVENTS, MINUTE_METRICS
 from spark_jobs.traffic.rules import InvalidTrafficRules, judge_of, marks
 from spark_jobs.units import DAY_US, HOUR_US, MINUTE_US
@@ -18,6 +18,12 @@ CAMPAIGN_SCHEMA = pa.schema(
 )
 METRIC_KEYS = ("event_minute_us", "region", "campaign_id", "ad_id", "store_id", "placement", "currency")
 METRIC_MEASURES = ("impressions", "clicks", "invalid_impressions", "invalid_clicks", "spend_nanos", "invalid_spend_nanos")
+INCREMENT_INPUT = (
+    "event_time",
+    *METRIC_KEYS[1:],
+    *("event_type", "invalid_traffic_rule", "spend_nanos", "invalid_spend_nanos"),
+)
+"""The staged columns that `increments` reads."""
 INCREMENT_SCHEMA = pa.schema(
     [
         ("event_minute_us", pa.int64()),
@@ -25,6 +31,8 @@ INCREMENT_SCHEMA = pa.schema(
         *((n, MINUTE_METRICS.schema.field(n).type) for n in METRIC_MEASURES),
     ]
 )
+
+_HEX_PLACES = [at for at in range(36) if at not in (8, 13, 18, 23)]  # of a UUID
 
 
 def enrich(valid: pa.Table, contract: Contract, limits: BatchLimits, campaigns: pa.Table, rules: InvalidTrafficRules) -> pa.Table:
@@ -89,7 +97,7 @@ def price(events: pa.Table, campaigns: pa.Table) -> tuple[pa.Array, pa.Array]:
 
 
 def increments(events: pa.Table) -> pa.Table:
-    """Sum accepted events (staged columns) per METRIC_KEYS. Returns INCREMENT_SCHEMA: DuckDB sums money in 128 bits."""
+    """Sum accepted events (INCREMENT_INPUT) per METRIC_KEYS. Returns INCREMENT_SCHEMA: DuckDB sums money in 128 bits."""
     return query_arrow(
         f"""
         select event_time - event_time % {MINUTE_US} as event_minute_us, {", ".join(METRIC_KEYS[1:])},
@@ -106,8 +114,8 @@ def increments(events: pa.Table) -> pa.Table:
 
 def sum_increments(parts: list[pa.Table]) -> pa.Table:
     """Sum several tables of increments per METRIC_KEYS."""
-    if not parts:
-        return INCREMENT_SCHEMA.empty_table()
+    if len(parts) < 2:
+        return parts[0] if parts else INCREMENT_SCHEMA.empty_table()
     sums = ", ".join(f"sum({name}) as {name}" for name in METRIC_MEASURES)
     sql = f"select {', '.join(METRIC_KEYS)}, {sums} from input group by all"
     return query_arrow(sql, pa.concat_tables(parts)).cast(INCREMENT_SCHEMA)
@@ -119,19 +127,22 @@ def increment_columns(sums: pa.Table, query_id: str, batch_id: int) -> pa.Table:
     record_uuid is the MD5 of the batch's identity and the row's key, written as a UUID: the parts (query id, batch id, minute in
     microseconds, then each text with its length in characters before it and a colon, or "-" for null) joined by 0x1F.
     """
-    texts = ", ".join(f"coalesce(length({name})::varchar || ':' || {name}, '-')" for name in METRIC_KEYS[1:])
-    pieces = ", ".join(f"substr(digest, {start}, {length})" for start, length in ((1, 8), (9, 4), (13, 4), (17, 4), (21, 12)))
-    batch = f"{literal(query_id)}, '{batch_id}'"
-    made = query_arrow(
-        f"""
-        select concat_ws('-', {pieces}) as record_uuid, * exclude (digest) from (
-            select md5(concat_ws(chr(31), {batch}, event_minute_us::varchar, {texts})) as digest, * from input
-        )
-        """,
-        sums,
-    )
+    texts = [pc.binary_join_element_wise(pc.utf8_length(sums[name]).cast(pa.string()), sums[name], ":") for name in METRIC_KEYS[1:]]
+    minutes = sums["event_minute_us"].cast(pa.string())
+    keys = pc.binary_join_element_wise(query_id, str(batch_id), minutes, *(pc.fill_null(text, "-") for text in texts), "\x1f")
+    digests = query_arrow("select md5(key) as digest from input", pa.table({"key": keys}))["digest"]
+    made = sums.add_column(0, "record_uuid", _dashed(digests))
     minute = made["event_minute_us"]
     return made.append_column("event_minute", as_timestamp(minute)).append_column("event_date", _day(minute))
+
+
+def _dashed(digests: pa.ChunkedArray) -> pa.Array:
+    """Write digests of 32 hex digits as UUIDs."""
+    rows = len(digests)
+    made = np.full((rows, 36), ord("-"), dtype=np.uint8)
+    made[:, _HEX_PLACES] = np.frombuffer("".join(digests.to_pylist()).encode(), dtype=np.uint8).reshape(rows, 32)
+    offsets = np.arange(rows + 1, dtype=np.int32) * 36
+    return pa.Array.from_buffers(pa.string(), rows, [None, pa.py_buffer(offsets), pa.py_buffer(made)])
 
 
 def as_timestamp(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -19,7 +19,9 @@ from spark_jobs.errors import TableCorruptionError
 from spark_jobs.ingest.batch import COUNTS, Plan
 from spark_jobs.ingest.durable_checkpoint import read_query_id
 from spark_jobs.ingest.event_columns import increment_columns, increments
-from spark_jobs.ingest.files.landing import file_state, relative_name
+from spark_jobs.ingest.files.landing import file_states, relative_name
+from spark_jobs.ingest.source import FilesSource
+from spark_jobs.lake.checkpoint_copy import checkpoints_to_read
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.locks import WRITE_LOCKS, exclusive
@@ -53,17 +55,17 @@ def stuck_batches(settings: Settings) -> Iterator[StuckBatch]:
     ledger = DeltaSink(BATCH_LEDGER, settings)
     for stream in STREAMS:
         try:
-            query_id = read_query_id(settings.checkpoints_path / stream)
+            query_id = read_query_id(checkpoints_to_read(settings) / stream)
         except TableCorruptionError:
             continue
         log = DeltaLog(settings.table_uri(stream))
         newest = next((commit for commit in log.commits_backwards() if commit.txn and commit.txn[0] == query_id), None)
         if newest is None or newest.txn is None or ledger.has(transaction := Transaction(*newest.txn)):
             continue
-        plan = Plan.from_commit(newest)
-        changed = plan.changed_files([file_state(file.path) for file in plan.files])
+        plan = Plan.from_commit(newest, FilesSource(settings, stream).place)
+        changed = plan.changed_files(file_states(plan.files))
         if changed:
-            names = [relative_name(file.path, settings.landing_path) for file in changed]
+            names = [relative_name(file.path, settings.landing_uri) for file in changed]
             yield StuckBatch(stream, newest, transaction, plan, names)
 
 

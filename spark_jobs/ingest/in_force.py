@@ -12,7 +12,9 @@ from datetime import UTC, datetime
 from spark_jobs.attribution.rules import load_attribution_rules
 from spark_jobs.config import Settings
 from spark_jobs.errors import CampaignFileError, RuleFileError
-from spark_jobs.ingest.campaigns import load_campaigns, prices_in_force, read_campaigns
+from spark_jobs.ingest.campaigns import campaign_contents, load_campaigns, prices_in_force, read_campaigns
+from spark_jobs.lake.log import DeltaLog
+from spark_jobs.lake.tables import CAMPAIGNS
 from spark_jobs.rules.store import keep_rule_set
 from spark_jobs.traffic.rules import KIND, InvalidTrafficRules, current_rules
 
@@ -24,14 +26,20 @@ class InForce:
         self._settings = settings
         self._notice = notice
         self._problems: dict[str, str] = {}
+        self._loaded: tuple[str | None, int | None] | None = None  # what the campaign files had, and the version that has it
         self._rules: InvalidTrafficRules | None = None
         self._kept: tuple[str, InvalidTrafficRules] | None = None
 
     def prices(self) -> int:
         """Load the campaign files; return the version of `campaigns`. Raises CampaignFileError if they are bad and it is empty."""
-        problem = ""
+        newest = DeltaLog(self._settings.table_uri(CAMPAIGNS.name)).latest_version()
+        contents = campaign_contents(self._settings.landing_path)
+        if contents is not None and self._loaded == (contents, newest):  # to parse them again takes longer than any other file
+            return newest or 0
+        problem, self._loaded = "", None
         try:
             version = load_campaigns(self._settings)
+            self._loaded = (contents, version)
         except CampaignFileError as error:
             version = prices_in_force(self._settings)
             if version is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from spark_jobs.ingest.source import RecordSource
 
@@ -25,6 +25,21 @@ class Executor(Protocol):
 
     def map(self, function: Callable[[Iterable[Item]], Iterable[Result]], items: Sequence[Item], slices: int) -> list[Result]:
         """Call ``function`` in at most ``slices`` tasks, each with some of the ``items``; return all results in their order."""
+
+    def scatter(
+        self, function: Callable[[Iterable[Item]], Iterable[tuple[int, Any]]], items: Sequence[Item], slices: int, parts: int
+    ) -> Scattered:
+        """Call ``function`` as `map` does. It yields values, each with the number of its part, below ``parts``."""
+
+
+class Scattered(Protocol):
+    """Values that tasks have made and that lie, by part, where they were made. A lost value is made again."""
+
+    def gather(self, function: Callable[[int, Iterable[Any]], Result], parts: Sequence[int]) -> list[Result]:
+        """Call ``function`` with the number and the values of each of the ``parts``, a task each; return the results in order."""
+
+    def delete(self) -> None:
+        """Delete the values."""
 
 
 class BatchJob(ABC):

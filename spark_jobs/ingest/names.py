@@ -15,8 +15,8 @@ import pyarrow as pa
 from spark_jobs.config import Settings
 from spark_jobs.errors import NamesFileError
 from spark_jobs.ingest.csv_rows import read_rows
-from spark_jobs.ingest.files.landing import CAMPAIGNS_FOLDER, NAMES_FOLDER
 from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.landing_view import CAMPAIGNS_FOLDER, NAMES_FOLDER, refresh_landing
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.tables import NAMES
 from spark_jobs.steps import Step
@@ -60,6 +60,7 @@ def _name(row: Mapping[str, str | None], where: str, column_of_name: str) -> dic
 
 def load_names(settings: Settings) -> int:
     """Replace table `names`, which must exist, by the content of the CSV files, if it is new; return the table's version."""
+    refresh_landing(settings)
     log = DeltaLog(settings.table_uri(NAMES.name))
     names = read_names(settings.landing_path)
     digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()

@@ -21,6 +21,7 @@ from spark_jobs.errors import UsageError
 from spark_jobs.ingest.quarantine import QUARANTINE_REASONS
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.landing_view import landed_object, refresh_landing
 from spark_jobs.lake.reading import read_batches
 from spark_jobs.lake.tables import REJECTED_TABLES, RELEASES
 from spark_jobs.lake.writes import DeltaSink, ensure_tables
@@ -85,17 +86,24 @@ def release_file(settings: Settings, name: str, *, reason: str, released_by: str
     if not waiting:
         raise UsageError(f"{name} is released already, as {known[-1].released_as}", hint="adtally ingest reads it")
     one = waiting[-1]
+    refresh_landing(settings, is_full=True)
     path = settings.landing_path / name
     if not path.is_file() or path.is_symlink():
-        raise UsageError(f"{path} is not there any more", hint="land the file again under another name: it is then a new file")
+        raise UsageError(
+            f"{settings.landing_uri}/{name} is not there any more",
+            hint="land the file again under another name: it is then a new file",
+        )
     ending = ".jsonl.gz" if path.name.endswith(".jsonl.gz") else ".jsonl"
     released = f"{path.name.removesuffix(ending)}.released-{one.query_id[:8]}-{one.batch_id}{ending}"  # no other release has it
-    target = path.with_name(released)
-    _link(path, target)
+    stored = landed_object(f"{settings.landing_uri}/{name}")
+    if stored is None:
+        _link(path, path.with_name(released))
+    else:
+        stored.copy(released)
     row = {
         "stream": one.stream,
         "source_file": name,
-        "released_as": f"{name.rpartition('/')[0]}/{target.name}",
+        "released_as": f"{name.rpartition('/')[0]}/{released}",
         "quarantine_reason": one.reason,
         "reason": reason.strip(),
         "released_by": released_by.strip(),

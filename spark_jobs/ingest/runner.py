@@ -18,29 +18,33 @@ from py4j.protocol import Py4JError, Py4JJavaError  # type: ignore[import-untype
 from pyspark.sql import SparkSession
 from pyspark.sql.streaming.query import StreamingQuery
 
-from spark_jobs.attribution.stream import AttributionStream
+from spark_jobs.attribution.stream import AttributionQuery, AttributionStream
+from spark_jobs.background import in_background
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, InterruptedIngestError, JavaLostError, KafkaError, StoppedError
 from spark_jobs.failure import failure_cause
 from spark_jobs.ingest.batch import BatchReport, IngestReport
+from spark_jobs.ingest.copying import Index, copying, open_key_index
 from spark_jobs.ingest.dedupe.index import KeyIndex
-from spark_jobs.ingest.events import EventsJob
+from spark_jobs.ingest.events import EventsJob, finish_merges
 from spark_jobs.ingest.files.backlog import look_into_landing
 from spark_jobs.ingest.in_force import InForce
 from spark_jobs.ingest.kafka.config import KafkaCluster, read_kafka
 from spark_jobs.ingest.kafka.raw import RawCopy
 from spark_jobs.ingest.kafka.source import KafkaSource
 from spark_jobs.ingest.orders import OrdersJob
+from spark_jobs.ingest.pace import default_interval
 from spark_jobs.ingest.query import SourceQuery
 from spark_jobs.ingest.source import RecordSource
 from spark_jobs.ingest.watchdog import Activity, Watchdog
 from spark_jobs.ingest.write import load_task_code
-from spark_jobs.lake.locks import INGEST, WRITE_EVENTS, exclusive
-from spark_jobs.lake.roots import is_local
+from spark_jobs.lake.fencing import check_leases
+from spark_jobs.lake.landing_view import has_view, refresh_landing
+from spark_jobs.lake.locks import INGEST, SECONDS, WRITE_EVENTS, Patience, exclusive, is_held
 from spark_jobs.lake.tables import STREAMS
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.publish.job import PublishLoop, is_publishing
-from spark_jobs.session import build_session, end_java, is_one_machine, java_has_ended, java_pid
+from spark_jobs.session import build_session, end_java, is_one_machine, java_has_ended, java_pid, master_of
 from spark_jobs.stopping import BATCH_SECONDS, StopNow, StopRequest
 
 _JAVA_END_SECONDS = 2.0  # between the loss of its connection and its end
@@ -50,6 +54,8 @@ _STUCK_BATCHES = 3  # in a row, of one query
 _STOP_MESSAGE = re.compile(
     r"cancel|shut ?down|worker exited unexpectedly|stopped SparkContext|Interrupted|Java side is empty|Connection refused"
 )
+_TURN_SECONDS = 0.2  # between two looks whether the queries have ended
+_CONTINUOUS_TURN_SECONDS = 1.0  # they end only if they fail, and each look asks Java
 RETRY_SECONDS = 5.0  # between two attempts to reach a cluster that does not answer
 
 
@@ -57,26 +63,34 @@ def run_ingest(
     settings: Settings,
     *,
     continuous: bool = False,
-    trigger_seconds: float = 5.0,
+    trigger_seconds: float | None = None,
+    waits: bool = False,
     progress: Callable[[BatchReport], None] | None = None,
     notice: Callable[[str], None] | None = None,
     spark: SparkSession | None = None,
 ) -> IngestReport:
     """Ingest events and orders from the landing folders and the clusters of kafka.toml, and keep raw copies of the topics.
 
-    Without ``continuous`` it reads all input and ends. With ``continuous`` it runs until SIGTERM, retries clusters that do not
-    answer, publishes committed versions (if kafka.toml says where), and credits orders by a further query (not if the tables are
-    in an object store: attribution reads local paths).
+    Without ``continuous`` it reads all input and ends; it starts no Spark if there is none, and no batch to finish. With
+    ``continuous`` it runs until SIGTERM, retries clusters that do not answer, publishes committed versions (if kafka.toml says
+    where), and credits orders in a thread. ``trigger_seconds`` is the interval of `pace`, by default that of the lakehouse.
 
     SIGTERM and SIGINT end it after the current batch, or within 30 s (stopping.py). It calls ``progress`` after each batch.
     ``notice`` gets a line when a cluster stops or starts to answer, when a campaign file or a rule file turns bad (the prices and
     rules in force stay), and at the start for files that nothing reads. It does not stop a session ``spark`` of the caller.
 
-    Raises BusyError if another ingest runs on the same home, AdtallyError if a batch failed, OffsetGapError if a topic lacks the
-    next offsets, InterruptedIngestError if it was stopped before it had read all input.
+    With ``waits`` it begins when no other ingest runs on the lakehouse; ``notice`` gets a line if it has to wait.
+
+    Raises BusyError if another ingest runs and it does not wait, AdtallyError if a batch failed, OffsetGapError if a topic lacks
+    the next offsets, InterruptedIngestError if it was stopped before it had read all input.
     """
-    with exclusive(settings, INGEST):
-        notice = notice or (lambda _line: None)
+    notice = notice or (lambda _line: None)
+    has_waited = waits and is_held(settings, INGEST)
+    if has_waited:
+        notice("another ingest runs; this one waits for its end")
+    with exclusive(settings, INGEST, patience_seconds=SECONDS[Patience.ENDLESS] if waits else None):
+        if has_waited:
+            notice("this ingest begins")
         in_force = InForce(settings, notice)
         total = IngestReport()
         guard = threading.Lock()
@@ -93,21 +107,33 @@ def run_ingest(
         with StopRequest(end_java, status=0 if continuous else 1) if is_own else StopRequest() as stop:
             try:
                 with stop.at_once():
-                    session = spark or build_session(settings, "adtally-ingest")
-                    stop.listen()
-                    threading.Thread(target=_warm_up, args=(session,), daemon=True, name="warm-up").start()
+                    refresh_landing(settings, is_full=True)
                     ensure_tables(settings)
                     with exclusive(settings, WRITE_EVENTS):
                         in_force.prices()
                     in_force.rules()
                     for line in look_into_landing(settings):
                         notice(line)
-                    with_attribution = continuous and is_local(settings.lakehouse_uri)
-                    queries = _queries(settings, report, in_force, notice, with_attribution=with_attribution)
-                loop = _QueryLoop(session, settings, queries, continuous, trigger_seconds, notice)
+                    index, copy_index = open_key_index(settings, str(spark.sparkContext.master) if spark else master_of(settings))
+                    queries = _queries(settings, report, in_force, notice, index, with_attribution=continuous)
+                    if not continuous and all(query.has_ended() for query in queries):
+                        with copying(copy_index, list, notice):  # the last process may have ended before its last copy
+                            return total
+                    session = spark or build_session(settings, "adtally-ingest")
+                    stop.listen()
+                    threading.Thread(target=_warm_up, args=(session,), daemon=True, name="warm-up").start()
+                interval = default_interval(settings) if trigger_seconds is None else trigger_seconds
+                loop = _QueryLoop(session, settings, queries, continuous, interval, notice)
                 publishes = continuous and is_publishing(settings)
-                with _publishing(settings, notice, stop.event) if publishes else contextlib.nullcontext():
+                refreshes = continuous and has_view(settings)
+                with (
+                    _publishing(settings, notice, stop.event) if publishes else contextlib.nullcontext(),
+                    _refreshing(settings, interval, notice) if refreshes else contextlib.nullcontext(),
+                    copying(copy_index, loop.source_queries, notice),
+                ):
                     ended = loop.until_done(stop.event)
+                    if ended and isinstance(index, KeyIndex):  # an ingest that was stopped leaves them to the next one
+                        finish_merges(settings, index, notice)
             except StopNow:
                 pass
             except Exception as error:
@@ -152,8 +178,8 @@ def _is_loss_of_java(error: Exception) -> bool:
 
 def _warm_up(spark: SparkSession) -> None:
     """Start the Python workers while the queries start, so that the first batch need not wait for their imports."""
-    tasks = spark.sparkContext.defaultParallelism
     with contextlib.suppress(Exception):  # the first batch reports whatever is wrong
+        tasks = spark.sparkContext.defaultParallelism
         spark.sparkContext.parallelize(range(tasks), tasks).foreachPartition(load_task_code)
 
 
@@ -163,24 +189,43 @@ def _publishing(settings: Settings, notice: Callable[[str], None], stopped: thre
 
     A problem goes to ``notice`` and stops no ingest: what is not published yet is published later, under the same ids.
     """
-    stop = threading.Event()
 
     def report(problem: str) -> None:
         notice(f"publishing waits: {problem}" if problem else "publishing goes on")
 
-    def run() -> None:
+    def run(stop: threading.Event) -> None:
         try:
             PublishLoop(settings, problem=report).run(stop)
         except AdtallyError as error:
             notice(f"publishing ended: {error}")
 
-    thread = threading.Thread(target=run, name="publishing", daemon=True)
-    thread.start()
-    try:
+    with in_background("publishing", run, wait_seconds=lambda: _PUBLISHING_SECONDS if stopped.is_set() else None):
         yield
-    finally:
-        stop.set()
-        thread.join(_PUBLISHING_SECONDS if stopped.is_set() else None)
+
+
+@contextlib.contextmanager
+def _refreshing(settings: Settings, seconds: float, notice: Callable[[str], None]) -> Iterator[None]:
+    """Bring the view of the landing folder up to its store during the block, every ``seconds``.
+
+    ``notice`` gets a line when the store stops or starts to answer.
+    """
+
+    def run(stop: threading.Event) -> None:
+        is_away = False
+        while not stop.wait(seconds):
+            try:
+                refresh_landing(settings)
+            except AdtallyError as error:
+                if not is_away:
+                    notice(f"{error}; the landing folder is listed again every {seconds:g} s")
+                is_away = True
+            else:
+                if is_away:
+                    notice("the landing folder can be listed again")
+                is_away = False
+
+    with in_background("landing", run):
+        yield
 
 
 @dataclass
@@ -194,10 +239,23 @@ class _Query:
     make: Callable[[], SourceQuery | AttributionStream]
     cluster: KafkaCluster | None = None
     job: SourceQuery | AttributionStream | None = None
-    running: StreamingQuery | None = None
+    checked: SourceQuery | AttributionStream | None = None
+    running: StreamingQuery | AttributionQuery | None = None
     retry_at: float = 0.0
     stuck: int = 0  # batches in a row that made no progress
     ended: bool = False
+
+    def has_ended(self) -> bool:
+        """Return whether the query would run no batch. False for a cluster: only Spark reads its offsets."""
+        if self.cluster is not None:
+            return False
+        self.checked = self.make()
+        return isinstance(self.checked, SourceQuery) and self.checked.has_ended()
+
+    def next_job(self) -> SourceQuery | AttributionStream:
+        """Return the job that `has_ended` checked or, for another start, a new one."""
+        job, self.checked = self.checked or self.make(), None
+        return job
 
 
 def _queries(
@@ -205,11 +263,10 @@ def _queries(
     report: Callable[[BatchReport], None],
     in_force: InForce,
     notice: Callable[[str], None],
+    index: Index,
     *,
     with_attribution: bool,
 ) -> list[_Query]:
-    index = KeyIndex(settings.key_index_path)
-
     def events(source: RecordSource | None = None) -> SourceQuery:
         return SourceQuery(EventsJob(settings, report, source, index, in_force, notice), settings)
 
@@ -253,13 +310,15 @@ class _QueryLoop:
         try:
             with watchdog:
                 while not stop.is_set() and not all(query.ended for query in queries):
+                    check_leases(self.settings.lakehouse_uri, renews=False)
                     for query in queries:
                         self._check(query)
-                    stop.wait(0.2)
+                    stop.wait(_CONTINUOUS_TURN_SECONDS if self.continuous else _TURN_SECONDS)
             if stop.is_set():
                 self._stop()
             return all(query.ended for query in queries)
         finally:
+            self._end_pauses()
             if not java_has_ended():
                 for query in queries:
                     if query.running is not None and query.running.isActive:
@@ -269,11 +328,21 @@ class _QueryLoop:
     def _batch_seconds(self) -> float:
         return self.settings.batch_timeout.total_seconds()
 
+    def source_queries(self) -> list[SourceQuery]:
+        """Return the queries of sources that were made so far."""
+        return [query.job for query in self.queries if isinstance(query.job, SourceQuery)]
+
+    def _end_pauses(self) -> None:
+        for job in self.source_queries():
+            if job.pace is not None:
+                job.pace.end()
+
     def _activities(self) -> list[Activity]:
-        return [query.job.activity for query in self.queries if isinstance(query.job, SourceQuery)]
+        return [query.activity for query in self.source_queries()]
 
     def _stop(self) -> None:
         """Begin no further batch, wait up to BATCH_SECONDS for the running ones, then cancel what still runs."""
+        self._end_pauses()
         running = {query.name: query.running for query in self.queries if query.running is not None and not query.ended}
         started = time.monotonic()
         while running and time.monotonic() < started + BATCH_SECONDS:
@@ -320,12 +389,17 @@ class _QueryLoop:
             return
         try:
             if query.running is None:
-                query.job = query.make()
-                query.running = query.job.start(self.spark, continuous=self.continuous, trigger_seconds=self.trigger_seconds)
+                job = query.job = query.next_job()
+                if isinstance(job, AttributionStream):
+                    query.running = job.start(trigger_seconds=self.trigger_seconds)
+                else:
+                    query.running = job.start(self.spark, continuous=self.continuous, trigger_seconds=self.trigger_seconds)
             elif not query.running.isActive:
                 if not self._restarts(query):
                     self._end_of(query)
                     query.ended = True
+            elif isinstance(query.job, SourceQuery) and query.job.stop_if_out_of_pace():
+                query.running = None
             elif query.cluster is not None and query.name in self.away and query.running.lastProgress is not None:
                 del self.away[query.name]
                 if query.cluster.name not in self.away.values():

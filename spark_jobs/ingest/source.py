@@ -13,7 +13,7 @@ from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError
 from spark_jobs.ingest.checkpoint_log import has_plan
 from spark_jobs.ingest.durable_checkpoint import read_query_id
-from spark_jobs.ingest.files.checkpoint import read_batch_files
+from spark_jobs.ingest.files.checkpoint import BatchFiles, count_files, has_read_all, read_batch_files
 from spark_jobs.ingest.files.landing import LandingFile, Split, name_below, plan_splits, reason_of, relative_name
 from spark_jobs.ingest.kafka.ranges import OffsetRange, OffsetSplit
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 # Spark measures a file's age from the newest file, whose time may be centuries ahead: any smaller age would skip files
 _NO_AGE = f"{2**63 - 1}ms"
+FULL_SHARE = 0.5
+"""A batch with more than this share of the largest size is full. Spark does not add a file that would exceed the size."""
+_LISTED_SECONDS = 15e-6  # CPU time for each file
 _FILE_SCHEMA = "path STRING, modificationTime TIMESTAMP, length BIGINT, content BINARY"
 
 
@@ -53,6 +56,10 @@ class RecordSource(ABC):
     def load(self, spark: SparkSession) -> DataFrame:
         """Return the streaming frame. Only its offsets are used, never its rows."""
 
+    def before_batch(self) -> None:
+        """Write what the source adds to its checkpoint. Nothing by default."""
+        return
+
     @abstractmethod
     def plan(self, batch_id: int) -> Planned:
         """Return the input of a batch: always the same, for as long as the batch can run again."""
@@ -65,9 +72,25 @@ class RecordSource(ABC):
     def has_records(self, batch_id: int) -> bool:
         """Return whether a batch has any input; False if the checkpoint no longer has its plan."""
 
+    def has_ended(self) -> bool:
+        """Return whether Spark would plan no batch and finish none. False by default: then only Spark can tell."""
+        return False
+
+    def look_seconds(self) -> float:
+        """Return about how much CPU time it costs Spark to look for new input. 0 by default: next to nothing."""
+        return 0.0
+
+    @abstractmethod
+    def is_full(self, batch_id: int) -> bool:
+        """Return whether a batch has about as much input as a batch may have, so that the source probably has more."""
+
     def regions(self, splits: Sequence[Split | OffsetSplit]) -> list[str]:
         """Return the regions by which the ledger counts a batch."""
         return sorted({split.region for split in splits})
+
+    def place(self, path: str) -> str:
+        """Return the present path of a file that a commit calls ``path``. A topic has none."""
+        return path
 
     def explained(self, error: Exception) -> AdtallyError | None:
         """Return the source's own error if the source caused ``error``."""
@@ -79,9 +102,10 @@ class FilesSource(RecordSource):
 
     kind = "files"
 
-    def __init__(self, settings: Settings, stream: str) -> None:
+    def __init__(self, settings: Settings, stream: str, checkpoints: Path | None = None) -> None:
+        """``checkpoints`` is the folder of the checkpoints, by default that of this machine's ingest."""
         self.name = stream
-        self.checkpoint = settings.checkpoints_path / stream
+        self.checkpoint = (checkpoints or settings.checkpoints_path) / stream
         self._settings = settings
         self._folder = settings.landing_path / stream
 
@@ -104,21 +128,41 @@ class FilesSource(RecordSource):
 
         Raises LandingPathError for a file outside the folder of the stream.
         """
-        planned = read_batch_files(self.checkpoint, batch_id, self._place)
-        landing = self._settings.landing_path
-        taken = [file for file in planned.files if reason_of(landing, relative_name(file.path, landing)) is None]
+        settings = self._settings
+        planned = self._batch_files(batch_id)
+        names = (relative_name(file.path, settings.landing_uri) for file in planned.files)
+        taken = [file for file, name in zip(planned.files, names, strict=True) if reason_of(settings.landing_path, name) is None]
         return Planned(planned.planned_us, taken)
+
+    def _batch_files(self, batch_id: int) -> BatchFiles:
+        landing = self._settings.landing_path
+        return read_batch_files(self.checkpoint, batch_id, self.place, lambda path: self.place(path, landing))
 
     def has_records(self, batch_id: int) -> bool:
         """See RecordSource."""
         return has_plan(self.checkpoint, batch_id) and bool(self.plan(batch_id).files)
 
+    def has_ended(self) -> bool:
+        """See RecordSource. Raises TableCorruptionError if the checkpoint is not in the format of this Spark version."""
+        return has_read_all(self.checkpoint, self._folder)
+
+    def look_seconds(self) -> float:
+        """See RecordSource. Spark lists all files, those of earlier batches too."""
+        return count_files(self._folder) * _LISTED_SECONDS
+
+    def is_full(self, batch_id: int) -> bool:
+        """See RecordSource."""
+        files = self._batch_files(batch_id).files
+        most = self._settings.max_files_per_batch
+        if most is not None:
+            return len(files) >= most
+        return sum(file.size for file in files) > FULL_SHARE * self._settings.max_bytes_per_batch
+
     def splits(self, planned: Planned) -> list[Split]:
         """See RecordSource."""
-        files = [replace(file, path=self._place(file.path)) for file in planned.files]
-        return plan_splits(files, self._settings.landing_path, self._settings.split_bytes)
+        files = [replace(file, path=self.place(file.path)) for file in planned.files]
+        return plan_splits(files, self._settings.landing_uri, self._settings.split_bytes)
 
-    def _place(self, path: str) -> str:
-        """Return the present path of a file that a checkpoint or a commit calls ``path``."""
-        landing = self._settings.landing_path
-        return f"{landing}/{name_below(path, landing, self.name)}"
+    def place(self, path: str, root: Path | None = None) -> str:
+        """Return the present path, below ``root`` or where it is read, of a file that a checkpoint or a commit calls ``path``."""
+        return f"{root or self._settings.landing_uri}/{name_below(path, self._settings, self.name)}"

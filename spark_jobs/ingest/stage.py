@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from spark_jobs import disk
 from spark_jobs.failure import working_on
 from spark_jobs.ingest.contract.parse import Parsed, Reject, encode_raw, parse_all
 from spark_jobs.ingest.contract.spec import CONTRACTS, BatchLimits
@@ -284,5 +284,4 @@ def forget_earlier_batches(scratch: str) -> None:
 
 
 def _executor_folder() -> Path:
-    local = os.environ.get("SPARK_LOCAL_DIRS", "").split(",")[0]  # Spark sets it for its Python workers
-    return Path(local or tempfile.gettempdir()) / "adtally"
+    return disk.scratch_folder() / "adtally"

@@ -4,7 +4,7 @@ Spark finds the input of a source and plans batches of it: lists of landing file
 batch read the bytes themselves, because the exact place and faults of each record matter. A batch takes these steps, in this order:
 
 1. Tasks parse the records and keep the valid ones in scratch files (`stage`).
-2. The driver classifies the valid records by narrow keys: new, duplicate or conflict.
+2. The driver, or on a cluster the executors, classify the valid records by narrow keys: new, duplicate or conflict.
 3. Tasks write data files (`write`).
 4. The driver commits the accepted records, then the rejected and conflicting ones, then what is derived from the accepted, and last
    the batch's rows of the ledger.
@@ -16,7 +16,8 @@ import shutil
 import time
 import uuid
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
@@ -32,9 +33,10 @@ from spark_jobs.ingest.batch import COUNTS, Batch, BatchReport, Plan, PlannedBat
 from spark_jobs.ingest.contract.spec import BatchLimits
 from spark_jobs.ingest.dedupe.classify import Classification, Outcome
 from spark_jobs.ingest.dedupe.keys import Keys
+from spark_jobs.ingest.dedupe.shards import SHARDS, blocks_of
 from spark_jobs.ingest.event_columns import CAMPAIGN_SCHEMA
-from spark_jobs.ingest.files.landing import FileState, LandingFile, Split, file_state, relative_name
-from spark_jobs.ingest.job import BatchJob, Executor
+from spark_jobs.ingest.files.landing import FileState, LandingFile, Split, file_states, relative_name
+from spark_jobs.ingest.job import BatchJob, Executor, Scattered
 from spark_jobs.ingest.kafka.ranges import OffsetRange
 from spark_jobs.ingest.poison import ATTEMPTS, Attempts, Unit, find_poison, is_of_content
 from spark_jobs.ingest.quarantine import POISON, Quarantined, QuarantineLimits
@@ -43,7 +45,8 @@ from spark_jobs.ingest.source import FilesSource, RecordSource
 from spark_jobs.ingest.stage import StagedSplit, StageTask, flood, stage_splits, unread_split
 from spark_jobs.ingest.write import SplitRows, WriteJob, Written, write_splits
 from spark_jobs.lake.commit import Transaction
-from spark_jobs.lake.locks import WRITE_LOCKS, file_lock
+from spark_jobs.lake.data_files import DataFile
+from spark_jobs.lake.locks import WRITE_LOCKS, lock_handle
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.stamp import stamped_records
 from spark_jobs.lake.tables import BATCH_LEDGER, MINUTE_METRICS, REJECTED_TABLES, TABLES
@@ -54,6 +57,7 @@ from spark_jobs.traffic.rules import InvalidTrafficRules, no_rules
 from spark_jobs.units import to_micros
 
 _ROWS_PER_WRITER = 250_000
+_DRIVER = SHARDS  # the part of scattered values that the driver takes
 
 C = TypeVar("C", bound=Classification)  # of a stream
 
@@ -70,7 +74,7 @@ class StreamJob(BatchJob, Generic[C]):
         self.report = report
         self.accepted_table = TABLES[self.stream]
         self.rejected_table = REJECTED_TABLES[self.stream]
-        self._lock = file_lock(settings, WRITE_LOCKS[self.stream])
+        self._lock = lock_handle(settings, WRITE_LOCKS[self.stream])
         self._is_first = True
         self._rejected = DeltaSink(self.rejected_table, settings)
         self._ledger = DeltaSink(BATCH_LEDGER, settings)
@@ -82,6 +86,11 @@ class StreamJob(BatchJob, Generic[C]):
     def references(self, plan: Plan) -> tuple[pa.Table, InvalidTrafficRules]:
         """Return the price list (CAMPAIGN_SCHEMA) and the rules of a plan. By default no price, and rules that no record breaks."""
         return CAMPAIGN_SCHEMA.empty_table(), no_rules()
+
+    @property
+    def scatters_keys(self) -> bool:
+        """Whether the keys of the records stay in the executors, scattered by shard (`dedupe/shards.py`). By default not."""
+        return False
 
     @abstractmethod
     def classify(self, batch: Batch) -> C:
@@ -99,8 +108,12 @@ class StreamJob(BatchJob, Generic[C]):
     def commit_accepted(self, batch: Batch, classified: C, written: list[Written]) -> None:
         """Commit the accepted records and, in the commit's metadata, the batch's plan."""
 
-    def commit_derived(self, batch: Batch, written: list[Written]) -> None:
-        """Commit what is derived from the accepted records. Nothing by default."""
+    def write_derived(self, batch: Batch, written: list[Written]) -> list[DataFile]:
+        """Write data files of what is derived from the accepted records. Nothing by default."""
+        return []
+
+    def commit_derived(self, batch: Batch, files: list[DataFile]) -> None:
+        """Commit the files of `write_derived`. Nothing by default."""
         return
 
     def check_agreement(self) -> None:
@@ -124,10 +137,10 @@ class StreamJob(BatchJob, Generic[C]):
         """Do the missing steps of a batch; return its COUNTS, all 0 if no step was missing."""
         log = DeltaLog(self.settings.table_uri(self.accepted_table.name))
         committed = log.find_transaction(transaction.query_id, transaction.batch_id) if self._is_first else None
-        plan = Plan.from_commit(committed) if committed else self._plan(transaction)
+        plan = Plan.from_commit(committed, self.source.place) if committed else self._plan(transaction)
         if plan.is_empty or (committed and self._ledger.has(transaction)):  # the latter: only the checkpoint lacks its end
             return dict.fromkeys(COUNTS, 0)
-        states = [file_state(file.path) for file in plan.files]
+        states = file_states(plan.files)
         if committed:
             self._refuse_changed_files(plan, states, transaction)
         else:
@@ -135,14 +148,16 @@ class StreamJob(BatchJob, Generic[C]):
         # the version before the batch's own rows: it must not find them as duplicates
         history_version = committed.version - 1 if committed else log.latest_version() or 0
         batch, classified, written = self._decide(PlannedBatch(transaction, plan, committed, history_version), executor)
-        self._refuse_files_changed_while_read(plan, states, transaction)
-        ledger = ledger_rows(batch, classified, self.stream)
-        self._refuse_contradictions(batch, classified, written, ledger)
-        self.commit_accepted(batch, classified, written)
-        rejects = [file for part in written for file in part.rejects]
-        if rejects:
-            self._rejected.append(rejects, Step(f"rejected_{self.stream}"), transaction)
-        self.commit_derived(batch, written)
+        with ThreadPoolExecutor(1, thread_name_prefix="derive") as beside:
+            derived = beside.submit(self.write_derived, batch, written)  # takes as long as everything else here
+            self._refuse_files_changed_while_read(plan, states, transaction)
+            ledger = ledger_rows(batch, classified, self.stream)
+            self._refuse_contradictions(batch, classified, written, ledger)
+            self.commit_accepted(batch, classified, written)
+            rejects = [file for part in written for file in part.rejects]
+            if rejects:
+                self._rejected.append(rejects, Step(f"rejected_{self.stream}"), transaction)
+            self.commit_derived(batch, derived.result())
         rows = stamped_records(ledger, BATCH_LEDGER, batch.stamp)
         self._ledger.append_rows(rows, Step(f"{self.stream}_ledger"), transaction)
         return _totals(ledger)
@@ -179,6 +194,8 @@ class StreamJob(BatchJob, Generic[C]):
             # on a cluster each executor has its own folder of that name (`stage.scratch_folder`)
             batch = self._stage(planned, executor, str(scratch) if executor.shares_disk else name)
             classified = self.classify(batch)
+            if batch.scattered is not None:
+                batch.scattered.delete()
             return batch, classified, self._write(batch, classified, executor)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -203,14 +220,14 @@ class StreamJob(BatchJob, Generic[C]):
             if isinstance(unit, OffsetRange):
                 quarantined.append(Quarantined(unit.name, POISON, cause, unit.start, unit.end))
             else:
-                quarantined.append(Quarantined(relative_name(unit.path, self.settings.landing_path), POISON, cause))
+                quarantined.append(Quarantined(relative_name(unit.path, self.settings.landing_uri), POISON, cause))
         return replace(planned, plan=replace(plan, quarantined=quarantined))
 
     def _refuse_changed_files(self, plan: Plan, states: list[FileState], transaction: Transaction) -> None:
         """Raise ConservationError if a file changed since the batch's accepted records were committed."""
         changed = plan.changed_files(states)
         if changed:
-            name = relative_name(changed[0].path, self.settings.landing_path)
+            name = relative_name(changed[0].path, self.settings.landing_uri)
             others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise ConservationError(
                 f"{name}{others} changed or vanished after batch {transaction.batch_id} was committed to "
@@ -221,11 +238,11 @@ class StreamJob(BatchJob, Generic[C]):
 
     def _refuse_files_changed_while_read(self, plan: Plan, before: list[FileState], transaction: Transaction) -> None:
         """Raise ConservationError if a file changed since ``before``: the two passes may have read different lines."""
-        after = [file_state(file.path) for file in plan.files]
+        after = file_states(plan.files)
         changed = [file for file, was, now in zip(plan.files, before, after, strict=True) if was != now]
         if changed:
             raise ConservationError(
-                f"{relative_name(changed[0].path, self.settings.landing_path)} changed while batch {transaction.batch_id} of "
+                f"{relative_name(changed[0].path, self.settings.landing_uri)} changed while batch {transaction.batch_id} of "
                 f"{self.stream} read it; nothing was committed",
                 hint="write files elsewhere and rename them into the landing folder; then run adtally ingest again",
             )
@@ -268,7 +285,13 @@ class StreamJob(BatchJob, Generic[C]):
         tasks = self._tasks(plan, scratch, limits)
         prices, rules = self.references(plan)
         slices = max(1, min(len(tasks), executor.parallelism * 4))
-        results = executor.map(lambda part: stage_splits(part, prices, rules), tasks, slices)
+        scattered: Scattered | None = None
+        if self.scatters_keys:
+            scattered = executor.scatter(lambda part: _scatter(stage_splits(part, prices, rules)), tasks, slices, SHARDS + 1)
+            (found_splits,) = scattered.gather(lambda _, splits: list(splits), [_DRIVER])
+            results = sorted(found_splits, key=lambda split: split.number)
+        else:
+            results = executor.map(lambda part: stage_splits(part, prices, rules), tasks, slices)
         if limits is not None and (found := files_to_set_aside(tasks, results, limits)):
             plan = replace(plan, quarantined=[*plan.quarantined, *found])
             kept = {task.split.number: result for task, result in zip(tasks, results, strict=True)}
@@ -284,6 +307,7 @@ class StreamJob(BatchJob, Generic[C]):
             Keys.concatenate([split.keys for split in results]),
             self.source.kind,
             self.source.regions([task.split for task in tasks]),
+            scattered,
         )
 
     def _limits_of_files(self) -> QuarantineLimits:
@@ -323,6 +347,13 @@ class StreamJob(BatchJob, Generic[C]):
         # each task writes its own files: no more tasks than there are files worth writing
         writers = max(1, min(executor.parallelism, -(-len(classified.outcome) // _ROWS_PER_WRITER), len(work)))
         return executor.map(lambda part: [write_splits(part, job)], work, writers)
+
+
+def _scatter(staged: Iterable[StagedSplit]) -> Iterator[tuple[int, Any]]:
+    """Yield the keys of staged splits by shard, and the rest of the results for the driver."""
+    for split in staged:
+        yield from blocks_of(split.number, split.keys)
+        yield _DRIVER, replace(split, keys=Keys.concatenate([]))
 
 
 def _totals(ledger: list[dict[str, Any]]) -> dict[str, int]:

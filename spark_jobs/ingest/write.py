@@ -18,7 +18,7 @@ from spark_jobs.failure import working_on
 from spark_jobs.ingest.contract.parse import encode_raw
 from spark_jobs.ingest.contract.spec import CONTRACTS
 from spark_jobs.ingest.dedupe.keys import hex_fingerprint
-from spark_jobs.ingest.event_columns import event_columns, increments, sum_increments
+from spark_jobs.ingest.event_columns import INCREMENT_INPUT, event_columns, increments, sum_increments
 from spark_jobs.ingest.kafka.ranges import OffsetSplit
 from spark_jobs.ingest.reject_rows import RejectKind, Share, hour_of
 from spark_jobs.ingest.stage import StageTask, raw_lines, staged
@@ -28,7 +28,8 @@ from spark_jobs.lake.stamp import Stamp, stamped, stamped_records
 from spark_jobs.lake.tables import EVENTS, Table
 from spark_jobs.traffic.rules import InvalidTrafficRules
 
-_GATHERED_ROWS = 16_384  # of several splits, before they are summed up and written
+_GATHERED_ROWS = 16_384  # of several splits, before they are written
+_SUMMED_ROWS = 524_288  # at once: half of a batch of a million, which two tasks write
 _ROWS_AT_ONCE = 8192  # of rejects, as Python objects
 _RAW_AT_ONCE = 16 * 1024 * 1024  # characters
 
@@ -92,8 +93,8 @@ def write_splits(work: Iterable[SplitRows], job: WriteJob) -> Written:
                     rejected_records += int(pc.sum(pc.fill_null(rows["records"], 1)).as_py() or 0)
                 for rows in accepted_rows(split, job.campaigns, job.rules) if job.of_events else ():
                     accepted.add(rows, split)
-        accepted.flush()
-    return Written(events.files if events else [], rejects.files, sum_increments(accepted.sums), rejected_records)
+        sums = accepted.increments()
+    return Written(events.files if events else [], rejects.files, sums, rejected_records)
 
 
 class _Accepted:
@@ -104,7 +105,9 @@ class _Accepted:
         self._events = events
         self._gathered: list[tuple[pa.Table, SplitRows]] = []
         self._rows = 0
-        self.sums: list[pa.Table] = []
+        self._unsummed: list[pa.Table] = []
+        self._unsummed_rows = 0
+        self._sums: list[pa.Table] = []
 
     def add(self, rows: pa.Table, split: SplitRows) -> None:
         """Add rows of a split; they may be written later."""
@@ -114,17 +117,31 @@ class _Accepted:
             self.flush()
 
     def flush(self) -> None:
-        """Sum and write the gathered rows."""
+        """Write the gathered rows."""
         if not self._gathered:
             return
         rows = pa.concat_tables([part for part, _ in self._gathered])
-        self.sums.append(increments(rows))
+        self._unsummed.append(rows.select(INCREMENT_INPUT))
+        self._unsummed_rows += rows.num_rows
+        if self._unsummed_rows >= _SUMMED_ROWS:
+            self._sum()
         if self._events is not None:
             files = [pa.repeat(pa.scalar(split.task.split.name), part.num_rows) for part, split in self._gathered]
             lines = [pa.repeat(pa.scalar(split.first_line, pa.int64()), part.num_rows) for part, split in self._gathered]
             columns = event_columns(rows, pa.chunked_array(files), pa.chunked_array(lines), self._job.rule_set)
             self._events.write(stamped(columns, EVENTS, self._job.stamp))
         self._gathered, self._rows = [], 0
+
+    def increments(self) -> pa.Table:
+        """Return the sums of all rows. Writes what is gathered."""
+        self.flush()
+        self._sum()
+        return sum_increments(self._sums)
+
+    def _sum(self) -> None:
+        if self._unsummed:
+            self._sums.append(increments(pa.concat_tables(self._unsummed)))
+        self._unsummed, self._unsummed_rows = [], 0
 
 
 def accepted_rows(work: SplitRows, campaigns: pa.Table, rules: InvalidTrafficRules) -> Iterator[pa.Table]:

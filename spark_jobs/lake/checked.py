@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import mmap
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64, xxh3_64_hexdigest, xxh3_64_intdigest
 
 BLOCK_BYTES = 4096
+_PIECE_BYTES = 4 * 1024 * 1024  # a file is read in pieces of this size, so that memory does not grow with it
 
 Words = npt.NDArray[np.uint64]
 Ints = npt.NDArray[np.int64]
@@ -28,14 +30,12 @@ class DamagedError(Exception):
 
 def seal(path: Path, extra: Words | None = None) -> str:
     """Append the footer, with ``extra`` in it, to a file that was just written. Returns the footer's checksum."""
+    sums: list[int] = []
     with open(path, "r+b") as file:
-        size = file.seek(0, 2)
-        sums = np.empty(_count(size), dtype="<u8")
-        if size:
-            with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
-                for number in range(len(sums)):
-                    sums[number] = xxh3_64_intdigest(view[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES])
-        footer = sums.tobytes() + (b"" if extra is None else extra.astype("<u8").tobytes())
+        while piece := file.read(_PIECE_BYTES):
+            with memoryview(piece) as view:
+                sums += [xxh3_64_intdigest(view[start : start + BLOCK_BYTES]) for start in range(0, len(piece), BLOCK_BYTES)]
+        footer = np.array(sums, dtype="<u8").tobytes() + (b"" if extra is None else extra.astype("<u8").tobytes())
         file.write(footer)
     return xxh3_64_hexdigest(footer)
 
@@ -66,20 +66,16 @@ class CheckedFile:
     def check(self, starts: Ints, ends: Ints) -> None:
         """Check the blocks of each byte range [start, end), except those that were checked before. Raises DamagedError."""
         first, last = starts // BLOCK_BYTES, (ends - 1) // BLOCK_BYTES
-        wanted = np.zeros(len(self._sums), dtype=bool)
-        wanted[first] = True
-        wanted[last] = True
-        for start, end in zip(*(at[last - first > 1].tolist() for at in (first, last)), strict=True):
-            wanted[start:end] = True
-        self._check(np.flatnonzero(wanted & ~self._is_checked))
+        counts = last - first + 1
+        blocks = np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+        self._check(np.unique(blocks[~self._is_checked[blocks]]))
 
     def check_rest(self) -> None:
-        """Check all blocks, except those that were checked before. Raises DamagedError."""
-        self._check(np.flatnonzero(~self._is_checked))
-
-    def is_checked(self, end: int) -> bool:
-        """Return whether all bytes before ``end`` were checked."""
-        return bool(self._is_checked[: _count(end)].all())
+        """Check all blocks, except those that were checked before. Unmaps them as it goes. Raises DamagedError."""
+        blocks = np.flatnonzero(~self._is_checked)
+        for start in range(0, len(blocks), _PIECE_BYTES // BLOCK_BYTES):
+            self._check(blocks[start : start + _PIECE_BYTES // BLOCK_BYTES])
+            self.release()
 
     def _check(self, blocks: npt.NDArray[Any]) -> None:
         data, sums = self.data, self._sums[blocks].tolist()
@@ -89,6 +85,11 @@ class CheckedFile:
                 raise DamagedError(f"{self.path} is damaged at byte {start}")
         self._is_checked[blocks] = True
 
+    def prefetch(self, starts: Iterable[int], size: int) -> None:
+        """Ask the system to read ``size`` bytes from each start, a multiple of BLOCK_BYTES, all at once."""
+        for start in starts:
+            self._map.madvise(mmap.MADV_WILLNEED, start, size)
+
     def release(self) -> None:
         """Unmap the pages, so that the memory of this process does not grow. They stay in the system's page cache."""
         if self.size:
@@ -97,10 +98,15 @@ class CheckedFile:
 
 def file_checksum(path: Path | str) -> str:
     """Return the XXH3 checksum of a whole file."""
-    hasher = xxh3_64()
     with open(path, "rb", buffering=0) as file:
-        while part := file.read(4 * 1024 * 1024):
-            hasher.update(part)
+        return stream_checksum(file)
+
+
+def stream_checksum(file: BinaryIO) -> str:
+    """Return the XXH3 checksum of what is left to read of an open file."""
+    hasher = xxh3_64()
+    while part := file.read(_PIECE_BYTES):
+        hasher.update(part)
     return hasher.hexdigest()
 
 
@@ -116,14 +122,22 @@ def manifest_text(manifest: dict[str, Any]) -> str:
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """Read what `manifest_text` wrote. Returns None if the file does not exist. Raises DamagedError."""
     try:
-        manifest = json.loads(path.read_bytes())
-        checksum = manifest.pop("checksum")
+        return parse_manifest(path.read_bytes(), str(path))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
         raise DamagedError(f"{path} is damaged: {type(error).__name__}") from error
+
+
+def parse_manifest(data: bytes, name: str) -> dict[str, Any]:
+    """Parse what `manifest_text` returned; ``name`` is for messages. Raises DamagedError."""
+    try:
+        manifest = json.loads(data)
+        checksum = manifest.pop("checksum")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{name} is damaged: {type(error).__name__}") from error
     if checksum != _checksum(manifest):
-        raise DamagedError(f"{path} contradicts its checksum")
+        raise DamagedError(f"{name} contradicts its checksum")
     return dict(manifest)
 
 

@@ -13,13 +13,10 @@ Locks are in `locks`, creation and upgrades of tables in `writes`, compaction in
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import duckdb
@@ -29,20 +26,25 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import TableCorruptionError
-from spark_jobs.lake.commit import Transaction, commit_properties, committing, has_seen
+from spark_jobs.lake.commit import WRITE_ERRORS, Attempts, Transaction, committing, has_seen
 from spark_jobs.lake.data_files import DataFile, DataFileWriter
-from spark_jobs.lake.duck import Config, connect_delta, delta_scan, literal, translate_duckdb_errors
+from spark_jobs.lake.duck import Config, attach_delta, connect_delta, delta_scan, literal, translate_duckdb_errors, use_credentials
+from spark_jobs.lake.locations import is_local
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.reading import (
     TableFile,
+    TableSize,
     file_paths,
     full_path,
     open_table,
+    partitioned_paths,
     read_batches,
     read_file_rows,
     read_files,
     table_files,
+    table_size,
 )
+from spark_jobs.lake.scratch import scratch_folder
 from spark_jobs.lake.tables import Table
 from spark_jobs.steps import Step
 
@@ -59,6 +61,7 @@ class Lake:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._newest: dict[str, DeltaTable] = {}
+        self._pinned: dict[str, tuple[int, DeltaTable]] = {}
 
     def uri(self, table: Table) -> str:
         """Return the location of a table: a path, or an object store's URI."""
@@ -97,6 +100,13 @@ class Lake:
         found = {table.name: self.version(table) for table in tables}
         return Snapshot(self, {name: version for name, version in found.items() if version is not None})
 
+    def open_for_reading(self, table: Table, version: int) -> DeltaTable:
+        """Open a table at a version. Keeps the last version of each table, because an opening reads the log."""
+        known = self._pinned.get(table.name)
+        if known is None or known[0] != version:
+            known = self._pinned[table.name] = version, open_table(self.uri(table), version)
+        return known[1]
+
     def at(self, versions: Mapping[str, int]) -> Snapshot:
         """Return a snapshot of tables, by name, at versions that were pinned before."""
         return Snapshot(self, dict(versions))
@@ -132,22 +142,18 @@ class Lake:
         ``memory`` is its limit, as "1200MB". Raises DuckDB's errors as TableCorruptionError.
         """
         tables = f"the tables of {self.settings.lakehouse_uri}"
-        with self.scratch("duckdb-") as spill, translate_duckdb_errors(tables):
+        with scratch_folder(self.settings, "duckdb-") as spill, translate_duckdb_errors(tables):
             limits: Config = {"memory_limit": memory} if memory is not None else {}
             if threads is not None:
                 limits["threads"] = threads
-            with connect_delta({"temp_directory": str(spill), **limits}) as connection:
+            locations = (self.settings.lakehouse_uri, self.settings.landing_uri)
+            remote = next((uri for uri in locations if not is_local(uri)), "")  # one secret serves all buckets
+            with connect_delta({"temp_directory": str(spill), **limits}, remote) as connection:
                 yield connection
 
-    @contextmanager
-    def scratch(self, prefix: str) -> Iterator[Path]:
-        """Create a folder for temporary files, deleted at the end; among the system's if the home is not writable."""
-        place = None
-        with suppress(OSError):
-            self.settings.scratch_path.mkdir(parents=True, exist_ok=True)
-            place = self.settings.scratch_path if os.access(self.settings.scratch_path, os.W_OK) else None
-        with TemporaryDirectory(prefix=prefix, dir=place) as folder:
-            yield Path(folder)
+    def renew_credentials(self, database: duckdb.DuckDBPyConnection) -> None:
+        """Let a database of `database` that is open for long go on reading a store after the credentials have changed."""
+        use_credentials(database, self.settings.lakehouse_uri)
 
     def last_transaction(self, table: Table, app_id: str) -> int | None:
         """Return the version of a table's newest transaction of ``app_id``; None if it has none, or does not exist."""
@@ -155,7 +161,9 @@ class Lake:
 
     def has(self, table: Table, transaction: Transaction) -> bool:
         """Return whether a table has the write of a transaction."""
-        return (table.name in self._newest or self.exists(table)) and has_seen(self._open_newest(table), transaction)
+        return (table.name in self._newest or self.exists(table)) and has_seen(
+            self.uri(table), self._open_newest(table), transaction
+        )
 
     def writer(self, table: Table) -> DataFileWriter:
         """Return a writer of data files of a table. No reader sees a file until `commit` names it."""
@@ -187,9 +195,6 @@ class Lake:
         overwrite removes all files of the table; ``schema`` replaces its schema. ``batch_id``, by default the transaction's, names
         the step for crash tests.
         """
-        held = self._open_newest(table) if base is None else open_table(self.uri(table), base)
-        if transaction is not None and has_seen(held, transaction):
-            return False
         now = int(time.time() * 1000)
         actions: list[AddAction | RemoveAction] = [
             RemoveAction(file.path, changes_rows, now, file.size, file.partition) for file in remove
@@ -198,15 +203,38 @@ class Lake:
         actions += [AddAction(file.path, file.size, file.partition, now, changes_rows, stats) for file, stats in added]
         if batch_id is None:
             batch_id = transaction.batch_id if transaction else 0
-        with committing(self.uri(table), held, step, batch_id, files=add):
-            held.create_write_transaction(
-                actions,
-                mode=mode,
-                schema=held.schema() if schema is None else Schema.from_arrow(schema),
-                partition_by=list(table.partition_by),
-                commit_properties=commit_properties(metadata, transaction, info),
-            )
-        return True
+        # Only a commit that removes given files can contradict a later one, so any other is decided again on the newest version.
+        rebases = base is not None or bool(remove)
+        tries = Attempts()
+        while True:
+            held = self._open_newest(table) if base is None else open_table(self.uri(table), base)
+            if tries.took_effect(self.uri(table)):
+                return True
+            if transaction is not None and has_seen(self.uri(table), held, transaction):
+                return False
+            try:
+                with committing(
+                    self.uri(table),
+                    held,
+                    step,
+                    batch_id,
+                    files=add,
+                    transaction=transaction,
+                    metadata=metadata,
+                    info=info,
+                    rebases=rebases,
+                    tries=tries,
+                ) as properties:
+                    held.create_write_transaction(
+                        actions,
+                        mode=mode,
+                        schema=held.schema() if schema is None else Schema.from_arrow(schema),
+                        partition_by=list(table.partition_by),
+                        commit_properties=properties,
+                    )
+                return True
+            except WRITE_ERRORS as error:
+                tries.wait_or_raise(error, conflicts=not rebases)
 
     def append(
         self,
@@ -256,22 +284,36 @@ class Snapshot:
         """Return SQL for DuckDB that reads a table."""
         return self.lake.scan(table, self.version(table))
 
+    def attach(self, database: duckdb.DuckDBPyConnection, table: Table) -> str:
+        """Let ``database`` read a table's log once; return SQL that reads the table in it, as often as wanted."""
+        name = f"pinned_{table.name}"
+        database.execute(attach_delta(self.lake.uri(table), self.version(table), name))
+        return name
+
     def columns(self, table: Table) -> list[str]:
         """Return the columns of a table at its version. A table of an older adtally may lack some."""
         return [field.name for field in self._open(table).schema().fields]
 
-    def files(self, table: Table) -> list[TableFile]:
-        """Return the data files of a table."""
-        return table_files(self._open(table))
+    def files(self, table: Table, *partitions: tuple[str, Collection[str]]) -> list[TableFile]:
+        """Return the data files of a table: those with one of the values of each partition column given."""
+        return table_files(self._open(table), *partitions)
+
+    def size(self, table: Table) -> TableSize:
+        """Return the size of a table."""
+        return table_size(self._open(table))
 
     def paths(self, table: Table) -> list[str]:
         """Return the paths of a table's data files, as the log writes them."""
-        return file_paths(self.lake.uri(table), self.version(table))
+        return file_paths(self._open(table))
 
-    def partitions(self, table: Table) -> dict[Partition, list[TableFile]]:
-        """Return the data files of a table by partition; leaves out files without one of its values."""
+    def paths_in(self, table: Table, partitions: Collection[tuple[Any, ...]]) -> list[str]:
+        """Return the paths of the data files of some partitions: the values of the partition columns."""
+        return [path for path, values in partitioned_paths(self._open(table), table) if values in partitions]
+
+    def partitions(self, table: Table, *partitions: tuple[str, Collection[str]]) -> dict[Partition, list[TableFile]]:
+        """Return the data files of `files` by partition; leaves out files without one of its values."""
         found: dict[Partition, list[TableFile]] = {}
-        for file in self.files(table):
+        for file in self.files(table, *partitions):
             values: list[tuple[str, Any]] = [(name, file.values[name]) for name in table.partition_by]
             if all(value is not None for _, value in values):
                 found.setdefault(tuple((name, str(value)) for name, value in values), []).append(file)
@@ -288,4 +330,4 @@ class Snapshot:
         return read_files(self.lake.uri(table), self.paths(table), schema, where_in)
 
     def _open(self, table: Table) -> DeltaTable:
-        return open_table(self.lake.uri(table), self.version(table))
+        return self.lake.open_for_reading(table, self.version(table))

@@ -9,30 +9,41 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from deltalake import DeltaTable
-from pyarrow import fs
 from xxhash import xxh3_64_hexdigest
 
 from spark_jobs.errors import TableCorruptionError
-from spark_jobs.lake.roots import is_local, open_root
+from spark_jobs.lake.locations import is_local
+from spark_jobs.lake.places import PlacedFile, open_place
+from spark_jobs.lake.reading import open_table
 
 RETYPED_KEY = "adtallyRetyped"  # in the commitInfo of a commit that only rewrote the rows with other types
 RUN_KEY = "adtallyCompaction"  # in the commitInfo of a compaction, with the id of its run
+FENCE = "fence:"  # the app ids of the leases under which a commit was made (`fencing.py`)
+NONCE_KEY = "adtallyNonce"  # in the commitInfo of each of our commits
+_FOLDER = "_delta_log"
 _COMMIT = re.compile(r"(\d{20})\.json")
 # a single file, one of several parts, or named by a UUID
 _CHECKPOINT = re.compile(r"(\d{20})\.checkpoint(?:\.(\d{10})\.(\d{10})|\.[0-9a-f-]{36})?\.(?:parquet|json)")
 _readable: dict[str, int] = {}  # table -> the newest version that this process has read
+_own: dict[str, int] = {}  # table in a store -> the newest commit that this process has made
+_listed: dict[str, PlacedFile] = {}  # table -> the newest commit that this process has listed
+_KEPT_BYTES = 32 * 1024 * 1024
+_MOST_AT_ONCE = 32  # commits read ahead of their use
 
 
 @dataclass(frozen=True)
 class Commit:
-    """One version: its transaction (app id, version), user metadata, added and removed data files, and its commitInfo."""
+    """One version: its transaction (app id, version), user metadata, added and removed data files, and its commitInfo.
+
+    ``transactions`` are all, by app id: also the fences of leases, which ``txn`` leaves out.
+    """
 
     version: int
     txn: tuple[str, int] | None = None
@@ -41,6 +52,7 @@ class Commit:
     removed: tuple[dict[str, Any], ...] = field(default=())
     table_id: str | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    transactions: dict[str, int] = field(default_factory=dict)
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
@@ -95,11 +107,13 @@ def parse_commit(version: int, text: str) -> Commit:
         by_kind[next(iter(action), "")].append(next(iter(action.values()), {}))
     if not by_kind:
         raise ValueError("it is empty")
-    txn = [(str(one["appId"]), int(one["version"])) for one in by_kind["txn"]]
+    transactions = {str(one["appId"]): int(one["version"]) for one in by_kind["txn"]}
+    txn = [found for found in transactions.items() if not found[0].startswith(FENCE)]
     table_id = [str(one["id"]) for one in by_kind["metaData"]]
     info = (by_kind["commitInfo"] or [{}])[-1]
     added, removed, user_metadata = tuple(by_kind["add"]), tuple(by_kind["remove"]), info.get("userMetadata")
-    return Commit(version, txn[-1] if txn else None, user_metadata, added, removed, table_id[-1] if table_id else None, info)
+    last, table = txn[-1] if txn else None, table_id[-1] if table_id else None
+    return Commit(version, last, user_metadata, added, removed, table, info, transactions)
 
 
 @dataclass(frozen=True)
@@ -124,15 +138,56 @@ class CommitFault:
         return TableCorruptionError(f"{self.path} is not a whole commit: {self.problem}", hint=hint)
 
 
-def _sizes_of_commits(entries: list[fs.FileInfo]) -> dict[int, int]:
-    found = ((_COMMIT.fullmatch(entry.base_name), entry.size) for entry in entries)
-    return {int(match[1]): int(size or 0) for match, size in found if match}
+class _Kept:
+    """Commits of tables in stores, which never change: the last used ones, up to _KEPT_BYTES of text."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: dict[tuple[str, int], tuple[Commit, int]] = {}
+        self._bytes = 0
+
+    def get(self, uri: str, version: int) -> Commit | None:
+        with self._lock:
+            found = self._found.pop((uri, version), None)
+            if found is None:
+                return None
+            self._found[uri, version] = found  # the last in the dict was used last
+            return found[0]
+
+    def put(self, uri: str, commit: Commit, size: int) -> None:
+        with self._lock:
+            if (uri, commit.version) not in self._found:
+                self._found[uri, commit.version] = commit, size
+                self._bytes += size
+            while self._bytes > _KEPT_BYTES and len(self._found) > 1:
+                self._bytes -= self._found.pop(next(iter(self._found)))[1]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._found.clear()
+            self._bytes = 0
 
 
-def _newest(entries: list[fs.FileInfo]) -> int | None:
+_kept = _Kept()
+
+
+def note_commit(uri: str, version: int) -> None:
+    """Remember a commit to a table in a store that this process has made: from now on no older version is the newest."""
+    _own[uri] = max(version, _own.get(uri, -1))
+
+
+def _match(pattern: re.Pattern[str], file: PlacedFile) -> re.Match[str] | None:
+    return pattern.fullmatch(file.name.removeprefix(f"{_FOLDER}/"))
+
+
+def _sizes_of_commits(entries: list[PlacedFile]) -> dict[int, int]:
+    return {int(match[1]): entry.size for entry in entries if (match := _match(_COMMIT, entry))}
+
+
+def _newest(entries: list[PlacedFile]) -> int | None:
     """Return the newest version that has a commit, or a checkpoint with all of its parts."""
     parts = Counter(
-        (int(match[1]), int(match[3] or 1)) for entry in entries if entry.size and (match := _CHECKPOINT.fullmatch(entry.base_name))
+        (int(match[1]), int(match[3] or 1)) for entry in entries if entry.size and (match := _match(_CHECKPOINT, entry))
     )
     checkpoints = [version for (version, wanted), found in parts.items() if found >= wanted]
     return max([*_sizes_of_commits(entries), *checkpoints], default=None)
@@ -151,19 +206,23 @@ class DeltaLog:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._files, root = open_root(uri)
-        self._folder = f"{root}/_delta_log"
+        self._place = open_place(uri)
+
+    @property
+    def poll_seconds(self) -> float:
+        """Return how long to wait between two looks for a new version: a look at a store costs a request."""
+        return 1.0 if self._place.is_remote else 0.05
 
     def exists(self) -> bool:
         """Return whether the table has been created. Reads no commit."""
-        return _newest(self._entries()) is not None
+        return _newest(self._new_entries()) is not None
 
     def latest_version(self) -> int | None:
         """Return the newest version, None if there is no table. A checkpoint may have replaced old commits.
 
         Raises TableCorruptionError if a commit is empty, or the newest one cannot be read.
         """
-        entries = self._entries()
+        entries = self._new_entries()
         newest = _newest(entries)
         sizes = _sizes_of_commits(entries)
         for version, size in sizes.items():
@@ -177,13 +236,12 @@ class DeltaLog:
     def table_id(self) -> str:
         """Return the table's id, which differs between two tables of one name, from its first commit or a checkpoint."""
         first = self.commit(0)
-        return first.table_id if first and first.table_id else str(DeltaTable(self.uri).metadata().id)
+        return first.table_id if first and first.table_id else str(open_table(self.uri).metadata().id)
 
     def commits(self, after: int, until: int) -> list[Commit] | None:
         """Return the commits after version ``after`` up to ``until``; None if the log no longer has one of them."""
         found: list[Commit] = []
-        for version in range(after + 1, until + 1):
-            commit = self.commit(version)
+        for commit in self._ahead(range(after + 1, until + 1)):
             if commit is None:
                 return None
             found.append(commit)
@@ -197,8 +255,50 @@ class DeltaLog:
         """Return the size in bytes of each commit of the log, by version."""
         return _sizes_of_commits(self._entries())
 
-    def _entries(self) -> list[fs.FileInfo]:
-        return list(self._files.get_file_info(fs.FileSelector(self._folder, allow_not_found=True)))
+    def _entries(self) -> list[PlacedFile]:
+        return list(self._place.list(_FOLDER))
+
+    def _recent_entries(self) -> list[PlacedFile]:
+        """List the log from its last checkpoint on, which no reader goes behind; all of it if there is none, or it is damaged.
+
+        In a store this would be one more request.
+        """
+        if self._place.is_remote:
+            return self._entries()
+        try:
+            version = int(json.loads(self._place.read(f"{_FOLDER}/_last_checkpoint"))["version"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return self._entries()
+        entries = list(self._place.list(_FOLDER, after=f"{_FOLDER}/{version:020d}"))
+        return entries if _sizes_of_commits(entries) else self._entries()
+
+    def _new_entries(self) -> list[PlacedFile]:
+        """List the log from the newest commit on that this process has listed, or do as `_recent_entries` if that one is gone."""
+        last = _listed.get(self.uri)
+        entries = [] if last is None else list(self._place.list(_FOLDER, after=last.name.removesuffix(".json")))
+        if last is not None and last not in entries:
+            found = self._place.find(last.name)
+            if found is not None and found.tag and found.tag == last.tag:  # the store's list lags
+                entries.append(last)
+            else:  # the log was cleaned up, or the table was created again
+                _listed.pop(self.uri, None)
+                _kept.clear()
+                last = None
+        if last is None:
+            entries = self._recent_entries()
+        entries += self._own_commit(entries)
+        commits = [entry for entry in entries if entry.size and _match(_COMMIT, entry)]
+        if commits:
+            _listed[self.uri] = commits[-1]
+        return entries
+
+    def _own_commit(self, entries: list[PlacedFile]) -> list[PlacedFile]:
+        """Return the newest commit that this process made, if a list that lags does not have it."""
+        own = _own.pop(self.uri, None)
+        if own is None or own <= max(_sizes_of_commits(entries), default=-1):
+            return []
+        found = self._place.find(self.commit_file(own))  # None: nothing was to commit, or the table was created again
+        return [] if found is None else [found]
 
     def faults(self) -> list[CommitFault]:
         """Return every unreadable commit and every version missing between two commits; reads the whole log."""
@@ -211,36 +311,63 @@ class DeltaLog:
 
     def tail_faults(self) -> list[CommitFault]:
         """Return the unreadable commits after the last readable one, oldest first; reads only these."""
-        found: list[CommitFault] = []
-        for version in sorted(self.commit_sizes(), reverse=True):
-            problem = self._problem(version)
-            if problem is None:
-                break
-            found.append(CommitFault(version, self.commit_path(version), problem, is_tail=True))
+        for entries in (self._recent_entries, self._entries):
+            found: list[CommitFault] = []
+            for version in sorted(_sizes_of_commits(entries()), reverse=True):
+                problem = self._problem(version)
+                if problem is None:
+                    return found[::-1]
+                found.append(CommitFault(version, self.commit_path(version), problem, is_tail=True))
         return found[::-1]
 
     def commit_path(self, version: int) -> str:
-        """Return the file of a version's commit."""
-        return f"{self._folder}/{version:020d}.json"
+        """Return the location of a version's commit."""
+        return f"{self.uri}/{self.commit_file(version)}"
 
     def commit(self, version: int) -> Commit | None:
         """Read a version's commit, None if the log no longer has it. Raises TableCorruptionError if it cannot be read."""
+        return next(self._ahead([version]))
+
+    def _ahead(self, versions: Sequence[int]) -> Iterator[Commit | None]:
+        """Yield the commits of versions, None for one that the log does not have.
+
+        On a disk reads each when it is wanted. From a store reads ahead of that, more and more commits at once.
+        """
+        if not self._place.is_remote:
+            for version, text in zip(versions, self._place.read_many(map(self.commit_file, versions)), strict=True):
+                yield None if text is None else self._parse(version, text)
+            return
+        at, count = 0, 1
+        while at < len(versions):
+            yield from self._at_once(versions[at : at + count])
+            at, count = at + count, min(2 * count, _MOST_AT_ONCE)
+
+    def _at_once(self, versions: Sequence[int]) -> Iterator[Commit | None]:
+        found = {version: _kept.get(self.uri, version) for version in versions}
+        missing = [version for version in versions if found[version] is None]
+        texts = dict(zip(missing, self._place.read_many(list(map(self.commit_file, missing))), strict=True))
+        for version in versions:
+            text = texts.get(version)
+            yield found[version] if text is None else self._parse(version, text)
+
+    def _parse(self, version: int, text: bytes) -> Commit:
         try:
-            return self._read(version)
-        except FileNotFoundError:
-            return None
+            commit = parse_commit(version, text.decode("utf-8"))
         except ValueError:
             self._raise_fault(version)
             raise
+        if self._place.is_remote:
+            _kept.put(self.uri, commit, len(text))
+        return commit
 
-    def _read(self, version: int) -> Commit:
-        with self._files.open_input_stream(self.commit_path(version)) as stream:
-            return parse_commit(version, stream.read().decode("utf-8"))
+    def commit_file(self, version: int) -> str:
+        """Return the file of a version's commit, relative to the table."""
+        return f"{_FOLDER}/{version:020d}.json"
 
     def _problem(self, version: int) -> str | None:
         """Return what is wrong with an existing commit; None if nothing is."""
         try:
-            self._read(version)
+            parse_commit(version, self._place.read(self.commit_file(version)).decode("utf-8"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             return str(error)[:200]
         return None
@@ -255,12 +382,10 @@ class DeltaLog:
     def commits_backwards(self, start: int | None = None) -> Iterator[Commit]:
         """Yield commits from ``start`` (default: the newest) back to the oldest that the log still has."""
         version = self.latest_version() if start is None else start
-        while version is not None and version >= 0:
-            commit = self.commit(version)
+        for commit in self._ahead(range(-1 if version is None else version, -1, -1)):
             if commit is None:
                 return
             yield commit
-            version -= 1
 
     def find_transaction(self, app_id: str, txn_version: int) -> Commit | None:
         """Return the commit that wrote transaction ``txn_version`` of ``app_id``, if there is one."""

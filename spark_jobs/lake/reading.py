@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -13,14 +14,17 @@ import pyarrow.compute as pc
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
-from spark_jobs.errors import TableCorruptionError
-from spark_jobs.failure import one_line
-from spark_jobs.lake.roots import open_root
+from spark_jobs.errors import StoreError, TableCorruptionError
+from spark_jobs.lake.failures import describe_error, read_again, translate_store_errors
+from spark_jobs.lake.locations import is_local
+from spark_jobs.lake.places import open_place
+from spark_jobs.lake.store import delta_options
 from spark_jobs.lake.tables import Table
 
 if TYPE_CHECKING:
     from pyarrow import dataset
 
+_NOT_LISTED = "LogSegment end version"  # delta-rs: the list ends before the version
 _KINDS = ("partition", "min", "max")
 _STATISTICS_STEP = timedelta(milliseconds=1)  # Delta's statistics have times in milliseconds
 
@@ -56,23 +60,50 @@ class TableFile:
 def open_table(uri: str, version: int | None = None, held: DeltaTable | None = None) -> DeltaTable:
     """Open a table at a version, or at its newest. Raises TableCorruptionError if it cannot be read.
 
-    ``held`` is the table opened before: it is brought to the newest version, which reads only the new entries of the log.
+    ``held`` is the table opened before: it is brought to the newest version, which reads only the new entries of the log. It is
+    opened anew if the credentials for the store have changed.
     """
-    try:
-        if held is not None:
+    options = delta_options(uri)
+
+    def opened() -> DeltaTable:
+        with translate_store_errors("open", uri):
+            if held is None or held._storage_options != options:
+                try:
+                    return DeltaTable(uri, version=version, storage_options=options)
+                except DeltaError as error:
+                    _raise_if_list_lags(uri, version, error)
+                    raise
             held.update_incremental()
-        return DeltaTable(uri, version=version) if held is None else held
-    except DeltaError as error:
+            return held
+
+    try:
+        return read_again(opened)
+    except (DeltaError, OSError) as error:
+        if is_local(uri) and isinstance(error, OSError):
+            raise
         name = uri.rsplit("/", 1)[-1]
         which = f"table {name}" if version is None else f"version {version} of table {name}"
         raise TableCorruptionError(
-            f"{which} cannot be read: {one_line(error)}", hint="it may have been vacuumed; adtally fsck names what is damaged"
+            f"{which} cannot be read: {describe_error(error)}", hint="it may have been vacuumed; adtally fsck names what is damaged"
         ) from error
 
 
-def table_files(held: DeltaTable) -> list[TableFile]:
-    """Return the data files of a snapshot."""
-    rows = pa.table(held.get_add_actions(flatten=True))
+def _raise_if_list_lags(uri: str, version: int | None, error: DeltaError) -> None:
+    """Raise StoreError if a version cannot be read because the store's list does not have its commit, which is there."""
+    if version is None or is_local(uri) or _NOT_LISTED not in str(error):
+        return
+    commit = f"_delta_log/{version:020d}.json"
+    if open_place(uri).find(commit) is not None:
+        raise StoreError(
+            f"list {uri}/_delta_log failed: it lacks {commit}, which is there", hint="the store's lists lag"
+        ) from error
+
+
+def table_files(held: DeltaTable, *partitions: tuple[str, Collection[str]]) -> list[TableFile]:
+    """Return the data files of a snapshot: those with one of the values, as Delta writes them, of each partition column given."""
+    rows = _add_actions(held, flatten=True)
+    for name, values in partitions:
+        rows = rows.filter(pc.is_in(rows[f"partition.{name}"].cast(pa.string()), value_set=pa.array(list(values), pa.string())))
     parts = {kind: {n.split(".", 1)[1]: n for n in rows.column_names if n.startswith(f"{kind}.")} for kind in _KINDS}
     return [
         TableFile(
@@ -85,9 +116,37 @@ def table_files(held: DeltaTable) -> list[TableFile]:
     ]
 
 
-def file_paths(uri: str, version: int) -> list[str]:
-    """Return the paths of a version's data files, as the log writes them."""
-    return list(pa.table(open_table(uri, version).get_add_actions())["path"].to_pylist())
+@dataclass(frozen=True)
+class TableSize:
+    """The number of a table's data files, their bytes, and the rows as their statistics say; None if a file has none."""
+
+    files: int
+    bytes: int
+    rows: int | None
+
+
+def table_size(held: DeltaTable) -> TableSize:
+    """Return the size of a snapshot."""
+    actions = _add_actions(held)
+    sizes, rows = actions["size_bytes"], actions["num_records"]
+    return TableSize(len(sizes), pc.sum(sizes).as_py() or 0, None if rows.null_count else pc.sum(rows).as_py() or 0)
+
+
+def file_paths(held: DeltaTable) -> list[str]:
+    """Return the paths of a snapshot's data files, as the log writes them."""
+    return list(_add_actions(held)["path"].to_pylist())
+
+
+def partitioned_paths(held: DeltaTable, table: Table) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yield the path of each data file of a snapshot, and its values of the partition columns."""
+    actions = _add_actions(held)
+    values = (pc.struct_field(actions["partition"], name).to_pylist() for name in table.partition_by)
+    yield from zip(actions["path"].to_pylist(), zip(*values, strict=True), strict=True)
+
+
+def _add_actions(held: DeltaTable, *, flatten: bool = False) -> pa.Table:
+    # not pa.table, which imports pandas to see whether it is given a frame; that takes longer than the rest
+    return pa.RecordBatchReader.from_stream(held.get_add_actions(flatten=flatten)).read_all()
 
 
 def full_path(uri: str, path: str) -> str:
@@ -102,34 +161,41 @@ def read_files(uri: str, paths: Sequence[str], schema: pa.Schema, where_in: tupl
     """
     if not paths:
         return schema.empty_table()
-    files = _dataset(uri, paths, schema)
-    if where_in is None:
-        return files.to_table()
-    # not the scanner's filter: it cannot compare the statistics of string_view columns, which delta-rs writes
-    name, values = where_in
-    kept = [batch.filter(pc.is_in(batch[name], value_set=values)) for batch in files.to_batches()]
-    return pa.Table.from_batches(kept, schema)
+    with _dataset(uri, paths, schema) as files:
+        if where_in is None:
+            return files.to_table()
+        # not the scanner's filter: it cannot compare the statistics of string_view columns, which delta-rs writes
+        name, values = where_in
+        kept = [batch.filter(pc.is_in(batch[name], value_set=values)) for batch in files.to_batches()]
+        return pa.Table.from_batches(kept, schema)
 
 
 def read_batches(uri: str, paths: Sequence[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Do as `read_files`, a batch at a time, file by file. Memory does not grow with the files."""
     for path in paths:
-        yield from _dataset(uri, [path], schema).to_batches(batch_readahead=1, fragment_readahead=1)
+        with _dataset(uri, [path], schema) as file:
+            yield from file.to_batches(batch_readahead=1, fragment_readahead=1)
 
 
 def read_file_rows(uri: str, table: Table, file: TableFile) -> Iterator[pa.Table]:
     """Read all columns of a data file, the partition columns too. A second reading cuts the rows into the same parts."""
-    for batch in _dataset(uri, [file.path], table.stored_schema).to_batches(use_threads=False):
-        rows = pa.Table.from_batches([batch])
-        for name in table.partition_by:
-            value = pa.scalar(file.values[name]).cast(table.schema.field(name).type)
-            rows = rows.append_column(name, pa.repeat(value, rows.num_rows))
-        yield rows.select(table.schema.names)
+    with _dataset(uri, [file.path], table.stored_schema) as stored:
+        for batch in stored.to_batches(use_threads=False):
+            rows = pa.Table.from_batches([batch])
+            for name in table.partition_by:
+                value = pa.scalar(file.values[name]).cast(table.schema.field(name).type)
+                rows = rows.append_column(name, pa.repeat(value, rows.num_rows))
+            yield rows.select(table.schema.names)
 
 
-def _dataset(uri: str, paths: Sequence[str], schema: pa.Schema) -> dataset.Dataset:
+@contextmanager
+def _dataset(uri: str, paths: Sequence[str], schema: pa.Schema) -> Iterator[dataset.Dataset]:
+    """Yield the rows of data files. Those in a store are copied to the disk first.
+
+    A copy takes one request a file. Arrow's threads would call Python for a file system of ours, and a thread that does so while
+    the process ends aborts the process.
+    """
     from pyarrow import dataset  # here: it imports pandas, which takes a second
 
-    filesystem, root = open_root(uri)
-    files = [full_path(root, path) for path in paths]
-    return dataset.dataset(files, schema=schema, format="parquet", filesystem=filesystem)
+    with open_place(uri).local_files([unquote(path) for path in paths]) as files:
+        yield dataset.dataset([str(file) for file in files], schema=schema, format="parquet")

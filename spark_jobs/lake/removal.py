@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-
-from pyarrow import fs
+from urllib.parse import unquote
 
 from spark_jobs.lake.commit import committing
 from spark_jobs.lake.lake import Lake
-from spark_jobs.lake.reading import full_path, open_table, table_files
-from spark_jobs.lake.roots import open_root
+from spark_jobs.lake.places import open_place
+from spark_jobs.lake.reading import open_table, table_files
 from spark_jobs.lake.tables import Table
 from spark_jobs.steps import Step
 
@@ -21,9 +20,8 @@ def unneeded_files(lake: Lake, table: Table, retention_hours: int, keep_versions
     lists files that an earlier vacuum deleted.
     """
     paths = _vacuum(lake, table, retention_hours, keep_versions, dry_run=True)
-    filesystem, root = open_root(lake.uri(table))
-    infos = filesystem.get_file_info([full_path(root, path) for path in paths])
-    return {path: int(info.size) for path, info in zip(paths, infos, strict=True) if info.type == fs.FileType.File}
+    place = open_place(lake.uri(table))
+    return {path: found.size for path in paths if (found := place.find(unquote(path))) is not None}
 
 
 def delete_unneeded_files(lake: Lake, table: Table, retention_hours: int, keep_versions: Sequence[int]) -> list[str]:
@@ -33,14 +31,17 @@ def delete_unneeded_files(lake: Lake, table: Table, retention_hours: int, keep_v
 
 def _vacuum(lake: Lake, table: Table, retention_hours: int, keep_versions: Sequence[int], *, dry_run: bool) -> list[str]:
     held = open_table(lake.uri(table))
-    with committing(lake.uri(table), held, Step.VACUUM, files=()):
-        return held.vacuum(
+    deleted: list[str] = []
+    with committing(lake.uri(table), held, Step.VACUUM, files=()) as properties:
+        deleted += held.vacuum(
             retention_hours=retention_hours,
             dry_run=dry_run,
             enforce_retention_duration=False,  # the caller has its own minimum
             full=True,  # files of killed batches too, which no commit names
             keep_versions=list(keep_versions),
+            commit_properties=properties,
         )
+    return deleted
 
 
 def take_files_out(lake: Lake, table: Table, paths: Collection[str], metadata: Mapping[str, object]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from deltalake import CommitProperties, WriterProperties
+from deltalake import WriterProperties
 from deltalake.exceptions import CommitFailedError
 
 from spark_jobs.errors import CommitConflictError
@@ -38,15 +38,16 @@ def rearrange(
         "max_concurrent_tasks": 1,  # leaves the other core to the ingest
         "max_spill_size": _MEMORY_BYTES,
         "writer_properties": _PROPERTIES,
-        "commit_properties": CommitProperties(custom_metadata={RUN_KEY: run_id}),
     }
     held = open_table(lake.uri(table), base)
+    done: dict[str, Any] | None = None
     try:
-        with committing(lake.uri(table), held, Step.COMPACTION):
+        with committing(lake.uri(table), held, Step.COMPACTION, info={RUN_KEY: run_id}) as properties:
+            common["commit_properties"] = properties
             done = held.optimize.z_order(z_order, **common) if z_order else held.optimize.compact(**common)
     except CommitFailedError as error:
         raise CommitConflictError(f"table {table.name} was changed while it was being compacted") from error
-    return bool(done["numFilesRemoved"])
+    return done is None or bool(done["numFilesRemoved"])  # None: the commit took effect, but delta-rs did not learn it
 
 
 def version_of_run(lake: Lake, table: Table, run_id: str) -> int:

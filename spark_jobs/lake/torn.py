@@ -17,9 +17,9 @@ from urllib.parse import unquote
 from spark_jobs import disk
 from spark_jobs.config import Settings
 from spark_jobs.errors import TableCorruptionError
+from spark_jobs.lake.locations import local_path
 from spark_jobs.lake.locks import TORN, exclusive
 from spark_jobs.lake.log import RUN_KEY, Commit, DeltaLog
-from spark_jobs.lake.roots import local_path
 from spark_jobs.lake.tables import BATCH_LEDGER, ORDERS, TABLES
 
 _MOST_TORN = 3  # commits in flight at once: of a batch, a compaction, a correction

@@ -22,7 +22,6 @@ from spark_jobs.lake.lake import Lake, Partition, Snapshot
 from spark_jobs.lake.locks import REWRITE, exclusive
 from spark_jobs.lake.reading import TableFile
 from spark_jobs.lake.rewrite import COMPACTED_SUFFIX, rearrange, take_back, version_of_run
-from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.tables import EVENTS, HOUR_RULES, NAMES, TABLES, Table
 from spark_jobs.lake.torn import mend_tables
 from spark_jobs.operate.watermark import Closing, read_closing, require_closed
@@ -75,7 +74,6 @@ def compact(
     undoes that rewrite).
     """
     started = time.monotonic()
-    require_local(settings, "compaction")
     if hours is not None:
         require_closed(settings, hours)
     mend_tables(settings)
@@ -108,7 +106,8 @@ class _Compaction:
         for table in TABLES.values():
             if table.name in _LEFT_ALONE or not self.lake.exists(table):
                 continue
-            found = self.lake.pin(table).partitions(table)
+            days = [] if self.hours is None or table is not EVENTS else [("event_date", {str(hour.date()) for hour in self.hours})]
+            found = self.lake.pin(table).partitions(table, *days)
             for partition, files in sorted(found.items(), key=lambda item: [value.zfill(2) for _, value in item[0]]):
                 if self._needs(table, partition, files):
                     yield table, partition
@@ -120,7 +119,7 @@ class _Compaction:
         with exclusive(self.lake.settings, REWRITE):
             for attempt in range(_ATTEMPTS):
                 snapshot = self.lake.pin(table)
-                if not self._needs(table, partition, snapshot.partitions(table).get(partition, [])):
+                if not self._needs(table, partition, _files(snapshot, table, partition)):
                     return None  # another process has compacted it
                 run_id = str(uuid.uuid4())
                 try:
@@ -161,7 +160,7 @@ class _Compaction:
     ) -> TableCompaction:
         """Report the compaction of ``version``; if the rows differ, undo it and raise TableCorruptionError."""
         snapshots = [self.lake.at({table.name: each}) for each in (version - 1, version)]
-        before, after = (snapshot.partitions(table).get(partition, []) for snapshot in snapshots)
+        before, after = (_files(snapshot, table, partition) for snapshot in snapshots)
         held_before, held_after = (content_of(database, snapshot, table, partition) for snapshot in snapshots)
         if held_before != held_after:
             take_back(self.lake, table, version)
@@ -197,6 +196,10 @@ def content_of(database: duckdb.DuckDBPyConnection, snapshot: Snapshot, table: T
         """
     ).fetchall()[0]
     return int(rows), f"{int(total) % 2**64:016x}{int(combined):016x}"
+
+
+def _files(snapshot: Snapshot, table: Table, partition: Partition) -> list[TableFile]:
+    return snapshot.files(table, *((name, [value]) for name, value in partition))
 
 
 def _has_loose_rows(files: list[TableFile]) -> bool:

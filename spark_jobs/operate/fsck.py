@@ -6,14 +6,12 @@ Without ``repair`` nothing changes.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -21,21 +19,24 @@ from spark_jobs.attribution.inputs import index_folder
 from spark_jobs.config import Settings
 from spark_jobs.corrections.reconcile import reconcile
 from spark_jobs.corrections.run import correcting, writing
+from spark_jobs.corrections.write_ahead import decided_corrections
 from spark_jobs.errors import BusyError, TableCorruptionError
 from spark_jobs.ingest.agreement import check_agreement
 from spark_jobs.ingest.dedupe.index import KeyIndex
 from spark_jobs.ingest.dedupe.keys import Keys
+from spark_jobs.ingest.dedupe.shards import ShardedIndex, latest_key_index
 from spark_jobs.ingest.events import bring_index_to, keys_of_version
 from spark_jobs.ingest.finish import finish, stuck_batches
 from spark_jobs.ingest.source import FilesSource
 from spark_jobs.lake import check
 from spark_jobs.lake.checked import DamagedError
+from spark_jobs.lake.checkpoint_copy import checkpoints_to_read, set_aside
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.locks import INGEST, exclusive
 from spark_jobs.lake.log import commit_identity
 from spark_jobs.lake.removal import take_files_out
-from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.runs import check_runs
+from spark_jobs.lake.scratch import scratch_folder
 from spark_jobs.lake.tables import (
     BATCH_LEDGER,
     BATCH_TABLES,
@@ -114,10 +115,8 @@ class _Scan:
 def fsck(settings: Settings, *, repair: bool = False, progress: Progress | None = None) -> FsckReport:
     """Check everything; with ``repair`` repair what can be repaired, then check again.
 
-    While an ingest runs, skips its key index and unfinished batch, and ``repair`` raises BusyError. Raises UsageError for a
-    lakehouse that is not on a local path.
+    While an ingest runs, skips its key index and unfinished batch, and ``repair`` raises BusyError.
     """
-    require_local(settings, "fsck")
     started, run_id, report = time.monotonic(), uuid.uuid4().hex, progress or (lambda _: None)
     with _ingest_lock(settings) as is_held:
         if repair and not is_held:
@@ -168,7 +167,7 @@ def _scan(settings: Settings, report: Progress, *, is_at_rest: bool) -> _Scan:
         if is_at_rest:
             _check_stream_checkpoints(settings, scan)
         report("ledger against tables")
-        for problem in read_status(settings).problems if not scan.has("batch_file_changed") else ():
+        for problem in read_status(settings, check_all=True).problems if not scan.has("batch_file_changed") else ():
             if "incomplete; it will be finished" not in problem and "nothing ingested" not in problem:
                 scan.add("books", BATCH_LEDGER.name, problem)
     return scan
@@ -176,7 +175,7 @@ def _scan(settings: Settings, report: Progress, *, is_at_rest: bool) -> _Scan:
 
 def _check_log(lake: Lake, table: Table, scan: _Scan) -> bool:
     """Check a table's log. Returns whether the table can be read at its newest version; False if it was not created yet."""
-    if not check.log_folder(lake, table).is_dir():
+    if not check.has_log(lake, table):
         return False
     log = lake.log(table)
     faults = log.faults()
@@ -197,7 +196,7 @@ def _check_log(lake: Lake, table: Table, scan: _Scan) -> bool:
     has_all = 0 in log.commit_sizes() and not faults
     for one in damaged:
         way = _REPAIR if has_all else f"put {one.path} back from a backup"
-        scan.add("log_checkpoint", table.name, f"{one.path.name}: {one.problem}", way, can_repair=has_all, path=one.path.name)
+        scan.add("log_checkpoint", table.name, f"{one.name}: {one.problem}", way, can_repair=has_all, path=one.name)
     if is_readable and (unreadable := check.table_problem(lake, table)) is not None:
         is_readable = False
         scan.add("log_unreadable", table.name, unreadable, f"see {RUNBOOK}", can_repair=False)
@@ -226,33 +225,41 @@ def _check_stream_checkpoints(settings: Settings, scan: _Scan) -> None:
         ("events", [EVENTS, MINUTE_METRICS, BATCH_LEDGER], REJECTED_EVENTS),
         ("orders", [ORDERS, BATCH_LEDGER], REJECTED_ORDERS),
     ):
-        source = FilesSource(settings, stream)
+        source = FilesSource(settings, stream, checkpoints_to_read(settings))
         try:
             check_agreement(settings, source, tables, rejected)
         except TableCorruptionError as error:
-            scan.add("checkpoint", stream, error.args[0], path=str(source.checkpoint))
+            scan.add("checkpoint", stream, error.args[0])
 
 
 def _check_key_index(settings: Settings, scan: _Scan, *, compare: bool) -> None:
     """Check every byte of the key index by its checksums, and compare its keys with the table's at the version it covers."""
-    index = KeyIndex(settings.key_index_path)
+    index = latest_key_index(settings)
     place = settings.key_index_path.name
     if index.problem is not None:
         scan.add("key_index", place, index.problem)
     if index.table_id is None or index.version < 0:
         return
     try:
-        check_runs(settings.key_index_path)
+        if isinstance(index, KeyIndex):
+            check_runs(settings.key_index_path)
         if not compare:
             return
         if index.commit != commit_identity(Lake(settings).log(EVENTS).commit(index.version)):
             scan.add("key_index", place, f"table events no longer has the version {index.version} that it covers")
-        elif _sums(index.parts()) != _sums(keys_of_version(settings, index.version)):
+        elif _sums_of(settings, index) != _sums(keys_of_version(settings, index.version)):
             scan.add("key_index", place, f"its keys are not those of version {index.version} of events")
     except DamagedError as damage:
         scan.add("key_index", place, damage)
     except FileNotFoundError:  # a file of an older version was vacuumed: the ingest updates or rebuilds the index
         return
+
+
+def _sums_of(settings: Settings, index: KeyIndex | ShardedIndex) -> tuple[int, int, int]:
+    if isinstance(index, KeyIndex):
+        return _sums(index.parts())
+    with scratch_folder(settings, "fsck-") as folder:
+        return _sums(index.parts(folder))
 
 
 def _sums(parts: Iterator[Keys]) -> tuple[int, int, int]:
@@ -280,8 +287,8 @@ def _check_attribution_index(settings: Settings, scan: _Scan) -> None:
 
 def _check_corrections(settings: Settings, scan: _Scan) -> None:
     """Find corrections that were decided and not finished: a killed repair, review or backfill."""
-    for folder in sorted(settings.corrections_path.glob("[!.]*")):
-        scan.add("correction", f"corrections/{folder.name}", "a correction was begun and not ended")
+    for token in sorted(decided_corrections(settings)):
+        scan.add("correction", f"corrections/{token}", "a correction was begun and not ended")
 
 
 def _repair(settings: Settings, scan: _Scan, run_id: str, report: Progress) -> list[Finding]:
@@ -292,7 +299,7 @@ def _repair(settings: Settings, scan: _Scan, run_id: str, report: Progress) -> l
             check.remove_checkpoint(lake, TABLES[found.place], found.path)
         elif found.kind == "commit_covered":
             version = int(found.detail.split(":")[0].removeprefix("version "))
-            Path(lake.log(TABLES[found.place]).commit_path(version)).unlink(missing_ok=True)
+            check.remove_commit(lake, TABLES[found.place], version)
     if scan.has("attribution_index"):
         shutil.rmtree(index_folder(settings))
     is_blocked = any(not found.can_repair and found.kind != "log_checkpoint" for found in scan.findings)
@@ -309,13 +316,13 @@ def _repair(settings: Settings, scan: _Scan, run_id: str, report: Progress) -> l
         finish(settings, batch)
     for found in scan.findings:
         if found.kind == "checkpoint":  # without it the ingest reads all input again, and counts nothing twice
-            os.replace(found.path, f"{found.path}.set-aside-{run_id[:8]}")
+            set_aside(settings, found.place, f"set-aside-{run_id[:8]}")
     remarks: list[Finding] = []
     if damaged or scan.has("books", "correction", "checkpoint"):
         remarks = _recount(settings, run_id, report)
     if scan.has("key_index") or damaged:
         report("rebuilding the key index")
-        index = KeyIndex(settings.key_index_path)
+        index = latest_key_index(settings)
         if scan.has("key_index"):
             index.problem = "fsck"
         bring_index_to(settings, index, lake.version(EVENTS) or 0)

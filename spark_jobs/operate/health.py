@@ -21,7 +21,8 @@ from spark_jobs.ingest.kafka.config import read_kafka
 from spark_jobs.ingest.kafka.topics import oldest_waiting, read_topic_sources
 from spark_jobs.lake.duck import literal
 from spark_jobs.lake.lake import Lake
-from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS
+from spark_jobs.lake.marts import readable_marts
+from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, STREAMS
 from spark_jobs.operate.status import read_recent_problems, read_unaccounted
 from spark_jobs.publish.progress import read_publications
 from spark_jobs.rules.exempt import plain
@@ -117,10 +118,11 @@ def _freshness(settings: Settings, now: datetime) -> tuple[float, str]:
 
 def _pinned_version(settings: Settings) -> int | None:
     """Return the ledger's version in the newest group of marts, None if there are no marts."""
-    if not settings.marts_path.is_file():
+    path = readable_marts(settings)
+    if path is None:
         return None
     with duckdb.connect(":memory:") as connection:  # a new instance opens the current file, even if an older one is still open
-        connection.execute(f"attach {literal(settings.marts_path)} as marts (read_only)")
+        connection.execute(f"attach {literal(path)} as marts (read_only)")
         newest = "select max(delta_version) from marts.main.mart_build where table_name = 'batch_ledger'"
         ((version,),) = connection.execute(newest).fetchall()
     return None if version is None else int(version)
@@ -197,7 +199,7 @@ def _file_users(settings: Settings, path: str) -> tuple[int, dict[str, int]]:
 def _conservation(settings: Settings, now: datetime) -> tuple[float, str]:
     """Return the number of contradictions between the tables in the batches of the last hour; `adtally status` checks all."""
     batches, problems = read_recent_problems(settings, now - RECENT)
-    problems = [*problems, *read_unaccounted(settings, now - RECENT)]
+    problems = [*problems, *read_unaccounted(settings, dict.fromkeys(STREAMS, now - RECENT))]
     shown = "; ".join(problems[:_PROBLEMS_SHOWN])
     more = f" and {len(problems) - _PROBLEMS_SHOWN} more" if len(problems) > _PROBLEMS_SHOWN else ""
     return float(len(problems)), f"{shown}{more}" if problems else f"{counted(batches, 'batch')} of the last hour: all adds up"

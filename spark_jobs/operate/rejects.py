@@ -7,7 +7,6 @@ from datetime import datetime
 
 from spark_jobs.config import Settings
 from spark_jobs.lake.lake import Lake
-from spark_jobs.lake.roots import require_local
 from spark_jobs.lake.tables import REJECTED_TABLES
 
 OLDER = "union all by name select null::bigint as records where false"
@@ -80,9 +79,8 @@ def read_rejects(
 
     ``since`` is a time of ingestion; ``file`` is part of a name. An ingest may run meanwhile.
 
-    Raises UsageError for a lakehouse that is not a local path, TableCorruptionError if a table cannot be read.
+    Raises TableCorruptionError if a table cannot be read.
     """
-    require_local(settings, "rejects")
     lake = Lake(settings)
     snapshot = lake.pin(*REJECTED_TABLES.values())
     parts = [

@@ -22,9 +22,12 @@ from spark_jobs.config import Settings
 from spark_jobs.errors import TableCorruptionError, UsageError
 from spark_jobs.failure import one_line
 from spark_jobs.ingest.dedupe.index import KeyIndex
+from spark_jobs.lake.checkpoint_copy import checkpoints_to_read
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.locks import REWRITE, exclusive
+from spark_jobs.lake.marts import current_marts
 from spark_jobs.lake.removal import delete_unneeded_files, unneeded_files
+from spark_jobs.lake.runs_copy import copied_version
 from spark_jobs.lake.tables import CAMPAIGNS, EVENTS, ORDERS, TABLES, Table
 from spark_jobs.lake.torn import mend_tables
 from spark_jobs.publish.progress import read_publications
@@ -115,7 +118,8 @@ def _before_last_batches(lake: Lake, table: Table) -> dict[str, int]:
     """Return the version before the last batch of each query of the stream: the ingest reads it again if that batch was killed."""
     stream, settings = _STREAMS[table.name], lake.settings
     queries = {}
-    for folder in (settings.checkpoints_path / stream, *sorted(settings.checkpoints_path.glob(f"{stream}-*"))):
+    checkpoints = checkpoints_to_read(settings)
+    for folder in (checkpoints / stream, *sorted(checkpoints.glob(f"{stream}-*"))):
         with suppress(FileNotFoundError):
             queries[json.loads((folder / "metadata").read_text("utf-8"))["id"]] = folder.name
     found: dict[str, int] = {}
@@ -131,7 +135,10 @@ def _versions_of_index(lake: Lake) -> list[int]:
     """Return versions with the files that the key index has yet to read and a later compaction removed."""
     index = KeyIndex(lake.settings.key_index_path)
     # without a table id the index is built from the newest version
-    return [] if index.table_id is None else _before_removals(lake, EVENTS, index.version)
+    covered = [] if index.table_id is None else [index.version]
+    copied = copied_version(lake.settings, lake.settings.key_index_path)
+    covered += [] if copied is None else [copied]
+    return _before_removals(lake, EVENTS, min(covered)) if covered else []
 
 
 def _versions_to_publish(lake: Lake, table: Table) -> list[int]:
@@ -148,14 +155,15 @@ def _before_removals(lake: Lake, table: Table, after: int | None) -> list[int]:
 
 def _versions_of_marts(settings: Settings) -> dict[str, list[int]]:
     """Return table -> versions from which the published marts were built."""
-    if not settings.marts_path.exists():
+    path = current_marts(settings).path
+    if path is None:
         return {}
     try:
-        with duckdb.connect(str(settings.marts_path), read_only=True) as marts:
+        with duckdb.connect(str(path), read_only=True) as marts:
             rows = marts.sql("select distinct table_name, delta_version from mart_build").fetchall()
     except duckdb.Error as error:
         raise TableCorruptionError(
-            f"{settings.marts_path} does not say which versions it needs: {one_line(error)}",
+            f"{path} does not say which versions it needs: {one_line(error)}",
             hint="build the marts again, or move the file away",
         ) from error
     found: dict[str, list[int]] = {}

@@ -21,6 +21,7 @@ from spark_jobs.errors import UsageError
 from spark_jobs.ingest.files.landing import oldest_file_at, region_folders
 from spark_jobs.ingest.kafka.config import read_kafka
 from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.landing_view import refresh_landing
 from spark_jobs.lake.tables import BATCH_LEDGER, HOUR_CLOSINGS, STREAMS
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.steps import Step
@@ -161,6 +162,7 @@ def _sources(settings: Settings, ledger: pa.Table) -> list[SourceProgress]:
 
 def _unread(settings: Settings, known: set[tuple[str, str, str]]) -> Iterator[SourceProgress]:
     """Yield the regions with landed files of which none was read. Files are read in the order of their modification times."""
+    refresh_landing(settings)
     for stream in STREAMS:
         for region in region_folders(settings.landing_path / stream):
             if (stream, "files", region) in known:

@@ -23,7 +23,6 @@ from spark_jobs.ingest.kafka.config import Publish, read_kafka
 from spark_jobs.lake.commit import WRITE_ERRORS, Transaction
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.locks import PUBLISH, exclusive
-from spark_jobs.lake.roots import is_local
 from spark_jobs.lake.tables import PUBLICATIONS, Table
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.publish.messages import CreditsMessages, Messages, MetricsMessages
@@ -31,8 +30,6 @@ from spark_jobs.publish.outlet import Outlet, Position, read_positions
 from spark_jobs.publish.progress import TopicStatus, publications_app_id, status_of, topics_of
 from spark_jobs.steps import Step
 
-POLL_SECONDS = 0.05  # a check for a new version is one attempt to open its file
-REMOTE_POLL_SECONDS = 1.0  # on an object store, where a check costs a request
 _CHECK_SECONDS = 30.0  # between checks for missing versions, and for a table that was created again
 _ROW_SECONDS = 10.0  # between two rows of `publications`
 _LAST_SECONDS = 20.0  # at the end, for versions that were committed before it; the next run publishes the rest
@@ -220,7 +217,6 @@ class _Publisher:
         if identity is None:
             stop.wait(1.0)
             return
-        pause = POLL_SECONDS if is_local(self._lake.settings.lakehouse_uri) else REMOTE_POLL_SECONDS
         with self._outlet(identity, adopt) as outlet:
             opened()
             checked = -math.inf
@@ -233,7 +229,7 @@ class _Publisher:
                     checked = time.monotonic()
                 self._catch_up(outlet, stop)
                 self.rows.write_in_time()
-                stop.wait(pause)
+                stop.wait(self._log.poll_seconds)
             self._catch_up(outlet, _Deadline(_LAST_SECONDS))
 
     def _outlet(self, identity: str, adopt: bool) -> Outlet:

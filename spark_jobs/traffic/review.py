@@ -14,20 +14,22 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from spark_jobs.config import Settings
-from spark_jobs.corrections.run import Run, correcting, groups_of_hours, has_unfinished, increment_rows, restate, writing
-from spark_jobs.corrections.write_ahead import Correction, TableChange, carry_out, write_ahead
+from spark_jobs.corrections.run import Run, correcting, groups_of_hours, increment_rows, restate, writing
+from spark_jobs.corrections.write_ahead import Correction, TableChange, carry_out, has_unfinished, write_ahead
 from spark_jobs.ingest.event_columns import METRIC_KEYS, METRIC_MEASURES
 from spark_jobs.ingest.kafka.ranges import PREFIX
 from spark_jobs.lake.duck import keep_table, literal, translate_duckdb_errors
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import DeltaLog
-from spark_jobs.lake.roots import require_local
+from spark_jobs.lake.scratch import scratch_folder
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, TRAFFIC_REVIEWS
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.rules.exempt import is_exempt_sql
@@ -37,6 +39,7 @@ from spark_jobs.units import EPOCH, HOUR, HOUR_US, MINUTE_US, SECOND_US, HourRan
 _EVENTS_AT_ONCE = 750_000  # judged at a time, because an ingest waits meanwhile
 _GAP_HOURS = 7 * 24  # hours with a larger gap between them are read separately
 _MEMORY = "1200MB"
+_BATCH = ("_query_id", "_batch_id")  # a batch's identity
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,12 @@ class ReviewReport:
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Review:
-    """The last review of an hour."""
+class _Review(NamedTuple):
+    """The last review of an hour. There is one for each hour of the history, so it is cheap to make."""
 
     rule_set: str
     inputs: int
-    reviewed_at: datetime
+    reviewed_us: int
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,13 @@ class _State:
     """The state of the tables at one moment. Hours are numbers since the epoch.
 
     ``judged_version``: all batches in `events` up to this version have ended. ``accepted``: their accepted events, by hour;
-    ``batches``: their identities.
+    ``batches``: their identities, as columns ``_query_id`` and ``_batch_id``.
     """
 
     events_version: int
     judged_version: int
     accepted: Counter[int]
-    batches: list[tuple[str, int]]
+    batches: pa.Table
     reviews: dict[int, _Review]
 
     def inputs(self, hour: int, rules: InvalidTrafficRules) -> int:
@@ -104,11 +106,10 @@ def review(
     """Review the hours (of ``hours``, None: all) whose review is missing or out of date.
 
     An ingest may run meanwhile: it waits while a group of hours is corrected. A second run changes nothing; the next run finishes a
-    killed one. Raises UsageError for a lakehouse that is not on a local path, RuleFileError for invalid rules, TableCorruptionError
+    killed one. Raises RuleFileError for invalid rules, TableCorruptionError
     if a table cannot be read.
     """
     started = time.monotonic()
-    require_local(settings, "the review")
     run_id = run_id or uuid.uuid4().hex
     wanted = None if hours is None else {hour_number(hour) for hour in hours}
     done: list[ReviewedHour] = []
@@ -147,25 +148,36 @@ def review_anew(settings: Settings, hours: Collection[int], run: Run, say: Calla
 def _read_state(settings: Settings) -> _State:
     # The ledger first: the versions that are read after it have every batch that it has.
     lake = Lake(settings)
-    names = ("stream", "_query_id", "_batch_id", "event_hour", "accepted")
-    rows = lake.rows(BATCH_LEDGER, *names)
-    ledger = list(zip(*(rows[name].to_pylist() for name in names), strict=True))
+    ledger = lake.rows(BATCH_LEDGER, "stream", *_BATCH, "event_hour", "accepted")
+    ledger = ledger.filter(pc.equal(ledger["stream"], "events"))
     log = lake.log(EVENTS)
     version = log.latest_version() or 0
-    reviewed = lake.rows(TRAFFIC_REVIEWS, "event_hour", "rule_set", "inputs", "reviewed_at", "events_version").to_pylist()
-    booked = {(query, batch) for stream, query, batch, _, _ in ledger if stream == "events"}
+    reviewed = lake.rows(TRAFFIC_REVIEWS, "event_hour", "rule_set", "inputs", "reviewed_at", "events_version")
     # Every batch up to the last review's version was in the ledger at that time, so only later commits are read.
-    seen = max((row["events_version"] for row in reviewed if row["events_version"] <= version), default=-1)
-    later = _batches(log, range(seen + 1, version + 1)) if booked else {}
+    seen = pc.max(reviewed.filter(pc.less_equal(reviewed["events_version"], version))["events_version"]).as_py()
+    later = _batches(log, range((-1 if seen is None else seen) + 1, version + 1)) if ledger.num_rows else {}
+    among = ledger.filter(pc.is_in(ledger["_batch_id"], value_set=pa.array([batch for _, batch in later], pa.int64())))
+    booked = set(zip(*(among[name].to_pylist() for name in _BATCH), strict=True))
     judged = min((at for batch, at in later.items() if batch not in booked), default=version + 1) - 1
-    booked -= {batch for batch, at in later.items() if at > judged}
-    accepted: Counter[int] = Counter()
-    for _, query, batch, hour, count in ledger:
-        if hour is not None and count and (query, batch) in booked:
-            accepted[hour_number(hour)] += count
-    newest = sorted(reviewed, key=lambda row: row["reviewed_at"])  # the last one of an hour wins
-    reviews = {hour_number(row["event_hour"]): _Review(row["rule_set"], row["inputs"], row["reviewed_at"]) for row in newest}
-    return _State(version, judged, accepted, sorted(booked), reviews)
+    for query, batch in (batch for batch, at in later.items() if at > judged):
+        ledger = ledger.filter(pc.invert(pc.and_(pc.equal(ledger["_query_id"], query), pc.equal(ledger["_batch_id"], batch))))
+    counted = ledger.filter(pc.and_(ledger["event_hour"].is_valid(), pc.not_equal(ledger["accepted"], 0)))
+    sums = (
+        pa.table({"hour": _hour_numbers(counted), "accepted": counted["accepted"]})
+        .group_by("hour")
+        .aggregate([("accepted", "sum")])
+    )
+    accepted = Counter(dict(zip(sums["hour"].to_pylist(), sums["accepted_sum"].to_pylist(), strict=True)))
+    newest = reviewed.take(pc.sort_indices(reviewed["reviewed_at"]))  # the last one of an hour wins
+    times = newest["reviewed_at"].cast(pa.int64())
+    of_hours, *columns = (column.to_pylist() for column in (_hour_numbers(newest), newest["rule_set"], newest["inputs"], times))
+    reviews = dict(zip(of_hours, map(_Review, *columns), strict=True))
+    return _State(version, judged, accepted, ledger.group_by(list(_BATCH)).aggregate([]), reviews)
+
+
+def _hour_numbers(rows: pa.Table) -> pa.ChunkedArray:
+    """Return the hours of ``event_hour`` as numbers since the epoch."""
+    return pa.chunked_array([np.floor_divide(rows["event_hour"].cast(pa.int64()).to_numpy(), HOUR_US)])
 
 
 def _batches(log: DeltaLog, versions: range) -> dict[tuple[str, int], int]:
@@ -180,14 +192,15 @@ def _batches(log: DeltaLog, versions: range) -> dict[tuple[str, int], int]:
 
 def _outdated(settings: Settings, state: _State, wanted: Collection[int] | None) -> list[int]:
     """Return the hours (of ``wanted``, None: all) whose review is missing or has not seen all events that it reads."""
-    known = {name: rules_of(settings, name) for name in {last.rule_set for last in state.reviews.values()}}
-    found = []
-    for hour in sorted(state.accepted.keys() | state.reviews.keys()):
-        last = state.reviews.get(hour)
-        is_outdated = last is None or state.inputs(hour, known[last.rule_set]) != last.inputs
-        if is_outdated and (wanted is None or hour in wanted):
-            found.append(hour)
-    return found
+    look_back = {name: rules_of(settings, name).look_back_hours for name in {last.rule_set for last in state.reviews.values()}}
+    hours = np.array(sorted(state.accepted.keys() | state.reviews.keys()), dtype=np.int64)
+    before = np.concatenate([[0], np.cumsum([state.accepted[hour] for hour in hours.tolist()], dtype=np.int64)])  # each hour
+    chosen = hours if wanted is None else hours[np.isin(hours, list(wanted))]
+    lasts = [state.reviews.get(hour) for hour in chosen.tolist()]
+    reach = np.array([0 if last is None else look_back[last.rule_set] for last in lasts], dtype=np.int64)
+    inputs = before[np.searchsorted(hours, chosen, "right")] - before[np.searchsorted(hours, chosen - reach)]  # as `inputs` says
+    found = zip(chosen.tolist(), lasts, inputs.tolist(), strict=True)
+    return [hour for hour, last, events in found if last is None or events != last.inputs]
 
 
 # --- judging
@@ -216,7 +229,7 @@ def _review_groups(
 def _decide(
     lake: Lake, state: _State, rule_set: str, rules: InvalidTrafficRules, hours: list[int], run: Run
 ) -> tuple[Correction, list[ReviewedHour]]:
-    with lake.scratch("review-") as spill, lake.database(memory=_MEMORY) as database:
+    with scratch_folder(lake.settings, "review-") as spill, lake.database(memory=_MEMORY) as database:
         database.execute("set preserve_insertion_order = false")
         _judge(database, lake.scan(EVENTS, state.events_version), state, rule_set, rules, hours, spill)
         sums = {hour: rest for hour, *rest in database.execute(_SUMS).fetchall()}
@@ -256,11 +269,7 @@ def _judge(
     wide = {at for hour in hours for at in range(hour - rules.look_back_hours, hour + 1)}
     keep_table(database, "hours", pa.table({"hour": pa.array(hours, pa.int64())}), spill)
     keep_table(database, "wide", pa.table({"hour": pa.array(sorted(wide), pa.int64())}), spill)
-    batches = {
-        "_query_id": pa.array([query for query, _ in state.batches], pa.string()),
-        "_batch_id": pa.array([batch for _, batch in state.batches], pa.int64()),
-    }
-    keep_table(database, "batches", pa.table(batches), spill)
+    keep_table(database, "batches", state.batches, spill)
     first, last = min(wide) // 24, max(wide) // 24
     database.execute(
         f"""
@@ -467,7 +476,7 @@ def _reviews_change(state: _State, rules: InvalidTrafficRules, run: Run, hours: 
                 "invalid": done.invalid,
                 "changed": done.changed,
                 # the newest one wins, whatever the clock says
-                "reviewed_at": run.now if last is None else max(run.now, last.reviewed_at + timedelta(microseconds=1)),
+                "reviewed_at": run.now if last is None else max(run.now, EPOCH + timedelta(microseconds=last.reviewed_us + 1)),
             }
         )
     return TableChange.append(TRAFFIC_REVIEWS, rows)

@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import RuleFileError
+from spark_jobs.lake.landing_view import fresh_rules_path
 from spark_jobs.rules.exempt import PLACEHOLDERS, ExemptUsers
 from spark_jobs.rules.store import held_rules, keep_rule_set, read_rules
 
@@ -149,9 +150,10 @@ def no_rules() -> InvalidTrafficRules:
 
 
 def current_rules(settings: Settings) -> InvalidTrafficRules:
-    """Read today's rules from their files. Raises RuleFileError."""
-    file = read_rules(settings.rules_path / RULES_FILE, RuleFile)
-    users, networks = _read_list(settings.rules_path / file.list_file) if file.list_file else ((), ())
+    """Read today's rules from their files. Raises RuleFileError, or StoreError if they are in a store that does not answer."""
+    folder = fresh_rules_path(settings)
+    file = read_rules(folder / RULES_FILE, RuleFile)
+    users, networks = _read_list(folder / file.list_file) if file.list_file else ((), ())
     return InvalidTrafficRules(
         **{name: getattr(file, name) for name in (*RULE_NAMES, "exempt_users")},
         crawler_source=f"crawler-user-agents {version('crawler-user-agents')}",

@@ -23,13 +23,14 @@ stopping = False
 
 
 def append(name: str, version: int, columns: dict[str, list[Any]]) -> None:
-    """One data file and its log entry."""
+    """One data file and its log entry, which names the batch."""
     table = HOME / "lakehouse" / name
     (table / "_delta_log").mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), table / f"{version}.parquet")
     entry = table / "_delta_log" / f"{version:020d}.json"
     scratch = entry.with_suffix(".tmp")
-    scratch.write_text(json.dumps({"add": {"path": f"{version}.parquet"}}))
+    added, txn = {"add": {"path": f"{version}.parquet"}}, {"txn": {"appId": "q", "version": version}}
+    scratch.write_text(f"{json.dumps(txn)}\n{json.dumps(added)}\n")
     scratch.rename(entry)
 
 
@@ -63,6 +64,7 @@ def batch(number: int, files: list[Path]) -> None:
             "spend_nanos": [spend if p == placements[0] else 0 for p in placements],
         },
     )
+    append("batch_ledger", number, {"offered": [offered]})
     report = {"stream": "events", "batch_id": number, "offered": offered, "accepted": len(kept)}
     report |= {"duplicate": offered - len(kept), "conflict": 0, "rejected": 0, "late": 0}
     print(json.dumps(report | {"seconds": time.perf_counter() - started}), flush=True)

@@ -11,10 +11,12 @@ import pytest
 
 import benchmarks.console
 import benchmarks.contestants
+import benchmarks.followers
 import benchmarks.freshness
 from benchmarks import run
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
+MARTS = Path(__file__).with_name("stand_in_marts.py")
 CONSOLE = Path(__file__).with_name("stand_in_console.py")
 SMALL = ["--batch", "400", "--files-per-batch", "4"]
 
@@ -40,8 +42,15 @@ def test_throughput_takes_turns_and_medians(tmp_path: Path) -> None:
     assert status == 0
     assert [(r["contestant"], r["round"]) for r in document["runs"]] == [("c", 1), ("e", 1), ("e", 2), ("c", 2)]
     assert [len(r["batch_seconds"]) for r in document["runs"]] == [4, 1, 1, 4]
-    assert set(document["summary"]["ratios"]) == {"c/e wall"}
+    assert set(document["summary"]["ratios"]) == {"c/e wall", "c steady batch / e a batch", "c/e CPU"}
     assert "| c |" in run.report(tmp_path / "results")
+
+
+@pytest.mark.e2e
+def test_clickhouse_finds_the_expected_totals(tmp_path: Path) -> None:
+    status, document = result(tmp_path, "--events", "1600", "--only", "f", "--rounds", "1")
+    assert status == 0
+    assert [(r["contestant"], len(r["batch_seconds"]), r["wrong"]) for r in document["runs"]] == [("f", 4, [])]
 
 
 def test_history_compares_three_batches_with_three(tmp_path: Path) -> None:
@@ -61,14 +70,20 @@ def test_tenfold_batch_and_memory(tmp_path: Path) -> None:
     assert set(document["summary"]["peak_pss_bytes"]) == {"400", "4000"}
 
 
-def test_freshness_counts_every_file(tmp_path: Path) -> None:
-    options = ("--seconds", "3", "--warm-up", "1", "--lines", "50", "--rate", "500")
+def test_freshness_counts_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks.followers, "marts_command", lambda: [sys.executable, str(MARTS)])
+    options = ("--seconds", "3", "--warm-up", "1", "--lines", "50", "--rate", "500", "--to", "marts")
     status, document = result(tmp_path, "--scenario", "freshness", *options)
     assert status == 0
     summary = document["summary"]
     assert summary["unread_files"] == 0
     assert 25 <= summary["files"] <= 31
     assert 0 < summary["p50_seconds"] <= summary["p95_seconds"]
+    marts = summary["marts"]
+    assert marts["unread_files"] == 0 and marts["builds"] >= 3
+    assert 0 < marts["p50_seconds"] <= marts["p95_seconds"]
+    assert [target["name"] for target in document["targets"]][-1] == "freshness of the marts p95, s"
+    assert set(summary["batch_seconds"]) == {"all", "first_third", "last_third"} and summary["cpu_seconds"] > 0
 
 
 @pytest.mark.parametrize("broken", [(), ("--broken",)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import duckdb
 import pytest
 
-from orchestration.marts.dbt_runner import project_dir
+from orchestration.marts.dbt_project import project_dir
 from orchestration.marts.docs_site import build_docs
-from orchestration.marts.manifest import load_manifest
+from orchestration.marts.manifest import invoke_dbt, load_manifest
 from orchestration.marts.pins import SOURCES
+from orchestration.marts.workspace import BUILD_TABLES
 from spark_jobs.config import load_settings
 
 RATIOS = {"credit_weight", "orders_by_touch_date", "orders_by_order_date", "ctr", "roas", "roas_by_order_date"} | {
@@ -38,6 +40,27 @@ def marts(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def test_sources_are_those_that_are_pinned(manifest: dict[str, Any]) -> None:
     assert {source["name"] for source in manifest["sources"].values()} == {table.name for table in SOURCES}
+
+
+def test_dbt_builds_the_project_and_its_unit_tests_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build runs the compiled SQL itself. dbt runs it too, here on empty tables, with the unit tests that judge the SQL."""
+    work = tmp_path / "work.duckdb"
+    with duckdb.connect(str(work)) as connection:
+        for schema in ("lakehouse", "build"):
+            connection.execute(f"create schema {schema}")
+        for table in SOURCES:
+            rows = table.schema.empty_table()
+            connection.register("rows", rows)
+            connection.execute(f"create table lakehouse.{table.name} as from rows")
+        for name, columns in BUILD_TABLES.items():
+            connection.execute(f"create table build.{name} ({columns})")
+        connection.execute("insert into build.days select unnest(range(date '2026-03-01', date '2026-04-01', interval 1 day))")
+    monkeypatch.setenv("ADTALLY_DBT_MARTS_PATH", str(tmp_path / "marts.duckdb"))
+    monkeypatch.setenv("ADTALLY_DBT_WORK_PATH", str(work))
+    invoke_dbt(project_dir(), tmp_path / "target", "build", "--no-partial-parse")
+    results = json.loads((tmp_path / "target" / "run_results.json").read_text("utf-8"))["results"]
+    statuses = {(result["unique_id"].split(".")[0], result["status"]) for result in results}
+    assert statuses - {("exposure", "no-op")} == {("model", "success"), ("test", "pass"), ("unit_test", "pass")}
 
 
 def test_every_mart_has_an_enforced_contract_and_an_exposure(manifest: dict[str, Any]) -> None:

@@ -163,3 +163,10 @@ def test_the_table_of_locks_is_that_of_the_code() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
     rows = [line for line in text.split("## Locks\n")[1].splitlines() if line.startswith("| `")]
     assert rows == [f"| `{lock.file}` | {lock.holder} | {lock.patience} |" for lock in LOCKS]
+
+
+def test_each_test_that_a_page_names_exists() -> None:
+    named = {name for page in CURRENT_PAGES for name in re.findall(r"`(tests/[\w/]+\.py::\w+)`", page.read_text("utf-8"))}
+    assert len(named) > 20
+    lacking = {name for name in named if f"\ndef {name.split('::')[1]}(" not in (ROOT / name.split("::")[0]).read_text("utf-8")}
+    assert lacking == set()

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import duckdb
 from deltalake import write_deltalake
 
+from expectations import HourValidation, validate_hour
+from spark_jobs.lake.duck import delta_cursor
 from spark_jobs.lake.tables import BATCH_LEDGER, CAMPAIGNS, EVENTS, MINUTE_METRICS, ORDERS, Table
 
 HOUR = datetime(2025, 6, 2, 10, tzinfo=UTC)
@@ -57,6 +60,12 @@ select 'o-' || n as order_id, timestamptz '2025-06-02 10:00:00Z' + interval 10 m
     timestamptz '2025-06-02 12:00:00Z' as ingested_at, 'q-2' as _query_id, 0 as _batch_id
 from (select unnest(range(3)) as n);
 """
+
+
+def validated(table: str, uri: str, version: int | None, hour: datetime, **options: Any) -> HourValidation:
+    """Validate an hour with a DuckDB of this process."""
+    with delta_cursor("") as cursor:
+        return validate_hour(cursor, table, uri, version, hour, **options)
 
 
 class Lake:

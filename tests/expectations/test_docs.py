@@ -14,12 +14,11 @@ import pytest
 from filelock import FileLock
 
 from expectations import docs as docs_module
-from expectations import validate_hour
 from expectations.docs import DataDocs, Entry
 from expectations.engine import DuckDBValidator
 from expectations.errors import DocsBusyError
 from expectations.suites.common import unique
-from tests.expectations.small_lake import HOUR, NEXT_HOUR, Lake
+from tests.expectations.small_lake import HOUR, NEXT_HOUR, Lake, validated
 
 ENTRY = Entry("", "events", "2025-06-02T10Z", 3, "by hand", 10, 1, 0, 0, "2025-06-02T12:00:00Z")
 
@@ -49,8 +48,8 @@ class Links(HTMLParser):
 
 
 def test_a_validation_has_a_page_that_says_what_failed_and_loads_nothing(made: Lake, tmp_path: Path) -> None:
-    bad = validate_hour("events", made.uri("events"), None, HOUR, related=made.related(), docs=tmp_path, run_name="run-1")
-    good = validate_hour("events", made.uri("events"), None, NEXT_HOUR, related=made.related(), docs=tmp_path)
+    bad = validated("events", made.uri("events"), None, HOUR, related=made.related(), docs=tmp_path, run_name="run-1")
+    good = validated("events", made.uri("events"), None, NEXT_HOUR, related=made.related(), docs=tmp_path)
     assert bad.page is not None and good.page is not None
     text = bad.page.read_text("utf-8")
     assert "1 of severity error not met" in text

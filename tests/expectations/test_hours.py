@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from deltalake import DeltaTable
 
-from expectations import SUITES, Severity, related_tables, validate_hour
+from expectations import SUITES, Severity, related_tables
 from expectations.errors import UnknownTableError, UnreadableTableError
 from spark_jobs.lake.tables import TABLES
-from tests.expectations.small_lake import EMPTY_HOUR, HOUR, NEXT_HOUR, Lake
+from tests.expectations.small_lake import EMPTY_HOUR, HOUR, NEXT_HOUR, Lake, validated
 
 CASES: dict[str, list[dict[str, Any]]] = json.loads(
     (Path(__file__).parents[1] / "cases" / "expectations" / "hours.json").read_text("utf-8")
@@ -33,7 +33,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Lake:
 
 
 def validate(made: Lake, table: str, hour: Any = HOUR, **options: Any) -> Any:
-    return validate_hour(table, made.uri(table), None, hour, related=made.related(), **options)
+    return validated(table, made.uri(table), None, hour, related=made.related(), **options)
 
 
 @pytest.mark.parametrize(("table", "case"), [pytest.param(t, c, id=f"{t}: {c['name']}") for t in CASES for c in CASES[t]])
@@ -119,14 +119,14 @@ def test_a_version_is_judged_as_it_was(made: Lake) -> None:
     made.sql(["update events set price_micros = -1 where event_id = 'e-9'"])
     made.write()
     uri = made.uri("events")
-    versions = {version: validate_hour("events", uri, version, HOUR, related=made.related()) for version in (0, 1)}
+    versions = {version: validated("events", uri, version, HOUR, related=made.related()) for version in (0, 1)}
     assert versions[0].success
     assert [result.name for result in versions[1].failed] == ["price_micros.range"]
     assert DeltaTable(uri).version() == 1
 
 
 def test_what_needs_a_table_that_is_not_given_is_not_judged(clean: Lake) -> None:
-    found = validate_hour("events", clean.uri("events"), None, HOUR, related=clean.related("campaigns"))
+    found = validated("events", clean.uri("events"), None, HOUR, related=clean.related("campaigns"))
     unjudged = [result for result in found.results if result.observed is None]
     assert found.success
     assert {"accepted.is_what_the_ledger_says", "_batch_id.is_complete"} <= {result.name for result in unjudged}
@@ -136,11 +136,11 @@ def test_what_needs_a_table_that_is_not_given_is_not_judged(clean: Lake) -> None
 
 def test_what_cannot_be_read_is_told(clean: Lake, tmp_path: Path) -> None:
     with pytest.raises(UnknownTableError, match="there is no suite for 'event': there are suites for events, orders"):
-        validate_hour("event", clean.uri("events"), None, HOUR)
+        validated("event", clean.uri("events"), None, HOUR)
     with pytest.raises(UnreadableTableError, match="events at version None cannot be checked"):
-        validate_hour("events", str(tmp_path / "nowhere"), None, HOUR)
+        validated("events", str(tmp_path / "nowhere"), None, HOUR)
     with pytest.raises(UnreadableTableError, match="events at version 99 cannot be checked"):
-        validate_hour("events", clean.uri("events"), 99, HOUR)
+        validated("events", clean.uri("events"), 99, HOUR)
 
 
 @pytest.mark.parametrize("table", SUITES)

@@ -9,7 +9,7 @@ from typing import Any
 
 import duckdb
 import pytest
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from expectations import MARTS, validate_marts
 from expectations.errors import UnknownTableError, UnreadableTableError
@@ -104,6 +104,16 @@ insert into mart_build by name
 select 'hourly' as mart_group, 'b-1' as build_id, timestamp '2025-06-02 12:00:00' as built_at, table_name, 3 as delta_version
 from (values ('campaigns'), ('batch_ledger')) as tables(table_name);
 """
+_DAYS = """
+create schema days;
+create table days.models as from (values
+    ('fct_campaign_day', 'event_date'), ('fct_campaign_minute', 'event_date'), ('fct_event_accounting', 'cast(event_hour as date)')
+) as models(model, day);
+create table days.kept as
+select model, unnest([date '2025-06-02', date '2025-06-03', date '0001-01-01']) as day,
+    timestamp '2025-06-02 12:00:00' as changed_at
+from days.models;
+"""
 
 
 def published(path: Path, statements: list[str]) -> Path:
@@ -111,7 +121,7 @@ def published(path: Path, statements: list[str]) -> Path:
     with duckdb.connect(str(path)) as connection:
         for mart, columns in CONTRACTS.items():
             connection.execute(f"create table {mart} ({columns})")
-        for statement in (_CLEAN, *statements):
+        for statement in (_CLEAN, _DAYS, *statements):
             connection.execute(statement)
     return path
 
@@ -150,6 +160,31 @@ def test_a_fault_in_another_hour_is_not_that_of_this_one(tmp_path: Path) -> None
     )
     assert [each.success for each in validate_marts(path, hour=HOUR, marts=["fct_campaign_minute"])] == [True]
     assert [each.success for each in validate_marts(path, marts=["fct_campaign_minute"])] == [False]
+
+
+@pytest.mark.parametrize(
+    ("days_since", "is_found"), [(0, True), (2, False)], ids=["of the last day", "of an earlier day, whose rows were checked then"]
+)
+def test_only_days_that_builds_of_the_last_day_made_are_checked(tmp_path: Path, days_since: int, is_found: bool) -> None:
+    """A fault of another day, which a build made so many days before the newest change."""
+    faults = (
+        "insert into fct_campaign_minute by name select * replace (date '2025-05-01' as event_date, "
+        "event_minute - interval 32 days as event_minute, -1 as clicks) from fct_campaign_minute limit 1"
+    )
+    made = (
+        "insert into days.kept select model, date '2025-05-01', timestamp '2025-06-02 12:00:00' - "
+        f"interval {days_since} days from days.models"
+    )
+    path = published(tmp_path / "marts.duckdb", [faults, made])
+    found = validate_marts(path, marts=["fct_campaign_day", "fct_campaign_minute"])
+    assert [not each.success for each in found] == [is_found, is_found], "the day differs from the sum of its minutes, too"
+    assert found[1].rows == 6 + is_found
+
+
+def test_rows_without_a_time_are_checked(tmp_path: Path) -> None:
+    fault = "update fct_event_accounting set event_hour = null, region = null"
+    path = published(tmp_path / "marts.duckdb", ["alter table fct_event_accounting alter region drop not null", fault])
+    assert not validate_marts(path, marts=["fct_event_accounting"])[0].success
 
 
 def test_marts_that_are_not_there_are_told(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from expectations import validate_hour
 from expectations.trailing import (
     MAX_ROBUST_Z,
     MAX_STABILITY_INDEX,
@@ -19,7 +18,7 @@ from expectations.trailing import (
     robust_z,
     stability_index,
 )
-from tests.expectations.small_lake import HOUR, Lake
+from tests.expectations.small_lake import HOUR, Lake, validated
 
 USUAL = {"region": {"eu": 6_000.0, "us": 4_000.0}}
 
@@ -119,16 +118,16 @@ def test_drift_and_volume_are_warnings_against_the_hours_validated_before(tmp_pa
     )
     made.sql([twice, twice.replace("again", "and-again")])
     made.write()
-    before = [validate_hour("events", made.uri("events"), None, day, docs=docs) for day in days]
+    before = [validated("events", made.uri("events"), None, day, docs=docs) for day in days]
     assert all(found.success for found in before)
     judged = [next(result for result in found.results if result.name == "table.volume").observed is not None for found in before]
     assert judged == [False, False, False, True, True]
-    found = validate_hour("events", made.uri("events"), None, HOUR, docs=docs)
+    found = validated("events", made.uri("events"), None, HOUR, docs=docs)
     assert {result.name for result in found.failed} == {"region.drift", "table.volume"}
     assert not found.error_failed
     drift = next(result for result in found.results if result.name == "event_type.drift")
     assert (drift.success, drift.observed is not None) == (True, True)
-    again = validate_hour("events", made.uri("events"), None, HOUR, docs=docs)  # an hour is not compared with itself
+    again = validated("events", made.uri("events"), None, HOUR, docs=docs)  # an hour is not compared with itself
     assert [(result.name, result.observed) for result in again.failed] == [
         (result.name, result.observed) for result in found.failed
     ]
@@ -140,7 +139,7 @@ def test_shares_of_few_rows_are_not_judged(tmp_path: Path) -> None:
     TrailingWeek(docs / "profiles", "events").keep(HOUR, 12, USUAL)
     for day in range(1, 5):
         TrailingWeek(docs / "profiles", "events").keep(HOUR - timedelta(days=day), 12, USUAL)
-    found = {each.name: each for each in validate_hour("events", made.uri("events"), None, HOUR, docs=docs).results}
+    found = {each.name: each for each in validated("events", made.uri("events"), None, HOUR, docs=docs).results}
     assert found["region.drift"].observed is None and found["region.drift"].success
     assert "not judged" in found["region.drift"].expected
     assert found["table.volume"].observed == 0

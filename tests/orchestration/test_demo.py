@@ -46,6 +46,7 @@ from samples import DAYS, START
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, BusyError, ConfigurationError, UsageError
 from spark_jobs.lake.locks import INGEST, UP
+from spark_jobs.lake.places import open_place
 
 SHARES = ("region", "event_type", "campaign_id", "outcome")
 LIMITS_OF_DRIFT = {"volume": MAX_ROBUST_Z}
@@ -112,6 +113,28 @@ def test_a_home_on_which_something_runs_is_left_alone(tmp_path: Path, lock: str,
     with FileLock(tmp_path / lock), pytest.raises(BusyError, match=f"{what} runs on"):
         clean_home(tmp_path)
     assert names(tmp_path) == {MARKER, "lakehouse"}
+
+
+def test_a_lakehouse_of_somebody_else_in_a_store_is_left_alone(prefix: str, tmp_path: Path) -> None:
+    open_place(prefix).write("events/mine", b"mine")
+    clean_home(tmp_path)
+    (tmp_path / "kept").touch()
+    with pytest.raises(UsageError, match=r"is not empty and not the lakehouse of a demo .*--lakehouse"):
+        clean_home(tmp_path, prefix)
+    assert [file.name for file in open_place(prefix).list()] == ["events/mine"]
+    assert "kept" in names(tmp_path)
+
+
+def test_a_second_run_in_a_store_starts_clean(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = f"{prefix}-other"
+    monkeypatch.setenv("ADTALLY_LAKEHOUSE", other)
+    clean_home(tmp_path, prefix)
+    for name in ("events/_delta_log/0.json", "_adtally/checkpoints/events/metadata"):
+        open_place(prefix).write(name, b"{}")
+    clean_home(tmp_path, prefix)
+    assert {file.name for file in open_place(prefix).list()} == {MARKER, "_adtally/leases/ingest.json"}
+    clean_home(tmp_path / "home")
+    assert list(open_place(other).list()) == [], "that of another installation is not touched"
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])

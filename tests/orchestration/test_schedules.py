@@ -13,6 +13,7 @@ import pytest
 from filelock import FileLock
 
 from orchestration import schedules
+from orchestration.marts.follow import nothing_to_build
 from orchestration.marts.pins import SOURCES
 from orchestration.partitions import KEY_FORMAT, RANGE_END_TAG, RANGE_START_TAG
 from spark_jobs.config import Settings, load_settings
@@ -141,16 +142,16 @@ def publish(settings: Settings, group: str, built_at: str, **versions: int) -> N
 
 def test_marts_are_built_when_their_tables_have_changed(settings: Settings) -> None:
     lake = Path(settings.lakehouse_uri)
-    assert "run `adtally ingest` first" in str(schedules.nothing_to_build(settings, "hourly", now=NOW))
+    assert "run `adtally ingest` first" in str(nothing_to_build(settings, "hourly", now=NOW))
     first_batch(lake)
-    assert schedules.nothing_to_build(settings, "hourly", now=NOW) is None
+    assert nothing_to_build(settings, "hourly", now=NOW) is None
     publish(settings, "hourly", "2026-03-12 08:20:00", **{table.name: 0 for table in SOURCES})
     reason = "nothing was committed since the build of 11 minutes ago"
-    assert schedules.nothing_to_build(settings, "hourly", now=NOW) == reason
-    assert schedules.nothing_to_build(settings, "near_real_time", now=NOW) is None  # each group by itself
-    assert schedules.nothing_to_build(settings, "hourly", now=NOW + timedelta(minutes=30)) is None  # marts stay fresh
+    assert nothing_to_build(settings, "hourly", now=NOW) == reason
+    assert nothing_to_build(settings, "near_real_time", now=NOW) is None  # each group by itself
+    assert nothing_to_build(settings, "hourly", now=NOW + timedelta(minutes=30)) is None  # marts stay fresh
     commit(lake, BATCH_LEDGER, [])
-    assert schedules.nothing_to_build(settings, "hourly", now=NOW) is None
+    assert nothing_to_build(settings, "hourly", now=NOW) is None
 
 
 def test_nothing_is_compacted_or_vacuumed_before_there_is_something(settings: Settings) -> None:

@@ -21,8 +21,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import lake
 import pytest
-from deltalake import DeltaTable
+from store import Location, variables
 from terminal import PROGRAM, ROOT, environment
 
 from orchestration.cli.app import run
@@ -48,8 +49,10 @@ from services.serving.setup import ensure_tables, examine
 from services.serving.tables import MODELS, WINDOW_DAYS, Source, table_specs
 from services.simulator.errors import DeliveryError
 from services.simulator.kafka import Cluster, Sending, simulate_to_kafka
-from spark_jobs.config import Settings, load_settings
+from spark_jobs.config import Settings
 from spark_jobs.java import require_java
+from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.tables import BATCH_LEDGER
 from spark_jobs.operate.watermark import read_closing
 from spark_jobs.units import floor_hour
 
@@ -76,7 +79,7 @@ class Program:
         self.process = subprocess.Popen(
             [*PROGRAM, *self._arguments],
             cwd=ROOT,
-            env=environment(ADTALLY_HOME=str(self._settings.home_path)),
+            env=environment(**variables(self._settings)),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
@@ -103,9 +106,12 @@ class Program:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    made = load_settings(home=tmp_path / "home")
+def settings(place: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Those of the home, which commands of this process find, too."""
+    made = place.settings(tmp_path / "home")
     made.home_path.mkdir()
+    for name, value in variables(made).items():
+        monkeypatch.setenv(name, value)
     return made
 
 
@@ -168,11 +174,9 @@ class Traffic:
 
 def offered(settings: Settings) -> int:
     """Event records that stand in the ledger of complete batches."""
-    uri = settings.table_uri("batch_ledger")
-    if not DeltaTable.is_deltatable(uri):
+    if not Lake(settings).exists(BATCH_LEDGER):
         return 0
-    rows = DeltaTable(uri).to_pyarrow_table(columns=["stream", "offered"]).to_pylist()
-    return sum(row["offered"] for row in rows if row["stream"] == "events")
+    return sum(row[0] for row in lake.rows(None, settings, "batch_ledger", "offered", "stream = 'events'"))
 
 
 def wait_until(reached: Callable[[], bool], what: Callable[[], str], *, seconds: float = 400) -> None:
@@ -182,8 +186,8 @@ def wait_until(reached: Callable[[], bool], what: Callable[[], str], *, seconds:
         time.sleep(0.3)
 
 
-def command(settings: Settings, *arguments: str) -> None:
-    assert run(["--home", str(settings.home_path), *arguments]) == 0, arguments
+def command(*arguments: str) -> None:
+    assert run(list(arguments)) == 0, arguments
 
 
 def pids(service: Kafka | Pinot, role: str) -> int:
@@ -233,10 +237,10 @@ def test_all_is_exact_after_everything_was_killed_under_load(settings: Settings,
         closing = read_closing(settings)
         end = floor_hour(max(source.progress_at for source in closing.sources if source.progress_at)) + timedelta(hours=1)
         if closing.closed_through is None or closing.closed_through < end:
-            command(settings, "hours", "close", "--through", f"{end:%Y-%m-%dT%H:%M:%SZ}", "--reason", "the traffic has ended")
-        command(settings, "ingest")  # what came last; the review of the hours, credit and bills; and all of it published
-        command(settings, "marts", "build")
-        command(settings, "budget", "--once", "--keep-days", "0")
+            command("hours", "close", "--through", f"{end:%Y-%m-%dT%H:%M:%SZ}", "--reason", "the traffic has ended")
+        command("ingest")  # what came last; the review of the hours, credit and bills; and all of it published
+        command("marts", "build")
+        command("budget", "--once", "--keep-days", "0")
         assert_marts_are_exact(settings, truth, is_resent=times > 1)
         assert_budget_is_exact(settings, truth)
         assert_pinot_is_exact(settings, pinot, truth)

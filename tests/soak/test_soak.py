@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from store import Location, variables
 from terminal import PROGRAM, ROOT, environment
 
 from orchestration.demo import ACCOUNTING, CAMPAIGN_HOURS, HOURS, MEASURES, difference, mart_cells, truth_cells
 from orchestration.reconciliation import run_reconciliation
 from services.simulator import simulate
-from spark_jobs.config import Settings, load_settings
+from spark_jobs.config import Settings
+from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.tables import BATCH_LEDGER
 from spark_jobs.operate.status import read_status
 from spark_jobs.operate.watermark import read_closing
 from spark_jobs.units import HourRange, floor_hour
@@ -47,7 +50,7 @@ class Loop:
 
     def arguments(self, rng: random.Random) -> list[str] | None:
         """The command's words; None where there is nothing to do yet."""
-        if self.name in ("compact", "marts build", "reconcile", "vacuum"):
+        if self.name != "backfill":
             return self.name.split()
         closing = read_closing(self.settings)
         if closing.closed_through is None or closing.closed_through <= START:
@@ -76,7 +79,7 @@ def command(settings: Settings, *arguments: str, timeout: float = 600) -> subpro
     return subprocess.run(
         [*PROGRAM, *arguments],
         cwd=ROOT,
-        env=environment(ADTALLY_HOME=str(settings.home_path)),
+        env=environment(**variables(settings)),
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -85,7 +88,8 @@ def command(settings: Settings, *arguments: str, timeout: float = 600) -> subpro
 
 
 def tables_exist(settings: Settings) -> bool:
-    return (Path(settings.table_uri("batch_ledger")) / "_delta_log" / f"{1:020d}.json").exists()
+    lake = Lake(settings)
+    return (lake.version(BATCH_LEDGER) or 0) > 0
 
 
 def flipped(text: str) -> str:
@@ -119,8 +123,9 @@ def land(source: Path, settings: Settings, prices: str, stop_at: float) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(1500)
-def test_all_at_once_and_exact_at_the_end(tmp_path: Path) -> None:
-    settings = load_settings(home=tmp_path / "home")
+def test_all_at_once_and_exact_at_the_end(place: Location, tmp_path: Path) -> None:
+    """On a disk one home does it all. In a store one machine ingests, a second does the rest, and a third ends it."""
+    ingesting, settings, last = place.machines(tmp_path, 3)
     source = tmp_path / "traffic"
     truth = json.loads(simulate(source, EVENTS, seed=41, start=START, days=TRAFFIC_HOURS / 24, lines_per_file=4_000).as_json())
     campaigns = settings.landing_path / "campaigns" / "campaigns.csv"
@@ -134,13 +139,16 @@ def test_all_at_once_and_exact_at_the_end(tmp_path: Path) -> None:
         Loop("backfill", settings, 3),
         Loop("backfill", settings, 4),
         Loop("vacuum", settings, 20),
+        Loop("review", settings, 10),
+        Loop("attribute", settings, 10),
+        Loop("bill", settings, 10),
     ]
     stop = threading.Event()
     log = (tmp_path / "ingest.log").open("wb")
     ingest = subprocess.Popen(
         [sys.executable, "-m", "spark_jobs", "ingest", "--continuous", "--trigger", "2"],
         cwd=ROOT,
-        env={**environment(ADTALLY_HOME=str(settings.home_path)), "PYTHONPATH": str(ROOT)},
+        env={**environment(**variables(ingesting)), "PYTHONPATH": str(ROOT)},
         stdout=log,
         stderr=log,
     )
@@ -170,6 +178,7 @@ def test_all_at_once_and_exact_at_the_end(tmp_path: Path) -> None:
     assert all(loop.runs for loop in loops), [(loop.name, loop.runs) for loop in loops]
 
     # what landed last, then every hour closed by an operator and judged by the prices as they are now
+    settings = last
     assert command(settings, "ingest").returncode == 0
     newest = max(source.progress_at for source in read_closing(settings).sources if source.progress_at)
     end = floor_hour(newest) + timedelta(hours=1)

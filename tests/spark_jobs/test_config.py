@@ -149,8 +149,9 @@ def test_home_is_in_the_working_folder_by_default(tmp_path: Path, monkeypatch: p
         ("lake", "{cwd}/lake/events"),
         ("{cwd}/lake/", "{cwd}/lake/events"),
         ("~/lake", "{cwd}/lake/events"),
-        ("s3a://bucket", "s3a://bucket/events"),
-        ("s3a://bucket/lake/", "s3a://bucket/lake/events"),
+        ("s3a://bucket", "s3://bucket/events"),
+        ("s3a://bucket/lake/", "s3://bucket/lake/events"),
+        ("s3://bucket/lake", "s3://bucket/lake/events"),
     ],
 )
 def test_the_lakehouse_may_lie_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lakehouse: str, table: str) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from deltalake import DeltaTable, write_deltalake
+from deltalake import write_deltalake
 
 from spark_jobs.audit.compare import LEDGER_MEASURES
 from spark_jobs.audit.compare_events import METRIC_KEYS, METRIC_MEASURES
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.lake.duck import connect_delta
+from spark_jobs.lake.reading import open_table
 from spark_jobs.lake.tables import TABLES
 
 _BATCH = "_query_id, _batch_id"
@@ -26,7 +27,7 @@ def copied(home: Settings, target: Path) -> Settings:
 
 def select(settings: Settings, sql: str) -> pa.Table:
     """Rows by SQL, in which each table of the registry stands under its name, as it is now."""
-    with connect_delta() as lake:
+    with connect_delta(lakehouse=settings.lakehouse_uri) as lake:
         lake.execute("set timezone = 'UTC'")
         for name in TABLES:
             lake.execute(f"create view {name} as from delta_scan('{settings.table_uri(name)}')")
@@ -40,24 +41,26 @@ def rows(settings: Settings, sql: str) -> list[tuple[Any, ...]]:
 
 def select_files(settings: Settings, name: str) -> list[Path]:
     """The data files of a table."""
-    held = DeltaTable(settings.table_uri(name))
+    held = open_table(settings.table_uri(name))
     return [Path(uri.removeprefix("file://")) for uri in held.file_uris()]
 
 
 def append(settings: Settings, name: str, sql: str) -> None:
     """Add the rows of a query to a table, as a hand would."""
     table = TABLES[name]
-    write_deltalake(settings.table_uri(name), select(settings, sql).select(table.schema.names).cast(table.schema), mode="append")
+    write_deltalake(
+        open_table(settings.table_uri(name)), select(settings, sql).select(table.schema.names).cast(table.schema), mode="append"
+    )
 
 
 def delete(settings: Settings, name: str, where: str) -> None:
     """Delete rows, as a hand would; at least one has to go."""
-    assert DeltaTable(settings.table_uri(name)).delete(where)["num_deleted_rows"] > 0
+    assert open_table(settings.table_uri(name)).delete(where)["num_deleted_rows"] > 0
 
 
 def update(settings: Settings, name: str, where: str, **values: str) -> None:
     """Change rows, as a hand would; at least one has to be there."""
-    assert DeltaTable(settings.table_uri(name)).update(updates=values, predicate=where)["num_updated_rows"] > 0
+    assert open_table(settings.table_uri(name)).update(updates=values, predicate=where)["num_updated_rows"] > 0
 
 
 def contents(settings: Settings, *, identity: bool = True) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def campaigns(settings: Settings, *rows: str) -> None:
 
 def rows(_spark: SparkSession | None, settings: Settings, table: str, columns: str, where: str = "true") -> list[tuple[Any, ...]]:
     """Columns of a table, sorted; by DuckDB, which needs a tenth of Spark's time."""
-    with connect_delta() as lake:
+    with connect_delta(lakehouse=settings.lakehouse_uri) as lake:
         return _rows(lake, settings, table, columns, where)
 
 
@@ -110,7 +110,7 @@ EVENT_COLUMNS = (
 )
 
 
-def everything(_spark: SparkSession, settings: Settings) -> dict[str, Any]:
+def everything(_spark: SparkSession | None, settings: Settings) -> dict[str, Any]:
     """All tables, free of query ids, batch ids and times of ingestion: equal for equal input, however it was ingested."""
     keys = "event_minute, region, campaign_id, ad_id, store_id, placement, currency"
     minutes = f"{keys}; sum(impressions); sum(clicks); sum(spend_nanos)"
@@ -122,7 +122,7 @@ def everything(_spark: SparkSession, settings: Settings) -> dict[str, Any]:
     orders = (
         "order_id; order_time; received_at; region; user_id; store_id; total_micros; currency; status; cancelled_at; has_placed"
     )
-    with connect_delta() as lake:
+    with connect_delta(lakehouse=settings.lakehouse_uri) as lake:
         return {
             "events": _rows(lake, settings, "events", EVENT_COLUMNS),
             "minute_metrics": _rows(lake, settings, "minute_metrics", minutes, "true group by all"),

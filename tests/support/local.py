@@ -5,13 +5,14 @@ Only Spark's part is missing: the checkpoint that plans a batch, and the workers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lake
 
+from benchmarks.in_process import LocalExecutor
 from spark_jobs.config import Settings
 from spark_jobs.ingest.batch import BatchReport
 from spark_jobs.ingest.events import EventsJob
@@ -20,21 +21,6 @@ from spark_jobs.ingest.orders import OrdersJob
 from spark_jobs.ingest.source import FilesSource, Planned
 from spark_jobs.ingest.stream import StreamJob
 from spark_jobs.units import SECOND_US, to_micros
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-class LocalExecutor:
-    """Runs the work of a batch in this process (see `spark_jobs.ingest.job.Executor`)."""
-
-    parallelism = 1
-    shares_disk = True
-    was_cut_off = False
-
-    def map(self, function: Callable[[Iterable[Item]], Iterable[Result]], items: Sequence[Item], slices: int) -> list[Result]:
-        """Run all items as one task."""
-        return list(function(iter(items)))
 
 
 class _ChosenFiles(FilesSource):

@@ -6,17 +6,13 @@ property test can try hundreds. The tests with a real Spark say that the two agr
 
 from __future__ import annotations
 
-import json
 import os
-import time
-import uuid
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from local import LocalExecutor
 
+from benchmarks.in_process import Checkpoint as Checkpoint
+from benchmarks.in_process import LocalExecutor
 from spark_jobs.config import Settings
 from spark_jobs.ingest.batch import BatchReport
 from spark_jobs.ingest.events import EventsJob
@@ -25,45 +21,6 @@ from spark_jobs.ingest.stream import StreamJob
 from spark_jobs.steps import Step
 
 JOBS: dict[str, type[StreamJob[Any]]] = {"events": EventsJob, "orders": OrdersJob}
-
-
-class Checkpoint:
-    """The checkpoint of a stream of files, of which ``commits`` says what has ended."""
-
-    def __init__(self, settings: Settings, stream: str) -> None:
-        self._folder = settings.checkpoints_path / stream
-        if not (self._folder / "metadata").exists():
-            self._write("metadata", json.dumps({"id": str(uuid.uuid4())}))
-
-    def _write(self, name: str, *lines: str) -> None:
-        path = self._folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines))
-
-    @property
-    def planned(self) -> int:
-        """How many batches were planned."""
-        return len(list(self._folder.glob("offsets/*")))
-
-    def taken(self) -> set[str]:
-        """The paths of all files of planned batches."""
-        logs = [path.read_text().splitlines()[1:] for path in self._folder.glob("sources/0/*")]
-        return {json.loads(line)["path"].removeprefix("file://") for lines in logs for line in lines}
-
-    def plan(self, files: Iterable[Path]) -> int:
-        """Plan a batch of these files; returns its id."""
-        batch = self.planned
-        entries = [
-            json.dumps({"path": path.as_uri(), "timestamp": path.stat().st_mtime_ns // 10**6, "batchId": batch}) for path in files
-        ]
-        self._write(f"sources/0/{batch}", "v1", *entries)
-        meta = json.dumps({"batchTimestampMs": int(time.time() * 1000)})
-        self._write(f"offsets/{batch}", "v1", meta, json.dumps({"logOffset": batch}))
-        return batch
-
-    def end(self, batch: int) -> None:
-        """Note that a batch has ended."""
-        self._write(f"commits/{batch}", "v1", "{}")
 
 
 def ingest(settings: Settings, stream: str = "orders", *, files_per_batch: int = 1000) -> list[BatchReport]:

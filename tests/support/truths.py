@@ -19,7 +19,7 @@ def assert_truth(home: Settings, truth: dict[str, Any]) -> None:
         home, f"select region, {hour.format('event_hour')}, {sums} from batch_ledger where stream = 'events' group by all"
     )
     said = [(row["region"], row["event_hour"], *(row[name] for name in COUNTS)) for row in truth["accounting"]]
-    assert held == sorted(said, key=repr)
+    assert held == sorted(said, key=repr), sorted({*held} ^ {*said}, key=repr)[:6]
     measures = ("impressions", "clicks", "spend_nanos")  # what a review calls invalid is not decided by an ingest
     sums = ", ".join(f"sum({name} + invalid_{name})::bigint" for name in measures)
     hour = hour.format("date_trunc('hour', event_minute)")

@@ -10,7 +10,7 @@ timed as (
 
     select
         *,
-        cast('{{ var("built_at") }}' as timestamp) as built_at
+        {{ built_at() }} as built_at
     from campaigns
 
 ),

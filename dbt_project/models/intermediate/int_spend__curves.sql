@@ -6,92 +6,58 @@ minutes as (
 
 ),
 
-days as (
-
-    select
-        campaign_id,
-        currency,
-        event_date,
-        sum(spend_nanos) as spend_nanos
-    from minutes
-    group by campaign_id, currency, event_date
-
-),
-
-hours as (
-
-    select
-        campaign_id,
-        currency,
-        event_date,
-        hour(event_minute) as hour_of_day,
-        sum(spend_nanos) as spend_nanos
-    from minutes
-    group by campaign_id, currency, event_date, hour(event_minute)
-
-),
-
-clock as (
-
-    select unnest(range(24)) as hour_of_day
-
-),
-
-dense_hours as (
-
-    select
-        days.campaign_id,
-        days.currency,
-        days.event_date,
-        clock.hour_of_day,
-        days.spend_nanos as day_nanos,
-        coalesce(hours.spend_nanos, 0) as hour_nanos
-    from days
-    cross join clock
-    left join hours
-        on
-            days.campaign_id = hours.campaign_id
-            and days.currency = hours.currency
-            and days.event_date = hours.event_date
-            and clock.hour_of_day = hours.hour_of_day
-
-),
-
--- The share of a day's spend by the end of each hour. A day whose spend sums to 0 is skipped.
 shares as (
 
-    select
+    select * from {{ ref('int_spend__shares') }}
+
+),
+
+days as (
+
+    select distinct
         campaign_id,
         currency,
+        event_date
+    from minutes
+
+),
+
+dates as (
+
+    select distinct event_date from days
+
+),
+
+-- Each day with the 28 days before it. A join by equality: its cost follows the days that a build makes.
+previous_days as (
+
+    select
         event_date,
-        hour_of_day,
-        case
-            when day_nanos > 0
-                then
-                    sum(hour_nanos) over (
-                        partition by campaign_id, currency, event_date order by hour_of_day asc
-                    ) / cast(day_nanos as double)
-        end as share_at_end
-    from dense_hours
+        cast(
+            unnest(generate_series(event_date - interval 28 days, event_date - interval 1 day, interval 1 day)) as date
+        ) as previous_date
+    from dates
 
 ),
 
 curves as (
 
     select
-        campaign_id,
-        currency,
-        event_date,
-        hour_of_day,
-        avg(share_at_end) over previous_days as share_at_end,
-        count(share_at_end) over previous_days as history_days
+        shares.campaign_id,
+        shares.currency,
+        previous_days.event_date,
+        shares.hour_of_day,
+        -- a quotient of whole numbers, and so the same whatever else a build reads
+        cast(sum(shares.share_at_end) as double) / (1e15 * nullif(count(shares.share_at_end), 0)) as share_at_end,
+        count(shares.share_at_end) as history_days
     from shares
-    window
-        previous_days as (
-            partition by campaign_id, currency, hour_of_day
-            order by event_date asc
-            range between interval 28 days preceding and interval 1 day preceding
-        )
+    inner join previous_days on shares.event_date = previous_days.previous_date
+    inner join days
+        on
+            shares.campaign_id = days.campaign_id
+            and shares.currency = days.currency
+            and previous_days.event_date = days.event_date
+    group by shares.campaign_id, shares.currency, previous_days.event_date, shares.hour_of_day
 
 ),
 
@@ -105,7 +71,10 @@ final as (
         history_days,
         share_at_end,
         coalesce(
-            lag(share_at_end) over (partition by campaign_id, currency, event_date order by hour_of_day asc), 0
+            lag(share_at_end) over (
+                partition by campaign_id, currency, event_date order by hour_of_day asc
+            ),
+            0
         ) as share_at_start
     from curves
 

@@ -20,6 +20,7 @@ dated as (
         0 as orders_by_order_date,
         0 as revenue_by_order_date_micros
     from credits
+    where {{ is_built_day('touch_date') }}
     union all
     select
         order_date as event_date,
@@ -33,6 +34,7 @@ dated as (
         credit_weight as orders_by_order_date,
         credit_micros as revenue_by_order_date_micros
     from credits
+    where {{ is_built_day('order_date') }}
 
 ),
 

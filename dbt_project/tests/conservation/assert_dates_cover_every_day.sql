@@ -1,5 +1,5 @@
 -- Every day with figures is in dim_date, and dim_date has no other days outside their range.
-{{ config(severity='error') }}
+{{ config(severity='error', meta={'all_days': true}) }}
 
 with
 

@@ -34,6 +34,7 @@ measured as (
     where
         model = '{{ var("attribution_model") }}'
         and window_days = {{ var("attribution_window_days") }}
+        and {{ is_built_day('touch_date') }}
 
 )
 

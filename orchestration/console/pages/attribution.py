@@ -106,7 +106,7 @@ def orders(view: View) -> DataTable:
         from fct_attribution_credits
         where model = $model and window_days = $window and order_date between $first and $last
             and {view.where(advertiser="store_id", campaign="campaign_id", currency="currency")}
-        order by order_time desc, order_id, touch_time limit {_ROWS}
+        order by order_time desc, columns(*) limit {_ROWS}
         """
     )
     for row in rows:

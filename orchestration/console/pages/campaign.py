@@ -107,7 +107,7 @@ def ads(view: View) -> DataTable:
     tests = view.where(**_TESTS, region="region")
     rows = view.rows(
         f"select ad_id, currency, {SUMS} from fct_campaign_minute where {tests} group by ad_id, currency "
-        f"order by sum(impressions + clicks) desc, ad_id limit {_MOST_ROWS}"
+        f"order by sum(impressions + clicks) desc, ad_id, currency limit {_MOST_ROWS}"
     )
     names = {
         row["ad_id"]: row["ad_name"]
@@ -124,7 +124,7 @@ def placements(view: View) -> DataTable:
     """The placements in which the campaign was shown."""
     rows = view.rows(
         f"select placement, currency, {SUMS} from fct_placement_day where {view.where(**_TESTS, region='region')} "
-        f"group by placement, currency order by sum(impressions + clicks) desc, placement limit {_MOST_ROWS}"
+        f"group by placement, currency order by sum(impressions + clicks) desc, placement, currency limit {_MOST_ROWS}"
     )
     for row in rows:
         add_rates(row)
@@ -174,7 +174,7 @@ def frequency(view: View) -> DataTable:
 
 def restatements(view: View) -> DataTable:
     """What changed after it was first counted, the newest change first."""
-    rows = view.rows(f"from fct_restatements where {view.where(**_TESTS)} order by restated_at desc, cause limit {_MOST_ROWS}")
+    rows = view.rows(f"from fct_restatements where {view.where(**_TESTS)} order by restated_at desc, columns(*) limit {_MOST_ROWS}")
     for row in rows:
         row["spend"] = units_of_nanos(row["spend_nanos"], row["currency"])
     return DataTable(

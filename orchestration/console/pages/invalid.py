@@ -81,7 +81,7 @@ def history(view: View) -> DataTable:
 def _measured(view: View, grain: str) -> list[Row]:
     rows = view.rows(
         f"select {grain} currency, {_COUNTS} from fct_invalid_traffic_day where {view.where(**_DIMENSIONS)} group by all "
-        f"order by invalid_nanos desc, 1 limit {_MOST}"
+        f"order by invalid_nanos desc, 1, currency limit {_MOST}"
     )
     for row in rows:
         invalid = row["invalid_impressions"] + row["invalid_clicks"]

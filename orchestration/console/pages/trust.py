@@ -49,7 +49,7 @@ def recounts(view: View) -> DataTable:
     rows = view.rows(
         f"""
         select run_at, event_hour, layer, cause, campaign_id, rows_different, micros_difference, is_repaired, is_latest, detail
-        from fct_reconciliation where {_HOURS} order by run_at desc, event_hour limit {_ROWS}
+        from fct_reconciliation where {_HOURS} order by run_at desc, columns(*) limit {_ROWS}
         """
     )
     columns = (
@@ -76,7 +76,7 @@ def restatements(view: View) -> DataTable:
             as impressions, sum(clicks)::bigint as clicks, sum(spend_nanos)::hugeint as nanos, max(restated_at) as restated_at,
             bool_or(is_after_billing) as is_after_billing
         from fct_restatements where {view.where(day="event_date", campaign="campaign_id", currency="currency")}
-        group by event_date, kind, cause, reason, currency order by event_date desc, kind, cause, currency limit {_ROWS}
+        group by event_date, kind, cause, reason, currency order by event_date desc, kind, cause, reason, currency limit {_ROWS}
         """
     )
     for row in rows:

@@ -98,6 +98,7 @@ function showStatus() {
   let said = "not connected: these figures do not move";
   if (connected && state) {
     if (state.problem) said = state.problem;
+    else if (!state.ingested_at) said = "reading the newest figures";
     else said = `live, ${ago(Date.now() - Math.min(utc(state.received_at ?? state.ingested_at), utc(state.ingested_at)))} behind${state.build ? ` · build ${state.build}` : " · no marts yet"}`;
   }
   if (text.textContent !== said) text.textContent = said;

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
+from spark_jobs.ingest.contract.alike import read_alike
 from spark_jobs.ingest.contract.spec import CURRENCIES, EARLIEST_US, LATEST_US, REGION_FORM, BatchLimits, Contract, Field, FieldKind
 
 SMALLEST_BLOCK = 32
@@ -27,6 +28,7 @@ _INFERRED_LINES = 256  # to infer unknown fields from: each line may have anothe
 _MOST_QUOTES = 200  # per line, on average over these lines: all fields of the contract have 56
 _CURRENCIES = pa.array(sorted(CURRENCIES))
 _TIME_PATTERN = r"^\d{4}-\d\d-\d\dT([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)$"
+_WIDTHS = (20, 22, 27)  # of a time without a fraction, and with the shortest and the longest
 _ODD = (b"\\", b"[", b"\r", b"\0")
 
 
@@ -45,7 +47,7 @@ def flat_lines(data: bytes, ends: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_
     octets = np.frombuffer(data, dtype=np.uint8)
     starts = np.concatenate(([0], ends[:-1]))
     flat: npt.NDArray[np.bool_] = octets[starts] == ord("{")
-    if data.count(b"{") != len(ends) or not flat.all():
+    if np.count_nonzero(octets == ord("{")) != len(ends) or not flat.all():
         flat &= np.add.reduceat(octets == ord("{"), starts, dtype=np.int32) == 1
     for odd in _ODD:
         if odd in data:
@@ -62,12 +64,26 @@ def accept_plain(
     """
     if REGION_FORM.fullmatch(folder_region) is None:
         return parsed_schema(contract).empty_table()
-    numbers = lines["n"].to_numpy()
+    numbers, texts = lines["n"].to_numpy(), lines["line"].combine_chunks()
     accepted = []
-    for start, parsed in _parsed(lines["line"].combine_chunks(), contract):
+    if (found := _parsed_alike(texts, contract)) is not None:
+        is_read, parsed = found
+        accepted.append(_checked(parsed, contract, folder_region, limits, pa.array(numbers[is_read]), own_region))
+        numbers, texts = numbers[~is_read], texts.filter(pa.array(~is_read))
+    for start, parsed in _parsed(texts, contract):
         n = pa.array(numbers[start : start + parsed.num_rows])
         accepted.append(_checked(parsed, contract, folder_region, limits, n, own_region))
-    return pa.concat_tables(accepted) if accepted else parsed_schema(contract).empty_table()
+    made = pa.concat_tables(accepted) if accepted else parsed_schema(contract).empty_table()
+    return made.take(np.argsort(made["n"].to_numpy())) if found is not None and len(accepted) > 1 else made
+
+
+def _parsed_alike(lines: pa.StringArray, contract: Contract) -> tuple[npt.NDArray[np.bool_], pa.Table] | None:
+    """Return which lines the fastest reader has read, and their fields with times as int64. None if it is of no use here."""
+    found = read_alike(lines, contract)
+    try:
+        return None if found is None else (found[0], _times(found[1], contract))
+    except pa.ArrowInvalid:
+        return None
 
 
 def _parsed(lines: pa.StringArray, contract: Contract, start: int = 0) -> Iterator[tuple[int, pa.Table]]:
@@ -142,10 +158,29 @@ def _times(parsed: pa.Table, contract: Contract) -> pa.Table:
     for index, spec in enumerate(contract.fields):
         if spec.kind is FieldKind.TIME:
             text = parsed[spec.name]
-            if pc.any(pc.invert(pc.match_substring_regex(text, _TIME_PATTERN))).as_py():
+            if not _are_plain_times(text) and pc.any(pc.invert(pc.match_substring_regex(text, _TIME_PATTERN))).as_py():
                 raise pa.ArrowInvalid("a time of another form")
             parsed = parsed.set_column(index, spec.name, text.cast(pa.timestamp("us", "UTC")).cast(pa.int64()))
     return parsed
+
+
+def _are_plain_times(texts: pa.ChunkedArray) -> bool:
+    """Return whether all texts have the digits that _TIME_PATTERN allows, and as many, and end with Z. Faster than the pattern."""
+    column = texts.combine_chunks()
+    if not len(column) or column.null_count:
+        return False
+    ends = np.frombuffer(column.buffers()[1], dtype=np.int32)[column.offset : column.offset + len(column) + 1]
+    width = int(ends[1] - ends[0])
+    if not (width == _WIDTHS[0] or _WIDTHS[1] <= width <= _WIDTHS[2]) or not (np.diff(ends) == width).all():
+        return False
+    octets = np.frombuffer(column.buffers()[2], dtype=np.uint8)[ends[0] : ends[-1]]
+    places = np.ascontiguousarray(octets.reshape(-1, width).T)
+    lowest, highest = (
+        np.frombuffer(f"{form[: width - 1]}Z".encode(), dtype=np.uint8)[:, None]
+        for form in ("0000-00-00T00:00:00.000000", "9999-99-99T29:59:59.999999")
+    )
+    after_23 = (places[11] == ord("2")) & (places[12] > ord("3"))
+    return bool(((places >= lowest) & (places <= highest)).all() and not after_23.any())
 
 
 def _valid(spec: Field, values: pa.ChunkedArray, folder_region: str, own_region: bool) -> pa.ChunkedArray:

@@ -26,7 +26,7 @@ Lookup = Callable[[Words, Words], tuple[npt.NDArray[np.bool_], Words]]
 
 @dataclass(frozen=True)
 class Classification:
-    """The outcome of each record (Outcome as int8), and the fingerprint of the accepted record with the same id."""
+    """The outcome of each record (Outcome as int8) and, for conflicts at least, the fingerprint of the accepted record."""
 
     outcome: npt.NDArray[np.int8]
     accepted_fingerprint: Words
@@ -55,3 +55,9 @@ def classify(keys: Keys, lookup: Lookup) -> Classification:
     accepted_fingerprint = np.empty(count, dtype=np.uint64)
     accepted_fingerprint[order] = holder_of_record
     return Classification(outcome, accepted_fingerprint)
+
+
+def accepted_keys(keys: Keys, classified: Classification) -> Keys:
+    """Return the keys that are accepted, sorted."""
+    order = keys.order  # already computed by classify
+    return keys.take(order[(classified.outcome == Outcome.ACCEPTED)[order]])

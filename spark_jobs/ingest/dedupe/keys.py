@@ -8,6 +8,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+from xxhash import xxh3_64_hexdigest
 
 from spark_jobs.ingest.contract.spec import Contract, FieldKind
 from spark_jobs.lake.duck import query_arrow
@@ -46,30 +48,42 @@ class Keys:
             order = np.lexsort((self.high, self.low))
         return order
 
+    @property
+    def checksum(self) -> str:
+        """A checksum that does not depend on the order of the keys."""
+        return xxh3_64_hexdigest(np.column_stack((self.low, self.high, self.fingerprint))[self.order].tobytes())
+
+    def are(self, keys: Keys) -> bool:
+        """Return whether these are the same keys and fingerprints, in any order."""
+        return len(self) == len(keys) and self.checksum == keys.checksum
+
 
 def hash_keys(records: pa.Table, contract: Contract) -> pa.Table:
     """Return key_low and key_high (the halves of the id's MD5) and fingerprint (half of the payload's MD5) of records, uint64."""
-    payload = _fingerprint_sql(contract, escaped=_has_control_characters(records, contract))
+    texts = pa.table({"id": records[contract.id_field], "payload": _payloads(records, contract)})
     return query_arrow(
-        f"select {_ID_HALVES}, md5_number_lower(payload) as fingerprint from ({_hashed(contract.id_field, payload)})", records
+        f"select {_ID_HALVES}, (payload >> 64)::ubigint as fingerprint "
+        "from (select md5_number(id) as digest, md5_number(payload) as payload from input)",
+        texts,
     )
 
 
-def _fingerprint_sql(contract: Contract, *, escaped: bool) -> str:
-    """Return SQL for the canonical payload: every field but id, received_at and region, separated by 0x1F, null as 0x01.
+def _payloads(records: pa.Table, contract: Contract) -> pa.ChunkedArray:
+    """Return the canonical payloads: every field but id, received_at and region, separated by 0x1F, null as 0x01.
 
-    ``escaped`` writes 0x01 in a text as 0x01 and e, and 0x1F as 0x01 and s, so that no two payloads give the same text. Without
-    these characters, which is nearly always, the result is the same and faster to compute unescaped.
+    0x01 in a text becomes 0x01 and e, and 0x1F becomes 0x01 and s, so that no two payloads give the same text. Hardly any text has
+    such a character.
     """
-    parts = []
+    is_escaped = _has_control_characters(records, contract)
+    columns = []
     for spec in contract.payload:
-        text = spec.name
+        text = records[spec.name]
         if spec.kind in (FieldKind.INTEGER, FieldKind.TIME):
-            text = f"{spec.name}::varchar"
-        elif escaped and spec.kind in (FieldKind.ID, FieldKind.TEXT):
-            text = f"replace(replace({spec.name}, chr(1), chr(1) || 'e'), chr(31), chr(1) || 's')"
-        parts.append(text if spec.required or spec.kind is FieldKind.INTEGER else f"coalesce({text}, chr(1))")
-    return f"concat_ws(chr(31), {', '.join(parts)})"
+            text = text.cast(pa.string())
+        elif is_escaped and spec.kind in (FieldKind.ID, FieldKind.TEXT):
+            text = pc.replace_substring(pc.replace_substring(text, "\x01", "\x01e"), "\x1f", "\x01s")
+        columns.append(pc.fill_null(text, "\x01") if text.null_count else text)
+    return pc.binary_join_element_wise(*columns, "\x1f")
 
 
 def _has_control_characters(records: pa.Table, contract: Contract) -> bool:
@@ -78,17 +92,13 @@ def _has_control_characters(records: pa.Table, contract: Contract) -> bool:
     return any(buffer and np.frombuffer(buffer, dtype=np.uint8).min() < 32 for buffer in buffers)
 
 
-# computes the digest once: md5_number_lower and md5_number_upper would compute it twice
+# md5_number_lower and md5_number_upper would compute the digest twice each
 _ID_HALVES = "(digest & 18446744073709551615)::ubigint as key_low, (digest >> 64)::ubigint as key_high"
-
-
-def _hashed(id_column: str, payload: str = "''") -> str:
-    return f"select md5_number({id_column}) as digest, {payload} as payload from input"
 
 
 def keys_of_ids(ids: pa.Table, id_column: str, fingerprint_column: str) -> Keys:
     """Return keys of ids and stored fingerprints (int64, the same 64 bits), to rebuild the index from a table."""
-    hashed = query_arrow(f"select {_ID_HALVES} from ({_hashed(id_column)})", ids.select([id_column]))
+    hashed = query_arrow(f"select {_ID_HALVES} from (select md5_number({id_column}) as digest from input)", ids.select([id_column]))
     fingerprint = ids[fingerprint_column].to_numpy().astype(np.int64).view(np.uint64)
     return Keys(hashed["key_low"].to_numpy(), hashed["key_high"].to_numpy(), fingerprint)
 

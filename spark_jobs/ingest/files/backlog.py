@@ -12,8 +12,10 @@ from pathlib import Path
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import UsageError
-from spark_jobs.ingest.files.checkpoint import read_batch_files, read_finished_batches, read_finished_files
+from spark_jobs.ingest.files.checkpoint import planned_at_ms, read_batch_files, read_finished_batches, read_finished_files
 from spark_jobs.ingest.files.landing import MAX_STRAYS, Entry, Reason, name_below, reason_of, walk_landing
+from spark_jobs.lake.checkpoint_copy import checkpoints_to_read
+from spark_jobs.lake.landing_view import arrived_at, refresh_landing, whole_time
 from spark_jobs.lake.log import Commit, DeltaLog
 from spark_jobs.lake.tables import EVENTS, ORDERS, STREAMS
 from spark_jobs.texts import counted, printable
@@ -64,21 +66,26 @@ class LandingReport:
 
 
 def read_landing(settings: Settings) -> LandingReport:
-    """Compare the landing folder with the checkpoints. Raises TableCorruptionError if a checkpoint is unreadable."""
+    """Compare the landing folder with the checkpoints.
+
+    Raises TableCorruptionError if a checkpoint is unreadable, StoreError if the landing folder is in a store that does not answer.
+    """
+    refresh_landing(settings)
     landing = settings.landing_path
     read = {name: ms for stream in STREAMS for name, ms in _finished_names(settings, stream).items()}
     waiting: dict[str, list[Entry]] = {}
     ignored: dict[tuple[str, Reason], list[str]] = {}
     for entry in walk_landing(landing):
         reason = entry.reason
-        if reason is None and entry.name in read and read[entry.name] != entry.modified_ms:
-            reason = Reason.CHANGED
+        was = read.get(entry.name, entry.modified_ms)
+        if reason is None and was != entry.modified_ms:
+            reason = Reason.CHANGED if whole_time(settings, was) != whole_time(settings, entry.modified_ms) else None
         if reason is not None:
             ignored.setdefault((entry.source, reason), []).append(entry.name)
         elif entry.source.partition("/")[0] in STREAMS and entry.name not in read:
             waiting.setdefault(entry.source, []).append(entry)
     return LandingReport(
-        [_waiting(source, found) for source, found in sorted(waiting.items())],
+        [_waiting(settings, source, found) for source, found in sorted(waiting.items())],
         [
             IgnoredFiles(source, reason, reason.text, len(names), [printable(name) for name in sorted(names)[:_EXAMPLES]])
             for (source, reason), names in sorted(ignored.items())
@@ -87,10 +94,10 @@ def read_landing(settings: Settings) -> LandingReport:
     )
 
 
-def _waiting(source: str, found: list[Entry]) -> WaitingFiles:
+def _waiting(settings: Settings, source: str, found: list[Entry]) -> WaitingFiles:
     stream, _, region = source.partition("/")
-    first = min(found, key=lambda entry: (entry.arrived, entry.name))
-    return WaitingFiles(stream, region, len(found), datetime.fromtimestamp(first.arrived, UTC), printable(first.name))
+    arrived, name = min((arrived_at(settings, entry.modified_ms / 1000, entry.arrived), entry.name) for entry in found)
+    return WaitingFiles(stream, region, len(found), datetime.fromtimestamp(arrived, UTC), printable(name))
 
 
 def unaccounted_files(settings: Settings, stream: str, since: datetime | None = None) -> list[str]:
@@ -104,7 +111,7 @@ def unaccounted_files(settings: Settings, stream: str, since: datetime | None = 
     left = {n for n in planned_ms if os.path.lexists(landing / n) and reason_of(landing, n) is None}
     oldest: Commit | None = None
     for commit in DeltaLog(settings.table_uri(_ACCEPTED[stream].name)).commits_backwards() if left else ():
-        left -= _names_of_plan(commit, landing, stream)
+        left -= _names_of_plan(commit, settings, stream)
         oldest = commit
         if not left or (since is not None and _committed_ms(commit) < since.timestamp() * 1000):
             break
@@ -114,27 +121,42 @@ def unaccounted_files(settings: Settings, stream: str, since: datetime | None = 
     return sorted(name for name in left if (planned_ms[name] or 0) > cut)
 
 
+def finished_plans(settings: Settings, stream: str) -> tuple[datetime, datetime] | None:
+    """Return when the oldest and the newest finished batch were planned, of those whose plan the checkpoint still has."""
+    checkpoint = checkpoints_to_read(settings) / stream
+    finished = read_finished_batches(checkpoint)
+    if not finished:
+        return None
+    first, last = (datetime.fromtimestamp(planned_at_ms(checkpoint, batch) / 1000, UTC) for batch in (finished[0], finished[-1]))
+    return first, last
+
+
 def _planned_names(settings: Settings, stream: str, since: datetime | None) -> dict[str, int | None]:
     """Return the files of finished batches, each with the time (ms) of its batch's plan; None if that is unknown."""
-    checkpoint, landing = settings.checkpoints_path / stream, settings.landing_path
+    checkpoint = checkpoints_to_read(settings) / stream
     found: dict[str, int | None] = {} if since is not None else dict.fromkeys(_finished_names(settings, stream))
-    for batch_id in read_finished_batches(checkpoint):
+    for batch_id in reversed(read_finished_batches(checkpoint)):
+        if since is not None and planned_at_ms(checkpoint, batch_id) < since.timestamp() * 1000:
+            break
         batch = read_batch_files(checkpoint, batch_id)
-        if since is None or batch.planned_us >= since.timestamp() * 1_000_000:
-            found |= {name_below(file.path, landing, stream): batch.planned_us // 1000 for file in batch.files}
+        found |= {name_below(file.path, settings, stream): batch.planned_us // 1000 for file in batch.files}
     return found
 
 
 def _finished_names(settings: Settings, stream: str) -> dict[str, int]:
     """Return the files that the checkpoint counts as read, each with its time of modification then (ms)."""
-    landing = settings.landing_path
-    return {name_below(path, landing, stream): ms for path, ms in read_finished_files(settings.checkpoints_path / stream).items()}
+    finished = read_finished_files(checkpoints_to_read(settings) / stream)
+    folder = f"{settings.landing_path}/"
+    place = f"{folder}{stream}/"
+    return {
+        path[len(folder) :] if path.startswith(place) else name_below(path, settings, stream): ms for path, ms in finished.items()
+    }
 
 
-def _names_of_plan(commit: Commit, landing: Path, stream: str) -> set[str]:
+def _names_of_plan(commit: Commit, settings: Settings, stream: str) -> set[str]:
     """Return the files of the batch, or of the repair, that made a commit."""
     try:
-        return {name_below(str(file[1]), landing, stream) for file in commit.metadata["files"]}
+        return {name_below(str(file[1]), settings, stream) for file in commit.metadata["files"]}
     except (KeyError, TypeError, IndexError):
         return set()  # a compaction, a correction or another tool made the commit
 

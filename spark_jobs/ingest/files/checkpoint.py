@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spark_jobs.ingest.checkpoint_log import numbers, read_log, read_offset, refuse_unreadable
-from spark_jobs.ingest.files.landing import LandingFile, uri_path
+from spark_jobs.ingest.files.landing import FILE_ENDINGS, LandingFile, uri_path
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,25 @@ class BatchFiles:
     files: list[LandingFile]
 
 
-def read_batch_files(checkpoint: Path, batch_id: int, place: Callable[[str], str] = str) -> BatchFiles:
-    """Return the files of a batch. A missing file has size 0. ``place`` maps a path in the checkpoint to the present path.
+def read_batch_files(
+    checkpoint: Path, batch_id: int, place: Callable[[str], str] = str, listed_at: Callable[[str], str] = str
+) -> BatchFiles:
+    """Return the files of a batch. A missing file has size 0.
+
+    ``place`` maps a path in the checkpoint to the present path, ``listed_at`` to the path whose size is the file's.
 
     Raises TableCorruptionError if the checkpoint is not in the format of this Spark version.
     """
     planned_ms, end = _offset(checkpoint, batch_id)
     start = _offset(checkpoint, batch_id - 1)[1] if batch_id else -1
     listed = [file for log_id in range(start + 1, end + 1) for file in _listed_files(checkpoint, log_id)]
-    files = [LandingFile(ms, path, _size(path)) for ms, path in ((ms, place(path)) for ms, path in listed)]
+    files = [LandingFile(ms, place(path), _size(listed_at(path))) for ms, path in listed]
     return BatchFiles(planned_ms * 1000, sorted(files))
+
+
+def planned_at_ms(checkpoint: Path, batch_id: int) -> int:
+    """Return the time of a batch's plan in milliseconds. Raises as ``read_batch_files`` does."""
+    return _offset(checkpoint, batch_id)[0]
 
 
 def read_finished_files(checkpoint: Path) -> dict[str, int]:
@@ -51,6 +60,54 @@ def read_finished_files(checkpoint: Path) -> dict[str, int]:
     return {uri_path(entry["path"]): int(entry["timestamp"]) for entry in entries}
 
 
+def has_read_all(checkpoint: Path, folder: Path) -> bool:
+    """Return whether Spark's file source has read all of ``folder``: it would neither plan a batch nor finish one.
+
+    False if in doubt, as with a link or a folder that cannot be listed. Raises as ``read_batch_files`` does.
+    """
+    planned, ended = (max(numbers(checkpoint / part), default=-1) for part in ("offsets", "commits"))
+    if planned != ended or not (checkpoint / "metadata").exists():
+        return False
+    log = checkpoint / "sources" / "0"
+    end = _offset(checkpoint, planned)[1] if planned >= 0 else -1
+    if max(numbers(log) | numbers(log, ".compact"), default=-1) != end:  # a list was written, and its batch was not planned yet
+        return False
+    read = read_finished_files(checkpoint)
+    try:
+        return all(path in read for path in _listed_by_spark(folder))
+    except OSError:
+        return False
+
+
+def count_files(folder: Path) -> int:
+    """Return how many files Spark's file source lists in ``folder``; 0 if it cannot be listed."""
+    try:
+        return sum(1 for _ in _listed_by_spark(folder))
+    except OSError:
+        return 0
+
+
+def _listed_by_spark(folder: Path) -> Iterator[str]:
+    """Yield what Spark's file source may list as a file below ``folder``, and links to folders."""
+    folders = [str(folder)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if _is_hidden_from_spark(entry.name):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif entry.name.endswith(FILE_ENDINGS) or entry.is_dir():
+                    yield entry.path
+
+
+def _is_hidden_from_spark(name: str) -> bool:
+    """Return whether Spark skips an entry by its name (`HadoopFSUtils.shouldFilterOutPathName`)."""
+    if name.startswith("_"):
+        return "=" not in name and not name.startswith(("_common_metadata", "_metadata"))
+    return name.startswith(".")
+
+
 def read_finished_batches(checkpoint: Path) -> list[int]:
     """Return the finished batches whose plan the checkpoint still has (Spark keeps the last hundred)."""
     offsets = numbers(checkpoint / "offsets")
@@ -59,7 +116,8 @@ def read_finished_batches(checkpoint: Path) -> list[int]:
 
 def _entries(path: Path) -> list[dict[str, Any]]:
     with refuse_unreadable(f"{path} is not the list of a file source"):
-        return [json.loads(line) for line in read_log(path)]
+        entries: list[dict[str, Any]] = json.loads(f"[{','.join(read_log(path))}]")  # at once: a compacted list has all files
+        return entries
 
 
 def _size(path: str) -> int:
@@ -81,8 +139,19 @@ def _listed_files(checkpoint: Path, log_id: int) -> list[tuple[int, str]]:
     path = folder / str(log_id)
     with refuse_unreadable(f"{path} is not the list of a file source"):
         compacted = min((number for number in numbers(folder, ".compact") if number >= log_id), default=log_id)
-        entries = map(json.loads, read_log(path if path.exists() else folder / f"{compacted}.compact"))
-        files = [(int(entry["timestamp"]), uri_path(entry["path"])) for entry in entries if entry["batchId"] == log_id]
+        lines = read_log(path if path.exists() else folder / f"{compacted}.compact")
+        files = _files_of(lines, log_id)
         if not files:  # the source only writes a list when it has found files
             raise ValueError(f"no file of {log_id}")
         return files
+
+
+def _files_of(lines: list[str], log_id: int) -> list[tuple[int, str]]:
+    """Return the files of one id of a list. Reads it from its end, because the ids are in order and the newest are wanted."""
+    files = []
+    for entry in map(json.loads, reversed(lines)):
+        if entry["batchId"] < log_id:
+            break
+        if entry["batchId"] == log_id:
+            files.append((int(entry["timestamp"]), uri_path(entry["path"])))
+    return files[::-1]

@@ -4,6 +4,9 @@ Writers follow one protocol: write a file elsewhere on the same file system, or 
 rename it into ``<landing>/<stream>/<region>/``. adtally reads a file once, whole, after it appears under its final name. It reads
 only regular files and follows no symbolic link below the landing folder. It reports every other entry with a Reason, except hidden
 names: these are the writers' temporary files.
+
+Functions that list take the folder to list (``Settings.landing_path``), which for an object store is its view. The path of a file
+that is read is below ``Settings.landing_uri``.
 """
 
 from __future__ import annotations
@@ -23,19 +26,21 @@ from urllib.parse import unquote, urlparse
 
 from xxhash import xxh3_64_hexdigest
 
+from spark_jobs.config import Settings
 from spark_jobs.errors import LandingPathError
+from spark_jobs.lake.landing_view import CAMPAIGNS_FOLDER, NAMES_FOLDER, find_objects, impossible_keys, landed_object
+from spark_jobs.lake.places import PlacedFile
 from spark_jobs.lake.tables import STREAMS
 from spark_jobs.texts import printable
 
-CAMPAIGNS_FOLDER = "campaigns"
-NAMES_FOLDER = "names"
 _CSV_FOLDERS = (CAMPAIGNS_FOLDER, NAMES_FOLDER)
 MAX_STRAYS = 100_000
 """How many unread entries one walk reports: by mistake, the landing folder may contain a whole disk."""
 
 _EDGE_BYTES = 64 * 1024
 _HIDDEN = (".", "_")  # beginnings of hidden names
-_FILE_ENDINGS = (".jsonl", ".jsonl.gz")
+FILE_ENDINGS = (".jsonl", ".jsonl.gz")
+_NEEDS_PARSING = re.compile("[%?#;]")
 _REGION = re.compile(r"[a-z0-9-]{1,32}")
 _OF_THE_SIMULATOR = ("truth.json", "rules")  # `adtally simulate` writes them beside the streams
 
@@ -54,6 +59,7 @@ class Reason(StrEnum):
     SYMLINK = "symlink", "a symbolic link: none is followed"
     NAME_NOT_UTF8 = "name_not_utf8", "unreadable: the name is not UTF-8"
     UNREADABLE_FOLDER = "unreadable_folder", "unreadable: the folder cannot be listed"
+    IMPOSSIBLE_KEY = "impossible_key", "a key that cannot be a path: with an empty, . or .. part, too long, or the name of a folder"
     CHANGED = "changed", "changed after it was read: new content needs a new name"
     HIDDEN = "hidden", "hidden: the name starts with . or _"
 
@@ -91,7 +97,10 @@ class LandingFile:
 
 @dataclass(frozen=True)
 class Split:
-    """Bytes [start, end) of a file (end None: to the end), the ``number``-th split of its batch."""
+    """Bytes [start, end) of a file (end None: to the end), the ``number``-th split of its batch.
+
+    ``file_size`` is as planned (None: unknown).
+    """
 
     number: int
     path: str
@@ -99,6 +108,7 @@ class Split:
     region: str
     start: int
     end: int | None
+    file_size: int | None = None
 
     def __str__(self) -> str:
         """Return the file's name and, unless the split is the whole file, the bytes."""
@@ -114,6 +124,9 @@ def walk_landing(landing: Path) -> Iterator[Entry]:
     """
     strays = 0
     folders: list[tuple[str, ...]] = [()]
+    for key in impossible_keys(landing)[:MAX_STRAYS]:
+        strays += 1
+        yield Entry(key, "landing", Reason.IMPOSSIBLE_KEY)
     while folders:
         for entry, parts in _folder_entries(landing, folders.pop()):
             if entry is None:  # a folder: look into it
@@ -163,19 +176,20 @@ def reason_of(landing: Path, name: str) -> Reason | None:
     return _reason(parts, is_link=stat.S_ISLNK(mode), is_file=stat.S_ISREG(mode))
 
 
-def name_below(path: str, landing: Path, stream: str) -> str:
+def name_below(path: str, settings: Settings, stream: str) -> str:
     """Return the name under the landing folder of a file that a checkpoint or a commit calls ``path``.
 
     The landing folder may have had another path then; the path below the stream's folder is the same. Raises LandingPathError if
     ``path`` has no folder of the stream.
     """
-    prefix = f"{landing}/{stream}/"
-    if path.startswith(prefix):
-        return path[len(prefix) - len(stream) - 1 :]
+    for root in (settings.landing_uri, settings.landing_path):
+        prefix = f"{root}/{stream}/"
+        if path.startswith(prefix):
+            return path[len(prefix) - len(stream) - 1 :]
     parts = Path(path).parts
     if stream not in parts[:-1]:
         raise LandingPathError(
-            f"{printable(path)} was planned to be read, but lies in no folder {stream} of {landing}",
+            f"{printable(path)} was planned to be read, but lies in no folder {stream} of {settings.landing_uri}",
             hint="docs/runbooks/lost-checkpoint.md says how to start with a new checkpoint without counting twice",
         )
     at = len(parts) - 2 - parts[-2::-1].index(stream)
@@ -185,8 +199,12 @@ def name_below(path: str, landing: Path, stream: str) -> str:
 def open_regular(path: str | Path, depth: int = 3) -> BinaryIO:
     """Open a regular file for reading. A pipe instead of a file does not block.
 
-    Raises OSError if it is no regular file, or if one of the last ``depth`` parts of the path is a symbolic link.
+    ``path`` may name an object, which is always regular. Raises OSError if it is no regular file, or if one of the last ``depth``
+    parts of the path is a symbolic link; StoreError if a store does not answer.
     """
+    stored = landed_object(path)
+    if stored is not None:
+        return stored.open()
     parts = Path(path).absolute().parts
     depth = min(depth, len(parts) - 1)
     folder = os.open(os.path.join(*parts[:-depth]), os.O_RDONLY | os.O_DIRECTORY)
@@ -214,16 +232,15 @@ def java_ms(nanos: int) -> int:
 
 def uri_path(uri: str) -> str:
     """Return the path that a file: URI of Spark names; any other text unchanged."""
+    if uri.startswith("file:///") and not _NEEDS_PARSING.search(uri):
+        return uri[len("file://") :]
     parsed = urlparse(uri)
     return unquote(parsed.path) if parsed.scheme == "file" else uri
 
 
-def relative_name(path: str, landing: Path) -> str:
-    """Return the name of a file in tables: its path under the landing folder, with ``/``."""
-    try:
-        return Path(path).relative_to(landing).as_posix()
-    except ValueError:
-        return path
+def relative_name(path: str, landing: Path | str) -> str:
+    """Return the name of a file in tables: its path under the landing folder, a path or a URI."""
+    return path.removeprefix(f"{landing}/")
 
 
 def _reason(parts: tuple[str, ...], *, is_link: bool, is_file: bool) -> Reason | None:
@@ -232,8 +249,8 @@ def _reason(parts: tuple[str, ...], *, is_link: bool, is_file: bool) -> Reason |
         return Reason.SYMLINK
     if not is_file:
         return Reason.WRONG_KIND
-    if any("\udc80" <= character <= "\udcff" for part in parts for character in part):  # from surrogateescape
-        return Reason.NAME_NOT_UTF8
+    if not "".join(parts).isascii() and any("\udc80" <= character <= "\udcff" for part in parts for character in part):
+        return Reason.NAME_NOT_UTF8  # the characters are from surrogateescape
     if parts[0] in _CSV_FOLDERS:
         return _reason_of_name(parts, 2, (".csv",))
     if parts[0] not in STREAMS:
@@ -242,7 +259,7 @@ def _reason(parts: tuple[str, ...], *, is_link: bool, is_file: bool) -> Reason |
         return Reason.NO_REGION
     if len(parts) > 2 and not _REGION.fullmatch(parts[1]):
         return Reason.REGION_NAME
-    return _reason_of_name(parts, 3, _FILE_ENDINGS)
+    return _reason_of_name(parts, 3, FILE_ENDINGS)
 
 
 def _reason_of_name(parts: tuple[str, ...], depth: int, endings: tuple[str, ...]) -> Reason | None:
@@ -256,7 +273,7 @@ def _reason_of_name(parts: tuple[str, ...], depth: int, endings: tuple[str, ...]
 def _is_place_of_file(parts: tuple[str, ...]) -> bool:
     if parts[0] in _CSV_FOLDERS:
         return len(parts) == 2 and parts[1].endswith(".csv")
-    return len(parts) == 3 and parts[0] in STREAMS and parts[2].endswith(_FILE_ENDINGS)
+    return len(parts) == 3 and parts[0] in STREAMS and parts[2].endswith(FILE_ENDINGS)
 
 
 def _may_hold_files(parts: tuple[str, ...]) -> bool:
@@ -317,14 +334,14 @@ def _require_regular(state: os.stat_result, path: str | Path) -> None:
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
-def plan_splits(files: Iterable[LandingFile], landing: Path, split_bytes: int) -> list[Split]:
+def plan_splits(files: Iterable[LandingFile], landing: Path | str, split_bytes: int) -> list[Split]:
     """Return the splits of a batch in the order of its records. A gzip file is one split."""
     splits: list[Split] = []
     for file in sorted(files):
         name, region = relative_name(file.path, landing), Path(file.path).parent.name
         starts = [0] if file.path.endswith(".gz") else list(range(0, max(file.size, 1), split_bytes))
         for start, end in zip(starts, [*starts[1:], None], strict=True):
-            splits.append(Split(len(splits), file.path, name, region, start, end))
+            splits.append(Split(len(splits), file.path, name, region, start, end, file.size))
     return splits
 
 
@@ -332,7 +349,8 @@ def plan_splits(files: Iterable[LandingFile], landing: Path, split_bytes: int) -
 class FileState:
     """A file at one moment, so that a batch notices another file under the same name.
 
-    ``fingerprint`` (the size and a hash of the first and last 64 KiB) is the same for a copy; empty: there is no such file.
+    ``fingerprint`` is the size and a hash of the first and last 64 KiB, which are the same for a copy. Of an object it is the size
+    and the tag. Empty: there is no such file.
     """
 
     fingerprint: str
@@ -340,8 +358,19 @@ class FileState:
     inode: int = 0
 
 
+def file_states(files: Iterable[LandingFile]) -> list[FileState]:
+    """Return the present states of files and objects. Raises StoreError if a store does not answer."""
+    paths = [file.path for file in files]
+    objects = find_objects(paths)
+    return [_object_state(objects[path]) if path in objects else file_state(path) for path in paths]
+
+
+def _object_state(found: PlacedFile | None) -> FileState:
+    return FileState("") if found is None else FileState(f"{found.size}:{found.tag}")
+
+
 def file_state(path: str) -> FileState:
-    """Return the present state of a file."""
+    """Return the present state of a file of this machine."""
     # not blocking, because a pipe must not hang
     with suppress(OSError), open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         found = os.fstat(file.fileno())

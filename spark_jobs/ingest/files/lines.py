@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -14,9 +15,11 @@ import numpy.typing as npt
 from spark_jobs.ingest.contract.spec import MAX_RAW_BYTES
 from spark_jobs.ingest.files.landing import open_regular
 from spark_jobs.ingest.quarantine import GZIP_BOMB, QuarantineLimits
+from spark_jobs.lake.landing_view import landed_object
 
 BLOCK_BYTES = 16 * 1024 * 1024
 MOST_LINES = 128 * 1024  # of a chunk: a block of line feeds has sixteen million lines
+_AT_ONCE = 8  # small objects: the store takes longer to answer than to send
 _GZIP_READ_BYTES = 16 * 1024  # small: with each member that ends, zlib copies what it did not need
 
 
@@ -178,13 +181,22 @@ def _cut(data: bytes, first: int) -> Iterator[Lines]:
         at = cut
 
 
+def read_whole(paths: Sequence[str]) -> Iterator[list[Lines | LongLine | FileFault]]:
+    """Yield the lines of small plain files, a list a file. Of a store, reads several objects at a time."""
+    if not any(map(landed_object, paths)):
+        yield from (list(read_lines(path)) for path in paths)
+        return
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="get") as pool:
+        yield from pool.map(lambda path: list(read_lines(path)), paths)
+
+
 def read_lines(
     path: str | Path, start: int = 0, end: int | None = None, limits: QuarantineLimits | None = None
 ) -> Iterator[Lines | LongLine | FileFault]:
     """Yield the lines that begin in bytes [start, end) of a plain file, or all lines of a gzip file (name ends in .gz).
 
     Memory is bounded by BLOCK_BYTES plus MAX_RAW_BYTES. A gzip file that unpacks to more than ``limits`` allow ends in a fault
-    GZIP_BOMB.
+    GZIP_BOMB. A file that is missing or cannot be read ends in a fault; a store that does not answer raises StoreError.
     """
     try:
         with open_regular(path) as handle:
@@ -232,23 +244,24 @@ def _chunks(read: Callable[[], bytes], position: int, end: int | None) -> Iterat
                 return
             if not block:
                 continue
-        data = rest + block
         if not block:
             if rest:
                 yield from _cut(rest, number)
             return
-        cut = data.rfind(b"\n") + 1
+        cut = block.rfind(b"\n") + 1  # the rest has no line feed
         last = False
-        if end is not None and position + len(data) >= end and (found := data.find(b"\n", max(0, end - 1 - position)) + 1):
+        start = position + len(rest)  # of the block
+        if end is not None and start + len(block) >= end and (found := block.find(b"\n", max(0, end - 1 - start)) + 1):
             cut, last = found, True
         if cut:
-            for lines in _cut(data[:cut], number):
+            whole = b"".join((rest, memoryview(block)[:cut]))
+            for lines in _cut(whole, number):
                 yield lines
                 number += len(lines.ends)
-            position += cut
+            position += len(whole)
         if last:
             return
-        rest = data[cut:]
+        rest = block[cut:] if cut else rest + block
         if len(rest) > MAX_RAW_BYTES:
             long_head, long_size, rest = rest[:MAX_RAW_BYTES], len(rest), b""
             position += long_size

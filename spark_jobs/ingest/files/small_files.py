@@ -5,7 +5,6 @@ A line's outcome depends only on the line and on the folder's region. So the out
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -19,7 +18,7 @@ from spark_jobs.ingest.contract.parse import Parsed, Reject, parse_chunk
 from spark_jobs.ingest.contract.spec import BatchLimits, Contract
 from spark_jobs.ingest.event_columns import enrich
 from spark_jobs.ingest.files.landing import Split
-from spark_jobs.ingest.files.lines import Lines, read_lines
+from spark_jobs.ingest.files.lines import Lines, read_whole
 from spark_jobs.traffic.rules import InvalidTrafficRules
 
 SMALL_BYTES = 64 * 1024  # of a plain file
@@ -32,11 +31,7 @@ def _small_file(split: object) -> tuple[str, int] | None:
     """Return region and size of a split that is a whole, small, uncompressed file; None for any other split."""
     if not isinstance(split, Split) or split.start or split.end is not None or split.path.endswith(".gz"):
         return None
-    try:
-        size = os.stat(split.path).st_size
-    except OSError:
-        return None
-    return (split.region, size) if size <= SMALL_BYTES else None
+    return None if split.file_size is None or split.file_size > SMALL_BYTES else (split.region, split.file_size)
 
 
 def groups(splits: Iterable[object]) -> Iterator[list[int]]:
@@ -69,8 +64,7 @@ def parse_together(
     found: dict[int, list[tuple[Parsed, pa.Table]]] = {}
     taken: list[tuple[int, Lines]] = []
     count = 0
-    for split in splits:
-        chunks = list(read_lines(split.path))
+    for split, chunks in zip(splits, read_whole([split.path for split in splits]), strict=True):
         if not chunks:
             found[split.number] = []
         if len(chunks) != 1 or not isinstance(chunk := chunks[0], Lines) or not chunk.terminated:

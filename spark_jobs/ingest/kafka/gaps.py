@@ -25,6 +25,7 @@ from spark_jobs.errors import KafkaError, OffsetGapError, UsageError
 from spark_jobs.ingest.checkpoint_log import numbers
 from spark_jobs.ingest.kafka.config import KafkaCluster
 from spark_jobs.ingest.kafka.ranges import OffsetRange, Partition, partition_of, read_batch_offsets
+from spark_jobs.lake.checkpoint_copy import checkpoints_to_read
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import RAW_TABLES, SOURCE_GAPS
 from spark_jobs.lake.writes import ensure_tables
@@ -129,8 +130,13 @@ def _seen(settings: Settings, stream: str, cluster: str, topic: str) -> list[str
 
 
 def checkpoint_of(settings: Settings, stream: str, cluster: str, topic: str, label: str) -> Path:
-    """Return the checkpoint of the query that reads a topic. ``stream`` begins the query's name: events or raw_events."""
-    return settings.checkpoints_path / f"{stream}-{cluster}{label.removeprefix(topic)}"
+    """Return where to read the checkpoint of a topic's query. ``stream`` begins the query's name: events or raw_events."""
+    return checkpoints_to_read(settings) / query_name(stream, cluster, topic, label)
+
+
+def query_name(stream: str, cluster: str, topic: str, label: str) -> str:
+    """Return the name of the query that reads a topic, and of its checkpoint. ``stream`` begins it: events or raw_events."""
+    return f"{stream}-{cluster}{label.removeprefix(topic)}"
 
 
 def keep_topic(checkpoint: Path, state: TopicState) -> None:

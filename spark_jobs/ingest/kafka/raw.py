@@ -80,18 +80,21 @@ class RawCopy(BatchJob):
         check_agreement(self._settings, self.source, [self._sink.table])
 
     def run_batch(self, batch_id: int, executor: Executor) -> None:
-        """Copy the records of a batch's offsets."""
+        """Copy the records of a batch's offsets. Do nothing if they are copied: a batch runs again after a kill in its pause."""
+        query_id = self.source.query_id()
+        transaction = Transaction(query_id, batch_id)
+        if self._sink.has(transaction):
+            return
         planned = self._topic.plan(batch_id)
         options = self._topic.cluster.client_options()
         slices = [part for one in planned.ranges for part in cut(one.name, one.start, one.end, options)]
         if not slices:
             return
-        query_id = self.source.query_id()
         table, uri, stamp = self._sink.table, self._sink.uri, Stamp(query_id, batch_id, planned.planned_us)
         tasks = min(len(slices), executor.parallelism)
         written = executor.map(lambda part: [copy_slices(part, table, uri, stamp)], slices, tasks)
         files = [file for part in written for file in part]
-        self._sink.append(files, Step.RAW_COPY, Transaction(query_id, batch_id))
+        self._sink.append(files, Step.RAW_COPY, transaction)
 
 
 def cut(name: str, start: int, end: int, options: dict[str, str]) -> list[Slice]:

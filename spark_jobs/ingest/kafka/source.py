@@ -16,9 +16,9 @@ from spark_jobs.errors import AdtallyError, KafkaError
 from spark_jobs.ingest.checkpoint_log import has_plan
 from spark_jobs.ingest.files.landing import Split
 from spark_jobs.ingest.kafka.config import KafkaCluster
-from spark_jobs.ingest.kafka.gaps import checkpoint_of, keep_topic, read_topic, readable_ranges, topic_label
+from spark_jobs.ingest.kafka.gaps import keep_topic, known_topic_id, query_name, read_topic, readable_ranges, topic_label
 from spark_jobs.ingest.kafka.ranges import OffsetRange, OffsetSplit, Partition, plan_offset_splits, read_batch_offsets
-from spark_jobs.ingest.source import Planned, RecordSource
+from spark_jobs.ingest.source import FULL_SHARE, Planned, RecordSource
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -43,8 +43,8 @@ class KafkaSource(RecordSource):
         self.cluster = cluster
         self.topic = cluster.topic(stream)
         self.label = topic_label(settings, stream, read_topic(cluster, self.topic))
-        self.checkpoint = checkpoint_of(settings, query or stream, cluster.name, self.topic, self.label)
-        self.name = self.checkpoint.name
+        self.name = query_name(query or stream, cluster.name, self.topic, self.label)
+        self.checkpoint = settings.checkpoints_path / self.name
         self._settings = settings
         self._stream = stream
         self._max_offsets = batch_factor * cluster.max_offsets_per_batch
@@ -65,6 +65,11 @@ class KafkaSource(RecordSource):
         }
         return spark.readStream.format("kafka").options(**options).load().select("partition")
 
+    def before_batch(self) -> None:
+        """Write the id of the topic."""
+        if known_topic_id(self.checkpoint) is None:
+            keep_topic(self.checkpoint, read_topic(self.cluster, self.topic))
+
     def plan(self, batch_id: int) -> Planned:
         """See RecordSource. Raises OffsetGapError if the topic lacks offsets of the batch, KafkaError if no broker answers."""
         state = read_topic(self.cluster, self.topic)
@@ -83,6 +88,11 @@ class KafkaSource(RecordSource):
             return False
         found = read_batch_offsets(self.checkpoint, batch_id, self.topic)
         return any(end > found.start[number] for number, end in found.end.items())
+
+    def is_full(self, batch_id: int) -> bool:
+        """See RecordSource."""
+        found = read_batch_offsets(self.checkpoint, batch_id, self.topic)
+        return sum(end - found.start[number] for number, end in found.end.items()) > FULL_SHARE * self._max_offsets
 
     def splits(self, planned: Planned) -> list[OffsetSplit]:
         """See RecordSource."""

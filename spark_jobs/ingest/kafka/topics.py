@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from confluent_kafka import KafkaException, TopicPartition
 
@@ -15,6 +14,7 @@ from spark_jobs.ingest.kafka.config import KafkaCluster, read_kafka
 from spark_jobs.ingest.kafka.gaps import TopicState, checkpoint_of, read_topic
 from spark_jobs.ingest.kafka.ranges import finished_offsets
 from spark_jobs.ingest.kafka.reading import open_consumer
+from spark_jobs.lake.checkpoint_copy import checkpoints_to_read
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import SOURCE_GAPS, STREAMS
 
@@ -102,7 +102,7 @@ def _source(
 
 def _newest_suffix(settings: Settings, stream: str, cluster: str) -> str:
     """Return the suffix of the newest topic of the name: "", or ~2 and so on if the topic was deleted and created again."""
-    names = (path.name for path in Path(settings.checkpoints_path).glob(f"{stream}-{cluster}~*"))
+    names = (path.name for path in checkpoints_to_read(settings).glob(f"{stream}-{cluster}~*"))
     numbers = [int(found[1]) for name in names if (found := re.fullmatch(r".*~([0-9]+)", name))]
     return f"~{max(numbers)}" if numbers else ""
 

@@ -26,7 +26,7 @@ from terminal import Done, environment
 import spark_jobs.ingest.runner as ingest_module
 import spark_jobs.operate.status as status_module
 from orchestration.cli import app, demo_report, doctor
-from orchestration.marts import render
+from orchestration.marts.render import render
 from spark_jobs import jars, java
 from spark_jobs.errors import BusyError, ConservationError, MachineError
 from spark_jobs.ingest.batch import BatchReport, IngestReport
@@ -306,7 +306,7 @@ def test_ingest_prints_progress_and_the_sum(adtally: Adtally, tmp_path: Path, in
     assert done.out == "2 batches: 20 offered = 12 accepted + 4 duplicate + 2 conflict + 2 rejected; 6 of the accepted late\n"
     line = "events batch 0: 10 offered, 6 accepted, 2 duplicate, 1 conflict, 1 rejected, 3 late, 0.5 s\n"
     assert done.err == line * 2
-    assert ingest.options == {"home": tmp_path / "here", "continuous": False, "trigger_seconds": 5.0}
+    assert ingest.options == {"home": tmp_path / "here", "continuous": False, "trigger_seconds": None, "waits": False}
 
 
 def test_ingest_with_json_prints_one_object(adtally: Adtally, ingest: SimpleNamespace) -> None:
@@ -627,13 +627,13 @@ def test_demo_ends_with_1_where_a_figure_differs(
 ) -> None:
     seen: list[Any] = []
 
-    def show_demo(home: Path | None, *, events: int, seed: int, console: Any) -> bool:
-        seen.append((home, events, seed))
+    def show_demo(home: Path | None, *, events: int, seed: int, console: Any, lakehouse: str | None = None) -> bool:
+        seen.append((home, events, seed, lakehouse))
         return equal
 
     monkeypatch.setattr(demo_report, "show_demo", show_demo)
-    assert adtally("--home", "d", "demo", "--events", "9", "--seed", "4").status == status
-    assert seen == [(Path("d"), 9, 4)]
+    assert adtally("--home", "d", "demo", "--events", "9", "--seed", "4", "--lakehouse", "s3://b/l").status == status
+    assert seen == [(Path("d"), 9, 4, "s3://b/l")]
 
 
 def test_bench_is_the_benchmark_of_the_checkout(tmp_path: Path) -> None:
@@ -684,7 +684,8 @@ def checks(done: Done) -> dict[str, tuple[bool, str]]:
 
 
 NAMES = [
-    *("settings", "python", "java", "jars", "duckdb extension", "home", "spark", "locale", "ports", "landing", "disk", "fsync"),
+    *("settings", "python", "java", "jars", "duckdb extension", "home", "lakehouse", "spark"),
+    *("locale", "ports", "landing", "disk", "fsync"),
 ]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import lake
 import pytest
 from deltalake import DeltaTable
+from edited import edit_marts
 from pyspark.sql import SparkSession
 from terminal import Done
 
@@ -140,13 +141,27 @@ def test_lost_clicks_are_found_repaired_and_stay_repaired(home: Settings, adtall
 
 
 def test_an_edited_mart_is_found_and_built_anew(home: Settings, adtally: Adtally) -> None:
-    import duckdb
-
-    with duckdb.connect(str(home.marts_path)) as marts:
+    with edit_marts(home.marts_path) as marts:
         marts.execute("update fct_campaign_minute set clicks = clicks + 5, spend_nanos = spend_nanos + 7 where clicks > 0")
     found = adtally("reconcile", "--json")
     assert found.status == 1
     assert {(d["layer"], d["cause"]) for d in json.loads(found.out)["differences"]} == {("marts", "mart_differs")}
+    assert adtally("reconcile", "--repair").status == 0
+    assert adtally("reconcile").status == 0
+    assert query_marts(home, "select sum(clicks)::int from fct_campaign_minute")[1] == [(3,)]
+
+
+def test_marts_of_a_version_that_lost_a_file_are_told_and_built_anew(home: Settings, adtally: Adtally) -> None:
+    assert adtally("marts", "build").status == 0
+    lost = next(Path(home.table_uri("minute_metrics")).rglob("*.parquet"))
+    lost.unlink()
+    repaired = adtally("fsck", "--repair")
+    assert repaired.status == 0, repaired
+    found = adtally("reconcile", "--json")
+    assert found.status == 1
+    (difference,) = json.loads(found.out)["differences"]
+    assert (difference["layer"], difference["cause"], difference["event_hour"]) == ("marts", "mart_differs", None)
+    assert lost.name in difference["detail"]
     assert adtally("reconcile", "--repair").status == 0
     assert adtally("reconcile").status == 0
     assert query_marts(home, "select sum(clicks)::int from fct_campaign_minute")[1] == [(3,)]

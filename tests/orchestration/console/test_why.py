@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-import duckdb
 import pytest
 from asgi import Answer, Client, Element
+from edited import edit_marts
 
 from orchestration.console.app import create_app
 from orchestration.console.marts import OpenBuild
@@ -160,7 +160,7 @@ def test_what_does_not_add_up_is_said_with_both_figures(twice_built: TwiceBuilt,
     copy = load_settings(home=tmp_path / "copy", lakehouse=real.lakehouse_uri, landing=real.landing_path)
     copy.marts_path.parent.mkdir(parents=True)
     shutil.copyfile(real.marts_path, copy.marts_path)
-    with duckdb.connect(str(copy.marts_path)) as marts:
+    with edit_marts(copy.marts_path) as marts:
         [(currency, clicks)] = marts.execute(
             "select currency, clicks from fct_campaign_day where campaign_id = 'c00002' and event_date = '2025-06-02'"
         ).fetchall()

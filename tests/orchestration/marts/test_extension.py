@@ -9,11 +9,11 @@ from pathlib import Path
 
 _PROGRAM = """
 import duckdb
-from orchestration.marts.dbt_runner import install_delta_extension
-install_delta_extension()
-with duckdb.connect(":memory:") as connection:  # as dbt does it
-    connection.install_extension("delta")
-    connection.load_extension("delta")
+from orchestration.marts.dbt_plugin import Plugin
+plugin, config = Plugin("adtally", {"lakehouse": ""}), {}
+plugin.update_connection_config(None, config)
+with duckdb.connect(":memory:", config=config) as connection:  # as dbt does it
+    plugin.configure_connection(connection)
     print(connection.execute("select count(*) from duckdb_functions() where function_name = 'delta_scan'").fetchone()[0] > 0)
 """
 

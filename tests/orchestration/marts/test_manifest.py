@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from orchestration.marts import manifest
-from orchestration.marts.dbt_runner import project_dir
+from orchestration.marts.dbt_project import project_dir
 from spark_jobs.config import Settings, load_settings
 
 EMPTY: dict[str, Any] = {"nodes": {}, "sources": {}}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -10,7 +12,8 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from orchestration.marts import query, query_marts, render
+from orchestration.marts import query, query_marts
+from orchestration.marts.render import render
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import AdtallyError, UsageError
 
@@ -157,3 +160,15 @@ def test_wrong_formats() -> None:
         render(["n"], [], "xml")
     with pytest.raises(UsageError, match="two columns"):
         render(["n", "n"], [(1, 2)], "json")
+
+
+def test_a_query_loads_only_what_it_needs(settings: Settings) -> None:
+    """Loading dbt, Arrow, numpy or pandas takes longer than the query."""
+    program = (
+        "import sys; from orchestration.cli.app import run; run(sys.argv[1:]);"
+        "print(sorted({'dagster', 'dbt', 'numpy', 'pandas', 'pyarrow'} & sys.modules.keys()))"
+    )
+    command = [sys.executable, "-c", program, "--home", str(settings.home_path), "query", "from fct", "--format=csv", "--no-build"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "2026-03-10T10:00:00" in done.stdout

@@ -112,10 +112,12 @@ def test_the_definitions_are_loaded_by_the_code_server_only(fresh: Settings) -> 
     found = services(fresh, {}, trigger_seconds=2.5, ingest=True, **same)
     assert [name for name, service in found.items() if "orchestration.up.code_server" in service.command] == [CODE]
     assert not [name for name, service in found.items() if "orchestration.definitions" in service.command]
-    assert found[INGEST].command[-3:] == ("--continuous", "--trigger", "2.5")
+    assert found[INGEST].command[-4:] == ("--wait", "--continuous", "--trigger", "2.5")
     assert found[CONSOLE].command[-3:] == ("console", "--port", "3001")
     written = (fresh.dagster_path / "workspace.yaml").read_text()
     assert written == "load_from:\n  - grpc_server:\n      socket: /tmp/code.sock\n      location_name: adtally\n"
+    default = services(fresh, {}, trigger_seconds=None, ingest=True, **same)
+    assert default[INGEST].command[-2:] == ("--wait", "--continuous")
     without = services(fresh, {}, trigger_seconds=5, ingest=False, **same)
     assert found.keys() - without.keys() == {INGEST}
 
@@ -233,6 +235,11 @@ def test_dagsters_queue_knows_the_limit_of_each_pool_from_the_start(fresh: Setti
         initialize_pool_limits(instance)
         assert instance.event_log_storage.get_concurrency_keys() == set(POOLS)
         assert {limit.limit for limit in instance.event_log_storage.get_pool_limits()} == {1}
+    path = write_instance_config(fresh)
+    path.write_text(path.read_text().replace("default_limit: 1", "default_limit: 2"))
+    with home_instance(fresh) as instance:
+        initialize_pool_limits(instance)
+        assert {limit.limit for limit in instance.event_log_storage.get_pool_limits()} == {2}
 
 
 # Runs whose adtally up was killed

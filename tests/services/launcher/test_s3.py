@@ -24,7 +24,7 @@ import pyarrow as pa
 import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
-from deltalake import DeltaTable, write_deltalake
+from deltalake import CommitProperties, DeltaTable, write_deltalake
 
 from services.launcher import s3
 from services.launcher.errors import ServiceError
@@ -229,12 +229,13 @@ def test_commits_of_eight_writers_lose_nothing_and_duckdb_reads_them(store: S3) 
     uri, known = f"s3://{BUCKET}/table", store.environment()
     options = known | {"aws_conditional_put": "etag"}
     threads, appends = 8, 5
+    patient = CommitProperties(max_commit_retries=threads * appends)  # each commit of another one costs an attempt
     write_deltalake(uri, pa.table({"n": pa.array([-1], pa.int64())}), storage_options=options)
 
     def append(thread: int) -> None:
         for n in range(appends):
             rows = pa.table({"n": pa.array([thread * appends + n], pa.int64())})
-            write_deltalake(uri, rows, mode="append", storage_options=options)
+            write_deltalake(uri, rows, mode="append", storage_options=options, commit_properties=patient)
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(append, range(threads)))

@@ -18,7 +18,7 @@ from killed import run_code
 from spark_jobs.attribution import job as module
 from spark_jobs.attribution.job import attribute
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.errors import BusyError, RuleFileError, UsageError
+from spark_jobs.errors import BusyError, RuleFileError
 from spark_jobs.lake.locks import ATTRIBUTION, SECONDS, Patience, exclusive
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.tables import ATTRIBUTED_ORDERS, EVENTS, RULE_SETS
@@ -390,8 +390,6 @@ def test_the_order_of_arrival_and_the_batches_never_matter(settings: Settings, t
 
 
 def test_wrong_use(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="local path"):
-        attribute(load_settings(home=settings.home_path, lakehouse="s3a://bucket/lake"))
     monkeypatch.setitem(SECONDS, Patience.SOME, 0.1)
     with exclusive(settings, ATTRIBUTION), pytest.raises(BusyError, match="another attribution"):
         attribute(settings)

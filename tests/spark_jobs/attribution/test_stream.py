@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter, defaultdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -107,21 +108,24 @@ def test_the_query_credits_what_each_batch_of_the_ledger_concerns(spark: SparkSe
     lake.campaigns(settings)
     reports: list[AttributionReport] = []
 
-    def go_on() -> list[int]:
-        reports.clear()
-        query = AttributionStream(settings, reports.append).start(spark, continuous=False, trigger_seconds=1)
-        query.awaitTermination(60)
+    def wait(number: int) -> list[int]:
+        end = time.monotonic() + 60
+        while len(reports) < number and time.monotonic() < end:
+            time.sleep(0.05)
         return [report.revisions for report in reports]
 
     lake.land(settings, "events/eu/1.jsonl", [lake.event("a", event_type="click")])
     lake.land(settings, "orders/eu/1.jsonl", [lake.order("o"), lake.order("p", user_id="v")])
     run_ingest(settings, spark=spark)
-    assert sum(go_on()) == 2
-    assert go_on() == []
+    query = AttributionStream(settings, reports.append).start(trigger_seconds=1)
+    assert wait(1) == [2]
+    query.stop()
     lake.land(settings, "events/eu/2.jsonl", [lake.event("late", event_type="click", event_time="2025-06-02T09:00:00Z")])
     run_ingest(settings, spark=spark)
     mark(settings, "a")
-    assert sum(go_on()) == 1
+    query = AttributionStream(settings, reports.append).start(trigger_seconds=1)
+    assert wait(2) == [2, 1]
+    query.stop()
     assert {name: set(part) for name, part in linear(settings).items()} == {"o": {"late"}}
 
 
@@ -131,10 +135,12 @@ def test_a_failure_of_it_is_kept_for_the_ingest(spark: SparkSession, settings: S
     stream = AttributionStream(settings)
     (settings.home_path / ".attribution.lock").unlink(missing_ok=True)
     (settings.home_path / ".attribution.lock").mkdir()
-    query = stream.start(spark, continuous=False, trigger_seconds=1)
-    with pytest.raises(Exception, match=r"attribution\.lock"):
-        query.awaitTermination(60)
-    assert isinstance(stream.failure, OSError)
+    query = stream.start(trigger_seconds=1)
+    end = time.monotonic() + 60
+    while query.isActive and time.monotonic() < end:
+        time.sleep(0.05)
+    assert "attribution.lock" in str(query.exception())
+    assert query.exception() is stream.failure and isinstance(stream.failure, OSError)
 
 
 def test_wrong_rules_are_refused_at_its_start(settings: Settings) -> None:

@@ -16,7 +16,6 @@ from deltalake import DeltaTable, write_deltalake
 from pyspark.sql import SparkSession
 from topics import Record, Topic, point_at
 
-from expectations.validate import validate_hour
 from orchestration.assets.hours import recount_verdicts
 from orchestration.explain import as_json, explain_campaign_day
 from orchestration.marts import build_marts
@@ -27,6 +26,7 @@ from spark_jobs.corrections.reconcile import ReconcileReport, reconcile
 from spark_jobs.ingest.runner import run_ingest
 from spark_jobs.operate.status import read_status
 from spark_jobs.units import HourRange
+from tests.expectations.small_lake import validated
 from tests.spark_jobs.homes.faults import FAULTS
 
 pytestmark = pytest.mark.homes
@@ -308,7 +308,7 @@ def test_the_marts_of_topics_hold_and_are_explained_down_to_the_message(home: Se
     assert reconcile(home, None).differences == []
     related = {name: (home.table_uri(name), None) for name in ("batch_ledger", "campaigns")}
     for name in ("events", "minute_metrics", "batch_ledger"):
-        judged = validate_hour(name, home.table_uri(name), None, datetime(2025, 6, 2, 7, tzinfo=UTC), related=related)
+        judged = validated(name, home.table_uri(name), None, datetime(2025, 6, 2, 7, tzinfo=UTC), related=related)
         assert (judged.rows > 0, judged.error_failed) == (True, False), judged.failed
     top = explain_campaign_day(home, "c-cpm", date(2025, 6, 2), sample=50)
     assert list(top.all_problems()) == []

@@ -233,7 +233,7 @@ def test_killed_at_every_step_of_a_repair(home: Settings, truth: dict[str, Any],
     reconcile(home, None, repair=True, run_id="after")
     assert correct.contents(home) == truth
     assert reconcile(home, None).differences == []
-    assert not any(home.corrections_path.iterdir())
+    assert not any((home.home_path / "corrections").iterdir())
 
 
 def test_a_correction_that_was_overtaken_is_decided_anew(home: Settings) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import threading
 from datetime import UTC, datetime, timedelta
@@ -16,6 +15,7 @@ import pytest
 from crash_points import CORRECTION
 from killed import run_code
 from pyspark.sql import SparkSession
+from store import Disk, Location, variables
 
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.corrections.backfill import backfill
@@ -72,9 +72,8 @@ def _files() -> list[tuple[str, list[dict[str, Any]]]]:
     ]
 
 
-def _ingested(spark: SparkSession, home: Path, lakehouse: Path, prices: tuple[str, ...], **rules: object) -> Settings:
-    made = load_settings(home=home, max_files_per_batch=1, **rules)
-    shutil.copytree(lakehouse, made.lakehouse_uri)
+def _ingested(spark: SparkSession, made: Settings, place: Location, lakehouse: Path, prices: tuple[str, ...]) -> Settings:
+    place.copy(str(lakehouse), made.lakehouse_uri)
     lake.campaigns(made, *prices)
     for at, (name, records) in enumerate(_files()):
         path = lake.land(made, name, records)
@@ -84,9 +83,10 @@ def _ingested(spark: SparkSession, home: Path, lakehouse: Path, prices: tuple[st
 
 
 @pytest.fixture(scope="module")
-def base(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, empty_lakehouse: Path) -> Settings:
+def base(place: Location, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, empty_lakehouse: Path) -> Settings:
     """A home by the rules of then; nobody changes it."""
-    return _ingested(spark, tmp_path_factory.mktemp("backfill") / "home", empty_lakehouse, OLD)
+    made = place.settings(tmp_path_factory.mktemp("backfill") / "home", max_files_per_batch=1)
+    return _ingested(spark, made, place, empty_lakehouse, OLD)
 
 
 TODAY = {"future_skew": timedelta(hours=1), "hour_grace": timedelta(minutes=30)}
@@ -95,16 +95,16 @@ TODAY = {"future_skew": timedelta(hours=1), "hour_grace": timedelta(minutes=30)}
 @pytest.fixture(scope="module")
 def ideal(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, empty_lakehouse: Path) -> dict[str, Any]:
     """What a home holds that was ingested by today's rules from the start."""
-    home = _ingested(spark, tmp_path_factory.mktemp("ideal") / "home", empty_lakehouse, NEW, **TODAY)
+    made = load_settings(home=tmp_path_factory.mktemp("ideal") / "home", max_files_per_batch=1, **TODAY)
+    home = _ingested(spark, made, Disk(), empty_lakehouse, NEW)
     review(home, BOTH)
     return correct.contents(home, identity=False)
 
 
 @pytest.fixture
-def home(base: Settings, tmp_path: Path) -> Settings:
+def home(place: Location, base: Settings, tmp_path: Path) -> Settings:
     """A copy of the base home, with today's rules."""
-    correct.copied(base, tmp_path / "home")
-    made = load_settings(home=tmp_path / "home", max_files_per_batch=1, **TODAY)
+    made = place.copied(base, tmp_path / "home").model_copy(update=TODAY)
     lake.campaigns(made, *NEW)
     return made
 
@@ -192,7 +192,7 @@ def test_taken_back_by_the_old_rules(base: Settings, home: Settings) -> None:
     before = correct.contents(home)
     backfill(home, BOTH)
     lake.campaigns(home, *OLD)
-    old = load_settings(home=home.home_path, max_files_per_batch=1)
+    old = load_settings(home=home.home_path, lakehouse=home.lakehouse, max_files_per_batch=1)
     backfill(old, BOTH)
     assert correct.contents(old) == before
     assert reconcile(old, None).differences == []
@@ -204,7 +204,7 @@ def test_the_rules_of_whoever_came_last_hold_though_it_began_earlier(home: Setti
     before = correct.contents(home)
     backfill(home, BOTH, now=began + timedelta(minutes=5))
     lake.campaigns(home, *OLD)
-    old = load_settings(home=home.home_path, max_files_per_batch=1)
+    old = load_settings(home=home.home_path, lakehouse=home.lakehouse, max_files_per_batch=1)
     backfill(old, BOTH, now=began)  # it waited for the other one, or a clock was put back
     assert correct.contents(old) == before
     assert reconcile(old, None).differences == []
@@ -240,17 +240,18 @@ STEPS = [
 @pytest.mark.parametrize(("moment", "step"), STEPS)
 def test_killed_in_the_middle(home: Settings, ideal: dict[str, Any], moment: str, step: Step) -> None:
     environment = {
+        **variables(home),
         "ADTALLY_FUTURE_SKEW": "3600",
         "ADTALLY_HOUR_GRACE": "1800",
         CRASH_VARIABLE: f"{moment}:{step}:0",
     }
-    code = f"""
+    code = """
 from datetime import UTC, datetime
 from spark_jobs.config import load_settings
 from spark_jobs.units import HourRange
 from spark_jobs.corrections.backfill import backfill
 hours = HourRange(datetime(2025, 6, 2, 9, tzinfo=UTC), datetime(2025, 6, 2, 11, tzinfo=UTC))
-backfill(load_settings(home={str(home.home_path)!r}), hours)
+backfill(load_settings(), hours)
 """
     assert run_code(code, **environment) == -signal.SIGKILL
     backfill(home, BOTH)

@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import correct
-import duckdb
 import lake
 import pytest
 from crash_points import CORRECTION
+from edited import edit_marts
 from killed import run_code
 from pyspark.sql import SparkSession
+from store import Location, variables
 
 from orchestration.marts import build_marts
 from services.simulator import simulate
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.corrections.reconcile import ReconcileReport, reconcile
-from spark_jobs.errors import UsageError
 from spark_jobs.ingest.runner import run_ingest
 from spark_jobs.operate.status import read_status
 from spark_jobs.steps import CRASH_VARIABLE, Step
@@ -40,10 +40,10 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
-def base(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, empty_lakehouse: Path) -> Settings:
+def base(place: Location, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, empty_lakehouse: Path) -> Settings:
     """A home with every kind of record, in several batches and hours; nobody changes it."""
-    made = load_settings(home=tmp_path_factory.mktemp("reconcile") / "home", max_files_per_batch=3)
-    shutil.copytree(empty_lakehouse, made.lakehouse_uri)
+    made = place.settings(tmp_path_factory.mktemp("reconcile") / "home", max_files_per_batch=3)
+    place.copy(str(empty_lakehouse), made.lakehouse_uri)
     simulate(made.landing_path, 1_500, seed=5, lines_per_file=250)
     lake.land(made, "events/eu-west/twice.jsonl", [lake.event("t1"), lake.event("t1"), lake.event("t2", campaign_id="nobody")])
     lake.land(
@@ -60,9 +60,9 @@ def base(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, empty_la
 
 
 @pytest.fixture
-def home(base: Settings, tmp_path: Path) -> Settings:
+def home(place: Location, base: Settings, tmp_path: Path) -> Settings:
     """A copy of the base home to tamper with."""
-    return correct.copied(base, tmp_path / "home")
+    return place.copied(base, tmp_path / "home")
 
 
 def _causes(report: ReconcileReport) -> tuple[str, ...]:
@@ -198,13 +198,13 @@ def test_after_a_repair_the_ingest_and_a_replay_go_on_as_before(spark: SparkSess
     assert reconcile(home, None).differences == []
 
 
-def test_a_batch_whose_checkpoint_is_gone_is_finished(spark: SparkSession, base: Settings, tmp_path: Path) -> None:
-    killed = load_settings(home=tmp_path / "killed", max_files_per_batch=3)
+def test_a_batch_whose_checkpoint_is_gone_is_finished(place: Location, spark: SparkSession, base: Settings, tmp_path: Path) -> None:
+    killed = place.settings(tmp_path / "killed", max_files_per_batch=3)
     shutil.copytree(base.landing_path, killed.landing_path)
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "ADTALLY_HOME": str(killed.home_path),
+        **variables(killed),
         "ADTALLY_MAX_FILES_PER_BATCH": "3",
         CRASH_VARIABLE: f"after:{Step.EVENTS}:1",
     }
@@ -241,9 +241,9 @@ def test_killed_at_every_step_of_a_repair(home: Settings, truth: dict[str, Any],
     correct.delete(home, "batch_ledger", "stream = 'events' and event_hour = '2025-06-02T10:00:00Z'")
     code = (
         "from spark_jobs.config import load_settings; from spark_jobs.corrections.reconcile import reconcile; "
-        f"reconcile(load_settings(home={str(home.home_path)!r}), None, repair=True, run_id='killed')"
+        "reconcile(load_settings(), None, repair=True, run_id='killed')"
     )
-    assert run_code(code, **{CRASH_VARIABLE: f"{moment}:{step}:0"}) == -signal.SIGKILL
+    assert run_code(code, **variables(home), **{CRASH_VARIABLE: f"{moment}:{step}:0"}) == -signal.SIGKILL
     reconcile(home, None, repair=True, run_id="after")
     assert correct.contents(home) == truth
     assert reconcile(home, None).differences == []
@@ -252,12 +252,7 @@ def test_killed_at_every_step_of_a_repair(home: Settings, truth: dict[str, Any],
     # whichever run it was that put it right, it is said once
     said = correct.rows(home, "select sum(impressions + clicks)::bigint from restatements")
     assert said == correct.rows(home, "select sum(impressions + clicks)::bigint from minute_metrics where _run_id is not null")
-    assert not any(home.corrections_path.iterdir())
-
-
-def test_bad_use_is_refused(home: Settings) -> None:
-    with pytest.raises(UsageError, match="local path"):
-        reconcile(load_settings(home=home.home, lakehouse="s3a://bucket/lake"), None)
+    assert not any((home.home_path / "corrections").iterdir())
 
 
 def test_what_was_parsed_and_the_plans_may_be_deleted(home: Settings) -> None:
@@ -290,7 +285,7 @@ def test_several_faults_at_once(home: Settings, truth: dict[str, Any], seed: int
 def test_a_mart_that_contradicts_its_versions_is_told(home: Settings) -> None:
     build_marts(home)
     assert reconcile(home, None).differences == []
-    with duckdb.connect(str(home.marts_path)) as marts:
+    with edit_marts(home.marts_path) as marts:
         marts.execute(
             "update fct_campaign_minute set spend_nanos = spend_nanos + 1, clicks = clicks + 1 where campaign_id = 'nobody'"
         )

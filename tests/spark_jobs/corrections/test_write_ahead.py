@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from deltalake import DeltaTable
 
 from spark_jobs.attribution.job import attribute
 from spark_jobs.billing.job import bill
@@ -17,6 +17,8 @@ from spark_jobs.corrections.run import correcting
 from spark_jobs.corrections.write_ahead import Correction, TableChange, write_ahead
 from spark_jobs.errors import TableCorruptionError
 from spark_jobs.lake.commit import Transaction
+from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.places import StorePlace, open_place
 from spark_jobs.lake.tables import BATCH_LEDGER, HOUR_RULES, RESTATEMENTS, Table
 from spark_jobs.lake.writes import DeltaSink, ensure_tables
 from spark_jobs.steps import Step
@@ -64,9 +66,13 @@ TEARS: dict[str, Callable[[Path], None]] = {
 def home(tmp_path: Path) -> Settings:
     settings = load_settings(home=tmp_path / "home")
     ensure_tables(settings)
+    _decide(settings)
+    return settings
+
+
+def _decide(settings: Settings) -> None:
     changes = [TableChange(table, table.schema.empty_table(), _rows(table)) for table in CHANGED]
     write_ahead(settings, Correction("token", "run", 0, changes))
-    return settings
 
 
 def _rows(table: Table) -> pa.Table:
@@ -74,14 +80,15 @@ def _rows(table: Table) -> pa.Table:
 
 
 def _count(settings: Settings) -> list[int]:
-    return [DeltaTable(settings.table_uri(table.name)).to_pyarrow_table().num_rows for table in CHANGED]
+    snapshot = Lake(settings).pin(*CHANGED)
+    return [snapshot.rows(table).num_rows for table in CHANGED]
 
 
 @pytest.mark.parametrize("use", USERS.values(), ids=USERS.keys())
 def test_a_whole_one_is_finished_by_whoever_comes_next(home: Settings, use: Callable[[Settings], object]) -> None:
     use(home)
     assert _count(home) == [1, 1, 1]
-    assert list(home.corrections_path.iterdir()) == []
+    assert list((home.home_path / "corrections").iterdir()) == []
     use(home)
     assert _count(home) == [1, 1, 1]
 
@@ -91,26 +98,82 @@ def test_a_whole_one_is_finished_by_whoever_comes_next(home: Settings, use: Call
 def test_a_torn_one_is_discarded(
     home: Settings, tear: Callable[[Path], None], use: Callable[[Settings], object], caplog: pytest.LogCaptureFixture
 ) -> None:
-    tear(home.corrections_path / "token")
+    tear(home.home_path / "corrections" / "token")
     use(home)
     assert _count(home) == [0, 0, 0]
-    assert list(home.corrections_path.iterdir()) == []
-    assert caplog.messages == ["adtally: correction token was torn by a power cut before its first commit and is discarded"]
+    assert list((home.home_path / "corrections").iterdir()) == []
+    was_decided = tear is not TEARS["no manifest"]
+    warning = "adtally: correction token was torn by a power cut before its first commit and is discarded"
+    assert caplog.messages == [warning] * was_decided
 
 
 @pytest.mark.parametrize("tear", TEARS.values(), ids=TEARS.keys())
 def test_one_that_was_damaged_half_way_is_refused(home: Settings, tear: Callable[[Path], None]) -> None:
     DeltaSink(BATCH_LEDGER, home).append_rows(_rows(BATCH_LEDGER), Step.CORRECTED_LEDGER, Transaction("token", 0))
-    tear(home.corrections_path / "token")
+    tear(home.home_path / "corrections" / "token")
     for use in USERS.values():
         with pytest.raises(TableCorruptionError, match=r"token cannot be read .*batch_ledger has its changes.*reconcile --repair"):
             use(home)
 
 
 def test_one_that_an_older_adtally_decided_has_no_checksums(home: Settings) -> None:
-    path = home.corrections_path / "token" / "manifest.json"
+    path = home.home_path / "corrections" / "token" / "manifest.json"
     manifest = json.loads(path.read_text())
     assert sorted(manifest.pop("parts")) == sorted(f"{t.name}.{part}.parquet" for t in CHANGED for part in ("add", "remove"))
     path.write_text(json.dumps(manifest))
     _reconciles(home)
     assert _count(home) == [1, 1, 1]
+
+
+class Lost(BaseException):
+    """The machine is lost."""
+
+
+@pytest.fixture
+def machines(prefix: str, tmp_path: Path) -> tuple[Settings, Settings]:
+    """Two machines on one lakehouse in a store, which has its tables."""
+    one, two = (load_settings(home=tmp_path / name, lakehouse=prefix, lease_seconds=2) for name in ("one", "two"))
+    ensure_tables(one)
+    return one, two
+
+
+def _left(settings: Settings) -> list[str]:
+    return [found.name for found in open_place(f"{settings.state_uri}/corrections").list()]
+
+
+def test_another_machine_finishes_what_one_decided(machines: tuple[Settings, Settings]) -> None:
+    one, two = machines
+    _decide(one)
+    shutil.rmtree(one.home_path, ignore_errors=True)
+    _reconciles(two)
+    assert _count(two) == [1, 1, 1]
+    assert _left(two) == []
+
+
+@pytest.mark.parametrize("writes", [0, 3, 6, 7, 8])
+def test_a_machine_is_lost_at_a_request(writes: int, machines: tuple[Settings, Settings], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six parts, then the manifest decides; the manifest of a finished one is replaced, then all is deleted."""
+    one, two = machines
+    left = iter(range(writes))
+    write = StorePlace.write
+
+    def lost(self: StorePlace, name: str, data: bytes) -> None:
+        if next(left, None) is None:
+            raise Lost
+        write(self, name, data)
+
+    def lost_too(self: StorePlace, names: object) -> None:
+        raise Lost
+
+    with monkeypatch.context() as patch, pytest.raises(Lost):
+        patch.setattr(StorePlace, "write", lost)
+        patch.setattr(StorePlace, "delete", lost_too)
+        patch.setattr("spark_jobs.corrections.write_ahead._THREADS", 1)
+        _decide(one)
+        _reconciles(one)
+    decided = int(writes > 6)
+    assert _count(two) == [decided] * 3
+    for _ in range(2):
+        _reconciles(two)
+        assert _count(two) == [decided] * 3
+        assert _left(two) == []

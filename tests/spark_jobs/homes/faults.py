@@ -11,9 +11,9 @@ from typing import Any
 
 import correct
 import lake
-from deltalake import DeltaTable
 
 from spark_jobs.config import Settings
+from spark_jobs.lake.reading import open_table
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Fault:
 
 def _restored(settings: Settings, table: str) -> None:
     """The table as it was two versions ago."""
-    held = DeltaTable(settings.table_uri(table))
+    held = open_table(settings.table_uri(table))
     held.restore(held.version() - 2)
 
 

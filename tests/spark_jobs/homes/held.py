@@ -33,7 +33,7 @@ class Held:
 
     def __init__(self, home: Settings) -> None:
         self._home = home
-        self._database = connect_delta()
+        self._database = connect_delta(lakehouse=home.lakehouse_uri)
         self._database.execute("set timezone = 'UTC'")
 
     def rows(self, table: str, columns: str) -> list[tuple[Any, ...]]:

@@ -39,6 +39,9 @@ class Planner(RecordSource):
     def plan(self, batch_id: int) -> Planned:
         raise NotImplementedError
 
+    def is_full(self, batch_id: int) -> bool:
+        raise NotImplementedError
+
     def splits(self, planned: Planned) -> Sequence[Split | OffsetSplit]:
         raise NotImplementedError
 

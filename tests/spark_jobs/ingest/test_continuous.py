@@ -34,15 +34,18 @@ STOP_SECONDS = 30
 class Ingest:
     """``python -m spark_jobs ingest --continuous`` on a home, in a session of its own, stopped at the end whatever happens."""
 
-    def __init__(self, settings: Settings, **environment: str) -> None:
+    def __init__(self, settings: Settings, trigger: str | None = None, *, code: str = "", **environment: str) -> None:
+        """``trigger`` None: the default. ``code``: Python code that it runs first."""
+        self._program = ["-m", "spark_jobs"] if not code else ["-c", f"{code}\nfrom spark_jobs.__main__ import main\nexit(main())"]
         self._settings = settings
+        self._trigger = () if trigger is None else ("--trigger", trigger)
         self._environment = environment
         self._output = settings.home_path / "ingest.out"
         self._errors = settings.home_path / "ingest.err"
 
     def __enter__(self) -> Ingest:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "ADTALLY_HOME": str(self._settings.home_path), **self._environment}
-        command = [sys.executable, "-m", "spark_jobs", "ingest", "--continuous", "--trigger", "1", "--json"]
+        command = [sys.executable, *self._program, "ingest", "--continuous", *self._trigger, "--json"]
         with self._output.open("wb") as output, self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
                 command, env=environment, cwd=ROOT, stdout=output, stderr=errors, start_new_session=True
@@ -149,6 +152,84 @@ def test_files_are_counted_as_they_land_and_sigterm_ends_after_the_batch(spark: 
     lake.land(settings, "events/eu/6.jsonl", [lake.event("e6"), lake.event("m19999", ad_id="last")])
     report = run_ingest(settings, spark=spark)
     assert (report.batches, report.accepted, report.duplicate) == (1, 1, 1)
+
+
+def test_a_backlog_is_read_without_pauses_and_a_signal_ends_the_pause_after_it(settings: Settings) -> None:
+    for number in range(7):
+        lake.land(settings, f"events/eu/{number}.jsonl", [lake.event(f"e{number}")])
+    with Ingest(settings, trigger="36000", ADTALLY_MAX_FILES_PER_BATCH="2") as ingest:
+        ingest.wait_for("backlog", lambda: sum(batch["offered"] for batch in ingest.batches()) == 7)
+        assert [batch["offered"] for batch in ingest.batches()] == [2, 2, 2, 1]
+        lake.land(settings, "events/eu/7.jsonl", [lake.event("e7")])
+        ended = len(list((settings.checkpoints_path / "events" / "commits").glob("[0-9]*")))
+        assert ended == 3, "the last batch was small, so the query pauses after it"
+        assert ingest.end(lambda pid: os.kill(pid, signal.SIGTERM)) == 0, ingest.errors
+
+
+def test_a_kill_in_a_pause_counts_nothing_twice(spark: SparkSession, settings: Settings) -> None:
+    lake.land(settings, "events/eu/0.jsonl", [lake.event("e0", ad_id="ad")])
+    with Ingest(settings, trigger="36000") as ingest:
+        ingest.wait_for("batch", lambda: len(ingest.batches()) == 1)
+        assert ingest.end(lambda pid: os.kill(pid, signal.SIGKILL)) == -signal.SIGKILL
+    assert not (settings.checkpoints_path / "events" / "commits" / "0").exists(), "Spark notes the end after the pause"
+    lake.land(settings, "events/eu/1.jsonl", [lake.event("e1", ad_id="ad"), lake.event("e0", ad_id="ad")])
+    report = run_ingest(settings, spark=spark)
+    assert (report.accepted, report.duplicate) == (1, 1)
+    assert _counted(settings) == {"ad": 2}
+    assert lake.ledger(spark, settings)["offered"] == 3
+
+
+def test_what_lands_during_a_batch_is_one_batch(settings: Settings) -> None:
+    lake.land(settings, "events/eu/0.jsonl", [lake.event("e0")])
+    with Ingest(settings) as ingest:
+        ingest.wait_for("first file", lambda: len(ingest.batches()) == 1)
+        with exclusive(settings, WRITE_EVENTS):
+            lake.land(settings, "events/eu/1.jsonl", [lake.event("e1")])
+            ingest.wait_for("second batch", (settings.checkpoints_path / "events" / "offsets" / "1").exists)
+            for number in range(2, 7):
+                lake.land(settings, f"events/eu/{number}.jsonl", [lake.event(f"e{number}")])
+        ingest.wait_for("the others", lambda: sum(batch["offered"] for batch in ingest.batches()) == 7)
+        assert [batch["offered"] for batch in ingest.batches()] == [1, 1, 5]
+        assert ingest.terminate() == 0, ingest.errors
+
+
+# While HOME has a file `many`, listing the landing folder seems expensive. Prints a line each time that a query starts.
+_PACED = """
+import os, sys
+from spark_jobs.ingest import pace, query, source
+pace._COUNT_SECONDS = 0.0
+source.FilesSource.look_seconds = lambda self: 0.1 if os.path.exists(os.environ["ADTALLY_HOME"] + "/many") else 0.0
+start = query.SourceQuery.start
+def told(self, *arguments, **options):
+    stream = start(self, *arguments, **options)
+    print("started", self._source.name, file=sys.stderr, flush=True)
+    return stream
+query.SourceQuery.start = told
+"""
+
+
+def test_a_query_whose_looks_cost_too_much_or_come_too_rarely_starts_again_and_counts_all_once(
+    spark: SparkSession, settings: Settings
+) -> None:
+    many, landed = settings.home_path / "many", 0
+    lake.land(settings, "events/eu/first.jsonl", [lake.event("first", ad_id="ad")])
+    with Ingest(settings, trigger="0.2", code=_PACED) as ingest:
+        ingest.wait_for("batch", lambda: len(ingest.batches()) == 1)
+        for starts in range(2, 5):
+            many.unlink() if many.exists() else many.touch()
+            for _ in range(3):
+                lake.land(settings, f"events/eu/{landed}.jsonl", [lake.event(f"e{landed}", ad_id="ad"), lake.event("first")])
+                landed += 1
+                time.sleep(0.1)
+
+            def has_started(count: int = starts) -> bool:
+                return all(ingest.errors.count(f"started {stream}") >= count for stream in ("events", "orders"))
+
+            ingest.wait_for("another start", has_started)
+        ingest.wait_for("all", lambda: sum(batch["offered"] for batch in ingest.batches()) == 2 * landed + 1)
+        assert ingest.terminate() == 0, ingest.errors
+    assert _counted(settings) == {"ad": landed + 1}
+    assert lake.ledger(spark, settings)["offered"] == 2 * landed + 1
 
 
 def _stop_a_worker(folder: Path) -> bool:

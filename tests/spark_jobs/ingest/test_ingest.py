@@ -33,7 +33,7 @@ from spark_jobs.errors import (
 )
 from spark_jobs.ingest.events import EventsJob
 from spark_jobs.ingest.orders import OrdersJob
-from spark_jobs.ingest.runner import run_ingest
+from spark_jobs.ingest.runner import _QueryLoop, run_ingest
 from spark_jobs.ingest.stream import StreamJob
 from spark_jobs.lake.locks import WRITE_EVENTS, exclusive
 from spark_jobs.lake.log import DeltaLog
@@ -80,6 +80,58 @@ def test_truth_of_simulated_traffic_to_the_row_and_the_nano(spark: SparkSession,
     orders = read("orders", "status")
     assert orders.count(("cancelled",)) == truth["orders"]["cancelled"]
     assert orders.count(("placed",)) == truth["orders"]["placed"]
+
+
+class SparkStarts(Exception):
+    """Raised in place of the start of a query."""
+
+
+def test_without_input_spark_does_not_start_and_with_any_it_does(
+    spark: SparkSession, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise SparkStarts
+
+    def starts() -> bool:
+        with monkeypatch.context() as patched:
+            patched.setattr(_QueryLoop, "until_done", refuse)
+            try:
+                assert run_ingest(settings, spark=spark).batches == 0
+            except SparkStarts:
+                return True
+        return False
+
+    assert starts()  # no query has a checkpoint yet
+    lake.land(settings, "events/eu/0.jsonl", [lake.event("a")])
+    assert run_ingest(settings, spark=spark).accepted == 1
+    assert not starts()
+    (settings.checkpoints_path / "orders" / "metadata").rename(settings.home_path / "aside")
+    assert starts()
+    (settings.home_path / "aside").rename(settings.checkpoints_path / "orders" / "metadata")
+    assert not starts()
+
+    assert lake.rows(spark, settings, "campaigns", "campaign_id") == []
+    lake.campaigns(settings)
+    assert not starts()
+    assert lake.rows(spark, settings, "campaigns", "campaign_id") != []  # prices are loaded without Spark
+
+    ended = settings.checkpoints_path / "events" / "commits" / "0"
+    content = ended.read_bytes()
+    ended.write_bytes(b"")  # torn by a power cut: the batch is ended again
+    assert starts()
+    ended.write_bytes(content)
+    assert not starts()
+
+    last = max(Path(settings.table_uri("batch_ledger"), "_delta_log").glob("*.json"))
+    last.rename(last.with_suffix(".lost"))
+    with pytest.raises(TableCorruptionError, match="has ended"):
+        run_ingest(settings, spark=spark)
+    last.with_suffix(".lost").rename(last)
+    assert not starts()
+    lake.land(settings, "orders/eu/0.jsonl", [lake.order("o")])
+    assert starts()
+    assert run_ingest(settings, spark=spark).accepted == 1
+    assert not starts()
 
 
 def test_running_again_changes_nothing_and_new_files_are_added(spark: SparkSession, settings: Settings) -> None:

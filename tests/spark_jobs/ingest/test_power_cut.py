@@ -91,8 +91,8 @@ def test_the_power_is_cut_at_every_durable_step(quarter: int, disk: power.LoopDi
             disk.cut(seconds_later=seconds_later)
 
     kill_at_each(
-        tmp_path / "calm",
-        disk.path / "home",
+        load_settings(home=tmp_path / "calm"),
+        load_settings(home=disk.path / "home"),
         spark,
         POINTS[quarter::4],
         files_each=2,  # a batch that is planned again may take the next file, too

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ import pytest
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
 
+from expectations import lake as checks
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import TableCorruptionError
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.reading import TableFile
+from spark_jobs.lake.scratch import scratch_folder
 from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, MINUTE_METRICS, RULE_SETS, Table
 from spark_jobs.lake.writes import ensure_tables
+from spark_jobs.operate.status import read_status
 from spark_jobs.steps import Step
 
 NOON = datetime(2025, 6, 2, 12, 0, 0, 123_456, UTC)
@@ -43,6 +47,24 @@ def lake(tmp_path: Path) -> Lake:
     made.append(EVENTS, rows(EVENTS, event("a", 8), event("b", 9)), Step.EVENTS)
     made.append(EVENTS, rows(EVENTS, event("c", 9)), Step.EVENTS)
     return made
+
+
+@pytest.mark.parametrize("way", ["scan", "attach", "checks"])
+def test_no_query_chooses_files_while_it_runs(lake: Lake, way: str) -> None:
+    """If such a query fails on an object store, DuckDB's reader of the log aborts the process."""
+    snapshot = lake.pin(EVENTS)
+    with lake.database() as database:
+        database.execute("call enable_logging(level = 'info')")
+        if way == "attach":
+            read = snapshot.attach(database, EVENTS)
+        else:
+            read = snapshot.scan(EVENTS) if way == "scan" else checks.delta_scan(lake.uri(EVENTS), snapshot.version(EVENTS))
+        assert database.execute(f"select event_id from {read} order by event_time desc limit 1").fetchall()
+        database.execute(f"select * from {read} join (select 8::int as event_hour) using (event_hour)").fetchall()
+        assert database.execute(f"select event_id from {read} where event_hour = 8").fetchall() == [("a",)]
+        logged = database.execute("select message from duckdb_logs where type = 'delta.FilterPushdown'").fetchall()
+    assert [message for (message,) in logged if "'type': dynamic" in message] == []
+    assert any("'type': constant" in message for (message,) in logged)
 
 
 def test_a_snapshot_stays_at_its_versions(lake: Lake) -> None:
@@ -196,7 +218,29 @@ def test_scratch_is_gone_afterwards(tmp_path: Path, spoil: Callable[[Path], None
     settings: Settings = load_settings(home=tmp_path / "home")
     if spoil is not None:
         spoil(settings.scratch_path)
-    with Lake(settings).scratch("test-") as folder:
+    with scratch_folder(settings, "test-") as folder:
         assert folder.is_dir() and folder.name.startswith("test-")
         assert (folder.parent == settings.scratch_path) is (spoil is None)
     assert not folder.exists()
+
+
+def test_files_of_some_partitions(lake: Lake) -> None:
+    snapshot = lake.pin(EVENTS, MINUTE_METRICS)
+    of_nine = [file.path for file in snapshot.files(EVENTS) if file.values["event_hour"] == 9]
+    day, hour = ("event_date", ["2025-06-02"]), ("event_hour", {"9"})
+    assert len(of_nine) == 2
+    assert [file.path for file in snapshot.files(EVENTS, day, hour)] == of_nine
+    assert sorted(snapshot.paths_in(EVENTS, {(NOON.date(), 9), (NOON.date(), 10)})) == sorted(of_nine)
+    assert list(snapshot.partitions(EVENTS, hour)) == [(("event_date", "2025-06-02"), ("event_hour", "9"))]
+    assert snapshot.files(EVENTS, ("event_date", ["2025-06-03"])) == snapshot.files(MINUTE_METRICS, day) == []
+
+
+def test_rows_are_counted_by_the_statistics_unless_a_file_has_none(lake: Lake) -> None:
+    assert (lake.pin(EVENTS).size(EVENTS).files, lake.pin(EVENTS).size(EVENTS).rows) == (3, 3)
+    with lake.writer(EVENTS) as writer:
+        writer.write(rows(EVENTS, event("d", 10)))
+    (file,) = writer.files
+    lake.commit(EVENTS, Step.EVENTS, add=[replace(file, stats="{}")])
+    assert lake.pin(EVENTS).size(EVENTS).rows is None
+    counted = {table.name: table.rows for table in read_status(lake.settings).tables}
+    assert (counted["events"], counted["orders"]) == (4, 0)

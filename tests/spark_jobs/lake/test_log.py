@@ -11,7 +11,8 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from spark_jobs.errors import TableCorruptionError
-from spark_jobs.lake.log import Commit, DeltaLog, parse_commit
+from spark_jobs.lake.log import Commit, DeltaLog, _listed, parse_commit
+from spark_jobs.lake.places import LocalPlace
 
 FILE = {"path": "event_date=2025-06-02/part-0.parquet", "partitionValues": {}, "size": 1, "modificationTime": 0}
 ADD = {**FILE, "dataChange": True, "stats": '{"numRecords":2}'}
@@ -47,7 +48,7 @@ def test_all_that_a_commit_says() -> None:
             {"domainMetadata": {"domain": "d", "configuration": "", "removed": False}},
         ),
     )
-    assert commit == Commit(3, ("query", 7), '{"files":[]}', (ADD, {**ADD, "path": "b"}), (REMOVE,), "table-1", info)
+    assert commit == Commit(3, ("query", 7), '{"files":[]}', (ADD, {**ADD, "path": "b"}), (REMOVE,), "table-1", info, {"query": 7})
 
 
 @pytest.mark.parametrize(
@@ -183,6 +184,34 @@ def test_a_log_that_was_cleaned_up_begins_later(tmp_path: Path) -> None:
     assert found is not None and found.version == 4
 
 
+def test_only_the_log_since_the_last_checkpoint_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And all of it where the hint is damaged, or names a version that the log does not have."""
+    for version in range(6):
+        write(tmp_path, version)
+    (tmp_path / "_delta_log" / f"{4:020d}.checkpoint.parquet").write_bytes(b"PAR1")
+    looked: list[str] = []
+    find = LocalPlace.find
+
+    def note_and_find(place: LocalPlace, name: str) -> Any:
+        looked.append(name)
+        return find(place, name)
+
+    monkeypatch.setattr(LocalPlace, "find", note_and_find)
+    hint = tmp_path / "_delta_log" / "_last_checkpoint"
+    for text, expected in (('{"version":4,"size":1}', 4), ("{", 8), ('{"version":7}', 9)):
+        hint.write_text(text)
+        looked.clear()
+        _listed.clear()
+        assert (DeltaLog(str(tmp_path)).latest_version(), len(looked)) == (5, expected)
+    hint.write_text('{"version":4}')
+    write(tmp_path, 6)
+    (tmp_path / "_delta_log" / f"{6:020d}.json").write_text("")
+    assert [fault.version for fault in DeltaLog(str(tmp_path)).tail_faults()] == [6]
+    for version in (4, 5):
+        (tmp_path / "_delta_log" / f"{version:020d}.json").write_text("")
+    assert [fault.version for fault in DeltaLog(str(tmp_path)).tail_faults()] == [4, 5, 6]
+
+
 def test_find_a_transaction(tmp_path: Path) -> None:
     write(tmp_path, 0)
     write(tmp_path, 1, txn("q", 0))
@@ -223,7 +252,7 @@ def test_the_search_ends_at_an_earlier_transaction_of_the_query(tmp_path: Path) 
 def test_a_table_by_its_uri(tmp_path: Path) -> None:
     write(tmp_path / "a table", 0, txn("q", 1))
     log = DeltaLog(f"file://{tmp_path}/a%20table")
-    assert (log.latest_version(), log.commit(0), log.commit(1)) == (0, Commit(0, ("q", 1)), None)
+    assert (log.latest_version(), log.commit(0), log.commit(1)) == (0, Commit(0, ("q", 1), transactions={"q": 1}), None)
 
 
 WHOLE = text_of({"commitInfo": {}}, txn("q", 1), {"add": ADD})

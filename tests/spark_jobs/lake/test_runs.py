@@ -23,6 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from spark_jobs.attribution.index import KEY_FIELDS, RowCodec, RowIndex
 from spark_jobs.ingest.dedupe import index as key_module
+from spark_jobs.ingest.dedupe.filters import ARRAYS, words_of
 from spark_jobs.ingest.dedupe.index import KeyCodec, KeyIndex
 from spark_jobs.ingest.dedupe.keys import Keys
 from spark_jobs.lake import runs as module
@@ -39,7 +40,7 @@ class Kind(ABC):
 
     codec: type[Codec[Any, Any]]
     unread_tail = 0
-    """The last bytes of a run that no look-up reads."""
+    """The last bytes of a run whose damage no look-up reports: it does not read them, or can do without."""
 
     @abstractmethod
     def open(self, folder: Path) -> Index:
@@ -82,6 +83,7 @@ class KeysKind(Kind):
     """The key index: the value is the fingerprint."""
 
     codec = KeyCodec
+    unread_tail = 8 * ARRAYS * words_of(3000)  # the filter
 
     def open(self, folder: Path) -> KeyIndex:
         return KeyIndex(folder)
@@ -152,6 +154,7 @@ class KeysMachine(RuleBasedStateMachine):
 
     kind: ClassVar[Kind] = KINDS["keys"]
     MAX_RUN_ROWS = 12
+    QUICK_MERGE_ROWS = 12
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,6 +162,7 @@ class KeysMachine(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(module, "FANOUT", 2)
         self.patch.setattr(self.kind.codec, "max_run_rows", self.MAX_RUN_ROWS)
+        self.patch.setattr(self.kind.codec, "quick_merge_rows", self.QUICK_MERGE_ROWS)
         self.patch.setattr(self.kind.codec, "small_run_rows", 2)
         self.patch.setattr(key_module, "MERGE_ROWS", 3)
         self.index = self.kind.open(self.folder / "index")
@@ -223,7 +227,7 @@ class KeysMachine(RuleBasedStateMachine):
 
     @invariant()
     def no_file_is_left_behind(self) -> None:
-        if (self.folder / "index").exists():
+        if (self.folder / "index").exists() and self.index._merging is None:
             assert files_of(self.folder / "index") == {"manifest.json", *(run.name for run in self.index.runs)}
 
     def teardown(self) -> None:
@@ -237,9 +241,35 @@ class RowsMachine(KeysMachine):
     kind = KINDS["rows"]
 
 
+class ThreadsMachine(KeysMachine):
+    """The same work with most merges in threads, which end at any time, are cut or reset meanwhile, or are killed."""
+
+    QUICK_MERGE_ROWS = 3
+
+    @rule()
+    def finish_merges(self) -> None:
+        self.index.finish_merges()
+
+    @rule()
+    def wait(self) -> None:
+        """Let the thread end before the next append."""
+        if self.index._merging is not None:
+            self.index._merging.task.result()
+
+    @precondition(lambda self: self.version >= 0)
+    @rule()
+    def reopen(self) -> None:
+        """A killed thread leaves a file; the next write removes it."""
+        self.wait()
+        super().reopen()
+        self.index.cut(self.version)
+
+
 QUICK = set(Phase) - {Phase.explain}  # a failure is found and shrunk in seconds; to explain it takes a minute
 TestKeysMachine = KeysMachine.TestCase
 TestKeysMachine.settings = settings(max_examples=80, stateful_step_count=25, deadline=None, phases=QUICK)
+TestThreadsMachine = ThreadsMachine.TestCase
+TestThreadsMachine.settings = settings(max_examples=40, stateful_step_count=25, deadline=None, phases=QUICK)
 TestRowsMachine = RowsMachine.TestCase
 TestRowsMachine.settings = settings(max_examples=20, stateful_step_count=25, deadline=None, phases=QUICK)
 

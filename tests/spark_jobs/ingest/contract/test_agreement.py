@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from spark_jobs.ingest.contract import vectorised
+from spark_jobs.ingest.contract import alike, vectorised
+from spark_jobs.ingest.contract.alike import read_alike
 from spark_jobs.ingest.contract.exact import LineVerdict, validate_line
 from spark_jobs.ingest.contract.parse import Reject, decode_raw, encode_raw, parse_chunk
 from spark_jobs.ingest.contract.spec import CONTRACTS, MAX_LINE_BYTES, MAX_RAW_BYTES, Contract
@@ -225,6 +227,93 @@ def test_the_fast_validator_takes_nothing_that_the_exact_one_refuses(chunk: tupl
         assert (verdict.reasons, verdict.values) == ([], values)
 
 
+def among_others(raws: list[bytes], usual: bytes) -> list[bytes]:
+    """Lines among more lines of one form, so that the fastest reader looks at them."""
+    return [one for raw in raws for one in (usual, usual, usual, usual, usual, raw)] + [usual] * 80
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(chunk=CHUNKS, is_last=st.booleans(), data=st.data())
+@example(chunk=("events", [line("events", '"top","price_micros":1500,', '"top";"price_micros":1500,')]), is_last=True, data=None)
+@example(chunk=("events", [line("events", ":1500,", ":15e2,"), line("events", ":1500,", ":0150,")]), is_last=False, data=None)
+@example(chunk=("events", [line("events", '"placement":"top"', '"placement":null')]), is_last=False, data=None)
+@example(chunk=("events", [line("events", "top", "t\tp"), line("events", "top", "t}p")]), is_last=True, data=None)
+def test_lines_among_others_of_one_form(chunk: tuple[str, list[bytes]], is_last: bool, data: st.DataObject | None) -> None:
+    stream, raws = chunk
+    usual = line(stream)
+    if data is not None and data.draw(st.booleans()):
+        usual = data.draw(records(stream)).encode("utf-8", "surrogatepass").replace(b"\n", b"")
+    mixed = among_others(raws, usual)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alike, "FEWEST_LINES", 1)
+        assert_agreement(stream, chunk_of([*mixed, raws[-1]] if is_last else mixed))
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("value", VALUES)
+def test_every_value_in_every_field_among_others(stream: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alike, "FEWEST_LINES", 1)
+    raws = []
+    for name in base(stream):
+        pairs = {**{n: json.dumps(v, ensure_ascii=False) for n, v in base(stream).items()}, name: value}
+        raws.append(("{" + ",".join(f'"{key}":{held}' for key, held in pairs.items()) + "}").encode())
+    assert_agreement(stream, chunk_of(among_others(raws, line(stream))))
+
+
+OTHERS = [
+    line("events", ',"region":"eu"', ""),  # fewer quotes
+    line("events", '"placement":"top"', '"placemend":"top"'),  # as many quotes, as many bytes
+    line("events", '"top",', '"top";'),
+    line("events", ":1500,", ":1.50,"),
+    line("events", ":1500,", ":0150,"),
+    line("events", ":1500,", ":+150,"),
+    line("events", ":1500,", ": 150,"),
+]
+
+
+@pytest.mark.parametrize("others", [*([one] for one in OTHERS), OTHERS])
+@pytest.mark.parametrize("first", [40, 300])
+def test_the_fastest_reader_takes_lines_of_its_form_only(others: list[bytes], first: int) -> None:
+    raws = [line("events", event_id=f"e{'x' * (at % 90)}{at}", price_micros=10 ** (at % 13)) for at in range(300)]
+    wanted = [json.loads(raw) for raw in raws]
+    raws[first:first] = others
+    found = read_alike(pa.array([raw.decode() + "\n" for raw in raws]), CONTRACTS["events"])
+    assert found is not None
+    is_read, fields = found
+    assert np.flatnonzero(~is_read).tolist() == list(range(first, first + len(others)))
+    assert [{key: value for key, value in row.items() if value is not None} for row in fields.to_pylist()] == wanted
+
+
+def test_a_sample_that_misleads_costs_little() -> None:
+    """Most lines have fewer quotes than those of the sample, so the block is left to the JSON reader early."""
+    sampled = set(np.linspace(0, 999, 16, dtype=int).tolist())
+    raws = [line("events") if at in sampled else line("events", ',"region":"eu"', "") for at in range(1000)]
+    assert read_alike(pa.array([raw.decode() + "\n" for raw in raws]), CONTRACTS["events"]) is None
+    assert_agreement("events", chunk_of(raws))
+
+
+@pytest.mark.parametrize(
+    "usual",
+    [
+        line("events").replace(b":", b" : ").replace(b",", b", "),  # blanks, also in the times
+        line("events", impression_id=None),
+        line("orders"),
+        b'{"price_micros":5,"event_id":"x"}',
+    ],
+)
+def test_the_form_may_be_any(usual: bytes) -> None:
+    stream = "orders" if b"order_id" in usual else "events"
+    found = read_alike(pa.array([usual.decode() + "\n"] * 300), CONTRACTS[stream])
+    assert found is not None
+    assert found[0].all()
+    assert found[1].to_pylist()[0] == {one.name: json.loads(usual).get(one.name) for one in CONTRACTS[stream].fields}
+
+
+@pytest.mark.parametrize("usual", [line("events", unknown=1), line("events", placement=5), line("events", '"top"', "1.5"), b"{}"])
+def test_a_form_that_is_not_plain_is_left_to_the_other_readers(usual: bytes) -> None:
+    assert read_alike(pa.array([usual.decode() + "\n"] * 300), CONTRACTS["events"]) is None
+
+
 @pytest.mark.parametrize("stream", STREAMS)
 def test_every_case_of_the_contract_in_one_chunk(stream: str) -> None:
     raws = [case.raw for case in load(stream) if case.folder == REGION and b"\n" not in case.raw]
@@ -244,6 +333,14 @@ def test_every_value_in_every_field(stream: str, value: str) -> None:
     assert_agreement(stream, chunk_of(raws))
     for number, values in fast_alone(stream, raws).items():
         assert validate_line(raws[number], CONTRACTS[stream], REGION, LIMITS).values == values
+
+
+@pytest.mark.parametrize("text", [value.strip('"') for value in TIMES])
+def test_plain_times_are_those_of_the_pattern(text: str) -> None:
+    times = pa.chunked_array([["2025-06-02T10:00:00.123456Z"[: len(text) - 1] + "Z", text]], pa.string())
+    is_plain = vectorised._are_plain_times(times)
+    assert not is_plain or re.fullmatch(vectorised._TIME_PATTERN, text)
+    assert is_plain or not text.startswith("2025-06-02T10") or not text.endswith("Z") or len(text) > 27
 
 
 def test_the_fast_validator_takes_plain_lines() -> None:

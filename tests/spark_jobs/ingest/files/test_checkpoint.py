@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from spark_jobs.errors import TableCorruptionError
-from spark_jobs.ingest.files.checkpoint import BatchFiles, read_batch_files
+from spark_jobs.ingest.files.checkpoint import BatchFiles, has_read_all, read_batch_files
 from spark_jobs.ingest.files.landing import LandingFile
 
 # as Spark 4.2.0 wrote it with one file a batch and the source's log compacted every third batch (the default is every tenth);
@@ -37,11 +37,15 @@ class Checkpoint:
     def __init__(self, root: Path) -> None:
         self.root = root
         (root / "offsets").mkdir(parents=True)
+        (root / "commits").mkdir()
         (root / "sources" / "0").mkdir(parents=True)
 
     def offset(self, batch_id: int, log_offset: int, planned_ms: int = 1_000) -> None:
         metadata = json.dumps({"batchWatermarkMs": 0, "batchTimestampMs": planned_ms, "conf": {}})
         (self.root / "offsets" / str(batch_id)).write_text(f'v1\n{metadata}\n{{"logOffset":{log_offset}}}')
+
+    def end(self, batch_id: int) -> None:
+        (self.root / "commits" / str(batch_id)).write_text('v1\n{"nextBatchWatermarkMs":0}')
 
     def list(self, name: str, *entries: tuple[str, int, int]) -> None:
         """A list of the source: (path, modified in ms, id)."""
@@ -179,3 +183,88 @@ def test_a_broken_checkpoint_is_told(checkpoint: Checkpoint, damage: Callable[[P
     assert str(checkpoint.root) in message
     assert "docs/runbooks/lost-checkpoint.md" in message
     assert "\n" not in message
+
+
+@pytest.fixture
+def read_folder(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    """A landing folder of which `checkpoint` has read all: two batches, both ended."""
+    folder = tmp_path / "landing" / "events"
+    (folder / "eu").mkdir(parents=True)
+    (folder / "us").mkdir()
+    for batch_id, name in enumerate(("eu/a b.jsonl", "us/b.jsonl.gz")):
+        (folder / name).touch()
+        checkpoint.list(str(batch_id), ((folder / name).as_uri(), 1, batch_id))
+        checkpoint.offset(batch_id, batch_id)
+        checkpoint.end(batch_id)
+    (checkpoint.root / "metadata").write_text('{"id":"q"}')
+    return folder
+
+
+def test_all_is_read(checkpoint: Checkpoint, read_folder: Path) -> None:
+    assert has_read_all(checkpoint.root, read_folder)
+
+
+def _mkdir(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _touch(*paths: Path) -> None:
+    for path in paths:
+        path.touch()
+
+
+def _move_and_link(path: Path, target: Path) -> None:
+    path.rename(target)
+    path.symlink_to(target)
+
+
+# What Spark would not read again, or never reads.
+IDLE: dict[str, Callable[[Path, Checkpoint], object]] = {
+    "hidden": lambda folder, _: _touch(folder / "eu" / ".a.jsonl", folder / "eu" / "_b.jsonl"),
+    "in a hidden folder": lambda folder, _: (_mkdir(folder / "_eu") / "c.jsonl").touch(),
+    "another ending": lambda folder, _: (folder / "eu" / "c.csv").touch(),
+    "deleted": lambda folder, _: (folder / "us" / "b.jsonl.gz").unlink(),
+    "touched": lambda folder, _: os.utime(folder / "us" / "b.jsonl.gz", (9, 9)),
+    "a link to a file that was read": lambda folder, _: _move_and_link(folder / "eu" / "a b.jsonl", folder / "moved"),
+}
+# What Spark would plan a batch for, or might, and batches that it would finish.
+BUSY: dict[str, Callable[[Path, Checkpoint], object]] = {
+    "new": lambda folder, _: (folder / "eu" / "c.jsonl").touch(),
+    "of the old name elsewhere": lambda folder, _: (folder / "us" / "a b.jsonl").touch(),
+    "in a new region": lambda folder, _: (_mkdir(folder / "asia") / "c.jsonl").touch(),
+    "too deep": lambda folder, _: (_mkdir(folder / "eu" / "deep" / "er") / "c.jsonl").touch(),
+    "in no region": lambda folder, _: (folder / "c.jsonl").touch(),
+    "hidden, but not from Spark": lambda folder, _: (folder / "eu" / "_day=1.jsonl").touch(),
+    "a link": lambda folder, _: (folder / "eu" / "c.jsonl").symlink_to(folder / "eu" / "a b.jsonl"),
+    "a link to a folder": lambda folder, _: (folder / "asia").symlink_to(folder.parent),
+    "a pipe": lambda folder, _: os.mkfifo(folder / "eu" / "c.jsonl"),
+    "no landing folder": lambda folder, _: folder.rename(folder.with_name("moved")),
+    "a batch that has not ended": lambda _, checkpoint: (checkpoint.root / "commits" / "1").unlink(),
+    "a batch that is planned": lambda _, checkpoint: checkpoint.offset(2, 1),
+    "a list without a batch": lambda _, checkpoint: checkpoint.list("2", ("file:///gone.jsonl", 1, 2)),
+    "a compacted list without a batch": lambda folder, checkpoint: checkpoint.list(
+        "2.compact",
+        *(((folder / name).as_uri(), 1, number) for number, name in enumerate(("eu/a b.jsonl", "us/b.jsonl.gz", "gone.jsonl"))),
+    ),
+    "no query": lambda _, checkpoint: (checkpoint.root / "metadata").unlink(),
+    "no checkpoint": lambda _, checkpoint: checkpoint.root.rename(checkpoint.root.with_name("lost")),
+}
+
+
+@pytest.mark.parametrize("what", IDLE)
+def test_what_spark_need_not_start_for(checkpoint: Checkpoint, read_folder: Path, what: str) -> None:
+    IDLE[what](read_folder, checkpoint)
+    assert has_read_all(checkpoint.root, read_folder)
+
+
+@pytest.mark.parametrize("what", BUSY)
+def test_what_spark_must_start_for(checkpoint: Checkpoint, read_folder: Path, what: str) -> None:
+    BUSY[what](read_folder, checkpoint)
+    assert not has_read_all(checkpoint.root, read_folder)
+
+
+def test_a_damaged_list_is_no_sign_that_all_is_read(checkpoint: Checkpoint, read_folder: Path) -> None:
+    (checkpoint.root / "sources" / "0" / "1").write_text("v1\n{torn")
+    with pytest.raises(TableCorruptionError, match="is not the list of a file source"):
+        has_read_all(checkpoint.root, read_folder)

@@ -193,18 +193,18 @@ def test_names_are_shown_without_harm() -> None:
 
 
 def test_other_spellings_of_the_landing_folder_name_the_same_file() -> None:
-    landing = Path("/data/landing")
+    settings = load_settings(landing=Path("/data/landing"))
     for path in (
         "/data/landing/events/us/a.jsonl",
         "/old/events/home/landing/events/us/a.jsonl",
         "//x/../data/landing/events/us/a.jsonl",
     ):
-        assert name_below(path, landing, "events") == "events/us/a.jsonl"
-    assert name_below("/data/landing/events/us/events/a.jsonl", landing, "events") == "events/us/events/a.jsonl"
+        assert name_below(path, settings, "events") == "events/us/a.jsonl"
+    assert name_below("/data/landing/events/us/events/a.jsonl", settings, "events") == "events/us/events/a.jsonl"
     with pytest.raises(LandingPathError, match=r"us/a\.jsonl"):
-        name_below("/old/us/a.jsonl", landing, "events")
+        name_below("/old/us/a.jsonl", settings, "events")
     with pytest.raises(LandingPathError):
-        name_below("/old/orders/us/a.jsonl", landing, "events")
+        name_below("/old/orders/us/a.jsonl", settings, "events")
 
 
 def test_the_oldest_file_of_a_region_whatever_its_time(tmp_path: Path) -> None:

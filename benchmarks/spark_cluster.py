@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ import pyspark
 from services.launcher import ports, processes
 
 SPARK_HOME = Path(pyspark.__file__).parent
+_HIDING = """#!/bin/sh
+exec unshare --mount sh -c 'mount -t tmpfs none "$0" && exec "$@"' "$ADTALLY_TEST_HIDDEN" "$ADTALLY_TEST_JAVA" "$@"
+"""
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,8 @@ def _has_open(process: psutil.Process, ending: str) -> bool:
 class Cluster:
     """A running master; ``workers`` are those that live."""
 
-    def __init__(self, java: Path, folder: Path) -> None:
-        self._java, self._folder = java, folder
+    def __init__(self, java: Path, folder: Path, hidden: Path | None) -> None:
+        self._java, self._folder, self._hidden = java, folder, hidden
         self._port, self._ui = ports.choose(2)
         self.workers: list[Worker] = []
         self._started = 0
@@ -124,8 +128,13 @@ class Cluster:
 
     def _spawn(self, name: str, role: str, host: str, *arguments: str, folder: Path) -> psutil.Process:
         folder.mkdir(parents=True, exist_ok=True)
+        program, hiding = self._java, {}
+        if self._hidden is not None and role != "master.Master":
+            program, hiding = folder / "java", {"ADTALLY_TEST_HIDDEN": str(self._hidden), "ADTALLY_TEST_JAVA": str(self._java)}
+            program.write_text(_HIDING)
+            program.chmod(0o755)
         return processes.spawn(
-            self._java,
+            program,
             folder,
             name,
             ("-Xmx256m", "-cp", f"{SPARK_HOME}/jars/*", f"org.apache.spark.deploy.{role}", "--host", host, *arguments),
@@ -138,14 +147,20 @@ class Cluster:
                 "SPARK_LOCAL_DIRS": str(folder / "local"),
                 "PATH": os.defpath,  # none of our environment's: an executor has to be told its Python
                 "PYTHONPATH": "",
+                **hiding,
             },
         )
 
 
+def can_hide() -> bool:
+    """Whether a process of this user can have folders that another one does not see, as on machines of their own."""
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
+
+
 @contextmanager
-def standalone_cluster(java: Path, folder: Path, workers: int = 2) -> Iterator[Cluster]:
-    """A cluster that is gone at the end."""
-    cluster = Cluster(java, folder)
+def standalone_cluster(java: Path, folder: Path, workers: int = 2, hidden: Path | None = None) -> Iterator[Cluster]:
+    """A cluster that is gone at the end. Its workers do not see the files below ``hidden``: see `can_hide`."""
+    cluster = Cluster(java, folder, hidden)
     try:
         for _ in range(workers):
             cluster.add_worker()
