@@ -83,6 +83,8 @@ def build_session(settings: Settings, app_name: str = "adtally") -> SparkSession
         "spark.sql.streaming.metricsEnabled": "false",
         "spark.sql.streaming.minBatchesToRetain": "100",
         "spark.sql.streaming.stopTimeout": "3s",
+        # else a first batch that was killed while Spark planned it, or torn by a power cut, could never be planned again
+        "spark.sql.streaming.verifyCheckpointDirectoryEmptyOnStart": "false",
         # the driver lists a batch's files itself: Spark's way, a task for each file, takes ten times as long
         "spark.sql.sources.parallelPartitionDiscovery.threshold": "1000000",
     }

@@ -90,15 +90,16 @@ def set_aside_torn(checkpoint: Path) -> list[str]:
     metadata, offsets, commits, lists = (checkpoint / name for name in ("metadata", "offsets", "commits", "sources/0"))
     torn_commits = list(_torn_tail(commits))
     ended = max((int(path.name) for path in _numbered(commits) if path not in torn_commits), default=-1)
-    torn_metadata = [metadata] if metadata.exists() and not _is_whole(metadata) else []
+    has_metadata = metadata.exists() and _is_whole(metadata)
+    torn_metadata = [metadata] if metadata.exists() and not has_metadata else []
     torn_lists = [*_torn_tail(lists), *(path for path in lists.glob("*.compact") if not _is_whole(path))]
     torn_offsets = list(_torn_tail(offsets))
     planned = [path for path in _numbered(offsets) if int(path.name) > ended and path not in torn_offsets]
     # Spark plans these batches again
-    torn_offsets += [path for path in planned if torn_metadata or any(_needs(path, one) for one in torn_lists)]
+    torn_offsets += [path for path in planned if not has_metadata or any(_needs(path, one) for one in torn_lists)]
     needed = [path for path in torn_offsets if int(path.name) <= ended]
     if ended >= 0:
-        needed += [*(one for one in torn_lists if _needs(offsets / str(ended), one)), *torn_metadata]
+        needed += [*(one for one in torn_lists if _needs(offsets / str(ended), one)), *([] if has_metadata else [metadata])]
     if needed:
         raise TableCorruptionError(f"{needed[0]} cannot be read, and batch {ended} that needs it has ended", hint=_HINT)
     lines = []

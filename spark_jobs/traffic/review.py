@@ -80,10 +80,12 @@ class _Review(NamedTuple):
 class _State:
     """The state of the tables at one moment. Hours are numbers since the epoch.
 
-    ``judged_version``: all batches in `events` up to this version have ended. ``accepted``: their accepted events, by hour;
-    ``batches``: their identities, as columns ``_query_id`` and ``_batch_id``.
+    ``versions``: those of the tables that it was read from, or older ones. ``judged_version``: all batches in `events` up to this
+    version have ended. ``accepted``: their accepted events, by hour; ``batches``: their identities, as columns ``_query_id`` and
+    ``_batch_id``.
     """
 
+    versions: tuple[int | None, ...]
     events_version: int
     judged_version: int
     accepted: Counter[int]
@@ -113,16 +115,18 @@ def review(
     run_id = run_id or uuid.uuid4().hex
     wanted = None if hours is None else {hour_number(hour) for hour in hours}
     done: list[ReviewedHour] = []
+    lake = Lake(settings)
     with translate_duckdb_errors(settings.home_path):
-        if has_unfinished(settings) or _outdated(settings, _read_state(settings), wanted):
+        state = _read_state(lake)
+        if has_unfinished(settings) or _outdated(settings, state, wanted):
             ensure_tables(settings)
             with correcting(settings):
                 run = Run(run_id, "review", "invalid traffic", now or datetime.now(UTC))
-                state = _read_state(settings)
+                state = _read_state(lake, state)
                 outdated = _outdated(settings, state, wanted)
                 fresh = keep_rules(settings, run.now) if any(hour not in state.reviews for hour in outdated) else ""
                 sets = {hour: state.reviews[hour].rule_set if hour in state.reviews else fresh for hour in outdated}
-                done = _review_groups(settings, state, sets, run, progress or (lambda _: None))
+                done = _review_groups(lake, state, sets, run, progress or (lambda _: None))
     return ReviewReport(run_id, done, time.monotonic() - started)
 
 
@@ -132,22 +136,26 @@ def review_anew(settings: Settings, hours: Collection[int], run: Run, say: Calla
     The caller holds the corrections lock.
     """
     with translate_duckdb_errors(settings.home_path):
-        state = _read_state(settings)
+        lake = Lake(settings)
+        state = _read_state(lake)
         rule_set = keep_rules(settings, run.now)
         sets = {hour: rule_set for hour in hours if state.accepted[hour] or hour in state.reviews}
         for hour, last in state.reviews.items():
             reach = rules_of(settings, last.rule_set).look_back_hours if hour not in sets else 0
             if any(before in hours for before in range(hour - reach, hour)):
                 sets[hour] = last.rule_set
-        return _review_groups(settings, state, sets, run, say)
+        return _review_groups(lake, state, sets, run, say)
 
 
 # --- the state of the tables
 
 
-def _read_state(settings: Settings) -> _State:
+def _read_state(lake: Lake, known: _State | None = None) -> _State:
+    """Read the state of the tables, unless ``known`` was read from the versions that are the newest."""
+    versions = tuple(lake.version(table) for table in (BATCH_LEDGER, EVENTS, TRAFFIC_REVIEWS))
+    if known is not None and known.versions == versions:
+        return known
     # The ledger first: the versions that are read after it have every batch that it has.
-    lake = Lake(settings)
     ledger = lake.rows(BATCH_LEDGER, "stream", *_BATCH, "event_hour", "accepted")
     ledger = ledger.filter(pc.equal(ledger["stream"], "events"))
     log = lake.log(EVENTS)
@@ -172,7 +180,7 @@ def _read_state(settings: Settings) -> _State:
     times = newest["reviewed_at"].cast(pa.int64())
     of_hours, *columns = (column.to_pylist() for column in (_hour_numbers(newest), newest["rule_set"], newest["inputs"], times))
     reviews = dict(zip(of_hours, map(_Review, *columns), strict=True))
-    return _State(version, judged, accepted, ledger.group_by(list(_BATCH)).aggregate([]), reviews)
+    return _State(versions, version, judged, accepted, ledger.group_by(list(_BATCH)).aggregate([]), reviews)
 
 
 def _hour_numbers(rows: pa.Table) -> pa.ChunkedArray:
@@ -206,10 +214,9 @@ def _outdated(settings: Settings, state: _State, wanted: Collection[int] | None)
 # --- judging
 
 
-def _review_groups(
-    settings: Settings, state: _State, sets: dict[int, str], run: Run, say: Callable[[str], None]
-) -> list[ReviewedHour]:
+def _review_groups(lake: Lake, state: _State, sets: dict[int, str], run: Run, say: Callable[[str], None]) -> list[ReviewedHour]:
     """Review hours by their rule sets, ``sets``, a group of hours at a time."""
+    settings = lake.settings
     done: list[ReviewedHour] = []
     for rule_set in sorted(set(sets.values())):
         rules = rules_of(settings, rule_set)
@@ -218,7 +225,8 @@ def _review_groups(
             say(f"reviewing hours: {len(done)} of {len(sets)}")
             with writing(settings):
                 one = replace(run, token=uuid.uuid4().hex, rule_set=rule_set)
-                correction, reviewed = _decide(Lake(settings), _read_state(settings), rule_set, rules, hours, one)
+                state = _read_state(lake, state)
+                correction, reviewed = _decide(lake, state, rule_set, rules, hours, one)
                 if correction.changes:
                     write_ahead(settings, correction)
                     carry_out(settings, correction)

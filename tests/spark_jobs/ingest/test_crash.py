@@ -135,8 +135,9 @@ def kill_at_each(
             prices.write_text(prices.read_text() + f"c-{moment}-{batch},s,cpc,1,EUR,2030-01-01T00:00:00Z,\n")
         before_run()
         status = run(killed, f"{moment}:{step}:{batch}")
+        said = (killed.home_path / "run.log").read_text("utf-8", "replace")[-5000:]  # before the machine is gone
         after_kill()
-        assert status == -signal.SIGKILL, f"{moment} {step} of batch {batch} was never reached"
+        assert status == -signal.SIGKILL, f"{moment} {step} of batch {batch} was never reached:\n{said}"
         written |= _increments(killed)
         killed = next_machine(killed)
     for files in waiting.values():

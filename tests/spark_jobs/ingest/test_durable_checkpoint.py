@@ -77,6 +77,14 @@ def test_a_checkpoint_torn_in_its_first_batch_is_started_again(tmp_path: Path) -
     assert read_state(folder) is None
 
 
+def test_a_missing_metadata_is_refused_if_a_batch_has_ended(checkpoint: Path) -> None:
+    (checkpoint / "metadata").unlink()
+    before = visible(checkpoint)
+    with pytest.raises(TableCorruptionError, match=r"metadata cannot be read, and batch 1 that needs it has ended.*power-cut"):
+        set_aside_torn(checkpoint)
+    assert visible(checkpoint) == before
+
+
 @pytest.mark.parametrize("name", ["metadata", "sources/0/1"])
 def test_what_an_ended_batch_needs_is_refused(checkpoint: Path, name: str) -> None:
     (checkpoint / name).write_bytes(b"")

@@ -303,6 +303,49 @@ def test_lost_checkpoint_replays_to_the_same_rows_and_skips_nothing(spark: Spark
     assert run_ingest(settings, spark=spark).accepted == 1
 
 
+def _leave(checkpoint: Path, *names: str) -> None:
+    """Take the end of the first batch away, and make files empty, as a power cut does."""
+    shutil.rmtree(checkpoint / "commits")
+    for name in names:
+        (checkpoint / name).write_bytes(b"")
+
+
+def _leave_half_an_offset(checkpoint: Path) -> None:
+    """A process was killed while Spark wrote the first plan."""
+    _leave(checkpoint)
+    (checkpoint / "offsets" / "0").rename(checkpoint / "offsets" / ".0.ec53a8c1.tmp")
+    (checkpoint / "offsets" / ".0.crc").unlink()
+
+
+def _leave_no_metadata(checkpoint: Path) -> None:
+    _leave(checkpoint)
+    (checkpoint / "metadata").unlink()
+    (checkpoint / ".metadata.crc").unlink()
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        pytest.param(lambda folder: _leave(folder, "offsets/0"), id="torn plan"),
+        pytest.param(lambda folder: _leave(folder, "metadata", "sources/0/0", "offsets/0"), id="all is torn"),
+        pytest.param(_leave_half_an_offset, id="temporary file"),
+        pytest.param(_leave_no_metadata, id="no metadata"),
+    ],
+)
+def test_a_first_batch_that_was_never_planned_whole_is_planned_again(
+    leave: Callable[[Path], None], spark: SparkSession, settings: Settings
+) -> None:
+    """Spark takes no checkpoint without a whole plan in which any file lies, even a hidden one."""
+    lake.land(settings, "events/eu/1.jsonl", [lake.event(f"e{i}") for i in range(5)])
+    run_ingest(settings, spark=spark)
+    for table in TABLES:
+        shutil.rmtree(settings.table_uri(table))
+    leave(settings.checkpoints_path / "events")
+    lake.land(settings, "events/eu/2.jsonl", [lake.event(f"e{i}") for i in range(7)])
+    report = run_ingest(settings, spark=spark)
+    assert (report.offered, report.accepted) == (12, 7)
+
+
 def test_lost_index_is_rebuilt_from_the_table(spark: SparkSession, settings: Settings) -> None:
     lake.land(settings, "events/eu/1.jsonl", [lake.event(f"e{i}") for i in range(50)])
     run_ingest(settings, spark=spark)
