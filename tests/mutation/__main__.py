@@ -27,8 +27,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from tests.mutation.operators import Mutant, mutants
-from tests.mutation.runs import ROOT, Outcome, TracedTests, judge, trace
+from tests.mutation.runs import Outcome, TracedTests, judge, trace
 
+ROOT = Path(__file__).resolve().parents[2]
 EXPLAINED = Path(__file__).with_name("explained.toml")
 
 
@@ -45,18 +46,19 @@ class Judged:
 
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
-    paths = sorted(path for target in args.targets for path in _modules(ROOT / target))
+    root = Path(args.root).resolve()
+    paths = sorted(path for target in args.targets for path in _modules(root, root / target))
     if not paths:
         print(f"error: no module in {' '.join(args.targets)}", file=sys.stderr)
         return 2
-    tests = args.tests or sorted({_mirror(target) for target in args.targets})
-    every = [(path, mutant) for path in paths for mutant in mutants((ROOT / path).read_text("utf-8"))]
+    tests = args.tests or sorted({_mirror(root, target) for target in args.targets})
+    every = [(path, mutant) for path in paths for mutant in mutants((root / path).read_text("utf-8"))]
     chosen = every if args.sample is None else random.Random(args.seed).sample(every, min(args.sample, len(every)))
     console = Console(stderr=True)
     console.print(f"{len(chosen):,} of {len(every):,} mutants of {len(paths)} modules; tracing {' '.join(tests)}")
     with tempfile.TemporaryDirectory(prefix="mutation-") as scratch:
-        traced = trace(tests, paths, Path(scratch), with_spark=args.spark)
-        judged = _judge_all(chosen, traced, Path(scratch), console)
+        traced = trace(root, tests, paths, Path(scratch), with_spark=args.spark)
+        judged = _judge_all(root, chosen, traced, Path(scratch), console)
     explained = _explained()
     survivors = [one for one in judged if one.outcome in ("survived", "not run")]
     open_ones = [one for one in survivors if (one.path, one.before, one.after) not in explained]
@@ -81,33 +83,34 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--spark", action="store_true", help="also tests that start a Spark, a store or other services")
     made.add_argument("--at-least", type=float, default=0, help="percent that must be killed")
+    made.add_argument("--root", default=ROOT, help="of another project")
     made.add_argument("--json", action="store_true", help="the last line is a JSON object")
     return made
 
 
-def _modules(target: Path) -> list[str]:
+def _modules(root: Path, target: Path) -> list[str]:
     found = sorted(target.rglob("*.py")) if target.is_dir() else [target] if target.exists() else []
-    return [str(path.relative_to(ROOT)) for path in found if path.name != "__init__.py"]
+    return [str(path.relative_to(root)) for path in found if path.name != "__init__.py"]
 
 
-def _mirror(target: str) -> str:
+def _mirror(root: Path, target: str) -> str:
     """Return the tests of a folder or file: the nearest path in tests/ that exists."""
     path = Path(target)
-    named = ROOT / "tests" / path.parent / f"test_{path.stem}.py"
+    named = root / "tests" / path.parent / f"test_{path.stem}.py"
     if named.exists():
-        return str(named.relative_to(ROOT))
-    folder = path if (ROOT / target).is_dir() else path.parent
-    while not (ROOT / "tests" / folder).is_dir():
+        return str(named.relative_to(root))
+    folder = path if (root / target).is_dir() else path.parent
+    while not (root / "tests" / folder).is_dir():
         folder = folder.parent
     return str(Path("tests") / folder)
 
 
-def _judge_all(chosen: list[tuple[str, Mutant]], traced: TracedTests, scratch: Path, console: Console) -> list[Judged]:
+def _judge_all(root: Path, chosen: list[tuple[str, Mutant]], traced: TracedTests, scratch: Path, console: Console) -> list[Judged]:
     judged = []
     with Progress(console=console) as progress:
         task = progress.add_task("mutants", total=len(chosen))
         for path, mutant in chosen:
-            outcome = judge(path, mutant, traced, scratch)
+            outcome = judge(root, path, mutant, traced, scratch)
             judged.append(Judged(path, mutant.line, mutant.before, mutant.after, outcome))
             progress.advance(task)
     return judged

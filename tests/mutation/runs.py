@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
@@ -20,7 +21,6 @@ from typing import Any, Literal
 
 from tests.mutation.operators import Mutant, mutated
 
-ROOT = Path(__file__).resolve().parents[2]
 Outcome = Literal["killed", "timeout", "survived", "not run"]
 
 _MOST_TESTS = 60  # of a mutant
@@ -48,20 +48,20 @@ class TracedTests:
         return sorted(found, key=self.seconds.__getitem__)
 
 
-def trace(tests: Sequence[str], paths: Sequence[str], scratch: Path, *, with_spark: bool) -> TracedTests:
-    """Run the tests once, and note what each of them runs. Raises RuntimeError if they fail as they are."""
+def trace(root: Path, tests: Sequence[str], paths: Sequence[str], scratch: Path, *, with_spark: bool) -> TracedTests:
+    """Run the tests under ``root`` once, and note what each of them runs. Raises RuntimeError if they fail as they are."""
     for name in _PACKAGES:
         importlib.import_module(name)
     result = scratch / "traced.json"
 
     def run() -> int:
-        tracer = _Tracer(paths, with_spark=with_spark)
+        tracer = _Tracer(root, paths, with_spark=with_spark)
         status = _pytest([*tests, "-m", _FAST], scratch, tracer)
         result.write_text(json.dumps({"seconds": tracer.seconds, "lines": tracer.as_lists()}))
         return status
 
     log = scratch / "pytest.log"
-    status = _forked(run, 3600, log)
+    status = _forked(root, run, 3600, log)
     if status != 0:
         raise RuntimeError(f"the tests fail without any change (pytest's status {status}):\n{log.read_text()[-3000:]}")
     found = json.loads(result.read_text())
@@ -69,7 +69,7 @@ def trace(tests: Sequence[str], paths: Sequence[str], scratch: Path, *, with_spa
     return TracedTests(found["seconds"], lines)
 
 
-def judge(path: str, mutant: Mutant, traced: TracedTests, scratch: Path) -> Outcome:
+def judge(root: Path, path: str, mutant: Mutant, traced: TracedTests, scratch: Path) -> Outcome:
     """Run the tests that may notice a mutant, until one does."""
     chosen, seconds = [], 0.0
     for test in traced.of(path, mutant.line)[:_MOST_TESTS]:
@@ -79,14 +79,14 @@ def judge(path: str, mutant: Mutant, traced: TracedTests, scratch: Path) -> Outc
         seconds += traced.seconds[test]
     if not chosen:
         return "not run"
-    tree = mutated((ROOT / path).read_text("utf-8"), mutant.number)
+    tree = mutated((root / path).read_text("utf-8"), mutant.number)
     name = path.removesuffix(".py").replace("/", ".")
 
     def run() -> int:
-        sys.meta_path.insert(0, _MutantFinder(name, ROOT / path, compile(tree, str(ROOT / path), "exec")))
+        sys.meta_path.insert(0, _MutantFinder(name, root / path, compile(tree, str(root / path), "exec")))
         return _pytest([*chosen, "-x"], scratch)
 
-    status = _forked(run, 20 + _PATIENCE * seconds, scratch / "pytest.log")
+    status = _forked(root, run, 20 + _PATIENCE * seconds, scratch / "pytest.log")
     return "timeout" if status is None else "killed" if status else "survived"
 
 
@@ -97,7 +97,7 @@ def _pytest(arguments: list[str], scratch: Path, *plugins: object) -> int:
     return int(pytest.main([*arguments, *quiet], plugins=list(plugins)))
 
 
-def _forked(run: Callable[[], int], seconds: float, log: Path) -> int | None:
+def _forked(root: Path, run: Callable[[], int], seconds: float, log: Path) -> int | None:
     """Return the status of ``run`` in a forked process; None if it took too long. Its whole process group ends."""
     child = os.fork()
     if child == 0:
@@ -108,7 +108,8 @@ def _forked(run: Callable[[], int], seconds: float, log: Path) -> int | None:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            os.chdir(ROOT)
+            os.chdir(root)
+            sys.path.insert(0, str(root))
             status = run()
         finally:
             os._exit(status)
@@ -120,10 +121,8 @@ def _forked(run: Callable[[], int], seconds: float, log: Path) -> int | None:
             status = os.waitstatus_to_exitcode(raw)
             break
         time.sleep(0.01)
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     if status is None:
         os.waitpid(child, 0)
     return status
@@ -145,8 +144,8 @@ class _MutantFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 class _Tracer:
     """A plugin of pytest that notes the lines of ``paths`` that each test runs, and its seconds."""
 
-    def __init__(self, paths: Sequence[str], *, with_spark: bool) -> None:
-        self._names = {str(ROOT / path): path for path in paths}
+    def __init__(self, root: Path, paths: Sequence[str], *, with_spark: bool) -> None:
+        self._names = {str(root / path): path for path in paths}
         self._with_spark = with_spark
         self._lines: dict[str, set[int]] = {}
         self.seconds: dict[str, float] = {}
