@@ -243,10 +243,11 @@ def remove_correction(settings: Settings, correction: Correction) -> None:
 
 def carry_out(settings: Settings, correction: Correction) -> None:
     """Make the missing commits of a correction, in order, and remove its folder."""
+    lake = Lake(settings)
     changes = {change.table.name: change for change in correction.changes}
     for name, (step, key) in _ORDER.items():
         if name in changes:
-            _commit(Lake(settings), changes[name], step, correction.token, key)
+            _commit(lake, changes[name], step, correction.token, key)
     remove_correction(settings, correction)
 
 
@@ -274,7 +275,7 @@ def _commit(lake: Lake, change: TableChange, step: Step, token: str, key: str) -
     changed = [file.path for file in writer.files]
     metadata = {**change.metadata, "changed_files": changed, "added_files": [] if change.by_key else changed}
     add = [*rewritten, *writer.files]
-    base = snapshot.version(table)
+    base = snapshot.version(table) if removed else None
     lake.commit(table, step, base=base, add=add, remove=removed, transaction=transaction, metadata=metadata)
 
 

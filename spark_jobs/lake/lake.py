@@ -207,7 +207,7 @@ class Lake:
         rebases = base is not None or bool(remove)
         tries = Attempts()
         while True:
-            held = self._open_newest(table) if base is None else open_table(self.uri(table), base)
+            held = self._open_newest(table) if base is None else self._open_for_commit(table, base)
             if tries.took_effect(self.uri(table)):
                 return True
             if transaction is not None and has_seen(self.uri(table), held, transaction):
@@ -256,6 +256,12 @@ class Lake:
         with self.writer(table) as writer:
             writer.write(rows)
         return writer.files
+
+    def _open_for_commit(self, table: Table, version: int) -> DeltaTable:
+        """Open a table at a version. Keeps it no longer, because the commit brings it to its own version."""
+        held = self.open_for_reading(table, version)
+        self._pinned.pop(table.name, None)
+        return held
 
     def _open_newest(self, table: Table) -> DeltaTable:
         self._newest[table.name] = open_table(self.uri(table), held=self._newest.get(table.name))
