@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from spark_jobs.attribution.rules import load_attribution_rules
 from spark_jobs.config import Settings
 from spark_jobs.erasure.inputs import LANDING, InputFile, plan_inputs, replace_input
 from spark_jobs.erasure.lines import People, rewrite_strings
@@ -51,8 +52,11 @@ from spark_jobs.lake.tables import BATCH_LEDGER, ERASURES, EVENTS, ORDERS
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.rules.exempt import PLACEHOLDERS, plain
 from spark_jobs.steps import Step, durable
+from spark_jobs.traffic.rules import current_rules, is_in_listed_network
 
 TOKEN_PREFIX = "erased-"
+DUE_SOON = timedelta(days=7)
+"""How long before a request is due `alert_erasure_due` names it."""
 _LONGEST_ID = 128  # characters, as the contract has it
 _LOCKS = (ATTRIBUTION, CORRECTIONS, MARTS, REWRITE, WRITE_EVENTS, WRITE_ORDERS)
 _DERIVED = ("recount", "attribution_index")
@@ -175,6 +179,11 @@ def queued_erasures(settings: Settings) -> list[Request]:
     return sorted(found, key=lambda one: one.requested_at)
 
 
+def due_erasures(settings: Settings, now: datetime) -> list[Request]:
+    """Return the requests in the queue that are due within DUE_SOON, or overdue."""
+    return [one for one in queued_erasures(settings) if one.due_at(settings) - DUE_SOON <= now]
+
+
 def unproven_runs(settings: Settings) -> list[Run]:
     """Return the erasures that are decided and have no receipt yet, the oldest first."""
     place = erasure_place(settings)
@@ -259,13 +268,20 @@ def _finish(settings: Settings, say: Say) -> None:
 def _checked(settings: Settings, user_ids: Iterable[str]) -> list[str]:
     """Return the ids, each once. Raises UsageError for an id that no person has."""
     ids = list(dict.fromkeys(user_ids))
+    rules = current_rules(settings)
+    exempt = {*PLACEHOLDERS, *rules.exempt_users, *load_attribution_rules(settings).exempt_users}
     known = read_suppression(settings)
     tokens = set() if known is None else set(known.tokens.values())
     for one in ids:
         if not 1 <= len(one) <= _LONGEST_ID or any("\ud800" <= character <= "\udfff" for character in one):
             raise UsageError(f"{one!r} is no user id", hint=f"an id has 1 to {_LONGEST_ID} characters")
-        if plain(one) in PLACEHOLDERS:
+        if plain(one) in exempt:
             raise UsageError(f"{one!r} stands for everybody who is unknown, not for a person", hint="docs/erasure.md")
+        if is_in_listed_network(rules, one):
+            raise UsageError(
+                f"{one!r} is an address in a listed network: under a token its events would be judged in another way",
+                hint="put the address itself on the operator's list, and run `adtally backfill` for its hours; docs/erasure.md",
+            )
         if one in tokens:
             raise UsageError(f"{one} is the token of a person who is erased already")
     return ids
@@ -437,13 +453,13 @@ def prove(settings: Settings, run: Run, *, now: datetime | None = None, reconcil
     now = now or datetime.now(UTC)
     found = search(settings, run.people, run.landing_names)
     if found.findings:
-        raise AdtallyError(_still_there(found), hint="docs/runbooks/erasure.md; run `adtally erase` again when it is gone")
+        raise AdtallyError(_still_there(found), hint="docs/runbooks/erasure-due.md; run `adtally erase` again when it is gone")
     lake = Lake(settings)
     after, versions = totals(settings), _versions(lake)
     has_news = versions.get(BATCH_LEDGER.name) != run.versions.get(BATCH_LEDGER.name)
     different = [] if has_news else differences(run.totals, after)
     if different:
-        raise AdtallyError(f"the erasure changed {', '.join(different)}", hint="docs/runbooks/erasure.md")
+        raise AdtallyError(f"the erasure changed {', '.join(different)}", hint="docs/runbooks/erasure-due.md")
     if reconciled is False:
         raise AdtallyError(
             "a recount of the rewritten input differs from the tables", hint="adtally reconcile names each difference"

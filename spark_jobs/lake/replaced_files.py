@@ -33,17 +33,19 @@ class ReplacedFiles:
     def present(self, name: str, modified_ms: int, size: int) -> FileState:
         """Return the state that a file has now if it had this one when a batch was planned, and only erasures replaced it."""
         state = self._state(modified_ms, size)
-        for before, after in self._states.get(name, ()):
-            if state == before:
-                state = after
+        left = list(self._states.get(name, ()))
+        while (step := next((one for one in left if one[0] == state), None)) is not None:
+            left.remove(step)
+            state = step[1]
         return state
 
     def times(self, name: str, modified_ms: int) -> set[int]:
         """Return the times of modification that a file with this one may have had or may have now."""
         found = {self._state(modified_ms, 0)[0]}
-        for before, after in self._states.get(name, ()):
-            if before[0] in found:
-                found.add(after[0])
+        left = list(self._states.get(name, ()))
+        while (step := next((one for one in left if one[0][0] in found), None)) is not None:
+            left.remove(step)
+            found.add(step[1][0])
         return found
 
     def _state(self, modified_ms: int, size: int) -> FileState:
