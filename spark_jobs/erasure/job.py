@@ -39,7 +39,7 @@ from spark_jobs.erasure.suppression import (
     read_suppression,
     write_suppression,
 )
-from spark_jobs.erasure.tables import PERSONAL, FingerprintMap, count_rows, delete_old_files, old_files, rewrite_table
+from spark_jobs.erasure.tables import PERSONAL, FingerprintMap, count_rows, rewrite_table
 from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.ingest.files.landing import walk_landing
 from spark_jobs.lake.checkpoint_copy import checkpoints_to_read
@@ -48,7 +48,8 @@ from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.locks import ATTRIBUTION, CORRECTIONS, INGEST, MARTS, REWRITE, WRITE_EVENTS, WRITE_ORDERS, exclusive, is_held
 from spark_jobs.lake.marts import current_marts
 from spark_jobs.lake.places import open_place, state_copies
-from spark_jobs.lake.tables import BATCH_LEDGER, ERASURES, EVENTS, ORDERS
+from spark_jobs.lake.removal import delete_older_files, files_of_older_versions
+from spark_jobs.lake.tables import BATCH_LEDGER, ERASURES, EVENTS, ORDERS, Table
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.rules.exempt import PLACEHOLDERS, plain
 from spark_jobs.steps import Step, durable
@@ -212,7 +213,7 @@ def preview(settings: Settings, user_ids: Iterable[str]) -> Preview:
     found.add_tables(lake)
     fingerprints = found.made()
     rows = {table.name: count_rows(lake, table, people, fingerprints) for table in PERSONAL if lake.exists(table)}
-    older = {table.name: len(_old_files_of(settings, lake, people, table.name)) for table in PERSONAL if lake.exists(table)}
+    older = {table.name: len(_old_files_of(settings, lake, people, table)) for table in PERSONAL if lake.exists(table)}
     kept = ({name: count for name, count in counts.items() if count} for counts in (lines, rows, older))
     return Preview(len(people.tokens), *kept)
 
@@ -361,8 +362,8 @@ def _carry_out(settings: Settings, run: Run, say: Say) -> None:
         if changed:
             run.rows[table.name] = changed
     for number, table in enumerate(PERSONAL):
-        paths = _old_files_of(settings, lake, run.people, table.name)
-        delete_old_files(lake, table, paths, number)
+        paths = _old_files_of(settings, lake, run.people, table)
+        delete_older_files(lake, table, paths, number)
         run.old_files += len(paths)
     say("dropping what is derived")
     _drop_derived(settings, run.people)
@@ -390,10 +391,10 @@ def _append(lake: Lake, rows: list[dict[str, Any]], transaction: Transaction) ->
     lake.append(ERASURES, pa.Table.from_pylist(rows, ERASURES.schema), Step.ERASURES, transaction=transaction)
 
 
-def _old_files_of(settings: Settings, lake: Lake, people: People, table_name: str) -> list[str]:
-    table = next(one for one in PERSONAL if one.name == table_name)
+def _old_files_of(settings: Settings, lake: Lake, people: People, table: Table) -> list[str]:
+    """Return the data files of older versions of a table that have one of the people."""
     place = open_place(lake.uri(table))
-    return [name for name in old_files(lake, table) if search_file(settings, place, name, people)]
+    return [name for name in files_of_older_versions(lake, table) if search_file(settings, place, name, people)]
 
 
 def _drop_derived(settings: Settings, people: People) -> None:

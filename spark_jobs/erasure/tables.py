@@ -6,9 +6,8 @@ of the record gets the same token when it is parsed, and with it the same finger
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,9 +19,8 @@ from spark_jobs.ingest.contract.spec import CONTRACTS, BatchLimits, FieldKind
 from spark_jobs.ingest.dedupe.keys import hash_keys, hex_fingerprint
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.lake import Lake
-from spark_jobs.lake.places import open_place
 from spark_jobs.lake.tables import ERASURES, EVENTS, ORDERS, RAW_TABLES, REJECTED_TABLES, STREAMS, TABLES, Table
-from spark_jobs.steps import Step, durable
+from spark_jobs.steps import Step
 
 ID_COLUMNS = frozenset(("event_id", "order_id", "impression_id", "touch_event_id", "record_id", "campaign_id", "ad_id", "store_id"))
 """Columns with ids of other things than people: they stay, even if one is equal to the id of a person."""
@@ -221,22 +219,3 @@ def _raws(rows: pa.Table, people: People) -> tuple[pa.Array, pa.Array]:
 def _mapped(rows: pa.Table, name: str, new: Mapping[tuple[str, str], str]) -> pa.Array:
     pairs = zip(rows["record_id"].to_pylist(), rows[name].to_pylist(), strict=True)
     return pa.array([new.get((record_id, old), old) for record_id, old in pairs], pa.string())
-
-
-def old_files(lake: Lake, table: Table) -> list[str]:
-    """Return the data files of a table's folder that its newest version does not have."""
-    if not lake.exists(table):
-        return []
-    current = {unquote(path) for path in lake.pin(table).paths(table)}
-    return [file.name for file in open_place(lake.uri(table)).list() if _is_data(file.name) and file.name not in current]
-
-
-def _is_data(name: str) -> bool:
-    return name.endswith(".parquet") and not name.startswith("_delta_log/")
-
-
-def delete_old_files(lake: Lake, table: Table, paths: Sequence[str], number: int) -> None:
-    """Delete data files that no newest version has. Older versions of the table can no longer be read where they need them."""
-    if paths:
-        with durable(Step.ERASED_VERSIONS, number):
-            open_place(lake.uri(table)).delete(paths)
