@@ -49,8 +49,9 @@ from spark_jobs.lake.locks import ATTRIBUTION, CORRECTIONS, INGEST, MARTS, REWRI
 from spark_jobs.lake.marts import current_marts
 from spark_jobs.lake.places import open_place, state_copies
 from spark_jobs.lake.removal import delete_older_files, files_of_older_versions
-from spark_jobs.lake.tables import BATCH_LEDGER, ERASURES, EVENTS, ORDERS, Table
+from spark_jobs.lake.tables import ATTRIBUTED_ORDERS, BATCH_LEDGER, ERASURES, EVENTS, ORDERS, Table
 from spark_jobs.lake.writes import ensure_tables
+from spark_jobs.publish.progress import read_publications
 from spark_jobs.rules.exempt import PLACEHOLDERS, plain
 from spark_jobs.steps import Step, durable
 from spark_jobs.traffic.rules import current_rules, is_in_listed_network
@@ -240,6 +241,7 @@ def erase(
         if requested:
             ensure_tables(settings)
             _refuse_open_batches(settings)
+            _refuse_unpublished(settings)
             run = _decide(settings, requested, now, new_token, say)
             _carry_out(settings, run, say)
     return unproven_runs(settings)
@@ -301,6 +303,16 @@ def _refuse_open_batches(settings: Settings) -> None:
                         f"batch {batch} of {folder.name} was interrupted and is not complete",
                         hint="run `adtally ingest`, which finishes it, then erase",
                     )
+
+
+def _refuse_unpublished(settings: Settings) -> None:
+    """Raise AdtallyError if credits wait to be published: their data files may be deleted."""
+    for topic in read_publications(settings):
+        if topic.table == ATTRIBUTED_ORDERS.name and topic.versions_behind:
+            raise AdtallyError(
+                f"{topic.versions_behind} versions of {topic.table} wait to be published to {topic.topic}",
+                hint="run `adtally publish`, then erase; the tokens are published after that, under the same keys",
+            )
 
 
 def _decide(settings: Settings, requested: Mapping[str, datetime], now: datetime, new_token: Callable[[], str], say: Say) -> Run:
@@ -408,16 +420,17 @@ def _drop_derived(settings: Settings, people: People) -> None:
             copies.delete_folder("")
         shutil.rmtree(settings.scratch_path, ignore_errors=True)
     _drop_marts(settings)
-    home = open_place(str(settings.home_path))
-    for name in list(home.every_name()):
-        if name.startswith(_OWN_TEXTS):
-            with suppress(FileNotFoundError):
-                data = home.read(name)
-                made = rewrite_strings(data, people) if people.may_be_in(data) else data
-                if made != data and _is_text(data):
-                    home.write(name, made)
-                elif search_file(settings, home, name, people):
-                    home.delete([name])
+    for uri in {str(settings.home_path), settings.state_uri}:
+        place = open_place(uri)
+        for name in list(place.every_name()):
+            if name.startswith(_OWN_TEXTS):
+                with suppress(FileNotFoundError):
+                    data = place.read(name)
+                    made = rewrite_strings(data, people) if people.may_be_in(data) else data
+                    if made != data and _is_text(data):
+                        place.write(name, made)
+                    elif search_file(settings, place, name, people):
+                        place.delete([name])
 
 
 def _is_text(data: bytes) -> bool:

@@ -19,6 +19,7 @@ from spark_jobs.ingest.contract.spec import CONTRACTS, BatchLimits, FieldKind
 from spark_jobs.ingest.dedupe.keys import hash_keys, hex_fingerprint
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.log import TOKENS_KEY
 from spark_jobs.lake.tables import ERASURES, EVENTS, ORDERS, RAW_TABLES, REJECTED_TABLES, STREAMS, TABLES, Table
 from spark_jobs.steps import Step
 
@@ -134,7 +135,7 @@ def rewrite_table(
             add=writer.files,
             remove=removed,
             transaction=transaction,
-            metadata={"erasure": token},
+            metadata={TOKENS_KEY: sorted(people.tokens.values())},
             batch_id=number,
         )
     return rows_changed, [file.path for file in removed]
