@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from spark_jobs.audit.store import RawFile
 from spark_jobs.audit.worker import mtime_ms
 from spark_jobs.config import Settings
 from spark_jobs.lake.landing_view import refresh_landing, whole_time
-from spark_jobs.lake.replaced_files import ReplacedFiles
 
 _CLOCK_SLACK_NS = 10 * 10**9
 
@@ -56,12 +56,14 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         return []
 
 
-def missed_files(landed: dict[str, LandedFile], planned: set[str], query: FileQuery, replaced: ReplacedFiles) -> list[LandedFile]:
+def missed_files(
+    landed: dict[str, LandedFile], planned: set[str], query: FileQuery, replaced: Container[str] = ()
+) -> list[LandedFile]:
     """Return the files that the query has passed over: no plan has them, and they do not just wait.
 
     The query has passed over a file if it names the file in a finished batch. Or it has taken another file that was renamed clearly
     later and is later in the order of reading (time of modification), so it has listed the file and left it out. A file that an
-    erasure replaced was renamed again by that, and shows nothing.
+    erasure ``replaced`` was renamed again by that, and shows nothing.
     """
     taken = [landed[name] for name in query.taken if name in landed and name not in replaced]
 

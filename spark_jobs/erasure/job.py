@@ -45,6 +45,7 @@ from spark_jobs.ingest.files.landing import walk_landing
 from spark_jobs.lake.checkpoint_copy import checkpoints_to_read
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.landing_view import fresh_rules_path, refresh_landing
 from spark_jobs.lake.locks import ATTRIBUTION, CORRECTIONS, INGEST, MARTS, REWRITE, WRITE_EVENTS, WRITE_ORDERS, exclusive, is_held
 from spark_jobs.lake.marts import current_marts
 from spark_jobs.lake.places import open_place, state_copies
@@ -366,6 +367,7 @@ def _carry_out(settings: Settings, run: Run, say: Say) -> None:
     for number, file in enumerate(run.files):
         say(f"rewriting {file.name}")
         replace_input(settings, file, people, number)
+    refresh_landing(settings, is_full=True)  # objects have new times
     _note_files(lake, run)
     fingerprints = {stream: {(one, old): new for one, old, new in found} for stream, found in run.fingerprints.items()}
     for number, table in enumerate(PERSONAL):
@@ -420,6 +422,7 @@ def _drop_derived(settings: Settings, people: People) -> None:
             copies.delete_folder("")
         shutil.rmtree(settings.scratch_path, ignore_errors=True)
     _drop_marts(settings)
+    fresh_rules_path(settings)  # of lists in a store, the copy of this machine
     for uri in {str(settings.home_path), settings.state_uri}:
         place = open_place(uri)
         for name in list(place.every_name()):
