@@ -38,13 +38,9 @@ app = typer.Typer()
 )
 def erase(
     context: typer.Context,
-    user: Annotated[
-        list[str] | None, typer.Option("--user", metavar="ID", help="The id of a person; may be repeated.")
-    ] = None,
+    user: Annotated[list[str] | None, typer.Option("--user", metavar="ID", help="The id of a person; may be repeated.")] = None,
     file: Annotated[Path | None, typer.Option("--file", metavar="IDS", help="A file with an id a line.", dir_okay=False)] = None,
-    queue: Annotated[
-        bool, typer.Option("--queue", help="Only queue: the asset erased_people, or a later erase, does it.")
-    ] = False,
+    queue: Annotated[bool, typer.Option("--queue", help="Only queue: the asset erased_people, or a later erase, does it.")] = False,
     dry_run: DryRun = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     as_json: Json = False,
@@ -56,6 +52,7 @@ def erase(
     """
     from orchestration.erasure import carry_out_erasures
     from spark_jobs.erasure.job import preview, queue_erasure, queued_erasures, read_ids, receipt_file, unproven_runs
+    from spark_jobs.erasure.retention import retention_problems
 
     settings = settings_of(context)
     ids = [*(user or ()), *(read_ids(file) if file is not None else ())]
@@ -76,7 +73,8 @@ def erase(
     if dry_run or not yes:
         found = with_spinner("looking", partial(_preview, preview, settings, wanted))
         if dry_run:
-            show(found, preview_tables(found), as_json=as_json)
+            kept = (Text(problem, style="yellow") for problem in retention_problems(settings))
+            show(found, [*preview_tables(found), *kept], as_json=as_json)
             return
         if not sys.stdin.isatty():
             raise UsageError("an erasure cannot be undone, and nobody can be asked here", hint="--dry-run shows it, --yes does it")
@@ -85,6 +83,7 @@ def erase(
         typer.confirm(f"Erase {counted(found.people, 'person')}{rest}? It cannot be undone.", abort=True)
     receipts = with_spinner("erasing", partial(carry_out_erasures, settings, ids))
     lines = [line for receipt in receipts for line in receipt_lines(receipt, receipt_file(settings, receipt))]
+    lines += [Text(problem, style="yellow") for problem in retention_problems(settings)]
     show(receipts, lines, as_json=as_json)
 
 
