@@ -111,6 +111,8 @@ def receipt_lines(receipt: Receipt, path: str) -> Iterator[RenderableType]:
         f"erased {counted(len(receipt.people), 'person')}: {counted(receipt.files_rewritten, 'file')} of the input and "
         f"{counted(rows, 'row')} rewritten, {counted(receipt.old_files_deleted, 'older data file')} deleted"
     )
+    if not rows and not receipt.files_rewritten:
+        yield Text("nothing had an id of theirs: is it written as in the records?", style="yellow")
     totals = "all totals are as before" if receipt.totals_equal else "totals not compared: records came in meanwhile"
     recount = "the recount agrees" if receipt.reconciled else "no recount was made"
     read = f"{counted(receipt.files_searched, 'file')} ({file_size(receipt.bytes_searched)}) read, no id found"

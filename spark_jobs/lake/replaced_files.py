@@ -27,7 +27,7 @@ class ReplacedFiles:
             after = self._state(row["new_modified_ms"], row["new_size_bytes"])
             self._states.setdefault(row["source_file"], []).append((before, after))
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._states
 
     def present(self, name: str, modified_ms: int, size: int) -> FileState:

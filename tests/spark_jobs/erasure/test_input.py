@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import correct
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -144,14 +145,14 @@ def test_the_copy_of_a_topic_applies_the_list(home: Settings, monkeypatch: pytes
     suppression = Suppression(b"k" * 32, {}).plus({ANNA: "erased-1"})
     values = [lines([event("e1", user_id=ANNA)])[:-1], None, b"no JSON"]
     part = raw.Slice("kafka/eu/ad-events/0", 0, 3, {})
-    table = raw.pa.table(
+    table = pa.table(
         {
             "cluster": ["eu"] * 3,
             "source_topic": ["ad-events"] * 3,
-            "source_partition": raw.pa.array([0] * 3, raw.pa.int32()),
+            "source_partition": pa.array([0] * 3, pa.int32()),
             "source_offset": [0, 1, 2],
-            "source_timestamp": raw.pa.array([0] * 3, raw.pa.timestamp("ms", "UTC")),
-            "value": raw.pa.array(values, raw.pa.binary()),
+            "source_timestamp": pa.array([0] * 3, pa.timestamp("ms", "UTC")),
+            "value": pa.array(values, pa.binary()),
         }
     )
     monkeypatch.setattr(raw, "read_slice", lambda _: iter([table]))
