@@ -15,7 +15,7 @@ from orchestration.assets.lakehouse import landing_files, landing_ingest, table_
 from orchestration.assets.marts import marts_asset
 from orchestration.assets.quality import expectation_checks, marts_expectations
 from orchestration.assets.settlement import attributed_orders, billing_lines, reviewed_hours, settled_records
-from orchestration.assets.storage import checked_storage, compacted_tables, vacuumed_tables
+from orchestration.assets.storage import checked_storage, compacted_tables, erased_people, vacuumed_tables
 from orchestration.marts.manifest import load_manifest
 from orchestration.partitions import hourly_partitions
 from orchestration.sensors.closed_hours import closed_hours_sensor
@@ -65,6 +65,7 @@ def _definitions(settings: Settings) -> dg.Definitions:
                     settled_records,
                     vacuumed_tables,
                     checked_storage,
+                    erased_people,
                     marts,
                 ],
             ),
@@ -80,6 +81,7 @@ def _definitions(settings: Settings) -> dg.Definitions:
             schedules.compaction_job,
             schedules.vacuum_job,
             schedules.storage_check_job,
+            schedules.erasure_job,
             schedules.settlement_job,
         ],
         schedules=[
@@ -87,6 +89,7 @@ def _definitions(settings: Settings) -> dg.Definitions:
             schedules.marts_schedule("hourly", "20 * * * *", hourly),
             schedules.compaction_schedule,
             schedules.vacuum_schedule,
+            schedules.erasure_schedule,
             schedules.settlement_schedule,
             schedules.reconciliation_schedule(hours, reconciliation),
         ],

@@ -40,6 +40,7 @@ ingest_job = _job("ingest", LANDING_INGEST, "Ingests all files of the landing fo
 compaction_job = _job("compaction", "compacted_tables", "Compacts every table whose small files are worth merging.")
 vacuum_job = _job("vacuum", "vacuumed_tables", "Deletes data files that nothing needs any more.")
 storage_check_job = _job("storage_check", "checked_storage", "Checks, or repairs, every byte that adtally keeps.")
+erasure_job = _job("erasure", "erased_people", "Erases everybody in the queue, in one rewrite, and proves it.")
 settlement_job = _job(
     "settlement",
     "settled_records",
@@ -213,6 +214,21 @@ def _schedule_unless_empty(job: UnresolvedAssetJobDefinition, cron: str, descrip
 compaction_schedule = _schedule_unless_empty(compaction_job, "35 * * * *", "Compacts what needs it, every hour.")
 vacuum_schedule = _schedule_unless_empty(vacuum_job, "15 3 * * *", "Vacuums the tables every night.")
 settlement_schedule = _schedule_unless_empty(settlement_job, "50 * * * *", "Settles late records, every hour.")
+
+
+@dg.schedule(
+    job=erasure_job,
+    cron_schedule="15 4 * * *",
+    default_status=_RUNNING,
+    description="Erases everybody in the queue, every night, and finishes what was begun.",
+)
+def erasure_schedule() -> dg.RunRequest | dg.SkipReason:
+    """Request a run if somebody is in the queue, or an erasure is not proven."""
+    from spark_jobs.erasure.job import queued_erasures, unproven_runs
+
+    settings = load_settings()
+    waiting = len(queued_erasures(settings)) + len(unproven_runs(settings))
+    return dg.RunRequest() if waiting else dg.SkipReason("nobody is to be erased")
 
 
 def reconciliation_schedule(hours: dg.HourlyPartitionsDefinition, job: UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:

@@ -127,6 +127,12 @@ class Settings(BaseSettings):
     vacuum_retention: Duration = Field(
         timedelta(days=7), description="Data files that no version of this age or younger needs may be vacuumed."
     )
+    erasure_key_file: Path | None = Field(
+        None,
+        description="The key of the suppression list of erased people: a file of 32 bytes or more that only its owner can read, "
+        "the same on every machine. Default: LAKEHOUSE/_adtally/erasure/key.",
+    )
+    erasure_days: int = Field(30, ge=1, le=3650, description="Days within which a queued request to erase a person must be done.")
     compacted_file_bytes: int = Field(
         128 * 1024 * 1024, ge=1024 * 1024, description="Size that compaction aims at for a data file, in bytes."
     )

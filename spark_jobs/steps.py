@@ -53,6 +53,15 @@ class Step(StrEnum):
     HOUR_RULES = "hour_rules"
     RECONCILIATIONS = "reconciliations"
     CORRECTION_DONE = "correction_done"  # the correction is finished and may be deleted
+    ERASURE_QUEUED = "erasure_queued"
+    ERASURE_DECIDED = "erasure_decided"  # the ids, their tokens and the files to rewrite are written
+    SUPPRESSED = "suppressed"  # from here on no record brings the id back
+    ERASED_INPUT = "erased_input"  # a landing file or a rule file is replaced
+    ERASED_ROWS = "erased_rows"  # of one table
+    ERASURES = "erasures"  # the states of the replaced files, before them; the receipts, after the proof
+    ERASED_VERSIONS = "erased_versions"  # data files of older versions with the id are deleted
+    ERASURE_CARRIED_OUT = "erasure_carried_out"  # only the proof is missing
+    ERASURE_DONE = "erasure_done"  # the ids are forgotten
     RULE_SETS = "rule_sets"
     TRAFFIC_REVIEWS = "traffic_reviews"
     ATTRIBUTED_ORDERS = "attributed_orders"

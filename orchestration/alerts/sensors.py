@@ -75,6 +75,7 @@ SIGNAL_SENSORS = (
     ),
     SignalSensor("campaign_file", "campaigns", "A campaign file cannot be read; the prices in force stay.", 300),
     SignalSensor("rule_file", "ad_events", "A rule file cannot be right; the rules in force stay, or a step waits.", 300),
+    SignalSensor("erasure_due", "erased_people", "A person must be erased within 7 days, or an erasure is not proven.", 3600),
     SignalSensor("disk_space", "landing_files", "Less than ADTALLY_MIN_FREE_BYTES are free under ADTALLY_HOME.", 120),
 )
 

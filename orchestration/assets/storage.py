@@ -1,4 +1,4 @@
-"""The assets of whole tables: compaction of all that is closed, vacuum, and the check of every byte."""
+"""The assets of whole tables: compaction of all that is closed, vacuum, the check of every byte, and erasure."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -108,3 +108,34 @@ def checked_storage(context: dg.AssetExecutionContext, config: Fsck) -> dg.Mater
             allow_retries=False,
         )
     return dg.MaterializeResult(metadata=metadata)
+
+
+@dg.asset(
+    group_name="maintenance",
+    kinds={"deltalake"},
+    owners=OWNERS,
+    deps=[asset.key for asset in TABLE_ASSETS],
+    pool="compaction",
+    output_required=False,
+    description="Everybody in the queue of `adtally erase --queue` is erased, in one rewrite, and what a killed erasure left is "
+    "finished: input, tables, old versions, marts. It ends with the proof. A request is due after ADTALLY_ERASURE_DAYS.\n\n"
+    + runbook("erasure-due"),
+)
+def erased_people(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
+    """Erase everybody in the queue. Nobody's id is in the configuration of a run, because Dagster keeps that."""
+    from orchestration.erasure import carry_out_erasures
+
+    with translate_errors():
+        receipts = carry_out_erasures(load_settings(), progress=context.log.info)
+    if not receipts:
+        context.log.info("the queue is empty")
+        return
+    yield dg.MaterializeResult(
+        metadata={
+            "people": sum(len(receipt.people) for receipt in receipts),
+            "files": sum(receipt.files_rewritten for receipt in receipts),
+            "rows": sum(sum(receipt.rows_rewritten.values()) for receipt in receipts),
+            "files_searched": sum(receipt.files_searched for receipt in receipts),
+            "receipts": ", ".join(receipt.erasure_id for receipt in receipts),
+        }
+    )

@@ -21,6 +21,7 @@ from orchestration.cli import (
     decisions,
     demo,
     doctor,
+    erase,
     explain,
     ingest,
     maintenance,
@@ -62,7 +63,7 @@ app = typer.Typer(
 )
 # the order of the help: commands, then groups
 _USE = (demo, simulating, ingest, up, console, query, status)
-_KEEP_RIGHT = (maintenance, rejects, decisions, settlement, compare, publish, doctor)
+_KEEP_RIGHT = (maintenance, rejects, decisions, erase, settlement, compare, publish, doctor)
 for module in _USE + _KEEP_RIGHT:
     app.add_typer(module.app)
 app.add_typer(marts.app, name="marts", rich_help_panel=Panel.ASK)

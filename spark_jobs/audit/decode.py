@@ -29,6 +29,7 @@ from spark_jobs.audit.contract import (
     read_time,
     record_schema,
 )
+from spark_jobs.audit.suppressed import NOBODY, State, open_suppressed
 
 Ints = npt.NDArray[np.int64]
 Row = tuple[Any, ...]
@@ -68,8 +69,10 @@ def _quotation_marks(value: object) -> int:
 class _LineReader:
     """Reads lines of files in the folder of region ``folder``; None: values, which may name any region."""
 
-    def __init__(self, stream: str, folder: str | None) -> None:
+    def __init__(self, stream: str, folder: str | None, suppressed: State) -> None:
         self._stream, self._folder = stream, folder
+        self._suppressed = open_suppressed(suppressed)
+        self._user = record_schema(stream).get_field_index("user_id")
         self._is_valid_folder = folder is None or REGION_NAME.fullmatch(folder) is not None
         self._decode = _DECODERS[stream].decode
         self._size = len(RULES[stream])
@@ -82,7 +85,10 @@ class _LineReader:
     def read(self, raw: bytes, number: int, *, is_terminated: bool = True) -> Row:
         """Return the record of a line, which has no line feed at its end, or of a value."""
         row = self._read_valid(raw, number)
-        return row or _row(number, judge_line(raw, self._stream, self._folder, is_terminated=is_terminated), self._stream)
+        row = row or _row(number, judge_line(raw, self._stream, self._folder, is_terminated=is_terminated), self._stream)
+        if not self._suppressed or row[self._user] is None:
+            return row
+        return *row[: self._user], self._suppressed.name(row[self._user]), *row[self._user + 1 :]
 
     def _read_valid(self, raw: bytes, number: int) -> Row | None:
         """Return the record of a line that is certainly valid; None for any other line.
@@ -154,19 +160,19 @@ def rejected(reason: str, line: int, stream: str) -> pa.Table:
     return _table([_row(line, Judged([reason]), stream)], stream)
 
 
-def parse_block(data: bytes, first: int, stream: str, folder: str) -> pa.Table:
+def parse_block(data: bytes, first: int, stream: str, folder: str, suppressed: State = NOBODY) -> pa.Table:
     """Return the records of whole lines, numbered from ``first``. The last line may lack its line feed."""
     lines = data.split(b"\n")
     is_terminated = not lines[-1]
     if is_terminated:
         lines.pop()
-    reader = _LineReader(stream, folder)
+    reader = _LineReader(stream, folder, suppressed)
     last = first + len(lines) - 1
     rows = (reader.read(raw, at, is_terminated=is_terminated or at < last) for at, raw in enumerate(lines, first))
     return _table(rows, stream)
 
 
-def parse_values(values: Sequence[bytes | None], offsets: Ints, stream: str) -> pa.Table:
+def parse_values(values: Sequence[bytes | None], offsets: Ints, stream: str, suppressed: State = NOBODY) -> pa.Table:
     """Return the records of values by their ascending ``offsets``. A value is one record, whatever is in it."""
-    reader = _LineReader(stream, None)
+    reader = _LineReader(stream, None, suppressed)
     return _table((reader.read(value or b"", at) for value, at in zip(values, offsets.tolist(), strict=True)), stream)

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from spark_jobs.audit.contract import LONGEST_LINE
 from spark_jobs.audit.decode import parse_block, rejected
+from spark_jobs.audit.suppressed import NOBODY, State
 from spark_jobs.lake.landing_view import landed_object
 
 UNREADABLE = "unreadable_file"
@@ -121,7 +122,9 @@ def _join_small(pieces: Iterator[bytes]) -> Iterator[bytes]:
         raise fault
 
 
-def parse_file(path: str | Path, stream: str, folder: str, on_read: Callable[[int], None]) -> Iterator[pa.Table]:
+def parse_file(
+    path: str | Path, stream: str, folder: str, on_read: Callable[[int], None], suppressed: State = NOBODY
+) -> Iterator[pa.Table]:
     """Yield the records of a landing file, block by block. Calls ``on_read`` with the number of stored bytes of each read.
 
     Needs memory of a few times READ_BYTES, whatever the length of a line. Raises StoreError if a store does not answer.
@@ -144,7 +147,7 @@ def parse_file(path: str | Path, stream: str, folder: str, on_read: Callable[[in
                 cut = data.rfind(b"\n") + 1
                 rest = data[cut:]
                 if cut:
-                    table = parse_block(data[:cut], line, stream, folder)
+                    table = parse_block(data[:cut], line, stream, folder, suppressed)
                     line += table.num_rows
                     yield table
                 if len(rest) > LONGEST_LINE:
@@ -156,4 +159,4 @@ def parse_file(path: str | Path, stream: str, folder: str, on_read: Callable[[in
     if is_in_long_line:
         yield rejected("line_too_long", line, stream)
     elif rest:
-        yield parse_block(rest, line, stream, folder)
+        yield parse_block(rest, line, stream, folder, suppressed)

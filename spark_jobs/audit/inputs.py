@@ -17,7 +17,7 @@ from spark_jobs.audit.plans import BatchPlan, PlannedFile, PlannedRange, read_pl
 from spark_jobs.audit.store import ParsedFile, RawChunk, RawFile, ensure_parsed
 from spark_jobs.config import Settings
 from spark_jobs.lake.lake import Lake, Snapshot
-from spark_jobs.lake.landing_view import whole_time
+from spark_jobs.lake.replaced_files import ReplacedFiles
 from spark_jobs.lake.tables import (
     BATCH_LEDGER,
     CAMPAIGNS,
@@ -131,15 +131,16 @@ def read_inputs(
         if (plan.query_id, plan.batch_id) in offered:  # nothing is read of what a batch set aside
             offered[plan.query_id, plan.batch_id] -= len(plan.set_aside)
     landed = landed_files(settings, stream)
+    replaced = ReplacedFiles(settings)
     without = sorted(offered.keys() - {(plan.query_id, plan.batch_id) for plan in plans})
     made = _plans_from_rows(snapshot, stream, without, landed)
     lost = frozenset(range(len(made)))
     plans = made + plans
     states = _states(settings, stream, plans, offered, file_query, topics)
     ranges = PlannedRanges(settings, stream, snapshot, plans, offered, {} if lost else topics)
-    missed = [] if lost else missed_files(landed, {file.name for plan in plans for file in plan.files}, file_query)
+    missed = [] if lost else missed_files(landed, {file.name for plan in plans for file in plan.files}, file_query, replaced)
     files = {
-        (number, file.name): _as_planned(settings, landed, file, is_lost=number in lost)
+        (number, file.name): _as_planned(landed, replaced, file, is_lost=number in lost)
         for number, plan in enumerate(plans)
         for file in plan.files
         if not plan.is_set_aside(file.name)
@@ -199,10 +200,13 @@ def _states(
     return [state(plan) for plan in plans]
 
 
-def _as_planned(settings: Settings, landed: dict[str, LandedFile], file: PlannedFile, *, is_lost: bool) -> LandedFile | None:
-    """Return the landing file of a plan; None if none is in the planned state. A plan made from rows knows no state."""
+def _as_planned(landed: dict[str, LandedFile], replaced: ReplacedFiles, file: PlannedFile, *, is_lost: bool) -> LandedFile | None:
+    """Return the landing file of a plan; None if none is in the planned state. A plan made from rows knows no state.
+
+    An erasure may have replaced the file since.
+    """
     found = landed.get(file.name)
-    planned = (whole_time(settings, file.modified_ms), file.size)
+    planned = replaced.present(file.name, file.modified_ms, file.size)
     is_planned = found is not None and (is_lost or (found.raw.mtime_ms, found.raw.size) == planned)
     return found if is_planned else None
 

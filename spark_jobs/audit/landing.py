@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,13 +56,16 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         return []
 
 
-def missed_files(landed: dict[str, LandedFile], planned: set[str], query: FileQuery) -> list[LandedFile]:
+def missed_files(
+    landed: dict[str, LandedFile], planned: set[str], query: FileQuery, replaced: Container[str] = ()
+) -> list[LandedFile]:
     """Return the files that the query has passed over: no plan has them, and they do not just wait.
 
     The query has passed over a file if it names the file in a finished batch. Or it has taken another file that was renamed clearly
-    later and is later in the order of reading (time of modification), so it has listed the file and left it out.
+    later and is later in the order of reading (time of modification), so it has listed the file and left it out. A file that an
+    erasure ``replaced`` was renamed again by that, and shows nothing.
     """
-    taken = [landed[name] for name in query.taken if name in landed]
+    taken = [landed[name] for name in query.taken if name in landed and name not in replaced]
 
     def is_passed_over(file: LandedFile) -> bool:
         return file.name in query.taken or any(

@@ -27,6 +27,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spark_jobs.audit.suppressed import State, suppressed_state
 from spark_jobs.audit.worker import FORMAT, METADATA_KEY, AnyTask, ChunkTask, ParseTask, is_in_state, parse_into
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, StoreError
@@ -87,7 +88,8 @@ def ensure_parsed(
     Leaves out a file that the store does not have if it is gone, or has changed since ``raw`` was taken. Calls
     ``progress(done, total)`` with the stored bytes. Raises AdtallyError where the records cannot be written.
     """
-    tasks = {raw: _task(settings, stream, raw) for raw in files}
+    suppressed = suppressed_state(settings)
+    tasks = {raw: _task(settings, stream, raw, suppressed) for raw in files}
     found = {raw: entry for raw, task in tasks.items() if (entry := _read_entry(raw, task)) is not None}
     present = {raw: ready for raw, task in tasks.items() if raw not in found and (ready := _ready(raw, task)) is not None}
     _parse(list(present.values()), progress)
@@ -204,7 +206,8 @@ def prune(settings: Settings, stream: str, keep: Collection[RawFile | RawChunk])
 
     Nobody else may read or write the store of this stream meanwhile: callers hold the lock of corrections.
     """
-    wanted = {_task(settings, stream, raw).target for raw in keep}
+    suppressed = suppressed_state(settings)
+    wanted = {_task(settings, stream, raw, suppressed).target for raw in keep}
     removed = 0
     for path in _folder(settings, stream).glob("*"):
         is_abandoned = path.name.startswith(".") and time.time() - path.stat().st_mtime > _ABANDONED_SECONDS
@@ -218,13 +221,17 @@ def _folder(settings: Settings, stream: str) -> Path:
     return settings.recount_path / "parsed" / stream
 
 
-def _task(settings: Settings, stream: str, raw: RawFile | RawChunk) -> AnyTask:
+def _task(settings: Settings, stream: str, raw: RawFile | RawChunk, suppressed: State) -> AnyTask:
+    """Return the task that makes an entry. Entries made before somebody was erased have other names, and are made again."""
+    digest = suppressed[-1]
     if isinstance(raw, RawChunk):
-        target = _folder(settings, stream) / f"{_stem(raw.name, raw.start, raw.table_id)}-{raw.end}.parquet"
-        return ChunkTask(raw.name, raw.start, raw.end, raw.table_id, [], stream, str(target))
+        table = f"{raw.table_id}.{digest}" if digest else raw.table_id
+        target = _folder(settings, stream) / f"{_stem(raw.name, raw.start, table)}-{raw.end}.parquet"
+        return ChunkTask(raw.name, raw.start, raw.end, table, [], stream, str(target), suppressed)
     name = raw.path.removeprefix(f"{settings.landing_uri}/")
-    target = _folder(settings, stream) / f"{_hash(name, str(raw.mtime_ms), str(raw.size))}.parquet"
-    return ParseTask(raw.path, name, raw.mtime_ms, raw.size, stream, raw.path.split("/")[-2], str(target))
+    state = (name, str(raw.mtime_ms), str(raw.size), *filter(None, [digest]))
+    target = _folder(settings, stream) / f"{_hash(*state)}.parquet"
+    return ParseTask(raw.path, name, raw.mtime_ms, raw.size, stream, raw.path.split("/")[-2], str(target), suppressed)
 
 
 def _hash(*parts: str) -> str:

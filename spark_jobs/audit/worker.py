@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from spark_jobs.audit.contract import LONGEST_LINE, record_schema
 from spark_jobs.audit.decode import Ints, parse_values
 from spark_jobs.audit.files import UNREADABLE, parse_file
+from spark_jobs.audit.suppressed import NOBODY, State
 from spark_jobs.lake.landing_view import landed_object
 from spark_jobs.lake.landing_view import modified_ms as object_ms
 from spark_jobs.no_pandas import hide_pandas
@@ -52,6 +53,7 @@ class ParseTask:
     stream: str
     region: str
     target: str
+    suppressed: State = NOBODY
 
     @property
     def state(self) -> list[int | str]:
@@ -73,6 +75,7 @@ class ChunkTask:
     paths: list[str]
     stream: str
     target: str
+    suppressed: State = NOBODY
 
     @property
     def size(self) -> int:
@@ -149,13 +152,18 @@ def _is_there(task: AnyTask) -> bool:
     return isinstance(task, ChunkTask) or is_in_state(task.path, task.mtime_ms, task.size)
 
 
+def _suppressed(task: AnyTask) -> State:
+    folder, key_file, digest = task.suppressed  # a list if the task came as JSON
+    return folder, key_file, digest
+
+
 def _records(task: AnyTask, on_read: Callable[[int], None]) -> Iterator[pa.Table]:
     if isinstance(task, ParseTask):
-        yield from parse_file(task.path, task.stream, task.region, on_read)
+        yield from parse_file(task.path, task.stream, task.region, on_read, _suppressed(task))
         return
     reported = 0
     for offsets, values in raw_values(task):
-        yield parse_values(values, offsets, task.stream)
+        yield parse_values(values, offsets, task.stream, _suppressed(task))
         count = min(len(values) * RECORD_BYTES, task.size - reported)
         reported += count
         on_read(count)

@@ -25,6 +25,7 @@ from spark_jobs.audit.store import RawChunk
 from spark_jobs.audit.worker import ChunkTask, raw_values
 from spark_jobs.corrections.run import Run, increment_rows, restate, table_rows
 from spark_jobs.corrections.write_ahead import Correction, TableChange
+from spark_jobs.erasure.suppression import Suppression, read_suppression
 from spark_jobs.errors import AdtallyError
 from spark_jobs.ingest.contract.exact import validate_line
 from spark_jobs.ingest.contract.parse import encode_raw, parse_all
@@ -163,7 +164,7 @@ def _rejects(recount: Recount, run: Run) -> TableChange:
         if isinstance(entry.raw, RawChunk):
             raws = dict(_raw_values(entry.raw, contract, rows, limits, recount.settings.scratch_path))
         else:
-            raws = dict(_raw_lines(entry.raw.path, contract, rows, limits))
+            raws = dict(_raw_lines(entry.raw.path, contract, rows, limits, read_suppression(recount.settings)))
         for row in rows:
             if row["line"] not in raws:
                 raise AdtallyError(
@@ -215,15 +216,17 @@ def _set_aside_columns(recount: Recount, row: Row) -> Row:
     return _raw_columns([aside.reason], raw, encoding, len(raw))
 
 
-def _raw_lines(path: str, contract: Contract, rows: list[Row], limits: BatchLimits) -> Iterator[tuple[int, Row]]:
+def _raw_lines(
+    path: str, contract: Contract, rows: list[Row], limits: BatchLimits, suppression: Suppression | None
+) -> Iterator[tuple[int, Row]]:
     """Read the lines of ``rows`` again from their file. Yields each line's number, and its reasons and raw text."""
     name, region = rows[0]["name"], rows[0]["region"]
     conflicts = np.array([row["line"] - 1 for row in rows if row["outcome"] == "conflict"], dtype=np.int64)
-    for number, raw, encoding, size in raw_lines(Split(0, path, name, region, 0, None), conflicts):
+    for number, raw, encoding, size in raw_lines(Split(0, path, name, region, 0, None), conflicts, suppression):
         yield number + 1, _raw_columns(["conflict"], raw, encoding, size)
     wanted = {row["line"] for row in rows}
     if len(conflicts) < len(rows):
-        for parsed in parse_all(read_lines(path), contract, region, limits):
+        for parsed in parse_all(read_lines(path), contract, region, limits, suppression=suppression):
             for found in parsed.rejects:
                 if found.number + 1 in wanted:
                     yield found.number + 1, _raw_columns(found.reasons, found.raw, found.raw_encoding, found.raw_size_bytes)

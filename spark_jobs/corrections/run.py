@@ -22,6 +22,7 @@ from spark_jobs.corrections.write_ahead import (
     remove_correction,
     unfinished_corrections,
 )
+from spark_jobs.erasure.job import finish_erasures
 from spark_jobs.errors import BusyError
 from spark_jobs.ingest.event_columns import INCREMENT_SCHEMA, increment_columns
 from spark_jobs.lake.locks import CORRECTIONS, REWRITE, WRITE_EVENTS, WRITE_ORDERS, exclusive
@@ -50,6 +51,7 @@ class Run:
 @contextmanager
 def correcting(settings: Settings) -> Iterator[None]:
     """Hold the corrections lock, after finishing what a killed run left. Waits for other runs that correct."""
+    finish_erasures(settings)
     with exclusive(settings, CORRECTIONS):
         _finish(settings)
         yield
@@ -57,6 +59,8 @@ def correcting(settings: Settings) -> Iterator[None]:
 
 def finish_corrections(settings: Settings) -> None:
     """Finish or discard what a killed run left, before its tables are read. Does nothing while another run corrects."""
+    with suppress(BusyError):
+        finish_erasures(settings, patience_seconds=0)
     if has_unfinished(settings):
         with suppress(BusyError), exclusive(settings, CORRECTIONS, patience_seconds=0):
             _finish(settings)

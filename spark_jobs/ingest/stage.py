@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from spark_jobs import disk
+from spark_jobs.erasure.suppression import Suppression
 from spark_jobs.failure import working_on
 from spark_jobs.ingest.contract.parse import Parsed, Reject, encode_raw, parse_all
 from spark_jobs.ingest.contract.spec import CONTRACTS, BatchLimits
@@ -58,6 +59,7 @@ class StageTask:
     scratch: str
     limits_of_files: QuarantineLimits | None = None
     quarantined: Quarantined | None = None
+    suppression: Suppression | None = None
 
     def path(self, part: str) -> Path:
         """Return the path of the scratch file of ``part``: "rows" or "rejects"."""
@@ -211,7 +213,7 @@ def stage_splits(tasks: Iterable[StageTask], campaigns: pa.Table, rules: Invalid
         if len(group) > 1:
             splits = [split for position in group if isinstance(split := work[position].split, Split)]
             with working_on(f"{first.split} and {len(group) - 1} more"):
-                ready = parse_together(splits, CONTRACTS[first.stream], first.limits, campaigns, rules)
+                ready = parse_together(splits, CONTRACTS[first.stream], first.limits, campaigns, rules, first.suppression)
         for position in group:
             task = work[position]
             with working_on(task.split):
@@ -224,7 +226,7 @@ def _parsed(task: StageTask, campaigns: pa.Table, rules: InvalidTrafficRules) ->
     contract = CONTRACTS[task.stream]
     is_topic = isinstance(task.split, OffsetSplit)  # it may have records that other regions received
     chunks = _chunks(task.split, task.limits_of_files)
-    for parsed in parse_all(chunks, contract, task.split.region, task.limits, own_region=is_topic):
+    for parsed in parse_all(chunks, contract, task.split.region, task.limits, own_region=is_topic, suppression=task.suppression):
         yield parsed, enrich(parsed.valid, contract, task.limits, campaigns, rules)
 
 
@@ -250,7 +252,9 @@ def _chunks(split: Split | OffsetSplit, limits: QuarantineLimits | None = None) 
     return read_records(split) if isinstance(split, OffsetSplit) else read_lines(split.path, split.start, split.end, limits)
 
 
-def raw_lines(split: Split | OffsetSplit, wanted: npt.NDArray[np.int64]) -> Iterator[tuple[int, str, str, int]]:
+def raw_lines(
+    split: Split | OffsetSplit, wanted: npt.NDArray[np.int64], suppression: Suppression | None = None
+) -> Iterator[tuple[int, str, str, int]]:
     """Read lines of a split again: (n, raw, encoding, size in bytes) of those ``wanted`` (ascending numbers in the split)."""
     if not len(wanted):
         return
@@ -263,7 +267,7 @@ def raw_lines(split: Split | OffsetSplit, wanted: npt.NDArray[np.int64]) -> Iter
             return
         if isinstance(chunk, Lines):
             for number, index in chunk.find(wanted - first):
-                raw = chunk.raw(index)
+                raw = chunk.raw(index) if suppression is None else suppression.line(chunk.raw(index))
                 yield number + first, *encode_raw(raw), len(raw)
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from spark_jobs.config import Settings
+from spark_jobs.erasure.suppression import read_suppression
 from spark_jobs.errors import ConservationError
 from spark_jobs.failure import failure_cause
 from spark_jobs.ingest.agreement import check_agreement
@@ -318,10 +319,11 @@ class StreamJob(BatchJob, Generic[C]):
         """Return a task for each split to read and for each quarantined input, in the order of the records."""
         tasks: list[StageTask] = []
         unread: set[Quarantined] = set()
+        suppression = read_suppression(self.settings)
         for split in self.source.splits(plan.input):
             found = next((one for one in plan.quarantined if one.covers(split.name, split.start)), None)
             if found not in unread:
-                tasks.append(StageTask(self.stream, split, plan.limits, scratch, limits, found))
+                tasks.append(StageTask(self.stream, split, plan.limits, scratch, limits, found, suppression))
             if found is not None:
                 unread.add(found)
         return tasks

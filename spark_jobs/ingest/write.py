@@ -236,7 +236,7 @@ def _conflicts(work: SplitRows, job: WriteJob) -> Iterator[dict[str, Any]]:
             chosen.append(table.select(columns).take(pa.array(work.conflicts[low:high] - start)))
         start += table.num_rows
     found = pa.concat_tables(chosen)
-    raws = raw_lines(work.task.split, found["n"].to_numpy())
+    raws = raw_lines(work.task.split, found["n"].to_numpy(), work.task.suppression)
     accepted, records = work.accepted_fingerprints.tolist(), work.conflict_records.tolist()
     for index, (_, raw, encoding, size) in enumerate(raws):
         record = found.slice(index, 1).to_pylist()[0]

@@ -123,9 +123,14 @@ class Lake:
         """Return SQL for DuckDB that reads the stored columns of data files, named as in the log."""
         return f"read_parquet([{', '.join(literal(full_path(self.uri(table), path)) for path in paths)}])"
 
-    def read_files(self, table: Table, paths: Sequence[str], *columns: str) -> pa.Table:
-        """Read ``columns`` (default: all stored) of data files, named as in the log. Raises FileNotFoundError."""
-        return read_files(self.uri(table), paths, table.schema_of(*columns))
+    def read_files(
+        self, table: Table, paths: Sequence[str], *columns: str, where_in: tuple[str, pa.Array] | None = None
+    ) -> pa.Table:
+        """Read ``columns`` (default: all stored) of data files, named as in the log. Raises FileNotFoundError.
+
+        ``where_in`` keeps the rows whose column has one of the values.
+        """
+        return read_files(self.uri(table), paths, table.schema_of(*columns), where_in)
 
     def read_batches(self, table: Table, paths: Sequence[str], *columns: str) -> Iterator[pa.RecordBatch]:
         """Do as `read_files`, a batch at a time, file by file. Memory does not grow with the files."""

@@ -26,6 +26,7 @@ from spark_jobs.lake.reading import open_table
 RETYPED_KEY = "adtallyRetyped"  # in the commitInfo of a commit that only rewrote the rows with other types
 RUN_KEY = "adtallyCompaction"  # in the commitInfo of a compaction, with the id of its run
 FENCE = "fence:"  # the app ids of the leases under which a commit was made (`fencing.py`)
+TOKENS_KEY = "erased"  # in the userMetadata of a commit that replaced ids of people: their tokens
 NONCE_KEY = "adtallyNonce"  # in the commitInfo of each of our commits
 _FOLDER = "_delta_log"
 _COMMIT = re.compile(r"(\d{20})\.json")

@@ -69,6 +69,10 @@ class Place(ABC):
     def list(self, folder: str = "", *, after: str | None = None) -> Iterator[PlacedFile]:
         """Yield the files in ``folder`` and all folders below it, sorted by name; with ``after`` those with larger names."""
 
+    def every_name(self) -> Iterator[str]:
+        """Yield the names of all files, hidden ones too."""
+        yield from (file.name for file in self.list())
+
     @abstractmethod
     def find(self, name: str) -> PlacedFile | None:
         """Return a file; None if there is none."""
@@ -95,9 +99,20 @@ class Place(ABC):
     def write(self, name: str, data: bytes) -> None:
         """Write a file, or replace it."""
 
+    def write_private(self, name: str, data: bytes) -> None:
+        """Write a file that only its owner may read; in a store the bucket's policy decides who may."""
+        self.write(name, data)
+
     @abstractmethod
     def upload(self, source: Path, name: str) -> None:
         """Write a file from a local one, or replace it."""
+
+    @abstractmethod
+    def rewrite(self, source: Path, found: PlacedFile) -> None:
+        """Replace a file, which must still be as ``found``, from a local one. A disk keeps its time of modification and its mode.
+
+        Raises StoreError if the object has changed. A store gives it a new time.
+        """
 
     @abstractmethod
     def download(self, name: str, target: Path) -> None:
@@ -155,6 +170,14 @@ class LocalPlace(Place):
             if file is not None:
                 yield file
 
+    def every_name(self) -> Iterator[str]:
+        """See Place. Leaves out links, pipes and the like."""
+        for parent, _, names in os.walk(self.uri):
+            for name in sorted(names):
+                path = os.path.join(parent, name)
+                if os.path.isfile(path) and not os.path.islink(path):
+                    yield os.path.relpath(path, self.uri)
+
     def find(self, name: str) -> PlacedFile | None:
         """See Place."""
         with suppress(FileNotFoundError, NotADirectoryError):
@@ -175,10 +198,25 @@ class LocalPlace(Place):
         """See Place."""
         disk.write_file(self._path(name), data)
 
+    def write_private(self, name: str, data: bytes) -> None:
+        """See Place."""
+        with disk.replacing(self._path(name)) as temporary:
+            temporary.touch(mode=0o600)
+            temporary.write_bytes(data)
+
     def upload(self, source: Path, name: str) -> None:
         """See Place."""
         with disk.replacing(self._path(name)) as temporary:
             shutil.copyfile(source, temporary)
+
+    def rewrite(self, source: Path, found: PlacedFile) -> None:
+        """See Place."""
+        path = self._path(found.name)
+        state = path.stat()
+        with disk.replacing(path) as temporary:
+            shutil.copyfile(source, temporary)
+            temporary.chmod(state.st_mode & 0o7777)
+            os.utime(temporary, ns=(state.st_atime_ns, state.st_mtime_ns))
 
     def download(self, name: str, target: Path) -> None:
         """See Place."""
@@ -331,6 +369,11 @@ class StorePlace(Place):
         """See Place."""
         with self.saying("put", name):
             obstore.put(object_store(self.uri), name, source, chunk_size=_PART_BYTES)  # one request, or one a part
+
+    def rewrite(self, source: Path, found: PlacedFile) -> None:
+        """See Place."""
+        if self.swap(found.name, source.read_bytes(), found.tag) is None:
+            raise StoreError(f"put {self.uri}/{found.name}: the object has changed meanwhile", hint="run the command again")
 
     def download(self, name: str, target: Path) -> None:
         """See Place. A part that was cut off is read again."""

@@ -10,7 +10,7 @@ from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.places import open_place
 from spark_jobs.lake.reading import open_table, table_files
 from spark_jobs.lake.tables import Table
-from spark_jobs.steps import Step
+from spark_jobs.steps import Step, durable
 
 
 def unneeded_files(lake: Lake, table: Table, retention_hours: int, keep_versions: Sequence[int]) -> dict[str, int]:
@@ -49,3 +49,19 @@ def take_files_out(lake: Lake, table: Table, paths: Collection[str], metadata: M
     held = open_table(lake.uri(table))
     removed = [file for file in table_files(held) if file.path in paths]
     lake.commit(table, Step.DAMAGE_REMOVED, base=int(held.version()), remove=removed, metadata=metadata)
+
+
+def files_of_older_versions(lake: Lake, table: Table) -> list[str]:
+    """Return the data files in a table's folder that its newest version does not have, by their names there."""
+    if not lake.exists(table):
+        return []
+    current = {unquote(path) for path in lake.pin(table).paths(table)}
+    names = (file.name for file in open_place(lake.uri(table)).list())
+    return [name for name in names if name.endswith(".parquet") and not name.startswith("_delta_log/") and name not in current]
+
+
+def delete_older_files(lake: Lake, table: Table, names: Sequence[str], number: int) -> None:
+    """Delete some of `files_of_older_versions` at once; versions that need them are gone then. ``number`` names the step."""
+    if names:
+        with durable(Step.ERASED_VERSIONS, number):
+            open_place(lake.uri(table)).delete(names)

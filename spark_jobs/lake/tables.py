@@ -318,6 +318,20 @@ BILLING_LINES = Table(
     stats_columns=("event_date", "billed_at"),
 )
 
+ERASURES = Table(
+    name="erasures",
+    grain="what erasures did; never an id. kind 'file': one row a landing file that a run (erasure_id) replaced, with its state "
+    "before and after: SHA-256, size and time of modification. kind 'receipt': one row an erased person: person is the HMAC of "
+    "the id under the key of the suppression list, detail (JSON) has the counts, the versions and the proof",
+    columns="""
+        erasure_id STRING, kind STRING, source_file STRING, old_sha256 STRING, new_sha256 STRING, old_size_bytes BIGINT,
+        new_size_bytes BIGINT, old_modified_ms BIGINT, new_modified_ms BIGINT, person STRING, detail STRING,
+        requested_at TIMESTAMP, erased_at TIMESTAMP
+    """,
+    key=("erasure_id", "kind", "source_file", "person"),
+    stats_columns=("erased_at",),
+)
+
 PUBLICATIONS = Table(
     name="publications",
     grain="for people; Kafka itself knows what was published. One row a table, topic and time of writing: versions of the table "
@@ -334,6 +348,6 @@ PUBLICATIONS = Table(
 BATCH_TABLES = (EVENTS, REJECTED_EVENTS, MINUTE_METRICS, BATCH_LEDGER, ORDERS, REJECTED_ORDERS)
 """The tables that the batches of records write. A recount can restore their rows from the raw input."""
 _INPUT_TABLES = (CAMPAIGNS, NAMES, RAW_EVENTS, RAW_ORDERS, SOURCE_GAPS, RELEASES)
-_CORRECTION_TABLES = (RECONCILIATIONS, RESTATEMENTS, HOUR_RULES, HOUR_CLOSINGS)
+_CORRECTION_TABLES = (RECONCILIATIONS, RESTATEMENTS, HOUR_RULES, HOUR_CLOSINGS, ERASURES)
 _SETTLEMENT_TABLES = (RULE_SETS, TRAFFIC_REVIEWS, ATTRIBUTED_ORDERS, BILLING_LINES, PUBLICATIONS)
 TABLES = {table.name: table for table in (*BATCH_TABLES, *_INPUT_TABLES, *_CORRECTION_TABLES, *_SETTLEMENT_TABLES)}

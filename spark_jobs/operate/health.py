@@ -13,6 +13,7 @@ import duckdb
 import pyarrow.compute as pc
 
 from spark_jobs.config import Settings
+from spark_jobs.erasure.job import due_erasures, queued_erasures, unproven_runs
 from spark_jobs.errors import AdtallyError
 from spark_jobs.failure import one_line
 from spark_jobs.ingest.files.backlog import read_landing
@@ -209,6 +210,15 @@ def _file_problems(problems: list[str], kind: str) -> tuple[float, str]:
     return float(len(problems)), "; ".join(problems) or f"the {kind} files can be read"
 
 
+def _erasure_due(settings: Settings, now: datetime) -> tuple[float, str]:
+    """Return the number of people whose erasure is due soon, or overdue, and of erasures that were begun and are not proven."""
+    due, begun = due_erasures(settings, now), unproven_runs(settings)
+    if not due and not begun:
+        return 0.0, f"{counted(len(queued_erasures(settings)), 'request')} to erase a person, none due soon"
+    first = f"; the first is due at {due[0].due_at(settings):%Y-%m-%d %H:%M}Z" if due else ""
+    return float(len(due) + len(begun)), f"{counted(len(due), 'request')} due, {len(begun)} begun and not proven{first}"
+
+
 def _disk_space(settings: Settings, now: datetime) -> tuple[float, str]:
     """Return the free bytes on the disk of ADTALLY_HOME."""
     folder = next(path for path in (settings.home_path, *settings.home_path.parents) if path.exists())
@@ -229,6 +239,7 @@ _SIGNALS: dict[str, tuple[Callable[[Settings, datetime], tuple[float, str]], Cal
     "conservation": (_conservation, lambda settings: 0.0, "contradictions"),
     "campaign_file": (lambda settings, _: _file_problems(campaign_file_problems(settings), "campaign"), lambda _: 0.0, "problems"),
     "rule_file": (lambda settings, _: _file_problems(rule_file_problems(settings), "rule"), lambda _: 0.0, "problems"),
+    "erasure_due": (_erasure_due, lambda _: 0.0, "people"),
     "disk_space": (_disk_space, lambda settings: float(settings.min_free_bytes), "bytes"),
 }
 SIGNALS = tuple(_SIGNALS)

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from spark_jobs.attribution.rules import MODELS
 from spark_jobs.lake.duck import task_connection
 from spark_jobs.lake.lake import Lake
-from spark_jobs.lake.log import Commit
+from spark_jobs.lake.log import TOKENS_KEY, Commit
 from spark_jobs.lake.tables import ATTRIBUTED_ORDERS, MINUTE_METRICS, Table
 
 Messages = Iterator[tuple[list[str], list[str]]]
@@ -129,6 +129,9 @@ class CreditsMessages:
         Those come from the current table, which keeps all revisions: from files with orders of the same times. Raises
         FileNotFoundError if a file is missing.
         """
+        if TOKENS_KEY in commit.metadata:
+            yield from self._erased(commit)
+            return
         if commit.data_removed:
             yield from self._rewritten(commit)
             return
@@ -185,8 +188,27 @@ class CreditsMessages:
                 found.append(pa.Table.from_batches([of_orders]))
         return pa.concat_tables([part.cast(narrow) for part in found])
 
+    def _erased(self, commit: Commit) -> Messages:
+        """Return all messages of the orders of erased people, under the same keys, with their tokens.
+
+        Not by comparison: the files of before are deleted. Also touches that only an earlier revision had, whose messages stay in
+        the topic.
+        """
+        tokens = pa.array(commit.metadata[TOKENS_KEY], pa.string())
+        after = self._lake.read_files(self.table, commit.added_paths, *self.columns, where_in=("user_id", tokens))
+        if not after.num_rows:
+            return
+        with task_connection().cursor() as own:
+            own.register("after", after)
+            own.register("told", self._earlier(after))
+            own.execute("create temp table latest as select order_id, max(revision) as revision from told group by order_id")
+            come = own.execute(f"from after semi join latest using (order_id, revision) order by {_CREDIT_ORDER}").to_arrow_table()
+            went = own.execute(_DROPPED_BY_LATEST).to_arrow_table()
+        yield from _credit_messages(come.to_batches(), commit.version, is_current=True)
+        yield from _credit_messages(went.to_batches(), commit.version, is_current=False)
+
     def _rewritten(self, commit: Commit) -> Messages:
-        """Return what a version changed in place, as an erasure does: latest revisions whose rows differ, and removed keys."""
+        """Return what a version changed in place: latest revisions whose rows differ, and removed keys."""
         before, after = (
             self._lake.read_files(self.table, paths, *self.columns) for paths in (commit.removed_paths, commit.added_paths)
         )
@@ -230,12 +252,12 @@ where not exists (from revised r where r.order_id = o.order_id and r.revision = 
 order by o.order_id, o.revision, t.touch_event_id
 """
 _DROPPED_BY_LATEST = f"""
-with latest as (select * from told qualify revision = max(revision) over (partition by order_id)),
+with newest as (select * from told qualify revision = max(revision) over (partition by order_id)),
     earlier as (
         select * from told qualify row_number() over (partition by order_id, touch_event_id order by revision desc) = 1
     )
 select {_OF_ORDER}, {_OF_TOUCH}
-from (select * from latest {_ONE_AN_ORDER}) o join earlier t on t.order_id = o.order_id and t.revision < o.revision
+from (select * from newest {_ONE_AN_ORDER}) o join earlier t on t.order_id = o.order_id and t.revision < o.revision
 order by o.order_id, t.touch_event_id
 """
 

@@ -205,6 +205,12 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
 
 
+def is_in_listed_network(rules: InvalidTrafficRules, user_id: str) -> bool:
+    """Return whether a user id is an address that the rule listed_network hits, and only that one because of the id."""
+    is_on = rules.mode("listed_network") is not Mode.OFF
+    return is_on and user_id not in rules.users and user_id in _Networks(rules.networks)
+
+
 class RecordJudge:
     """Judges records by the rules that need no other record. It matches each distinct user agent once."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from spark_jobs.erasure.suppression import Suppression
 from spark_jobs.ingest.contract.exact import LineVerdict, validate_line
 from spark_jobs.ingest.contract.spec import MAX_LINE_BYTES, MAX_RAW_BYTES, BatchLimits, Contract
 from spark_jobs.ingest.contract.vectorised import accept_plain, flat_lines, parsed_schema
@@ -71,9 +72,39 @@ def _reject(number: int, raw: bytes, verdict: LineVerdict, size: int | None = No
 
 
 def parse_chunk(
-    chunk: Lines | LongLine | FileFault, contract: Contract, folder_region: str, limits: BatchLimits, *, own_region: bool = False
+    chunk: Lines | LongLine | FileFault,
+    contract: Contract,
+    folder_region: str,
+    limits: BatchLimits,
+    *,
+    own_region: bool = False,
+    suppression: Suppression | None = None,
 ) -> Parsed:
-    """Judge every line of a chunk. offered = valid rows + rejects. ``own_region`` is as in ``validate_line``."""
+    """Judge every line of a chunk. offered = valid rows + rejects. ``own_region`` is as in ``validate_line``.
+
+    ``suppression`` replaces the ids of erased people in valid rows and in the texts of rejects. The verdicts are those of the lines
+    as they came.
+    """
+    parsed = _parse_chunk(chunk, contract, folder_region, limits, own_region)
+    if suppression is None:
+        return parsed
+    rejects = [_suppress(reject, suppression) for reject in parsed.rejects]
+    repeats = [(_suppress(reject, suppression), count) for reject, count in parsed.repeats]
+    return Parsed(parsed.offered, suppression.apply(parsed.valid), rejects, repeats)
+
+
+def _suppress(reject: Reject, suppression: Suppression) -> Reject:
+    raw = decode_raw(reject.raw, reject.raw_encoding)
+    changed = suppression.line(raw)
+    if changed == raw:
+        return reject
+    text, encoding = encode_raw(changed)
+    return replace(reject, raw=text, raw_encoding=encoding, raw_size_bytes=reject.raw_size_bytes + len(changed) - len(raw))
+
+
+def _parse_chunk(
+    chunk: Lines | LongLine | FileFault, contract: Contract, folder_region: str, limits: BatchLimits, own_region: bool
+) -> Parsed:
     if isinstance(chunk, Lines):
         return _parse_lines(chunk, contract, folder_region, limits, own_region)
     if isinstance(chunk, LongLine):
@@ -165,7 +196,8 @@ def parse_all(
     limits: BatchLimits,
     *,
     own_region: bool = False,
+    suppression: Suppression | None = None,
 ) -> Iterator[Parsed]:
     """Yield ``parse_chunk`` of each chunk of a split."""
     for chunk in chunks:
-        yield parse_chunk(chunk, contract, folder_region, limits, own_region=own_region)
+        yield parse_chunk(chunk, contract, folder_region, limits, own_region=own_region, suppression=suppression)

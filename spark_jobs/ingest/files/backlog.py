@@ -17,6 +17,7 @@ from spark_jobs.ingest.files.landing import MAX_STRAYS, Entry, Reason, name_belo
 from spark_jobs.lake.checkpoint_copy import checkpoints_to_read
 from spark_jobs.lake.landing_view import arrived_at, refresh_landing, whole_time
 from spark_jobs.lake.log import Commit, DeltaLog
+from spark_jobs.lake.replaced_files import ReplacedFiles
 from spark_jobs.lake.tables import EVENTS, ORDERS, STREAMS
 from spark_jobs.texts import counted, printable
 
@@ -75,11 +76,14 @@ def read_landing(settings: Settings) -> LandingReport:
     read = {name: ms for stream in STREAMS for name, ms in _finished_names(settings, stream).items()}
     waiting: dict[str, list[Entry]] = {}
     ignored: dict[tuple[str, Reason], list[str]] = {}
+    replaced: ReplacedFiles | None = None
     for entry in walk_landing(landing):
         reason = entry.reason
         was = read.get(entry.name, entry.modified_ms)
         if reason is None and was != entry.modified_ms:
-            reason = Reason.CHANGED if whole_time(settings, was) != whole_time(settings, entry.modified_ms) else None
+            replaced = replaced or ReplacedFiles(settings)  # only an object gets a new time when an erasure replaces it
+            is_same = whole_time(settings, entry.modified_ms) in replaced.times(entry.name, was)
+            reason = None if is_same else Reason.CHANGED
         if reason is not None:
             ignored.setdefault((entry.source, reason), []).append(entry.name)
         elif entry.source.partition("/")[0] in STREAMS and entry.name not in read:

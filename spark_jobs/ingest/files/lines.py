@@ -81,8 +81,8 @@ class FileFault:
     nothing_read: bool
 
 
-class _Fault(Exception):
-    pass
+class Fault(Exception):
+    """A gzip file ends wrongly; the message is the reason."""
 
 
 def _until_wrong(state: zlib._Decompress, chunk: bytes) -> bytes:
@@ -102,8 +102,8 @@ def _until_wrong(state: zlib._Decompress, chunk: bytes) -> bytes:
     return b"".join(made)
 
 
-def _unpacked(handle: BinaryIO, limits: QuarantineLimits | None) -> Iterator[bytes]:
-    """Yield the content of a gzip file in pieces. Raises _Fault(reason) at the first wrong byte."""
+def unpacked(handle: BinaryIO, limits: QuarantineLimits | None) -> Iterator[bytes]:
+    """Yield the content of a gzip file in pieces. Raises Fault(reason) at the first wrong byte, after all that came before it."""
     state = zlib.decompressobj(31)
     room = max(1, BLOCK_BYTES // 16)
     stored = unpacked = 0
@@ -122,24 +122,24 @@ def _unpacked(handle: BinaryIO, limits: QuarantineLimits | None) -> Iterator[byt
             except zlib.error:
                 if data := _until_wrong(before, piece):
                     yield data
-                raise _Fault("corrupt_gzip") from None
+                raise Fault("corrupt_gzip") from None
             if data:
                 yield data
             unpacked += len(data)
             if limits and unpacked > max(limits.unpacked_bytes, limits.gzip_ratio * stored):
-                raise _Fault(GZIP_BOMB)
+                raise Fault(GZIP_BOMB)
             is_full = len(data) == room and not state.eof  # zlib may hold back what there was no room for
             piece = state.unused_data if state.eof else state.unconsumed_tail
     if not state.eof:
-        raise _Fault("truncated_gzip" if stored else "empty_gzip")
+        raise Fault("truncated_gzip" if stored else "empty_gzip")
 
 
 def _gzip_reader(handle: BinaryIO, limits: QuarantineLimits | None) -> Callable[[], bytes]:
-    """Return a function that returns the next unpacked block, b"" at the end, and raises _Fault(reason) at a wrong end.
+    """Return a function that returns the next unpacked block, b"" at the end, and raises Fault(reason) at a wrong end.
 
     It fills each block, because a file may consist of a million members of a few bytes each.
     """
-    pieces = _unpacked(handle, limits)
+    pieces = unpacked(handle, limits)
     fault: Exception | None = None
 
     def read() -> bytes:
@@ -150,7 +150,7 @@ def _gzip_reader(handle: BinaryIO, limits: QuarantineLimits | None) -> Callable[
             while fault is None and size < BLOCK_BYTES and (data := next(pieces, b"")):
                 made.append(data)
                 size += len(data)
-        except (_Fault, OSError) as error:
+        except (Fault, OSError) as error:
             fault = error
         if fault is not None and not size:
             raise fault
@@ -226,8 +226,8 @@ def _chunks(read: Callable[[], bytes], position: int, end: int | None) -> Iterat
     while True:
         try:
             block = read()
-        except (_Fault, OSError) as fault:
-            reason = str(fault) if isinstance(fault, _Fault) else "unreadable_file"
+        except (Fault, OSError) as fault:
+            reason = str(fault) if isinstance(fault, Fault) else "unreadable_file"
             left = long_head or rest
             yield FileFault(reason, left, number, nothing_read=number == 0 and not left)
             return

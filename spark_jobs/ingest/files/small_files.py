@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from spark_jobs.erasure.suppression import Suppression
 from spark_jobs.ingest.contract.parse import Parsed, Reject, parse_chunk
 from spark_jobs.ingest.contract.spec import BatchLimits, Contract
 from spark_jobs.ingest.event_columns import enrich
@@ -55,7 +56,12 @@ def groups(splits: Iterable[object]) -> Iterator[list[int]]:
 
 
 def parse_together(
-    splits: list[Split], contract: Contract, limits: BatchLimits, campaigns: pa.Table, rules: InvalidTrafficRules
+    splits: list[Split],
+    contract: Contract,
+    limits: BatchLimits,
+    campaigns: pa.Table,
+    rules: InvalidTrafficRules,
+    suppression: Suppression | None = None,
 ) -> dict[int, list[tuple[Parsed, pa.Table]]]:
     """Parse and enrich splits of one region; return the chunks by number of the split.
 
@@ -79,7 +85,7 @@ def parse_together(
     ends = np.concatenate([chunk.ends + size for (_, chunk), size in zip(taken, sizes, strict=False)])
     each = replace(limits, rejects_kept=None)  # all rejects, repeated lines too: the repeats may be in other files
     data = b"".join(chunk.data for _, chunk in taken)
-    whole = parse_chunk(Lines(data, ends, 0), contract, splits[0].region, each)
+    whole = parse_chunk(Lines(data, ends, 0), contract, splits[0].region, each, suppression=suppression)
     enriched = enrich(whole.valid, contract, limits, campaigns, rules)
     rejects: list[list[Reject]] = [[] for _ in taken]
     for reject in whole.rejects:

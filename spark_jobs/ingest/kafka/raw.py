@@ -1,4 +1,4 @@
-"""Copy each record of a topic unchanged into `raw_events` or `raw_orders`, which the recount reads.
+"""Copy each record of a topic unchanged, but for ids of erased people, into `raw_events` or `raw_orders` for the recount.
 
 A streaming query with its own offsets plans the batches; the code below reads them. It shares no line with the ingest's reader
 (`reading.py`, `ranges.py`), so that a fault in one of them cannot lose the same record on both sides; a test of the layout checks
@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -22,6 +23,7 @@ from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 from confluent_kafka import KafkaError as Code
 
 from spark_jobs.config import Settings
+from spark_jobs.erasure.suppression import Suppression, read_suppression
 from spark_jobs.errors import KafkaError
 from spark_jobs.failure import working_on
 from spark_jobs.ingest.agreement import check_agreement
@@ -92,9 +94,17 @@ class RawCopy(BatchJob):
             return
         table, uri, stamp = self._sink.table, self._sink.uri, Stamp(query_id, batch_id, planned.planned_us)
         tasks = min(len(slices), executor.parallelism)
-        written = executor.map(lambda part: [copy_slices(part, table, uri, stamp)], slices, tasks)
+        while True:
+            suppression = read_suppression(self._settings)
+            written = executor.map(partial(_copied, table=table, uri=uri, stamp=stamp, suppression=suppression), slices, tasks)
+            if read_suppression(self._settings) == suppression:  # otherwise somebody was erased meanwhile
+                break
         files = [file for part in written for file in part]
         self._sink.append(files, Step.RAW_COPY, transaction)
+
+
+def _copied(slices: Iterable[Slice], table: Table, uri: str, stamp: Stamp, suppression: Suppression | None) -> list[list[DataFile]]:
+    return [copy_slices(slices, table, uri, stamp, suppression)]
 
 
 def cut(name: str, start: int, end: int, options: dict[str, str]) -> list[Slice]:
@@ -102,14 +112,22 @@ def cut(name: str, start: int, end: int, options: dict[str, str]) -> list[Slice]
     return [Slice(name, at, min(at + _SLICE_OFFSETS, end), options) for at in range(start, end, _SLICE_OFFSETS)]
 
 
-def copy_slices(slices: Iterable[Slice], table: Table, uri: str, stamp: Stamp) -> list[DataFile]:
+def copy_slices(
+    slices: Iterable[Slice], table: Table, uri: str, stamp: Stamp, suppression: Suppression | None = None
+) -> list[DataFile]:
     """Write the records of slices as data files. Raises KafkaError if the broker does not answer, or lacks the offsets."""
     with DataFileWriter(uri, table) as writer, _no_garbage_collection():
         for part in slices:
             with working_on(part):
                 for records in read_slice(part):
+                    records = records if suppression is None else _suppressed(records, suppression)
                     writer.write(stamped(records, table, stamp))
     return writer.files
+
+
+def _suppressed(records: pa.Table, suppression: Suppression) -> pa.Table:
+    values = [None if value is None else suppression.line(value) for value in records["value"].to_pylist()]
+    return records.set_column(records.schema.get_field_index("value"), "value", pa.array(values, pa.binary()))
 
 
 def read_slice(part: Slice) -> Iterator[pa.Table]:

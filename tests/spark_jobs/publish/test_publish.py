@@ -25,7 +25,8 @@ from services.launcher.kafka import Kafka
 from spark_jobs.attribution.job import attribute
 from spark_jobs.attribution.rules import MODELS
 from spark_jobs.config import Settings, load_settings
-from spark_jobs.errors import BusyError, PublicationError
+from spark_jobs.erasure.job import erase, prove
+from spark_jobs.errors import AdtallyError, BusyError, PublicationError
 from spark_jobs.ingest.kafka.config import read_kafka
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import DeltaLog
@@ -448,3 +449,28 @@ def test_nothing_to_publish_where_nobody_says_where(tmp_path: Path) -> None:
     assert publish_new(settings).topics == []
     assert read_publications(settings) == []
     assert outlet.MESSAGES_A_TRANSACTION == 100_000
+
+
+def test_credits_of_an_erased_person_are_published_again_under_the_same_keys(settings: Settings, kafka: Kafka) -> None:
+    _, credits = publishing(settings, kafka)
+    person = "user-anna-0001"
+    add_events(settings, [event("e1", 30, user_id=person), event("e2", 2, user_id=person), event("e3", 2, user_id="other")])
+    add_orders(settings, [order("o", user_id=person), order("p", user_id="other")])
+    attribute(settings)
+    with pytest.raises(AdtallyError, match="wait to be published"):
+        erase(settings, [person])
+    publish_new(settings)
+    mark(settings, "e1")
+    attribute(settings)
+    publish_new(settings)
+    before = state(told(kafka, credits))
+    (run,) = erase(settings, [person])
+    prove(settings, run)
+    assert publish_new(settings).topics[1].records == 2
+    held = state(told(kafka, credits))
+    assert held.keys() == before.keys()
+    assert person not in repr(held)
+    assert {key: each | {"user_id": "", "delta_version": 0} for key, each in held.items()} == {
+        key: each | {"user_id": "", "delta_version": 0} for key, each in before.items()
+    }
+    assert {each["user_id"] for each in held.values()} == {run.tokens[person], "other"}
