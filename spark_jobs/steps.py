@@ -57,6 +57,8 @@ class Step(StrEnum):
     TRAFFIC_REVIEWS = "traffic_reviews"
     ATTRIBUTED_ORDERS = "attributed_orders"
     BILLING_LINES = "billing_lines"
+    CHAINED = "chained"  # the rows of an older adtally get their places in the hash chain
+    AUDIT_LOG = "audit_log"
     PUBLISHED_METRICS = "published_metrics"  # a version's increments are in their topic
     PUBLISHED_CREDITS = "published_credits"
     PUBLICATIONS = "publications"

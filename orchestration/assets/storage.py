@@ -38,7 +38,7 @@ def compacted_tables(context: dg.AssetExecutionContext) -> dg.MaterializeResult[
     """Compact all that needs it."""
     from spark_jobs.operate.compact import compact
 
-    with translate_errors():
+    with translate_errors(context):
         report = compact(load_settings(), None, progress=context.log.info)
     return dg.MaterializeResult(metadata=compaction_metadata(report.tables) | {"seconds": report.seconds})
 
@@ -57,7 +57,7 @@ def vacuumed_tables(context: dg.AssetExecutionContext, config: Vacuum) -> Iterat
     """Vacuum every table."""
     from spark_jobs.operate.vacuum import vacuum
 
-    with translate_errors():
+    with translate_errors(context):
         report = vacuum(load_settings(), dry_run=config.dry_run, progress=context.log.info)
     rows = [
         {
@@ -91,7 +91,7 @@ def checked_storage(context: dg.AssetExecutionContext, config: Fsck) -> dg.Mater
     """Check, and with `repair` repair, all that is stored; fail if findings remain."""
     from spark_jobs.operate.fsck import fsck
 
-    with translate_errors():
+    with translate_errors(context):
         report = fsck(load_settings(), repair=config.repair, progress=context.log.info)
     metadata: Metadata = {
         "findings": markdown_table([asdict(found) for found in report.findings]),

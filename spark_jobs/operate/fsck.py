@@ -9,9 +9,11 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 
 import numpy as np
 
@@ -29,6 +31,7 @@ from spark_jobs.ingest.events import bring_index_to, keys_of_version
 from spark_jobs.ingest.finish import finish, stuck_batches
 from spark_jobs.ingest.source import FilesSource
 from spark_jobs.lake import check
+from spark_jobs.lake.acts import Act, record_act
 from spark_jobs.lake.checked import DamagedError
 from spark_jobs.lake.checkpoint_copy import checkpoints_to_read, set_aside
 from spark_jobs.lake.lake import Lake
@@ -124,6 +127,9 @@ def fsck(settings: Settings, *, repair: bool = False, progress: Progress | None 
         first = _scan(settings, report, is_at_rest=is_held)
         findings = first.findings
         if repair and any(found.can_repair for found in findings):
+            damage = Counter(f"{found.kind} in {found.place}" for found in findings if found.can_repair)
+            with suppress(TableCorruptionError):  # the log itself may be damaged; the repair goes on
+                record_act(settings, Act.RESTORE, run_id, reason="fsck --repair", arguments=damage, now=datetime.now(UTC))
             remarks = _repair(settings, first, run_id, report)
             left = [*_scan(settings, report, is_at_rest=True).findings, *remarks]
             same = {(found.kind, found.place, found.path) for found in left}

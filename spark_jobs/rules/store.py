@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, RuleFileError
+from spark_jobs.lake.acts import Act, act_info
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import RULE_SETS
 from spark_jobs.lake.writes import ensure_tables
@@ -70,7 +71,9 @@ def keep_rule_set(settings: Settings, kind: str, rules: BaseModel, now: datetime
         ensure_tables(settings)
     if name not in lake.rows(RULE_SETS)["rule_set"].to_pylist():
         row = {"rule_set": name, "kind": kind, "content": content, "set_at": now}
-        lake.append(RULE_SETS, pa.Table.from_pylist([row], RULE_SETS.schema), Step.RULE_SETS)
+        arguments = {"kind": kind, "rule_set": name}
+        info = act_info(Act.RULES, reason="the rules in use have changed", arguments=arguments, now=now)
+        lake.append(RULE_SETS, pa.Table.from_pylist([row], RULE_SETS.schema), Step.RULE_SETS, info=info)
     return name
 
 
