@@ -111,6 +111,12 @@ def test_the_auditor_reaches_nothing_that_it_audits() -> None:
     assert not {name: found for name, found in wrong.items() if found}
 
 
+def test_the_auditor_reaches_no_code_that_writes_chains() -> None:
+    writers = {"spark_jobs.lake.chain", "spark_jobs.lake.acts"}
+    assert writers <= graph().keys()
+    assert not {name for name in modules_in("audit") if reached_from(name) & writers}
+
+
 def test_nothing_that_is_audited_reaches_the_auditor() -> None:
     modules = modules_in(*AUDITED)
     assert modules

@@ -105,7 +105,7 @@ def _text(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return a JSON string with as few escapes as JSON allows. Control characters below 32 that have no short escape are \\u00xx."""
+    """Return a JSON string with as few escapes as JSON allows."""
     return msgspec_json.encode(text).decode("utf-8")
 
 

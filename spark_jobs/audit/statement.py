@@ -1,4 +1,4 @@
-"""Read a statement that an advertiser got: an export of the console's page, or rows of `fct_billing_ledger` from `adtally query`."""
+"""Read a statement that an advertiser got: an export of the console, or rows of `fct_billing_ledger` from `adtally query`."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class StatementFault:
 def compare_statement(path: Path, posted: list[dict[str, Any]]) -> tuple[int, list[StatementFault]]:
     """Compare the lines of a file with the ``posted`` lines. Returns how many lines were compared, and the faults.
 
-    Accruals are left out. An export of a statement must have all lines that were posted for its advertiser and month before its last
-    one. Raises UsageError if the file cannot be read as lines.
+    Accruals are left out. An export of a statement must have all lines that were posted for its advertiser and month before its
+    last one. Raises UsageError if the file cannot be read as lines.
     """
     lines = [line for line in _read(path) if not line["line_id"].startswith(_ACCRUAL)]
     known = {row["line_id"]: row for row in posted}

@@ -32,8 +32,8 @@ Row = dict[str, Any]
 
 _APP = "adtally-chain"  # a transaction of a chained table has the position of the last row that it adds
 _METADATA = "chain"
-_ORDER = {BILLING_LINES.name: ("posting", "line_id"), HOUR_CLOSINGS.name: ("closed_at",)}
-"""The order in which rows of an older adtally get their places."""
+_ORDER = {BILLING_LINES.name: "posting", HOUR_CLOSINGS.name: "closed_at"}
+"""By which column rows of an older adtally get their places; the rows of one posting stay in their order."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def anchor(lake: Lake, table: Table) -> Head:
             return found
         snapshot = lake.pin(table)
         rows = snapshot.rows(table).to_pylist()
-        added, head = link(table, Head(), sorted(rows, key=lambda row: [row[name] for name in _ORDER[table.name]]))
+        added, head = link(table, Head(), sorted(rows, key=lambda row: row[_ORDER[table.name]]))
         with lake.writer(table) as writer:
             writer.write(added)
         lake.commit(
