@@ -37,6 +37,9 @@ class Step(StrEnum):
     HOUR_CLOSINGS = "hour_closings"
     SOURCE_GAPS = "source_gaps"
     RELEASES = "releases"  # of quarantined files
+    RAW_ARCHIVED = "raw_archived"  # raw input is copied to the archive
+    RAW_RETIREMENTS = "raw_retirements"  # what is archived or dropped is decided
+    RAW_REMOVED = "raw_removed"  # and removed
     RAW_COPY = "raw_copy"  # of a topic, by a separate query
     COMPACTION = "compaction"
     RESTORE = "restore"  # a compaction is reverted

@@ -13,6 +13,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from orchestration.cli.context import settings_of
+from orchestration.cli.maintenance_tables import recountable_line
 from orchestration.cli.options import Json, Panel, examples
 from orchestration.cli.output import say, show, with_spinner
 from orchestration.cli.tables import RecordTable, rest_line
@@ -105,6 +106,7 @@ def verify_table(report: VerifyReport) -> Iterator[RenderableType]:
         yield Text(
             f"not compared with the recount: {day} has changed since the last posting; `adtally bill` settles it", style="yellow"
         )
+    yield from recountable_line(report.recountable_from)
     rows = ", ".join(f"{number:,} of {table}" for table, number in report.rows.items())
     done = f"rows {rows}; recount of {counted(len(report.days), 'day')}"
     if report.statement_lines is not None:

@@ -21,6 +21,7 @@ from spark_jobs.audit.recount_events import EventsRecount
 from spark_jobs.audit.statement import compare_statement
 from spark_jobs.config import Settings
 from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.retirements import recountable_from
 from spark_jobs.lake.tables import BATCH_LEDGER, BILLING_LINES, MINUTE_METRICS
 from spark_jobs.units import NO_HOUR, to_micros
 
@@ -55,6 +56,7 @@ class VerifyReport:
     """What was verified. ``findings`` are in the order of the chain; ``heads`` are the ends of the chains.
 
     ``days`` were recounted. ``pending`` days have changed since the last posting, so that the next one settles them.
+    Days that begin before ``recountable_from`` were not recounted, because raw input of them is retired (None: all input is there).
     """
 
     findings: list[VerifyFinding]
@@ -65,6 +67,7 @@ class VerifyReport:
     pending: list[date] = field(default_factory=list)
     statement_lines: int | None = None
     seconds: float = 0.0
+    recountable_from: datetime | None = None
 
 
 def verify(
@@ -91,6 +94,8 @@ def verify(
     faults += [found for head in wanted for found in _unexpected(chains[head.table], head)]
     findings = [*map(_of_chain, faults), *_amounts(lines)]
     days, pending = _recountable(lake, lines) if recounts and lines else ([], [])
+    since = recountable_from(settings)
+    days = [day for day in days if since is None or day >= (since + timedelta(days=1, microseconds=-1)).date()]
     if days:
         spend = _recount(settings, days, now, say)
         findings = [_with_expected(found, lines, spend) for found in findings]
@@ -106,7 +111,7 @@ def verify(
         ]
     heads = [str(chain.head) for chain in chains.values() if chain.head is not None]
     rows = {name: len(chain.rows) for name, chain in chains.items()}
-    return VerifyReport(findings, heads, rows, len(lines), days, pending, compared, time.monotonic() - started)
+    return VerifyReport(findings, heads, rows, len(lines), days, pending, compared, time.monotonic() - started, since)
 
 
 def _unexpected(chain: Chain, head: NotedHead) -> Iterator[ChainFault]:

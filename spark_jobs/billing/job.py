@@ -323,6 +323,13 @@ class _BillingRun:
             self._lake.append(table, table.schema.empty_table(), Step.BILLING_LINES, transaction=transaction, metadata=metadata)
 
 
+def billed_through(settings: Settings) -> date | None:
+    """Return the day before which all closed days are billed; None if nothing was posted."""
+    lake = Lake(settings)
+    last = _last_progress(lake) if lake.exists(BILLING_LINES) else None
+    return None if last is None else last.billed_through
+
+
 def nanos_to_micros(nanos: int) -> int:
     """Round to whole micros, half away from zero: 500 -> 1, 499 -> 0, -500 -> -1. The dbt macro of that name does the same."""
     micros = (abs(nanos) + 500) // 1000

@@ -23,6 +23,7 @@ from spark_jobs.lake.tables import (
     AUDIT_LOG,
     HOUR_CLOSINGS,
     HOUR_RULES,
+    RAW_RETIREMENTS,
     RECONCILIATIONS,
     RELEASES,
     RESTATEMENTS,
@@ -33,7 +34,17 @@ from spark_jobs.lake.tables import (
 from spark_jobs.steps import Step
 from spark_jobs.units import from_micros, to_micros
 
-_CARRIERS = (HOUR_CLOSINGS, SOURCE_GAPS, RELEASES, RULE_SETS, RESTATEMENTS, HOUR_RULES, TRAFFIC_REVIEWS, RECONCILIATIONS)
+_CARRIERS = (
+    HOUR_CLOSINGS,
+    SOURCE_GAPS,
+    RELEASES,
+    RULE_SETS,
+    RESTATEMENTS,
+    HOUR_RULES,
+    TRAFFIC_REVIEWS,
+    RECONCILIATIONS,
+    RAW_RETIREMENTS,
+)
 """The tables whose commits may carry the entry of an act."""
 
 _INFO_KEY = "adtallyAct"

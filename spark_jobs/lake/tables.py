@@ -196,6 +196,19 @@ RELEASES = Table(
     stats_columns=("released_at",),
 )
 
+RAW_RETIREMENTS = Table(
+    name="raw_retirements",
+    grain="one row a landing file, or range of offsets [first_offset, end_offset) of a partition of a raw table, that was archived "
+    "(archived_to) or dropped (null) after it had been recounted and billed. newest_hour is the newest event hour of its batches: "
+    "a recount can speak of the hours after the largest one. ingested_date is the day of a raw table's rows",
+    columns="""
+        stream STRING, source_file STRING, first_offset BIGINT, end_offset BIGINT, ingested_date DATE, size_bytes BIGINT,
+        modified_at TIMESTAMP, sha256 STRING, newest_hour TIMESTAMP, archived_to STRING, retired_at TIMESTAMP, run_id STRING
+    """,
+    key=("stream", "source_file", "first_offset", "modified_at"),
+    stats_columns=("newest_hour", "retired_at"),
+)
+
 CAMPAIGNS = Table(
     name="campaigns",
     grain="one row a campaign and validity range, as the CSV files of the landing folder say; replaced when they change",
@@ -354,7 +367,7 @@ PUBLICATIONS = Table(
 
 BATCH_TABLES = (EVENTS, REJECTED_EVENTS, MINUTE_METRICS, BATCH_LEDGER, ORDERS, REJECTED_ORDERS)
 """The tables that the batches of records write. A recount can restore their rows from the raw input."""
-_INPUT_TABLES = (CAMPAIGNS, NAMES, RAW_EVENTS, RAW_ORDERS, SOURCE_GAPS, RELEASES)
+_INPUT_TABLES = (CAMPAIGNS, NAMES, RAW_EVENTS, RAW_ORDERS, SOURCE_GAPS, RELEASES, RAW_RETIREMENTS)
 _CORRECTION_TABLES = (RECONCILIATIONS, RESTATEMENTS, HOUR_RULES, HOUR_CLOSINGS, AUDIT_LOG)
 _SETTLEMENT_TABLES = (RULE_SETS, TRAFFIC_REVIEWS, ATTRIBUTED_ORDERS, BILLING_LINES, PUBLICATIONS)
 TABLES = {table.name: table for table in (*BATCH_TABLES, *_INPUT_TABLES, *_CORRECTION_TABLES, *_SETTLEMENT_TABLES)}
