@@ -118,7 +118,7 @@ def read_chain(lake: Lake, table: Table) -> Chain:
         for name in _PLACE:
             row.setdefault(name, None)
     chained = sorted((row for row in rows if row["row_hash"]), key=lambda row: (row["chain_position"] or 0, row["row_hash"]))
-    loose = [row for row in rows if not row["row_hash"]]
+    loose = sorted((row for row in rows if not row["row_hash"]), key=lambda row: row.get("posting") or 0)
     noted = _noted(lake, table)
     if loose and not chained and noted is None:
         detail = f"{len(loose)} rows of an older adtally are not chained yet; `adtally bill` or the next act chains them"

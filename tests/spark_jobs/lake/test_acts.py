@@ -73,6 +73,7 @@ close_by_hand(load_settings(), datetime(2025, 6, 4, tzinfo=UTC), reason="r", clo
 """
 
 
+@pytest.mark.crash
 @pytest.mark.parametrize(
     ("point", "closings"), [("before:hour_closings:0", 0), ("after:hour_closings:0", 1), ("before:audit_log:1", 1)]
 )

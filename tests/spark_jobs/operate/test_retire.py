@@ -40,6 +40,8 @@ from spark_jobs.operate.watermark import close_by_hand
 from spark_jobs.steps import CRASH_VARIABLE, Step
 from spark_jobs.units import HourRange
 
+pytestmark = pytest.mark.homes
+
 NOW = datetime(2025, 6, 10, tzinfo=UTC)
 OLD = datetime(2025, 6, 2, 10, tzinfo=UTC)
 NEW = datetime(2025, 6, 4, 10, tzinfo=UTC)
