@@ -49,7 +49,20 @@ def test_one_module_builds_the_session() -> None:
 
 # --- who may import whom inside spark_jobs and services, directly or through others
 
-NEUTRAL = {"actor", "background", "config", "disk", "errors", "failure", "no_pandas", "private", "steps", "texts", "units"}
+NEUTRAL = {
+    "actor",
+    "background",
+    "config",
+    "disk",
+    "errors",
+    "failure",
+    "no_pandas",
+    "private",
+    "steps",
+    "texts",
+    "toml_text",
+    "units",
+}
 """Modules that read, judge, compare and price no record."""
 
 AUDITED = {"attribution", "billing", "ingest", "lake", "publish", "rules", "traffic"}

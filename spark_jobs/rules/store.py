@@ -7,7 +7,7 @@ import json
 import tomllib
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 from pydantic import BaseModel, ValidationError
@@ -19,6 +19,7 @@ from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import RULE_SETS
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.steps import Step
+from spark_jobs.toml_text import parse_toml
 
 _EXEMPT = "exempt_users"
 Rules = TypeVar("Rules", bound=BaseModel)
@@ -30,7 +31,7 @@ def read_rules(path: Path, model: type[Rules], **also: object) -> Rules:
     Raises RuleFileError, which names the file, the entry and the problem.
     """
     try:
-        content: dict[str, Any] = tomllib.loads(path.read_text("utf-8")) if path.exists() else {}
+        content = parse_toml(path.read_text("utf-8")) if path.exists() else {}
         return model(**content, **also)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RuleFileError(f"{path} cannot be read: {error}") from None
