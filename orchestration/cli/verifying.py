@@ -89,7 +89,7 @@ def audit_log(
     for entry in entries[-_SHOWN:]:
         who = (entry.user_name, entry.host, entry.command, entry.run_id)
         shown.add_row(entry.acted_at, entry.act, *who, entry.reason, entry.arguments)
-    parts = [shown, *rest_line(len(entries), _SHOWN, "act")] if entries else ["no act is recorded"]
+    parts: list[RenderableType] = [shown, *rest_line(len(entries), _SHOWN, "act")] if entries else ["no act is recorded"]
     show(entries, parts, as_json=as_json)
 
 

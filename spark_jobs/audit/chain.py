@@ -79,7 +79,7 @@ class Chain:
     def head(self) -> NotedHead | None:
         """The last chained row."""
         last = next((row for row in reversed(self.rows) if row["row_hash"]), None)
-        return last and NotedHead(self.table.name, last["chain_position"], last["row_hash"])
+        return None if last is None else NotedHead(self.table.name, last["chain_position"], last["row_hash"])
 
     def contains(self, head: NotedHead) -> bool:
         """Return whether the chain has the row that ``head`` names at its place."""

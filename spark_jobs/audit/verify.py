@@ -103,12 +103,9 @@ def verify(
     compared = None
     if statement is not None:
         compared, wrong = compare_statement(statement, lines)
-        findings += [
-            VerifyFinding(
-                "statement", "different", BILLING_LINES.name, one.row and one.row["chain_position"], one.line_id, one.detail
-            )
-            for one in wrong
-        ]
+        for one in wrong:
+            at = None if one.row is None else one.row["chain_position"]
+            findings.append(VerifyFinding("statement", "different", BILLING_LINES.name, at, one.line_id, one.detail))
     heads = [str(chain.head) for chain in chains.values() if chain.head is not None]
     rows = {name: len(chain.rows) for name, chain in chains.items()}
     return VerifyReport(findings, heads, rows, len(lines), days, pending, compared, time.monotonic() - started, since)
@@ -154,8 +151,8 @@ def _amounts(lines: list[dict[str, Any]]) -> Iterator[VerifyFinding]:
         if (amount != expected or int(row["billed_micros"]) != billed[key]) and key not in wrong:
             wrong.add(key)
             detail = f"{_named(key)}: the lines come to {billed[key]} micros, the line says {row['billed_micros']}"
-            place = row["chain_position"], row["line_id"]
-            yield VerifyFinding("amounts", "wrong_sum", BILLING_LINES.name, *place, detail, row["currency"], amount, expected)
+            at, name = row["chain_position"], row["line_id"]
+            yield VerifyFinding("amounts", "wrong_sum", BILLING_LINES.name, at, name, detail, row["currency"], amount, expected)
 
 
 def _named(key: Key) -> str:
@@ -229,9 +226,9 @@ def _differences(lines: list[dict[str, Any]], spend: dict[Key, int], days: list[
         expected = round_nanos(spend.get(key, 0))
         if billed[key] != expected:
             last = next((row for row in reversed(lines) if _key(row) == key), None)
-            place = (last["chain_position"], last["line_id"]) if last else (None, None)
+            at, name = (last["chain_position"], last["line_id"]) if last else (None, None)
             detail = f"{_named(key)} is billed {billed[key]} micros, the recount of the raw input comes to {expected}"
-            yield VerifyFinding("recount", "different", BILLING_LINES.name, *place, detail, key[3], billed[key], expected)
+            yield VerifyFinding("recount", "different", BILLING_LINES.name, at, name, detail, key[3], billed[key], expected)
 
 
 def _with_expected(found: VerifyFinding, lines: list[dict[str, Any]], spend: dict[Key, int]) -> VerifyFinding:

@@ -102,7 +102,7 @@ def check_gzip(data: bytes, folder: Path) -> None:
     path.write_bytes(data)
     rows = auditor_files.parsed(path).to_pylist()
     found = [(row["line"], row["is_valid"], next((r for r in row["reasons"] or () if r.endswith("gzip")), None)) for row in rows]
-    assert found == auditor_files.by_the_ingest(path, auditor_files.REGION)
+    assert found == auditor_files.by_the_ingest(path, ingest.REGION)
 
 
 # --- files of operators
@@ -248,7 +248,7 @@ def check_statement(data: bytes, folder: Path) -> None:
     assert faults or count <= len(POSTED)
 
 
-_SQL = (
+_SQL: tuple[bytes, ...] = (
     b"select",
     b"from fct",
     b" where ",

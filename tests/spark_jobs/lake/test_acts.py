@@ -27,7 +27,7 @@ from spark_jobs.lake.tables import AUDIT_LOG, BATCH_LEDGER, HOUR_CLOSINGS, RECON
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.operate.watermark import close_by_hand
 from spark_jobs.rules.store import keep_rule_set
-from spark_jobs.steps import CRASH_VARIABLE
+from spark_jobs.steps import CRASH_VARIABLE, Step
 
 NOW = datetime(2025, 6, 10, tzinfo=UTC)
 FIRST = datetime(2025, 6, 4, tzinfo=UTC)
@@ -146,7 +146,7 @@ def test_commits_without_an_act_are_read_once(settings: Settings, monkeypatch: p
     monkeypatch.setattr(acts, "_COMMITS_UNREAD", 3)
     lake = Lake(settings)
     for _ in range(4):
-        lake.append(RECONCILIATIONS, RECONCILIATIONS.schema.empty_table(), acts.Step.RECONCILIATIONS)
+        lake.append(RECONCILIATIONS, RECONCILIATIONS.schema.empty_table(), Step.RECONCILIATIONS)
     complete_audit_log(settings)
     version = lake.version(AUDIT_LOG)
     assert acts._unwritten(lake).commits == 0
