@@ -111,7 +111,8 @@ def record_act(
 ) -> None:
     """Write the entry of an act, once per ``entry_id``: a killed act that runs again calls it with the same one.
 
-    ``table_version`` is the table and the version that the act made. Personal data must not be in ``reason`` or ``arguments``.
+    ``table_version`` is the table and the version that the act made; not one of _CARRIERS, whose commits carry their acts. Personal
+    data must not be in ``reason`` or ``arguments``.
     """
     table, version = table_version or (None, None)
     content = _described(act, reason, arguments, now, run_id, None)
@@ -163,10 +164,8 @@ class _Unwritten:
 
 
 def _unwritten(lake: Lake) -> _Unwritten:
-    rows = lake.rows(AUDIT_LOG, "entry_id", "table_name", "table_version").to_pylist()
-    known = {row["entry_id"] for row in rows}
     read: dict[str, int] = dict(_noted(lake))
-    for row in rows:
+    for row in lake.rows(AUDIT_LOG, "table_name", "table_version").to_pylist():
         if row["table_name"] is not None:
             read[row["table_name"]] = max(row["table_version"], read.get(row["table_name"], -1))
     found: list[AuditEntry] = []
@@ -177,7 +176,7 @@ def _unwritten(lake: Lake) -> _Unwritten:
             if commit.version <= read.get(name, -1):
                 break
             commits += 1
-            found += [entry for entry in _carried(commit, name) if entry.entry_id not in known]
+            found += _carried(commit, name)
         if until is not None:
             read[name] = until
     return _Unwritten(sorted(found, key=lambda entry: (entry.acted_at, entry.entry_id)), read, commits)

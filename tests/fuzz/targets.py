@@ -220,7 +220,7 @@ def check_compare(data: bytes, folder: Path) -> None:
         found = read_report(path)
         rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8-sig"), newline="")))
         named = [{(name or "").strip().lower(): value for name, value in row.items()} for row in rows]
-        sums = [sum(int(row[name]) for row in named if (row.get(name) or "").strip()) for name in ("impressions", "clicks")]
+        sums = [sum(int(row[name].strip()) for row in named if (row.get(name) or "").strip()) for name in ("impressions", "clicks")]
         assert [sum(line.impressions for line in found), sum(line.clicks for line in found)] == sums
 
 

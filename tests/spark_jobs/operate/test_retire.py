@@ -16,6 +16,8 @@ import pytest
 from killed import run_code
 from local import LocalEvents
 
+from spark_jobs.audit import raw
+from spark_jobs.audit.checkpoints import TopicQuery, query_key
 from spark_jobs.audit.plans import BatchPlan, PlannedRange
 from spark_jobs.audit.raw import RawTable
 from spark_jobs.audit.verify import verify
@@ -25,6 +27,7 @@ from spark_jobs.corrections.backfill import backfill
 from spark_jobs.corrections.reconcile import reconcile
 from spark_jobs.errors import ConfigurationError, UsageError
 from spark_jobs.ingest.campaigns import load_campaigns
+from spark_jobs.ingest.release import read_quarantine, release_file
 from spark_jobs.lake.acts import read_audit_log
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.landing_view import land_folder, refresh_landing, remove_landed
@@ -200,6 +203,18 @@ def test_what_is_younger_or_changed_is_kept(home: Settings) -> None:
     assert name in landed(home)
 
 
+def test_a_file_that_was_set_aside_is_kept_for_its_release(home: Settings) -> None:
+    name = f"events/eu-west/{landed(home)[0]}"
+    path = home.landing_path / name
+    LocalEvents(load_settings(home=home.home_path, max_rejects_per_file=3), "other").take_content(b"nonsense\n" * 30)
+    (aside,) = read_quarantine(home)
+    settle(home, datetime(2025, 6, 5, tzinfo=UTC))
+    retire(home, now=NOW)
+    assert Path(aside.source_file).name in landed(home)
+    assert path.name not in landed(home)
+    release_file(home, aside.source_file, reason="r", released_by="me")
+
+
 def test_files_of_a_landing_folder_in_a_store(prefix: str, tmp_path: Path) -> None:
     home = load_settings(home=tmp_path / "home", landing=f"{prefix}/landing")
     source = tmp_path / "source/events/eu-west"
@@ -236,6 +251,8 @@ def test_days_of_a_raw_table(home: Settings, monkeypatch: pytest.MonkeyPatch) ->
     assert [path.split("/")[:2] for path in archived(home)] == [["raw_events", "ingested_date=2025-06-02"]]
     found = correct.rows(home, "select source_file, first_offset, end_offset, ingested_date from raw_retirements")
     assert found == [(name, 0, 2, date(2025, 6, 2))]
+    query = TopicQuery("q", frozenset(), {name: 0}, {name: 3})  # by whose checkpoint the table has all offsets
+    monkeypatch.setattr(raw, "read_topic_queries", lambda *_: {query_key(name): query})
     snapshot = Lake(home).pin(RAW_EVENTS)
     assert RawTable(home, "events", snapshot).complete_spans(name, from_offset=0) == [(2, 3)]
     assert retire(home, now=NOW).raw_days == []
