@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import signal
 from collections.abc import Callable
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -19,6 +21,7 @@ from deltalake import CommitProperties, DeltaTable, write_deltalake
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from killed import run_code
 from local import LocalEvents
 
 from spark_jobs.audit.chain import CHAINED, Fault, NotedHead, hash_of, read_chain
@@ -33,6 +36,7 @@ from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.tables import BILLING_LINES, CHAIN_COLUMNS, HOUR_CLOSINGS, TABLES
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.operate.watermark import close_by_hand
+from spark_jobs.steps import CRASH_VARIABLE, Step
 
 NOW = datetime(2025, 6, 10, tzinfo=UTC)
 
@@ -302,3 +306,17 @@ def test_the_stated_form_of_a_row() -> None:
 def test_the_auditor_reads_the_tables_that_are_chained(home: Settings) -> None:
     assert {table.name for table in CHAINED} == {table.name for table in TABLES.values() if "row_hash" in table.types}
     assert all(not read_chain(Lake(home), table).faults for table in CHAINED)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_while_older_lines_are_chained_the_next_posting_chains_them_once(home: Settings, moment: str) -> None:
+    uri = home.table_uri("billing_lines")
+    rows = DeltaTable(uri).to_pyarrow_table().drop_columns(list(CHAIN_COLUMNS))
+    shutil.rmtree(uri)
+    write_deltalake(uri, rows)
+    code = "from spark_jobs.config import load_settings; from spark_jobs.billing.job import bill; bill(load_settings())"
+    environment = {"ADTALLY_HOME": str(home.home_path), CRASH_VARIABLE: f"{moment}:{Step.CHAINED}:0"}
+    assert run_code(code, **environment) == -signal.SIGKILL
+    bill(home, now=NOW)
+    assert checked(home, recounts=False).findings == []
+    assert [row["chain_position"] for row in rows_of(home)] == [1, 2, 3, 4, 5]
