@@ -7,7 +7,6 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,19 +32,20 @@ class Actor:
         return cls(user, socket.gethostname(), command or Path(sys.argv[0]).name, run_id)
 
 
-_actor: ContextVar[Actor | None] = ContextVar("actor", default=None)
+_actor: Actor | None = None  # of the whole process: its threads act for it too
 
 
 @contextmanager
 def acting_as(actor: Actor) -> Iterator[None]:
-    """Let the acts of this block be those of ``actor``. Without it they are those of the process."""
-    token = _actor.set(actor)
+    """Let the acts of this process during the block be those of ``actor``. Without it they are those of the process."""
+    global _actor
+    before, _actor = _actor, actor
     try:
         yield
     finally:
-        _actor.reset(token)
+        _actor = before
 
 
 def present_actor() -> Actor:
     """Return the actor of the innermost `acting_as`, or the user of this process."""
-    return _actor.get() or Actor.of_process()
+    return _actor or Actor.of_process()
