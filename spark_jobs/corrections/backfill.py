@@ -133,7 +133,7 @@ def backfill(
     wanted = {hour_number(hour) for hour in hours}
     changes: dict[tuple[date, str, str], Restated] = {}
     changed = 0
-    with correcting(settings):
+    with correcting(settings, is_dry=dry_run):
         now = now or datetime.now(UTC)
         _require_no_difference(settings, wanted, now, say)
         today = _today(settings, dry_run=dry_run)

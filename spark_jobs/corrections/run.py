@@ -57,12 +57,16 @@ class Run:
 
 
 @contextmanager
-def correcting(settings: Settings) -> Iterator[None]:
-    """Hold the corrections lock, after finishing what a killed run left. Waits for other runs that correct."""
+def correcting(settings: Settings, *, is_dry: bool = False) -> Iterator[None]:
+    """Hold the corrections lock, after finishing what a killed run left. Waits for other runs that correct.
+
+    At the end the audit log gets the entries that it lacks, unless the run ``is_dry``.
+    """
     with exclusive(settings, CORRECTIONS):
         _finish(settings)
         yield
-        complete_audit_log(settings)
+        if not is_dry:
+            complete_audit_log(settings)
 
 
 def finish_corrections(settings: Settings) -> None:
