@@ -133,6 +133,15 @@ class Settings(BaseSettings):
         "the same on every machine. Default: LAKEHOUSE/_adtally/erasure/key.",
     )
     erasure_days: int = Field(30, ge=1, le=3650, description="Days within which a queued request to erase a person must be done.")
+    raw_retention: int | None = Field(
+        None,
+        ge=1,
+        description="Days after which landing files and raw copies of topics are archived or dropped, once recounted and billed. "
+        "Default: all are kept.",
+    )
+    raw_archive: str | Path | None = Field(
+        None, description="Where raw input older than raw_retention is moved: a path or a URI. Default: it is dropped."
+    )
     compacted_file_bytes: int = Field(
         128 * 1024 * 1024, ge=1024 * 1024, description="Size that compaction aims at for a data file, in bytes."
     )
@@ -245,6 +254,11 @@ class Settings(BaseSettings):
         return local_folder(self.landing_uri, self.home_path / "landing_view")
 
     @cached_property
+    def raw_archive_uri(self) -> str | None:
+        """Where old raw input is moved, absolute when it is a path; None: it is dropped."""
+        return None if self.raw_archive is None else canonical(self.raw_archive)
+
+    @cached_property
     def rules_uri(self) -> str:
         """Folder of the rule files, absolute when it is a path."""
         return canonical(self.rules or self.home_path / "rules")
@@ -339,7 +353,12 @@ def _refuse_unknown() -> None:
 
 
 def _refuse_paths(settings: Settings) -> None:
-    """Raise ConfigurationError if a path has a character with which no table can be opened."""
+    """Raise ConfigurationError if a path has a character with which no table can be opened, or the archive lies in the landing."""
+    archive = settings.raw_archive_uri
+    if archive is not None and f"{archive}/".startswith((f"{settings.landing_uri}/", f"{settings.lakehouse_uri}/")):
+        raise ConfigurationError(
+            "wrong settings: ADTALLY_RAW_ARCHIVE lies in the landing folder or the lakehouse", hint="name a place outside both"
+        )
     for variable, path in (("ADTALLY_HOME", str(settings.home_path)), ("ADTALLY_LAKEHOUSE", settings.lakehouse_uri)):
         found = unusable_character(path)
         if found is not None:

@@ -37,6 +37,9 @@ class Step(StrEnum):
     HOUR_CLOSINGS = "hour_closings"
     SOURCE_GAPS = "source_gaps"
     RELEASES = "releases"  # of quarantined files
+    RAW_ARCHIVED = "raw_archived"  # raw input is copied to the archive
+    RAW_RETIREMENTS = "raw_retirements"  # what is archived or dropped is decided
+    RAW_REMOVED = "raw_removed"  # and removed
     RAW_COPY = "raw_copy"  # of a topic, by a separate query
     COMPACTION = "compaction"
     RESTORE = "restore"  # a compaction is reverted
@@ -66,6 +69,8 @@ class Step(StrEnum):
     TRAFFIC_REVIEWS = "traffic_reviews"
     ATTRIBUTED_ORDERS = "attributed_orders"
     BILLING_LINES = "billing_lines"
+    CHAINED = "chained"  # the rows of an older adtally get their places in the hash chain
+    AUDIT_LOG = "audit_log"
     PUBLISHED_METRICS = "published_metrics"  # a version's increments are in their topic
     PUBLISHED_CREDITS = "published_credits"
     PUBLICATIONS = "publications"

@@ -49,7 +49,20 @@ def test_one_module_builds_the_session() -> None:
 
 # --- who may import whom inside spark_jobs and services, directly or through others
 
-NEUTRAL = {"background", "config", "disk", "errors", "failure", "no_pandas", "private", "steps", "texts", "units"}
+NEUTRAL = {
+    "actor",
+    "background",
+    "config",
+    "disk",
+    "errors",
+    "failure",
+    "no_pandas",
+    "private",
+    "steps",
+    "texts",
+    "toml_text",
+    "units",
+}
 """Modules that read, judge, compare and price no record."""
 
 AUDITED = {"attribution", "billing", "ingest", "lake", "publish", "rules", "traffic"}
@@ -109,6 +122,12 @@ def test_the_auditor_reaches_nothing_that_it_audits() -> None:
     assert modules
     wrong = {name: {one for one in reached_from(name) if capability(one) not in {"audit", "lake", *NEUTRAL}} for name in modules}
     assert not {name: found for name, found in wrong.items() if found}
+
+
+def test_the_auditor_reaches_no_code_that_writes_chains() -> None:
+    writers = {"spark_jobs.lake.chain", "spark_jobs.lake.acts"}
+    assert writers <= graph().keys()
+    assert not {name for name in modules_in("audit") if reached_from(name) & writers}
 
 
 def test_nothing_that_is_audited_reaches_the_auditor() -> None:

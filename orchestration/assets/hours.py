@@ -69,7 +69,7 @@ def compacted_events(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinitio
         from spark_jobs.operate.compact import compact
 
         settings = load_settings()
-        with translate_errors():
+        with translate_errors(context):
             report = compact(settings, closed_hours(context, settings), progress=context.log.info)
         return dg.MaterializeResult(metadata=compaction_metadata(report.tables) | {"seconds": report.seconds})
 
@@ -124,7 +124,7 @@ def reconciled_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinitio
         from orchestration.reconciliation import run_reconciliation
 
         settings = load_settings()
-        with translate_errors():
+        with translate_errors(context):
             wanted = closed_hours(context, settings)
             report = run_reconciliation(settings, wanted, repair=config.repair, run_id=context.run_id, progress=context.log.info)
         for found in report.hours:
@@ -193,7 +193,7 @@ def backfilled_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinitio
         from spark_jobs.corrections.backfill import backfill
 
         settings = load_settings()
-        with translate_errors():
+        with translate_errors(context):
             wanted = closed_hours(context, settings)
             log = context.log.info
             report = backfill(settings, wanted, dry_run=config.dry_run, run_id=context.run_id, reason=config.reason, progress=log)

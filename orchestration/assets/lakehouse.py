@@ -90,7 +90,7 @@ def landing_ingest(context: dg.AssetExecutionContext) -> Iterator[dg.Materialize
         context.log.info("%s", asdict(batch))
         report_batch(batch)
 
-    with translate_errors():
+    with translate_errors(context):
         try:
             report = run_ingest(settings, progress=progress, notice=context.log.warning)
         except BusyError as busy:

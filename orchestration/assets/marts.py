@@ -76,7 +76,7 @@ def marts_asset(manifest: Manifest) -> dg.AssetsDefinition:
             context.log.info(line)
             report(line)
 
-        with translate_errors():
+        with translate_errors(context):
             try:
                 built = build_marts(load_settings(), group, progress=progress)
             except MartsError as error:  # no mart is new, but the checks say why

@@ -1,7 +1,7 @@
 """Translates errors into failures of a step, and what a check found in each hour into Dagster's events."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -9,14 +9,20 @@ from typing import Any
 import dagster as dg
 
 from orchestration.partitions import key_of
+from spark_jobs.actor import Actor, acting_as
 from spark_jobs.errors import AdtallyError
 
 
 @contextmanager
-def translate_errors() -> Iterator[None]:
-    """Turn an AdtallyError into a failure of the step, which Dagster retries only if that can help."""
+def translate_errors(context: dg.AssetExecutionContext | None = None) -> Iterator[None]:
+    """Turn an AdtallyError into a failure of the step, which Dagster retries only if that can help.
+
+    With ``context`` the audit log names the run and its asset as who acts.
+    """
+    actor = None if context is None else Actor.of_process(f"dagster {context.op_execution_context.op.name}", context.run_id)
     try:
-        yield
+        with nullcontext() if actor is None else acting_as(actor):
+            yield
     except AdtallyError as error:
         raise dg.Failure(description=str(error), allow_retries=error.retryable) from error
 

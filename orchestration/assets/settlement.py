@@ -41,7 +41,7 @@ def reviewed_hours(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefinition:
         from spark_jobs.traffic.review import review
 
         settings = load_settings()
-        with translate_errors():
+        with translate_errors(context):
             report = review(settings, closed_hours(context, settings), run_id=context.run_id, progress=context.log.info)
         for found in report.hours:
             figures = {name: getattr(found, name) for name in (*_REVIEWED, "rule_set")}
@@ -70,7 +70,7 @@ def attributed_orders(hours: dg.HourlyPartitionsDefinition) -> dg.AssetsDefiniti
         from spark_jobs.attribution.job import attribute
 
         settings = load_settings()
-        with translate_errors():
+        with translate_errors(context):
             attribute(settings, run_id=context.run_id, progress=context.log.info)
             report = attribute(settings, hours_of(context.partition_key_range), run_id=context.run_id, progress=context.log.info)
         return dg.MaterializeResult(metadata=attribution_metadata(report))
@@ -91,7 +91,7 @@ def billing_lines(context: dg.AssetExecutionContext) -> dg.MaterializeResult[Non
     """Bill the closed days that are not billed yet."""
     from spark_jobs.billing.job import bill
 
-    with translate_errors():
+    with translate_errors(context):
         report = bill(load_settings(), run_id=context.run_id, progress=context.log.info)
     return dg.MaterializeResult(metadata=billing_metadata(report))
 
@@ -109,7 +109,7 @@ def settled_records(context: dg.AssetExecutionContext) -> dg.MaterializeResult[N
     """Settle all that is out of date."""
     from spark_jobs.operate.settle import settle
 
-    with translate_errors():
+    with translate_errors(context):
         report = settle(load_settings(), run_id=context.run_id, progress=context.log.info)
     parts = {
         "review": review_metadata(report.review),

@@ -38,7 +38,7 @@ def compacted_tables(context: dg.AssetExecutionContext) -> dg.MaterializeResult[
     """Compact all that needs it."""
     from spark_jobs.operate.compact import compact
 
-    with translate_errors():
+    with translate_errors(context):
         report = compact(load_settings(), None, progress=context.log.info)
     return dg.MaterializeResult(metadata=compaction_metadata(report.tables) | {"seconds": report.seconds})
 
@@ -51,14 +51,15 @@ def compacted_tables(context: dg.AssetExecutionContext) -> dg.MaterializeResult[
     pool="compaction",
     output_required=False,
     description="Data files that nothing needs any more are deleted: no running stream, no published mart, no time travel within "
-    "ADTALLY_VACUUM_RETENTION. `dry_run` in the run's configuration lists them.\n\n" + runbook("vacuum"),
+    "ADTALLY_VACUUM_RETENTION. `dry_run` in the run's configuration lists them. Landing files and raw copies older than "
+    "ADTALLY_RAW_RETENTION are archived or dropped first.\n\n" + runbook("vacuum"),
 )
 def vacuumed_tables(context: dg.AssetExecutionContext, config: Vacuum) -> Iterator[dg.MaterializeResult[None]]:
     """Vacuum every table."""
     from spark_jobs.operate.vacuum import vacuum
 
-    with translate_errors():
-        report = vacuum(load_settings(), dry_run=config.dry_run, progress=context.log.info)
+    with translate_errors(context):
+        report = vacuum(load_settings(), dry_run=config.dry_run, progress=context.log.info, run_id=context.run_id)
     rows = [
         {
             "table": found.table,
@@ -73,6 +74,9 @@ def vacuumed_tables(context: dg.AssetExecutionContext, config: Vacuum) -> Iterat
         "files": sum(found.files for found in report.tables),
         "bytes": sum(found.bytes for found in report.tables),
         "tables": markdown_table(rows),
+        "landing_files_retired": report.raw.files,
+        "raw_days_retired": ", ".join(report.raw.raw_days),
+        "recountable_from": str(report.raw.recountable_from or ""),
         "seconds": report.seconds,
     }
     yield from materialize_unless_dry(context, metadata)
@@ -91,7 +95,7 @@ def checked_storage(context: dg.AssetExecutionContext, config: Fsck) -> dg.Mater
     """Check, and with `repair` repair, all that is stored; fail if findings remain."""
     from spark_jobs.operate.fsck import fsck
 
-    with translate_errors():
+    with translate_errors(context):
         report = fsck(load_settings(), repair=config.repair, progress=context.log.info)
     metadata: Metadata = {
         "findings": markdown_table([asdict(found) for found in report.findings]),

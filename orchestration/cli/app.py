@@ -34,10 +34,12 @@ from orchestration.cli import (
     simulating,
     status,
     up,
+    verifying,
 )
 from orchestration.cli.context import Call
 from orchestration.cli.options import Panel, examples
 from services.errors import HintedError
+from spark_jobs.actor import Actor, acting_as
 from spark_jobs.errors import AdtallyError
 from spark_jobs.failure import MESSAGE_LENGTH, failure_cause, one_line
 from spark_jobs.private import keep_files_private
@@ -63,7 +65,7 @@ app = typer.Typer(
 )
 # the order of the help: commands, then groups
 _USE = (demo, simulating, ingest, up, console, query, status)
-_KEEP_RIGHT = (maintenance, rejects, decisions, erase, settlement, compare, publish, doctor)
+_KEEP_RIGHT = (maintenance, verifying, rejects, decisions, erase, settlement, compare, publish, doctor)
 for module in _USE + _KEEP_RIGHT:
     app.add_typer(module.app)
 app.add_typer(marts.app, name="marts", rich_help_panel=Panel.ASK)
@@ -94,6 +96,7 @@ def _global(
 ) -> None:
     call = context.ensure_object(Call)
     call.debug, call.home = debug, home
+    context.with_resource(acting_as(Actor.of_process(f"adtally {context.invoked_subcommand}")))
     keep_files_private()
 
 

@@ -100,7 +100,11 @@ def vacuum(
     retention: Annotated[str | None, typer.Option(help="Keep files at least this long. Default: ADTALLY_VACUUM_RETENTION.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Delete data files, except those that a running stream, the published marts or time travel may still read."""
+    """Delete data files, except those that a running stream, the published marts or time travel may still read.
+
+    With ADTALLY_RAW_RETENTION it first archives (ADTALLY_RAW_ARCHIVE) or drops older landing files and raw copies of topics that
+    are recounted and billed.
+    """
     from spark_jobs.operate.vacuum import vacuum as run
 
     keep = None if retention is None else timedelta(seconds=seconds(retention, "--retention", longest=10 * 366 * 86_400))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from spark_jobs.corrections.reconcile import ReconcileReport
     from spark_jobs.operate.compact import CompactReport
     from spark_jobs.operate.fsck import FsckReport
+    from spark_jobs.operate.retire import RetireReport
     from spark_jobs.operate.vacuum import VacuumReport
     from spark_jobs.operate.watermark import Closing
 
@@ -46,6 +47,7 @@ def reconciliation_table(report: ReconcileReport) -> Iterator[RenderableType]:
     for waiting in report.waiting[:SHOWN]:
         span = f"offsets {waiting.first_offset} to {waiting.end_offset - 1} of {waiting.source}"
         yield Text(f"left out: batch {waiting.batch_id}, because {waiting.raw_table} lacks {span} yet", style="yellow")
+    yield from recountable_line(report.recountable_from)
     events = sum(hour.events_expected for hour in report.hours)
     orders = sum(hour.orders_expected for hour in report.hours)
     recount = f"recount of {counted(len(report.hours), 'hour')}, {counted(events, 'accepted event')}, {counted(orders, 'order')}"
@@ -101,6 +103,27 @@ def vacuum_table(report: VacuumReport) -> Iterator[RenderableType]:
     yield RecordTable(title, "table", "files", "size", _KEPT, texts=[_KEPT]).with_rows(
         (entry.table, entry.files, file_size(entry.bytes), runs(entry.kept_versions) or None) for entry in report.tables
     )
+
+    yield from retired_lines(report.raw, dry_run=report.dry_run)
+
+
+def retired_lines(raw: RetireReport, *, dry_run: bool) -> Iterator[RenderableType]:
+    """Say which raw input was retired, and since when a recount can speak; nothing if all raw input is kept."""
+    if raw.files or raw.raw_days or raw.waiting:
+        verb = "would be " if dry_run else ""
+        where = f"archived to {raw.archive}" if raw.archive else "dropped"
+        days = f" and {', '.join(raw.raw_days)}" if raw.raw_days else ""
+        line = f"raw input: {counted(raw.files, 'landing file')} ({file_size(raw.bytes)}){days} {verb}{where}"
+        yield line + (
+            f"; {counted(raw.waiting, 'old file')} still needed: not recounted, not billed or set aside" if raw.waiting else ""
+        )
+    yield from recountable_line(raw.recountable_from)
+
+
+def recountable_line(since: datetime | None) -> Iterator[RenderableType]:
+    """Say from which hour on a recount can speak; nothing if it can speak of all."""
+    if since is not None:
+        yield Text(f"recounts speak from {hour_text(since)} on: the raw input of earlier hours is retired", style="yellow")
 
 
 def runs(numbers: list[int]) -> str:

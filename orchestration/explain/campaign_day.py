@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import date
 from operator import itemgetter
+from typing import Any
 
 from orchestration.explain.node import Node
 from orchestration.explain.view import KAFKA, MEASURES, BuildView, DayKey, Row, corrections, grouped, increments, open_build, sums
@@ -126,7 +127,9 @@ def _batch(view: BuildView, found: list[Row], events: list[Row], runs: dict[str,
     for name, rows in grouped(events, itemgetter("source_file")).items():
         kind, unit = ("partition", "offset") if name.startswith(KAFKA) else ("file", "line")
         first, last = min(row["first_line"] for row in rows), max(row["last_line"] for row in rows)
-        places = {f"first_{unit}": first, f"last_{unit}": last}
+        places: dict[str, Any] = {f"first_{unit}": first, f"last_{unit}": last}
+        if (gone := view.retired(name, first)) is not None:
+            places["raw_input"] = gone
         node.add(Node(f"{kind} {name}", places | sums(rows, ("events", *MEASURES))))
     if sample:
         node.add(_sample(view, query, batch, key, sample))

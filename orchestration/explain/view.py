@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import duckdb
@@ -18,7 +19,16 @@ from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.failure import one_line
 from spark_jobs.lake.duck import literal
 from spark_jobs.lake.lake import Lake
-from spark_jobs.lake.tables import ATTRIBUTED_ORDERS, BATCH_LEDGER, MINUTE_METRICS, RAW_EVENTS, RESTATEMENTS, RULE_SETS, Table
+from spark_jobs.lake.tables import (
+    ATTRIBUTED_ORDERS,
+    BATCH_LEDGER,
+    MINUTE_METRICS,
+    RAW_EVENTS,
+    RAW_RETIREMENTS,
+    RESTATEMENTS,
+    RULE_SETS,
+    Table,
+)
 
 MEASURES = ("impressions", "clicks", "spend_nanos", "invalid_impressions", "invalid_clicks", "invalid_spend_nanos")
 GROUP_OF_MART = {"fct_campaign_day": "near_real_time", "fct_billing_ledger": "near_real_time", "fct_attribution_credits": "hourly"}
@@ -85,6 +95,21 @@ class BuildView:
         if wanted is None:
             raise AdtallyError(f"there is no table {table.name}", hint="run `adtally ingest` first")
         return self.lake.scan(table, wanted)
+
+    def retired(self, name: str, place: int) -> str | None:
+        """Say where the raw input of a landing file, or of an offset of a partition, is now; None if it was not retired."""
+        for row in self._retirements.get(name, ()):
+            if row["first_offset"] is None or row["first_offset"] <= place < row["end_offset"]:
+                return f"archived to {row['archived_to']}" if row["archived_to"] else "dropped after its retention"
+        return None
+
+    @cached_property
+    def _retirements(self) -> dict[str, list[Row]]:
+        found: dict[str, list[Row]] = {}
+        names = ("source_file", "first_offset", "end_offset", "archived_to")
+        for row in self.lake.rows(RAW_RETIREMENTS, *names).to_pylist():
+            found.setdefault(row["source_file"], []).append(row)
+        return found
 
     def rows(self, sql: str, parameters: Sequence[object] = ()) -> list[Row]:
         """Return the rows of a statement over the Delta tables. Raises AdtallyError if a version no longer exists."""

@@ -18,6 +18,7 @@ from spark_jobs.audit.checkpoints import PREFIX, query_key, read_topic_queries
 from spark_jobs.audit.store import RawChunk
 from spark_jobs.config import Settings
 from spark_jobs.lake.lake import Snapshot
+from spark_jobs.lake.retirements import retired_spans
 from spark_jobs.lake.tables import RAW_TABLES
 
 NO_END = 2**62
@@ -60,10 +61,16 @@ class RawTable:
         self._queries = read_topic_queries(settings, RAW_TABLES[stream].name)
         self._table = RAW_TABLES[stream]
         self.snapshot = snapshot.and_pin(self._table)
+        self._retired = retired_spans(snapshot.lake, stream)
         self._table_id = snapshot.lake.log(self._table).table_id() if self._table in self.snapshot else ""
 
     def complete_spans(self, name: str, *, from_offset: int) -> list[Span]:
         """Return the offsets of a partition that are there in full, ascending; ``from_offset`` is the lowest that matters."""
+        retired = self._retired.get(name, [])
+        return [part for span in self._written_spans(name, from_offset) for part in subtract(span, retired)]
+
+    def _written_spans(self, name: str, from_offset: int) -> list[Span]:
+        """Return the offsets of a partition that were written in full, ascending."""
         query = self._queries.get(query_key(name))
         own = [(query.start.get(name, 0), query.end[name])] if query is not None and name in query.end else []
         if own and own[0][0] <= from_offset:

@@ -20,11 +20,12 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, date, datetime
 
 import duckdb
-import pyarrow as pa
 
 from spark_jobs.config import Settings
 from spark_jobs.corrections.run import finish_corrections
 from spark_jobs.corrections.write_ahead import decided_corrections
+from spark_jobs.lake.acts import complete_audit_log
+from spark_jobs.lake.chain import anchor, append_linked
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.locks import BILLING, exclusive
@@ -47,7 +48,7 @@ _COMMITS_UNREAD = 500  # after so many commits of minute_metrics without a line,
 
 @dataclass(frozen=True)
 class BillingLine:
-    """A row of table `billing_lines`."""
+    """A row of table `billing_lines`, without its place in the hash chain."""
 
     line_id: str
     line_type: str
@@ -131,7 +132,9 @@ def bill(
         return BillingReport(name)
     ensure_tables(settings)
     finish_corrections(settings)
+    complete_audit_log(settings)
     with exclusive(settings, BILLING), lake.database() as database:
+        anchor(lake, BILLING_LINES)  # the lines of an older adtally, before their version is pinned
         run = _BillingRun(lake, database, name, now or datetime.now(UTC))
         days = run.days()
         if days and progress:
@@ -310,11 +313,21 @@ class _BillingRun:
         unread = progress.metrics_version - (0 if self._last is None else self._last.metrics_version)
         if not lines and (self._waits or unread < _COMMITS_UNREAD):
             return
-        rows = pa.Table.from_pylist([asdict(line) for line in lines], BILLING_LINES.schema)
         stored = self._last if self._waits else progress  # the next run reads again what waits
         metadata = {"billing": {"run_id": self._run_id, "place": None if stored is None else stored.to_metadata()}}
-        transaction = Transaction(_APP, self._snapshot.version(BILLING_LINES) + 1)
-        self._lake.append(BILLING_LINES, rows, Step.BILLING_LINES, transaction=transaction, metadata=metadata)
+        transaction, table = Transaction(_APP, self._snapshot.version(BILLING_LINES) + 1), BILLING_LINES
+        if lines:
+            rows = [asdict(line) for line in lines]
+            append_linked(self._lake, table, lambda _: rows, Step.BILLING_LINES, transaction=transaction, metadata=metadata)
+        else:
+            self._lake.append(table, table.schema.empty_table(), Step.BILLING_LINES, transaction=transaction, metadata=metadata)
+
+
+def billed_through(settings: Settings) -> date | None:
+    """Return the day before which all closed days are billed; None if nothing was posted."""
+    lake = Lake(settings)
+    last = _last_progress(lake) if lake.exists(BILLING_LINES) else None
+    return None if last is None else last.billed_through
 
 
 def nanos_to_micros(nanos: int) -> int:

@@ -35,9 +35,10 @@ from spark_jobs.corrections.reconcile import (
 )
 from spark_jobs.corrections.run import Run, correcting, groups_of_hours, writing
 from spark_jobs.corrections.write_ahead import TableChange, carry_out, write_ahead
-from spark_jobs.errors import AdtallyError, RawBehindError
+from spark_jobs.errors import AdtallyError, RawBehindError, UsageError
 from spark_jobs.ingest.campaigns import Campaign, load_campaigns, read_campaigns
 from spark_jobs.lake.landing_view import refresh_landing
+from spark_jobs.lake.retirements import recountable_from
 from spark_jobs.lake.tables import EVENTS, HOUR_RULES
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.operate.watermark import require_closed
@@ -120,13 +121,19 @@ def backfill(
     """
     started = time.monotonic()
     require_closed(settings, hours)
+    since = recountable_from(settings)
+    if since is not None and hours.start < since:
+        raise UsageError(
+            f"hours before {since:%Y-%m-%dT%HZ} cannot be recomputed: their raw input is retired",
+            hint=f"choose --from {since:%Y-%m-%dT%H:00:00Z} or later; docs/raw-retention.md",
+        )
     ensure_tables(settings)
     say = progress or (lambda _: None)
     run_id = run_id or uuid.uuid4().hex
     wanted = {hour_number(hour) for hour in hours}
     changes: dict[tuple[date, str, str], Restated] = {}
     changed = 0
-    with correcting(settings):
+    with correcting(settings, is_dry=dry_run):
         now = now or datetime.now(UTC)
         _require_no_difference(settings, wanted, now, say)
         today = _today(settings, dry_run=dry_run)

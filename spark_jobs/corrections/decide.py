@@ -50,7 +50,7 @@ def decide(recount: Recount, run: Run, explanation: TableChange) -> Correction:
         changes.append(_restatements(recount, run))
     changes = [change for change in (*changes, explanation) if not change.is_empty]
     versions = recount.inputs.versions
-    return Correction(run.token, run.run_id, versions.get(EVENTS.name), changes, versions.get(ORDERS.name))
+    return Correction(run.token, run.run_id, versions.get(EVENTS.name), changes, versions.get(ORDERS.name), run.act(changes))
 
 
 def _found_rows(recount: Recount, name: str, table: Table) -> pa.Table:

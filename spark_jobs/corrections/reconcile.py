@@ -29,10 +29,11 @@ from spark_jobs.corrections.decide import decide
 from spark_jobs.corrections.run import Run, correcting, groups_of_hours, writing
 from spark_jobs.corrections.write_ahead import TableChange, append_once, carry_out, write_ahead
 from spark_jobs.lake.duck import translate_duckdb_errors
+from spark_jobs.lake.retirements import read_retirements, recountable_from
 from spark_jobs.lake.tables import BATCH_LEDGER, RAW_TABLES, RECONCILIATIONS, STREAMS
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.steps import Step
-from spark_jobs.units import HourRange, hour_moment, hour_number, to_micros
+from spark_jobs.units import NO_HOUR, HourRange, hour_moment, hour_number, to_micros
 
 RECORDS_AT_ONCE = 1_500_000  # per comparison, to bound its memory
 _PATIENCE_SECONDS = 20.0  # twice the time between two batches of raw records
@@ -64,7 +65,10 @@ class Waiting:
 
 @dataclass(frozen=True)
 class ReconcileReport:
-    """A reconciliation. ``versions`` are those of the compared tables; ``waiting`` are the batches that were left out."""
+    """A reconciliation. ``versions`` are those of the compared tables; ``waiting`` are the batches that were left out.
+
+    Hours before ``recountable_from`` were not recounted, because their raw input is retired (None: all were).
+    """
 
     run_id: str
     hours: list[HourResult]
@@ -72,6 +76,7 @@ class ReconcileReport:
     versions: dict[str, int]
     seconds: float
     waiting: list[Waiting] = field(default_factory=list)
+    recountable_from: datetime | None = None
 
     @property
     def remaining(self) -> list[Difference]:
@@ -133,7 +138,8 @@ def reconcile(
         right = [_no_difference(result) for result in results if not result.differences]
         rows = _reconciliation_rows(run_id, [*map(asdict, remaining), *right], versions, now)
         append_once(settings, RECONCILIATIONS, rows, Step.RECONCILIATIONS, f"reconcile:{run_id}:{hours or 'all'}")
-    return ReconcileReport(run_id, results, [*repaired, *remaining], versions, time.monotonic() - started, waiting)
+    seconds = time.monotonic() - started
+    return ReconcileReport(run_id, results, [*repaired, *remaining], versions, seconds, waiting, recountable_from(settings))
 
 
 def check_marts(settings: Settings, hours: HourRange | None) -> list[Difference]:
@@ -168,6 +174,9 @@ def compare_hours(
     with recounting(settings, "missed", now, say, stream) as recount:
         records = recount.records_by_hour(hours)
         wanted = recount.all_hours() if hours is None else hours
+        since = recountable_from(settings)
+        if since is not None:
+            wanted = {hour for hour in wanted if hour == NO_HOUR or hour >= hour_number(since)}
         done = 0
         for group in groups_of_hours(wanted, records, RECORDS_AT_ONCE):
             say(f"comparing hours of {stream}: {done} of {len(wanted)}")
@@ -211,11 +220,16 @@ def _waiting(recount: Recount, hours: set[int] | None) -> list[Waiting]:
 def _missing_without_rows(recount: Recount) -> list[Difference]:
     """Find files and offsets that are gone or have changed, and of which no row is left that names the hours."""
     empty = {(b, file.name) for b, plan in enumerate(recount.inputs.plans) for file in plan.files if not file.size}
+    retired = read_retirements(recount.inputs.snapshot.lake, recount.inputs.stream)
     with_rows = set(recount.database.values("select distinct o from trusted"))
     absent = [
         found
         for o, found in enumerate(recount.inputs.occurrences)
-        if found.entry is None and not found.is_waiting and o not in with_rows and (found.batch, found.name) not in empty
+        if found.entry is None
+        and not found.is_waiting
+        and o not in with_rows
+        and (found.batch, found.name) not in empty
+        and not retired.covers(found.name, found.start, found.end)
     ]
     if not absent:
         return []

@@ -25,9 +25,10 @@ from spark_jobs.corrections.write_ahead import (
 from spark_jobs.erasure.job import finish_erasures
 from spark_jobs.errors import BusyError
 from spark_jobs.ingest.event_columns import INCREMENT_SCHEMA, increment_columns
+from spark_jobs.lake.acts import Act, act_info, complete_audit_log
 from spark_jobs.lake.locks import CORRECTIONS, REWRITE, WRITE_EVENTS, WRITE_ORDERS, exclusive
 from spark_jobs.lake.stamp import constant
-from spark_jobs.lake.tables import MINUTE_METRICS, RESTATEMENTS, Table
+from spark_jobs.lake.tables import MINUTE_METRICS, RESTATEMENTS, TRAFFIC_REVIEWS, Table
 from spark_jobs.units import to_micros
 
 
@@ -47,14 +48,27 @@ class Run:
         """``now`` in microseconds since the epoch."""
         return to_micros(self.now)
 
+    def act(self, changes: Iterable[TableChange]) -> dict[str, str]:
+        """Return the entry of a correction in the audit log; empty if it only notes that nothing has changed."""
+        found = {change.table.name: [change.remove.num_rows, change.add.num_rows] for change in changes if not change.is_empty}
+        if not found.keys() - {TRAFFIC_REVIEWS.name}:
+            return {}
+        arguments = {"correction": self.token, "rows_removed_and_added": found}
+        return act_info(Act(self.kind), reason=self.reason, arguments=arguments, now=self.now, run_id=self.run_id)
+
 
 @contextmanager
-def correcting(settings: Settings) -> Iterator[None]:
-    """Hold the corrections lock, after finishing what a killed run left. Waits for other runs that correct."""
+def correcting(settings: Settings, *, is_dry: bool = False) -> Iterator[None]:
+    """Hold the corrections lock, after finishing what a killed run left. Waits for other runs that correct.
+
+    At the end the audit log gets the entries that it lacks, unless the run ``is_dry``.
+    """
     finish_erasures(settings)
     with exclusive(settings, CORRECTIONS):
         _finish(settings)
         yield
+        if not is_dry:
+            complete_audit_log(settings)
 
 
 def finish_corrections(settings: Settings) -> None:

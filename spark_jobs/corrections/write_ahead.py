@@ -96,7 +96,8 @@ class Correction:
     """The changes that a run decided on for some hours.
 
     ``token`` names the correction in the transactions of the tables. The run decided on versions ``events_version`` of `events` and
-    ``orders_version`` of `orders` (None: the correction does not change the table).
+    ``orders_version`` of `orders` (None: the correction does not change the table). ``act`` is its entry in the audit log
+    (`acts.act_info`); its last commit carries it.
     """
 
     token: str
@@ -104,6 +105,7 @@ class Correction:
     events_version: int | None
     changes: list[TableChange]
     orders_version: int | None = None
+    act: dict[str, str] = field(default_factory=dict)
 
 
 def write_ahead(settings: Settings, correction: Correction) -> None:
@@ -131,6 +133,7 @@ def write_ahead(settings: Settings, correction: Correction) -> None:
         "orders_version": correction.orders_version,
         "changes": [[change.table.name, change.metadata, change.by_key] for change in correction.changes],
         "parts": parts,
+        "act": correction.act,
     }
     with durable(Step.CORRECTION_DECIDED):
         place.write(f"{token}/{_MANIFEST}", json.dumps(manifest).encode())
@@ -215,7 +218,8 @@ def _read(place: Place) -> Correction:
     for name, metadata, *by_key in manifest["changes"]:
         remove, add = (rows(f"{name}.{part}.parquet") for part in ("remove", "add"))
         changes.append(TableChange(TABLES[name], remove, add, metadata, *by_key))
-    return Correction(manifest["token"], manifest["run_id"], manifest["events_version"], changes, manifest.get("orders_version"))
+    versions = manifest["events_version"], manifest.get("orders_version")
+    return Correction(manifest["token"], manifest["run_id"], versions[0], changes, versions[1], manifest.get("act", {}))
 
 
 def is_outdated(settings: Settings, correction: Correction) -> bool:
@@ -244,10 +248,11 @@ def remove_correction(settings: Settings, correction: Correction) -> None:
 def carry_out(settings: Settings, correction: Correction) -> None:
     """Make the missing commits of a correction, in order, and remove its folder."""
     lake = Lake(settings)
-    changes = {change.table.name: change for change in correction.changes}
+    changes = {change.table.name: change for change in correction.changes if not change.is_empty}
+    last = next((name for name in reversed(_ORDER) if name in changes), "")
     for name, (step, key) in _ORDER.items():
         if name in changes:
-            _commit(lake, changes[name], step, correction.token, key)
+            _commit(lake, changes[name], step, correction.token, key, correction.act if name == last else None)
     remove_correction(settings, correction)
 
 
@@ -256,7 +261,7 @@ def append_once(settings: Settings, table: Table, rows: list[dict[str, Any]], st
     _commit(Lake(settings), TableChange.append(table, rows), step, token, "")
 
 
-def _commit(lake: Lake, change: TableChange, step: Step, token: str, key: str) -> None:
+def _commit(lake: Lake, change: TableChange, step: Step, token: str, key: str, info: dict[str, str] | None = None) -> None:
     table, transaction = change.table, Transaction(token, 0)
     if change.is_empty or lake.has(table, transaction):
         return
@@ -276,7 +281,7 @@ def _commit(lake: Lake, change: TableChange, step: Step, token: str, key: str) -
     metadata = {**change.metadata, "changed_files": changed, "added_files": [] if change.by_key else changed}
     add = [*rewritten, *writer.files]
     base = snapshot.version(table) if removed else None
-    lake.commit(table, step, base=base, add=add, remove=removed, transaction=transaction, metadata=metadata)
+    lake.commit(table, step, base=base, add=add, remove=removed, transaction=transaction, metadata=metadata, info=info)
 
 
 def _find_rows(snapshot: Snapshot, change: TableChange, key: str) -> Iterator[tuple[TableFile, list[pa.Array]]]:

@@ -19,12 +19,13 @@ from spark_jobs.config import Settings
 from spark_jobs.disk import replacing, sync_folder
 from spark_jobs.errors import UsageError
 from spark_jobs.ingest.quarantine import QUARANTINE_REASONS
+from spark_jobs.lake.acts import Act, act_info, complete_audit_log
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.landing_view import landed_object, refresh_landing
 from spark_jobs.lake.reading import read_batches
 from spark_jobs.lake.tables import REJECTED_TABLES, RELEASES
-from spark_jobs.lake.writes import DeltaSink, ensure_tables
+from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.steps import Step
 
 _COLUMNS = ("source", "source_file", "source_line", "reason_codes", "raw", "ingested_at", "_query_id", "_batch_id")
@@ -100,6 +101,7 @@ def release_file(settings: Settings, name: str, *, reason: str, released_by: str
         _link(path, path.with_name(released))
     else:
         stored.copy(released)
+    now = datetime.now(UTC)
     row = {
         "stream": one.stream,
         "source_file": name,
@@ -107,13 +109,17 @@ def release_file(settings: Settings, name: str, *, reason: str, released_by: str
         "quarantine_reason": one.reason,
         "reason": reason.strip(),
         "released_by": released_by.strip(),
-        "released_at": datetime.now(UTC),
+        "released_at": now,
         "_query_id": one.query_id,
         "_batch_id": one.batch_id,
     }
     # if a run was killed after the link, the next run completes it: the transaction commits the row once
     transaction = Transaction(f"release {one.query_id} {name}", one.batch_id)
-    DeltaSink(RELEASES, settings).append_rows(pa.Table.from_pylist([row], RELEASES.schema), Step.RELEASES, transaction)
+    arguments = {"file": name, "released_as": row["released_as"], "quarantine_reason": one.reason}
+    info = act_info(Act.RELEASE, reason=reason.strip(), arguments=arguments, now=now, by=released_by.strip())
+    rows = pa.Table.from_pylist([row], RELEASES.schema)
+    Lake(settings).append(RELEASES, rows, Step.RELEASES, transaction=transaction, info=info)
+    complete_audit_log(settings)
     return str(row["released_as"])
 
 

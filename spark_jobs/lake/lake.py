@@ -249,9 +249,10 @@ class Lake:
         *,
         transaction: Transaction | None = None,
         metadata: Mapping[str, object] | None = None,
+        info: Mapping[str, str] | None = None,
     ) -> bool:
         """Add rows to a table in one commit, once per transaction; returns whether the commit was made."""
-        return self.commit(table, step, add=self._write(table, rows), transaction=transaction, metadata=metadata)
+        return self.commit(table, step, add=self._write(table, rows), transaction=transaction, metadata=metadata, info=info)
 
     def replace(self, table: Table, rows: pa.Table, step: Step, *, metadata: Mapping[str, object] | None = None) -> None:
         """Replace the whole content of a table in one commit."""

@@ -25,7 +25,7 @@ import os
 import stat
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -140,6 +140,17 @@ def refresh_landing(settings: Settings, *, is_full: bool = False) -> None:
         with view.lock():
             if is_full or view.age_seconds() >= settings.landing_sweep.total_seconds() or not view.add_new():
                 view.sweep()
+
+
+def remove_landed(settings: Settings, names: Collection[str]) -> None:
+    """Delete landed files, by their names under the landing folder. Keeps their folders, into which others land files."""
+    if has_view(settings):
+        open_place(settings.landing_uri).delete(names)
+        refresh_landing(settings, is_full=True)
+        return
+    for name in names:
+        (settings.landing_path / name).unlink(missing_ok=True)
+    disk.sync_files({(settings.landing_path / name).parent for name in names})
 
 
 def fresh_rules_path(settings: Settings) -> Path:

@@ -19,6 +19,7 @@ from typing import Any
 from xxhash import xxh3_64_hexdigest
 
 from spark_jobs.errors import TableCorruptionError
+from spark_jobs.failure import one_line
 from spark_jobs.lake.locations import is_local
 from spark_jobs.lake.places import PlacedFile, open_place
 from spark_jobs.lake.reading import open_table
@@ -60,14 +61,15 @@ class Commit:
         """The user metadata of our writers, a JSON object. Empty if the commit has none, or another tool's."""
         try:
             found = json.loads(self.user_metadata or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 
     @property
     def committed_ms(self) -> int:
         """The time of the commit in milliseconds since the epoch; 0 if it has none."""
-        return int(self.info.get("timestamp", 0))
+        found = self.info.get("timestamp")
+        return found if isinstance(found, int) else 0
 
     @property
     def changes_rows(self) -> bool:
@@ -99,22 +101,34 @@ class Commit:
 
 
 def parse_commit(version: int, text: str) -> Commit:
-    """Parse the text of a commit's JSON file. Raises ValueError if the text is incomplete."""
+    """Parse the text of a commit's JSON file. Raises ValueError if the text is incomplete, or no commit."""
     by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for line in filter(None, text.split("\n")):  # not splitlines: strings may contain U+2028 and the like
-        action = json.loads(line)
-        if not isinstance(action, dict):
-            raise ValueError("a line of it is not an action")
-        by_kind[next(iter(action), "")].append(next(iter(action.values()), {}))
-    if not by_kind:
-        raise ValueError("it is empty")
-    transactions = {str(one["appId"]): int(one["version"]) for one in by_kind["txn"]}
+    try:
+        for line in filter(None, text.split("\n")):  # not splitlines: strings may contain U+2028 and the like
+            action = json.loads(line)
+            if not isinstance(action, dict):
+                raise ValueError("a line of it is not an action")
+            kind, content = next(iter(action.items()), ("", {}))
+            if isinstance(content, dict):
+                by_kind[kind].append(content)
+            elif kind != "commitInfo":  # which may be anything
+                raise ValueError(f"its action {kind} is no object")
+        if not by_kind:
+            raise ValueError("it is empty")
+        transactions = {str(one["appId"]): int(one["version"]) for one in by_kind["txn"]}
+        table_id = [str(one["id"]) for one in by_kind["metaData"]]
+        if not all(isinstance(one["path"], str) for one in (*by_kind["add"], *by_kind["remove"])):
+            raise ValueError("it names a file that is no text")
+    except KeyError as error:
+        raise ValueError(f"an action of it has no {error}") from None
+    except (TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(one_line(error, 200)) from None
     txn = [found for found in transactions.items() if not found[0].startswith(FENCE)]
-    table_id = [str(one["id"]) for one in by_kind["metaData"]]
     info = (by_kind["commitInfo"] or [{}])[-1]
     added, removed, user_metadata = tuple(by_kind["add"]), tuple(by_kind["remove"]), info.get("userMetadata")
     last, table = txn[-1] if txn else None, table_id[-1] if table_id else None
-    return Commit(version, last, user_metadata, added, removed, table, info, transactions)
+    known = user_metadata if isinstance(user_metadata, str) else None
+    return Commit(version, last, known, added, removed, table, info, transactions)
 
 
 @dataclass(frozen=True)

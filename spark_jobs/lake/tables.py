@@ -30,6 +30,12 @@ _TYPES = {
 }
 
 
+CHAIN_COLUMNS = ("chain_position", "previous_hash", "row_hash")
+"""The columns of a table whose rows are hash-chained (docs/tamper-evidence.md): place from 1, hash of the row before, own hash."""
+
+_CHAIN = "chain_position BIGINT, previous_hash STRING, row_hash STRING"
+
+
 @dataclass(frozen=True)
 class Table:
     """A Delta table under the lakehouse root.
@@ -190,6 +196,19 @@ RELEASES = Table(
     stats_columns=("released_at",),
 )
 
+RAW_RETIREMENTS = Table(
+    name="raw_retirements",
+    grain="one row a landing file, or range of offsets [first_offset, end_offset) of a partition of a raw table, that was archived "
+    "(archived_to) or dropped (null) after it had been recounted and billed. newest_hour is the newest event hour of its batches: "
+    "a recount can speak of the hours after the largest one. ingested_date is the day of a raw table's rows",
+    columns="""
+        stream STRING, source_file STRING, first_offset BIGINT, end_offset BIGINT, ingested_date DATE, size_bytes BIGINT,
+        modified_at TIMESTAMP, sha256 STRING, newest_hour TIMESTAMP, archived_to STRING, retired_at TIMESTAMP, run_id STRING
+    """,
+    key=("stream", "source_file", "first_offset", "modified_at"),
+    stats_columns=("newest_hour", "retired_at"),
+)
+
 CAMPAIGNS = Table(
     name="campaigns",
     grain="one row a campaign and validity range, as the CSV files of the landing folder say; replaced when they change",
@@ -253,8 +272,9 @@ HOUR_RULES = Table(
 
 HOUR_CLOSINGS = Table(
     name="hour_closings",
-    grain="one row an operator's decision to close all hours that end at or before closed_through, whatever a silent source says",
-    columns="closed_through TIMESTAMP, reason STRING, closed_by STRING, closed_at TIMESTAMP",
+    grain="one row an operator's decision to close all hours that end at or before closed_through, whatever a silent source says. "
+    "The rows are hash-chained",
+    columns=f"closed_through TIMESTAMP, reason STRING, closed_by STRING, closed_at TIMESTAMP, {_CHAIN}",
     key=("closed_at",),
     stats_columns=("closed_through",),
 )
@@ -306,13 +326,14 @@ BILLING_LINES = Table(
     grain="append-only: one row a line of the billing ledger. line_type 'charge' (the day closed), 'credit' (less than "
     "billed) or 'adjustment' (more); the amounts of a day, campaign, store and currency sum to its spend, rounded "
     "once, half away from zero. The measures are the day's totals after the line; posting numbers the commits of lines. "
-    "spend_parts (JSON) is the spend in nanos by what it came from: the batches' own increments and each correction run's",
-    columns="""
+    "spend_parts (JSON) is the spend in nanos by what it came from: the batches' own increments and each correction run's. "
+    "The rows are hash-chained",
+    columns=f"""
         line_id STRING, line_type STRING, event_date DATE, campaign_id STRING, store_id STRING, currency STRING,
         amount_micros DECIMAL(38,0), billed_micros DECIMAL(38,0), spend_nanos DECIMAL(38,0), impressions BIGINT, clicks BIGINT,
         invalid_impressions BIGINT, invalid_clicks BIGINT, invalid_spend_nanos DECIMAL(38,0),
         reason STRING, run_id STRING, rule_set STRING, metrics_version BIGINT, posting BIGINT, spend_parts STRING,
-        billed_at TIMESTAMP
+        billed_at TIMESTAMP, {_CHAIN}
     """,
     key=("line_id",),
     stats_columns=("event_date", "billed_at"),
@@ -332,6 +353,19 @@ ERASURES = Table(
     stats_columns=("erased_at",),
 )
 
+AUDIT_LOG = Table(
+    name="audit_log",
+    grain="append-only: one row an act of a person or schedule that changed what is counted, closed, kept or forgotten: who (user, "
+    "host, command, run_id), which act, why (reason, arguments as JSON), when, and the table and version that it made. "
+    "The rows are hash-chained",
+    columns=f"""
+        entry_id STRING, act STRING, user_name STRING, host STRING, command STRING, run_id STRING, reason STRING, arguments STRING,
+        table_name STRING, table_version BIGINT, acted_at TIMESTAMP, {_CHAIN}
+    """,
+    key=("entry_id",),
+    stats_columns=("acted_at",),
+)
+
 PUBLICATIONS = Table(
     name="publications",
     grain="for people; Kafka itself knows what was published. One row a table, topic and time of writing: versions of the table "
@@ -347,7 +381,7 @@ PUBLICATIONS = Table(
 
 BATCH_TABLES = (EVENTS, REJECTED_EVENTS, MINUTE_METRICS, BATCH_LEDGER, ORDERS, REJECTED_ORDERS)
 """The tables that the batches of records write. A recount can restore their rows from the raw input."""
-_INPUT_TABLES = (CAMPAIGNS, NAMES, RAW_EVENTS, RAW_ORDERS, SOURCE_GAPS, RELEASES)
-_CORRECTION_TABLES = (RECONCILIATIONS, RESTATEMENTS, HOUR_RULES, HOUR_CLOSINGS, ERASURES)
+_INPUT_TABLES = (CAMPAIGNS, NAMES, RAW_EVENTS, RAW_ORDERS, SOURCE_GAPS, RELEASES, RAW_RETIREMENTS)
+_CORRECTION_TABLES = (RECONCILIATIONS, RESTATEMENTS, HOUR_RULES, HOUR_CLOSINGS, ERASURES, AUDIT_LOG)
 _SETTLEMENT_TABLES = (RULE_SETS, TRAFFIC_REVIEWS, ATTRIBUTED_ORDERS, BILLING_LINES, PUBLICATIONS)
 TABLES = {table.name: table for table in (*BATCH_TABLES, *_INPUT_TABLES, *_CORRECTION_TABLES, *_SETTLEMENT_TABLES)}

@@ -9,9 +9,11 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 
 import numpy as np
 
@@ -29,12 +31,15 @@ from spark_jobs.ingest.events import bring_index_to, keys_of_version
 from spark_jobs.ingest.finish import finish, stuck_batches
 from spark_jobs.ingest.source import FilesSource
 from spark_jobs.lake import check
+from spark_jobs.lake.acts import Act, record_act
 from spark_jobs.lake.checked import DamagedError
 from spark_jobs.lake.checkpoint_copy import checkpoints_to_read, set_aside
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.locks import INGEST, exclusive
 from spark_jobs.lake.log import commit_identity
+from spark_jobs.lake.reading import TableFile
 from spark_jobs.lake.removal import take_files_out
+from spark_jobs.lake.retirements import recountable_from
 from spark_jobs.lake.runs import check_runs
 from spark_jobs.lake.scratch import scratch_folder
 from spark_jobs.lake.tables import (
@@ -124,6 +129,9 @@ def fsck(settings: Settings, *, repair: bool = False, progress: Progress | None 
         first = _scan(settings, report, is_at_rest=is_held)
         findings = first.findings
         if repair and any(found.can_repair for found in findings):
+            damage = Counter(f"{found.kind} in {found.place}" for found in findings if found.can_repair)
+            with suppress(TableCorruptionError):  # the log itself may be damaged; the repair goes on
+                record_act(settings, Act.RESTORE, run_id, reason="fsck --repair", arguments=damage, now=datetime.now(UTC))
             remarks = _repair(settings, first, run_id, report)
             left = [*_scan(settings, report, is_at_rest=True).findings, *remarks]
             same = {(found.kind, found.place, found.path) for found in left}
@@ -206,8 +214,7 @@ def _check_log(lake: Lake, table: Table, scan: _Scan) -> bool:
 def _check_files(lake: Lake, table: Table, scan: _Scan, report: Progress) -> None:
     """Check presence, size, pages and rows of every data file of the newest version."""
     files = check.newest_files(lake, table)
-    can_repair = table in BATCH_TABLES
-    way = _REPAIR if can_repair else f"put the file back from a backup; {RUNBOOK}"
+    since = recountable_from(lake.settings)
     for number, file in enumerate(files):
         if number % 20 == 0:
             report(f"{table.name}: {number:,} of {len(files):,} data files")
@@ -216,7 +223,22 @@ def _check_files(lake: Lake, table: Table, scan: _Scan, report: Progress) -> Non
         if problem is None:
             scan.bytes += file.size
         else:
+            can_repair = table in BATCH_TABLES and (since is None or _begins_after(table, file, since))
+            retired = f"; it may have rows from before {since:%Y-%m-%dT%HZ}, whose raw input is retired" if since else ""
+            way = _REPAIR if can_repair else f"put the file back from a backup{retired}; {RUNBOOK}"
             scan.add(problem[0], table.name, f"{file.path}: {problem[1]}", way, can_repair=can_repair, path=file.path)
+
+
+def _begins_after(table: Table, file: TableFile, since: datetime) -> bool:
+    """Return whether statistics show that no row of a data file is from before ``since``, the first hour that can be recounted."""
+    if table is EVENTS:
+        low = file.low.get("event_time")
+    else:
+        times = {MINUTE_METRICS: "event_minute", BATCH_LEDGER: "event_hour", ORDERS: "order_time"}
+        low = file.low.get(times.get(table, "ingested_at"))
+    if not isinstance(low, datetime):
+        return False
+    return (low if low.tzinfo else low.replace(tzinfo=UTC)) >= since
 
 
 def _check_stream_checkpoints(settings: Settings, scan: _Scan) -> None:

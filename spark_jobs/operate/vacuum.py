@@ -12,8 +12,8 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 
 import duckdb
@@ -30,6 +30,7 @@ from spark_jobs.lake.removal import delete_unneeded_files, unneeded_files
 from spark_jobs.lake.runs_copy import copied_version
 from spark_jobs.lake.tables import CAMPAIGNS, EVENTS, ORDERS, TABLES, Table
 from spark_jobs.lake.torn import mend_tables
+from spark_jobs.operate.retire import RetireReport, retire
 from spark_jobs.publish.progress import read_publications
 
 # A batch or a build may write files, or pin versions, this long before it commits or publishes.
@@ -55,17 +56,26 @@ class TableVacuum:
 
 @dataclass(frozen=True)
 class VacuumReport:
-    """All existing tables."""
+    """All existing tables, and the raw input that was retired (`operate/retire.py`)."""
 
     tables: list[TableVacuum]
     dry_run: bool
     seconds: float
+    raw: RetireReport = field(default_factory=RetireReport)
 
 
 def vacuum(
-    settings: Settings, *, dry_run: bool, retention: timedelta | None = None, progress: Callable[[str], None] | None = None
+    settings: Settings,
+    *,
+    dry_run: bool,
+    retention: timedelta | None = None,
+    progress: Callable[[str], None] | None = None,
+    now: datetime | None = None,
+    run_id: str | None = None,
 ) -> VacuumReport:
-    """Delete the data files that are not needed, or, with ``dry_run``, list them. An ingest may run meanwhile.
+    """Retire old raw input, then delete the data files that are not needed; with ``dry_run`` only list both.
+
+    An ingest may run meanwhile.
 
     ``retention`` (default ADTALLY_VACUUM_RETENTION) is rounded up to whole hours. Raises UsageError if it is below
     SHORTEST_RETENTION, BusyError while a compaction or a correction runs, TableCorruptionError if the published marts do not name
@@ -80,6 +90,7 @@ def vacuum(
         )
     done = []
     mend_tables(settings)
+    raw = retire(settings, now=now or datetime.now(UTC), dry_run=dry_run, run_id=run_id, progress=progress)
     with exclusive(settings, REWRITE):
         lake = Lake(settings)
         of_marts = _versions_of_marts(settings)
@@ -90,7 +101,7 @@ def vacuum(
                 progress(table.name)
             reasons = _needed_versions(lake, table, of_marts.get(table.name, []))
             done.append(_vacuum_table(lake, table, -(-retention // _HOUR), reasons, dry_run=dry_run))
-    return VacuumReport(done, dry_run, time.monotonic() - started)
+    return VacuumReport(done, dry_run, time.monotonic() - started, raw)
 
 
 def _vacuum_table(lake: Lake, table: Table, hours: int, reasons: dict[int, str], *, dry_run: bool) -> TableVacuum:

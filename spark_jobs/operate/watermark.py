@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,6 +21,8 @@ from spark_jobs.config import Settings
 from spark_jobs.errors import UsageError
 from spark_jobs.ingest.files.landing import oldest_file_at, region_folders
 from spark_jobs.ingest.kafka.config import read_kafka
+from spark_jobs.lake.acts import Act, act_info, complete_audit_log
+from spark_jobs.lake.chain import append_linked
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.landing_view import refresh_landing
 from spark_jobs.lake.tables import BATCH_LEDGER, HOUR_CLOSINGS, STREAMS
@@ -114,8 +117,10 @@ def close_by_hand(settings: Settings, through: datetime, *, reason: str, closed_
     if closing.closed_through is not None and through <= closing.closed_through:
         raise UsageError(f"the hours through {_text(through)} are closed already", hint=f"through {_text(closing.closed_through)}")
     ensure_tables(settings)
-    row = {"closed_through": through, "reason": reason.strip(), "closed_by": closed_by.strip(), "closed_at": now}
-    Lake(settings).append(HOUR_CLOSINGS, pa.Table.from_pylist([row], HOUR_CLOSINGS.schema), Step.HOUR_CLOSINGS)
+    row: dict[str, Any] = {"closed_through": through, "reason": reason.strip(), "closed_by": closed_by.strip(), "closed_at": now}
+    info = act_info(Act.CLOSE, reason=row["reason"], arguments={"through": through}, now=now, by=row["closed_by"])
+    append_linked(Lake(settings), HOUR_CLOSINGS, lambda _: [row], Step.HOUR_CLOSINGS, batch_id=0, info=info)
+    complete_audit_log(settings)
     return read_closing(settings)
 
 

@@ -7,17 +7,19 @@ import json
 import tomllib
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import AdtallyError, RuleFileError
+from spark_jobs.lake.acts import Act, act_info
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import RULE_SETS
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.steps import Step
+from spark_jobs.toml_text import parse_toml
 
 _EXEMPT = "exempt_users"
 Rules = TypeVar("Rules", bound=BaseModel)
@@ -29,7 +31,7 @@ def read_rules(path: Path, model: type[Rules], **also: object) -> Rules:
     Raises RuleFileError, which names the file, the entry and the problem.
     """
     try:
-        content: dict[str, Any] = tomllib.loads(path.read_text("utf-8")) if path.exists() else {}
+        content = parse_toml(path.read_text("utf-8")) if path.exists() else {}
         return model(**content, **also)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RuleFileError(f"{path} cannot be read: {error}") from None
@@ -70,7 +72,9 @@ def keep_rule_set(settings: Settings, kind: str, rules: BaseModel, now: datetime
         ensure_tables(settings)
     if name not in lake.rows(RULE_SETS)["rule_set"].to_pylist():
         row = {"rule_set": name, "kind": kind, "content": content, "set_at": now}
-        lake.append(RULE_SETS, pa.Table.from_pylist([row], RULE_SETS.schema), Step.RULE_SETS)
+        arguments = {"kind": kind, "rule_set": name}
+        info = act_info(Act.RULES, reason="the rules in use have changed", arguments=arguments, now=now)
+        lake.append(RULE_SETS, pa.Table.from_pylist([row], RULE_SETS.schema), Step.RULE_SETS, info=info)
     return name
 
 

@@ -249,7 +249,8 @@ def _decide(
             _restatements_change(database, run),
             _reviews_change(state, rules, run, reviewed),
         ]
-    return Correction(run.token, run.run_id, state.events_version, [one for one in changes if not one.is_empty]), reviewed
+    changes = [one for one in changes if not one.is_empty]
+    return Correction(run.token, run.run_id, state.events_version, changes, act=run.act(changes)), reviewed
 
 
 _SUMS = """

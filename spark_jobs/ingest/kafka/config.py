@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, V
 
 from spark_jobs.config import Settings
 from spark_jobs.errors import KafkaConfigurationError
+from spark_jobs.toml_text import parse_toml
 
 KAFKA_FILE = "kafka.toml"
 _NAME = r"^[a-z0-9-]{1,32}$"
@@ -200,7 +201,7 @@ def read_kafka(settings: Settings) -> KafkaConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise KafkaConfigurationError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
-        written = tomllib.loads(text)
+        written = parse_toml(text)
         _refuse_open_secrets(path, written)
         return KafkaConfig.model_validate(written)
     except tomllib.TOMLDecodeError as error:

@@ -25,6 +25,7 @@ from spark_jobs.errors import KafkaError, OffsetGapError, UsageError
 from spark_jobs.ingest.checkpoint_log import numbers
 from spark_jobs.ingest.kafka.config import KafkaCluster
 from spark_jobs.ingest.kafka.ranges import OffsetRange, Partition, partition_of, read_batch_offsets
+from spark_jobs.lake.acts import Act, act_info, complete_audit_log
 from spark_jobs.lake.checkpoint_copy import checkpoints_to_read
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import RAW_TABLES, SOURCE_GAPS
@@ -236,6 +237,7 @@ def accept_gap(settings: Settings, stream: str, cluster: KafkaCluster, *, reason
         raise UsageError(
             f"nothing is missing of topic {state.topic} of cluster {cluster.name}", hint="adtally ingest goes on by itself"
         )
+    now = datetime.now(UTC)
     rows = [
         {
             "stream": stream,
@@ -247,11 +249,14 @@ def accept_gap(settings: Settings, stream: str, cluster: KafkaCluster, *, reason
             "topic_id": state.topic_id,
             "reason": reason.strip(),
             "accepted_by": accepted_by.strip(),
-            "accepted_at": datetime.now(UTC),
+            "accepted_at": now,
         }
         for gap in gaps
     ]
-    Lake(settings).append(SOURCE_GAPS, pa.Table.from_pylist(rows, SOURCE_GAPS.schema), Step.SOURCE_GAPS)
+    arguments = {"stream": stream, "cluster": cluster.name, "topic": label, "gaps": [str(gap) for gap in gaps]}
+    info = act_info(Act.ACCEPT_GAP, reason=reason.strip(), arguments=arguments, now=now, by=accepted_by.strip())
+    Lake(settings).append(SOURCE_GAPS, pa.Table.from_pylist(rows, SOURCE_GAPS.schema), Step.SOURCE_GAPS, info=info)
+    complete_audit_log(settings)
     return gaps
 
 

@@ -26,7 +26,7 @@ from spark_jobs.billing.job import BillingLine, bill, nanos_to_micros
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.lake.locks import CORRECTIONS, exclusive
 from spark_jobs.lake.log import DeltaLog
-from spark_jobs.lake.tables import BATCH_LEDGER, BILLING_LINES, MINUTE_METRICS, RESTATEMENTS, TABLES, TRAFFIC_REVIEWS
+from spark_jobs.lake.tables import BATCH_LEDGER, BILLING_LINES, CHAIN_COLUMNS, MINUTE_METRICS, RESTATEMENTS, TABLES, TRAFFIC_REVIEWS
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.steps import CRASH_VARIABLE, Step
 
@@ -426,7 +426,7 @@ def test_an_older_table_without_invalid_spend_is_billed(lake: Lake) -> None:
 
 
 def test_every_line_is_a_row_of_its_table() -> None:
-    assert list(BillingLine.__dataclass_fields__) == TABLES["billing_lines"].schema.names
+    assert [*BillingLine.__dataclass_fields__, *CHAIN_COLUMNS] == TABLES["billing_lines"].schema.names
 
 
 MONEY = st.integers(-3_000, 3_000)

@@ -63,7 +63,7 @@ def test_a_release_that_was_killed_is_done_by_the_next(home: Settings, monkeypat
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(release, "DeltaSink", killed)
+        patch.setattr(release, "Lake", killed)
         with pytest.raises(Killed):
             _release(home)
     assert len(read_status(home).quarantined_files) == 1

@@ -1,0 +1,1 @@
+copy fct to 'out.csv'

@@ -1,0 +1,1 @@
+select n, at from fct where n = 1

@@ -1,0 +1,1 @@
+with a as (from fct) select count(*) over () from a union all select 1
