@@ -29,7 +29,8 @@ def without_packed_pyspark(path: list[str]) -> list[str]:
 def keep_freed_memory() -> None:
     """Make malloc keep freed memory for the next array, instead of fetching new pages for each. Does nothing without glibc.
 
-    The columns of a chunk are freed with it, and the next chunk needs as many. Without this a tenth of a batch's CPU time is page faults.
+    The columns of a chunk are freed with it, and the next chunk needs as many. Without this more than a tenth of a batch's CPU time
+    is page faults.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)

@@ -63,7 +63,9 @@ SIGNAL_SENSORS = (
     ),
     SignalSensor("ignored_files", "landing_files", "Files lie in the landing folder where nothing reads them.", 300),
     # twice: a broker that restarts does not answer for some seconds
-    SignalSensor("kafka_clusters", "ad_events", "A cluster of Kafka does not answer, or lacks a topic.", 60, bad_ticks=2, of_kafka=True),
+    SignalSensor(
+        "kafka_clusters", "ad_events", "A cluster of Kafka does not answer, or lacks a topic.", 60, bad_ticks=2, of_kafka=True
+    ),
     SignalSensor("freshness", "mart_build", "The published marts lag the ledger by more than ADTALLY_MAX_MART_AGE.", 120),
     SignalSensor(
         "publishing_behind",

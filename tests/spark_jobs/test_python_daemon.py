@@ -17,7 +17,7 @@ from spark_jobs.python_daemon import without_packed_pyspark
 
 def test_workers_import_the_installed_files_of_pyspark(spark: SparkSession) -> None:
     (found,) = spark.sparkContext.parallelize([0], 1).map(lambda _: __import__("pyspark").__file__).collect()
-    assert Path(found).samefile(pyspark.__file__)  # not the copy in Spark's ZIP file
+    assert Path(found).samefile(str(pyspark.__file__))  # not the copy in Spark's ZIP file
 
 
 @pytest.mark.parametrize("linked", [False, True])
@@ -29,12 +29,15 @@ def test_only_the_zip_files_of_an_installed_pyspark_are_left_out(tmp_path: Path,
         site = tmp_path / "link"
         site.symlink_to(tmp_path / "site")
     zips = [str(packed / "pyspark.zip"), str(packed / "py4j-src.zip")]
-    distribution = ["/opt/spark/python/lib/pyspark.zip", "/opt/spark/python/lib/py4j-src.zip"]  # of a cluster that has no installed one
+    distribution = [
+        "/opt/spark/python/lib/pyspark.zip",
+        "/opt/spark/python/lib/py4j-src.zip",
+    ]  # of a cluster that has no installed one
     assert without_packed_pyspark([*zips, "/job", *distribution, str(site)]) == ["/job", *distribution, str(site)]
     assert without_packed_pyspark([*zips, "/job"]) == [*zips, "/job"]
 
 
-def _faults_of_later_rounds(_: Iterable[int]) -> list[int]:
+def _faults_of_later_rounds(_numbers: Iterable[int]) -> list[int]:
     """Take and free the memory of a chunk several times; return the page faults of each round but the first two."""
     faults = []
     for _ in range(5):

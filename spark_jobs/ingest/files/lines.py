@@ -160,7 +160,8 @@ def _gzip_reader(handle: BinaryIO, limits: QuarantineLimits | None) -> Callable[
 
 
 def _line_feeds(data: bytes) -> npt.NDArray[np.bool_]:
-    return np.frombuffer(data, dtype=np.uint8) == ord("\n")
+    is_line_feed: npt.NDArray[np.bool_] = np.frombuffer(data, dtype=np.uint8) == ord("\n")
+    return is_line_feed
 
 
 def _line_ends(data: bytes, line_feeds: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
