@@ -17,7 +17,7 @@ from spark_jobs.python_daemon import without_packed_pyspark
 
 def test_workers_import_the_installed_files_of_pyspark(spark: SparkSession) -> None:
     (found,) = spark.sparkContext.parallelize([0], 1).map(lambda _: __import__("pyspark").__file__).collect()
-    assert Path(found).samefile(str(pyspark.__file__))  # not the copy in Spark's ZIP file
+    assert Path(str(found)).samefile(str(pyspark.__file__))  # not the copy in Spark's ZIP file
 
 
 @pytest.mark.parametrize("linked", [False, True])
