@@ -9,7 +9,7 @@ import dagster as dg
 
 from orchestration import schedules
 from orchestration.alerts.checks import signal_checks
-from orchestration.alerts.sensors import ALERT_SENSORS
+from orchestration.alerts.sensors import alert_sensors
 from orchestration.assets.hours import backfilled_hours, compacted_events, reconciled_hours
 from orchestration.assets.lakehouse import landing_files, landing_ingest, table_specs
 from orchestration.assets.marts import marts_asset
@@ -98,7 +98,7 @@ def _definitions(settings: Settings) -> dg.Definitions:
             stream_progress_sensor(hours),
             closed_hours_sensor(hours, closed_hours),
             schedules.closed_hours_marts_sensor(closed_hours, closed_hours_marts),
-            *ALERT_SENSORS,
+            *alert_sensors(settings),
         ],
         # Each run has a process. A second one for a step would load these definitions again.
         executor=dg.in_process_executor,

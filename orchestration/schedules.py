@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _RUNNING = dg.DefaultScheduleStatus.RUNNING
 PRIORITY_TAG = "dagster/priority"
 _BETWEEN_IDLE_RUNS = timedelta(minutes=30)
-_SECONDS_TO_MARTS = 60
+_SECONDS_TO_MARTS = 120
 RECOUNTED_AGAIN = 48 * HOUR
 CLOSED_HOURS = ("reviewed_hours", "compacted_events", "reconciled_hours", "attributed_orders")
 

@@ -33,6 +33,7 @@ _BUDGET_PACING = "docs/runbooks/budget-pacing.md"
 _CAMPAIGNS_SHOWN = 5
 _CHECKS_READ = 200  # newest failed evaluations of a check that a tick reads and remembers
 _PARTITIONS_SHOWN = 5
+_SECONDS_WITHOUT_KAFKA = 600
 _NEW_SECONDS = 3600  # the first tick ever ignores older failures
 
 
@@ -41,7 +42,7 @@ class SignalSensor:
     """How to watch a health signal. ``bad_ticks``: how often in a row it must be bad before an alert is raised.
 
     A tick costs Dagster 0.15 CPU seconds, so a signal over an hour's records or a file that a person edits is measured every five
-    minutes.
+    minutes, and a signal ``of_kafka`` every ten while there is no kafka.toml.
     """
 
     signal: str
@@ -49,6 +50,11 @@ class SignalSensor:
     description: str
     seconds: int = 60
     bad_ticks: int = 1
+    of_kafka: bool = False
+
+    def interval_seconds(self, settings: Settings) -> int:
+        """Return the seconds between two ticks with these settings."""
+        return _SECONDS_WITHOUT_KAFKA if self.of_kafka and not settings.kafka_path.exists() else self.seconds
 
 
 SIGNAL_SENSORS = (
@@ -57,10 +63,16 @@ SIGNAL_SENSORS = (
     ),
     SignalSensor("ignored_files", "landing_files", "Files lie in the landing folder where nothing reads them.", 300),
     # twice: a broker that restarts does not answer for some seconds
-    SignalSensor("kafka_clusters", "ad_events", "A cluster of Kafka does not answer, or lacks a topic.", 60, bad_ticks=2),
+    SignalSensor(
+        "kafka_clusters", "ad_events", "A cluster of Kafka does not answer, or lacks a topic.", 60, bad_ticks=2, of_kafka=True
+    ),
     SignalSensor("freshness", "mart_build", "The published marts lag the ledger by more than ADTALLY_MAX_MART_AGE.", 120),
     SignalSensor(
-        "publishing_behind", "minute_metrics", "Versions wait longer than ADTALLY_MAX_PUBLISH_LAG to be published to Kafka.", 120
+        "publishing_behind",
+        "minute_metrics",
+        "Versions wait longer than ADTALLY_MAX_PUBLISH_LAG to be published to Kafka.",
+        120,
+        of_kafka=True,
     ),
     SignalSensor(
         "rejected_share", "rejected_events", "More than ADTALLY_MAX_REJECTED_SHARE of the last hour's records are rejected.", 300
@@ -122,13 +134,13 @@ class PacingState(SignalState):
     campaigns: list[str] = field(default_factory=list)
 
 
-def signal_sensor(watched: SignalSensor) -> dg.SensorDefinition:
+def signal_sensor(watched: SignalSensor, interval_seconds: int) -> dg.SensorDefinition:
     """Return a sensor that raises one alert when a signal turns bad and one when it is well again, and evaluates its check."""
     page = "conservation-broken" if watched.signal == "conservation" else watched.signal.replace("_", "-")
 
     @dg.sensor(
         name=f"alert_{watched.signal}",
-        minimum_interval_seconds=watched.seconds,
+        minimum_interval_seconds=interval_seconds,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description=f"{watched.description} Alerts once when it begins and once when it ends; the check "
         f"`{watched.signal}` of `{watched.asset}` fails meanwhile.\n\n{runbook(page)}",
@@ -210,7 +222,7 @@ def pacing_evaluation(settings: Settings, early: Sequence[EarlySpend]) -> dg.Ass
 
 @dg.run_failure_sensor(
     name="alert_failed_run",
-    minimum_interval_seconds=60,
+    minimum_interval_seconds=120,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description=f"Sends an alert for every failed run of this code location.\n\n{runbook('failed-run')}",
 )
@@ -244,7 +256,7 @@ def failure_reason(event: dg.DagsterEvent) -> str:
 
 @dg.sensor(
     name="alert_failed_check",
-    minimum_interval_seconds=60,
+    minimum_interval_seconds=120,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description="Alerts once for each failed check of severity error: differences that no repair corrected, unmet expectations."
     f"\n\n{runbook('reconciliation-difference')}\n\n{runbook('expectations')}",
@@ -341,10 +353,7 @@ def _early_spend(found: Sequence[EarlySpend]) -> Alert:
     )
 
 
-ALERT_SENSORS: list[dg.SensorDefinition] = [
-    *map(signal_sensor, SIGNAL_SENSORS),
-    failed_run_sensor,
-    failed_check_sensor,
-    budget_pacing_sensor,
-]
-"""All alert sensors, for the definitions."""
+def alert_sensors(settings: Settings) -> list[dg.SensorDefinition]:
+    """Return all alert sensors, for the definitions of a home."""
+    signals = [signal_sensor(watched, watched.interval_seconds(settings)) for watched in SIGNAL_SENSORS]
+    return [*signals, failed_run_sensor, failed_check_sensor, budget_pacing_sensor]

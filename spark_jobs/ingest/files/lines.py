@@ -159,8 +159,13 @@ def _gzip_reader(handle: BinaryIO, limits: QuarantineLimits | None) -> Callable[
     return read
 
 
-def _line_ends(data: bytes) -> npt.NDArray[np.int64]:
-    ends = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == 10).astype(np.int64) + 1
+def _line_feeds(data: bytes) -> npt.NDArray[np.bool_]:
+    is_line_feed: npt.NDArray[np.bool_] = np.frombuffer(data, dtype=np.uint8) == ord("\n")
+    return is_line_feed
+
+
+def _line_ends(data: bytes, line_feeds: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    ends = np.flatnonzero(line_feeds) + 1
     if not data.endswith(b"\n"):
         ends = np.append(ends, len(data))
     return ends
@@ -168,14 +173,15 @@ def _line_ends(data: bytes) -> npt.NDArray[np.int64]:
 
 def _cut(data: bytes, first: int) -> Iterator[Lines]:
     """Yield whole lines in chunks of at most MOST_LINES lines; ``first`` is the number of the first line."""
-    if data.count(b"\n") < MOST_LINES:
-        yield Lines(data, _line_ends(data), first)
+    line_feeds = _line_feeds(data)
+    if np.count_nonzero(line_feeds) < MOST_LINES:
+        yield Lines(data, _line_ends(data, line_feeds), first)
         return
     at = 0
     while at < len(data):  # a piece of MOST_LINES bytes has no more lines than that
         cut = data.rfind(b"\n", at, at + MOST_LINES) + 1 or data.find(b"\n", at + MOST_LINES) + 1 or len(data)
         piece = data[at:cut]
-        lines = Lines(piece, _line_ends(piece), first)
+        lines = Lines(piece, _line_ends(piece, _line_feeds(piece)), first)
         yield lines
         first += len(lines.ends)
         at = cut

@@ -12,7 +12,7 @@ import duckdb
 import pytest
 
 from orchestration.alerts.checks import signal_checks
-from orchestration.alerts.sensors import ALERT_SENSORS, PACING_CHECK, SIGNAL_SENSORS, failed_check_sensor, failed_run_sensor
+from orchestration.alerts.sensors import PACING_CHECK, SIGNAL_SENSORS, alert_sensors, failed_check_sensor, failed_run_sensor
 from orchestration.assets.hours import RECOUNT_CHECK
 from orchestration.marts.pacing import early_spends
 from spark_jobs.config import load_settings
@@ -21,7 +21,7 @@ from tests.orchestration.alerts.test_notifier import Hook, hook
 
 __all__ = ["hook"]
 
-BY_NAME = {sensor.name: sensor for sensor in ALERT_SENSORS}
+BY_NAME = {sensor.name: sensor for sensor in alert_sensors(load_settings())}
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def told(hook: Hook) -> list[tuple[str, str]]:
 
 def test_every_signal_has_a_running_sensor_that_names_its_runbook() -> None:
     assert {watched.signal for watched in SIGNAL_SENSORS} == set(SIGNALS)
-    for sensor in ALERT_SENSORS:
+    for sensor in BY_NAME.values():
         assert sensor.default_status is dg.DefaultSensorStatus.RUNNING
         pages = [word.strip("`") for word in (sensor.description or "").split() if word.startswith("`docs/")]
         assert pages, sensor.name
@@ -248,6 +248,17 @@ def test_every_signal_is_a_check_that_says_where_to_look(
     assert found["disk_space"].severity is dg.AssetCheckSeverity.ERROR
     assert found["disk_space"].metadata["runbook"].value == "http://127.0.0.1:3001/docs/runbooks/disk-space.md"
     assert hook.got == []
+
+
+def test_signals_of_kafka_are_measured_rarely_until_there_is_a_kafka_toml(home: Path) -> None:
+    def seconds() -> dict[str, int | None]:
+        return {sensor.name: sensor.minimum_interval_seconds for sensor in alert_sensors(load_settings())}
+
+    without = seconds()
+    home.mkdir()
+    (home / "kafka.toml").touch()
+    changed = {name: (without[name], each) for name, each in seconds().items() if without[name] != each}
+    assert changed == {"alert_kafka_clusters": (600, 60), "alert_publishing_behind": (600, 120)}
 
 
 def test_sensors_work_on_a_home_that_is_not_there(home: Path, hook: Hook, instance: dg.DagsterInstance) -> None:
