@@ -194,10 +194,10 @@ def _alternatives(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.Constant(value + 1)
         case ast.Constant(str() as value) if _SQL.search(value):
             yield from (ast.Constant(changed) for changed in _changed_sql(value))
-        case ast.JoinedStr(values) if any(isinstance(value, ast.Constant) and _SQL.search(value.value) for value in values):
+        case ast.JoinedStr(values) if any(_SQL.search(_constant_text(value)) for value in values):
             for at, value in enumerate(values):
                 if isinstance(value, ast.Constant):
-                    for changed in _changed_sql(value.value):
+                    for changed in _changed_sql(_constant_text(value)):
                         yield ast.JoinedStr([*values[:at], ast.Constant(changed), *values[at + 1 :]])
         case ast.If(test, body, orelse) if _is_plain(test):
             yield ast.If(ast.UnaryOp(ast.Not(), test), body, orelse)
@@ -209,6 +209,10 @@ def _alternatives(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.Break()
         case ast.Break():
             yield ast.Continue()
+
+
+def _constant_text(value: ast.expr) -> str:
+    return value.value if isinstance(value, ast.Constant) and isinstance(value.value, str) else ""
 
 
 def _is_plain(test: ast.expr) -> bool:

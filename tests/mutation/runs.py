@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from tests.mutation.operators import Mutant, mutated
 
@@ -71,7 +71,8 @@ def trace(root: Path, tests: Sequence[str], paths: Sequence[str], scratch: Path,
 
 def judge(root: Path, path: str, mutant: Mutant, traced: TracedTests, scratch: Path) -> Outcome:
     """Run the tests that may notice a mutant, until one does."""
-    chosen, seconds = [], 0.0
+    chosen: list[str] = []
+    seconds = 0.0
     for test in traced.of(path, mutant.line)[:_MOST_TESTS]:
         if chosen and seconds + traced.seconds[test] > _MOST_SECONDS:
             break
@@ -101,31 +102,36 @@ def _forked(root: Path, run: Callable[[], int], seconds: float, log: Path) -> in
     """Return the status of ``run`` in a forked process; None if it took too long. Its whole process group ends."""
     child = os.fork()
     if child == 0:
-        status = 99
-        try:
-            os.setsid()
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            os.chdir(root)
-            sys.path.insert(0, str(root))
-            status = run()
-        finally:
-            os._exit(status)
+        _run_alone(root, run, log)
     until = time.monotonic() + seconds
-    status = None
-    while time.monotonic() < until:
+    status: int | None = None
+    while status is None and time.monotonic() < until:
         done, raw = os.waitpid(child, os.WNOHANG)
         if done:
             status = os.waitstatus_to_exitcode(raw)
-            break
-        time.sleep(0.01)
+        else:
+            time.sleep(0.01)
     with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
     if status is None:
         os.waitpid(child, 0)
     return status
+
+
+def _run_alone(root: Path, run: Callable[[], int], log: Path) -> NoReturn:
+    """End this process with the status of ``run``, as the leader of a group, with its output in ``log``."""
+    status = 99
+    try:
+        os.setsid()
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(root)
+        sys.path.insert(0, str(root))
+        status = run()
+    finally:
+        os._exit(status)
 
 
 class _MutantFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -135,7 +141,7 @@ class _MutantFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self._name, self._path, self._code = name, path, code
 
     def find_spec(self, name: str, _path: object, _target: object = None) -> importlib.machinery.ModuleSpec | None:
-        return importlib.util.spec_from_file_location(name, self._path, loader=self) if name == self._name else None  # type: ignore[arg-type]
+        return importlib.util.spec_from_file_location(name, self._path, loader=self) if name == self._name else None
 
     def exec_module(self, module: Any) -> None:
         exec(self._code, module.__dict__)
