@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 from services.simulator.chaos.checks import Violation, check_marts, require
@@ -16,7 +17,7 @@ from services.simulator.chaos.programs import Programs
 from services.simulator.chaos.steps import STEPS
 from services.simulator.chaos.world import DISK_MEGABYTES, World
 
-CLOSED_BY_HAND = "2026-01-01T00:00:00Z"  # after all traffic but that of clocks that lie
+CLOSED_BY_HAND = datetime(2026, 1, 1, tzinfo=UTC)  # after all traffic but that of clocks that lie
 END = "the end"
 Watch = Callable[[int, str], None]
 """Called with the number of a step, from 0, and its text, before it runs."""
@@ -149,7 +150,9 @@ def end(world: World, *, builds_marts: bool) -> None:
         world.run("reconcile", "--repair")
         model.needs_repair = model.is_correcting = False
     model.is_corrected = True
-    world.run("hours", "close", "--through", CLOSED_BY_HAND, "--reason", "the history has ended")
+    closed = world.closed_through()
+    if closed is None or closed < CLOSED_BY_HAND:
+        world.run("hours", "close", "--through", f"{CLOSED_BY_HAND:%Y-%m-%dT%H:%M:%SZ}", "--reason", "the history has ended")
     for command in ("review", "attribute", "bill"):
         world.run(command)
     model.reviewed()
