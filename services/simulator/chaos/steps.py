@@ -327,8 +327,9 @@ class AtOnce:
             if at not in ended:
                 ended[at] = world.wait(name)
         ingests = [command for command in commands if command.startswith("ingest")]
+        may_refuse = len(ingests) > 1 or "fsck" in commands
         for at in sorted(ended, key=lambda at: not commands[at].startswith("ingest")):
-            if len(ingests) > 1 and "another ingest runs" in ended[at].said:
+            if may_refuse and "another ingest (or fsck) runs" in ended[at].said:
                 continue
             tell(world, commands[at], ended[at])
         if ingests:  # a command that ran beside an ingest has not seen all of it
