@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,6 +20,7 @@ from spark_jobs.errors import UsageError
 from spark_jobs.texts import counted, duration
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress, TaskID
 
     from services.simulator.chaos.history import History
@@ -61,6 +65,7 @@ def chaos(
     results: list[Result] = []
     failures: list[tuple[Failure, Shrunk | None, Path | None]] = []
     folder = Path(tempfile.mkdtemp(prefix="adtally-chaos-"))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a disk that is mounted has to be taken away
     try:
         with _bar(histories) as (bar, task), Runner(folder) as runner:
             if runner.no_disk is not None:
@@ -72,11 +77,10 @@ def chaos(
                     failures.append(_shrunk(runner, result, bar, task, tries=shrink, out=out if replay is None else None))
                 bar.advance(task)
     finally:
+        signal.signal(signal.SIGTERM, before)
         if keep:
             say(f"adtally: the homes are in {folder}", stderr=True)
         else:
-            import shutil
-
             shutil.rmtree(folder, ignore_errors=True)
     if as_json:
         print_json(_summary(results, failures))
@@ -89,6 +93,8 @@ def chaos(
             f"{counted(done['commands'], 'command')} in {duration(done['seconds'])}, {done['cpu_seconds']:.0f} s of CPU: "
             f"{done['failed']} failed"
         )
+        if done["struck"]:
+            say(f"faults that struck: {', '.join(f'{name} {count:,}' for name, count in done['struck'].items())}")
     if failures:
         raise typer.Exit(1)
 
@@ -140,6 +146,7 @@ def _summary(results: list[Result], failures: list[tuple[Failure, Shrunk | None,
         "commands": sum(result.commands for result in results),
         "seconds": sum(result.seconds for result in results),
         "cpu_seconds": sum(result.cpu_seconds for result in results),
+        "struck": dict(sorted(sum((result.struck for result in results), Counter[str]()).items())),
         "skipped": sorted(set().union(*(result.skipped for result in results))),
         "failed": len(failures),
         "failures": [
@@ -154,12 +161,12 @@ def _summary(results: list[Result], failures: list[tuple[Failure, Shrunk | None,
 
 
 @contextmanager
-def _bar(histories: int) -> Iterator[tuple[Progress, TaskID]]:
+def _bar(histories: int, shown: Console | None = None) -> Iterator[tuple[Progress, TaskID]]:
     """Show on standard error how many histories are done and what the present one does, cut to the width of the terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.table import Column
 
-    shown = console(stderr=True)
+    shown = shown or console(stderr=True)
     text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1), markup=False)
     columns = (BarColumn(bar_width=12), MofNCompleteColumn(), text)
     with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal, expand=True) as bar:

@@ -24,8 +24,8 @@ class Prefixes:
     def check(self, reader: str, seen: Sequence[Total]) -> list[int]:
         """Return for each total that a reader saw, in order, how many batches it has.
 
-        If several prefixes have a total, the shortest possible one is taken. Raises Violation if no prefix has a total, or if only a
-        shorter one than before does: the reader then went back.
+        If several prefixes have a total, the shortest possible one is taken. Raises Violation if no prefix has a total, or if only
+        a shorter one than before does: the reader then went back.
         """
         found: list[int] = []
         for number, total in enumerate(seen):

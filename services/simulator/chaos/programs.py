@@ -22,7 +22,11 @@ _LONGEST_SECONDS = 900.0  # a command that takes longer hangs
 
 
 class ProgramError(HintedError, RuntimeError):
-    """The fork server does not work, or a command hangs."""
+    """The fork server does not work."""
+
+
+class HangError(RuntimeError):
+    """A command does not end."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class Programs:
             (os.killpg if whole_group else os.kill)(pid, signal.SIGKILL)
 
     def wait(self, name: str, kill_after_ms: int | None = None) -> Ended:
-        """Wait for a command, and kill it after some milliseconds if they are given. Raises ProgramError if it hangs."""
+        """Wait for a command, and kill it after some milliseconds if they are given. Raises HangError if it does not end."""
         started = time.monotonic()
         if kill_after_ms is not None:
             while time.monotonic() < started + kill_after_ms / 1000 and self.is_running(name):
@@ -121,7 +125,7 @@ class Programs:
             line = self._read(_LONGEST_SECONDS - (time.monotonic() - started))
             if line == {}:
                 self.kill(name, whole_group=True)
-                raise ProgramError(f"adtally {' '.join(self._calls[name])} has not ended in {_LONGEST_SECONDS:.0f} s")
+                raise HangError(f"adtally {' '.join(self._calls[name])} has not ended in {_LONGEST_SECONDS:.0f} s")
             self._take(line)
         said = self._output(name).read_text("utf-8", "replace")
         self._output(name).unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -42,6 +43,7 @@ class Result:
     cpu_seconds: float
     commands: int
     skipped: set[str] = field(default_factory=set)
+    struck: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Runner:
         self._number += 1
         folder = self._folder / f"history-{self._number}"
         started, cpu, commands = time.monotonic(), self._programs.cpu_seconds, self._programs.commands
-        number, failure, skipped = 0, None, set[str]()
+        number, failure = 0, None
         with self._disk(folder, history) as disk:
             world = World(history, folder, self._programs, disk)
             try:
@@ -95,13 +97,13 @@ class Runner:
                 end(world, builds_marts=history.builds_marts)
             except Violation as violation:
                 failure = Failure(violation.invariant, number, str(violation))
-            skipped = world.skipped
             if keep and disk is not None:
                 shutil.copytree(world.home, folder / "home")
         if not keep:
             shutil.rmtree(folder)
         spent = self._programs.cpu_seconds - cpu
-        return Result(history, failure, time.monotonic() - started, spent, self._programs.commands - commands, skipped)
+        seconds = time.monotonic() - started
+        return Result(history, failure, seconds, spent, self._programs.commands - commands, world.skipped, world.struck)
 
     @contextlib.contextmanager
     def _disk(self, folder: Path, history: History) -> Iterator[LoopDisk | None]:

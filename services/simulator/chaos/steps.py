@@ -86,6 +86,8 @@ def tell(world: World, command: str, ended: Ended, *, may_fail: bool = False) ->
     is_correcting = verb in CORRECTING and "--no-settle" not in command
     if is_correcting:
         model.is_corrected = True
+    if ended.was_killed:
+        world.struck["kill"] += 1
     if ended.status == 0:
         if verb == "ingest":
             model.end_ingest()
@@ -201,6 +203,7 @@ class PowerCut:
         name = begin(world, command, arguments)
         ended = world.wait(name, arguments.get("kill_after_ms"))
         world.disk.cut(seconds_later=arguments["seconds_later"])
+        world.struck["power cut"] += 1
         tell(world, command, ended)
         world.model.is_torn = True
 
@@ -222,6 +225,7 @@ class FullDisk:
         command = arguments["command"]
         with world.nearly_full(arguments["kilobytes"]):
             ended = world.wait(world.start(*command.split()))
+        world.struck["full disk"] += ended.status != 0
         tell(world, command, ended, may_fail=True)
 
 
@@ -262,6 +266,7 @@ class Corrupt:
         found = world.wait(world.start("fsck"))
         is_found = found.status == 1
         require(is_found or damage == "flipped", "fsck finds damage", f"{what}: {found.said[-1500:]}")
+        world.struck["damaged file"] += is_found
         if is_found:  # a flip may hit a byte that no reader needs, in a file that has no checksum
             repaired = world.wait(world.start("fsck", "--repair"))
             require(repaired.status == 0, "fsck repairs", f"{what}: {repaired.said[-3000:]}")
@@ -296,7 +301,10 @@ class Lose:
         """See Kind."""
         part = arguments["part"]
         for one in (*DERIVED, "checkpoints") if part == "all of the machine's" else (part,):
-            if world.lose(one) and one == "checkpoints":
+            if not world.lose(one):
+                continue
+            world.struck["lost part"] += 1
+            if one == "checkpoints":
                 world.model.forget()
 
 

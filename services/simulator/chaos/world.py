@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from services.simulator.chaos.history import History
 from services.simulator.chaos.model import Model
 from services.simulator.chaos.oracle import Landed
 from services.simulator.chaos.power import LoopDisk
-from services.simulator.chaos.programs import Ended, Programs, clean_environment
+from services.simulator.chaos.programs import Ended, HangError, Programs, clean_environment
 from services.simulator.chaos.traffic import CAMPAIGNS, Shape, Traffic
 
 FIRST_MS = 1_700_000_000_000
@@ -75,6 +76,7 @@ class World:
         self.tables = Tables(self.home / "lakehouse")
         self.model = Model(CAMPAIGNS, FIRST_MS)
         self.skipped: set[str] = set()  # faults that this machine cannot make
+        self.struck: Counter[str] = Counter()  # faults that took effect, such as a kill before the command's end
         self.traffic = Traffic(Shape(history.seed, 200, 0, 0, 1, history.files_per_batch, history.split_bytes))
         self._environment = {
             **clean_environment(),
@@ -105,7 +107,10 @@ class World:
 
     def wait(self, name: str, kill_after_ms: int | None = None) -> Ended:
         """Wait for a command. Raises Violation if it ends with anything but a result or one clear line."""
-        ended = self.programs.wait(name, kill_after_ms)
+        try:
+            ended = self.programs.wait(name, kill_after_ms)
+        except HangError as error:
+            raise Violation("command ends", str(error)) from None
         if not ended.was_killed:
             require(ended.status in (0, 1, 2), "exit status", f"{ended.words}: {ended.status}: {ended.said[-1500:]}")
             require("Traceback" not in ended.said, "clear error", f"{ended.words}: {ended.said[-3000:]}")

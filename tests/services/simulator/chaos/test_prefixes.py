@@ -26,7 +26,7 @@ def test_each_reading_is_a_prefix_and_none_is_shorter_than_the_one_before() -> N
     ],
 )
 def test_a_wrong_total_is_refused(wrong: Total) -> None:
-    with pytest.raises(Violation, match="reader saw .* in reading 1: no prefix of the committed batches gives it"):
+    with pytest.raises(Violation, match=r"reader saw .* in reading 1: no prefix of the committed batches gives it"):
         LEDGER.check("reader", [(3, 10), wrong])
 
 
