@@ -138,10 +138,11 @@ def batches(settings: Settings) -> list[dict[str, int]]:
         for row in rows.to_pylist():
             key = (row["_query_id"], row["_batch_id"])
             if row["stream"] == "events" and (key not in order or order[key]["version"] == version):
-                cell = order.setdefault(key, {"version": version, "offered": 0, "accepted": 0})
-                cell["offered"] += row["offered"]
-                cell["accepted"] += row["accepted"]
-    return [{**cell, **dict(zip(measures, spends.get(key, [0] * len(measures)), strict=True))} for key, cell in order.items()]
+                counts = order.setdefault(key, {"version": version, "offered": 0, "accepted": 0})
+                counts["offered"] += row["offered"]
+                counts["accepted"] += row["accepted"]
+    nothing = [0] * len(measures)
+    return [{**counts, **dict(zip(measures, spends.get(key, nothing), strict=True))} for key, counts in order.items()]
 
 
 def wait_until(reached: Callable[[], bool], what: Callable[[], str]) -> None:

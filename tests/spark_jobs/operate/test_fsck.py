@@ -24,6 +24,7 @@ from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.tables import TABLES
 from spark_jobs.operate.fsck import fsck
 from spark_jobs.operate.status import read_status
+from spark_jobs.operate.watermark import read_closing
 from tests.spark_jobs.homes.faults import MADE_UP
 
 pytestmark = pytest.mark.homes
@@ -106,6 +107,17 @@ def test_damaged_data_files_are_named_and_come_back_from_the_raw_input(
     assert sorted((f.kind, f.place, f.is_repaired) for f in repaired.findings) == [(kind, table, True) for table in tables]
     assert correct.contents(home) == truth
     assert reconcile(home, None).differences == []
+
+
+def test_lost_rows_of_the_ledger_come_back_with_the_progress_of_their_sources(home: Settings, truth: dict[str, Any]) -> None:
+    """Hours close by it: without it a closed hour would open again, and a region would be awaited that has sent long ago."""
+    before = read_closing(home)
+    assert before.closed_through is not None
+    correct.delete(home, "batch_ledger", "true")
+    assert read_closing(home) != before
+    assert not reconcile(home, None, repair=True).remaining
+    assert correct.contents(home) == truth
+    assert read_closing(home) == before
 
 
 def test_a_whole_home_has_no_finding(base: Settings) -> None:
