@@ -17,9 +17,10 @@ from local import LocalEvents, LocalOrders
 from spark_jobs.attribution.job import attribute
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.corrections.reconcile import reconcile
-from spark_jobs.errors import TableCorruptionError
+from spark_jobs.errors import BusyError, TableCorruptionError
 from spark_jobs.ingest.dedupe.index import KeyIndex
 from spark_jobs.ingest.events import bring_index_to, keys_of_version
+from spark_jobs.ingest.runner import run_ingest
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.tables import TABLES
 from spark_jobs.operate.fsck import fsck
@@ -118,6 +119,19 @@ def test_lost_rows_of_the_ledger_come_back_with_the_progress_of_their_sources(ho
     assert not reconcile(home, None, repair=True).remaining
     assert correct.contents(home) == truth
     assert read_closing(home) == before
+
+
+def test_an_ingest_that_starts_while_fsck_reads_hears_of_it(home: Settings) -> None:
+    heard: list[str] = []
+
+    def ingest(_line: str) -> None:
+        if not heard:
+            with pytest.raises(BusyError, match=r"another ingest \(or fsck\) runs") as refused:
+                run_ingest(home)
+            heard.append(str(refused.value))
+
+    assert fsck(home, progress=ingest).findings == []
+    assert heard
 
 
 def test_a_whole_home_has_no_finding(base: Settings) -> None:
