@@ -33,7 +33,7 @@ class Model:
         self.needs_repair = False  # a half committed batch lost its checkpoint: only a repair can finish it
         self.is_torn = False  # after a power cut: the newest commit of a table may have to be set aside by an ingest
         self.is_corrected = False  # a repair may have added increments under names of its own
-        self.is_damaged = False  # a data file is damaged until fsck has repaired it
+        self.marts_differ = False  # published marts may have been built from a file that was damaged since
 
     def land(self, files: Iterable[Landed]) -> None:
         """Note that files landed."""

@@ -91,6 +91,7 @@ class Programs:
         """Start a command and return its name."""
         name = str(next(self._names))
         self._calls[name] = arguments
+        self._output(name).touch()  # it may be killed before it opens the file
         request = {"start": name, "arguments": arguments, "environment": environment, "output": str(self._output(name))}
         assert self._server.stdin is not None
         self._server.stdin.write(json.dumps(request).encode() + b"\n")

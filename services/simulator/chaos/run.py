@@ -148,9 +148,9 @@ def end(world: World, *, builds_marts: bool) -> None:
     model = world.model
     world.run("ingest")
     model.end_ingest()
-    if model.needs_repair or model.is_correcting:
+    if model.needs_repair or model.is_correcting or model.marts_differ:
         world.run("reconcile", "--repair")
-        model.needs_repair = model.is_correcting = False
+        model.needs_repair = model.is_correcting = model.marts_differ = False
     model.is_corrected = True
     closed = world.closed_through()
     if closed is None or closed < CLOSED_BY_HAND:

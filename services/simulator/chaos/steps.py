@@ -95,11 +95,20 @@ def tell(world: World, command: str, ended: Ended, *, may_fail: bool = False) ->
             model.is_correcting = False
         if verb == "review" or command == "ingest":
             model.reviewed()
+        if verb == "marts" or "--repair" in command:
+            model.marts_differ = False
         if "--repair" in command and model.has_read_all:
             model.needs_repair = False
         return
     if not ended.was_killed:
-        doubtful = model.is_torn or model.needs_repair or (model.is_correcting and verb in ("fsck", "status", "reconcile"))
+        if verb == "marts" and "run `adtally ingest` first" in ended.said and not model.books().ledger:
+            return
+        doubtful = (
+            (verb == "reconcile" and model.marts_differ)
+            or model.is_torn
+            or model.needs_repair
+            or (model.is_correcting and verb in ("fsck", "status", "reconcile"))
+        )
         if not (may_fail or (doubtful and verb != "ingest")):
             require(False, "command succeeds", f"{ended.words}: {ended.status}: {ended.said[-1500:]}")
         if verb not in ("fsck", "status", "reconcile"):
@@ -270,7 +279,7 @@ class Corrupt:
         if is_found:  # a flip may hit a byte that no reader needs, in a file that has no checksum
             repaired = world.wait(world.start("fsck", "--repair"))
             require(repaired.status == 0, "fsck repairs", f"{what}: {repaired.said[-3000:]}")
-            model.is_corrected = True
+            model.is_corrected = model.marts_differ = True
             model.is_reviewed = False
             model.forget_books()
 
