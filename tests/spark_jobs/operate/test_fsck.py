@@ -23,6 +23,7 @@ from spark_jobs.errors import BusyError, TableCorruptionError
 from spark_jobs.ingest.dedupe.index import KeyIndex
 from spark_jobs.ingest.events import bring_index_to, keys_of_version
 from spark_jobs.ingest.runner import run_ingest
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.tables import TABLES
 from spark_jobs.operate.fsck import fsck
@@ -139,6 +140,16 @@ def test_a_file_that_was_added_and_damaged_since_the_last_bill_stops_no_bill(
         path = (set(correct.select_files(home, "batch_ledger")) - known).pop()
     assert bill(home).lines == []
     assert read_status(home).problems == []
+
+
+def test_a_file_of_orders_that_was_damaged_since_the_last_attribution_stops_none(home: Settings) -> None:
+    attribute(home)
+    path = _data_file(home, "orders")
+    path.write_bytes(path.read_bytes()[:-50])
+    assert [found.is_repaired for found in fsck(home, repair=True).findings] == [True]
+    attribute(home)
+    with pytest.raises(FileNotFoundError, match="is damaged"):
+        Lake(home).read_files(TABLES["orders"], [path.name], "order_id")
 
 
 def test_an_ingest_that_starts_while_fsck_reads_hears_of_it(home: Settings) -> None:
