@@ -271,6 +271,7 @@ class Corrupt:
             return  # another step's damage is repaired first, so that it is known whose finding it is
         damage = arguments["damage"]
         _damage(files[arguments["file"] % len(files)], damage)
+        world.sync()
         what = f"{damage} file of {arguments['table']}"
         found = world.wait(world.start("fsck"))
         is_found = found.status == 1

@@ -157,7 +157,13 @@ class World:
             shutil.rmtree(path)
         else:
             path.unlink()
+        self.sync()
         return True
+
+    def sync(self) -> None:
+        """Write what a step itself has changed through to the disk: a later power cut must not undo the fault."""
+        if self.disk is not None:
+            self.disk.sync()
 
     def failed_clearly(self, ended: Ended) -> None:
         """Raise Violation unless a command that failed said so in one line."""
