@@ -70,7 +70,7 @@ class Ledger:
             return []
         try:
             return self._cells(self._lake.scan_files(BATCH_LEDGER, paths))
-        except duckdb.IOException:  # compacted and vacuumed since
+        except duckdb.Error:  # compacted and vacuumed since, or damaged and taken out by fsck
             return self._cells(self._scan(until))
 
     def totals(self, version: int, hours: Iterable[datetime]) -> dict[tuple[str, datetime], Cell]:

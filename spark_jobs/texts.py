@@ -28,9 +28,11 @@ def _escaped(character: str) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Format a number with its noun: '1 file', '2 batches', '1,000 days'."""
+    """Format a number with its noun: '1 file', '2 batches', '1,000 days', '3 histories'."""
     if number == 1:
         return f"1 {noun}"
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return f"{number:,} {noun[:-1]}ies"
     return f"{number:,} {noun}{'es' if noun.endswith(('ch', 's', 'x')) else 's'}"
 
 

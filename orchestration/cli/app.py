@@ -16,6 +16,7 @@ import typer
 
 from orchestration.cli import (
     bench,
+    chaos,
     compare,
     console,
     decisions,
@@ -64,7 +65,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 # the order of the help: commands, then groups
-_USE = (demo, simulating, ingest, up, console, query, status)
+_USE = (demo, simulating, chaos, ingest, up, console, query, status)
 _KEEP_RIGHT = (maintenance, verifying, rejects, decisions, erase, settlement, compare, publish, doctor)
 for module in _USE + _KEEP_RIGHT:
     app.add_typer(module.app)

@@ -63,7 +63,7 @@ def compare_marts(settings: Settings, hours: Collection[int] | None) -> list[Dif
                 """
             try:
                 found += database.execute(compared).fetchall()
-            except duckdb.IOException:
+            except duckdb.Error:  # a file that is missing, cut or damaged each raises another kind
                 if lost := _lost_files(snapshot):
                     return [lost]
                 raise

@@ -164,7 +164,7 @@ class OrdersRecount(Recount):
         self.database.execute(
             f"""
             create or replace temp table outcomes as
-            select r.o, r.b, r.name, r.region, r.line, r.hour, r.record_id, r.time_us, false as is_trusted,
+            select r.o, r.b, r.name, r.region, r.line, r.hour, r.record_id, r.time_us, r.received_us, false as is_trusted,
                 verdict as outcome, r.is_late,
                 if(verdict = 'conflict', {shown.format("r.fingerprint")}, null) as fingerprint,
                 if(verdict = 'conflict', {shown.format("h.fingerprint")}, null) as accepted_fingerprint,

@@ -183,7 +183,7 @@ class _BillingRun:
         paths = [path for commit in ledger for path in commit.added_paths]
         try:
             rows = self._lake.read_files(BATCH_LEDGER, paths, "event_hour")
-        except FileNotFoundError:  # compacted and vacuumed since
+        except FileNotFoundError:  # compacted and vacuumed since, or damaged and taken out of the table by fsck
             return None
         return found | {hour.date() for hour in rows["event_hour"].to_pylist() if hour is not None}
 

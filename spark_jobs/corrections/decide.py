@@ -275,7 +275,11 @@ def _metrics(recount: Recount, run: Run) -> TableChange:
 
 
 def _ledger(recount: Recount, run: Run) -> TableChange:
-    """Add the differences per batch and cell. A run has one row per cell: the sum replaces a row that it wrote before."""
+    """Add the differences per batch and cell. A run has one row per cell: the sum replaces a row that it wrote before.
+
+    A row in place of a lost one of a file also says when its newest record was received: hours close by that. Of a topic nobody
+    knows how far its partitions were.
+    """
     recount.database.execute("create or replace temp table this_run as select ?::varchar as run_id", [run.run_id])
     cell = "d.query_id = _query_id and d.batch_id = _batch_id and d.source = t.source"
     cell += " and d.region is not distinct from t.region and d.hour = t.hour"
@@ -292,8 +296,16 @@ def _ledger(recount: Recount, run: Run) -> TableChange:
         f"""
         select d.query_id as _query_id, d.batch_id as _batch_id, d.source, d.region, {counts},
             coalesce(batches.ingested_us, {run.now_us}) as ingested_at,
-            if(d.hour = {NO_HOUR}, null, d.hour * {HOUR_US}) as event_hour
+            if(d.hour = {NO_HOUR}, null, d.hour * {HOUR_US}) as event_hour,
+            coalesce(epoch_us(t.max_received_at), if(d.source = 'files' and not exists (
+                from held_ledger t where not (is_copy or is_broken) and max_received_at is not null and {cell}
+            ), r.max_us, null)) as max_received_at
         from ledger_delta d left join batches using (query_id, batch_id) left join ledger_before t on {cell}
+            left join (
+                select query_id, batch_id, source, source_region as region, hour, max(received_us) as max_us
+                from expected where outcome = 'accepted' group by all
+            ) r on r.query_id = d.query_id and r.batch_id = d.batch_id and r.source = d.source
+                and r.region is not distinct from d.region and r.hour is not distinct from d.hour
         """
     )
     add = table_rows(BATCH_LEDGER, rows, stream=recount.inputs.stream, _run_id=run.run_id)

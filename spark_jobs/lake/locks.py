@@ -73,7 +73,13 @@ UP = Lock(
     "stop it, or name another --home",
     of_machine=True,
 )
-INGEST = Lock(".ingest.lock", "an ingest", Patience.NONE, "another ingest runs on {home}", "stop it, or let it work")
+INGEST = Lock(
+    ".ingest.lock",
+    "an ingest, or `adtally fsck` while it reads",
+    Patience.NONE,
+    "another ingest (or fsck) runs on {home}",
+    "stop it, or let it work",
+)
 PUBLISH = Lock(
     ".publish.lock", "a publisher", Patience.NONE, "another process publishes from {home}", "`adtally ingest --continuous` does"
 )

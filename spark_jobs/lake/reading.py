@@ -157,11 +157,14 @@ def full_path(uri: str, path: str) -> str:
 def read_files(uri: str, paths: Sequence[str], schema: pa.Schema, where_in: tuple[str, pa.Array] | None = None) -> pa.Table:
     """Read columns of data files, named as in the log. ``schema`` may have no partition column.
 
-    ``where_in`` keeps the rows whose column has one of the values. A column that a file lacks is null. Raises FileNotFoundError.
+    ``where_in`` keeps the rows whose column has one of the values. A column that a file lacks is null.
+
+    Raises FileNotFoundError if a file is missing or damaged. Both can be so of a file that an old commit names and that vacuum or
+    fsck has taken out of the table; a caller that follows commits then reads the table instead.
     """
     if not paths:
         return schema.empty_table()
-    with _dataset(uri, paths, schema) as files:
+    with _damaged_as_missing(uri), _dataset(uri, paths, schema) as files:
         if where_in is None:
             return files.to_table()
         # not the scanner's filter: it cannot compare the statistics of string_view columns, which delta-rs writes
@@ -173,7 +176,7 @@ def read_files(uri: str, paths: Sequence[str], schema: pa.Schema, where_in: tupl
 def read_batches(uri: str, paths: Sequence[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Do as `read_files`, a batch at a time, file by file. Memory does not grow with the files."""
     for path in paths:
-        with _dataset(uri, [path], schema) as file:
+        with _damaged_as_missing(uri), _dataset(uri, [path], schema) as file:
             yield from file.to_batches(batch_readahead=1, fragment_readahead=1)
 
 
@@ -186,6 +189,19 @@ def read_file_rows(uri: str, table: Table, file: TableFile) -> Iterator[pa.Table
                 value = pa.scalar(file.values[name]).cast(table.schema.field(name).type)
                 rows = rows.append_column(name, pa.repeat(value, rows.num_rows))
             yield rows.select(table.schema.names)
+
+
+@contextmanager
+def _damaged_as_missing(uri: str) -> Iterator[None]:
+    """Raise FileNotFoundError if Arrow cannot decode a data file. Errors of the disk or the store keep their kind."""
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise FileNotFoundError(f"a data file of {uri} is damaged (adtally fsck): {error}") from error
 
 
 @contextmanager

@@ -203,7 +203,7 @@ class _Reader:
             return Status(tables=tables, conservation_holds=False, problems=lost), None
         try:
             first, records = self._first_batches(unchecked), self._load_orders(unchecked)
-        except duckdb.IOException:  # a file of the commits since the last check was compacted and vacuumed
+        except duckdb.Error:  # a file of the commits since the last check was vacuumed, or damaged and taken out by fsck
             unchecked = everything(self.snapshot)
             first, records = self._first_batches(unchecked), self._load_orders(unchecked)
         self._choose_batches(first)

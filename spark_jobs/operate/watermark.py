@@ -83,7 +83,8 @@ def read_closing(settings: Settings) -> Closing:
     """Read which hours are closed; none if nothing was ingested."""
     lake = Lake(settings)
     ledger = lake.rows(BATCH_LEDGER, *_LEDGER_COLUMNS)
-    ledger = ledger.filter(pc.is_null(ledger["_run_id"]))  # rows of corrections do not show what a source has sent
+    # rows of corrections do not show what a source has sent, except those that a repair wrote in place of lost ones
+    ledger = ledger.filter(pc.or_(pc.is_null(ledger["_run_id"]), pc.is_valid(ledger["max_received_at"])))
     sources = _sources(settings, ledger)
     progress = [source.progress_at for source in sources if source.progress_at is not None and not source.is_retired]
     is_held = any(source.is_awaited and not source.progress_at and not source.is_retired for source in sources)

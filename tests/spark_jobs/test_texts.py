@@ -12,6 +12,7 @@ from spark_jobs.texts import counted, duration
     [
         *((0, "mark", "0 marks"), (1, "difference", "1 difference"), (2, "difference", "2 differences")),
         *((1, "batch", "1 batch"), (2, "batch", "2 batches"), (1_000, "touch", "1,000 touches"), (1, "closed day", "1 closed day")),
+        *((2, "history", "2 histories"), (3, "closed day", "3 closed days")),
     ],
 )
 def test_a_number_with_its_noun(number: int, noun: str, text: str) -> None:

@@ -151,10 +151,20 @@ def test_an_edited_mart_is_found_and_built_anew(home: Settings, adtally: Adtally
     assert query_marts(home, "select sum(clicks)::int from fct_campaign_minute")[1] == [(3,)]
 
 
-def test_marts_of_a_version_that_lost_a_file_are_told_and_built_anew(home: Settings, adtally: Adtally) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda path: path.unlink(), id="missing"),
+        pytest.param(lambda path: path.write_bytes(path.read_bytes()[:-50]), id="cut"),
+        pytest.param(lambda path: path.write_bytes(bytes(path.stat().st_size)), id="zeros"),
+    ],
+)
+def test_marts_of_a_version_that_lost_a_file_are_told_and_built_anew(
+    home: Settings, adtally: Adtally, damage: Callable[[Path], None]
+) -> None:
     assert adtally("marts", "build").status == 0
     lost = next(Path(home.table_uri("minute_metrics")).rglob("*.parquet"))
-    lost.unlink()
+    damage(lost)
     repaired = adtally("fsck", "--repair")
     assert repaired.status == 0, repaired
     found = adtally("reconcile", "--json")

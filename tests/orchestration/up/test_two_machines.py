@@ -94,7 +94,7 @@ def test_two_machines_share_the_work_and_one_takes_over(tmp_path: Path, postgres
 
 def _share_and_take_over(first: Deployment, second: Deployment, settings: Settings, truth: dict[str, Any], folder: Path) -> None:
     web = second.wait_until_ready()
-    second.wait_for("it waits to ingest", lambda: "another ingest runs" in log(second, INGEST), seconds=120)
+    second.wait_for("it waits to ingest", lambda: "another ingest (or fsck) runs" in log(second, INGEST), seconds=120)
     second.wait_for("it waits for the schedules", lambda: "another machine runs the schedules" in log(second, DAEMON), seconds=120)
 
     # the truth is that of this order: which of two records with one id is accepted depends on it

@@ -11,6 +11,7 @@ import lake
 import pytest
 from pyspark.sql import SparkSession
 
+from services.simulator.chaos.traffic import CAMPAIGNS, Shape, Traffic
 from spark_jobs.audit.checkpoints import FileQuery
 from spark_jobs.audit.landing import LandedFile, missed_files
 from spark_jobs.audit.plans import read_plans
@@ -19,7 +20,6 @@ from spark_jobs.config import Settings, load_settings
 from spark_jobs.corrections.reconcile import reconcile
 from spark_jobs.ingest.runner import run_ingest
 from spark_jobs.units import HOUR, HourRange
-from tests.spark_jobs.homes.traffic import CAMPAIGNS, Shape, Traffic
 
 pytestmark = pytest.mark.homes
 

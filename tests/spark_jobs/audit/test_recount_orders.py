@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from killed import run_code
 
+from services.simulator.chaos.traffic import Shape, Traffic
 from spark_jobs.attribution.job import attribute
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.corrections.reconcile import ReconcileReport, reconcile
@@ -30,7 +31,6 @@ from spark_jobs.steps import CRASH_VARIABLE, Step
 from spark_jobs.units import HourRange
 from tests.spark_jobs.homes.attribution_lake import credits, revisions
 from tests.spark_jobs.homes.faults import ORDER_FAULTS, ORDER_FAULTS_TOGETHER, land_orders
-from tests.spark_jobs.homes.traffic import Shape, Traffic
 
 pytestmark = pytest.mark.homes
 

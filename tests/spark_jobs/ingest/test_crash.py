@@ -20,20 +20,21 @@ from functools import partial
 from pathlib import Path
 
 import lake
-import power
 import pytest
 from crash_points import CRASH_POINTS
 from pyspark.sql import SparkSession
 from store import EVERYWHERE, Location, fresh_prefix, variables
 
 from services.simulator import simulate
+from services.simulator.chaos import power
+from services.simulator.chaos.checks import check_increments
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.ingest.runner import run_ingest
 from spark_jobs.lake.checkpoint_copy import checkpoints_to_read
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.tables import MINUTE_METRICS, STREAMS
 from spark_jobs.steps import CRASH_VARIABLE, Step
-from tests.spark_jobs.homes.held import Held, check_increments
+from tests.spark_jobs.homes.held import Held
 
 ROOT = Path(__file__).resolve().parents[3]
 ORDER_STEPS = {Step.ORDERS, Step.REJECTED_ORDERS, Step.ORDERS_LEDGER}

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lake
-import power
 import pytest
 from crash_points import CRASH_POINTS
 from pyspark.sql import SparkSession
 
 from services.simulator import simulate
+from services.simulator.chaos import power
 from spark_jobs.attribution.job import attribute
 from spark_jobs.billing.job import bill
 from spark_jobs.config import Settings, load_settings

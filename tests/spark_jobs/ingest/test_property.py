@@ -20,15 +20,16 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
+from services.simulator.chaos import oracle
+from services.simulator.chaos.checks import check_accepted, check_increments, check_ledger, check_minutes, check_refused
+from services.simulator.chaos.oracle import Books, Landed
+from services.simulator.chaos.traffic import CAMPAIGNS, Shape, Traffic
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.corrections.reconcile import reconcile
 from spark_jobs.ingest.files.landing import Reason, walk_landing
 from spark_jobs.ingest.runner import run_ingest
 from spark_jobs.traffic.review import review
-from tests.spark_jobs.homes import oracle
-from tests.spark_jobs.homes.held import Held, check_accepted, check_increments, check_ledger, check_minutes, check_refused
-from tests.spark_jobs.homes.oracle import Books, Landed
-from tests.spark_jobs.homes.traffic import CAMPAIGNS, Shape, Traffic
+from tests.spark_jobs.homes.held import Held
 
 pytestmark = pytest.mark.homes
 

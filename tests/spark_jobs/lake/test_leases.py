@@ -177,7 +177,7 @@ def test_processes_exclude_each_other_and_the_message_names_the_holder(lakehouse
     with run_python(HOLD, str(tmp_path / "a"), lakehouse, str(SECONDS), "60") as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
         began = time.monotonic()
-        expected = rf"another ingest runs on {lakehouse}: host \S+, process {process.pid}, since 20\d\d-"
+        expected = rf"another ingest \(or fsck\) runs on {lakehouse}: host \S+, process {process.pid}, since 20\d\d-"
         with pytest.raises(BusyError, match=expected), exclusive(home, INGEST):
             pass
         assert time.monotonic() - began < SECONDS / 2  # it is on this machine, so one look is enough

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import power
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
+from services.simulator.chaos import power
 from spark_jobs import disk as disk_module
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.corrections.write_ahead import Correction, TableChange, unfinished_corrections, write_ahead

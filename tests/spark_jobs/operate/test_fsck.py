@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,19 @@ from deltalake import DeltaTable
 from local import LocalEvents, LocalOrders
 
 from spark_jobs.attribution.job import attribute
+from spark_jobs.billing.job import bill
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.corrections.reconcile import reconcile
-from spark_jobs.errors import TableCorruptionError
+from spark_jobs.errors import BusyError, TableCorruptionError
 from spark_jobs.ingest.dedupe.index import KeyIndex
 from spark_jobs.ingest.events import bring_index_to, keys_of_version
+from spark_jobs.ingest.runner import run_ingest
+from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.tables import TABLES
 from spark_jobs.operate.fsck import fsck
 from spark_jobs.operate.status import read_status
+from spark_jobs.operate.watermark import close_by_hand, read_closing
 from tests.spark_jobs.homes.faults import MADE_UP
 
 pytestmark = pytest.mark.homes
@@ -106,6 +111,58 @@ def test_damaged_data_files_are_named_and_come_back_from_the_raw_input(
     assert sorted((f.kind, f.place, f.is_repaired) for f in repaired.findings) == [(kind, table, True) for table in tables]
     assert correct.contents(home) == truth
     assert reconcile(home, None).differences == []
+
+
+def test_lost_rows_of_the_ledger_come_back_with_the_progress_of_their_sources(home: Settings, truth: dict[str, Any]) -> None:
+    """Hours close by it: without it a closed hour would open again, and a region would be awaited that has sent long ago."""
+    before = read_closing(home)
+    assert before.closed_through is not None
+    correct.delete(home, "batch_ledger", "true")
+    assert read_closing(home) != before
+    assert not reconcile(home, None, repair=True).remaining
+    assert correct.contents(home) == truth
+    assert read_closing(home) == before
+
+
+@pytest.mark.parametrize("damage", [DAMAGES[2].values[0], _flip_middle], ids=["cut", "bits flipped"])
+def test_a_file_that_was_added_and_damaged_since_the_last_bill_stops_no_bill(
+    home: Settings, damage: Callable[[Path], None]
+) -> None:
+    """It is taken out of the table, but the commit that added it is one of those since the last bill. So for `adtally status`."""
+    close_by_hand(home, datetime(2025, 6, 3, tzinfo=UTC), reason="the day has ended", closed_by="a test")
+    assert bill(home).lines
+    assert read_status(home).problems == []
+    path = _data_file(home, "batch_ledger")
+    for _ in range(2):  # the second time what the first repair has added
+        known = set(correct.select_files(home, "batch_ledger"))
+        damage(path)
+        assert [(found.kind, found.is_repaired) for found in fsck(home, repair=True).findings if found.place == "batch_ledger"]
+        path = (set(correct.select_files(home, "batch_ledger")) - known).pop()
+    assert bill(home).lines == []
+    assert read_status(home).problems == []
+
+
+def test_a_file_of_orders_that_was_damaged_since_the_last_attribution_stops_none(home: Settings) -> None:
+    attribute(home)
+    path = _data_file(home, "orders")
+    path.write_bytes(path.read_bytes()[:-50])
+    assert [found.is_repaired for found in fsck(home, repair=True).findings] == [True]
+    attribute(home)
+    with pytest.raises(FileNotFoundError, match="is damaged"):
+        Lake(home).read_files(TABLES["orders"], [path.name], "order_id")
+
+
+def test_an_ingest_that_starts_while_fsck_reads_hears_of_it(home: Settings) -> None:
+    heard: list[str] = []
+
+    def ingest(_line: str) -> None:
+        if not heard:
+            with pytest.raises(BusyError, match=r"another ingest \(or fsck\) runs") as refused:
+                run_ingest(home)
+            heard.append(str(refused.value))
+
+    assert fsck(home, progress=ingest).findings == []
+    assert heard
 
 
 def test_a_whole_home_has_no_finding(base: Settings) -> None:

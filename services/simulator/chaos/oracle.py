@@ -53,6 +53,7 @@ class Landed:
 
     @property
     def region(self) -> str:
+        """The region that the folder names."""
         return self.name.split("/")[1]
 
 
@@ -75,6 +76,7 @@ INGESTED = "ingested"
 
 
 def hour_of(moment: datetime) -> datetime:
+    """Return the hour in which a moment lies."""
     return moment.replace(minute=0, second=0, microsecond=0)
 
 
@@ -123,10 +125,12 @@ def is_text(value: object) -> bool:
 
 
 def is_id(value: object) -> bool:
+    """Return whether a value is a text of 1 to 128 characters."""
     return isinstance(value, str) and is_text(value) and 0 < len(value) < 129
 
 
 def is_amount(value: object, most: int) -> bool:
+    """Return whether a value is a whole number from 0 to ``most``."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
 
 
@@ -157,6 +161,7 @@ def is_valid(stream: str, record: dict[Any, Any], folder: str, now: datetime) ->
 
 
 def is_late(time: datetime, received: datetime) -> bool:
+    """Return whether a record was received after its hour closed."""
     return received - hour_of(time) >= HOUR + GRACE
 
 
@@ -198,6 +203,7 @@ class Campaigns:
         ]
 
     def model(self, campaign: str, time: datetime) -> str | None:
+        """Return the billing model of a campaign at a time; None if it has no price then."""
         for name, model, start, end in self._ranges:
             if name == campaign and start is not None and start <= time and (end is None or time < end):
                 return model
@@ -205,6 +211,7 @@ class Campaigns:
 
 
 def nanos(event_type: str, price_micros: int, model: str | None) -> int:
+    """Return what an event costs, in nanos."""
     if model == "cpc" and event_type == "click":
         return price_micros * 1_000
     if model == "cpm" and event_type == "impression":

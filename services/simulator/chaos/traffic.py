@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
-from tests.spark_jobs.homes.oracle import LINE_BYTES, Landed
+from services.simulator.chaos.oracle import LINE_BYTES, Landed
 
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -89,10 +89,12 @@ class File:
 
     @property
     def stream(self) -> str:
+        """The stream that reads the file."""
         return self.name.split("/")[0]
 
     @property
     def region(self) -> str:
+        """The region that the folder names."""
         return self.name.split("/")[1]
 
 
@@ -124,7 +126,28 @@ class Traffic:
                 landed[file.run].append(Landed(file.name, self._stored(file), 1_700_000_000_000 + moment))
         return landed
 
-    def _file(self, stream: str, number: int) -> File:
+    def landing(self, step: int, records: int, first_ms: int) -> list[Landed]:
+        """Return the files that a step of a history lands, one with a later time of modification than the other.
+
+        The step's number alone decides what is in them, whatever landed before. They send records of the history's common past
+        again, as they were or changed, so any two steps have duplicates and conflicts of each other.
+        """
+        self.rng = random.Random(f"{self.shape.seed} past")
+        self.known = {"events": [], "orders": []}
+        for _ in range(40):
+            self.known["events"].append(self._event())
+        for _ in range(10):
+            self.known["orders"].append(self._order())
+        self.rng = random.Random(f"{self.shape.seed} step {step}")
+        files = [self._file("events", f"{step}-{number}") for number in range(self.rng.randrange(1, 4))]
+        files += [self._file("orders", f"{step}-{number}") for number in range(self.rng.randrange(3))]
+        for _ in range(records):
+            file = self.rng.choice(files)
+            file.lines.append(self._line(file))
+        self.rng.shuffle(files)
+        return [Landed(file.name, self._stored(file), first_ms + 1000 * number) for number, file in enumerate(files)]
+
+    def _file(self, stream: str, number: int | str) -> File:
         rng = self.rng
         region = "EU_West" if rng.random() < 0.06 else rng.choice(REGIONS[: 2 + self.shape.seed % 2])
         name = rng.choice(NAMES[:2] if rng.random() < 0.6 else NAMES).format(number)
