@@ -1,4 +1,4 @@
-"""Rewrite what the system was given: landing files, plain and gzip, and the lists of the rules.
+"""Rewrite what the system was given: landing files, plain and gzip, also archived ones, and the lists of the rules.
 
 A rewritten file keeps its name, the number of its lines, and on a disk its time of modification, so whoever has read it does not
 read it again. A gzip file that ends wrongly still ends wrongly, at the same place and for the same reason.
@@ -25,7 +25,7 @@ from spark_jobs.lake.scratch import scratch_folder
 from spark_jobs.lake.tables import STREAMS
 from spark_jobs.steps import Step, durable
 
-LANDING, RULES = "landing", "rules"
+LANDING, ARCHIVE, RULES = "landing", "archive", "rules"
 _BLOCK_BYTES = 8 * 1024 * 1024
 _INVALID_BLOCK = b"\xff"  # deflate has no block of this type
 
@@ -35,7 +35,7 @@ Changed = Callable[[str, bytes, bytes], None]
 
 @dataclass
 class InputFile:
-    """A file before and after: ``root`` is LANDING or RULES. ``new_modified_ms`` is known once it is replaced."""
+    """A file before and after: ``root`` is LANDING, ARCHIVE or RULES. ``new_modified_ms`` is known once it is replaced."""
 
     root: str
     name: str
@@ -51,7 +51,8 @@ class InputFile:
         names = ("old_sha256", "new_sha256", "old_modified_ms", "new_modified_ms")
         found = asdict(self)
         sizes = {"old_size_bytes": self.old_size, "new_size_bytes": self.new_size}
-        return {"kind": "file", "source_file": self.name, **sizes, **{name: found[name] for name in names}}
+        kind = "archived_file" if self.root == ARCHIVE else "file"
+        return {"kind": kind, "source_file": self.name, **sizes, **{name: found[name] for name in names}}
 
 
 def plan_inputs(settings: Settings, people: People, changed: Changed) -> list[InputFile]:
@@ -65,7 +66,7 @@ def plan_inputs(settings: Settings, people: People, changed: Changed) -> list[In
     times = {entry.name: entry.modified_ms for entry in landed}
     listed = [file.name for file in open_place(settings.rules_uri).list() if "/" not in file.name]
     with scratch_folder(settings, "erase-") as folder:
-        for root, names in ((LANDING, sorted(times)), (RULES, listed)):
+        for root, names in ((LANDING, sorted(times)), (ARCHIVE, _archived(settings)), (RULES, listed)):
             place = place_of(settings, root)
             for name in names:
                 one = place.find(name)
@@ -105,7 +106,15 @@ def replace_input(settings: Settings, file: InputFile, people: People, number: i
 
 def place_of(settings: Settings, root: str) -> Place:
     """Return where the files of a root are read and written."""
-    return open_place(settings.landing_uri if root == LANDING else settings.rules_uri)
+    return open_place({LANDING: settings.landing_uri, ARCHIVE: settings.raw_archive_uri or "", RULES: settings.rules_uri}[root])
+
+
+def _archived(settings: Settings) -> list[str]:
+    """Return the landing files in the archive of raw input."""
+    if settings.raw_archive_uri is None:
+        return []
+    names = (file.name for file in open_place(settings.raw_archive_uri).list())
+    return [name for name in names if name.split("/")[0] in STREAMS and name.endswith((".jsonl", ".jsonl.gz"))]
 
 
 def _rewrite(

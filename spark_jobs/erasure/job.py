@@ -26,7 +26,7 @@ from uuid import uuid4
 
 from spark_jobs.attribution.rules import load_attribution_rules
 from spark_jobs.config import Settings
-from spark_jobs.erasure.inputs import LANDING, InputFile, plan_inputs, replace_input
+from spark_jobs.erasure.inputs import InputFile, plan_inputs, replace_input
 from spark_jobs.erasure.lines import People, rewrite_strings
 from spark_jobs.erasure.proof import Search, differences, search, search_file, totals
 from spark_jobs.erasure.suppression import (
@@ -42,6 +42,7 @@ from spark_jobs.erasure.suppression import (
 from spark_jobs.erasure.tables import PERSONAL, FingerprintMap, count_rows, rewrite_table
 from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.ingest.files.landing import walk_landing
+from spark_jobs.lake.acts import Act, record_act
 from spark_jobs.lake.checkpoint_copy import checkpoints_to_read
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.lake import Lake
@@ -394,7 +395,7 @@ def _with_others(tokens: Mapping[str, str], suppression: Suppression) -> People:
 
 def _note_files(lake: Lake, run: Run) -> None:
     """Append the states of the replaced landing files to `erasures`, once."""
-    rows = [{**file.row(), "erasure_id": run.erasure_id, "erased_at": run.decided_at} for file in run.files if file.root == LANDING]
+    rows = [{**file.row(), "erasure_id": run.erasure_id, "erased_at": run.decided_at} for file in run.files if file.root != RULES]
     if rows:
         _append(lake, rows, Transaction(run.erasure_id, 0))
 
@@ -522,6 +523,16 @@ def _keep_receipt(settings: Settings, lake: Lake, run: Run, receipt: Receipt) ->
         for one, at in run.requested.items()
     ]
     _append(lake, rows, Transaction(run.erasure_id, 1))
+    record_act(
+        settings,
+        Act.ERASE,
+        run.erasure_id,
+        reason="requests to be erased",
+        arguments={"people": len(run.requested), "files": len(run.files), "rows": run.rows},
+        now=receipt.proven_at,
+        run_id=run.erasure_id,
+        table_version=(ERASURES.name, lake.version(ERASURES) or 0),
+    )
     place = erasure_place(settings)
     data = json.dumps(asdict(receipt), default=datetime.isoformat, indent=2).encode()
     with durable(Step.ERASURE_DONE):

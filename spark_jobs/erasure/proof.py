@@ -57,7 +57,7 @@ class Search:
 
 
 def search(settings: Settings, people: People, landing_names: Iterable[str] | None = None) -> Search:
-    """Read all files below the lakehouse, the home, the landing folder and the rules; each once.
+    """Read all files below the lakehouse, the landing folder, the archive of raw input, the rules and the home; each once.
 
     ``landing_names`` limits the landing files to those that were there when the erasure was decided: what came later is under the
     suppression list, and the next erasure rewrites it.
@@ -67,7 +67,7 @@ def search(settings: Settings, people: People, landing_names: Iterable[str] | No
     home = str(settings.home_path)
     done: list[str] = []
     own = erasure_place(settings).uri
-    for uri in (settings.lakehouse_uri, settings.landing_uri, settings.rules_uri, home):
+    for uri in filter(None, (settings.lakehouse_uri, settings.landing_uri, settings.raw_archive_uri, settings.rules_uri, home)):
         place = open_place(uri)
         for name in place.every_name():
             full = f"{uri}/{name}"

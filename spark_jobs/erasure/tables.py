@@ -17,10 +17,11 @@ from spark_jobs.ingest.contract.exact import validate_line
 from spark_jobs.ingest.contract.parse import decode_raw, encode_raw
 from spark_jobs.ingest.contract.spec import CONTRACTS, BatchLimits, FieldKind
 from spark_jobs.ingest.dedupe.keys import hash_keys, hex_fingerprint
+from spark_jobs.lake.chain import head_metadata, relink
 from spark_jobs.lake.commit import Transaction
-from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.lake import Lake, Snapshot
 from spark_jobs.lake.log import TOKENS_KEY
-from spark_jobs.lake.tables import ERASURES, EVENTS, ORDERS, RAW_TABLES, REJECTED_TABLES, STREAMS, TABLES, Table
+from spark_jobs.lake.tables import CHAIN_COLUMNS, ERASURES, EVENTS, ORDERS, RAW_TABLES, REJECTED_TABLES, STREAMS, TABLES, Table
 from spark_jobs.steps import Step
 
 ID_COLUMNS = frozenset(("event_id", "order_id", "impression_id", "touch_event_id", "record_id", "campaign_id", "ad_id", "store_id"))
@@ -116,6 +117,8 @@ def rewrite_table(
     if not lake.exists(table) or lake.has(table, transaction):
         return 0, []
     snapshot = lake.pin(table)
+    if CHAIN_COLUMNS[-1] in table.schema.names and snapshot.rows(table, "row_hash").num_rows:
+        return _rewrite_chain(lake, snapshot, table, people, transaction, number)
     removed = []
     rows_changed = 0
     with lake.writer(table) as writer:
@@ -139,6 +142,34 @@ def rewrite_table(
             batch_id=number,
         )
     return rows_changed, [file.path for file in removed]
+
+
+def _rewrite_chain(
+    lake: Lake, snapshot: Snapshot, table: Table, people: People, transaction: Transaction, number: int
+) -> tuple[int, list[str]]:
+    """Rewrite a hash-chained table: what an operator wrote may name somebody. The rows from the first changed one on get new hashes.
+
+    Raises TableCorruptionError if the chain was broken before: new hashes would hide that.
+    """
+    before = snapshot.rows(table).sort_by("chain_position").combine_chunks()
+    rows, changed = _rewrite(before, table, people, {})
+    if not changed:
+        return 0, []
+    linked, head = relink(table, before, rows)
+    removed = snapshot.files(table)
+    with lake.writer(table) as writer:
+        writer.write(linked)
+    lake.commit(
+        table,
+        Step.ERASED_ROWS,
+        base=snapshot.version(table),
+        add=writer.files,
+        remove=removed,
+        transaction=transaction,
+        metadata={TOKENS_KEY: sorted(people.tokens.values()), **head_metadata(head)},
+        batch_id=number,
+    )
+    return changed, [file.path for file in removed]
 
 
 def count_rows(lake: Lake, table: Table, people: People, fingerprints: Fingerprints) -> int:

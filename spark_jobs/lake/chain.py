@@ -69,6 +69,23 @@ def link(table: Table, head: Head, rows: Sequence[Row]) -> tuple[pa.Table, Head]
     return pa.Table.from_pylist(linked, table.schema), head
 
 
+def head_metadata(head: Head) -> dict[str, object]:
+    """Return what a commit that sets the head of a chain notes in its metadata."""
+    return {_METADATA: {"position": head.position, "hash": head.hash}}
+
+
+def relink(table: Table, before: pa.Table, after: pa.Table) -> tuple[pa.Table, Head]:
+    """Return all rows of a chain with the hashes of their new content, and the new head.
+
+    ``before`` and ``after`` are the rows in the order of the chain. Those before the first that differs keep their hashes. Raises
+    TableCorruptionError if the chain of ``before`` is not whole: new hashes would hide that.
+    """
+    rows = before.to_pylist()
+    if link(table, Head(), rows)[0].to_pylist() != rows:
+        raise TableCorruptionError(f"the hash chain of table {table.name} is broken", hint="`adtally verify` says where")
+    return link(table, Head(), after.to_pylist())
+
+
 def append_linked(
     lake: Lake,
     table: Table,

@@ -29,9 +29,10 @@ from spark_jobs.billing.job import billed_through
 from spark_jobs.config import Settings
 from spark_jobs.lake.acts import Act, act_info, complete_audit_log
 from spark_jobs.lake.lake import Lake
-from spark_jobs.lake.landing_view import remove_landed, whole_time
+from spark_jobs.lake.landing_view import remove_landed
 from spark_jobs.lake.locks import CORRECTIONS, REWRITE, exclusive
 from spark_jobs.lake.places import open_place
+from spark_jobs.lake.replaced_files import ReplacedFiles
 from spark_jobs.lake.retirements import read_retirements, recountable_from
 from spark_jobs.lake.tables import BATCH_LEDGER, RAW_RETIREMENTS, RAW_TABLES, RECONCILIATIONS, STREAMS
 from spark_jobs.lake.writes import ensure_tables
@@ -100,6 +101,7 @@ class _Run:
         self._settings, self._now, self._run_id, self._say, self._dry_run = settings, now, run_id, say, dry_run
         self._lake = Lake(settings)
         self._before = now - timedelta(days=settings.raw_retention)
+        self._replaced = ReplacedFiles(settings)
 
     def retire(self) -> RetireReport:
         files = size = waiting = 0
@@ -187,7 +189,7 @@ class _Run:
         """Return whether a batch has taken a landed file as it is now, and needs it no more."""
         state = (found.raw.mtime_ms, found.raw.size)
         is_same = any(
-            (whole_time(self._settings, one.modified_ms), one.size) == state for one in plan.files if one.name == found.name
+            self._replaced.present(one.name, one.modified_ms, one.size) == state for one in plan.files if one.name == found.name
         )
         return is_same and (plan.query_id, plan.batch_id) in settled.newest_hour and not plan.is_set_aside(found.name)
 
