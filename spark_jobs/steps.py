@@ -61,6 +61,7 @@ class Step(StrEnum):
     SUPPRESSED = "suppressed"  # from here on no record brings the id back
     ERASED_INPUT = "erased_input"  # a landing file or a rule file is replaced
     ERASED_ROWS = "erased_rows"  # of one table
+    ERASED_COMMIT = "erased_commit"  # a commit of a log no longer has what an operator wrote of a person
     ERASURES = "erasures"  # the states of the replaced files, before them; the receipts, after the proof
     ERASED_VERSIONS = "erased_versions"  # data files of older versions with the id are deleted
     ERASURE_CARRIED_OUT = "erasure_carried_out"  # only the proof is missing

@@ -26,7 +26,7 @@ from uuid import uuid4
 
 from spark_jobs.attribution.rules import load_attribution_rules
 from spark_jobs.config import Settings
-from spark_jobs.erasure.inputs import InputFile, plan_inputs, replace_input
+from spark_jobs.erasure.inputs import RULES, InputFile, plan_inputs, replace_input
 from spark_jobs.erasure.lines import People, rewrite_strings
 from spark_jobs.erasure.proof import Search, differences, search, search_file, totals
 from spark_jobs.erasure.suppression import (
@@ -39,7 +39,7 @@ from spark_jobs.erasure.suppression import (
     read_suppression,
     write_suppression,
 )
-from spark_jobs.erasure.tables import PERSONAL, FingerprintMap, count_rows, rewrite_table
+from spark_jobs.erasure.tables import PERSONAL, FingerprintMap, count_rows, rewrite_log, rewrite_table
 from spark_jobs.errors import AdtallyError, UsageError
 from spark_jobs.ingest.files.landing import walk_landing
 from spark_jobs.lake.acts import Act, record_act
@@ -376,6 +376,7 @@ def _carry_out(settings: Settings, run: Run, say: Say) -> None:
         changed, _ = rewrite_table(lake, table, run.people, fingerprints, run.erasure_id, number)
         if changed:
             run.rows[table.name] = changed
+        rewrite_log(lake, table, run.people, number)
     for number, table in enumerate(PERSONAL):
         paths = _old_files_of(settings, lake, run.people, table)
         delete_older_files(lake, table, paths, number)

@@ -21,8 +21,10 @@ from spark_jobs.lake.chain import head_metadata, relink
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.lake import Lake, Snapshot
 from spark_jobs.lake.log import TOKENS_KEY
+from spark_jobs.lake.places import open_place
+from spark_jobs.lake.scratch import scratch_folder
 from spark_jobs.lake.tables import CHAIN_COLUMNS, ERASURES, EVENTS, ORDERS, RAW_TABLES, REJECTED_TABLES, STREAMS, TABLES, Table
-from spark_jobs.steps import Step
+from spark_jobs.steps import Step, durable
 
 ID_COLUMNS = frozenset(("event_id", "order_id", "impression_id", "touch_event_id", "record_id", "campaign_id", "ad_id", "store_id"))
 """Columns with ids of other things than people: they stay, even if one is equal to the id of a person."""
@@ -147,9 +149,10 @@ def rewrite_table(
 def _rewrite_chain(
     lake: Lake, snapshot: Snapshot, table: Table, people: People, transaction: Transaction, number: int
 ) -> tuple[int, list[str]]:
-    """Rewrite a hash-chained table: what an operator wrote may name somebody. The rows from the first changed one on get new hashes.
+    """Rewrite a hash-chained table: what an operator wrote may name somebody.
 
-    Raises TableCorruptionError if the chain was broken before: new hashes would hide that.
+    The rows from the first changed one on get new hashes. Raises TableCorruptionError if the chain was broken before: new hashes
+    would hide that.
     """
     before = snapshot.rows(table).sort_by("chain_position").combine_chunks()
     rows, changed = _rewrite(before, table, people, {})
@@ -170,6 +173,19 @@ def _rewrite_chain(
         batch_id=number,
     )
     return changed, [file.path for file in removed]
+
+
+def rewrite_log(lake: Lake, table: Table, people: People, number: int) -> None:
+    """Replace ids in the commits of a table's log: the entry of an act has what the operator wrote. No reader reads these texts."""
+    place = open_place(lake.uri(table))
+    with scratch_folder(lake.settings, "erase-") as folder:
+        for found in place.list("_delta_log"):
+            data = place.read(found.name) if found.name.endswith(".json") else b""
+            made = rewrite_strings(data, people) if people.may_be_in(data) else data
+            if made != data:
+                (folder / "new").write_bytes(made)
+                with durable(Step.ERASED_COMMIT, number):
+                    place.rewrite(folder / "new", found)
 
 
 def count_rows(lake: Lake, table: Table, people: People, fingerprints: Fingerprints) -> int:

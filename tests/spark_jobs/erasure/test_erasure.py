@@ -26,14 +26,19 @@ from sparkless import Checkpoint, ingest
 from sparkless import run as run_batch
 
 from spark_jobs.attribution.job import attribute
+from spark_jobs.audit.verify import verify
 from spark_jobs.billing.job import bill
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.corrections.reconcile import reconcile
 from spark_jobs.erasure.job import Receipt, erase, preview, prove, queue_erasure, queued_erasures, unproven_runs
 from spark_jobs.erasure.suppression import read_suppression
 from spark_jobs.erasure.tables import PERSONAL
-from spark_jobs.errors import AdtallyError, ConfigurationError, UsageError
+from spark_jobs.errors import AdtallyError, ConfigurationError, TableCorruptionError, UsageError
+from spark_jobs.lake.acts import read_audit_log
+from spark_jobs.lake.lake import Lake
+from spark_jobs.lake.tables import HOUR_CLOSINGS
 from spark_jobs.lake.writes import ensure_tables
+from spark_jobs.operate.watermark import close_by_hand
 from spark_jobs.steps import CRASH_VARIABLE, Step
 
 ANNA, BERT, CARA = "user-anna-0001", "ünï-bert@example.org", "user-cara-0003"
@@ -145,6 +150,28 @@ def test_erased_everywhere_and_nothing_that_counts_changes(home: Settings) -> No
     again = erased(home, ANNA)
     assert (again.files_rewritten, again.rows_rewritten, again.old_files_deleted) == (0, {}, 0)
     assert told_apart(home) == before
+
+
+def test_what_an_operator_wrote_is_linked_anew_and_the_audit_log_has_the_act(home: Settings) -> None:
+    for hour, reason in enumerate(("a quiet night", f"{ANNA} complained", "all is here")):
+        close_by_hand(home, NOW - timedelta(days=4 - hour), reason=reason, closed_by="me", now=NOW)
+    assert verify(home, now=NOW, recounts=False).findings == []
+    receipt = erased(home, ANNA)
+    closings = correct.select(home, "select reason, row_hash from hour_closings order by chain_position").to_pylist()
+    assert [row["reason"] for row in closings] == ["a quiet night", f"{_token(home)} complained", "all is here"]
+    assert verify(home, now=NOW, recounts=False).findings == []
+    found = [entry for entry in read_audit_log(home) if entry.act == "erase"]
+    assert [(entry.run_id, json.loads(entry.arguments)["people"]) for entry in found] == [(receipt.erasure_id, 1)]
+    assert ANNA not in repr(found)
+
+
+def test_a_broken_chain_is_not_given_new_hashes(home: Settings) -> None:
+    close_by_hand(home, NOW - timedelta(days=4), reason=f"{ANNA} complained", closed_by="me", now=NOW)
+    rows = correct.select(home, "select * from hour_closings")
+    changed = rows.set_column(rows.schema.get_field_index("closed_by"), "closed_by", pa.array(["somebody else"]))
+    Lake(home).replace(HOUR_CLOSINGS, changed.cast(HOUR_CLOSINGS.schema), Step.HOUR_CLOSINGS)
+    with pytest.raises(TableCorruptionError, match="the hash chain of table hour_closings is broken"):
+        erased(home, ANNA)
 
 
 @pytest.mark.homes
@@ -310,6 +337,12 @@ STEPS = [
     *(("after", Step.ERASED_INPUT, number) for number in range(4)),
     ("after", Step.ERASURES, 0),
     *(("after", Step.ERASED_ROWS, number) for number, table in enumerate(PERSONAL) if table.name in TABLES),
+    *(
+        ("after", step, number)
+        for step in (Step.ERASED_ROWS, Step.ERASED_COMMIT)
+        for number, table in enumerate(PERSONAL)
+        if table is HOUR_CLOSINGS
+    ),
     *(("after", Step.ERASED_VERSIONS, number) for number, table in enumerate(PERSONAL) if table.name in TABLES),
     ("before", Step.ERASURE_CARRIED_OUT, 0),
     ("after", Step.ERASURE_CARRIED_OUT, 0),
@@ -331,6 +364,7 @@ KILLED = (
     ("moment", "step", "number"), [pytest.param(*one, marks=() if one in QUICK else pytest.mark.crash) for one in STEPS]
 )
 def test_killed_at_every_step(home: Settings, moment: str, step: Step, number: int) -> None:
+    close_by_hand(home, NOW - timedelta(days=4), reason=f"{ANNA} complained", closed_by="me", now=NOW)
     before = told_apart(home)
     at = {CRASH_VARIABLE: f"{moment}:{step}:{number}"}
     assert run_code(KILLED, ADTALLY_HOME=str(home.home_path), **at) == -signal.SIGKILL

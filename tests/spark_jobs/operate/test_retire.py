@@ -25,6 +25,7 @@ from spark_jobs.billing.job import bill
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.corrections.backfill import backfill
 from spark_jobs.corrections.reconcile import reconcile
+from spark_jobs.erasure.job import erase, prove
 from spark_jobs.errors import ConfigurationError, UsageError
 from spark_jobs.ingest.campaigns import load_campaigns
 from spark_jobs.ingest.release import read_quarantine, release_file
@@ -156,6 +157,22 @@ def test_backfill_verify_and_fsck_say_from_when_they_speak(home: Settings) -> No
     assert found
     assert all("whose raw input is retired" in one.way_out for one in found if one.place in ("events", "batch_ledger"))
     assert Lake(home).pin(BATCH_LEDGER).size(BATCH_LEDGER) == rows  # nothing was taken out that no recount can bring back
+
+
+def test_input_of_erased_people_is_retired_and_archived_input_is_rewritten(home: Settings) -> None:
+    """The file that an erasure has rewritten is the one that the batches took; in the archive the id goes, too."""
+    retire(home, now=NOW)
+    settle(home, datetime(2025, 6, 5, tzinfo=UTC))
+    (run,) = erase(home, ["u-a", "u-d"], now=NOW)
+    prove(home, run, now=NOW)
+    assert retire(home, now=NOW).files == 1
+    texts = [open_place(str(home.raw_archive_uri)).read(name).decode() for name in archived(home)]
+    assert len(texts) == 3
+    assert not [text for text in texts if '"u-a"' in text or '"u-d"' in text]
+    assert sum(text.count('"u-b"') for text in texts) == 2
+    kinds = correct.rows(home, "select kind, count(*) from erasures group by 1 order by 1")
+    assert kinds == [("archived_file", 2), ("file", 1), ("receipt", 2)]
+    assert not reconcile(home, None).differences
 
 
 CODE = """
