@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ import dagster as dg
 import lake
 import pytest
 from sparkless import ingest
-from terminal import Done
+from terminal import Adtally
 
 from orchestration.assets.storage import erased_people
-from orchestration.cli import app
 from orchestration.marts import build_marts, query_marts
 from orchestration.schedules import erasure_schedule
 from spark_jobs.attribution.job import attribute
@@ -27,7 +25,6 @@ from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.operate.health import read_signal
 
 pytestmark = pytest.mark.homes
-Adtally = Callable[..., Done]
 ANNA = "user-anna-0001"
 
 
@@ -55,18 +52,6 @@ def home(made: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Set
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ADTALLY_HOME", str(tmp_path / "home"))
     return load_settings(home=tmp_path / "home")
-
-
-@pytest.fixture
-def adtally(capsys: pytest.CaptureFixture[str]) -> Adtally:
-    """Run the command in this process."""
-
-    def call(*arguments: str) -> Done:
-        capsys.readouterr()
-        status = app.run(list(arguments))
-        return Done(status, *capsys.readouterr())
-
-    return call
 
 
 def _users(settings: Settings) -> set[str]:

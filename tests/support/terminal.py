@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ class Done:
         assert self.err.count("\n") == 1, self.err
         assert self.err.startswith("adtally: error: "), self.err
         return self.err.removeprefix("adtally: error: ").rstrip("\n")
+
+
+Adtally = Callable[..., Done]
+"""Runs the command with its arguments."""
 
 
 def environment(**changes: str | None) -> dict[str, str]:

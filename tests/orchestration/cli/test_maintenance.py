@@ -13,9 +13,8 @@ import pytest
 from deltalake import DeltaTable
 from edited import edit_marts
 from pyspark.sql import SparkSession
-from terminal import Done
+from terminal import Adtally
 
-from orchestration.cli import app
 from orchestration.marts import build_marts, query_marts
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.ingest.runner import run_ingest
@@ -25,7 +24,6 @@ from spark_jobs.lake.writes import ensure_tables
 
 pytestmark = pytest.mark.homes
 
-Adtally = Callable[..., Done]
 DAY = ("--from", "2025-06-02T10:00:00Z", "--to", "2025-06-02T12:00:00Z")
 
 
@@ -60,18 +58,6 @@ def home(ingested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Set
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ADTALLY_HOME", str(tmp_path / "home"))
     return load_settings(home=tmp_path / "home")
-
-
-@pytest.fixture
-def adtally(capsys: pytest.CaptureFixture[str]) -> Adtally:
-    """Run the command in this process."""
-
-    def call(*arguments: str) -> Done:
-        capsys.readouterr()
-        status = app.run(list(arguments))
-        return Done(status, *capsys.readouterr())
-
-    return call
 
 
 def versions(settings: Settings) -> dict[str, int | None]:
