@@ -106,7 +106,7 @@ def test_a_clean_up_that_was_interrupted_can_be_run_again(tmp_path: Path, monkey
     assert names(tmp_path) == {MARKER}
 
 
-@pytest.mark.parametrize(("lock", "what"), [(INGEST.file, "another ingest"), (UP.file, "adtally up")])
+@pytest.mark.parametrize(("lock", "what"), [(INGEST.file, r"another ingest \(or fsck\)"), (UP.file, "adtally up")])
 def test_a_home_on_which_something_runs_is_left_alone(tmp_path: Path, lock: str, what: str) -> None:
     clean_home(tmp_path)
     (tmp_path / "lakehouse").mkdir()

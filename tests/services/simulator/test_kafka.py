@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import uuid
 from collections import Counter, defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +40,13 @@ COUNTED = ("offered", "accepted", "duplicate", "conflict", "rejected")
 Record = tuple[bytes | None, bytes | None]
 
 
-def clusters(kafka: Kafka, *names: str) -> list[Cluster]:
-    """Clusters with new topics of two partitions each."""
+def clusters(kafka: Kafka, *names: str, **config: str) -> list[Cluster]:
+    """Clusters with new topics of two partitions each. ``config`` is that of the topics."""
     options: dict[str, Any] = {"bootstrap.servers": kafka.bootstrap_servers}
     made = [Cluster(name, options, *(f"{uuid.uuid4().hex}-{name}-{kind}" for kind in ("events", "orders"))) for name in names]
     topics = [topic for cluster in made for topic in (cluster.events_topic, cluster.orders_topic)]
     admin = AdminClient(options)
-    for future in admin.create_topics([NewTopic(topic, 2, 1) for topic in topics]).values():
+    for future in admin.create_topics([NewTopic(topic, 2, 1, config=config) for topic in topics]).values():
         future.result(20)
     return made
 
@@ -186,10 +185,9 @@ def test_a_cluster_that_takes_nothing_is_an_error(kafka: Kafka, tmp_path: Path, 
     missing = Cluster("eu-west", {"bootstrap.servers": kafka.bootstrap_servers}, "no-such-topic", "nor-this")
     with pytest.raises(DeliveryError, match="Kafka of eu-west has no topic no-such-topic"):
         simulate_to_kafka(tmp_path / "b", 10, 1, [missing])
-    (slow,) = clusters(kafka, "eu-west")
-    slow = replace(slow, options={**slow.options, "delivery.timeout.ms": "1", "linger.ms": "0"})
-    with pytest.raises(DeliveryError, match=r"did not take \d+ records: .*timed out"):
-        simulate_to_kafka(tmp_path / "c", 2_000, 1, [slow])
+    (narrow,) = clusters(kafka, "eu-west", **{"max.message.bytes": "100"})
+    with pytest.raises(DeliveryError, match=r"did not take \d+ records: .*too large"):
+        simulate_to_kafka(tmp_path / "c", 2_000, 1, [narrow])
 
 
 @pytest.mark.parametrize(
