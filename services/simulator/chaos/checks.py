@@ -129,7 +129,8 @@ def check_accepted(reader: Reader, books: Books) -> None:
 def check_refused(reader: Reader, books: Books, *, times: int | None = 1) -> None:
     """Compare rejected and conflicting records by file and line, their bytes, and whom a conflict lost to.
 
-    ``times``: how often a record may stand there, once for each checkpoint that read it; None: at least once.
+    ``times``: how often a record may stand there, once for each checkpoint that read it; None: at least once. Tokens stand for the
+    ids of the people who were erased; that no id is left is the proof of the erasure itself.
     """
     columns = "source_file, source_line, outcome, raw, raw_encoding, reason_codes, record_id, fingerprint, accepted_fingerprint"
     tables = {table: reader.dicts(table, f"{columns}, _query_id") for table in ("rejected_events", "rejected_orders")}
@@ -137,10 +138,14 @@ def check_refused(reader: Reader, books: Books, *, times: int | None = 1) -> Non
     by_query = _by("refused", rows, "source_file", "source_line", "_query_id")
     if times == 1:
         require(len({key[:2] for key in by_query}) == len(rows), "refused", "a record stands there twice")
-    got = {
-        (file, line): (row["outcome"], base64.b64decode(row["raw"]) if row["raw_encoding"] == "base64" else row["raw"].encode())
-        for (file, line, _), row in by_query.items()
-    }
+
+    def raw(row: dict[str, Any]) -> bytes:
+        found: bytes = base64.b64decode(row["raw"]) if row["raw_encoding"] == "base64" else row["raw"].encode()
+        for user_id, token in books.tokens.items():
+            found = found.replace(token.encode(), user_id.encode())
+        return found
+
+    got = {(file, line): (row["outcome"], raw(row)) for (file, line, _), row in by_query.items()}
     _agree("refused", got, dict(books.refused))
     require(all(row["reason_codes"] for row in rows), "refused", "a record without a reason")
     holders = {row["event_id"]: f"{row['fingerprint'] % 2**64:016x}" for row in reader.dicts("events", "event_id, fingerprint")}

@@ -33,6 +33,7 @@ class Model:
         self.needs_repair = False  # a half committed batch lost its checkpoint: only a repair can finish it
         self.is_torn = False  # after a power cut: the newest commit of a table may have to be set aside by an ingest
         self.is_corrected = False  # a repair may have added increments under names of its own
+        self.tokens: dict[str, str] = {}  # of people who were erased, by their ids
         self.marts_differ = False  # published marts may have been built from a file that was damaged since
 
     def land(self, files: Iterable[Landed]) -> None:
@@ -84,8 +85,14 @@ class Model:
             books = oracle.account(runs, self._campaigns, NOW)
             if self.is_reviewed:
                 oracle.review(books)
+            books.erase(self.tokens)
             self._books[waiting] = books
         return self._books[waiting]
+
+    def erase(self, user_id: str, token: str) -> None:
+        """Note that a person was erased."""
+        self.tokens[user_id] = token
+        self._books.clear()
 
     def forget_books(self) -> None:
         """Compute the books anew: what is known of the marks has changed."""

@@ -70,6 +70,13 @@ class Books:
     ledger: dict[tuple[str, str, datetime | None], Counter[str]] = field(default_factory=dict)  # by stream, region, hour
     minutes: dict[tuple[Any, ...], list[int]] = field(default_factory=dict)  # minute, MINUTE_KEYS: MINUTE_MEASURES
     unread: set[str] = field(default_factory=set)  # files in a folder whose name is that of no region
+    tokens: dict[str, str] = field(default_factory=dict)  # of people who were erased, by their ids
+
+    def erase(self, tokens: dict[str, str]) -> None:
+        """Let tokens take the place of the ids of people: of one person the same everywhere, so that nothing else changes."""
+        self.tokens = dict(tokens)
+        for row in (*self.events.values(), *self.orders.values()):
+            row["user_id"] = tokens.get(row["user_id"], row["user_id"])
 
 
 INGESTED = "ingested"

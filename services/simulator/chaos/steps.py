@@ -1,7 +1,7 @@
 """The registry of steps: what a history may do, how often, with which arguments, and what that makes true.
 
 To add a step, write a class with ``name``, ``weight``, ``draw`` and ``run``, and add it to STEPS. ``run`` does it in the world and
-tells the model what is certain from then on; the invariants are checked after it. A step that erases a person belongs there, too.
+tells the model what is certain from then on; the invariants are checked after it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ CRASH_STEPS = {
     "reconcile --repair": CORRECTION_STEPS,
     "compact": ("compaction",),
     "vacuum": ("vacuum",),
+    "erase": (
+        *("erasure_decided", "suppressed", "erased_input", "erased_rows", "erasures", "erased_versions"),
+        *("erasure_carried_out", "erasure_done"),
+    ),
 }
 """The durable steps (spark_jobs/steps.py) at which a command may kill itself; other commands are killed after some milliseconds."""
 
@@ -318,6 +322,38 @@ class Lose:
                 world.model.forget()
 
 
+class Erase:
+    """A person is erased; the command may be killed, and the next one finishes it. From then on there is one token for the id."""
+
+    name, weight = "erase", 2
+
+    def draw(self, rng: random.Random) -> Arguments:
+        """See Kind."""
+        return {"person": rng.randrange(1000), **(draw_fault(rng, "erase") if rng.random() < 0.5 else {})}
+
+    def run(self, world: World, arguments: Arguments) -> None:
+        """See Kind."""
+        model = world.model
+        if not model.has_read_all or model.is_correcting or model.needs_repair or model.is_torn:
+            return  # an erasure refuses interrupted batches, and proves that a recount agrees
+        events = model.books().events
+        people = sorted({event["user_id"] for event in events.values() if event["user_id"].startswith("u-")})
+        if not people:
+            return
+        person = people[arguments["person"] % len(people)]
+        own = {event_id for event_id, event in events.items() if event["user_id"] == person}
+        command = f"erase --user {person} --yes"
+        if len(arguments) > 1:
+            killed = world.wait(begin(world, command, arguments), arguments.get("kill_after_ms"))
+            world.struck["kill"] += killed.was_killed
+            world.run("erase", "--yes")
+        world.run(*command.split())
+        tokens = {row["user_id"] for row in world.tables.dicts("events", "event_id, user_id") if row["event_id"] in own}
+        require(len(tokens) == 1 and person not in tokens, "one token a person", f"{person}: {sorted(tokens)}")
+        world.struck["erased person"] += 1
+        model.erase(person, tokens.pop())
+
+
 class AtOnce:
     """Several commands at once; one of them may be killed."""
 
@@ -367,6 +403,7 @@ STEPS: dict[str, Kind] = {
         MoveClock(),
         Corrupt(),
         Lose(),
+        Erase(),
         AtOnce(),
         Command("review", 1),
         Command("attribute", 1),

@@ -50,6 +50,17 @@ def test_the_first_in_the_order_of_reading_wins() -> None:
     assert _cell(model) == {"offered": 3, "accepted": 1, "duplicate": 1, "conflict": 1, "rejected": 0}
 
 
+def test_a_person_who_was_erased_has_a_token_also_in_later_records() -> None:
+    model = Model(CAMPAIGNS, 1000)
+    model.land([_file("a.jsonl", 1000, ("e1", 5))])
+    model.end_ingest()
+    model.erase("u-1", "erased-0")
+    model.land([_file("b.jsonl", 2000, ("e1", 5), ("e1", 6), ("e2", 5))])
+    model.end_ingest()
+    assert {event["user_id"] for event in model.books().events.values()} == {"erased-0"}
+    assert _cell(model) == {"offered": 4, "accepted": 2, "duplicate": 1, "conflict": 1, "rejected": 0}
+
+
 def test_a_lost_checkpoint_offers_everything_again_and_accepts_nothing_twice() -> None:
     model = Model(CAMPAIGNS, 1000)
     model.land([_file("a.jsonl", 1000, ("e1", 5))])
