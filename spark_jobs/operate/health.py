@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
 
 import duckdb
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from spark_jobs.config import Settings
@@ -23,7 +24,7 @@ from spark_jobs.ingest.kafka.topics import oldest_waiting, read_topic_sources
 from spark_jobs.lake.duck import literal
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.marts import readable_marts
-from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, STREAMS
+from spark_jobs.lake.tables import BATCH_LEDGER, EVENTS, STREAMS, Table
 from spark_jobs.operate.status import read_recent_problems, read_unaccounted
 from spark_jobs.publish.progress import read_publications
 from spark_jobs.rules.exempt import plain
@@ -165,7 +166,7 @@ def recent_counts(settings: Settings, since: datetime) -> Counter[str]:
 def _file_counts(settings: Settings, path: str) -> Counter[str]:
     """Return the sums of one data file of the ledger, which never changes, without rows of corrections, which are differences."""
     names = ("offered", "rejected", "duplicate", "_run_id")
-    rows = Lake(settings).read_files(BATCH_LEDGER, [path], *names)
+    rows = _rows_of_file(settings, BATCH_LEDGER, path, *names)
     own = rows.filter(pc.is_null(rows["_run_id"]))
     return Counter({name: pc.sum(own[name]).as_py() or 0 for name in names[:-1]})
 
@@ -191,10 +192,21 @@ def _user_share(settings: Settings, now: datetime) -> tuple[float, str]:
 @lru_cache(maxsize=4_096)
 def _file_users(settings: Settings, path: str) -> tuple[int, dict[str, int]]:
     """Return (rows, user -> events) of one data file of events, which never changes, without users below one percent of it."""
-    users = Lake(settings).read_files(EVENTS, [path], "user_id")["user_id"]
+    users = _rows_of_file(settings, EVENTS, path, "user_id")["user_id"]
     counts = pc.value_counts(users.combine_chunks())
     often = counts.filter(pc.greater_equal(counts.field("counts"), max(2, len(users) / 100)))
     return len(users), dict(zip(often.field("values").to_pylist(), often.field("counts").to_pylist(), strict=True))
+
+
+def _rows_of_file(settings: Settings, table: Table, path: str, *names: str) -> pa.Table:
+    """Read a data file that a commit added; no rows if fsck or an erasure has taken it out of the table since."""
+    lake = Lake(settings)
+    try:
+        return lake.read_files(table, [path], *names)
+    except FileNotFoundError:
+        if path in lake.pin(table).paths(table):
+            raise
+        return table.schema.empty_table().select(names)
 
 
 def _conservation(settings: Settings, now: datetime) -> tuple[float, str]:

@@ -27,6 +27,7 @@ from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.log import DeltaLog
 from spark_jobs.lake.tables import TABLES
 from spark_jobs.operate.fsck import fsck
+from spark_jobs.operate.health import read_signal
 from spark_jobs.operate.status import read_status
 from spark_jobs.operate.watermark import close_by_hand, read_closing
 from tests.spark_jobs.homes.faults import MADE_UP
@@ -150,6 +151,14 @@ def test_a_file_of_orders_that_was_damaged_since_the_last_attribution_stops_none
     attribute(home)
     with pytest.raises(FileNotFoundError, match="is damaged"):
         Lake(home).read_files(TABLES["orders"], [path.name], "order_id")
+
+
+@pytest.mark.parametrize(("table", "name"), [("batch_ledger", "rejected_share"), ("events", "user_share")])
+def test_a_file_of_the_last_hour_that_was_taken_out_stops_no_alert(home: Settings, table: str, name: str) -> None:
+    _data_file(home, table).unlink()
+    assert read_signal(home, name).value is None
+    assert [found.is_repaired for found in fsck(home, repair=True).findings if found.place == table] == [True]
+    assert read_signal(home, name).value is not None
 
 
 def test_an_ingest_that_starts_while_fsck_reads_hears_of_it(home: Settings) -> None:
