@@ -135,11 +135,10 @@ def test_a_filter_is_in_the_address_and_the_address_is_the_view(
 def test_an_explanation_opens_level_by_level_down_to_a_line(browser: Browser, console: RunningConsole) -> None:
     with opened(browser, console, ADDRESSES["why"]) as recorded:
         for name in ("increments by batch", "batch ", "its events"):
-            level = recorded.page.locator("details.level:not([open]) > summary").filter(has_text=re.compile(rf"^\s*{name}")).first
-            level.focus()
-            recorded.page.keyboard.press("Enter")
-        place = recorded.page.locator("summary").filter(has_text="zz-hostile.jsonl, line ").first
-        place.wait_for(timeout=10_000)
+            words = re.compile(rf"^\s*{name}")
+            recorded.page.locator("details.level:not([open]) > summary").filter(has_text=words).first.press("Enter")
+            recorded.page.locator("details.level[open] > summary").filter(has_text=words).first.wait_for()
+        recorded.page.locator("summary").filter(has_text="zz-hostile.jsonl, line ").first.wait_for()
         assert recorded.page.locator("img").count() == 0
 
 
