@@ -73,8 +73,9 @@ document.addEventListener("htmx:afterSwap", (event) => drawCharts(event.detail.e
 
 // A level of Why? that a person opened before htmx listened to it.
 document.addEventListener("htmx:load", (event) => {
-  for (const level of event.detail.elt.querySelectorAll("details[open][hx-get]")) {
-    if (level.querySelector(":scope > .parts > .loading")) htmx.trigger(level, "toggle");
+  const loaded = event.detail.elt;
+  for (const level of [loaded, ...loaded.querySelectorAll("details")]) {
+    if (level.matches("details[open][hx-get]") && level.querySelector(":scope > .parts > .loading")) htmx.trigger(level, "toggle");
   }
 });
 
