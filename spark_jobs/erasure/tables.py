@@ -21,10 +21,9 @@ from spark_jobs.lake.chain import head_metadata, relink
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.lake import Lake, Snapshot
 from spark_jobs.lake.log import TOKENS_KEY
-from spark_jobs.lake.places import open_place
-from spark_jobs.lake.scratch import scratch_folder
+from spark_jobs.lake.removal import rewrite_commits
 from spark_jobs.lake.tables import CHAIN_COLUMNS, ERASURES, EVENTS, ORDERS, RAW_TABLES, REJECTED_TABLES, STREAMS, TABLES, Table
-from spark_jobs.steps import Step, durable
+from spark_jobs.steps import Step
 
 ID_COLUMNS = frozenset(("event_id", "order_id", "impression_id", "touch_event_id", "record_id", "campaign_id", "ad_id", "store_id"))
 """Columns with ids of other things than people: they stay, even if one is equal to the id of a person."""
@@ -177,15 +176,7 @@ def _rewrite_chain(
 
 def rewrite_log(lake: Lake, table: Table, people: People, number: int) -> None:
     """Replace ids in the commits of a table's log: the entry of an act has what the operator wrote. No reader reads these texts."""
-    place = open_place(lake.uri(table))
-    with scratch_folder(lake.settings, "erase-") as folder:
-        for found in place.list("_delta_log"):
-            data = place.read(found.name) if found.name.endswith(".json") else b""
-            made = rewrite_strings(data, people) if people.may_be_in(data) else data
-            if made != data:
-                (folder / "new").write_bytes(made)
-                with durable(Step.ERASED_COMMIT, number):
-                    place.rewrite(folder / "new", found)
+    rewrite_commits(lake, table, lambda data: rewrite_strings(data, people) if people.may_be_in(data) else data, number)
 
 
 def count_rows(lake: Lake, table: Table, people: People, fingerprints: Fingerprints) -> int:

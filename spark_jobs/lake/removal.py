@@ -1,14 +1,15 @@
-"""Deletes data files that no reader needs, and removes damaged ones from their tables, through delta-rs."""
+"""Deletes data files that no reader needs, removes damaged ones from their tables, and takes texts out of commits."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from urllib.parse import unquote
 
 from spark_jobs.lake.commit import committing
 from spark_jobs.lake.lake import Lake
 from spark_jobs.lake.places import open_place
 from spark_jobs.lake.reading import open_table, table_files
+from spark_jobs.lake.scratch import scratch_folder
 from spark_jobs.lake.tables import Table
 from spark_jobs.steps import Step, durable
 
@@ -65,3 +66,19 @@ def delete_older_files(lake: Lake, table: Table, names: Sequence[str], number: i
     if names:
         with durable(Step.ERASED_VERSIONS, number):
             open_place(lake.uri(table)).delete(names)
+
+
+def rewrite_commits(lake: Lake, table: Table, rewrite: Callable[[bytes], bytes], number: int) -> None:
+    """Replace the commits of a table's log that ``rewrite`` changes.
+
+    It may change texts for people, and nothing that a reader reads. ``number`` names the step for the crash tests.
+    """
+    place = open_place(lake.uri(table))
+    with scratch_folder(lake.settings, "commits-") as folder:
+        for found in place.list("_delta_log"):
+            data = place.read(found.name) if found.name.endswith(".json") else b""
+            made = rewrite(data)
+            if made != data:
+                (folder / "new").write_bytes(made)
+                with durable(Step.ERASED_COMMIT, number):
+                    place.rewrite(folder / "new", found)
