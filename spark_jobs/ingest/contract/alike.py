@@ -184,7 +184,8 @@ def _form_of(line: str, contract: Contract) -> _Form | None:
     values: list[_Value] = []
     text, at = cells[0], 1
     for key, content in record:
-        if type(content) is not kinds.pop(key, None) and content is not None:
+        kind = kinds.pop(key, None)
+        if kind is None or (content is not None and type(content) is not kind):
             return None
         text += f'"{key}"'
         if content is None:

@@ -260,6 +260,16 @@ def test_every_value_in_every_field_among_others(stream: str, value: str, monkey
     assert_agreement(stream, chunk_of(among_others(raws, line(stream))))
 
 
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("again", ["null", '"other"', "5"])
+def test_a_field_that_all_lines_repeat(stream: str, again: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a field that a line has twice the second value counts, also if it is null."""
+    monkeypatch.setattr(alike, "FEWEST_LINES", 1)
+    for name in base(stream):
+        repeated = line(stream)[:-1] + f',"{name}":{again}}}'.encode()
+        assert_agreement(stream, chunk_of([repeated] * 90))
+
+
 OTHERS = [
     line("events", ',"region":"eu"', ""),  # fewer quotes
     line("events", '"placement":"top"', '"placemend":"top"'),  # as many quotes, as many bytes
