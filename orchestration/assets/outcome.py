@@ -1,7 +1,7 @@
 """Translates errors into failures of a step, and what a check found in each hour into Dagster's events."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -14,14 +14,14 @@ from spark_jobs.errors import AdtallyError
 
 
 @contextmanager
-def translate_errors(context: dg.AssetExecutionContext | None = None) -> Iterator[None]:
+def translate_errors(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> Iterator[None]:
     """Turn an AdtallyError into a failure of the step, which Dagster retries only if that can help.
 
-    With ``context`` the audit log names the run and its asset as who acts.
+    The audit log names the run and its asset or check as who acts.
     """
-    actor = None if context is None else Actor.of_process(f"dagster {context.op_execution_context.op.name}", context.run_id)
+    step = context.op_execution_context
     try:
-        with nullcontext() if actor is None else acting_as(actor):
+        with acting_as(Actor.of_process(f"dagster {step.op.name}", step.run_id)):
             yield
     except AdtallyError as error:
         raise dg.Failure(description=str(error), allow_retries=error.retryable) from error

@@ -73,7 +73,7 @@ def _expectations(key: str, table: str, hours: dg.HourlyPartitionsDefinition) ->
     def expectations(context: dg.AssetCheckExecutionContext) -> Iterator[Any]:
         """Validate each hour of this run."""
         settings = load_settings()
-        with _translate_expectation_errors(), shared_folder(settings, _PROFILES):
+        with _translate_expectation_errors(context), shared_folder(settings, _PROFILES):
             wanted = closed_hours(context, settings)
             lake = Lake(settings)
             pins = {pinned.name: (lake.uri(pinned), lake.version(pinned)) for pinned in _PINNED}
@@ -118,7 +118,7 @@ def marts_expectations() -> dg.AssetChecksDefinition:
 
         settings = load_settings()
         names = sorted(key.asset_key.path[-1] for key in context.selected_asset_check_keys)
-        with _translate_expectation_errors():
+        with _translate_expectation_errors(context):
             run_name = _run_name(context)
             path = current_marts(settings).path
             if path is None:
@@ -137,10 +137,10 @@ def marts_expectations() -> dg.AssetChecksDefinition:
 
 
 @contextmanager
-def _translate_expectation_errors() -> Iterator[None]:
+def _translate_expectation_errors(context: dg.AssetCheckExecutionContext) -> Iterator[None]:
     from expectations import ExpectationsError
 
-    with translate_errors():
+    with translate_errors(context):
         try:
             yield
         except ExpectationsError as error:

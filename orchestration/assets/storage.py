@@ -129,7 +129,7 @@ def erased_people(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeR
     """Erase everybody in the queue. Nobody's id is in the configuration of a run, because Dagster keeps that."""
     from orchestration.erasure import carry_out_erasures
 
-    with translate_errors():
+    with translate_errors(context):
         receipts = carry_out_erasures(load_settings(), progress=context.log.info)
     if not receipts:
         context.log.info("the queue is empty")

@@ -153,6 +153,7 @@ def _rejects(recount: Recount, run: Run) -> TableChange:
     groups: dict[tuple[int, int, int], list[Row]] = {}
     for row in lost:
         groups.setdefault((row["o"], row["judged_earliest_us"], row["judged_skew_us"]), []).append(row)
+    suppression = read_suppression(recount.settings) if groups else None
     made: list[Row] = []
     for (o, earliest_us, skew_us), rows in groups.items():
         if o < 0:
@@ -164,7 +165,7 @@ def _rejects(recount: Recount, run: Run) -> TableChange:
         if isinstance(entry.raw, RawChunk):
             raws = dict(_raw_values(entry.raw, contract, rows, limits, recount.settings.scratch_path))
         else:
-            raws = dict(_raw_lines(entry.raw.path, contract, rows, limits, read_suppression(recount.settings)))
+            raws = dict(_raw_lines(entry.raw.path, contract, rows, limits, suppression))
         for row in rows:
             if row["line"] not in raws:
                 raise AdtallyError(

@@ -218,8 +218,14 @@ def _read(place: Place) -> Correction:
     for name, metadata, *by_key in manifest["changes"]:
         remove, add = (rows(f"{name}.{part}.parquet") for part in ("remove", "add"))
         changes.append(TableChange(TABLES[name], remove, add, metadata, *by_key))
-    versions = manifest["events_version"], manifest.get("orders_version")
-    return Correction(manifest["token"], manifest["run_id"], versions[0], changes, versions[1], manifest.get("act", {}))
+    return Correction(
+        manifest["token"],
+        manifest["run_id"],
+        manifest["events_version"],
+        changes,
+        orders_version=manifest.get("orders_version"),
+        act=manifest.get("act", {}),
+    )
 
 
 def is_outdated(settings: Settings, correction: Correction) -> bool:

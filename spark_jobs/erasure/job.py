@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import pyarrow as pa
+
 from spark_jobs.attribution.rules import load_attribution_rules
 from spark_jobs.config import Settings
 from spark_jobs.erasure.inputs import RULES, InputFile, plan_inputs, replace_input
@@ -373,7 +375,7 @@ def _carry_out(settings: Settings, run: Run, say: Say) -> None:
     fingerprints = {stream: {(one, old): new for one, old, new in found} for stream, found in run.fingerprints.items()}
     for number, table in enumerate(PERSONAL):
         say(f"rewriting table {table.name}")
-        changed, _ = rewrite_table(lake, table, run.people, fingerprints, run.erasure_id, number)
+        changed = rewrite_table(lake, table, run.people, fingerprints, run.erasure_id, number)
         if changed:
             run.rows[table.name] = changed
         rewrite_log(lake, table, run.people, number)
@@ -402,8 +404,6 @@ def _note_files(lake: Lake, run: Run) -> None:
 
 
 def _append(lake: Lake, rows: list[dict[str, Any]], transaction: Transaction) -> None:
-    import pyarrow as pa
-
     lake.append(ERASURES, pa.Table.from_pylist(rows, ERASURES.schema), Step.ERASURES, transaction=transaction)
 
 
@@ -431,7 +431,7 @@ def _drop_derived(settings: Settings, people: People) -> None:
             if name.startswith(_OWN_TEXTS):
                 with suppress(FileNotFoundError):
                     data = place.read(name)
-                    made = rewrite_strings(data, people) if people.may_be_in(data) else data
+                    made = rewrite_strings(data, people)
                     if made != data and _is_text(data):
                         place.write(name, made)
                     elif search_file(settings, place, name, people):

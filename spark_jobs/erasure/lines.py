@@ -160,6 +160,8 @@ def _rewrite_record(raw: bytes, people: People) -> bytes:
 
 def rewrite_strings(data: bytes, people: People) -> bytes:
     """Replace ids in the quoted strings of any text, and as words."""
+    if not people.may_be_in(data):
+        return data
 
     def rewrite(found: re.Match[bytes]) -> bytes:
         literal = found[0]

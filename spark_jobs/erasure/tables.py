@@ -19,8 +19,10 @@ from spark_jobs.ingest.contract.spec import CONTRACTS, BatchLimits, FieldKind
 from spark_jobs.ingest.dedupe.keys import hash_keys, hex_fingerprint
 from spark_jobs.lake.chain import head_metadata, relink
 from spark_jobs.lake.commit import Transaction
+from spark_jobs.lake.data_files import DataFileWriter
 from spark_jobs.lake.lake import Lake, Snapshot
 from spark_jobs.lake.log import TOKENS_KEY
+from spark_jobs.lake.reading import TableFile
 from spark_jobs.lake.removal import rewrite_commits
 from spark_jobs.lake.tables import CHAIN_COLUMNS, ERASURES, EVENTS, ORDERS, RAW_TABLES, REJECTED_TABLES, STREAMS, TABLES, Table
 from spark_jobs.steps import Step
@@ -107,30 +109,21 @@ def _records_of_rows(rows: pa.Table, stream: str) -> pa.Table:
     return pa.table(columns)
 
 
-def rewrite_table(
-    lake: Lake, table: Table, people: People, fingerprints: Fingerprints, token: str, number: int
-) -> tuple[int, list[str]]:
-    """Rewrite the data files that have rows of the people, in one commit. Returns how many rows changed, and the replaced files.
+def rewrite_table(lake: Lake, table: Table, people: People, fingerprints: Fingerprints, token: str, number: int) -> int:
+    """Rewrite the data files that have rows of the people, in one commit; returns how many rows changed.
 
-    The commit is made once per ``token``; ``number`` names its step for the crash tests.
+    The commit is made once per ``token``; ``number`` names its step for the crash tests. Raises TableCorruptionError if the table
+    is hash-chained and the chain is broken.
     """
     transaction = Transaction(token, 0)
     if not lake.exists(table) or lake.has(table, transaction):
-        return 0, []
+        return 0
     snapshot = lake.pin(table)
-    if CHAIN_COLUMNS[-1] in table.schema.names and snapshot.rows(table, "row_hash").num_rows:
-        return _rewrite_chain(lake, snapshot, table, people, transaction, number)
-    removed = []
-    rows_changed = 0
     with lake.writer(table) as writer:
-        for file in snapshot.files(table):
-            counts = [_rewrite(rows, table, people, fingerprints)[1] for rows in lake.read_file_rows(table, file)]
-            if not any(counts):
-                continue
-            removed.append(file)
-            rows_changed += sum(counts)
-            for rows in lake.read_file_rows(table, file):
-                writer.write(_rewrite(rows, table, people, fingerprints)[0])
+        if CHAIN_COLUMNS[-1] in table.schema.names:
+            removed, changed, head = _rewrite_chain(snapshot, table, people, writer)
+        else:
+            (removed, changed), head = _rewrite_files(snapshot, table, people, fingerprints, writer), {}
     if removed:
         lake.commit(
             table,
@@ -139,44 +132,51 @@ def rewrite_table(
             add=writer.files,
             remove=removed,
             transaction=transaction,
-            metadata={TOKENS_KEY: sorted(people.tokens.values())},
+            metadata={TOKENS_KEY: sorted(people.tokens.values()), **head},
             batch_id=number,
         )
-    return rows_changed, [file.path for file in removed]
+    return changed
+
+
+def _rewrite_files(
+    snapshot: Snapshot, table: Table, people: People, fingerprints: Fingerprints, writer: DataFileWriter
+) -> tuple[list[TableFile], int]:
+    """Write the new rows of the files that have rows of the people; return these files, and how many rows changed."""
+    removed = []
+    rows_changed = 0
+    for file in snapshot.files(table):
+        changed = sum(_rewrite(rows, table, people, fingerprints)[1] for rows in snapshot.lake.read_file_rows(table, file))
+        if changed:
+            removed.append(file)
+            rows_changed += changed
+            for rows in snapshot.lake.read_file_rows(table, file):
+                writer.write(_rewrite(rows, table, people, fingerprints)[0])
+    return removed, rows_changed
 
 
 def _rewrite_chain(
-    lake: Lake, snapshot: Snapshot, table: Table, people: People, transaction: Transaction, number: int
-) -> tuple[int, list[str]]:
-    """Rewrite a hash-chained table: what an operator wrote may name somebody.
+    snapshot: Snapshot, table: Table, people: People, writer: DataFileWriter
+) -> tuple[list[TableFile], int, dict[str, object]]:
+    """Do as `_rewrite_files` for a hash-chained table, and return what the commit notes of the new head.
 
-    The rows from the first changed one on get new hashes. Raises TableCorruptionError if the chain was broken before: new hashes
-    would hide that.
+    What an operator wrote may name somebody. The rows from the first changed one on get new hashes, unless the rows are those of an
+    older adtally that no run has chained yet.
     """
     before = snapshot.rows(table).sort_by("chain_position").combine_chunks()
     rows, changed = _rewrite(before, table, people, {})
     if not changed:
-        return 0, []
-    linked, head = relink(table, before, rows)
-    removed = snapshot.files(table)
-    with lake.writer(table) as writer:
-        writer.write(linked)
-    lake.commit(
-        table,
-        Step.ERASED_ROWS,
-        base=snapshot.version(table),
-        add=writer.files,
-        remove=removed,
-        transaction=transaction,
-        metadata={TOKENS_KEY: sorted(people.tokens.values()), **head_metadata(head)},
-        batch_id=number,
-    )
-    return changed, [file.path for file in removed]
+        return [], 0, {}
+    noted: dict[str, object] = {}
+    if before["row_hash"].null_count < before.num_rows:
+        rows, head = relink(table, before, rows)
+        noted = head_metadata(head)
+    writer.write(rows)
+    return snapshot.files(table), changed, noted
 
 
 def rewrite_log(lake: Lake, table: Table, people: People, number: int) -> None:
     """Replace ids in the commits of a table's log: the entry of an act has what the operator wrote. No reader reads these texts."""
-    rewrite_commits(lake, table, lambda data: rewrite_strings(data, people) if people.may_be_in(data) else data, number)
+    rewrite_commits(lake, table, lambda data: rewrite_strings(data, people), number)
 
 
 def count_rows(lake: Lake, table: Table, people: People, fingerprints: Fingerprints) -> int:

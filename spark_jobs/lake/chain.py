@@ -69,9 +69,9 @@ def link(table: Table, head: Head, rows: Sequence[Row]) -> tuple[pa.Table, Head]
     return pa.Table.from_pylist(linked, table.schema), head
 
 
-def head_metadata(head: Head) -> dict[str, object]:
-    """Return what a commit that sets the head of a chain notes in its metadata."""
-    return {_METADATA: {"position": head.position, "hash": head.hash}}
+def head_metadata(head: Head, **facts: int) -> dict[str, object]:
+    """Return what a commit that sets the head of a chain notes in its metadata, with further ``facts`` of it."""
+    return {_METADATA: {"position": head.position, "hash": head.hash, **facts}}
 
 
 def relink(table: Table, before: pa.Table, after: pa.Table) -> tuple[pa.Table, Head]:
@@ -109,7 +109,7 @@ def append_linked(
         if not added.num_rows:
             return False
         made = False
-        noted = {**(metadata or {}), _METADATA: {"position": new.position, "hash": new.hash}}
+        noted = {**(metadata or {}), **head_metadata(new)}
         with lake.writer(table) as writer:
             writer.write(added)
         try:
@@ -155,7 +155,7 @@ def anchor(lake: Lake, table: Table) -> Head:
             base=snapshot.version(table),
             add=writer.files,
             remove=snapshot.files(table),
-            metadata={_METADATA: {"position": head.position, "hash": head.hash, "anchored": head.position}},
+            metadata=head_metadata(head, anchored=head.position),
             changes_rows=False,
         )
         return head

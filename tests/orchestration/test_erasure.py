@@ -21,6 +21,7 @@ from orchestration.schedules import erasure_schedule
 from spark_jobs.attribution.job import attribute
 from spark_jobs.config import Settings, load_settings
 from spark_jobs.erasure.job import DUE_SOON, queue_erasure
+from spark_jobs.lake.acts import read_audit_log
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.operate.health import read_signal
 
@@ -126,5 +127,7 @@ def test_the_asset_carries_out_the_queue(home: Settings) -> None:
         (made,) = result.asset_materializations_for_node("erased_people")
         assert made.metadata["people"].value == 1
         assert ANNA not in "".join(str(event) for event in result.all_events)
+    acts = [(entry.command, entry.run_id) for entry in read_audit_log(home) if entry.act == "erase"]
+    assert acts == [("dagster erased_people", result.run_id)]
     assert ANNA not in _users(home)
     assert read_signal(home, "erasure_due", now=datetime.now(UTC) + timedelta(hours=2)).ok

@@ -165,6 +165,16 @@ def test_what_an_operator_wrote_is_linked_anew_and_the_audit_log_has_the_act(hom
     assert ANNA not in repr(found)
 
 
+def test_closings_of_an_older_adtally_are_rewritten_without_a_chain(home: Settings) -> None:
+    close_by_hand(home, NOW - timedelta(days=4), reason=f"{ANNA} complained", closed_by="me", now=NOW)
+    rows = correct.select(
+        home, "select * replace (null as chain_position, null as previous_hash, null as row_hash) from hour_closings"
+    )
+    Lake(home).replace(HOUR_CLOSINGS, rows.cast(HOUR_CLOSINGS.schema), Step.HOUR_CLOSINGS)
+    erased(home, ANNA)
+    assert correct.rows(home, "select reason, row_hash from hour_closings") == [(f"{_token(home)} complained", None)]
+
+
 def test_a_broken_chain_is_not_given_new_hashes(home: Settings) -> None:
     close_by_hand(home, NOW - timedelta(days=4), reason=f"{ANNA} complained", closed_by="me", now=NOW)
     rows = correct.select(home, "select * from hour_closings")
