@@ -39,6 +39,8 @@ def fences(uri: str, held: DeltaTable) -> dict[str, int]:
     for lease in _leases_of(uri):
         lease.check()
         name, token = FENCE + lease.name, lease.token
+        if token is None:  # another thread, which needed it for its own work, has just released it
+            continue
         newest = newest_transaction(uri, held, name)
         if newest is not None and newest > token:
             raise lease.lose(lease.describe() or "another process")

@@ -175,12 +175,15 @@ class Lease:
         return f"{self.name} of {self.lakehouse}"
 
     @property
-    def token(self) -> int:
-        """The fencing token of the held lease. Raises LeaseLostError if it is not held any more."""
-        record = self._mine
-        if record is None:
-            raise self._lost or LeaseLostError(f"the lease {self} is not held")
-        return record.token
+    def token(self) -> int | None:
+        """The fencing token; None if a thread of this process has released the lease.
+
+        Raises LeaseLostError if another process has taken it over.
+        """
+        record, lost = self._mine, self._lost  # in this order: `lose` sets them the other way around
+        if record is None and lost is not None:
+            raise lost
+        return None if record is None else record.token
 
     @property
     def is_held(self) -> bool:
@@ -234,12 +237,12 @@ class Lease:
 
     def lose(self, by: str) -> LeaseLostError:
         """Record that another process has the lease; return the error that says so."""
-        self._mine = None
         self._lost = LeaseLostError(
             f"the lease {self} was taken over by {by}, because this process had not renewed it for {self._seconds:g} s; "
             f"noticed at {datetime.now(UTC):%H:%M:%S} UTC, and nothing was committed since",
             hint="the new holder does what was not committed; docs/object-store.md",
         )
+        self._mine = None
         return self._lost
 
     def mark_dirty(self) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,8 @@ from spark_jobs.config import Settings, load_settings
 from spark_jobs.errors import StoreError
 from spark_jobs.lake.commit import Transaction
 from spark_jobs.lake.lake import Lake
-from spark_jobs.lake.locks import WRITE_EVENTS, exclusive
+from spark_jobs.lake.leases import Lease, held_leases
+from spark_jobs.lake.locks import WRITE_EVENTS, WRITE_ORDERS, exclusive
 from spark_jobs.lake.tables import HOUR_CLOSINGS
 from spark_jobs.lake.writes import ensure_tables
 from spark_jobs.steps import Step
@@ -115,6 +117,33 @@ def test_without_the_fence_the_zombie_would_add_a_row(machines: list[Settings]) 
     lake.append(HOUR_CLOSINGS, closing("without a lease"), Step.HOUR_CLOSINGS)
     old.create_write_transaction([], mode="append", schema=old.schema())
     assert rows(machines[0]) == ["first", "without a lease"]
+
+
+def test_a_lease_that_another_thread_releases_meanwhile_stops_no_commit(
+    machines: list[Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The streams of an ingest hold a lease each: one may end its batch in the moment in which the other one commits."""
+    taken, released = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with exclusive(machines[0], WRITE_ORDERS):
+            taken.set()
+            released.wait(60)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(hold)
+        assert taken.wait(60)
+
+        def listed(lakehouse: str) -> list[Lease]:
+            found = held_leases(lakehouse)
+            released.set()
+            other.result(60)
+            return found
+
+        with exclusive(machines[0], WRITE_EVENTS):
+            monkeypatch.setattr("spark_jobs.lake.fencing.held_leases", listed)
+            assert Lake(machines[0]).append(HOUR_CLOSINGS, closing("events"), Step.HOUR_CLOSINGS)
+    assert rows(machines[0]) == ["events"]
 
 
 def test_a_process_under_one_lease_commits_in_many_threads(machines: list[Settings]) -> None:

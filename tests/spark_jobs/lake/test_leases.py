@@ -255,7 +255,7 @@ def test_a_commit_of_unknown_outcome_makes_the_next_holder_fence(lakehouse: str)
     lease.acquire(timeout=0)
     lease.mark_dirty()
     lease.release()
-    fenced: list[int] = []
+    fenced: list[int | None] = []
     machine(lakehouse, lambda taken: fenced.append(taken.token)).acquire(timeout=0)
     assert fenced == [2]
 
@@ -263,6 +263,7 @@ def test_a_commit_of_unknown_outcome_makes_the_next_holder_fence(lakehouse: str)
 def test_a_holder_that_was_replaced_learns_it(lakehouse: str) -> None:
     lease = machine(lakehouse)
     lease.acquire(timeout=0)
+    assert lease.token is not None
     other = replace(FAR, token=lease.token + 1)
     found = shared(lakehouse).read()
     assert found is not None and shared(lakehouse).write(other.encode(), found[1])
