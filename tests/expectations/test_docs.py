@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from contextlib import closing
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -34,7 +35,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Lake:
 def result() -> Any:
     with duckdb.connect() as connection:
         connection.execute("create temp table events as select 'e-' || n as event_id from range(3) as numbers(n)")
-        return DuckDBValidator(connection).validate("events", [unique("event_id")], ["event_id"], {})
+        with closing(DuckDBValidator(connection)) as validator:
+            return validator.validate("events", [unique("event_id")], ["event_id"], {})
 
 
 class Links(HTMLParser):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import duckdb
 import pytest
@@ -22,22 +23,29 @@ def connection() -> Iterator[duckdb.DuckDBPyConnection]:
         yield made
 
 
+@pytest.fixture
+def validator(connection: duckdb.DuckDBPyConnection) -> Iterator[DuckDBValidator]:
+    """Kept by the test: Great Expectations closes the connection once a validator that nobody holds is collected."""
+    with closing(DuckDBValidator(connection)) as made:
+        yield made
+
+
 BELOW_5 = gxe.ExpectColumnValuesToBeBetween(column="n", max_value=4, **check("n.below_5", "n is below 5"))
 
 
 def test_great_expectations_still_fetches_from_a_closed_connection(
-    connection: duckdb.DuckDBPyConnection, monkeypatch: pytest.MonkeyPatch
+    validator: DuckDBValidator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If this fails, Great Expectations can do without DuckDBExecutionEngine.get_connection: remove it."""
-    assert DuckDBValidator(connection).validate("numbers", [BELOW_5], ["n"], {}).results[0].success is False
+    assert validator.validate("numbers", [BELOW_5], ["n"], {}).results[0].success is False
     monkeypatch.setattr(DuckDBExecutionEngine, "get_connection", SqlAlchemyExecutionEngine.get_connection)
     with pytest.raises(Exception, match=r"list index out of range|already closed"):
-        DuckDBValidator(connection).validate("numbers", [BELOW_5], ["n"], {})
+        validator.validate("numbers", [BELOW_5], ["n"], {})
 
 
-def test_the_rows_of_a_failed_expectation_can_be_queried(connection: duckdb.DuckDBPyConnection) -> None:
+def test_the_rows_of_a_failed_expectation_can_be_queried(connection: duckdb.DuckDBPyConnection, validator: DuckDBValidator) -> None:
     odd = ExpectNoRows(unexpected_rows_query="select n from {batch} where n % 2 = 1", **check("n.even", "n is even"))
-    result = DuckDBValidator(connection).validate("numbers", [BELOW_5, odd], ["n", "twice"], {})
+    result = validator.validate("numbers", [BELOW_5, odd], ["n", "twice"], {})
     below, even = result.results
     assert (below.result["unexpected_count"], even.result["observed_value"]) == (5, 5)
     assert below.result["partial_unexpected_list"] == []
@@ -46,13 +54,13 @@ def test_the_rows_of_a_failed_expectation_can_be_queried(connection: duckdb.Duck
     assert connection.execute(f"select n from ({of_even}) order by n limit 1").fetchall() == [(1,)]
 
 
-def test_an_expectation_that_cannot_be_evaluated_is_an_error(connection: duckdb.DuckDBPyConnection) -> None:
+def test_an_expectation_that_cannot_be_evaluated_is_an_error(validator: DuckDBValidator) -> None:
     for wrong in (
         ExpectNoRows(unexpected_rows_query="select nothing from {batch}", **check("nothing.rule", "nothing")),
         gxe.ExpectColumnValuesToNotBeNull(column="nothing", **check("nothing.not_null", "nothing")),
     ):
         with pytest.raises(UnreadableTableError, match=r"numbers cannot be checked: .*nothing"):
-            DuckDBValidator(connection).validate("numbers", [wrong], ["n"], {})
+            validator.validate("numbers", [wrong], ["n"], {})
 
 
 def test_a_person_can_use_the_data_source_in_a_context_of_their_own(tmp_path) -> None:
