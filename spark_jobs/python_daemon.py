@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import sys
 from pathlib import Path
 
@@ -42,6 +43,9 @@ if __name__ == "__main__":
     hide_pandas()
     keep_freed_memory()
     sys.path[:] = without_packed_pyspark(sys.path)
+    # Workers need both and are forked from here. What else they import starts threads, which a fork would lose.
+    for name in ("numpy", "spark_jobs.config"):
+        importlib.import_module(name)
     from pyspark.daemon import manager
 
     manager()

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import psutil
+import pyspark
 from py4j.protocol import Py4JError  # type: ignore[import-untyped]
 from pyspark import SparkConf, SparkContext
 from pyspark.java_gateway import launch_gateway
@@ -28,6 +29,7 @@ from spark_jobs.jars import ensure_jars
 from spark_jobs.java import require_java, require_utf8_names, utf8_for_java
 
 _DELTA = "io.delta.sql.DeltaSparkSessionExtension"
+_CHECKPOINTING = "org.apache.spark.sql.execution.streaming.checkpointing"
 FOREIGN_VARIABLES = ("SPARK_HOME", "SPARK_CONF_DIR", "PYSPARK_PYTHON", "PYSPARK_SUBMIT_ARGS")
 """Variables that name another Spark, its settings or its Python. On one machine the session ignores them."""
 JAVA_LOG = "java.log"
@@ -83,6 +85,9 @@ def build_session(settings: Settings, app_name: str = "adtally") -> SparkSession
         "spark.sql.streaming.metricsEnabled": "false",
         "spark.sql.streaming.minBatchesToRetain": "100",
         "spark.sql.streaming.stopTimeout": "3s",
+        # Spark's default renames a file through Hadoop's FileContext, which starts `readlink` eight times for each file of a checkpoint:
+        # a sixth of a second a batch. This one renames, too.
+        "spark.sql.streaming.checkpointFileManagerClass": f"{_CHECKPOINTING}.FileSystemBasedCheckpointFileManager",
         # else a first batch that was killed while Spark planned it, or torn by a power cut, could never be planned again
         "spark.sql.streaming.verifyCheckpointDirectoryEmptyOnStart": "false",
         # the driver lists a batch's files itself: Spark's way, a task for each file, takes ten times as long
@@ -186,11 +191,20 @@ def is_one_machine(master: str) -> bool:
 
 def _local_options(scratch: Path) -> dict[str, str]:
     os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+    os.environ.setdefault("SPARK_LAUNCHER_OPTS", _launcher_options())
     return {
         "spark.driver.host": "127.0.0.1",
         "spark.driver.bindAddress": "127.0.0.1",
         "spark.local.dir": str(_local_folder(scratch)),
     }
+
+
+def _launcher_options() -> str:
+    """Return options for the Java that works out Java's command line. It would open each of Spark's jars to find its own."""
+    options = ["-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
+    jars = Path(pyspark.__file__).parent / "jars"
+    own = [jar for jar in map(str, jars.glob("spark-launcher_*.jar")) if not re.search(r"\s", jar)]  # the shell splits at blanks
+    return " ".join([*options, *(f"-Xbootclasspath/a:{jar}" for jar in own)])
 
 
 def _classes(settings: Settings, java_options: str, *, one_machine: bool) -> dict[str, str]:

@@ -205,7 +205,7 @@ def _largest(groups: _Groups, rest: Ints, left: Ints) -> Bools:
     """
     marked = np.zeros(len(rest), bool)
     sizes = np.where(left > 0, groups.size, 0)
-    for size in np.unique(sizes[sizes > 0]).tolist():
+    for size in (np.flatnonzero(np.bincount(sizes)[1:]) + 1).tolist():
         chosen = np.flatnonzero(sizes == size)
         at = groups.first[chosen][:, None] + np.arange(size)
         rests, wanted = rest[at], left[chosen]

@@ -59,6 +59,9 @@ _APP_ID = "adtally-attribution"  # its transaction has the version that a run de
 _FOREVER = 2**62
 _TIME = pa.timestamp("us", "UTC")
 
+# what each touch's row repeats of its order
+_REPEATED = ("order_id", "user_id", "store_id", "currency", "total_micros", "is_cancelled", "time_us")
+
 # Why a run credits an order again. Of several causes the order gets the largest number.
 _CAUSES = ("recount", "order_changed", "late_touch", "touch_invalid", "order_removed")
 _RECOUNT, _ORDER, _TOUCH, _INVALID, _REMOVED = range(5)
@@ -310,7 +313,7 @@ class _AttributionRun:
     def _count(self, orders: pa.Table, number: Ints, rows: pa.Table) -> None:
         cancelled = int(np.count_nonzero(_bools(orders["is_cancelled"])))
         touched = number[_bools(rows["touch_time"].is_valid())]
-        credited = len(np.unique(touched))
+        credited = int(np.count_nonzero(np.bincount(touched)))
         self._counts["orders"] += orders.num_rows
         self._counts["credited"] += credited
         self._counts["cancelled"] += cancelled
@@ -397,10 +400,10 @@ def credited_rows(orders: pa.Table, order: Ints, found: pa.Table, rules: Attribu
     touched = np.bincount(order, minlength=orders.num_rows)
     bare = np.flatnonzero(touched == 0)
     number = np.concatenate([order, bare])
-    of = orders.take(pa.array(number))
+    of = orders.select(_REPEATED).take(pa.array(number))
     windows = np.broadcast_to(np.array(rules.window_days, dtype=np.int64), (len(number), len(rules.window_days)))
     columns: dict[str, pa.Array | pa.ChunkedArray] = {
-        **{name: of[name] for name in ("order_id", "user_id", "store_id", "currency", "total_micros")},
+        **{name: of[name] for name in _REPEATED if name in ATTRIBUTED_ORDERS.schema.names},
         "status": pc.if_else(of["is_cancelled"], "cancelled", "placed"),
         "order_time": of["time_us"].cast(_TIME),
         "touches": pa.array(touched[number]),

@@ -32,7 +32,7 @@ INCREMENT_SCHEMA = pa.schema(
     ]
 )
 
-_HEX_PLACES = [at for at in range(36) if at not in (8, 13, 18, 23)]  # of a UUID
+_UUID_GROUPS = (8, 4, 4, 4, 12)  # hex digits
 
 
 def enrich(valid: pa.Table, contract: Contract, limits: BatchLimits, campaigns: pa.Table, rules: InvalidTrafficRules) -> pa.Table:
@@ -139,8 +139,13 @@ def increment_columns(sums: pa.Table, query_id: str, batch_id: int) -> pa.Table:
 def _dashed(digests: pa.ChunkedArray) -> pa.Array:
     """Write digests of 32 hex digits as UUIDs."""
     rows = len(digests)
+    digits = np.frombuffer(digests.combine_chunks().cast(pa.binary()).cast(pa.binary(32)).buffers()[1], dtype=np.uint8)
+    digits = digits.reshape(rows, 32)
     made = np.full((rows, 36), ord("-"), dtype=np.uint8)
-    made[:, _HEX_PLACES] = np.frombuffer("".join(digests.to_pylist()).encode(), dtype=np.uint8).reshape(rows, 32)
+    start = 0
+    for number, size in enumerate(_UUID_GROUPS):
+        made[:, start + number : start + number + size] = digits[:, start : start + size]
+        start += size
     offsets = np.arange(rows + 1, dtype=np.int32) * 36
     return pa.Array.from_buffers(pa.string(), rows, [None, pa.py_buffer(offsets), pa.py_buffer(made)])
 

@@ -66,6 +66,9 @@ class CheckedFile:
     def check(self, starts: Ints, ends: Ints) -> None:
         """Check the blocks of each byte range [start, end), except those that were checked before. Raises DamagedError."""
         first, last = starts // BLOCK_BYTES, (ends - 1) // BLOCK_BYTES
+        differs = np.ones(len(first), dtype=bool)  # many neighbouring ranges lie in the same blocks
+        differs[1:] = (first[1:] != first[:-1]) | (last[1:] != last[:-1])
+        first, last = first[differs], last[differs]
         counts = last - first + 1
         blocks = np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
         self._check(np.unique(blocks[~self._is_checked[blocks]]))

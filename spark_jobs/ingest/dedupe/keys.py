@@ -42,10 +42,11 @@ class Keys:
     @cached_property
     def order(self) -> npt.NDArray[np.int64]:
         """Indices that sort by (low, high), equal keys in the order of the records."""
-        order = np.argsort(self.low, kind="stable")
-        low, high = self.low[order], self.high[order]
-        if np.any((low[1:] == low[:-1]) & (high[1:] != high[:-1])):
-            order = np.lexsort((self.high, self.low))
+        order = np.argsort(self.low)  # a fifth of the time of a stable sort; the few that are equal are sorted again
+        is_same = np.diff(self.low[order]) == 0
+        tied = np.flatnonzero(np.concatenate((is_same, [False])) | np.concatenate(([False], is_same)))
+        again = order[tied]
+        order[tied] = again[np.lexsort((again, self.high[again], self.low[again]))]
         return order
 
     @property
