@@ -113,12 +113,19 @@ def increments(events: pa.Table) -> pa.Table:
 
 
 def sum_increments(parts: list[pa.Table]) -> pa.Table:
-    """Sum several tables of increments per METRIC_KEYS."""
+    """Sum several tables of increments per METRIC_KEYS. Each has a key once."""
     if len(parts) < 2:
         return parts[0] if parts else INCREMENT_SCHEMA.empty_table()
+    rows = pa.concat_tables(parts)
+    # Files follow each other in time, so that most minutes of a region are in one part only, whose rows are sums already.
+    regions = pc.unique(rows["region"])
+    cells = rows["event_minute_us"].to_numpy() // MINUTE_US * len(regions) + pc.index_in(rows["region"], regions).to_numpy()
+    ends = np.cumsum([part.num_rows for part in parts])[:-1]
+    found, in_parts = np.unique(np.concatenate([np.unique(of_part) for of_part in np.split(cells, ends)]), return_counts=True)
+    is_shared = pa.array(np.isin(cells, found[in_parts > 1]))
     sums = ", ".join(f"sum({name}) as {name}" for name in METRIC_MEASURES)
-    sql = f"select {', '.join(METRIC_KEYS)}, {sums} from input group by all"
-    return query_arrow(sql, pa.concat_tables(parts)).cast(INCREMENT_SCHEMA)
+    shared = query_arrow(f"select {', '.join(METRIC_KEYS)}, {sums} from input group by all", rows.filter(is_shared))
+    return pa.concat_tables([rows.filter(pc.invert(is_shared)), shared.cast(INCREMENT_SCHEMA)])
 
 
 def increment_columns(sums: pa.Table, query_id: str, batch_id: int) -> pa.Table:

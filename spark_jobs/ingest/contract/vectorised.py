@@ -66,15 +66,17 @@ def accept_plain(
         return parsed_schema(contract).empty_table()
     numbers, texts = lines["n"].to_numpy(), lines["line"].combine_chunks()
     accepted = []
-    if (found := _parsed_alike(texts, contract)) is not None:
+    while (found := _parsed_alike(texts, contract)) is not None:  # the lines of one form, then those of the next
         is_read, parsed = found
         accepted.append(_checked(parsed, contract, folder_region, limits, pa.array(numbers[is_read]), own_region))
         numbers, texts = numbers[~is_read], texts.filter(pa.array(~is_read))
+        if len(numbers) > parsed.num_rows:  # the next pass would cost almost as much, for as little
+            break
     for start, parsed in _parsed(texts, contract):
         n = pa.array(numbers[start : start + parsed.num_rows])
         accepted.append(_checked(parsed, contract, folder_region, limits, n, own_region))
     made = pa.concat_tables(accepted) if accepted else parsed_schema(contract).empty_table()
-    return made.take(np.argsort(made["n"].to_numpy())) if found is not None and len(accepted) > 1 else made
+    return made.take(np.argsort(made["n"].to_numpy())) if len(accepted) > 1 else made
 
 
 def _parsed_alike(lines: pa.StringArray, contract: Contract) -> tuple[npt.NDArray[np.bool_], pa.Table] | None:
