@@ -85,8 +85,8 @@ def build_session(settings: Settings, app_name: str = "adtally") -> SparkSession
         "spark.sql.streaming.metricsEnabled": "false",
         "spark.sql.streaming.minBatchesToRetain": "100",
         "spark.sql.streaming.stopTimeout": "3s",
-        # Spark's default renames a file through Hadoop's FileContext, which starts `readlink` eight times for each file of a checkpoint:
-        # a sixth of a second a batch. This one renames, too.
+        # Spark's default renames through Hadoop's FileContext, which starts the program readlink eight times for each file of a
+        # checkpoint: a tenth of a second a batch. This one renames, too.
         "spark.sql.streaming.checkpointFileManagerClass": f"{_CHECKPOINTING}.FileSystemBasedCheckpointFileManager",
         # else a first batch that was killed while Spark planned it, or torn by a power cut, could never be planned again
         "spark.sql.streaming.verifyCheckpointDirectoryEmptyOnStart": "false",
