@@ -86,9 +86,10 @@ def read_alike(lines: pa.StringArray, contract: Contract) -> tuple[npt.NDArray[n
             field = pc.utf8_slice_codeunits(field, value.trim[0], -value.trim[1])
         lengths.append(_lengths(field))
         fields[value.name] = field if value.trim is None else _whole_numbers(field, good)
-    good &= _has_form(text, starts, sizes, form, lengths)
-    if len(good) and not good[-1]:  # it may end with the last bytes
-        good[-1] = _form_of(lines[int(np.flatnonzero(is_read)[-1])].as_py(), contract) == form
+    has_form = _has_form(text, starts, sizes, form, lengths)
+    if len(has_form) and not has_form[-1]:  # it may end with the last bytes
+        has_form[-1] = _form_of(lines[int(np.flatnonzero(is_read)[-1])].as_py(), contract) == form
+    good &= has_form
     found = pa.table(
         {
             one.name: fields.get(one.name, pa.nulls(len(starts), pa.int64() if one.kind is FieldKind.INTEGER else pa.string()))

@@ -302,6 +302,27 @@ def test_a_sample_that_misleads_costs_little() -> None:
     assert_agreement("events", chunk_of(raws))
 
 
+def test_lines_of_a_second_form_are_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alike, "FEWEST_LINES", 32)
+    raws = [line("events", event_id=f"e{at}", **({"impression_id": None} if at % 10 == 8 else {})) for at in range(400)]
+    taken = []
+
+    def watched(lines: pa.StringArray, contract: Contract) -> Any:
+        found = read_alike(lines, contract)
+        taken.append(0 if found is None else int(found[0].sum()))
+        return found
+
+    monkeypatch.setattr(vectorised, "read_alike", watched)
+    assert_agreement("events", chunk_of(raws))
+    assert taken[:2] == [360, 40]
+
+
+@pytest.mark.parametrize("number", ["-0", "1" + "0" * 30])
+def test_a_form_whose_lines_are_all_refused_is_tried_once(number: str) -> None:
+    """Their sample looks alike, but no line has a number that the fastest reader takes."""
+    assert_agreement("events", chunk_of([line("events", ":1500,", f":{number},")] * 300))
+
+
 @pytest.mark.parametrize(
     "usual",
     [
