@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pyspark
 import pytest
 
-from spark_jobs.session import _cluster_options, _java_option, _local_folder, is_one_machine
+from spark_jobs.session import _cluster_options, _java_option, _launcher_options, _local_folder, is_one_machine
 
 
 @pytest.mark.parametrize(
@@ -39,3 +43,29 @@ def test_sparks_own_folder_has_no_comma_in_its_path() -> None:
     elsewhere = [_local_folder(Path("/a,b/scratch")) for _ in range(2)]
     assert len(set(elsewhere)) == 2 and not any("," in str(folder) for folder in elsewhere)  # nobody can guess the next
     assert all(folder.stat().st_mode & 0o777 == 0o700 for folder in elsewhere)
+
+
+@pytest.mark.parametrize(("folder", "added"), [("spark", True), ("my spark", False)])
+def test_the_launcher_is_given_its_own_jar(folder: str, added: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not if its path has a blank, at which Spark's script would cut the option."""
+    jar = tmp_path / folder / "jars" / "spark-launcher_2.13-4.2.0.jar"
+    jar.parent.mkdir(parents=True)
+    jar.touch()
+    monkeypatch.setattr(pyspark, "__file__", str(tmp_path / folder / "__init__.py"))
+    assert (f"-Xbootclasspath/a:{jar}" in _launcher_options().split()) == added
+    assert all(option.startswith("-X") for option in _launcher_options().split())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize(("chosen", "threads"), [(None, 1), ("3", 3)])
+def test_numpy_starts_no_threads_unless_the_environment_says_so(chosen: str | None, threads: int) -> None:
+    environment = {name: text for name, text in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    environment |= {} if chosen is None else {"OPENBLAS_NUM_THREADS": chosen}
+    told = subprocess.run(
+        [sys.executable, "-c", "import os, spark_jobs, numpy; print(len(os.listdir('/proc/self/task')))"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(told.stdout) == min(threads, os.cpu_count() or 1)
