@@ -34,6 +34,7 @@ app = typer.Typer()
     epilog=examples(
         "adtally chaos --seed 1 --steps 30",
         "adtally chaos --seed 1 --histories 20             seeds 1 to 20",
+        "adtally chaos --seed 1 --store                    with the lakehouse in an object store",
         "adtally chaos --replay chaos-1.json --keep        a failing history again, and keep its home",
     ),
 )
@@ -41,6 +42,9 @@ def chaos(
     seed: Annotated[int, typer.Option(min=0, help="The seed of the first history; the next ones have the next seeds.")] = 1,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Steps of a history.")] = 30,
     histories: Annotated[int, typer.Option(min=1, help="How many histories to run.")] = 1,
+    store: Annotated[
+        bool, typer.Option("--store", help="Start an object store, keep the lakehouses in it, and lose machines.")
+    ] = False,
     replay: Annotated[Path | None, typer.Option(help="Run the history of this file instead.", dir_okay=False)] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the homes, to look into them.")] = False,
     shrink: Annotated[int, typer.Option(min=0, help="How many shorter histories to try for one that fails.")] = 30,
@@ -58,17 +62,17 @@ def chaos(
     from services.simulator.chaos.steps import draw_history
 
     if replay is not None:
-        drawn = iter([read_history(replay)])
-        histories = 1
+        replayed = read_history(replay)
+        drawn, histories, store = iter([replayed]), 1, replayed.in_store
     else:
-        drawn = (draw_history(seed + number, steps) for number in range(histories))
+        drawn = (draw_history(seed + number, steps, in_store=store) for number in range(histories))
     results: list[Result] = []
     failures: list[tuple[Failure, Shrunk | None, Path | None]] = []
     folder = Path(tempfile.mkdtemp(prefix="adtally-chaos-"))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a disk that is mounted has to be taken away
     try:
-        with _bar(histories) as (bar, task), Runner(folder) as runner:
-            if runner.no_disk is not None:
+        with _bar(histories) as (bar, task), Runner(folder, with_store=store) as runner:
+            if runner.no_disk is not None and not store:
                 say(f"adtally: power cuts and full disks are skipped: {runner.no_disk}", stderr=True)
             for history in drawn:
                 result = _run(runner, history, bar, task, keep=keep)

@@ -24,13 +24,17 @@ class Step:
 
 @dataclass(frozen=True)
 class History:
-    """The steps of a run, the seed of its traffic, and the settings of its home. ``builds_marts``: also at the end."""
+    """The steps of a run, the seed of its traffic, and the settings of its home. ``builds_marts``: also at the end.
+
+    With ``in_store`` the lakehouse lies in an object store, so that the machine with the home may be lost.
+    """
 
     seed: int
     steps: tuple[Step, ...]
     files_per_batch: int = 2
     split_bytes: int = 16 * 1024 * 1024
     builds_marts: bool = False
+    in_store: bool = False
 
     def with_steps(self, steps: tuple[Step, ...]) -> History:
         """Return the same history with other steps."""

@@ -49,10 +49,14 @@ class Ended:
 
 
 class Programs:
-    """A fork server and what its commands cost. Use as a context manager."""
+    """A fork server and what its commands cost. Use as a context manager.
 
-    def __init__(self, folder: Path) -> None:
+    ``variables`` are for all that it starts, also for the one Java in which all ingests run.
+    """
+
+    def __init__(self, folder: Path, variables: dict[str, str] | None = None) -> None:
         self._folder = folder
+        self._variables = variables or {}
         self._names = itertools.count()
         self._buffer = b""
         self._pids: dict[str, int] = {}
@@ -66,7 +70,7 @@ class Programs:
         log = (self._folder / "fork-server.log").open("ab")
         self._server = subprocess.Popen(
             [sys.executable, "-m", _SERVER, str(self._folder / "java.log")],
-            env=clean_environment(),
+            env=clean_environment() | self._variables,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from services.launcher.trial import throwaway_s3
 from services.simulator.chaos.checks import Violation, check_marts, require
 from services.simulator.chaos.history import History, Step
 from services.simulator.chaos.power import LoopDisk, why_not
@@ -58,24 +59,30 @@ class Shrunk:
 class Runner:
     """Runs histories in folders of their own below ``folder``. Use as a context manager.
 
-    ``disturb`` is called before the invariants of each step: tests plant faults with it.
+    ``disturb`` is called before the invariants of each step: tests plant faults with it. ``with_store``: histories may have their
+    lakehouse in an object store, which runs as long as this.
     """
 
-    def __init__(self, folder: Path, disturb: Callable[[World, Step], None] | None = None) -> None:
+    def __init__(self, folder: Path, disturb: Callable[[World, Step], None] | None = None, *, with_store: bool = False) -> None:
         self._folder = folder
-        self._programs = Programs(folder / "programs")
         self._disturb = disturb
         self._number = 0
+        self._with_store = with_store
+        self._store: dict[str, str] | None = None
         self.no_disk: str | None = None
 
     def __enter__(self) -> Runner:
         self._folder.mkdir(parents=True, exist_ok=True)
         self.no_disk = why_not(self._folder / "try")
-        self._programs.__enter__()
+        with contextlib.ExitStack() as stack:
+            if self._with_store:
+                self._store = stack.enter_context(throwaway_s3(parent=self._folder)).environment()
+            self._programs = stack.enter_context(Programs(self._folder / "programs", self._store))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._programs.__exit__()
+        self._stack.close()
 
     def run(self, history: History, watch: Watch = lambda _number, _text: None, *, keep: bool = False) -> Result:
         """Run a history to its end, or to the first violation. Without ``keep`` delete its folder."""
@@ -84,7 +91,8 @@ class Runner:
         started, cpu, commands = time.monotonic(), self._programs.cpu_seconds, self._programs.commands
         number, failure = 0, None
         with self._disk(folder, history) as disk:
-            world = World(history, folder, self._programs, disk)
+            assert self._store is not None or not history.in_store
+            world = World(history, folder, self._programs, disk, self._store if history.in_store else None)
             try:
                 for number, step in enumerate(history.steps):
                     watch(number, str(step))

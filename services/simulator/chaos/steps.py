@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Protocol
+
+from obstore.store import ObjectStore
 
 from services.simulator.chaos.checks import require
 from services.simulator.chaos.history import History, Step
@@ -274,7 +275,7 @@ class Corrupt:
         if not files or not model.has_read_all or model.is_correcting or model.needs_repair:
             return  # another step's damage is repaired first, so that it is known whose finding it is
         damage = arguments["damage"]
-        _damage(files[arguments["file"] % len(files)], damage)
+        _damage(world.tables.files, files[arguments["file"] % len(files)], damage)
         world.sync()
         what = f"{damage} file of {arguments['table']}"
         found = world.wait(world.start("fsck"))
@@ -289,17 +290,17 @@ class Corrupt:
             model.forget_books()
 
 
-def _damage(path: Path, damage: str) -> None:
-    data = bytearray(path.read_bytes())
+def _damage(files: ObjectStore, name: str, damage: str) -> None:
     if damage == "missing":
-        path.unlink()
+        files.delete(name)
         return
+    data = bytearray(files.get(name).bytes())
     if damage == "cut":
         del data[-min(50, len(data)) :]
     else:
         at = len(data) // 3
         data[at : at + 64] = bytes(byte ^ 0xFF for byte in data[at : at + 64])
-    path.write_bytes(data)
+    files.put(name, bytes(data))
 
 
 class Lose:
@@ -318,8 +319,23 @@ class Lose:
             if not world.lose(one):
                 continue
             world.struck["lost part"] += 1
-            if one == "checkpoints":
+            if one == "checkpoints" and not world.in_store:  # in a store is a copy
                 world.model.forget()
+
+
+class LoseMachine:
+    """The machine with the home is lost, and another one continues on the lakehouse in the store."""
+
+    name, weight = "lose machine", 5
+
+    def draw(self, rng: random.Random) -> Arguments:
+        """See Kind."""
+        return {}
+
+    def run(self, world: World, arguments: Arguments) -> None:
+        """See Kind."""
+        world.lose_machine()
+        world.struck["lost machine"] += 1
 
 
 class Erase:
@@ -403,6 +419,7 @@ STEPS: dict[str, Kind] = {
         MoveClock(),
         Corrupt(),
         Lose(),
+        LoseMachine(),
         Erase(),
         AtOnce(),
         Command("review", 1),
@@ -420,10 +437,14 @@ STEPS: dict[str, Kind] = {
 }
 
 
-def draw_history(seed: int, steps: int) -> History:
+ON_A_DISK, IN_A_STORE = {"power cut", "full disk"}, {"lose machine"}
+"""Steps for histories whose lakehouse lies on a disk, or in a store."""
+
+
+def draw_history(seed: int, steps: int, *, in_store: bool = False) -> History:
     """Draw a history from a seed. The first step lands files."""
     rng = random.Random(f"history {seed}")
-    kinds = list(STEPS.values())
+    kinds = [kind for kind in STEPS.values() if kind.name not in (ON_A_DISK if in_store else IN_A_STORE)]
     drawn = [Land(), *rng.choices(kinds, weights=[kind.weight for kind in kinds], k=max(steps - 1, 0))]
     return History(
         seed=seed,
@@ -431,4 +452,5 @@ def draw_history(seed: int, steps: int) -> History:
         files_per_batch=rng.choice((1, 2, 3, 100)),
         split_bytes=rng.choice((4096, 16 * 1024 * 1024)),
         builds_marts=rng.random() < 0.3,
+        in_store=in_store,
     )

@@ -8,15 +8,19 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from deltalake import DeltaTable
+from obstore.store import LocalStore, ObjectStore, S3Store
 
+from services.launcher.s3 import BUCKET
 from services.simulator.chaos import checks
 from services.simulator.chaos.checks import Violation, require
 from services.simulator.chaos.history import History
@@ -28,20 +32,37 @@ from services.simulator.chaos.traffic import CAMPAIGNS, Shape, Traffic
 
 FIRST_MS = 1_700_000_000_000
 DISK_MEGABYTES = 192
+_LEASE_SECONDS = "2"  # a killed command's lease is waited for
 CRASH_VARIABLE = "ADTALLY_CRASH_AT"
 _ERROR = re.compile(r"^adtally: error: .+$", re.MULTILINE)
 
 
 class Tables:
-    """Reads Delta tables by delta-rs alone. A table that does not exist has no rows."""
+    """Reads Delta tables by delta-rs alone. A table that does not exist has no rows.
 
-    def __init__(self, lakehouse: Path) -> None:
+    ``lakehouse`` is an address, ``options`` are the variables by which a store is reached.
+    """
+
+    def __init__(self, lakehouse: str, options: dict[str, str]) -> None:
         self._lakehouse = lakehouse
+        self._options = options
+
+    @cached_property
+    def files(self) -> ObjectStore:
+        """The files of the lakehouse."""
+        if not self._options:
+            return LocalStore(self._lakehouse.removeprefix("file://"))
+        _, _, bucket, prefix = self._lakehouse.split("/", 3)
+        names = {"access_key_id": "AWS_ACCESS_KEY_ID", "secret_access_key": "AWS_SECRET_ACCESS_KEY", "region": "AWS_REGION"}
+        config: Any = {name: self._options[variable] for name, variable in names.items()}
+        client: Any = {"allow_http": True}
+        return S3Store(bucket, prefix=prefix, endpoint=self._options["AWS_ENDPOINT_URL"], config=config, client_options=client)
 
     def open(self, table: str) -> DeltaTable | None:
         """Return a table; None if it does not exist."""
-        path = self._lakehouse / table
-        return DeltaTable(str(path)) if DeltaTable.is_deltatable(str(path)) else None
+        address = f"{self._lakehouse}/{table}"
+        is_there = DeltaTable.is_deltatable(address, storage_options=self._options)
+        return DeltaTable(address, storage_options=self._options) if is_there else None
 
     def dicts(self, table: str, columns: str) -> list[dict[str, Any]]:
         """Return rows as dicts; ``columns`` are names with commas between them. Times are microseconds since 1970."""
@@ -58,22 +79,29 @@ class Tables:
         made: list[dict[str, Any]] = rows.to_pylist()
         return made
 
-    def data_files(self, table: str) -> list[Path]:
-        """Return the data files of the newest version, in a fixed order."""
+    def data_files(self, table: str) -> list[str]:
+        """Return the data files of the newest version, as names in `files`, in a fixed order."""
         found = self.open(table)
-        return sorted(Path(uri.removeprefix("file://")) for uri in found.file_uris()) if found is not None else []
+        return [] if found is None else sorted(f"{table}/{path}" for path in pa.table(found.get_add_actions())["path"].to_pylist())
 
 
 class World:
-    """A home in ``folder`` and its model. ``disk`` is where the home is, if its power may be cut."""
+    """A home in ``folder`` and its model. ``disk`` is where the home is, if its power may be cut.
 
-    def __init__(self, history: History, folder: Path, programs: Programs, disk: LoopDisk | None) -> None:
+    ``store`` are the variables by which the object store of the lakehouse is reached; None: it lies in the home.
+    """
+
+    def __init__(
+        self, history: History, folder: Path, programs: Programs, disk: LoopDisk | None, store: dict[str, str] | None = None
+    ) -> None:
         self.folder = folder
         self.programs = programs
         self.disk = disk
         self.home = (disk.path if disk is not None else folder) / "home"
         self.landing = folder / "landing"  # another machine's: it keeps what it has
-        self.tables = Tables(self.home / "lakehouse")
+        self.in_store = store is not None
+        lakehouse = f"file://{self.home}/lakehouse" if store is None else f"s3://{BUCKET}/{uuid.uuid4().hex}"
+        self.tables = Tables(lakehouse, store or {})
         self.model = Model(CAMPAIGNS, FIRST_MS)
         self.skipped: set[str] = set()  # faults that this machine cannot make
         self.struck: Counter[str] = Counter()  # faults that took effect, such as a kill before the command's end
@@ -85,6 +113,7 @@ class World:
             "ADTALLY_SPARK_MASTER": "local[1]",
             "ADTALLY_MAX_FILES_PER_BATCH": str(history.files_per_batch),
             "ADTALLY_SPLIT_BYTES": str(history.split_bytes),
+            **({} if store is None else {**store, "ADTALLY_LAKEHOUSE": lakehouse, "ADTALLY_LEASE_SECONDS": _LEASE_SECONDS}),
         }
         self.home.mkdir(parents=True)
         campaigns = self.landing / "campaigns" / "campaigns.csv"
@@ -159,6 +188,11 @@ class World:
             path.unlink()
         self.sync()
         return True
+
+    def lose_machine(self) -> None:
+        """Delete the home: what follows runs on another machine."""
+        shutil.rmtree(self.home)
+        self.home.mkdir()
 
     def sync(self) -> None:
         """Write what a step itself has changed through to the disk: a later power cut must not undo the fault."""

@@ -12,7 +12,7 @@ from services.simulator.chaos.checks import Violation, check_conservation, check
 from services.simulator.chaos.history import History, Step, read_history
 from services.simulator.chaos.model import Model
 from services.simulator.chaos.oracle import Landed
-from services.simulator.chaos.steps import CRASH_STEPS, STEPS, draw_history
+from services.simulator.chaos.steps import CRASH_STEPS, IN_A_STORE, ON_A_DISK, STEPS, draw_history
 from services.simulator.chaos.traffic import CAMPAIGNS, Shape, Traffic
 from services.simulator.errors import SimulationError
 from spark_jobs.steps import Step as DurableStep
@@ -104,7 +104,9 @@ def test_a_seed_draws_one_history_and_json_keeps_it(tmp_path: Path) -> None:
     assert history == draw_history(5, 30) != draw_history(6, 30)
     history.write(tmp_path / "history.json")
     assert read_history(tmp_path / "history.json") == history
-    assert {step.name for seed in range(30) for step in draw_history(seed, 30).steps} == STEPS.keys()
+    for in_store, never in ((False, IN_A_STORE), (True, ON_A_DISK)):
+        drawn = {step.name for seed in range(30) for step in draw_history(seed, 30, in_store=in_store).steps}
+        assert drawn == STEPS.keys() - never
 
 
 @pytest.mark.parametrize(

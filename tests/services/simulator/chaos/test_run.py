@@ -29,7 +29,7 @@ INGEST = Step("ingest", {})
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     """One fork server and one Java for all histories of this file."""
-    with Runner(tmp_path_factory.mktemp("chaos")) as made:
+    with Runner(tmp_path_factory.mktemp("chaos"), with_store=True) as made:
         yield made
 
 
@@ -38,6 +38,35 @@ def test_a_history_holds(runner: Runner, seed: int) -> None:
     result = runner.run(draw_history(seed, STEPS))
     assert result.failure is None, result.failure.message
     assert result.commands > 5
+
+
+LOST = History(
+    4,
+    (
+        *(LAND, Step("killed", {"command": "ingest", "crash_at": "after:events", "batches_ahead": 0}), Step("lose machine", {})),
+        *(INGEST, Step("land", {"number": 2, "records": 25}), INGEST),
+    ),
+    in_store=True,
+)
+"""Of two machines: the first one is lost with a batch half committed."""
+
+
+def test_a_lost_machine_in_a_store(runner: Runner) -> None:
+    result = runner.run(LOST)
+    assert result.failure is None, result.failure.message
+    assert result.struck == {"kill": 1, "lost machine": 1}
+
+
+def test_a_machine_that_is_lost_with_its_checkpoints_is_noticed(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its successor would read everything again."""
+
+    def lose_the_copy(world: World, step: Step) -> None:
+        if step.name == "lose machine":
+            names = [found["path"] for part in world.tables.files.list() for found in part if "/checkpoints/" in found["path"]]
+            world.tables.files.delete(names)
+
+    monkeypatch.setattr(runner, "_disturb", lose_the_copy)
+    assert runner.run(LOST).failure is not None
 
 
 def _drop_ledger(world: World) -> None:
@@ -74,7 +103,7 @@ def test_a_failing_history_is_shrunk_shown_and_replayed(
         7, (Step("status", {}), LAND, Step("compact", {}), Step("move clock", {"days": 1}), INGEST, Step("status", {})), 100
     )
     monkeypatch.setitem(registry.STEPS, "ingest", _Faulty("ingest", 1))
-    monkeypatch.setattr(registry, "draw_history", lambda seed, steps: drawn)
+    monkeypatch.setattr(registry, "draw_history", lambda seed, steps, *, in_store: drawn)
     assert run(["chaos", "--seed", "7", "--out", str(tmp_path), "--shrink", "12"]) == 1
     shown = capsys.readouterr().out
     path = tmp_path / "chaos-7.json"
