@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from services.simulator.chaos.history import History
     from services.simulator.chaos.run import Failure, Result, Runner, Shrunk
+    from services.simulator.chaos.world import StoreAddress
 
 app = typer.Typer()
 
@@ -71,7 +72,7 @@ def chaos(
     folder = Path(tempfile.mkdtemp(prefix="adtally-chaos-"))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a disk that is mounted has to be taken away
     try:
-        with _bar(histories) as (bar, task), Runner(folder, with_store=store) as runner:
+        with _bar(histories) as (bar, task), _store(folder, wanted=store) as address, Runner(folder, store=address) as runner:
             if runner.no_disk is not None and not store:
                 say(f"adtally: power cuts and full disks are skipped: {runner.no_disk}", stderr=True)
             for history in drawn:
@@ -101,6 +102,20 @@ def chaos(
             say(f"faults that struck: {', '.join(f'{name} {count:,}' for name, count in done['struck'].items())}")
     if failures:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _store(folder: Path, *, wanted: bool) -> Iterator[StoreAddress | None]:
+    """Run an object store within the context, if one is wanted."""
+    if not wanted:
+        yield None
+        return
+    from services.launcher.s3 import BUCKET
+    from services.launcher.trial import throwaway_s3
+    from services.simulator.chaos.world import StoreAddress
+
+    with throwaway_s3(parent=folder) as store:
+        yield StoreAddress(f"s3://{BUCKET}", store.environment())
 
 
 def _run(runner: Runner, history: History, bar: Progress, task: TaskID, *, keep: bool) -> Result:

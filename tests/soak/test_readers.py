@@ -124,7 +124,7 @@ class Home:
 def batches(settings: Settings) -> list[dict[str, int]]:
     """The measures of each batch of events, in the order in which the ledger has them."""
     lakehouse = Path(settings.lakehouse_uri)
-    tables = Tables(lakehouse)
+    tables = Tables(str(lakehouse))
     spends: dict[Any, list[int]] = {}
     measures = ("impressions", "clicks", "spend_nanos", "invalid_impressions", "invalid_clicks")
     for row in tables.dicts("minute_metrics", ", ".join(("_query_id", "_batch_id", *measures))):

@@ -54,9 +54,9 @@ class Programs:
     ``variables`` are for all that it starts, also for the one Java in which all ingests run.
     """
 
-    def __init__(self, folder: Path, variables: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, variables: dict[str, str]) -> None:
         self._folder = folder
-        self._variables = variables or {}
+        self._variables = variables
         self._names = itertools.count()
         self._buffer = b""
         self._pids: dict[str, int] = {}

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from services.launcher.trial import throwaway_s3
 from services.simulator.chaos.checks import Violation, check_marts, require
 from services.simulator.chaos.history import History, Step
 from services.simulator.chaos.power import LoopDisk, why_not
 from services.simulator.chaos.programs import Programs
 from services.simulator.chaos.steps import STEPS
-from services.simulator.chaos.world import DISK_MEGABYTES, World
+from services.simulator.chaos.world import DISK_MEGABYTES, StoreAddress, World
 
 CLOSED_BY_HAND = datetime(2026, 1, 1, tzinfo=UTC)  # after all traffic but that of clocks that lie
 END = "the end"
@@ -59,30 +58,28 @@ class Shrunk:
 class Runner:
     """Runs histories in folders of their own below ``folder``. Use as a context manager.
 
-    ``disturb`` is called before the invariants of each step: tests plant faults with it. ``with_store``: histories may have their
-    lakehouse in an object store, which runs as long as this.
+    ``disturb`` is called before the invariants of each step: tests plant faults with it. ``store``: where histories may have
+    their lakehouses.
     """
 
-    def __init__(self, folder: Path, disturb: Callable[[World, Step], None] | None = None, *, with_store: bool = False) -> None:
+    def __init__(
+        self, folder: Path, disturb: Callable[[World, Step], None] | None = None, *, store: StoreAddress | None = None
+    ) -> None:
         self._folder = folder
         self._disturb = disturb
         self._number = 0
-        self._with_store = with_store
-        self._store: dict[str, str] | None = None
+        self._store = store
+        self._programs = Programs(folder / "programs", store.variables if store else {})
         self.no_disk: str | None = None
 
     def __enter__(self) -> Runner:
         self._folder.mkdir(parents=True, exist_ok=True)
         self.no_disk = why_not(self._folder / "try")
-        with contextlib.ExitStack() as stack:
-            if self._with_store:
-                self._store = stack.enter_context(throwaway_s3(parent=self._folder)).environment()
-            self._programs = stack.enter_context(Programs(self._folder / "programs", self._store))
-            self._stack = stack.pop_all()
+        self._programs.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._programs.__exit__()
 
     def run(self, history: History, watch: Watch = lambda _number, _text: None, *, keep: bool = False) -> Result:
         """Run a history to its end, or to the first violation. Without ``keep`` delete its folder."""

@@ -11,6 +11,7 @@ import shutil
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,6 @@ import pyarrow as pa
 from deltalake import DeltaTable
 from obstore.store import LocalStore, ObjectStore, S3Store
 
-from services.launcher.s3 import BUCKET
 from services.simulator.chaos import checks
 from services.simulator.chaos.checks import Violation, require
 from services.simulator.chaos.history import History
@@ -37,15 +37,23 @@ CRASH_VARIABLE = "ADTALLY_CRASH_AT"
 _ERROR = re.compile(r"^adtally: error: .+$", re.MULTILINE)
 
 
+@dataclass(frozen=True)
+class StoreAddress:
+    """A bucket, as ``s3://NAME``, and the variables by which its store is reached."""
+
+    bucket: str
+    variables: dict[str, str]
+
+
 class Tables:
     """Reads Delta tables by delta-rs alone. A table that does not exist has no rows.
 
     ``lakehouse`` is an address, ``options`` are the variables by which a store is reached.
     """
 
-    def __init__(self, lakehouse: str, options: dict[str, str]) -> None:
+    def __init__(self, lakehouse: str, options: dict[str, str] | None = None) -> None:
         self._lakehouse = lakehouse
-        self._options = options
+        self._options = options or {}
 
     @cached_property
     def files(self) -> ObjectStore:
@@ -88,11 +96,11 @@ class Tables:
 class World:
     """A home in ``folder`` and its model. ``disk`` is where the home is, if its power may be cut.
 
-    ``store`` are the variables by which the object store of the lakehouse is reached; None: it lies in the home.
+    ``store`` is where the lakehouse lies; None: in the home.
     """
 
     def __init__(
-        self, history: History, folder: Path, programs: Programs, disk: LoopDisk | None, store: dict[str, str] | None = None
+        self, history: History, folder: Path, programs: Programs, disk: LoopDisk | None, store: StoreAddress | None = None
     ) -> None:
         self.folder = folder
         self.programs = programs
@@ -100,8 +108,8 @@ class World:
         self.home = (disk.path if disk is not None else folder) / "home"
         self.landing = folder / "landing"  # another machine's: it keeps what it has
         self.in_store = store is not None
-        lakehouse = f"file://{self.home}/lakehouse" if store is None else f"s3://{BUCKET}/{uuid.uuid4().hex}"
-        self.tables = Tables(lakehouse, store or {})
+        lakehouse = f"file://{self.home}/lakehouse" if store is None else f"{store.bucket}/{uuid.uuid4().hex}"
+        self.tables = Tables(lakehouse, store.variables if store else None)
         self.model = Model(CAMPAIGNS, FIRST_MS)
         self.skipped: set[str] = set()  # faults that this machine cannot make
         self.struck: Counter[str] = Counter()  # faults that took effect, such as a kill before the command's end
@@ -113,8 +121,10 @@ class World:
             "ADTALLY_SPARK_MASTER": "local[1]",
             "ADTALLY_MAX_FILES_PER_BATCH": str(history.files_per_batch),
             "ADTALLY_SPLIT_BYTES": str(history.split_bytes),
-            **({} if store is None else {**store, "ADTALLY_LAKEHOUSE": lakehouse, "ADTALLY_LEASE_SECONDS": _LEASE_SECONDS}),
         }
+        if store is not None:
+            of_store = {"ADTALLY_LAKEHOUSE": lakehouse, "ADTALLY_LEASE_SECONDS": _LEASE_SECONDS}
+            self._environment |= store.variables | of_store
         self.home.mkdir(parents=True)
         campaigns = self.landing / "campaigns" / "campaigns.csv"
         campaigns.parent.mkdir(parents=True)

@@ -10,12 +10,13 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from orchestration.cli.app import run
+from services.launcher.s3 import BUCKET
 from services.simulator.chaos import steps as registry
 from services.simulator.chaos.checks import require
 from services.simulator.chaos.history import History, Step, read_history
 from services.simulator.chaos.run import END, Runner
 from services.simulator.chaos.steps import Command, draw_history
-from services.simulator.chaos.world import World
+from services.simulator.chaos.world import StoreAddress, World
 
 pytestmark = [pytest.mark.homes, pytest.mark.timeout(1800)]
 
@@ -27,9 +28,9 @@ INGEST = Step("ingest", {})
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
-    """One fork server and one Java for all histories of this file."""
-    with Runner(tmp_path_factory.mktemp("chaos"), with_store=True) as made:
+def runner(tmp_path_factory: pytest.TempPathFactory, store: dict[str, str]) -> Iterator[Runner]:
+    """One fork server, one Java and one object store for all histories of this file."""
+    with Runner(tmp_path_factory.mktemp("chaos"), store=StoreAddress(f"s3://{BUCKET}", store)) as made:
         yield made
 
 

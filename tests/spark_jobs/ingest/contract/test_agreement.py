@@ -304,7 +304,8 @@ def test_a_sample_that_misleads_costs_little() -> None:
 
 def test_lines_of_a_second_form_are_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alike, "FEWEST_LINES", 32)
-    raws = [line("events", event_id=f"e{at}", **({"impression_id": None} if at % 10 == 8 else {})) for at in range(400)]
+    other = line("events", impression_id=None)
+    raws = [other if at % 10 == 8 else line("events", event_id=f"e{at}") for at in range(400)]
     taken = []
 
     def watched(lines: pa.StringArray, contract: Contract) -> Any:
