@@ -98,6 +98,11 @@ bench-all: setup ## Measure everything anew on a quiet machine, at one revision:
 	@$(BENCHMARK).recount
 	@$(BENCHMARK).quality
 	@$(BENCHMARK).attribution
+	@$(BENCHMARK).attribution --touches 50 --orders 30000 --batches 3 --histories 1500000 --at-least 10000 --name attribution-deep
+	@$(BENCHMARK).run flat --days 90
+	@$(BENCHMARK).run marts --days 90
+	@$(BENCHMARK).run starts
+	@$(BENCHMARK).workers
 	@$(BENCHMARK).compaction
 
 .PHONY: audit
