@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,9 +31,18 @@ class Topic:
     def make(self, partitions: int = 2, config: dict[str, str] | None = None) -> None:
         new = NewTopic(self.name, num_partitions=partitions, replication_factor=1, config=config or {})
         self._admin.create_topics([new], operation_timeout=20)[self.name].result(timeout=30)
+        self._await(is_there=True)
 
     def delete(self) -> None:
         self._admin.delete_topics([self.name], operation_timeout=20)[self.name].result(timeout=30)
+        self._await(is_there=False)
+
+    def _await(self, *, is_there: bool) -> None:
+        """Wait until the broker knows what its controller has done."""
+        end = time.monotonic() + 30
+        while (self.name in self._admin.list_topics(timeout=20).topics) != is_there:
+            assert time.monotonic() < end, f"the broker does not learn of {self.name}"
+            time.sleep(0.02)
 
     def forget_before(self, partition: int, offset: int) -> None:
         """Take records away, as retention does."""
