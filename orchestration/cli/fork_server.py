@@ -15,6 +15,7 @@ import json
 import os
 import select
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from spark_jobs.jars import ensure_jars
 from spark_jobs.java import require_java, utf8_for_java
 
 _TURN_SECONDS = 0.005
+_MAKING_SPARK = "org.apache.spark.SparkContext.<init>"
 _COMMANDS = (
     *("orchestration.marts.build", "orchestration.reconciliation", "spark_jobs.attribution.job"),
     *("spark_jobs.billing.job", "spark_jobs.corrections.backfill", "spark_jobs.ingest.runner", "spark_jobs.operate.compact"),
@@ -76,13 +78,21 @@ class _Java:
         return max(spent, 0.0)
 
     def stop_spark(self) -> None:
-        """Stop the Spark of a process that was killed."""
-        sessions = self._gateway.jvm.org.apache.spark.sql.SparkSession
-        for session in (sessions.getDefaultSession(), sessions.getActiveSession()):
-            if session.isDefined():
-                session.get().stop()
-        sessions.clearDefaultSession()
-        sessions.clearActiveSession()
+        """Stop the Spark of a process that was killed, also one that Java was just making."""
+        spark = self._gateway.jvm.org.apache.spark
+        while self._makes_spark():
+            time.sleep(_TURN_SECONDS)
+        context = getattr(getattr(spark, "SparkContext$"), "MODULE$").getActive()  # Scala's object
+        if context.isDefined():
+            context.get().stop()
+        spark.sql.SparkSession.clearDefaultSession()
+        spark.sql.SparkSession.clearActiveSession()
+
+    def _makes_spark(self) -> bool:
+        """Return whether a thread that serves a process is in the constructor of a SparkContext."""
+        beans = self._gateway.jvm.java.lang.management.ManagementFactory.getThreadMXBean()
+        serving = [thread for thread in beans.dumpAllThreads(False, False) if thread.getThreadName().startswith("Thread-")]
+        return any(_MAKING_SPARK in frame.toString() for thread in serving for frame in thread.getStackTrace())
 
     def end(self) -> None:
         """Kill Java and its Python workers."""
