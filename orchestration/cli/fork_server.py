@@ -80,7 +80,7 @@ class _Java:
     def stop_spark(self) -> None:
         """Stop the Spark of a process that was killed, also one that Java was just making."""
         spark = self._gateway.jvm.org.apache.spark
-        while self._makes_spark():
+        while self.makes_spark():
             time.sleep(_TURN_SECONDS)
         context = getattr(getattr(spark, "SparkContext$"), "MODULE$").getActive()  # Scala's object
         if context.isDefined():
@@ -88,7 +88,7 @@ class _Java:
         spark.sql.SparkSession.clearDefaultSession()
         spark.sql.SparkSession.clearActiveSession()
 
-    def _makes_spark(self) -> bool:
+    def makes_spark(self) -> bool:
         """Return whether a thread that serves a process is in the constructor of a SparkContext."""
         beans = self._gateway.jvm.java.lang.management.ManagementFactory.getThreadMXBean()
         serving = [thread for thread in beans.dumpAllThreads(False, False) if thread.getThreadName().startswith("Thread-")]

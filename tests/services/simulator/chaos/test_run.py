@@ -70,13 +70,6 @@ def test_a_machine_that_is_lost_with_its_checkpoints_is_noticed(runner: Runner, 
     assert runner.run(LOST).failure is not None
 
 
-def test_an_ingest_may_be_killed_while_it_makes_its_spark(runner: Runner) -> None:
-    """The next one gets the same Java, in which there must be no Spark."""
-    kills = [Step("killed", {"command": "ingest --no-settle", "kill_after_ms": ms}) for ms in range(200, 320, 10)]
-    result = runner.run(History(5, (LAND, *(step for kill in kills for step in (LAND, kill, INGEST)))))
-    assert result.failure is None, result.failure.message
-
-
 def _drop_ledger(world: World) -> None:
     """Delete the ledger's rows of the newest events, as a hand would."""
     DeltaTable(str(world.home / "lakehouse" / "batch_ledger")).delete("stream = 'events' and accepted > 0")
