@@ -60,7 +60,7 @@ _FOREVER = 2**62
 _TIME = pa.timestamp("us", "UTC")
 
 # what each touch's row repeats of its order
-_REPEATED = ("order_id", "user_id", "store_id", "currency", "total_micros", "is_cancelled", "time_us")
+_REPEATED = ("order_id", "user_id", "store_id", "currency", "total_micros")
 
 # Why a run credits an order again. Of several causes the order gets the largest number.
 _CAUSES = ("recount", "order_changed", "late_touch", "touch_invalid", "order_removed")
@@ -400,10 +400,10 @@ def credited_rows(orders: pa.Table, order: Ints, found: pa.Table, rules: Attribu
     touched = np.bincount(order, minlength=orders.num_rows)
     bare = np.flatnonzero(touched == 0)
     number = np.concatenate([order, bare])
-    of = orders.select(_REPEATED).take(pa.array(number))
+    of = orders.select((*_REPEATED, "is_cancelled", "time_us")).take(pa.array(number))
     windows = np.broadcast_to(np.array(rules.window_days, dtype=np.int64), (len(number), len(rules.window_days)))
     columns: dict[str, pa.Array | pa.ChunkedArray] = {
-        **{name: of[name] for name in _REPEATED if name in ATTRIBUTED_ORDERS.schema.names},
+        **{name: of[name] for name in _REPEATED},
         "status": pc.if_else(of["is_cancelled"], "cancelled", "placed"),
         "order_time": of["time_us"].cast(_TIME),
         "touches": pa.array(touched[number]),

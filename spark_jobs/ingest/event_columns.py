@@ -113,7 +113,7 @@ def increments(events: pa.Table) -> pa.Table:
 
 
 def sum_increments(parts: list[pa.Table]) -> pa.Table:
-    """Sum several tables of increments per METRIC_KEYS. Each has a key once."""
+    """Sum several tables of increments per METRIC_KEYS. No table has two rows of one key."""
     if len(parts) < 2:
         return parts[0] if parts else INCREMENT_SCHEMA.empty_table()
     rows = pa.concat_tables(parts)
